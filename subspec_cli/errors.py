@@ -1,0 +1,81 @@
+"""Errors that a user can act on. The command line turns each into one line, a hint and an exit code."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Exit statuses of every command."""
+
+    OK = 0
+    BUG = 1
+    USAGE = 2
+    UNSUPPORTED = 3
+    NETWORK = 4
+    ACCESS = 5
+    INTEGRITY = 6
+    RESOURCE = 7
+    BUSY = 8
+    NOT_IDENTICAL = 9
+    INTERRUPTED = 130
+    TERMINATED = 143
+
+
+class SubspecError(Exception):
+    """What is wrong, with the figures, and the command that mends it."""
+
+    exit_code: ExitCode = ExitCode.BUG
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(SubspecError):
+    """An argument, an option or a configuration value cannot be used."""
+
+    exit_code = ExitCode.USAGE
+
+
+class UnsupportedModelError(SubspecError):
+    """The model is of a kind this program does not run."""
+
+    exit_code = ExitCode.UNSUPPORTED
+
+
+class NetworkError(SubspecError):
+    """The hub could not be reached; trying again may help."""
+
+    exit_code = ExitCode.NETWORK
+
+
+class AccessError(SubspecError):
+    """The hub refuses: gated, private or not found."""
+
+    exit_code = ExitCode.ACCESS
+
+
+class IntegrityError(SubspecError):
+    """Bytes are not what they should be."""
+
+    exit_code = ExitCode.INTEGRITY
+
+
+class ResourceError(SubspecError):
+    """Not enough memory, disk or permission."""
+
+    exit_code = ExitCode.RESOURCE
+
+
+class BusyError(SubspecError):
+    """Another process holds what this one needs."""
+
+    exit_code = ExitCode.BUSY
+
+
+class NotIdenticalError(SubspecError):
+    """Speculative and plain decoding differed where exactness was certified."""
+
+    exit_code = ExitCode.NOT_IDENTICAL

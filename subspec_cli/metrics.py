@@ -1,0 +1,114 @@
+"""What a generation cost and gave. Pure arithmetic: no torch, no clock.
+
+tau is *tokens emitted per target pass, bonus token included*: (new tokens - 1) / decode passes, the first
+token being the prefill's. decode_tok_per_s = (new tokens - 1) / (time of the last - time of the first token).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """One target pass and the drafting before it (for the prefill: all its passes, nothing drafted)."""
+
+    drafted: int = 0
+    """Tree nodes proposed, root excluded."""
+    accepted: int = 0
+    """Of these, how many the target took."""
+    emitted: int = 0
+    """Tokens emitted, bonus token included, after stop rules."""
+    draft_time_s: float = 0.0
+    verify_time_s: float = 0.0
+    """Wall time of the target pass, waiting for weights included."""
+    wait_time_s: float = 0.0
+    """Part of the pass spent waiting for weights to arrive."""
+    streamed_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationStats:
+    """Totals of one answer; grows by `after_prefill` and `after_step`."""
+
+    prompt_tokens: int = 0
+    prefilled_tokens: int = 0
+    """Prompt tokens really computed; the rest were still in the KV cache."""
+    new_tokens: int = 0
+    ttft_s: float = 0.0
+    decode_time_s: float = 0.0
+    passes: int = 0
+    """Decode passes of the target; the prefill is not counted."""
+    drafted_tokens: int = 0
+    accepted_histogram: tuple[int, ...] = ()
+    """Entry a: passes in which `a` drafted tokens were accepted."""
+    draft_time_s: float = 0.0
+    verify_time_s: float = 0.0
+    wait_time_s: float = 0.0
+    streamed_bytes: int = 0
+    """Weight bytes moved over the link while decoding."""
+    recent_accepted: tuple[int, ...] = field(default=(), repr=False)
+    """Accepted counts of the latest passes, oldest first, for the live display."""
+
+    @property
+    def tau(self) -> float:
+        """Tokens per target pass, bonus token included; 0 before the first pass."""
+        return (self.new_tokens - 1) / self.passes if self.passes else 0.0
+
+    @property
+    def decode_tok_per_s(self) -> float:
+        """Tokens per second after the first one; 0 before the second token."""
+        return (self.new_tokens - 1) / self.decode_time_s if self.decode_time_s > 0 else 0.0
+
+    @property
+    def link_gb_per_s(self) -> float:
+        """Weight traffic while decoding, in 1e9 bytes per second of decode time."""
+        return self.streamed_bytes / self.decode_time_s / 1e9 if self.decode_time_s > 0 else 0.0
+
+    def after_prefill(self, *, prompt_tokens: int, prefilled_tokens: int, ttft_s: float) -> GenerationStats:
+        """Totals once the prefill has given the first token."""
+        return replace(
+            self,
+            prompt_tokens=prompt_tokens,
+            prefilled_tokens=prefilled_tokens,
+            ttft_s=ttft_s,
+            new_tokens=1,
+        )
+
+    def after_step(self, step: StepStats, *, decode_time_s: float) -> GenerationStats:
+        """Totals once one more target pass is done, `decode_time_s` after the first token."""
+        histogram = list(self.accepted_histogram)
+        histogram.extend([0] * (step.accepted + 1 - len(histogram)))
+        histogram[step.accepted] += 1
+        return replace(
+            self,
+            new_tokens=self.new_tokens + step.emitted,
+            decode_time_s=decode_time_s,
+            passes=self.passes + 1,
+            drafted_tokens=self.drafted_tokens + step.drafted,
+            accepted_histogram=tuple(histogram),
+            draft_time_s=self.draft_time_s + step.draft_time_s,
+            verify_time_s=self.verify_time_s + step.verify_time_s,
+            wait_time_s=self.wait_time_s + step.wait_time_s,
+            streamed_bytes=self.streamed_bytes + step.streamed_bytes,
+            recent_accepted=(*self.recent_accepted, step.accepted)[-40:],
+        )
+
+
+def rate_of_totals(stats: Iterable[GenerationStats]) -> float:
+    """Tokens per second over several answers: the ratio of totals, not the mean of ratios."""
+    tokens = seconds = 0.0
+    for item in stats:
+        tokens += max(item.new_tokens - 1, 0)
+        seconds += item.decode_time_s
+    return tokens / seconds if seconds > 0 else 0.0
+
+
+def tau_of_totals(stats: Iterable[GenerationStats]) -> float:
+    """Tokens per target pass over several answers: the ratio of totals."""
+    tokens = passes = 0
+    for item in stats:
+        tokens += max(item.new_tokens - 1, 0)
+        passes += item.passes
+    return tokens / passes if passes else 0.0

@@ -1,0 +1,45 @@
+"""Bytes, seconds and rates: reading what users write, writing what users read. GiB = 2**30."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from subspec_cli.errors import UsageError
+
+GIB = 1 << 30
+MIB = 1 << 20
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def gib_to_bytes(gib: float, option: str) -> int:
+    """Budget in GiB to bytes; a budget that is no positive finite number is refused by `option`'s name."""
+    if not math.isfinite(gib) or gib <= 0 or gib > 1e6:
+        raise UsageError(f"{option} {gib:g} is no budget", f"give GiB as a positive number: {option} 8")
+    return int(gib * GIB)
+
+
+def format_bytes(size_bytes: float) -> str:
+    """Bytes as a short text in binary units: 14.2 MiB."""
+    value = float(size_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(value) < 1024 or unit == "TiB":
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.{1 if value >= 10 else 2}f} {unit}"
+        value /= 1024
+    raise AssertionError("unreachable")
+
+
+def format_seconds(seconds: float) -> str:
+    """Seconds as 850 ms, 12.3 s or 4:05."""
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def printable(text: str) -> str:
+    """Foreign text made safe for a terminal: C0, C1 and bidirectional controls are written as escapes."""
+    return _CONTROL.sub(lambda match: f"\\x{ord(match.group()):02x}", text)
