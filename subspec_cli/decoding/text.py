@@ -1,0 +1,127 @@
+"""From tokens to text: whole characters only, stop strings found across tokens, nothing leaked past a stop."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Final, Protocol
+
+
+_UNFINISHED: Final = "\N{REPLACEMENT CHARACTER}"
+_MOST_HELD_TOKENS: Final = 12
+"""Tokens after which an unfinished character is taken to be really invalid and shown as it is."""
+
+
+class Tokenizer(Protocol):
+    """The part of a tokenizer that turning tokens into text needs."""
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of tokens, special ones left out."""
+        ...
+
+
+class StopRule(Protocol):
+    """Decides token by token whether an answer ends."""
+
+    def feed(self, token_id: int) -> str | None:
+        """Take the next token; returns the finish reason when it is the last."""
+        ...
+
+
+class Detokenizer:
+    """Text of a growing token sequence, in pieces that never need to be taken back.
+
+    Decodes a short window twice, without and with the new token, since a token's text can depend on its
+    neighbours; holds a piece back while it ends in the middle of a character.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._context = 0
+        self._shown = 0
+
+    def push(self, token_id: int) -> str:
+        """Text that this token completes, perhaps none."""
+        self._ids.append(token_id)
+        if len(self._ids) - self._shown > _MOST_HELD_TOKENS:
+            return self.flush()
+        piece = self._piece()
+        return "" if piece.endswith(_UNFINISHED) else self._show(piece)
+
+    def flush(self) -> str:
+        """Whatever is still held back."""
+        return self._show(self._piece())
+
+    def _piece(self) -> str:
+        before = self._tokenizer.decode(self._ids[self._context : self._shown])
+        return self._tokenizer.decode(self._ids[self._context :])[len(before) :]
+
+    def _show(self, piece: str) -> str:
+        self._context, self._shown = self._shown, len(self._ids)
+        return piece
+
+
+class AnswerText:
+    """Stop rule and text of one answer: EOS ids, stop strings, a token limit.
+
+    Fed token by token in plain and in speculative decoding alike, so both end at the same token with the same
+    text. Text that could still turn out to be the start of a stop string is held back.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, *, eos_ids: Collection[int], stop: Sequence[str], max_new_tokens: int
+    ) -> None:
+        assert max_new_tokens >= 1
+        self._detokenizer = Detokenizer(tokenizer)
+        self._eos_ids = frozenset(eos_ids)
+        self._stop = tuple(stop)
+        self._left = max_new_tokens
+        self._held = ""
+        self._ready = ""
+
+    def feed(self, token_id: int) -> str | None:
+        """Take the next token; returns `stop` or `length` when it is the last."""
+        self._left -= 1
+        if token_id in self._eos_ids:
+            return self._finish("stop")
+        self._held += self._detokenizer.push(token_id)
+        if self._cut_at_stop():
+            return "stop"
+        if self._left == 0:
+            return self._finish("length")
+        self._release()
+        return None
+
+    def take(self) -> str:
+        """Text that became certain since the last call."""
+        text, self._ready = self._ready, ""
+        return text
+
+    def _finish(self, reason: str) -> str:
+        self._held += self._detokenizer.flush()
+        if self._cut_at_stop():
+            return "stop"
+        self._ready += self._held
+        self._held = ""
+        return reason
+
+    def _cut_at_stop(self) -> bool:
+        found = [at for text in self._stop if (at := self._held.find(text)) >= 0]
+        if not found:
+            return False
+        self._ready += self._held[: min(found)]
+        self._held = ""
+        return True
+
+    def _release(self) -> None:
+        keep = max((_overlap(self._held, text) for text in self._stop), default=0)
+        cut = len(self._held) - keep
+        self._ready += self._held[:cut]
+        self._held = self._held[cut:]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+

@@ -1,0 +1,152 @@
+"""One forward over a source of layers: the target over resident and streamed blocks, the draft over substitutes.
+
+Shapes: `N` rows (tree nodes or prompt tokens), `V` vocab. Neither knows of trees or of speculation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from subspec_cli.modeling.kv_cache import KVCache
+from subspec_cli.modeling.layers import LayerMath, RowRules, TokenBatch, rms_norm
+
+Embedding = Callable[[Tensor], Tensor]
+"""`[P]` token ids to `[P, hidden]` rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One streamed or resident block: the matrices of `kind` in `layer`, by the name inside the layer."""
+
+    layer: int
+    kind: str
+    matrices: dict[str, Tensor]
+
+
+class BlockSource(Protocol):
+    """Where the target's blocks come from, in the order of use."""
+
+    def blocks(self) -> Generator[Block, None, None]:
+        """One pass over all layers."""
+        ...
+
+
+@dataclass(slots=True)
+class _Flow:
+    """What passes from block to block within one layer."""
+
+    hidden: Tensor
+    normed: Tensor = field(init=False)
+    inner: Tensor = field(init=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Final norm and vocabulary head."""
+
+    norm_weight: Tensor
+    weight: Tensor
+    """`[V, hidden]`; the embedding itself when tied."""
+    eps: float
+
+    def logits(self, hidden: Tensor, rules: RowRules | None) -> Tensor:
+        """`[P, hidden]` to `[P, V]` in the model's dtype, row-independent if `rules` are given."""
+        normed = rms_norm(hidden, self.norm_weight, self.eps)
+        return rules.linear(normed, self.weight, None) if rules else F.linear(normed, self.weight)
+
+
+class TargetDecoder:
+    """The exact model: every linear under the row rules, every block as the source hands it over."""
+
+    def __init__(self, math: LayerMath, embed: Embedding, head: Head, source: BlockSource, rules: RowRules) -> None:
+        self.math = math
+        self.rules = rules
+        self._embed = embed
+        self._head = head
+        self._source = source
+
+    @torch.inference_mode()
+    def forward(self, batch: TokenBatch, kv: KVCache, *, logits_from: int = 0) -> Tensor:
+        """Logits `[rows - logits_from, V]` of a padded batch; writes its keys and values to the cache."""
+        flow = _Flow(self._embed(batch.token_ids))
+        # Closed at once when a block fails or the user interrupts: the next pass starts at the first block.
+        with closing(self._source.blocks()) as blocks:
+            for block in blocks:
+                self.run_block(block, flow, batch, kv)
+        wanted = self._pad(flow.hidden[logits_from : batch.rows])
+        return self._head.logits(wanted, self.rules)[: batch.rows - logits_from]
+
+    def run_block(self, block: Block, flow: _Flow, batch: TokenBatch, kv: KVCache) -> None:
+        """One block's share of its layer; `flow` carries what the next block needs."""
+        getattr(self, f"_run_{block.kind}")(block, flow, batch, kv)
+
+    def start(self, hidden: Tensor) -> _Flow:
+        """A flow that begins with given `[P, hidden]` rows, for the self-check."""
+        return _Flow(hidden)
+
+    def _run_attention(self, block: Block, flow: _Flow, batch: TokenBatch, kv: KVCache) -> None:
+        layer = block.layer
+        normed = self.math.attention_input(layer, flow.hidden)
+        query, key, value = (self._project(block, f"self_attn.{name}_proj", normed) for name in "qkv")
+        mixed = self.math.mix(layer, query, key, value, batch, kv)
+        flow.hidden = flow.hidden + self._project(block, "self_attn.o_proj", mixed)
+
+    def _run_gate(self, block: Block, flow: _Flow, batch: TokenBatch, kv: KVCache) -> None:  # noqa: ARG002
+        flow.normed = self.math.mlp_input(block.layer, flow.hidden)
+        flow.inner = self._project(block, "mlp.gate_proj", flow.normed)
+
+    def _run_up(self, block: Block, flow: _Flow, batch: TokenBatch, kv: KVCache) -> None:  # noqa: ARG002
+        flow.inner = self.rules.gated(flow.inner, self._project(block, "mlp.up_proj", flow.normed))
+
+    def _run_down(self, block: Block, flow: _Flow, batch: TokenBatch, kv: KVCache) -> None:  # noqa: ARG002
+        flow.hidden = flow.hidden + self._project(block, "mlp.down_proj", flow.inner)
+
+    def _project(self, block: Block, name: str, inputs: Tensor) -> Tensor:
+        return self.rules.linear(inputs, block.matrices[f"{name}.weight"], self.math.bias(block.layer, name))
+
+    def _pad(self, rows: Tensor) -> Tensor:
+        return F.pad(rows, (0, 0, 0, self.rules.padded(len(rows)) - len(rows)))
+
+
+class DraftLayer(Protocol):
+    """The projections of one layer as the draft runs them."""
+
+    def qkv(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value rows."""
+        ...
+
+    def attention_output(self, inputs: Tensor) -> Tensor:
+        """Output projection of attention."""
+        ...
+
+    def feed_forward(self, inputs: Tensor) -> Tensor:
+        """The whole gated feed-forward."""
+        ...
+
+
+class DraftDecoder:
+    """The guess: substitutes and resident layers over the same cache, embedding, norms and head."""
+
+    def __init__(self, math: LayerMath, embed: Embedding, head: Head, layers: Sequence[DraftLayer]) -> None:
+        self._math = math
+        self._embed = embed
+        self._head = head
+        self._layers = tuple(layers)
+
+    @torch.inference_mode()
+    def forward(self, batch: TokenBatch, kv: KVCache) -> Tensor:
+        """Logits `[N, V]`; writes draft-made keys and values to scratch rows."""
+        hidden = self._embed(batch.token_ids)
+        for number, layer in enumerate(self._layers):
+            query, key, value = layer.qkv(self._math.attention_input(number, hidden))
+            mixed = self._math.mix(number, query, key, value, batch, kv)
+            hidden = hidden + layer.attention_output(mixed)
+            hidden = hidden + layer.feed_forward(self._math.mlp_input(number, hidden))
+        return self._head.logits(hidden, None)

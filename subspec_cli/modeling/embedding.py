@@ -1,0 +1,44 @@
+"""Token embeddings: a table in memory when the head shares it, else single rows read from disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from subspec_cli.errors import IntegrityError
+from subspec_cli.placement.streamer import DTYPES
+from subspec_cli.store.safetensors_header import TensorEntry
+from subspec_cli.units import printable
+
+
+def table_embedding(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """Row gather from a table `[V, hidden]` in memory."""
+    return lambda token_ids: F.embedding(token_ids, weight)
+
+
+class DiskEmbedding:
+    """Rows of an untied table read where they lie: a few kilobytes a token, so the table needs no memory."""
+
+    def __init__(self, entry: TensorEntry) -> None:
+        self._entry = entry
+        self._dtype = DTYPES[entry.dtype]
+        self._row_bytes = entry.shape[1] * self._dtype.itemsize
+        self._file = os.open(entry.path, os.O_RDONLY)
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        """`[P]` token ids to `[P, hidden]` rows."""
+        rows = bytearray()
+        for token_id in token_ids.tolist():
+            row = os.pread(self._file, self._row_bytes, self._entry.offset_bytes + token_id * self._row_bytes)
+            if len(row) != self._row_bytes:
+                raise IntegrityError(f"{printable(str(self._entry.path))} ends inside the embedding table")
+            rows += row
+        return torch.frombuffer(rows, dtype=self._dtype).view(len(token_ids), -1)
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._file)

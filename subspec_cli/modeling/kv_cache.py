@@ -1,0 +1,77 @@
+"""One KV cache for target and draft. Shapes: `L` layers, `H` kv heads, `C` cache rows, `D` head dim.
+
+Rows `[0, committed)` are exact: written by the target's own pass. The rows after are scratch: the draft writes
+them while it grows a tree, the target overwrites them when it verifies, and `commit` moves the accepted few
+into place. Nothing else turns scratch into committed rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """Keys and values `[L, 2, H, C, D]`, allocated once, zero at the start so that masked rows are finite."""
+
+    def __init__(
+        self,
+        *,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        context: int,
+        scratch: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._rows = torch.zeros((layers, 2, kv_heads, context + scratch, head_dim), dtype=dtype, device=device)
+        self.context = context
+        """Most rows that can be committed."""
+        self._token_ids: list[int] = []
+
+    @property
+    def committed(self) -> int:
+        """Number of exact rows."""
+        return len(self._token_ids)
+
+    @property
+    def token_ids(self) -> Sequence[int]:
+        """Tokens whose keys and values are committed."""
+        return tuple(self._token_ids)
+
+    @property
+    def capacity(self) -> int:
+        """Rows in all, scratch included."""
+        return self._rows.shape[3]
+
+    def write(self, layer: int, start: int, keys: Tensor, values: Tensor) -> None:
+        """Write `[H, N, D]` keys and values to scratch rows from `start` on."""
+        assert self.committed <= start
+        end = start + keys.shape[1]
+        assert end <= self.capacity
+        self._rows[layer, 0, :, start:end] = keys
+        self._rows[layer, 1, :, start:end] = values
+
+    def read(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
+        """Views of keys and values of rows `[0, end)`, each `[H, end, D]`."""
+        return self._rows[layer, 0, :, :end], self._rows[layer, 1, :, :end]
+
+    def commit(self, nodes: Sequence[int], token_ids: Sequence[int]) -> None:
+        """Keep scratch rows `committed + node` for ascending `nodes`, holding `token_ids`; drop the rest."""
+        assert len(nodes) == len(token_ids)
+        assert all(a < b for a, b in zip(nodes, nodes[1:], strict=False))
+        first = self.committed
+        assert first + len(nodes) <= self.context
+        if list(nodes) != list(range(len(nodes))):
+            source = torch.tensor(nodes, device=self._rows.device) + first
+            # The right side is gathered before anything is written, so overlap is safe.
+            self._rows[:, :, :, first : first + len(nodes)] = self._rows[:, :, :, source]
+        self._token_ids.extend(token_ids)
+
+    def rewind(self, committed: int) -> None:
+        """Forget committed rows from `committed` on, as after a reset or for a prompt that differs there."""
+        assert 0 <= committed <= self.committed
+        del self._token_ids[committed:]

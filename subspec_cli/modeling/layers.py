@@ -1,0 +1,136 @@
+"""The arithmetic of one decoder layer, in the pieces that the target streams and the draft runs whole.
+
+All four families are this layer; rounding follows the library's own order of casts. Shapes: `N` rows,
+`H` heads, `K` kv heads, `D` head dim. Rows are padded by the caller; `batch.rows` of them are real.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from subspec_cli.modeling.kv_cache import KVCache
+from subspec_cli.modeling.rope import RopeTable
+from subspec_cli.placement.geometry import ModelGeometry
+
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+_SERIAL_ELEMENTS: Final = 32_768
+"""Elementwise kernels run on one thread below this many elements (torch's grain size)."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """Rows of one forward and where their keys and values go.
+
+    `token_ids`, `positions` `[P]` with `P >= rows` (the rest is padding); cache rows `[start, start + rows)`;
+    `allowed` `[rows, start + rows]` bool, or wider scratch already cut to the columns in use.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    rows: int
+    start: int
+    allowed: Tensor
+    key_positions: Tensor
+    """`[C]` position of each cache row, for sliding windows."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowRules:
+    """What keeps a row's bits free of its neighbours; found by the self-check, never assumed."""
+
+    row_block: int
+    """Rows are padded to a multiple of this."""
+    fixed_rows: bool = False
+    """Whether linears run in calls of exactly `row_block` rows (CUDA), not of any multiple (CPU)."""
+    tile_elementwise: bool = False
+    """Whether SiLU runs in tiles too small to be split among threads."""
+
+    def padded(self, rows: int) -> int:
+        """Rows after padding."""
+        return -(-rows // self.row_block) * self.row_block
+
+    def linear(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """`inputs [P, in] @ weight [out, in].T + bias` with row-independent bits; P is padded already."""
+        if not self.fixed_rows or inputs.shape[0] == self.row_block:
+            return F.linear(inputs, weight, bias)
+        return torch.cat([F.linear(part, weight, bias) for part in inputs.split(self.row_block)])
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        """SiLU(gate) * up, `[P, feed_forward]`, written over `gate`."""
+        if not self.tile_elementwise:
+            return F.silu(gate, inplace=True).mul_(up)
+        tile = max(1, (_SERIAL_ELEMENTS - 1) // gate.shape[1])
+        for rows, other in zip(gate.split(tile), up.split(tile), strict=True):
+            F.silu(rows, inplace=True).mul_(other)
+        return gate
+
+
+def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm over the last dimension, in float32, as the library rounds it."""
+    wide = hidden.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * wide.to(hidden.dtype)
+
+
+def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions on `[N, H, D]` states with `[N, 1, D]` tables."""
+    half = states.shape[-1] // 2
+    turned = torch.cat((-states[..., half:], states[..., :half]), dim=-1)
+    return states * cos + turned * sin
+
+
+@dataclass(frozen=True, slots=True)
+class LayerMath:
+    """Layer functions bound to a model's sizes, its small tensors and one way to attend.
+
+    Target and draft hold one each over the same small tensors: two shells, no toggled state.
+    """
+
+    geometry: ModelGeometry
+    small: tuple[Mapping[str, Tensor], ...]
+    """Norms and biases per layer by the name inside the layer."""
+    rope: RopeTable
+    attend: Attention
+
+    def attention_input(self, layer: int, hidden: Tensor) -> Tensor:
+        """Normed input of the attention block, `[P, hidden]`."""
+        return rms_norm(hidden, self.small[layer]["input_layernorm.weight"], self.geometry.rms_norm_eps)
+
+    def mlp_input(self, layer: int, hidden: Tensor) -> Tensor:
+        """Normed input of the feed-forward block, `[P, hidden]`."""
+        return rms_norm(hidden, self.small[layer]["post_attention_layernorm.weight"], self.geometry.rms_norm_eps)
+
+    def mix(self, layer: int, query: Tensor, key: Tensor, value: Tensor, batch: TokenBatch, kv: KVCache) -> Tensor:
+        """Rotate, cache and attend: projected `[P, ...]` rows to `[P, H * D]`, padding rows zero."""
+        sizes, n = self.geometry, batch.rows
+        query = query[:n].view(n, sizes.heads, sizes.head_dim)
+        key = key[:n].view(n, sizes.kv_heads, sizes.head_dim)
+        value = value[:n].view(n, sizes.kv_heads, sizes.head_dim)
+        if sizes.qk_norm:
+            query = rms_norm(query, self.small[layer]["self_attn.q_norm.weight"], sizes.rms_norm_eps)
+            key = rms_norm(key, self.small[layer]["self_attn.k_norm.weight"], sizes.rms_norm_eps)
+        cos, sin = self.rope.rows(batch.positions[:n])
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        kv.write(layer, batch.start, key.transpose(0, 1), value.transpose(0, 1))
+        keys, values = kv.read(layer, batch.start + n)
+        mixed = self.attend(query.transpose(0, 1), keys, values, self._allowed(layer, batch))
+        if len(batch.positions) == n:
+            return mixed
+        return F.pad(mixed, (0, 0, 0, len(batch.positions) - n))
+
+    def bias(self, layer: int, name: str) -> Tensor | None:
+        """Bias of a projection such as `self_attn.q_proj`, if the family has one."""
+        return self.small[layer].get(f"{name}.bias")
+
+    def _allowed(self, layer: int, batch: TokenBatch) -> Tensor:
+        window = self.geometry.windows[layer]
+        if window is None:
+            return batch.allowed
+        distance = batch.positions[: batch.rows, None] - batch.key_positions[None, :]
+        return batch.allowed & (distance < window)

@@ -1,0 +1,299 @@
+"""Substitutes: low-bit copies of decoder layers. The one door to quanto.
+
+On disk a matrix is in quanto's generic packing (grouped along the input, two or four values a byte along the
+first dimension of the grouped matrix), not in that of a kernel. In memory it is in the layout of torch's own
+low-bit kernels, called directly: `run` never imports quanto, whose import and tensor subclass cost seconds at
+the start and a tenth of a millisecond per linear.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from subspec_cli.modeling.layers import LayerMath
+from subspec_cli.placement.geometry import LAYER_MATRICES, group_size_for
+
+_INNER_K_TILES: Final = 2
+_PACK_ROWS: Final = 512
+
+
+class Linear(Protocol):
+    """A projection of the draft: `[N, in]` rows in the model's dtype to `[N, out]`."""
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Apply."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PlainLinear:
+    """A matrix kept as it is: a resident layer's, or one whose shape no kernel takes."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Apply."""
+        return F.linear(inputs, self.weight, self.bias)
+
+
+@dataclass(frozen=True, slots=True)
+class Int4Linear:
+    """Packed 4-bit matrix for torch's int4 kernels, which compute in bfloat16."""
+
+    packed: Tensor
+    scales_and_zeros: Tensor
+    """`[in / group, out, 2]` bfloat16: weight = (code - 8) * scale + zero."""
+    group_size: int
+    bias: Tensor | None
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Apply."""
+        kernel = torch._weight_int4pack_mm_for_cpu if inputs.device.type == "cpu" else torch._weight_int4pack_mm
+        rows = inputs.to(torch.bfloat16)
+        output = kernel(rows, self.packed, self.group_size, self.scales_and_zeros).to(inputs.dtype)
+        return output if self.bias is None else output.add_(self.bias)
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Linear:
+    """8-bit matrix with one scale per output feature."""
+
+    codes: Tensor
+    """`[out, in]` int8."""
+    scales: Tensor
+    """`[out]` bfloat16."""
+    bias: Tensor | None
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Apply."""
+        rows = inputs.to(torch.bfloat16)
+        if rows.device.type == "cpu":
+            output = torch._weight_int8pack_mm(rows, self.codes, self.scales)
+        else:
+            output = F.linear(rows, self.codes.to(torch.bfloat16)) * self.scales
+        output = output.to(inputs.dtype)
+        return output if self.bias is None else output.add_(self.bias)
+
+
+@dataclass(frozen=True, slots=True)
+class SubstituteLayer:
+    """A layer of the draft; projections that share their input are one matrix."""
+
+    qkv_proj: tuple[Linear, ...]
+    """One fused projection, or one each for query, key and value."""
+    o_proj: Linear
+    gate_up_proj: tuple[Linear, ...]
+    down_proj: Linear
+    qkv_widths: tuple[int, int, int]
+
+    def qkv(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value rows `[N, width]`."""
+        if len(self.qkv_proj) == 1:
+            query, key, value = self.qkv_proj[0](inputs).split(self.qkv_widths, dim=-1)
+        else:
+            query, key, value = (project(inputs) for project in self.qkv_proj)
+        return query, key, value
+
+    def attention_output(self, inputs: Tensor) -> Tensor:
+        """`[N, H * D]` to `[N, hidden]`."""
+        return self.o_proj(inputs)
+
+    def feed_forward(self, inputs: Tensor) -> Tensor:
+        """`[N, hidden]` to `[N, hidden]`."""
+        if len(self.gate_up_proj) == 1:
+            gate, up = self.gate_up_proj[0](inputs).chunk(2, dim=-1)
+        else:
+            gate, up = (project(inputs) for project in self.gate_up_proj)
+        return self.down_proj(F.silu(gate).mul_(up))
+
+
+def resident_layer(math_: LayerMath, layer: int, matrices: Mapping[str, Tensor]) -> SubstituteLayer:
+    """The draft's shell over a resident layer's own matrices, which it shares with the target."""
+
+    def plain(name: str) -> PlainLinear:
+        return PlainLinear(matrices[f"{name}.weight"], math_.bias(layer, name))
+
+    return _layer(
+        tuple(plain(f"self_attn.{name}_proj") for name in "qkv"),
+        plain("self_attn.o_proj"),
+        (plain("mlp.gate_proj"), plain("mlp.up_proj")),
+        plain("mlp.down_proj"),
+        math_,
+    )
+
+
+def load_substitute(
+    math_: LayerMath, layer: int, stored: Mapping[str, Tensor], bits: int, device: torch.device
+) -> SubstituteLayer:
+    """Draft layer from the stored tensors of `quantize_layer`, in the layout of the kernels."""
+    shapes = math_.geometry.layer_shapes()
+
+    def fused(*names: str) -> tuple[Linear, ...]:
+        parts = [_read_matrix(stored, f"{name}.weight", shapes[f"{name}.weight"]) for name in names]
+        biases = [math_.bias(layer, name) for name in names]
+        if len({part.group_size for part in parts}) > 1:
+            return tuple(_linear([p], [b], bits, device) for p, b in zip(parts, biases, strict=True))
+        return (_linear(parts, biases, bits, device),)
+
+    return _layer(
+        fused("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        fused("self_attn.o_proj")[0],
+        fused("mlp.gate_proj", "mlp.up_proj"),
+        fused("mlp.down_proj")[0],
+        math_,
+    )
+
+
+def _layer(
+    qkv: tuple[Linear, ...], output: Linear, gate_up: tuple[Linear, ...], down: Linear, math_: LayerMath
+) -> SubstituteLayer:
+    sizes = math_.geometry
+    kv_width = sizes.kv_heads * sizes.head_dim
+    return SubstituteLayer(qkv, output, gate_up, down, (sizes.heads * sizes.head_dim, kv_width, kv_width))
+
+
+@dataclass(frozen=True, slots=True)
+class _StoredMatrix:
+    """One matrix as it lies on disk: plain, or codes with scales."""
+
+    data: Tensor
+    """Plain `[out, in]`; 8-bit codes `[out, in]` int8; packed codes `[groups / values per byte, group]` uint8."""
+    shape: tuple[int, ...]
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+
+    @property
+    def group_size(self) -> int:
+        """Input features per scale; 0 for a plain matrix."""
+        if self.scale is None:
+            return 0
+        return math.prod(self.shape) // self.scale.numel()
+
+
+def _read_matrix(stored: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> _StoredMatrix:
+    if name in stored:
+        return _StoredMatrix(stored[name], shape)
+    return _StoredMatrix(stored[f"{name}.codes"], shape, stored[f"{name}.scale"], stored.get(f"{name}.shift"))
+
+
+def _linear(
+    parts: list[_StoredMatrix], biases: list[Tensor | None], bits: int, device: torch.device
+) -> Linear:
+    given = [bias for bias in biases if bias is not None]
+    bias = torch.cat(given) if given else None
+    if parts[0].scale is None:
+        return PlainLinear(torch.cat([part.data for part in parts]).to(device), bias)
+    if bits == 8:
+        scales = torch.cat([part.scale.flatten() for part in parts if part.scale is not None])
+        return Int8Linear(torch.cat([part.data for part in parts]).to(device), scales.to(device), bias)
+    codes, pairs = zip(*(_kernel_layout(part, bits) for part in parts), strict=True)
+    scales_and_zeros = torch.cat(pairs, dim=1).contiguous().to(device)
+    return Int4Linear(_pack(torch.cat(codes).to(device)), scales_and_zeros, parts[0].group_size, bias)
+
+
+def _kernel_layout(part: _StoredMatrix, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes `[out, in]` and scales and zeros `[in / group, out, 2]` of one stored matrix.
+
+    Stored: weight = code * scale - shift. The kernel: weight = (code - 8) * scale + zero. Two-bit codes are
+    raised by 6 so that the kernel sees them around its midpoint, where the rounded zero loses least.
+    """
+    assert part.scale is not None
+    assert part.shift is not None
+    middle = 2 ** (bits - 1)
+    codes = unpack_codes(part.data, bits)[: part.scale.numel()].reshape(part.shape) + (8 - middle)
+    zeros = middle * part.scale.float() - part.shift.float()
+    pairs = torch.stack((part.scale.flatten().float(), zeros.flatten()), dim=-1).to(torch.bfloat16)
+    return codes, pairs.view(part.shape[0], -1, 2).transpose(0, 1)
+
+
+def unpack_codes(packed: Tensor, bits: int) -> Tensor:
+    """Undo quanto's packing: byte row i holds rows i, i + n, i + 2n, ... from its lowest bits up."""
+    mask = 2**bits - 1
+    return torch.cat([(packed >> shift) & mask for shift in range(0, 8, bits)])
+
+
+def _pack(codes: Tensor) -> Tensor:
+    """Codes `[out, in]` uint8 in 0..15 to the layout of torch's int4 kernel on the tensor's device."""
+    if codes.device.type != "cpu":
+        pairs = (codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8)
+        return torch._convert_weight_to_int4pack(pairs, _INNER_K_TILES)
+    # The op wants int32. The layout is a sequence of row blocks, so a few rows at a time do, and save memory.
+    parts = [torch._convert_weight_to_int4pack_for_cpu(rows.int(), _INNER_K_TILES) for rows in codes.split(_PACK_ROWS)]
+    return torch.cat(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedLayer:
+    """Tensors to store for one layer, and how well they stand for the original."""
+
+    tensors: dict[str, Tensor]
+    signal_power: float
+    """Sum of squares of the original matrices."""
+    noise_power: float
+    """Sum of squares of the differences."""
+
+
+def quantize_layer(tensors: Mapping[str, Tensor], bits: int, optimizer: str) -> QuantizedLayer:
+    """Quantize the matrices of one layer with quanto; norms and biases are left out, the target's serve both.
+
+    `tensors` by name inside the layer; `bits` 2, 4 or 8; `optimizer` `minmax` or `hqq` (no effect at 8 bits,
+    where quanto scales by the largest magnitude).
+    """
+    quantize = _quantizer(bits, optimizer)
+    stored: dict[str, Tensor] = {}
+    signal = noise = 0.0
+    for name in LAYER_MATRICES:
+        weight = tensors[name].to(torch.bfloat16)
+        group_size = group_size_for(tuple(weight.shape))
+        if group_size is None:
+            stored[name] = weight
+            continue
+        parts, restored = quantize(weight, group_size)
+        stored |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+        signal += float(tensors[name].float().square().sum())
+        noise += float((tensors[name].float() - restored.float()).square().sum())
+    return QuantizedLayer(stored, signal, noise)
+
+
+def _quantizer(bits: int, optimizer: str) -> Callable[[Tensor, int], tuple[dict[str, Tensor], Tensor]]:
+    from optimum.quanto import AbsmaxOptimizer, HqqOptimizer, MaxOptimizer, qint2, qint4, qint8, quantize_weight
+
+    def to_8_bits(weight: Tensor, _group_size: int) -> tuple[dict[str, Tensor], Tensor]:
+        scale = AbsmaxOptimizer()(weight, qint8, axis=0)
+        quantized: Any = quantize_weight(weight, qint8, 0, scale, optimized=False)
+        codes, scale = quantized._data, quantized._scale
+        return {"codes": codes, "scale": scale}, codes.float() * scale.float()
+
+    def to_low_bits(weight: Tensor, group_size: int) -> tuple[dict[str, Tensor], Tensor]:
+        qtype = {2: qint2, 4: qint4}[bits]
+        search = HqqOptimizer() if optimizer == "hqq" else MaxOptimizer()
+        with _unpacking_without_compiler():
+            scale, shift = search(weight, qtype, axis=0, group_size=group_size)
+        quantized: Any = quantize_weight(weight, qtype, 0, scale, shift, group_size, optimized=False)
+        codes, scale, shift = quantized._data._data, quantized._scale, quantized._shift
+        restored = unpack_codes(codes, bits)[: len(scale)].float() * scale.float() - shift.float()
+        return {"codes": codes, "scale": scale, "shift": shift}, restored.view(weight.shape)
+
+    return to_8_bits if bits == 8 else to_low_bits
+
+
+@contextmanager
+def _unpacking_without_compiler() -> Iterator[None]:
+    """Quanto unpacks through a C++ extension that it compiles at first use; not every machine can compile."""
+    from optimum.quanto.tensor.packed import PackedTensor
+
+    def unpack(self: Any) -> Tensor:
+        return unpack_codes(self._data, self._bits)[: self.shape[0]]
+
+    with mock.patch.object(PackedTensor, "unpack", unpack):
+        yield

@@ -1,0 +1,300 @@
+"""What a model is made of, from its `config.json` and tensor table alone: no weights, no torch.
+
+The supported families share one layer: RMSNorm, grouped-query attention with rotary positions, RMSNorm,
+SiLU-gated feed-forward. What differs (biases, norms on queries and keys, sliding windows) is a field here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from subspec_cli.errors import IntegrityError, UnsupportedModelError
+from subspec_cli.store.safetensors_header import TensorEntry
+from subspec_cli.units import printable
+
+SUPPORTED_ARCHITECTURES: Final = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+)
+DTYPE_BYTES: Final = {"BF16": 2, "F16": 2, "F32": 4}
+LAYER_BLOCKS: Final[Mapping[str, tuple[str, ...]]] = {
+    "attention": (
+        "self_attn.q_proj.weight",
+        "self_attn.k_proj.weight",
+        "self_attn.v_proj.weight",
+        "self_attn.o_proj.weight",
+    ),
+    "gate": ("mlp.gate_proj.weight",),
+    "up": ("mlp.up_proj.weight",),
+    "down": ("mlp.down_proj.weight",),
+}
+"""The units in which a layer is streamed, in the order of their use; only matrices, the rest is resident."""
+LAYER_MATRICES: Final = tuple(name for names in LAYER_BLOCKS.values() for name in names)
+GROUP_SIZES: Final = (128, 64, 32)
+"""Input features that share a scale in a substitute; the largest that divides the input is used."""
+_ROW_MULTIPLE: Final = 16
+"""torch's int4 kernel wants the output features in this multiple."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelGeometry:
+    """Sizes of a supported dense decoder."""
+
+    architecture: str
+    dtype: str
+    """Checkpoint dtype as safetensors writes it: BF16, F16 or F32."""
+    layers: int
+    hidden: int
+    feed_forward: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    max_positions: int
+    rms_norm_eps: float
+    tied_head: bool
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    windows: tuple[int | None, ...]
+    """Sliding window in positions per layer; None attends to everything."""
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of one weight."""
+        return DTYPE_BYTES[self.dtype]
+
+    @property
+    def kv_row_bytes(self) -> int:
+        """Bytes that one token takes in the KV cache, all layers, keys and values."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * self.element_bytes
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of one vocabulary table: the embedding, or the head."""
+        return self.vocab * self.hidden * self.element_bytes
+
+    @property
+    def block_bytes(self) -> dict[str, int]:
+        """Matrix bytes of each block of one layer."""
+        shapes = self.layer_shapes()
+        return {
+            block: sum(math.prod(shapes[name]) for name in names) * self.element_bytes
+            for block, names in LAYER_BLOCKS.items()
+        }
+
+    @property
+    def layer_matrix_bytes(self) -> int:
+        """Bytes of the matrices of one layer: what is streamed or held resident."""
+        return sum(self.block_bytes.values())
+
+    @property
+    def layer_small_bytes(self) -> int:
+        """Bytes of the norms and biases of one layer: always resident."""
+        shapes = self.layer_shapes()
+        return sum(math.prod(s) for n, s in shapes.items() if n not in LAYER_MATRICES) * self.element_bytes
+
+    @property
+    def model_bytes(self) -> int:
+        """Bytes of all weights."""
+        tables = self.table_bytes * (1 if self.tied_head else 2)
+        layer = self.layer_matrix_bytes + self.layer_small_bytes
+        return tables + self.layers * layer + self.hidden * self.element_bytes
+
+    def layer_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensor shapes of one layer by the name inside the layer."""
+        q_width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        shapes: dict[str, tuple[int, ...]] = {
+            "input_layernorm.weight": (self.hidden,),
+            "self_attn.q_proj.weight": (q_width, self.hidden),
+            "self_attn.k_proj.weight": (kv_width, self.hidden),
+            "self_attn.v_proj.weight": (kv_width, self.hidden),
+            "self_attn.o_proj.weight": (self.hidden, q_width),
+            "post_attention_layernorm.weight": (self.hidden,),
+            "mlp.gate_proj.weight": (self.feed_forward, self.hidden),
+            "mlp.up_proj.weight": (self.feed_forward, self.hidden),
+            "mlp.down_proj.weight": (self.hidden, self.feed_forward),
+        }
+        if self.qkv_bias:
+            shapes["self_attn.q_proj.bias"] = (q_width,)
+            shapes["self_attn.k_proj.bias"] = shapes["self_attn.v_proj.bias"] = (kv_width,)
+        if self.output_bias:
+            shapes["self_attn.o_proj.bias"] = (self.hidden,)
+        if self.mlp_bias:
+            shapes["mlp.gate_proj.bias"] = shapes["mlp.up_proj.bias"] = (self.feed_forward,)
+            shapes["mlp.down_proj.bias"] = (self.hidden,)
+        if self.qk_norm:
+            shapes["self_attn.q_norm.weight"] = shapes["self_attn.k_norm.weight"] = (self.head_dim,)
+        return shapes
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of every tensor the checkpoint must hold."""
+        shapes: dict[str, tuple[int, ...]] = {
+            "model.embed_tokens.weight": (self.vocab, self.hidden),
+            "model.norm.weight": (self.hidden,),
+        }
+        if not self.tied_head:
+            shapes["lm_head.weight"] = (self.vocab, self.hidden)
+        for layer in range(self.layers):
+            shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in self.layer_shapes().items()}
+        return shapes
+
+
+def group_size_for(shape: tuple[int, ...]) -> int | None:
+    """Group size for a matrix `[out, in]`; None if the low-bit kernels take no matrix of this shape."""
+    if shape[0] % _ROW_MULTIPLE:
+        return None
+    return next((size for size in GROUP_SIZES if shape[1] % size == 0), None)
+
+
+def substitute_layer_bytes(geometry: ModelGeometry, bits: int) -> int:
+    """Bytes of one layer's substitute in memory; two-bit codes are held in the four-bit kernel's layout."""
+    total = 0
+    shapes = geometry.layer_shapes()
+    for name in LAYER_MATRICES:
+        elements, group_size = math.prod(shapes[name]), group_size_for(shapes[name])
+        if group_size is None:
+            total += elements * 2
+        elif bits == 8:
+            total += elements + shapes[name][0] * 2
+        else:
+            total += elements // 2 + elements // group_size * 4
+    return total
+
+
+def read_geometry(config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> ModelGeometry:
+    """Geometry of a checkpoint, held against its tensor table.
+
+    Raises UnsupportedModelError for another architecture or a setting that is not run, IntegrityError for
+    missing, unexpected or misshapen tensors.
+    """
+    geometry = geometry_from_config(config, _checkpoint_dtype(tensors))
+    _check_tensors(geometry, tensors)
+    return geometry
+
+
+def geometry_from_config(config: Mapping[str, Any], dtype: str) -> ModelGeometry:
+    """Geometry from a parsed `config.json`; raises UnsupportedModelError naming the field that is not run."""
+    architecture = _architecture(config)
+    _refuse_unsupported_settings(config)
+    hidden, heads = _count(config, "hidden_size"), _count(config, "num_attention_heads")
+    layers = _count(config, "num_hidden_layers", most=10_000)
+    kv_heads = _count(config, "num_key_value_heads", default=heads)
+    if heads % kv_heads:
+        raise UnsupportedModelError(
+            f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
+        )
+    bias = bool(config.get("attention_bias", False))
+    return ModelGeometry(
+        architecture=architecture,
+        dtype=dtype,
+        layers=layers,
+        hidden=hidden,
+        feed_forward=_count(config, "intermediate_size"),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=_count(config, "head_dim", default=hidden // heads),
+        vocab=_count(config, "vocab_size"),
+        max_positions=_count(config, "max_position_embeddings"),
+        rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        tied_head=bool(config.get("tie_word_embeddings", False)),
+        qkv_bias=architecture == "Qwen2ForCausalLM" or bias,
+        output_bias=architecture != "Qwen2ForCausalLM" and bias,
+        mlp_bias=bool(config.get("mlp_bias", False)),
+        qk_norm=architecture == "Qwen3ForCausalLM",
+        windows=_windows(architecture, config, layers),
+    )
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    named = config.get("architectures") or ["(none named)"]
+    architecture = printable(str(named[0] if isinstance(named, list) else named))
+    if architecture not in SUPPORTED_ARCHITECTURES:
+        kind = "mixture-of-experts model " if any("expert" in key for key in config) else ""
+        raise UnsupportedModelError(
+            f"{kind}{architecture} is not supported",
+            "supported are dense models: " + ", ".join(SUPPORTED_ARCHITECTURES),
+        )
+    return architecture
+
+
+def _refuse_unsupported_settings(config: Mapping[str, Any]) -> None:
+    if (act := config.get("hidden_act", "silu")) not in ("silu", "swish"):
+        raise UnsupportedModelError(f"hidden_act {printable(str(act))} is not supported, only silu")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type in ("dynamic", "proportional"):
+        raise UnsupportedModelError(
+            f"rotary positions of type {rope_type} depend on the longest position of a call and are not run",
+            "supported types: default, linear, yarn, longrope, llama3",
+        )
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UnsupportedModelError("partial_rotary_factor other than 1 is not supported")
+    for key in ("attn_logit_softcapping", "final_logit_softcapping", "attention_sinks", "num_local_experts"):
+        if config.get(key):
+            raise UnsupportedModelError(f"config field {key} is not supported")
+
+
+def _count(config: Mapping[str, Any], key: str, *, default: int | None = None, most: int = 1 << 28) -> int:
+    value = config.get(key)
+    value = default if value is None else value
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        raise UnsupportedModelError(
+            f"config field {key} is {printable(str(value))[:80]}, not a count from 1 to {most}"
+        )
+    return value
+
+
+def _windows(architecture: str, config: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
+    window = config.get("sliding_window")
+    if architecture == "MistralForCausalLM":
+        # Mistral's own default is a window of 4096; null means none.
+        return (config.get("sliding_window", 4096),) * layers
+    if architecture == "LlamaForCausalLM" or not config.get("use_sliding_window", False) or window is None:
+        return (None,) * layers
+    if kinds := config.get("layer_types"):
+        return tuple(window if kind == "sliding_attention" else None for kind in kinds[:layers])
+    first = config.get("max_window_layers", 28)
+    return tuple(window if layer >= first else None for layer in range(layers))
+
+
+def _checkpoint_dtype(tensors: Mapping[str, TensorEntry]) -> str:
+    dtypes = sorted({entry.dtype for name, entry in tensors.items() if name.endswith("proj.weight")})
+    if len(dtypes) != 1 or dtypes[0] not in DTYPE_BYTES:
+        raise UnsupportedModelError(
+            f"weights of type {', '.join(dtypes) or '(none)'} are not supported",
+            "the checkpoint must be in one of BF16, F16, F32",
+        )
+    return dtypes[0]
+
+
+def _check_tensors(geometry: ModelGeometry, tensors: Mapping[str, TensorEntry]) -> None:
+    expected = geometry.tensor_shapes()
+    missing = sorted(expected.keys() - tensors.keys())
+    if missing:
+        raise IntegrityError(f"{len(missing)} tensors are missing: {_some(missing)}")
+    allowed = {"lm_head.weight"} if geometry.tied_head else set()
+    unexpected = sorted(
+        name for name in tensors.keys() - expected.keys() - allowed if "rotary_emb.inv_freq" not in name
+    )
+    if unexpected:
+        raise IntegrityError(f"{len(unexpected)} tensors are not expected: {_some(unexpected)}")
+    for name, shape in expected.items():
+        if tensors[name].shape != shape:
+            raise IntegrityError(
+                f"tensor {printable(name)} has shape {list(tensors[name].shape)}, expected {list(shape)}"
+            )
+        if tensors[name].dtype != geometry.dtype:
+            raise IntegrityError(
+                f"tensor {printable(name)} is {tensors[name].dtype} in a {geometry.dtype} model"
+            )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(printable(name) for name in names[:4]) + (", …" if len(names) > 4 else "")

@@ -1,0 +1,73 @@
+"""How much memory there is, and how much this process takes beyond its bare start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+import torch
+
+_STATUS: Final = Path("/proc/self/status")
+_CLEAR_REFS: Final = Path("/proc/self/clear_refs")
+_RESET_PEAK: Final = "5"
+
+
+def total_bytes(device: torch.device) -> int:
+    """Memory of the device as a whole: a card's, or the machine's RAM."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return _meminfo("MemTotal")
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that could be taken now without pushing others out."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return _meminfo("MemAvailable")
+
+
+class MemoryMeter:
+    """Memory taken since it was made: resident set on the CPU, the allocator's reserve on a card."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._bare_bytes = 0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            return
+        self._bare_bytes = _status_bytes("VmRSS")
+        try:
+            # Importing the libraries may have peaked above what stayed; that peak is not ours.
+            _CLEAR_REFS.write_text(_RESET_PEAK)
+        except OSError:
+            self._bare_bytes = max(self._bare_bytes, _status_bytes("VmHWM"))
+
+    def current_bytes(self) -> int:
+        """Taken now."""
+        if self._device.type == "cuda":
+            return int(torch.cuda.memory_reserved(self._device))
+        return max(0, _status_bytes("VmRSS") - self._bare_bytes)
+
+    def peak_bytes(self) -> int:
+        """Most taken at any time."""
+        if self._device.type == "cuda":
+            return int(torch.cuda.max_memory_reserved(self._device))
+        return max(0, _status_bytes("VmHWM") - self._bare_bytes)
+
+
+def _status_bytes(field: str) -> int:
+    """A `kB` field of /proc/self/status; 0 where there is no such file."""
+    return _kib_field(_STATUS, field)
+
+
+def _meminfo(field: str) -> int:
+    found = _kib_field(Path("/proc/meminfo"), field)
+    return found or 8 << 30  # no such file off Linux: an ordinary laptop is assumed
+
+
+def _kib_field(path: Path, field: str) -> int:
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), 0)

@@ -1,0 +1,170 @@
+"""Bringing a planned model into memory: substitutes first, then resident layers, then the stream's slots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from subspec_cli.modeling.attention import exact_attention, fast_attention
+from subspec_cli.modeling.decoder import DraftDecoder, Embedding, Head, TargetDecoder
+from subspec_cli.modeling.embedding import DiskEmbedding, table_embedding
+from subspec_cli.modeling.kv_cache import KVCache
+from subspec_cli.modeling.layers import LayerMath, RowRules
+from subspec_cli.modeling.rope import RopeTable, build_rope_table
+from subspec_cli.modeling.source import LAYER_PREFIX, LayerSource, block_entries
+from subspec_cli.modeling.substitute import SubstituteLayer, load_substitute, resident_layer
+from subspec_cli.placement.geometry import LAYER_MATRICES, ModelGeometry
+from subspec_cli.placement.pinned import PinnedStreamer
+from subspec_cli.placement.plan import OffloadPlan
+from subspec_cli.placement.streamer import DTYPES, DiskStreamer, StreamCounters, Streamer, read_resident
+from subspec_cli.store.checkpoint import Checkpoint
+from subspec_cli.store.direct_io import BlockLayout, layout_block
+from subspec_cli.store.prepared import PreparedModel, load_layer
+from subspec_cli.store.tensors import read_tensors
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """Target, draft and cache in memory."""
+
+    target: Callable[[RowRules], TargetDecoder]
+    draft: DraftDecoder | None
+    head: Head
+    source: LayerSource
+    kv: KVCache
+    dtype: torch.dtype
+    counters: Callable[[], StreamCounters]
+    direct_io: bool
+    close: Callable[[], None]
+
+
+class Loader:
+    """Loads what a plan says; one use."""
+
+    def __init__(
+        self,
+        prepared: PreparedModel,
+        checkpoint: Checkpoint,
+        geometry: ModelGeometry,
+        plan: OffloadPlan,
+        config: PreTrainedConfig,
+        device: torch.device,
+        tree_nodes: int,
+        progress: Callable[[str], None],
+    ) -> None:
+        self._prepared = prepared
+        self._checkpoint = checkpoint
+        self._geometry = geometry
+        self._plan = plan
+        self._config = config
+        self._device = device
+        self._tree_nodes = tree_nodes
+        self._progress = progress
+        self._dtype = DTYPES[geometry.dtype]
+
+    def load(self, *, with_draft: bool) -> LoadedModel:
+        """Read and place everything; the draft only if asked for."""
+        geometry, plan = self._geometry, self._plan
+        small = self._small_tensors()
+        rope = self._rope()
+        math = LayerMath(geometry, small, rope, exact_attention)
+        draft_math = LayerMath(geometry, small, rope, fast_attention)
+        substitutes = self._substitutes(draft_math) if with_draft else {}
+        embed, head, closers = self._tables()
+        source = self._source()
+        kv = KVCache(
+            layers=geometry.layers,
+            kv_heads=geometry.kv_heads,
+            head_dim=geometry.head_dim,
+            context=plan.context,
+            scratch=self._tree_nodes,
+            dtype=self._dtype,
+            device=self._device,
+        )
+        draft = None
+        if with_draft:
+            held = {
+                layer: resident_layer(draft_math, layer, source.resident_matrices(layer)) for layer in plan.resident
+            }
+            layers = [(held | substitutes)[layer] for layer in range(geometry.layers)]
+            draft = DraftDecoder(draft_math, embed, head, layers)
+        streamer = source.streamer
+        if streamer is not None:
+            closers.append(streamer.close)
+        return LoadedModel(
+            target=lambda rules: TargetDecoder(math, embed, head, source, rules),
+            draft=draft,
+            head=head,
+            source=source,
+            kv=kv,
+            dtype=self._dtype,
+            counters=streamer.counters if streamer is not None else StreamCounters,
+            direct_io=streamer.is_direct if streamer is not None else True,
+            close=lambda: [close() for close in closers] and None,
+        )
+
+    def _read(self, names: list[str]) -> dict[str, Tensor]:
+        found = read_tensors([self._checkpoint.tensors[name] for name in names])
+        return {name: tensor.to(self._device) for name, tensor in found.items()}
+
+    def _small_tensors(self) -> tuple[dict[str, Tensor], ...]:
+        names = [name for name in self._geometry.layer_shapes() if name not in LAYER_MATRICES]
+        layers = []
+        for layer in range(self._geometry.layers):
+            prefix = LAYER_PREFIX.format(layer=layer)
+            found = self._read([prefix + name for name in names])
+            layers.append({name: found[prefix + name] for name in names})
+        return tuple(layers)
+
+    def _rope(self) -> RopeTable:
+        return build_rope_table(
+            self._config,
+            context=self._plan.context,
+            positions=self._plan.context + self._tree_nodes,
+            dtype=self._dtype,
+            device=self._device,
+        )
+
+    def _substitutes(self, math: LayerMath) -> dict[int, SubstituteLayer]:
+        bits = self._prepared.manifest.settings.bits
+        loaded = {}
+        for number, layer in enumerate(self._plan.streamed, start=1):
+            self._progress(f"loading substitutes {number}/{len(self._plan.streamed)}")
+            loaded[layer] = load_substitute(math, layer, load_layer(self._prepared, layer), bits, self._device)
+        return loaded
+
+    def _tables(self) -> tuple[Embedding, Head, list[Callable[[], None]]]:
+        self._progress("loading embedding and head")
+        tied, on_cpu = self._geometry.tied_head, self._device.type == "cpu"
+        table, norm = "model.embed_tokens.weight", "model.norm.weight"
+        head_name = table if tied else "lm_head.weight"
+        loaded = self._read([head_name, norm, *([] if tied or on_cpu else [table])])
+        head = Head(loaded[norm], loaded[head_name], self._geometry.rms_norm_eps)
+        if table in loaded:
+            return table_embedding(loaded[table]), head, []
+        rows = DiskEmbedding(self._checkpoint.tensors[table])
+        return rows, head, [rows.close]
+
+    def _source(self) -> LayerSource:
+        held = {}
+        for number, layer in enumerate(self._plan.resident, start=1):
+            self._progress(f"loading resident layers {number}/{len(self._plan.resident)}")
+            blocks = read_resident(self._layouts(layer))
+            held[layer] = [{k: v.to(self._device) for k, v in block.items()} for block in blocks]
+        return LayerSource(self._geometry.layers, held, self._streamer())
+
+    def _streamer(self) -> Streamer | None:
+        layouts = [layout for layer in self._plan.streamed for layout in self._layouts(layer)]
+        if not layouts:
+            return None
+        if self._device.type == "cpu":
+            return DiskStreamer(layouts, self._plan.slots)
+        self._progress("copying the streamed layers to pinned memory")
+        return PinnedStreamer(layouts, self._plan.slots, self._device)
+
+    def _layouts(self, layer: int) -> list[BlockLayout]:
+        return [layout_block(entries) for entries in block_entries(self._checkpoint.tensors, layer)]
