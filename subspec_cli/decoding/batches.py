@@ -31,14 +31,18 @@ def tree_batch(tree: TokenTree, committed: int, rules: RowRules, device: torch.d
     )
 
 
-def level_batch(builder: TreeBuilder, first: int, count: int, committed: int, device: torch.device) -> TokenBatch:
+def level_batch(
+    builder: TreeBuilder, first: int, count: int, committed: int, device: torch.device
+) -> TokenBatch:
     """Nodes `[first, first + count)` of a growing tree, for one unpadded draft step."""
     nodes = range(first, first + count)
     depths = torch.tensor([builder.depth(node) for node in range(first + count)])
     allowed = _after_prefix(builder.mask[first : first + count, : first + count], committed)
     key_positions = torch.cat((torch.arange(committed), depths + committed))
     token_ids = [builder.token(node) for node in nodes]
-    return _batch(token_ids, depths[first:] + committed, committed + first, allowed, key_positions, count, device)
+    return _batch(
+        token_ids, depths[first:] + committed, committed + first, allowed, key_positions, count, device
+    )
 
 
 def _after_prefix(mask: Tensor, committed: int) -> Tensor:

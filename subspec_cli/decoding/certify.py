@@ -81,7 +81,19 @@ def certify(
 
 def row_counts(most_nodes: int, prefill_rows: int) -> tuple[int, ...]:
     """Row counts to check: all small ones, then some up to a whole tree and a whole prefill chunk."""
-    counts = {*range(1, 18), 23, 24, 31, 32, 33, 48, most_nodes - 1, most_nodes, prefill_rows - 1, prefill_rows}
+    counts = {
+        *range(1, 18),
+        23,
+        24,
+        31,
+        32,
+        33,
+        48,
+        most_nodes - 1,
+        most_nodes,
+        prefill_rows - 1,
+        prefill_rows,
+    }
     return tuple(sorted(n for n in counts if 1 <= n <= max(most_nodes, prefill_rows)))
 
 
@@ -141,7 +153,9 @@ def _decode_equals_prefill(decoder: TargetDecoder, block: Block, states: Tensor)
         keys = torch.arange(start + count, device=device)
         allowed = keys[None, :] <= positions[:, None]
         extra = padded(count) - count
-        batch = TokenBatch(positions.new_zeros(padded(count)), F.pad(positions, (0, extra)), count, start, allowed, keys)
+        batch = TokenBatch(
+            positions.new_zeros(padded(count)), F.pad(positions, (0, extra)), count, start, allowed, keys
+        )
         flow = decoder.start(torch.cat((rows[start : start + count], rows[-1:].expand(extra, -1))))
         decoder.run_block(block, flow, batch, kv)
         return flow.hidden[:count]

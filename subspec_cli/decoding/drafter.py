@@ -159,4 +159,6 @@ def likeliest(scores: Row, count: int) -> list[tuple[int, float]]:
     # At this sharpness what lies beyond the ranked tokens weighs nothing that matters to a guess.
     sharp = (scores[best] - scores[best[0]]) / SHARPENING
     log_total = float(np.log(np.exp(sharp).sum()))
-    return [(int(token), float(sharp_score) - log_total) for token, sharp_score in zip(best, sharp, strict=True)]
+    return [
+        (int(token), float(sharp_score) - log_total) for token, sharp_score in zip(best, sharp, strict=True)
+    ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 from subspec_cli.decoding.tree import TokenTree
@@ -41,7 +42,7 @@ class Calibration:
     def __init__(self) -> None:
         edges = (0.0, *_BIN_EDGES, 1.0)
         self._tried = [_PRIOR_WEIGHT] * (len(edges) - 1)
-        self._taken = [_PRIOR_WEIGHT * (a + b) / 2 for a, b in zip(edges, edges[1:], strict=False)]
+        self._taken = [_PRIOR_WEIGHT * (a + b) / 2 for a, b in pairwise(edges)]
 
     def probability(self, guess: float) -> float:
         """Chance that the target takes an edge the draft gives probability `guess`."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Final, Protocol
 
-
 _UNFINISHED: Final = "\N{REPLACEMENT CHARACTER}"
 _MOST_HELD_TOKENS: Final = 12
 """Tokens after which an unfinished character is taken to be really invalid and shown as it is."""
@@ -123,5 +122,3 @@ class AnswerText:
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that begins `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
-
-

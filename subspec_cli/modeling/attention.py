@@ -42,6 +42,9 @@ def fast_attention(query: Tensor, keys: Tensor, values: Tensor, allowed: Tensor)
     K = keys.shape[0]
     group = H // K
     mixed = F.scaled_dot_product_attention(
-        query.reshape(1, K, group * N, D), keys[None], values[None], attn_mask=allowed.repeat(group, 1)[None, None]
+        query.reshape(1, K, group * N, D),
+        keys[None],
+        values[None],
+        attn_mask=allowed.repeat(group, 1)[None, None],
     )
     return mixed.view(H, N, D).transpose(0, 1).reshape(N, H * D)

@@ -65,7 +65,9 @@ class Head:
 class TargetDecoder:
     """The exact model: every linear under the row rules, every block as the source hands it over."""
 
-    def __init__(self, math: LayerMath, embed: Embedding, head: Head, source: BlockSource, rules: RowRules) -> None:
+    def __init__(
+        self, math: LayerMath, embed: Embedding, head: Head, source: BlockSource, rules: RowRules
+    ) -> None:
         self.math = math
         self.rules = rules
         self._embed = embed

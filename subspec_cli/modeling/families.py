@@ -23,7 +23,9 @@ def load_config(directory: Path) -> PreTrainedConfig:
             directory, trust_remote_code=False, local_files_only=True
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UnsupportedModelError(f"config.json is not understood: {printable(str(error))[:300]}") from error
+        raise UnsupportedModelError(
+            f"config.json is not understood: {printable(str(error))[:300]}"
+        ) from error
     return config
 
 
@@ -77,7 +79,8 @@ class ModelTokenizer:
     @property
     def eos_id(self) -> int | None:
         """The tokenizer's own end token."""
-        return self._tokenizer.eos_token_id
+        found: int | None = self._tokenizer.eos_token_id
+        return found
 
 
 def end_token_ids(directory: Path, config: PreTrainedConfig, tokenizer: ModelTokenizer) -> frozenset[int]:

@@ -8,6 +8,7 @@ into place. Nothing else turns scratch into committed rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -27,7 +28,9 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self._rows = torch.zeros((layers, 2, kv_heads, context + scratch, head_dim), dtype=dtype, device=device)
+        self._rows = torch.zeros(
+            (layers, 2, kv_heads, context + scratch, head_dim), dtype=dtype, device=device
+        )
         self.context = context
         """Most rows that can be committed."""
         self._token_ids: list[int] = []
@@ -62,7 +65,7 @@ class KVCache:
     def commit(self, nodes: Sequence[int], token_ids: Sequence[int]) -> None:
         """Keep scratch rows `committed + node` for ascending `nodes`, holding `token_ids`; drop the rest."""
         assert len(nodes) == len(token_ids)
-        assert all(a < b for a, b in zip(nodes, nodes[1:], strict=False))
+        assert all(a < b for a, b in pairwise(nodes))
         first = self.committed
         assert first + len(nodes) <= self.context
         if list(nodes) != list(range(len(nodes))):

@@ -104,9 +104,13 @@ class LayerMath:
 
     def mlp_input(self, layer: int, hidden: Tensor) -> Tensor:
         """Normed input of the feed-forward block, `[P, hidden]`."""
-        return rms_norm(hidden, self.small[layer]["post_attention_layernorm.weight"], self.geometry.rms_norm_eps)
+        return rms_norm(
+            hidden, self.small[layer]["post_attention_layernorm.weight"], self.geometry.rms_norm_eps
+        )
 
-    def mix(self, layer: int, query: Tensor, key: Tensor, value: Tensor, batch: TokenBatch, kv: KVCache) -> Tensor:
+    def mix(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, batch: TokenBatch, kv: KVCache
+    ) -> Tensor:
         """Rotate, cache and attend: projected `[P, ...]` rows to `[P, H * D]`, padding rows zero."""
         sizes, n = self.geometry, batch.rows
         query = query[:n].view(n, sizes.heads, sizes.head_dim)

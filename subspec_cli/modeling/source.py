@@ -45,7 +45,9 @@ class LayerSource:
         """All matrices of a resident layer by the name inside the layer."""
         return {k: v for block in self.resident[layer] for k, v in _inside(layer, block).items()}
 
-    def _walk(self, arriving: Generator[dict[str, Tensor], None, None] | None) -> Generator[Block, None, None]:
+    def _walk(
+        self, arriving: Generator[dict[str, Tensor], None, None] | None
+    ) -> Generator[Block, None, None]:
         for layer in range(self.layers):
             held = self.resident.get(layer)
             for number, kind in enumerate(LAYER_BLOCKS):

@@ -58,7 +58,9 @@ class Int4Linear:
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Apply."""
-        kernel = torch._weight_int4pack_mm_for_cpu if inputs.device.type == "cpu" else torch._weight_int4pack_mm
+        kernel = (
+            torch._weight_int4pack_mm_for_cpu if inputs.device.type == "cpu" else torch._weight_int4pack_mm
+        )
         rows = inputs.to(torch.bfloat16)
         output = kernel(rows, self.packed, self.group_size, self.scales_and_zeros).to(inputs.dtype)
         return output if self.bias is None else output.add_(self.bias)
@@ -228,7 +230,10 @@ def _pack(codes: Tensor) -> Tensor:
         pairs = (codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8)
         return torch._convert_weight_to_int4pack(pairs, _INNER_K_TILES)
     # The op wants int32. The layout is a sequence of row blocks, so a few rows at a time do, and save memory.
-    parts = [torch._convert_weight_to_int4pack_for_cpu(rows.int(), _INNER_K_TILES) for rows in codes.split(_PACK_ROWS)]
+    parts = [
+        torch._convert_weight_to_int4pack_for_cpu(rows.int(), _INNER_K_TILES)
+        for rows in codes.split(_PACK_ROWS)
+    ]
     return torch.cat(parts)
 
 
@@ -266,7 +271,15 @@ def quantize_layer(tensors: Mapping[str, Tensor], bits: int, optimizer: str) -> 
 
 
 def _quantizer(bits: int, optimizer: str) -> Callable[[Tensor, int], tuple[dict[str, Tensor], Tensor]]:
-    from optimum.quanto import AbsmaxOptimizer, HqqOptimizer, MaxOptimizer, qint2, qint4, qint8, quantize_weight
+    from optimum.quanto import (
+        AbsmaxOptimizer,
+        HqqOptimizer,
+        MaxOptimizer,
+        qint2,
+        qint4,
+        qint8,
+        quantize_weight,
+    )
 
     def to_8_bits(weight: Tensor, _group_size: int) -> tuple[dict[str, Tensor], Tensor]:
         scale = AbsmaxOptimizer()(weight, qint8, axis=0)
@@ -292,7 +305,7 @@ def _unpacking_without_compiler() -> Iterator[None]:
     """Quanto unpacks through a C++ extension that it compiles at first use; not every machine can compile."""
     from optimum.quanto.tensor.packed import PackedTensor
 
-    def unpack(self: Any) -> Tensor:
+    def unpack(self: Any) -> Tensor:  # noqa: ANN401 - quanto has no types
         return unpack_codes(self._data, self._bits)[: self.shape[0]]
 
     with mock.patch.object(PackedTensor, "unpack", unpack):

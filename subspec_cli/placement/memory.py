@@ -8,6 +8,7 @@ from typing import Final
 import torch
 
 _STATUS: Final = Path("/proc/self/status")
+_IO: Final = Path("/proc/self/io")
 _CLEAR_REFS: Final = Path("/proc/self/clear_refs")
 _RESET_PEAK: Final = "5"
 
@@ -53,6 +54,18 @@ class MemoryMeter:
         if self._device.type == "cuda":
             return int(torch.cuda.max_memory_reserved(self._device))
         return max(0, _status_bytes("VmHWM") - self._bare_bytes)
+
+
+def disk_read_bytes() -> int | None:
+    """Bytes that storage delivered for this process so far; None where the system does not tell.
+
+    Reads served from the page cache do not count, so this tells a cold read from a warm one.
+    """
+    try:
+        lines = _IO.read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) for line in lines if line.startswith("read_bytes:")), None)
 
 
 def _status_bytes(field: str) -> int:

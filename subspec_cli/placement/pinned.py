@@ -96,7 +96,7 @@ def _pinned_slabs(layouts: Sequence[BlockLayout]) -> tuple[Tensor, ...]:
         slabs = []
         for layout in layouts:
             slab = torch.empty(layout.buffer_bytes, dtype=torch.uint8, pin_memory=True)
-            reader.read_block(layout, memoryview(slab.numpy()))
+            reader.read_block(layout, memoryview(slab.numpy().data))
             slabs.append(slab)
         return tuple(slabs)
     finally:

@@ -152,17 +152,22 @@ def _lines(request: PlanRequest, context: int, resident: int) -> tuple[PlanLine,
     chosen = set(spread(resident, geometry.layers))
     tables = 1 if geometry.tied_head or request.device == "cpu" else 2
     slot_bytes = max(geometry.block_bytes.values()) + 8 * _PAGE_BYTES
-    substitutes = [
-        size for layer, size in enumerate(request.substitute_bytes or ()) if layer not in chosen
-    ]
+    substitutes = [size for layer, size in enumerate(request.substitute_bytes or ()) if layer not in chosen]
     small = geometry.layers * geometry.layer_small_bytes + geometry.hidden * geometry.element_bytes
     rows = context + request.tree_nodes
     lines = [
-        PlanLine("embedding and head" if tables == 2 or geometry.tied_head else "head", tables * geometry.table_bytes),
+        PlanLine(
+            "embedding and head" if tables == 2 or geometry.tied_head else "head",
+            tables * geometry.table_bytes,
+        ),
         PlanLine("norms and biases", small),
-        PlanLine("resident layers", resident * geometry.layer_matrix_bytes, f"{resident} of {geometry.layers}"),
+        PlanLine(
+            "resident layers", resident * geometry.layer_matrix_bytes, f"{resident} of {geometry.layers}"
+        ),
         PlanLine("substitutes", sum(substitutes), f"{len(substitutes)} layers"),
-        PlanLine("stream slots", _SLOTS * slot_bytes if streamed else 0, f"{_SLOTS} x {format_bytes(slot_bytes)}"),
+        PlanLine(
+            "stream slots", _SLOTS * slot_bytes if streamed else 0, f"{_SLOTS} x {format_bytes(slot_bytes)}"
+        ),
         PlanLine("KV cache", rows * geometry.kv_row_bytes, f"{rows} rows"),
         PlanLine("workspace", _workspace_bytes(request, rows)),
         PlanLine("margin", _MARGIN_BYTES),
@@ -196,7 +201,8 @@ def _finish(
         reason = f"the whole model fits: {format_bytes(whole)} of {format_bytes(request.budget_bytes)}"
     else:
         spare = request.budget_bytes - sum(line.size_bytes for line in lines)
-        reason = f"as many resident layers as fit; {format_bytes(spare)} to spare, a layer takes {format_bytes(geometry.layer_matrix_bytes)}"
+        layer = format_bytes(geometry.layer_matrix_bytes)
+        reason = f"as many resident layers as fit: {format_bytes(spare)} to spare, a layer takes {layer}"
     if request.context is None and context < min(request.model_context, DEFAULT_CONTEXT):
         reason += f"; context cut to {context} tokens to fit"
     return OffloadPlan(

@@ -193,7 +193,9 @@ class DiskStreamer:
                 return False
             number, epoch = self._read, self._epoch
         started = time.perf_counter()
-        self._reader.read_block(self._layouts[number % len(self._layouts)], self._buffers[number % len(self._buffers)])
+        self._reader.read_block(
+            self._layouts[number % len(self._layouts)], self._buffers[number % len(self._buffers)]
+        )
         with self._changed:
             self._count(read_time_s=time.perf_counter() - started)
             if epoch == self._epoch:

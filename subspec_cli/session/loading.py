@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -88,7 +89,8 @@ class Loader:
         draft = None
         if with_draft:
             held = {
-                layer: resident_layer(draft_math, layer, source.resident_matrices(layer)) for layer in plan.resident
+                layer: resident_layer(draft_math, layer, source.resident_matrices(layer))
+                for layer in plan.resident
             }
             layers = [(held | substitutes)[layer] for layer in range(geometry.layers)]
             draft = DraftDecoder(draft_math, embed, head, layers)
@@ -104,7 +106,7 @@ class Loader:
             dtype=self._dtype,
             counters=streamer.counters if streamer is not None else StreamCounters,
             direct_io=streamer.is_direct if streamer is not None else True,
-            close=lambda: [close() for close in closers] and None,
+            close=partial(_close_all, closers),
         )
 
     def _read(self, names: list[str]) -> dict[str, Tensor]:
@@ -134,7 +136,9 @@ class Loader:
         loaded = {}
         for number, layer in enumerate(self._plan.streamed, start=1):
             self._progress(f"loading substitutes {number}/{len(self._plan.streamed)}")
-            loaded[layer] = load_substitute(math, layer, load_layer(self._prepared, layer), bits, self._device)
+            loaded[layer] = load_substitute(
+                math, layer, load_layer(self._prepared, layer), bits, self._device
+            )
         return loaded
 
     def _tables(self) -> tuple[Embedding, Head, list[Callable[[], None]]]:
@@ -168,3 +172,8 @@ class Loader:
 
     def _layouts(self, layer: int) -> list[BlockLayout]:
         return [layout_block(entries) for entries in block_entries(self._checkpoint.tensors, layer)]
+
+
+def _close_all(closers: list[Callable[[], None]]) -> None:
+    while closers:
+        closers.pop()()

@@ -15,13 +15,12 @@ from subspec_cli.decoding.drafter import Drafter, RootOnly, TreeGrower
 from subspec_cli.decoding.engine import PREFILL_CHUNK, Engine
 from subspec_cli.decoding.schedule import Schedule, TreeLimits
 from subspec_cli.errors import ResourceError, UnsupportedModelError
-from subspec_cli.modeling.decoder import TargetDecoder
 from subspec_cli.modeling.families import ModelTokenizer, end_token_ids, library_versions, load_config
 from subspec_cli.modeling.layers import RowRules
 from subspec_cli.placement.geometry import ModelGeometry, read_geometry, substitute_layer_bytes
 from subspec_cli.placement.memory import MemoryMeter, available_bytes, total_bytes
 from subspec_cli.placement.plan import OffloadPlan, PlanRequest, make_plan
-from subspec_cli.session.loading import Loader, LoadedModel
+from subspec_cli.session.loading import LoadedModel, Loader
 from subspec_cli.session.session import Session, SessionDescription, SessionParts
 from subspec_cli.store.checkpoint import Checkpoint, open_checkpoint
 from subspec_cli.store.hub import find_local
@@ -58,7 +57,14 @@ def open_session(config: Config, *, progress: Callable[[str], None]) -> Session:
     model_config = load_config(source.checkpoint.directory)
     speculate = bool(plan.streamed) and not config.draft.no_speculation
     loaded = Loader(
-        source.prepared, source.checkpoint, source.geometry, plan, model_config, device, _tree_nodes(config), progress
+        source.prepared,
+        source.checkpoint,
+        source.geometry,
+        plan,
+        model_config,
+        device,
+        _tree_nodes(config),
+        progress,
     ).load(with_draft=speculate)
     try:
         progress("checking that rows keep their bits")
@@ -127,7 +133,9 @@ def _tree_nodes(config: Config) -> int:
     return max(_TREE_NODES, depth * width + 1)
 
 
-def _certify(loaded: LoadedModel, geometry: ModelGeometry, config: Config, device: torch.device) -> Certificate:
+def _certify(
+    loaded: LoadedModel, geometry: ModelGeometry, config: Config, device: torch.device
+) -> Certificate:
     return certify(
         loaded.target,
         loaded.head,
@@ -174,7 +182,9 @@ def _parts(
         speculative = engine(drafter, schedule)
     seed = secrets.randbits(63) if config.sampling.seed is None else config.sampling.seed
     sampling = replace(config.sampling, seed=seed)
-    return SessionParts(tokenizer, eos_ids, loaded.kv, speculative, plain, sampling, meter, loaded.close)
+    return SessionParts(
+        tokenizer, eos_ids, loaded.kv, speculative, plain, sampling, meter, loaded.counters, loaded.close
+    )
 
 
 def _describe(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
 
 from subspec_cli.config import SamplingConfig
 from subspec_cli.decoding.choose import make_chooser
@@ -17,6 +16,7 @@ from subspec_cli.modeling.families import ModelTokenizer
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.placement.memory import MemoryMeter
 from subspec_cli.placement.plan import OffloadPlan
+from subspec_cli.placement.streamer import StreamCounters
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +68,7 @@ class SessionParts:
     plain: Engine
     sampling: SamplingConfig
     meter: MemoryMeter
+    counters: Callable[[], StreamCounters]
     close: Callable[[], None]
 
 
@@ -98,6 +99,10 @@ class Session:
     def peak_memory_bytes(self) -> int:
         """Most memory ever taken beyond the bare process."""
         return self._parts.meter.peak_bytes()
+
+    def link_counters(self) -> StreamCounters:
+        """What the stream of weights has done so far."""
+        return self._parts.counters()
 
     def encode_prompt(self, text: str, *, system: str | None, raw: bool) -> list[int]:
         """Token ids of one prompt: through the chat template if the model has one, unless `raw`."""
@@ -162,8 +167,16 @@ class Chat:
         self._system = system
         self._messages: list[dict[str, str]] = []
 
-    def ask(self, text: str, *, max_new_tokens: int, stop: tuple[str, ...], **how: Any) -> Iterator[TextDelta]:  # noqa: ANN401
-        """Answer the next message; `how` goes to `Session.generate`.
+    def ask(
+        self,
+        text: str,
+        *,
+        max_new_tokens: int,
+        stop: tuple[str, ...],
+        plain: bool = False,
+        request: int | None = None,
+    ) -> Iterator[TextDelta]:
+        """Answer the next message; `plain` and `request` as in `Session.generate`.
 
         What was answered before an interruption stays in the conversation. A prompt that does not fit leaves
         the conversation as it was.
@@ -175,16 +188,23 @@ class Chat:
         else:
             turns = [message["content"] for message in _with_system(self._system, asked)]
             prompt_ids = session.encode_prompt("\n".join(turns) + "\n", system=None, raw=True)
+        deltas = session.generate(
+            prompt_ids, max_new_tokens=max_new_tokens, stop=stop, plain=plain, request=request
+        )
         answer: list[str] = []
         began = False
         try:
-            for delta in session.generate(prompt_ids, max_new_tokens=max_new_tokens, stop=stop, **how):
+            for delta in deltas:
                 began = True
                 answer.append(delta.text)
                 yield delta
         finally:
             if began:
                 self._messages = [*asked, {"role": "assistant", "content": "".join(answer)}]
+
+    def replace_answer(self, text: str) -> None:
+        """Let the conversation go on as if the last answer had been `text`."""
+        self._messages[-1] = {"role": "assistant", "content": text}
 
     def reset(self) -> None:
         """Forget the conversation."""

@@ -1,0 +1,211 @@
+"""What a benchmark found: figures per answer, ratios of totals per category, the ceiling beside them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from subspec_cli.metrics import GenerationStats, rate_of_totals, tau_of_totals
+
+
+@dataclass(frozen=True, slots=True)
+class ArmAnswer:
+    """One answer of one arm."""
+
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: str
+    stats: GenerationStats
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerPair:
+    """The same turn answered by plain and by speculative decoding."""
+
+    question_id: str
+    category: str
+    turn: int
+    plain: ArmAnswer
+    speculative: ArmAnswer
+
+    @property
+    def identical(self) -> bool:
+        """Token for token the same, as far as the shorter limit lets both go."""
+        plain, speculative = self.plain.token_ids, self.speculative.token_ids
+        if self.plain.finish_reason == "length":
+            return speculative[: len(plain)] == plain
+        return speculative == plain
+
+    @property
+    def speedup_same_plan(self) -> float:
+        """Ratio of the two decode speeds; 0 if either answer is a single token."""
+        plain, speculative = self.plain.stats.decode_tok_per_s, self.speculative.stats.decode_tok_per_s
+        return speculative / plain if plain and speculative else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class BenchRow:
+    """One line of the table."""
+
+    category: str
+    answers: int
+    plain_tok_per_s: float | None
+    speculative_tok_per_s: float | None
+    speedup_same_plan: float | None
+    speedup: float | None
+    tau: float | None
+    identical: int
+    prefilled_tokens: int
+    """Prompt tokens really computed by the speculative arm; reused rows are not counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkFigures:
+    """What the link did in the speculative arm's decoding."""
+
+    streamed_bytes_per_pass: int
+    streamed_bytes: int
+    read_time_s: float
+    disk_read_bytes: int | None
+    """Bytes that the kernel fetched from storage for this process meanwhile; None where it does not tell."""
+
+    @property
+    def gb_per_s(self) -> float:
+        """Speed of the link while it was busy."""
+        return self.streamed_bytes / self.read_time_s / 1e9 if self.read_time_s else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class BenchReport:
+    """All that was measured, whole or up to an interruption."""
+
+    suite: str
+    pairs: tuple[AnswerPair, ...]
+    best_plain: tuple[GenerationStats, ...]
+    """Plain answers under plain decoding's own best plan."""
+    link: LinkFigures | None
+    exactness: str
+    speculation: bool
+    interrupted: bool
+    context: dict[str, Any]
+    """Model, plan, configuration and versions."""
+
+    @property
+    def rows(self) -> tuple[BenchRow, ...]:
+        """One row per category in the order of appearance, then all."""
+        if not self.pairs:
+            return ()
+        categories = list(dict.fromkeys(pair.category for pair in self.pairs))
+        by_category = [[pair for pair in self.pairs if pair.category == name] for name in categories]
+        rows = [self._row(name, pairs) for name, pairs in zip(categories, by_category, strict=True)]
+        return (*rows, self._row("all", self.pairs))
+
+    @property
+    def ceiling_tok_per_s(self) -> float | None:
+        """Tau x link speed / streamed bytes per pass: the speed if nothing but the link took time."""
+        if not self.pairs or self.link is None or not self.link.gb_per_s:
+            return None
+        tau = tau_of_totals(pair.speculative.stats for pair in self.pairs)
+        return tau * self.link.gb_per_s * 1e9 / self.link.streamed_bytes_per_pass
+
+    @property
+    def summary_lines(self) -> tuple[str, ...]:
+        """What to say under the table."""
+        if not self.pairs:
+            return ("nothing was measured",)
+        total = self.rows[-1]
+        identical = (
+            f"{total.identical} of {total.answers} answers token for token identical ({self.exactness})"
+        )
+        lines = [identical if self.speculation else f"{identical}; speculation was off"]
+        spread = sorted(ratio for pair in self.pairs if (ratio := pair.speedup_same_plan))
+        if spread:
+            median = statistics.median(spread)
+            lines.append(
+                f"speedup over the same plan by answer: median {median:.2f}x, {spread[0]:.2f}x to {spread[-1]:.2f}x"
+            )
+        if self.best_plain:
+            lines.append(
+                f"plain decoding under its own best plan: {rate_of_totals(self.best_plain):.2f} tok/s"
+            )
+        if (ceiling := self.ceiling_tok_per_s) and self.link and total.speculative_tok_per_s:
+            share = total.speculative_tok_per_s / ceiling
+            lines.append(
+                f"ceiling {ceiling:.2f} tok/s = tau {total.tau:.2f} x {self.link.gb_per_s:.2f} GB/s / "
+                f"{self.link.streamed_bytes_per_pass / 1e9:.2f} GB per pass; reached {share:.0%}"
+            )
+        return tuple(lines)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The whole record for JSON."""
+        return {
+            "suite": self.suite,
+            "exactness": self.exactness,
+            "speculation": self.speculation,
+            "interrupted": self.interrupted,
+            "rows": [_fields(row) for row in self.rows],
+            "summary": list(self.summary_lines),
+            "ceiling_tok_per_s": self.ceiling_tok_per_s,
+            "link": None if self.link is None else {**_fields(self.link), "gb_per_s": self.link.gb_per_s},
+            "best_plain_tok_per_s": rate_of_totals(self.best_plain) if self.best_plain else None,
+            "answers": [_pair(pair) for pair in self.pairs],
+            **self.context,
+        }
+
+    def _row(self, category: str, pairs: Sequence[AnswerPair]) -> BenchRow:
+        plain = rate_of_totals(pair.plain.stats for pair in pairs) or None
+        speculative = rate_of_totals(pair.speculative.stats for pair in pairs) or None
+        best = rate_of_totals(self.best_plain) or None
+        return BenchRow(
+            category=category,
+            answers=len(pairs),
+            plain_tok_per_s=plain,
+            speculative_tok_per_s=speculative,
+            speedup_same_plan=speculative / plain if plain and speculative else None,
+            speedup=speculative / best if best and speculative else None,
+            tau=tau_of_totals(pair.speculative.stats for pair in pairs) or None,
+            identical=sum(pair.identical for pair in pairs),
+            prefilled_tokens=sum(pair.speculative.stats.prefilled_tokens for pair in pairs),
+        )
+
+
+def _fields(item: BenchRow | LinkFigures) -> dict[str, Any]:
+    return {name: getattr(item, name) for name in item.__slots__}
+
+
+def _pair(pair: AnswerPair) -> dict[str, Any]:
+    return {
+        "question_id": pair.question_id,
+        "category": pair.category,
+        "turn": pair.turn,
+        "identical": pair.identical,
+        "speedup_same_plan": pair.speedup_same_plan,
+        "plain": _arm(pair.plain),
+        "speculative": _arm(pair.speculative),
+    }
+
+
+def _arm(answer: ArmAnswer) -> dict[str, Any]:
+    stats = answer.stats
+    return {
+        "text": answer.text,
+        "token_ids": list(answer.token_ids),
+        "finish_reason": answer.finish_reason,
+        "prompt_tokens": stats.prompt_tokens,
+        "prefilled_tokens": stats.prefilled_tokens,
+        "new_tokens": stats.new_tokens,
+        "ttft_s": stats.ttft_s,
+        "decode_time_s": stats.decode_time_s,
+        "decode_tok_per_s": stats.decode_tok_per_s,
+        "tau": stats.tau,
+        "passes": stats.passes,
+        "drafted_tokens": stats.drafted_tokens,
+        "accepted_histogram": list(stats.accepted_histogram),
+        "draft_time_s": stats.draft_time_s,
+        "verify_time_s": stats.verify_time_s,
+        "wait_time_s": stats.wait_time_s,
+        "streamed_bytes": stats.streamed_bytes,
+        "link_gb_per_s": stats.link_gb_per_s,
+    }

@@ -1,0 +1,203 @@
+"""Replaying a suite: plain and speculative decoding of every question, in turn, in one run.
+
+Both arms share the engine, the plan and the request numbers, so the same seed draws the same noise; each
+starts every question from an empty cache. Afterwards plain decoding is measured once more under its own best
+plan, which needs no substitutes: what a user would have without speculation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from subspec_cli.bench.report import AnswerPair, ArmAnswer, BenchReport, BenchRow, LinkFigures
+from subspec_cli.bench.suites import Question, load_suite
+from subspec_cli.config import Config
+from subspec_cli.metrics import GenerationStats
+from subspec_cli.placement.memory import disk_read_bytes
+from subspec_cli.session import Session, open_session
+
+__all__ = ["BenchProgress", "BenchReport", "BenchRow", "run_bench"]
+
+_BEST_PLAIN_QUESTIONS: Final = 2
+
+
+@dataclass(frozen=True, slots=True)
+class BenchProgress:
+    """How far a run is."""
+
+    done: int
+    """Answers of both arms and of the closing plain measurement."""
+    total: int
+    elapsed_s: float
+    status: str
+    report: BenchReport | None
+
+
+class _Run:
+    """Collects answers; a report can be made at any time."""
+
+    def __init__(
+        self,
+        config: Config,
+        suite: str,
+        questions: Sequence[Question],
+        progress: Callable[[BenchProgress], None],
+    ) -> None:
+        self._config = config
+        self._suite = suite
+        self._questions = questions
+        self._progress = progress
+        self._started = time.perf_counter()
+        self._done = 0
+        self._pairs: list[AnswerPair] = []
+        self._best_plain: list[GenerationStats] = []
+        self._link: LinkFigures | None = None
+        self._context: dict[str, Any] = {}
+        self._exactness = "unchecked"
+        self._speculation = False
+
+    def measure_pairs(self) -> None:
+        """Both arms over all questions under one plan."""
+        with open_session(self._config, progress=self._say) as session:
+            about = session.description
+            self._exactness, self._speculation = about.exactness, about.speculation
+            self._context = _context(session, self._config)
+            for number, question in enumerate(self._questions):
+                self._measure_question(session, number, question)
+            self._context["peak_memory_bytes"] = session.peak_memory_bytes()
+
+    def measure_best_plain(self) -> None:
+        """Plain decoding with as many resident layers as fit without substitutes."""
+        config = dataclasses.replace(
+            self._config,
+            draft=dataclasses.replace(self._config.draft, no_speculation=True),
+            memory=dataclasses.replace(self._config.memory, resident_layers=None),
+        )
+        with open_session(config, progress=self._say) as session:
+            plan = session.description.plan
+            self._context["best_plain_plan"] = plan.as_dict()
+            for question in self._questions[:_BEST_PLAIN_QUESTIONS]:
+                self._say(f"plain under its own best plan: {plan.resident_layers} resident layers")
+                answer = next(
+                    _converse(session, question, 0, limit=self._plain_limit, plain=True, history=())
+                )
+                self._best_plain.append(answer.stats)
+                self._done += 1
+
+    def report(self, *, interrupted: bool) -> BenchReport:
+        """What was measured so far."""
+        return BenchReport(
+            suite=self._suite,
+            pairs=tuple(self._pairs),
+            best_plain=tuple(self._best_plain),
+            link=self._link,
+            exactness=self._exactness,
+            speculation=self._speculation,
+            interrupted=interrupted,
+            context=self._context,
+        )
+
+    @property
+    def _limit(self) -> int:
+        return self._config.bench.max_new_tokens
+
+    @property
+    def _plain_limit(self) -> int:
+        return min(self._config.bench.plain_tokens or self._limit, self._limit)
+
+    def _measure_question(self, session: Session, number: int, question: Question) -> None:
+        # A shortened plain arm continues the speculative arm's answers, so it has to come second.
+        shortened = self._plain_limit < self._limit
+        arms: dict[bool, list[ArmAnswer]] = {False: [], True: []}
+        for plain in (False, True) if shortened or number % 2 else (True, False):
+            name = "plain" if plain else "speculative"
+            history = tuple(answer.text for answer in arms[False]) if plain and shortened else ()
+            before, disk_before = session.link_counters(), disk_read_bytes()
+            limit = self._plain_limit if plain else self._limit
+            for answer in _converse(session, question, number, limit=limit, plain=plain, history=history):
+                arms[plain].append(answer)
+                self._done += 1
+                self._say(f"{question.category}, {name}: {answer.stats.decode_tok_per_s:.2f} tok/s")
+            if not plain:
+                self._add_link(session, before, disk_before)
+        for turn, (plain_answer, speculative) in enumerate(
+            zip(arms[True], arms[False], strict=True), start=1
+        ):
+            self._pairs.append(
+                AnswerPair(question.question_id, question.category, turn, plain_answer, speculative)
+            )
+
+    def _add_link(self, session: Session, before: Any, disk_before: int | None) -> None:  # noqa: ANN401
+        moved = session.link_counters().since(before)
+        disk_after = disk_read_bytes()
+        read = None if disk_before is None or disk_after is None else disk_after - disk_before
+        old = self._link or LinkFigures(session.description.plan.streamed_bytes_per_pass, 0, 0.0, 0)
+        self._link = LinkFigures(
+            streamed_bytes_per_pass=old.streamed_bytes_per_pass,
+            streamed_bytes=old.streamed_bytes + moved.streamed_bytes,
+            read_time_s=old.read_time_s + moved.read_time_s,
+            disk_read_bytes=None
+            if read is None or old.disk_read_bytes is None
+            else old.disk_read_bytes + read,
+        )
+
+    def _say(self, status: str) -> None:
+        turns = sum(len(question.turns) for question in self._questions)
+        total = 2 * turns + min(_BEST_PLAIN_QUESTIONS, len(self._questions))
+        elapsed_s = time.perf_counter() - self._started
+        self._progress(BenchProgress(self._done, total, elapsed_s, status, None))
+
+
+def run_bench(config: Config, suite: str, *, progress: Callable[[BenchProgress], None]) -> BenchReport:
+    """Measure a suite. Ctrl-C ends it early with what is done; other failures are raised."""
+    questions = load_suite(suite, config.bench.questions, config.bench.limit)
+    run = _Run(config, suite, questions, progress)
+    try:
+        run.measure_pairs()
+        run.measure_best_plain()
+    except KeyboardInterrupt:
+        return run.report(interrupted=True)
+    return run.report(interrupted=False)
+
+
+def _converse(
+    session: Session, question: Question, number: int, *, limit: int, plain: bool, history: Sequence[str]
+) -> Iterator[ArmAnswer]:
+    """All turns of a question from an empty cache; `history` replaces the arm's own earlier answers."""
+    session.reset()
+    chat = session.chat(None)
+    for turn, text in enumerate(question.turns):
+        token_ids: list[int] = []
+        pieces: list[str] = []
+        last = None
+        # Two requests a question: the same numbers in both arms, so the same noise.
+        request = 2 * number + turn
+        for delta in chat.ask(text, max_new_tokens=limit, stop=(), plain=plain, request=request):
+            token_ids.extend(delta.token_ids)
+            pieces.append(delta.text)
+            last = delta
+        assert last is not None
+        if turn < len(history):
+            chat.replace_answer(history[turn])
+        yield ArmAnswer(tuple(token_ids), "".join(pieces), last.finish_reason or "interrupted", last.stats)
+
+
+def _context(session: Session, config: Config) -> dict[str, Any]:
+    about = session.description
+    return {
+        "model": about.model_id,
+        "revision": about.revision,
+        "device": about.device,
+        "exactness_reason": about.exactness_reason,
+        "seed": about.seed,
+        "threads": about.threads,
+        "direct_io": about.direct_io,
+        "budget_bytes": about.budget_bytes,
+        "plan": about.plan.as_dict(),
+        "config": config.as_dict(),
+        "versions": about.versions,
+    }

@@ -1,0 +1,40 @@
+"""The command line: three commands, each loading what it needs only when it runs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from subspec_cli import __version__
+from subspec_cli.cli.bench import bench
+from subspec_cli.cli.prepare import prepare
+from subspec_cli.cli.run import run
+from subspec_cli.errors import ExitCode
+
+app = typer.Typer(
+    name="subspec",
+    add_completion=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(prepare)
+app.command()(run)
+app.command()(bench)
+
+
+@app.callback(invoke_without_command=True)
+def start(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and leave.")] = False,
+) -> None:
+    """Run a 16-bit language model too large for the device, fast, with exactly its own tokens."""
+    if not version and context.invoked_subcommand is not None:
+        return
+    from subspec_cli.cli.output import Output
+
+    # With Rich, `get_help` has already written the help and returns nothing.
+    text = f"subspec {__version__}" if version else context.get_help()
+    if text:
+        Output().result(text)
+    raise typer.Exit(ExitCode.OK if version else ExitCode.USAGE)

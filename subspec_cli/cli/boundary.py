@@ -1,0 +1,167 @@
+"""The one place where exceptions and signals become messages and exit statuses."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from types import FrameType
+from typing import TextIO
+
+from subspec_cli.errors import ExitCode, ResourceError, SubspecError, UsageError
+from subspec_cli.units import printable
+
+BROKEN_PIPE_STATUS = 141
+_ENVIRONMENT_ERRNOS = frozenset(
+    (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EFBIG,
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+        errno.EMFILE,
+        errno.ENOMEM,
+    )
+)
+
+
+class _Interrupts:
+    """Remembers which signal asked to stop: SIGTERM unwinds like Ctrl-C but ends in its own status."""
+
+    exit_code = ExitCode.INTERRUPTED
+
+    def on_terminate(self, _signum: int, _frame: FrameType | None) -> None:
+        self.exit_code = ExitCode.TERMINATED
+        raise KeyboardInterrupt
+
+
+_interrupts = _Interrupts()
+
+
+def interrupt_status() -> ExitCode:
+    """The exit status of a command that a signal stopped."""
+    return _interrupts.exit_code
+
+
+def is_terminating() -> bool:
+    """Whether the KeyboardInterrupt at hand was a SIGTERM, which no prompt may outlive."""
+    return _interrupts.exit_code is ExitCode.TERMINATED
+
+
+def guarded(argv: Sequence[str]) -> int:
+    """Run the command line; every way out is an exit status with at most a message and a hint on stderr."""
+    _tolerate_streams()
+    try:
+        with _terminate_raises():
+            status = _invoke(argv)
+            sys.stdout.flush()
+    except BaseException as error:
+        status = _report(error, debug="--debug" in argv)
+    for stream in (sys.stdout, sys.stderr):
+        _flush_or_discard(stream)
+    return status
+
+
+def _invoke(argv: Sequence[str]) -> int:
+    # Imported here, so that Ctrl-C while it loads ends in one line too.
+    import typer
+
+    from subspec_cli.cli.app import app
+
+    command = typer.main.get_command(app)
+    try:
+        # Not `command.main`, which has its own answers to Ctrl-C, closed pipes and usage errors.
+        with command.make_context("subspec", list(argv)) as context:
+            command.invoke(context)
+    except typer.Exit as stop:
+        return stop.exit_code
+    except Exception as error:
+        # The parser's exceptions have no public name in Typer; only they can format a message.
+        if not hasattr(error, "format_message"):
+            raise
+        used = getattr(getattr(error, "ctx", None), "command_path", "subspec")
+        raise UsageError(error.format_message().rstrip("."), f"{used} --help lists what it takes") from error
+    return ExitCode.OK
+
+
+@contextlib.contextmanager
+def _terminate_raises() -> Iterator[None]:
+    """Let SIGTERM unwind the stack as Ctrl-C does: by default it would skip every `finally`."""
+    _interrupts.exit_code = ExitCode.INTERRUPTED
+    try:
+        before = signal.signal(signal.SIGTERM, _interrupts.on_terminate)
+    except ValueError:  # not the main thread: whoever embeds us handles signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _report(error: BaseException, *, debug: bool) -> int:
+    """Say what happened and give the exit status."""
+    if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):
+        error = error.__context__  # Rich's own way out
+    if isinstance(error, BrokenPipeError):
+        return BROKEN_PIPE_STATUS
+    if isinstance(error, KeyboardInterrupt):
+        _say("subspec: terminated" if is_terminating() else "subspec: interrupted")
+        return interrupt_status()
+    if debug:
+        _say("".join(traceback.format_exception(error)).rstrip(), one_line=False)
+    known = _as_known(error)
+    if known is None:
+        reason = f"{type(error).__name__}: {error}".rstrip(": ")
+        _say(f"subspec: error: internal error: {reason}; run again with --debug for the traceback")
+        return ExitCode.BUG
+    _say(f"subspec: error: {known.message}")
+    if known.hint:
+        _say(f" hint: {known.hint}")
+    return known.exit_code
+
+
+def _as_known(error: BaseException) -> SubspecError | None:
+    """The error as one of ours, where the fault is the user's or the machine's and not a bug."""
+    if isinstance(error, SubspecError):
+        return error
+    if isinstance(error, MemoryError):
+        return ResourceError("out of memory", "give a smaller --vram-gb or --context")
+    if isinstance(error, OSError) and error.errno in _ENVIRONMENT_ERRNOS:
+        place = f": {os.fsdecode(error.filename)}" if isinstance(error.filename, str | bytes) else ""
+        return ResourceError(f"{error.strerror}{place}")
+    return None
+
+
+def _say(text: str, *, one_line: bool = True) -> None:
+    """Write to stderr; with nobody there to read it, the exit status still tells."""
+    safe = printable(text)
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write((safe.replace("\n", " ") if one_line else safe) + "\n")
+
+
+def _tolerate_streams() -> None:
+    """Make sure that writing can fail for want of space or reader only."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the parent process
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - lives as long as we do
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _flush_or_discard(stream: TextIO) -> None:
+    """Flush; where that fails, drop what is left, or the interpreter would complain about it at exit."""
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)

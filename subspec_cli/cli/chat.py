@@ -1,0 +1,82 @@
+"""The interactive chat of `subspec run` on a terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import typer
+
+from subspec_cli.cli.boundary import interrupt_status, is_terminating
+from subspec_cli.cli.live import make_view
+from subspec_cli.cli.output import Output
+from subspec_cli.cli.report import collect_answer, summary_line
+from subspec_cli.config import Config
+from subspec_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from subspec_cli.session import Chat, Session
+
+_PROMPT = "> "
+_HELP = "/reset clears the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
+
+
+def chat(session: Session, config: Config, output: Output) -> None:
+    """Ask and answer until the user leaves."""
+    conversation = session.chat(config.run.system)
+    output.note(_HELP)
+    interrupts = 0
+    while interrupts < 2:
+        try:
+            line = output.ask(_PROMPT).strip()
+        except EOFError:
+            output.note("")
+            return
+        except UnicodeDecodeError as error:
+            output.note(f"that line is not UTF-8 at byte {error.start}; not sent", style="bold")
+            continue
+        except KeyboardInterrupt:
+            if is_terminating():
+                raise
+            interrupts += 1
+            output.note("" if interrupts > 1 else "\nCtrl-C again, Ctrl-D or /exit leaves")
+            continue
+        interrupts = 0
+        if line in ("/exit", "/quit"):
+            return
+        if _is_command(line):
+            _obey(line, conversation, output)
+        elif line:
+            interrupts = _answer(line, conversation, session, config, output)
+
+
+def _is_command(line: str) -> bool:
+    """One word after one slash; `/etc/hosts` and sentences are things to ask about."""
+    return line.startswith("/") and line.count("/") == 1 and len(line.split()) == 1
+
+
+def _obey(command: str, conversation: Chat, output: Output) -> None:
+    if command == "/reset":
+        conversation.reset()
+        output.note("the conversation is cleared")
+    elif command == "/help":
+        output.note(_HELP)
+    else:
+        output.note(f"no command {command}: {_HELP}")
+
+
+def _answer(line: str, conversation: Chat, session: Session, config: Config, output: Output) -> int:
+    """Answer one message; gives 1 when Ctrl-C stopped it, so that one more at the prompt leaves."""
+    limits = config.run
+    try:
+        deltas = conversation.ask(line, max_new_tokens=limits.max_new_tokens, stop=limits.stop)
+        answer = collect_answer(deltas, make_view(output, session))
+    except UsageError as error:  # a full context or a message too long ends no conversation
+        output.note(f"{error.message}{f': {error.hint}' if error.hint else ''}", style="bold")
+        return 0
+    if not answer.is_interrupted:
+        output.note(summary_line(answer, session))
+        return 0
+    output.note("interrupted", style="bold")
+    if is_terminating():
+        raise typer.Exit(interrupt_status())
+    return 1

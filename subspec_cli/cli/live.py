@@ -1,0 +1,142 @@
+"""What an answer looks like while it comes: text with statistics under it, or text alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TextIO
+
+from subspec_cli.cli.output import LiveArea, Output
+from subspec_cli.metrics import GenerationStats
+from subspec_cli.units import format_bytes, printable
+
+if TYPE_CHECKING:
+    from subspec_cli.session import Session
+
+_BLOCKS = "▁▂▃▄▅▆▇█"
+_REDRAW_INTERVAL_S = 0.1
+_SPARKLINE_WIDTH = 24
+"""Passes shown, so that each line of statistics fits 80 columns."""
+
+
+class View:
+    """Takes an answer piece by piece. This one shows nothing; leaving any of them tidies the terminal."""
+
+    def feed(self, text: str, stats: GenerationStats) -> None:
+        """Take `text`, the next piece, and the figures so far."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Nothing to tidy."""
+
+
+class PlainView(View):
+    """Text as it comes: untouched in files and pipes, control characters escaped on a terminal."""
+
+    def __init__(self, stream: TextIO, *, escape: bool) -> None:
+        self._stream = stream
+        self._escape = escape
+        self._last = "\n"
+
+    def feed(self, text: str, stats: GenerationStats) -> None:  # noqa: ARG002 - figures are for the summary
+        """Write and flush, so that a reader down the pipe sees each piece at once."""
+        if text:
+            self._stream.write(printable(text) if self._escape else text)
+            self._stream.flush()
+            self._last = text[-1]
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End the last line, unless writing is what failed."""
+        if self._last != "\n" and not isinstance(error, OSError):
+            self._stream.write("\n")
+            self._stream.flush()
+
+
+class LiveView(View):
+    """Finished lines scroll up as ordinary text; the line in the making stands above the statistics."""
+
+    def __init__(
+        self,
+        area: LiveArea,
+        *,
+        memory_bytes: Callable[[], int],
+        budget_bytes: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._area = area
+        self._memory_bytes = memory_bytes
+        self._budget_bytes = budget_bytes
+        self._clock = clock
+        self._redraw_at_s = clock()
+        self._partial = ""
+
+    def __enter__(self) -> Self:
+        self._area.__enter__()
+        self._area.show("", ["reading the prompt …"])
+        return self
+
+    def feed(self, text: str, stats: GenerationStats) -> None:
+        """Move finished lines up, and redraw the rest a few times a second."""
+        *lines, self._partial = (self._partial + printable(text)).split("\n")
+        for line in lines:
+            self._area.write_line(line)
+        if self._clock() >= self._redraw_at_s:
+            statistics = statistics_lines(stats, self._memory_bytes(), self._budget_bytes)
+            self._area.show(self._partial, statistics)
+            self._redraw_at_s = self._clock() + _REDRAW_INTERVAL_S
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Take the statistics away and leave the whole text."""
+        self._area.__exit__(kind, error, trace)
+        if self._partial and not isinstance(error, OSError):
+            self._area.write_line(self._partial)
+
+
+def make_view(output: Output, session: Session) -> View:
+    """The view that suits where stdout goes."""
+    if output.is_live:
+        budget_bytes = session.description.budget_bytes
+        return LiveView(output.area(), memory_bytes=session.memory_bytes, budget_bytes=budget_bytes)
+    return PlainView(output.stdout, escape=output.is_terminal)
+
+
+def statistics_lines(stats: GenerationStats, memory_bytes: int, budget_bytes: int) -> list[str]:
+    """The figures under a growing answer, one line for each question a user has: speed, time, memory."""
+    speed = [f"{stats.decode_tok_per_s:.1f} tok/s", f"{stats.new_tokens} tokens"]
+    if stats.drafted_tokens:
+        speed += [f"tau {stats.tau:.2f}", f"accepted {sparkline(stats.recent_accepted[-_SPARKLINE_WIDTH:])}"]
+    times = time_shares(stats)
+    if stats.streamed_bytes:
+        times.append(f"link {stats.link_gb_per_s:.2f} GB/s")
+    memory = [f"memory {format_bytes(memory_bytes)} of {format_bytes(budget_bytes)}"]
+    if stats.streamed_bytes:
+        memory.append(f"{format_bytes(stats.streamed_bytes)} moved")
+    return [" · ".join(parts) for parts in (speed, times, memory) if parts]
+
+
+def time_shares(stats: GenerationStats) -> list[str]:
+    """What drafting, the target's own computing and waiting for weights take of the decode time."""
+    total_s = stats.draft_time_s + stats.verify_time_s
+    if total_s <= 0:
+        return []
+    compute_s = stats.verify_time_s - stats.wait_time_s
+    return [
+        f"draft {stats.draft_time_s / total_s:.0%}",
+        f"verify {compute_s / total_s:.0%}",
+        f"waiting for weights {stats.wait_time_s / total_s:.0%}",
+    ]
+
+
+def sparkline(counts: Sequence[int]) -> str:
+    """Accepted tokens of the latest passes as a row of blocks; a full block is 8 or the most seen."""
+    top = max(8, *counts) if counts else 8
+    return "".join(_BLOCKS[round(count / top * (len(_BLOCKS) - 1))] for count in counts)

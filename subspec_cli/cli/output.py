@@ -1,0 +1,139 @@
+"""All that is written for the user: results on stdout, the rest on stderr. The only door to Rich."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+from rich import box
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from subspec_cli.units import printable
+
+_FILE_WIDTH = 140
+"""A file has no width, and a table cut at the usual 80 columns would lose figures."""
+
+
+class Output:
+    """The two streams and how to write to each: styled on a terminal, bare text elsewhere or when `plain`."""
+
+    def __init__(
+        self, *, plain: bool = False, stdout: TextIO | None = None, stderr: TextIO | None = None
+    ) -> None:
+        self.stdout = stdout or sys.stdout
+        self.stderr = stderr or sys.stderr
+        dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")
+        self.is_terminal = self.stdout.isatty()
+        self.is_live = self.is_terminal and not plain and not dumb
+        """Whether stdout can show text with statistics under it."""
+        self.is_animated = self.stderr.isatty() and not plain and not dumb
+        """Whether stderr can redraw a line of progress."""
+        self.out = _console(self.stdout, terminal=self.is_live)
+        self.err = _console(self.stderr, terminal=self.is_animated)
+
+    def note(self, text: str, *, style: str = "dim") -> None:
+        """One line beside the result, on stderr."""
+        self.err.print(Text(printable(text), style=style), soft_wrap=True)
+        self.stderr.flush()
+
+    def result(self, text: str) -> None:
+        """Lines of the result, on stdout."""
+        self.out.print(Text(printable(text)), soft_wrap=True)
+
+    def document(self, document: Mapping[str, Any]) -> None:
+        """The one JSON document of a `--json` run, on stdout."""
+        self.stdout.write(as_json(document) + "\n")
+        self.stdout.flush()
+
+    def table(self, headers: Sequence[str], rows: Sequence[Sequence[str]], *, aside: bool = False) -> None:
+        """A table whose last row is the total; `aside` writes it to stderr."""
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for number, header in enumerate(headers):
+            table.add_column(Text(header), justify="right" if number else "left", no_wrap=True)
+        for number, row in enumerate(rows):
+            is_total = number == len(rows) - 1
+            table.add_row(*(Text(printable(cell)) for cell in row), style="bold" if is_total else None)
+        console = self.err if aside else self.out
+        console.print(table)
+
+    def area(self) -> LiveArea:
+        """A place on stdout where text grows above lines that are redrawn."""
+        return LiveArea(self.out)
+
+    def ask(self, prompt: str) -> str:
+        """One line typed by the user, with the line editing and history of the platform where it has them."""
+        with suppress(ImportError):
+            importlib.import_module("readline")
+        return input(prompt)
+
+
+class LiveArea:
+    """Text that scrolls up as it is completed, and below it a few lines that are redrawn in place."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live = Live(
+            console=console,
+            auto_refresh=False,  # a second thread would disturb what is measured
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+            vertical_overflow="crop",
+        )
+
+    def __enter__(self) -> Self:
+        self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._live.stop()
+
+    def write_line(self, line: str) -> None:
+        """A finished line, left to the terminal to wrap, so that it can be copied whole."""
+        self._console.print(Text(line), soft_wrap=True)
+
+    def show(self, partial: str, statistics: Sequence[str]) -> None:
+        """Redraw the line in the making (its end, where it is longer than the screen) and the statistics."""
+        rows = max(1, self._console.height - len(statistics) - 2)
+        tail = list(Text(partial).wrap(self._console, self._console.width))[-rows:] if partial else []
+        lines = [Text(line, style="dim", no_wrap=True, overflow="ellipsis") for line in statistics]
+        self._live.update(Group(*tail, *lines), refresh=True)
+
+
+def as_json(document: Mapping[str, Any], *, indent: int | None = None) -> str:
+    """Strict JSON in ASCII, for every locale and parser; a number that is not finite becomes null."""
+    return json.dumps(_jsonable(document), indent=indent, allow_nan=False)
+
+
+def _jsonable(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return str(value) if isinstance(value, Path) else value
+
+
+def _console(stream: TextIO, *, terminal: bool) -> Console:
+    return Console(
+        file=stream,
+        force_terminal=terminal,  # or FORCE_COLOR would put control codes into files and pipes
+        width=None if stream.isatty() else _FILE_WIDTH,
+        highlight=False,
+        markup=False,
+        emoji=False,
+    )

@@ -1,0 +1,79 @@
+"""Progress on stderr: one line redrawn on a terminal, a new line now and then elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+from rich.table import Column
+
+from subspec_cli.cli.output import Output
+from subspec_cli.units import format_seconds, printable
+
+
+class ProgressLine:
+    """What is going on, and how far it is.
+
+    `spins` keeps a spinner moving from a second thread; leave it off where times are measured meanwhile.
+    """
+
+    def __init__(
+        self,
+        output: Output,
+        *,
+        spins: bool = False,
+        plain_interval_s: float = 5.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._output = output
+        self._plain_interval_s = plain_interval_s
+        self._clock = clock
+        self._next_plain_s = clock() + plain_interval_s
+        text = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, ratio=1))
+        self._spins = spins
+        self._bar = BarColumn(bar_width=24)
+        self._progress = Progress(
+            *((SpinnerColumn(),) if spins else ()),
+            self._bar,
+            text,
+            console=output.err,
+            auto_refresh=spins,
+            refresh_per_second=5,
+            transient=True,
+            expand=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+            disable=not output.is_animated,
+        )
+        self._task = self._progress.add_task("", total=None)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def update(self, text: str, done: float = 0, total: float | None = None) -> None:
+        """Show `text`; with a `total`, a bar too."""
+        if self._output.is_animated:
+            self._progress.update(self._task, description=printable(text), completed=done, total=total)
+            if not self._spins:
+                self._progress.refresh()
+            return
+        is_done = total is not None and done >= total
+        if is_done or self._clock() >= self._next_plain_s:
+            self._next_plain_s = self._clock() + self._plain_interval_s
+            self._output.note(text)
+
+
+def time_left(done: float, total: float, elapsed_s: float) -> str:
+    """The time the rest takes at the pace so far, as `0:42 left`."""
+    if done <= 0 or total <= done:
+        return ""
+    return f"{format_seconds(elapsed_s * (total - done) / done)} left"

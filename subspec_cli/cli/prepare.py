@@ -1,0 +1,112 @@
+"""`subspec prepare`: write the low-bit substitutes of a model, layer by layer."""
+
+from __future__ import annotations
+
+import math
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from subspec_cli.cli import options as opt
+from subspec_cli.config import resolve_config
+from subspec_cli.errors import UsageError
+from subspec_cli.units import GIB, format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from subspec_cli.session import PrepareReport
+    from subspec_cli.store.prepare import PrepareProgress
+
+_DEFAULT_BITS = 4
+
+
+class Optimizer(StrEnum):
+    """How the quantizer finds scales: from the extremes, or by searching for the smallest error."""
+
+    MINMAX = "minmax"
+    HQQ = "hqq"
+
+
+def prepare(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Hub id, local directory or [bold]demo[/bold].")
+    ],
+    bits: Annotated[
+        int | None,
+        typer.Option(
+            "--bits",
+            parser=opt.whole,
+            metavar="4|8|2",
+            help="Bits per substitute weight.",
+            show_default=str(_DEFAULT_BITS),
+        ),
+    ] = None,
+    optimizer: Annotated[
+        Optimizer, typer.Option("--optimizer", help="How scales are found; hqq is slower.")
+    ] = Optimizer.MINMAX,
+    revision: opt.RevisionOpt = None,
+    force: Annotated[bool, typer.Option("--force", help="Do it anew, even if it is done.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")] = False,
+    _debug: opt.DebugOpt = False,
+) -> None:
+    """Write the substitutes of MODEL's layers; needs memory for about one layer, and is done once."""
+    if not model.strip():
+        raise UsageError("MODEL is empty", "give a hub id, a local directory or demo")
+    chosen = resolve_config({"model": {"bits": bits, "revision": revision}}).model
+    from subspec_cli.cli.output import Output
+    from subspec_cli.cli.output_progress import ProgressLine
+
+    output = Output()
+    output.note(f"preparing {model}: loading the quantizer …")
+    with ProgressLine(output, spins=True, plain_interval_s=2.0) as progress:
+        progress.update(f"preparing {model}: loading the quantizer …")
+        from subspec_cli.session import prepare as prepare_model
+
+        progress.update(f"preparing {model}: reading the checkpoint …")
+        report = prepare_model(
+            model,
+            bits=chosen.bits or _DEFAULT_BITS,
+            optimizer=optimizer.value,
+            revision=revision,
+            force=force,
+            progress=lambda state: progress.update(progress_text(state), state.done_bytes, state.total_bytes),
+        )
+    if as_json:
+        output.document(report.as_dict())
+        return
+    for line in report_lines(report, model):
+        output.result(line)
+
+
+def progress_text(state: PrepareProgress) -> str:
+    """Layers, bytes, rate and time left."""
+    from subspec_cli.cli.output_progress import time_left
+
+    parts = [f"layer {state.done_layers}/{state.total_layers}"]
+    parts.append(f"{format_bytes(state.done_bytes)} of {format_bytes(state.total_bytes)}")
+    if state.elapsed_s > 0 and state.done_bytes:
+        parts.append(f"{state.done_bytes / state.elapsed_s / 1e6:.0f} MB/s")
+    parts.append(time_left(state.done_bytes, state.total_bytes, state.elapsed_s))
+    return " · ".join(part for part in parts if part)
+
+
+def report_lines(report: PrepareReport, model: str) -> list[str]:
+    """What was made, where, and the command that uses it."""
+    if report.already_prepared:
+        first = f"{report.model_id} is already prepared; --force does it anew"
+    else:
+        first = f"prepared {report.model_id} in {format_seconds(report.elapsed_s)}"
+    kept = f"{format_bytes(report.substitute_bytes)} of substitutes for {format_bytes(report.source_bytes)}"
+    quality = f"{report.bits_per_weight:.2f} bits per weight"
+    if report.sqnr_db is not None:
+        quality += f" at {report.sqnr_db:.1f} dB"
+    return [
+        f"{first}: {report.layers} layers, {kept} of weights, {quality}",
+        f"in {report.directory}",
+        f'next: subspec run --model {model} --vram-gb {_example_gib(report.source_bytes)} "…"',
+    ]
+
+
+def _example_gib(source_bytes: int) -> str:
+    """Half the model, in steps of half a GiB: a budget to try first."""
+    return f"{max(1, math.ceil(source_bytes / GIB)) / 2:g}"

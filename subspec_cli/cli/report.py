@@ -1,0 +1,139 @@
+"""What is said about a session and its answers: the banner, the summary and the JSON document."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from subspec_cli import __version__
+from subspec_cli.cli.live import View
+from subspec_cli.config import Config
+from subspec_cli.metrics import GenerationStats
+from subspec_cli.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from subspec_cli.session import Session, TextDelta
+
+INTERRUPTED = "interrupted"
+
+
+@dataclass
+class Answer:
+    """One answer, as far as it came."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str = INTERRUPTED
+    """`stop` or `length` once the last piece is here; Ctrl-C leaves it as it is."""
+    stats: GenerationStats = field(default_factory=GenerationStats)
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether Ctrl-C ended it."""
+        return self.finish_reason == INTERRUPTED
+
+
+def collect_answer(deltas: Iterator[TextDelta], view: View) -> Answer:
+    """Show an answer while it comes; Ctrl-C ends it early and keeps what is there."""
+    answer = Answer()
+    try:
+        with view:
+            for delta in deltas:
+                answer.text += delta.text
+                answer.token_ids.extend(delta.token_ids)
+                answer.stats = delta.stats
+                view.feed(delta.text, delta.stats)
+                if delta.finish_reason is not None:
+                    answer.finish_reason = delta.finish_reason
+    except KeyboardInterrupt:
+        answer.finish_reason = INTERRUPTED
+    finally:
+        # Ctrl-C while we draw leaves the generator suspended, with its rows still in the cache.
+        if isinstance(deltas, Generator):
+            deltas.close()
+    return answer
+
+
+def loading_line(config: Config, file: Path | None, command: str = "") -> str:
+    """What is said before anything heavy is imported, so that the program never looks hung."""
+    model = config.model.model or "the model prepared last"
+    source = f" (settings from {file})" if file is not None else ""
+    return " · ".join(
+        part for part in (f"subspec {__version__}", command, f"loading {model} …{source}") if part
+    )
+
+
+def session_lines(session: Session, config: Config) -> list[str]:
+    """Two lines: what runs where and how far it is proved; what lies where and why."""
+    about, plan = session.description, session.description.plan
+    how = "" if config.model.model else " (most recently prepared)"
+    first = [
+        f"model {about.model_id}{how}",
+        f"{about.device} {about.dtype}",
+        f"context {about.context_tokens}",
+    ]
+    first.append(f"{about.exactness} ({about.exactness_reason})")
+    if not config.sampling.is_greedy:
+        first.append(f"seed {about.seed}{' (fresh)' if about.fresh_seed else ''}")
+    second = [f"plan: {plan.resident_layers} resident + {plan.streamed_layers} streamed layers"]
+    if about.fits:
+        second.append("fits in the budget")
+    second.append("speculation on" if about.speculation else "plain decoding")
+    planned_bytes = sum(line.size_bytes for line in plan.lines)
+    second.append(f"{format_bytes(planned_bytes)} of {format_bytes(about.budget_bytes)} planned")
+    second.append(plan.reason)
+    return [" · ".join(part for part in line if part) for line in (first, second)]
+
+
+def summary_line(answer: Answer, session: Session) -> str:
+    """The one line that stays after an answer."""
+    stats, about = answer.stats, session.description
+    parts = [f"{stats.new_tokens} tokens ({answer.finish_reason}) at {stats.decode_tok_per_s:.1f} tok/s"]
+    if stats.drafted_tokens:
+        parts.append(f"tau {stats.tau:.2f}")
+    parts.append(f"first token {format_seconds(stats.ttft_s)}")
+    parts.append(f"prompt {stats.prompt_tokens} ({stats.prefilled_tokens} prefilled)")
+    if stats.streamed_bytes:
+        parts.append(f"{format_bytes(stats.streamed_bytes)} at {stats.link_gb_per_s:.2f} GB/s")
+    parts.append(f"memory {format_bytes(session.peak_memory_bytes())} of {format_bytes(about.budget_bytes)}")
+    parts.append(about.exactness)
+    return " · ".join(parts)
+
+
+def answer_document(answer: Answer, session: Session, config: Config) -> dict[str, Any]:
+    """The document of `run --json`."""
+    stats, about = answer.stats, session.description
+    return {
+        "text": answer.text,
+        "token_ids": answer.token_ids,
+        "prompt_tokens": stats.prompt_tokens,
+        "prefilled_tokens": stats.prefilled_tokens,
+        "new_tokens": stats.new_tokens,
+        "finish_reason": answer.finish_reason,
+        "exactness": about.exactness,
+        "exactness_reason": about.exactness_reason,
+        "speculation": about.speculation,
+        "seed": about.seed,
+        "model": about.model_id,
+        "revision": about.revision,
+        "stats": {
+            "ttft_s": stats.ttft_s,
+            "decode_tok_per_s": stats.decode_tok_per_s,
+            "tau": stats.tau,
+            "passes": stats.passes,
+            "accepted_histogram": stats.accepted_histogram,
+            "drafted_tokens": stats.drafted_tokens,
+            "draft_time_s": stats.draft_time_s,
+            "verify_time_s": stats.verify_time_s,
+            "wait_time_s": stats.wait_time_s,
+            "streamed_bytes": stats.streamed_bytes,
+            "link_gb_per_s": stats.link_gb_per_s,
+            "peak_memory_bytes": session.peak_memory_bytes(),
+            "budget_bytes": about.budget_bytes,
+        },
+        "plan": about.plan.as_dict(),
+        "config": config.as_dict(),
+        "versions": about.versions,
+    }

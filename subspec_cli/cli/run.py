@@ -1,0 +1,142 @@
+"""`subspec run`: one answer, or a chat when there is a terminal and no prompt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from subspec_cli.cli import options as opt
+from subspec_cli.cli.boundary import interrupt_status
+from subspec_cli.cli.prompts import read_prompt
+from subspec_cli.config import Config, find_config_file, resolve_config
+from subspec_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from subspec_cli.cli.output import Output
+    from subspec_cli.session import Session
+
+PromptArg = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="PROMPT", help="What to ask; left out, it is read from a pipe, else a chat begins."
+    ),
+]
+TokensOpt = Annotated[
+    int | None,
+    typer.Option(
+        "--max-new-tokens",
+        parser=opt.whole,
+        metavar="N",
+        help="Longest answer.",
+        show_default=str(opt.DEFAULTS.run.max_new_tokens),
+    ),
+]
+StopOpt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--stop", metavar="TEXT", help="End the answer before this text; may be given several times."
+    ),
+]
+SystemOpt = Annotated[
+    str | None, typer.Option("--system", metavar="TEXT", help="System message of the chat template.")
+]
+RawOpt = Annotated[
+    bool | None,
+    typer.Option("--raw/--no-raw", help="Complete the bare text, without chat template.", show_default=False),
+]
+PlainOpt = Annotated[
+    bool | None,
+    typer.Option(
+        "--plain/--no-plain", help="No live statistics, no colours, also on a terminal.", show_default=False
+    ),
+]
+JsonOpt = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout, and no text.")]
+
+
+def run(
+    prompt: PromptArg = None,
+    model: opt.ModelOpt = None,
+    revision: opt.RevisionOpt = None,
+    bits: opt.BitsOpt = None,
+    config_file: opt.ConfigOpt = None,
+    max_new_tokens: TokensOpt = None,
+    stop: StopOpt = None,
+    system: SystemOpt = None,
+    raw: RawOpt = None,
+    plain: PlainOpt = None,
+    as_json: JsonOpt = False,
+    vram_gb: opt.VramOpt = None,
+    memory_gb: opt.MemoryOpt = None,
+    device: opt.DeviceOpt = None,
+    context: opt.ContextOpt = None,
+    resident_layers: opt.ResidentOpt = None,
+    depth: opt.DepthOpt = None,
+    width: opt.WidthOpt = None,
+    no_speculation: opt.SpeculationOpt = None,
+    temperature: opt.TemperatureOpt = None,
+    top_p: opt.TopPOpt = None,
+    top_k: opt.TopKOpt = None,
+    seed: opt.SeedOpt = None,
+    _debug: opt.DebugOpt = False,
+) -> None:
+    """Answer a prompt, or chat, with exactly the tokens the 16-bit model alone would give."""
+    limits = {"max_new_tokens": max_new_tokens, "stop": stop or None}
+    flags: dict[str, dict[str, object]] = {
+        "model": {"model": model, "revision": revision, "bits": bits},
+        "memory": opt.memory_flags(vram_gb, memory_gb, device, context, resident_layers),
+        "draft": {"depth": depth, "width": width, "no_speculation": no_speculation},
+        "sampling": {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed},
+        "run": {**limits, "system": system, "raw": raw, "plain": plain},
+    }
+    file = find_config_file(config_file)
+    _start(resolve_config(flags, file), file, prompt, as_json=as_json)
+
+
+def _start(config: Config, file: Path | None, argument: str | None, *, as_json: bool) -> None:
+    """Refuse what cannot work, then load and answer."""
+    prompt = read_prompt(argument)
+    if prompt is None and (as_json or config.run.raw):
+        raise UsageError(f"{'--json' if as_json else '--raw'} needs a prompt; a chat has neither")
+    from subspec_cli.cli.output import Output
+    from subspec_cli.cli.report import loading_line
+
+    output = Output(plain=config.run.plain)
+    output.note(loading_line(config, file))
+    with _load(config, output) as session:
+        if prompt is not None:
+            _answer(session, prompt, config, output, as_json=as_json)
+            return
+        from subspec_cli.cli.chat import chat
+
+        chat(session, config, output)
+
+
+def _load(config: Config, output: Output) -> Session:
+    from subspec_cli.cli.output_progress import ProgressLine
+    from subspec_cli.cli.report import session_lines
+
+    with ProgressLine(output) as progress:
+        progress.update("loading libraries")
+        from subspec_cli.session import open_session
+
+        session = open_session(config, progress=progress.update)
+    for line in session_lines(session, config):
+        output.note(line)
+    return session
+
+
+def _answer(session: Session, prompt: str, config: Config, output: Output, *, as_json: bool) -> None:
+    from subspec_cli.cli.live import View, make_view
+    from subspec_cli.cli.report import answer_document, collect_answer, summary_line
+
+    limits = config.run
+    prompt_ids = session.encode_prompt(prompt, system=limits.system, raw=limits.raw)
+    deltas = session.generate(prompt_ids, max_new_tokens=limits.max_new_tokens, stop=limits.stop)
+    answer = collect_answer(deltas, View() if as_json else make_view(output, session))
+    if as_json:
+        output.document(answer_document(answer, session, config))
+    output.note(summary_line(answer, session))
+    if answer.is_interrupted:
+        raise typer.Exit(interrupt_status())

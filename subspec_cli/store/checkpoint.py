@@ -1,0 +1,187 @@
+"""A 16-bit model in the Hugging Face layout: its config, where its tensors lie, and what identifies it."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from subspec_cli.errors import IntegrityError, UnsupportedModelError, UsageError
+from subspec_cli.store.files import read_error
+from subspec_cli.store.safetensors_header import SafetensorsHeader, TensorEntry, read_header
+from subspec_cli.store.source_directory import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    WeightIndex,
+    confine,
+    has_tokenizer,
+    no_weights_error,
+    read_config,
+    read_index,
+)
+from subspec_cli.store.tensors import in_read_order
+from subspec_cli.units import printable
+
+_LAYER_NAME = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,5})\.(.+)")
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A weight file as it was when the checkpoint was opened."""
+
+    name: str
+    size_bytes: int
+    mtime_ns: int
+    inode: int
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A model's directory, checked: every tensor's place is known and no file reaches outside."""
+
+    directory: Path
+    config: dict[str, Any]
+    """config.json as it stands."""
+    tensors: Mapping[str, TensorEntry]
+    files: tuple[SourceFile, ...]
+    """The safetensors files, by name."""
+    fingerprint: str
+    """40 hex digits over config.json, the index and all raw headers; weights with equal headers share it."""
+
+    @property
+    def stamp(self) -> str:
+        """16 hex digits over names, sizes and modification times: whether the files were written again."""
+        text = "\n".join(f"{file.name} {file.size_bytes} {file.mtime_ns}" for file in self.files)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def open_checkpoint(directory: Path) -> Checkpoint:
+    """Check a model's directory by its small files and headers; no weight is read.
+
+    Raises:
+        UsageError: no such directory.
+        UnsupportedModelError: no config, tokenizer or safetensors; remote code; already quantized.
+        IntegrityError: a damaged, missing or misplaced file.
+        ResourceError: a file cannot be read.
+    """
+    if not directory.is_dir():
+        raise UsageError(f"no such directory: {printable(str(directory))}")
+    directory = directory.resolve()
+    config_bytes, config = read_config(directory)
+    names, index = _weight_files(directory)
+    if not has_tokenizer(directory):
+        raise UnsupportedModelError(
+            f"no tokenizer in {printable(str(directory))}: "
+            "expected tokenizer.json, tokenizer.model, or vocab.json with merges.txt"
+        )
+    headers = {name: read_header(confine(directory, name)) for name in names}
+    if index is not None:
+        _check_index(directory, index, headers)
+    digest = hashlib.sha256()
+    for part in (config_bytes, index.raw if index else b"", *(header.raw for header in headers.values())):
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return Checkpoint(
+        directory=directory,
+        config=config,
+        tensors={entry.name: entry for header in headers.values() for entry in header.entries},
+        files=tuple(_source_file(name, header) for name, header in headers.items()),
+        fingerprint=digest.hexdigest()[:40],
+    )
+
+
+def check_unchanged(checkpoint: Checkpoint) -> None:
+    """See that the weight files are still those that were opened.
+
+    Raises:
+        IntegrityError: a file has another size, modification time or inode, or is gone.
+    """
+    for file in checkpoint.files:
+        path = checkpoint.directory / file.name
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise read_error(error, path) from error
+        if (status.st_size, status.st_mtime_ns, status.st_ino) != (
+            file.size_bytes,
+            file.mtime_ns,
+            file.inode,
+        ):
+            raise IntegrityError(
+                f"{printable(str(path))} changed while it was in use "
+                f"({file.size_bytes} bytes then, {status.st_size} now)",
+                "let the other program finish, then run the command again",
+            )
+
+
+def layer_entries(checkpoint: Checkpoint, layer: int) -> tuple[TensorEntry, ...]:
+    """The tensors of one decoder layer, `in_read_order`.
+
+    Raises:
+        IntegrityError: the checkpoint has no tensor of that layer.
+    """
+    prefix = layer_prefix(layer)
+    found = [entry for name, entry in checkpoint.tensors.items() if name.startswith(prefix)]
+    if not found:
+        raise IntegrityError(f"{printable(str(checkpoint.directory))} holds no tensor of layer {layer}")
+    return tuple(in_read_order(found))
+
+
+def layer_prefix(layer: int) -> str:
+    """What the names of a decoder layer's tensors begin with."""
+    return f"model.layers.{layer}."
+
+
+def layer_count_in_tensors(checkpoint: Checkpoint) -> int:
+    """One more than the largest layer number among the tensor names; 0 without any."""
+    matches = (_LAYER_NAME.fullmatch(name) for name in checkpoint.tensors)
+    return max((int(match.group(1)) + 1 for match in matches if match), default=0)
+
+
+def _weight_files(directory: Path) -> tuple[tuple[str, ...], WeightIndex | None]:
+    if confine(directory, SINGLE_NAME).exists():
+        return (SINGLE_NAME,), None
+    index = read_index(directory)
+    if index is None:
+        names = sorted(path.name for path in directory.iterdir())
+        if any(name.endswith(".safetensors") for name in names):
+            raise IntegrityError(
+                f"{printable(str(directory))} has safetensors files, but neither {SINGLE_NAME} "
+                f"nor {INDEX_NAME}",
+                f"fetch {INDEX_NAME} too",
+            )
+        raise no_weights_error(names, printable(str(directory)))
+    missing = [name for name in index.file_names if not confine(directory, name).exists()]
+    if missing:
+        raise IntegrityError(
+            f"{printable(str(directory))} lacks {len(missing)} of the {len(index.file_names)} files "
+            f"that {INDEX_NAME} names: {printable(', '.join(missing[:4]))}",
+            "fetch them, or download the model again",
+        )
+    return index.file_names, index
+
+
+def _check_index(directory: Path, index: WeightIndex, headers: Mapping[str, SafetensorsHeader]) -> None:
+    held = {name: {entry.name for entry in header.entries} for name, header in headers.items()}
+    for tensor, name in index.file_of.items():
+        if tensor not in held[name]:
+            raise IntegrityError(
+                f"{printable(str(directory / name))} lacks the tensor {ascii(tensor)[:120]}, "
+                f"which {INDEX_NAME} puts there",
+                "download the file again",
+            )
+    for name, tensors in held.items():
+        for tensor in tensors:
+            if index.file_of.get(tensor) != name:
+                raise IntegrityError(
+                    f"{printable(str(directory / name))} holds the tensor {tensor}, "
+                    f"which {INDEX_NAME} puts into {printable(str(index.file_of.get(tensor, 'no file')))}",
+                    "download the model again",
+                )
+
+
+def _source_file(name: str, header: SafetensorsHeader) -> SourceFile:
+    status = header.status
+    return SourceFile(name, status.st_size, status.st_mtime_ns, status.st_ino)

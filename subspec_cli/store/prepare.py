@@ -1,0 +1,250 @@
+"""Writing substitutes: layer by layer, about one layer in memory, safe to kill and run again at any moment.
+
+A layer file counts once the journal lists it; that is written after each layer, and removed at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from subspec_cli import __version__
+from subspec_cli.errors import IntegrityError
+from subspec_cli.store.checkpoint import (
+    Checkpoint,
+    check_unchanged,
+    layer_count_in_tensors,
+    layer_entries,
+    layer_prefix,
+)
+from subspec_cli.store.files import (
+    atomic_write,
+    check_free_space,
+    sweep_stale_temps,
+    write_error,
+)
+from subspec_cli.store.home import make_home_directory
+from subspec_cli.store.hub import ResolvedModel
+from subspec_cli.store.lock import directory_lock
+from subspec_cli.store.manifest import (
+    JOURNAL_NAME,
+    MANIFEST_NAME,
+    LayerFile,
+    Manifest,
+    SubstituteSettings,
+    layer_file_name,
+    write_manifest,
+)
+from subspec_cli.store.prepared import PreparedModel, prepared_directory
+from subspec_cli.store.reuse import finished_manifest, reusable_layers
+from subspec_cli.store.tensors import read_hashed_tensors
+from subspec_cli.units import printable
+
+if TYPE_CHECKING:
+    import torch
+
+Quantizer: TypeAlias = "Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]"
+"""One layer's 16-bit tensors, keyed by the name inside the layer, to the tensors to write."""
+
+_SLACK_BYTES = 16 << 20  # manifest, journal, file system
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareProgress:
+    """How far a preparation is; bytes are those of the 16-bit layers."""
+
+    done_layers: int
+    total_layers: int
+    reused_layers: int
+    """Of the done ones, how many were found finished; all of them: already prepared."""
+    done_bytes: int
+    total_bytes: int
+    elapsed_s: float
+
+
+def prepare_model(
+    resolved: ResolvedModel,
+    checkpoint: Checkpoint,
+    settings: SubstituteSettings,
+    quantizer: Quantizer,
+    *,
+    layer_count: int,
+    dtype: str,
+    group_size: int,
+    versions: Mapping[str, str],
+    force: bool,
+    progress: Callable[[PrepareProgress], None],
+) -> PreparedModel:
+    """Write the substitutes of every layer, reusing finished ones; `force` makes all of them anew.
+
+    While it runs, and if it is killed, an earlier complete set in the same place stays usable.
+
+    Raises:
+        IntegrityError: a damaged source, weights that are not finite, or a source that changed meanwhile.
+        ResourceError: the disk is too small or cannot be written.
+        BusyError: another process is preparing the same.
+        UnsupportedModelError: the place holds a newer version's work (unless `force`).
+    """
+    goal = Manifest(
+        model_id=resolved.model_id,
+        source_directory=str(resolved.directory),
+        commit=resolved.commit,
+        fingerprint=checkpoint.fingerprint,
+        source_stamp=checkpoint.stamp if resolved.is_local else "",
+        dtype=dtype,
+        settings=settings,
+        group_size=group_size,
+        layers=(),
+        tool_version=__version__,
+        library_versions=dict(versions),
+    )
+    directory = prepared_directory(resolved.model_id, resolved.commit, settings)
+    work = _Work(goal, checkpoint, directory, _layer_bytes(checkpoint, layer_count), progress)
+    if not force and (finished := work.already_prepared()):
+        return finished
+    if not directory.exists():  # a refusal leaves nothing behind
+        work.check_space()
+    make_home_directory(directory)
+    with directory_lock(directory):
+        sweep_stale_temps(directory)
+        return work.run(quantizer, force=force)
+
+
+def estimate_file_bytes(
+    checkpoint: Checkpoint, layer: int, settings: SubstituteSettings, group_size: int
+) -> int:
+    """Upper estimate of one substitute file: codes, a 16-bit scale and shift per group, 5 % for the rest."""
+    elements = sum(math.prod(entry.shape) for entry in layer_entries(checkpoint, layer))
+    bits_per_element = settings.bits + (32 / group_size if group_size else 0)
+    return int(elements * bits_per_element / 8 * 1.05)
+
+
+@dataclass
+class _Work:
+    """One run of `prepare_model`: what is to be made, and which layers of it are done."""
+
+    goal: Manifest
+    checkpoint: Checkpoint
+    directory: Path
+    layer_bytes: list[int]
+    progress: Callable[[PrepareProgress], None]
+    started_s: float = field(default_factory=time.monotonic)
+    done: dict[int, LayerFile] = field(default_factory=dict)
+    reused_layers: int = 0
+
+    def already_prepared(self) -> PreparedModel | None:
+        """The complete earlier result, whose recency is renewed."""
+        found = finished_manifest(self.directory, self.goal, len(self.layer_bytes))
+        if found is None:
+            return None
+        with contextlib.suppress(OSError):  # recency is a convenience; the directory may be read-only
+            os.utime(self.directory / MANIFEST_NAME)
+        for file in found.layers:
+            self.reuse(file)
+        return PreparedModel(self.directory, found)
+
+    def run(self, quantizer: Quantizer, *, force: bool) -> PreparedModel:
+        """Everything that needs the lock."""
+        if not force:
+            for file in reusable_layers(self.directory, self.goal, self.checkpoint):
+                self.reuse(file)
+        self.check_space()
+        if force:  # an empty journal: from here on the earlier set is no longer taken for finished
+            write_manifest(self.directory / JOURNAL_NAME, self.goal)
+        for layer in range(len(self.layer_bytes)):
+            if layer not in self.done:
+                self.make_layer(layer, quantizer)
+        check_unchanged(self.checkpoint)
+        return self.finish()
+
+    def reuse(self, file: LayerFile) -> None:
+        """Count a layer as done by an earlier run."""
+        self.done[file.layer] = file
+        self.reused_layers += 1
+        self._tell_progress()
+
+    def check_space(self) -> None:
+        """Refuse when the disk cannot take the layers still to be made; files they replace count as free."""
+        left = [layer for layer in range(len(self.layer_bytes)) if layer not in self.done]
+        if not left:
+            return
+        estimates = [
+            estimate_file_bytes(self.checkpoint, layer, self.goal.settings, self.goal.group_size)
+            for layer in left
+        ]
+        paths = [self.directory / layer_file_name(layer) for layer in left]
+        replaced_bytes = sum(path.stat().st_size for path in paths if path.is_file())
+        # Old and new file of one layer stand side by side for a moment.
+        need_bytes = max(sum(estimates) - replaced_bytes, max(estimates)) + _SLACK_BYTES
+        check_free_space(self.directory, need_bytes, f"preparing {printable(self.goal.model_id)}")
+
+    def make_layer(self, layer: int, quantizer: Quantizer) -> None:
+        """Read, quantize and write one layer, then record it."""
+        from safetensors.torch import save
+
+        tensors, source_sha256 = read_hashed_tensors(layer_entries(self.checkpoint, layer))
+        _check_finite(tensors)
+        prefix = layer_prefix(layer)
+        packed = quantizer({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
+        del tensors  # before the file's bytes take memory in turn
+        data = save({name: packed[name].contiguous() for name in sorted(packed)})
+        name = layer_file_name(layer)
+        atomic_write(self.directory / name, data)
+        sha256 = hashlib.sha256(data).hexdigest()
+        self.done[layer] = LayerFile(name, layer, len(data), sha256, source_sha256)
+        write_manifest(self.directory / JOURNAL_NAME, self._manifest())
+        self._tell_progress()
+
+    def finish(self) -> PreparedModel:
+        """Write the manifest, which makes the directory a prepared model, and drop the journal."""
+        manifest = self._manifest()
+        write_manifest(self.directory / MANIFEST_NAME, manifest)
+        journal = self.directory / JOURNAL_NAME
+        try:
+            journal.unlink(missing_ok=True)
+        except OSError as error:
+            raise write_error(error, journal) from error
+        return PreparedModel(self.directory, manifest)
+
+    def _manifest(self) -> Manifest:
+        return replace(self.goal, layers=tuple(self.done[layer] for layer in sorted(self.done)))
+
+    def _tell_progress(self) -> None:
+        self.progress(
+            PrepareProgress(
+                done_layers=len(self.done),
+                total_layers=len(self.layer_bytes),
+                reused_layers=self.reused_layers,
+                done_bytes=sum(self.layer_bytes[layer] for layer in self.done),
+                total_bytes=sum(self.layer_bytes),
+                elapsed_s=time.monotonic() - self.started_s,
+            )
+        )
+
+
+def _layer_bytes(checkpoint: Checkpoint, layer_count: int) -> list[int]:
+    found = layer_count_in_tensors(checkpoint)
+    if found != layer_count:
+        raise IntegrityError(
+            f"{printable(str(checkpoint.directory))} holds {found} layers, its config says {layer_count}"
+        )
+    return [
+        sum(entry.size_bytes for entry in layer_entries(checkpoint, layer)) for layer in range(layer_count)
+    ]
+
+
+def _check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point():
+            bad = tensor.numel() - int(tensor.isfinite().sum())
+            if bad:
+                raise IntegrityError(
+                    f"{name} holds {bad} values that are NaN or infinite", "download the model again"
+                )

@@ -1,0 +1,111 @@
+"""The chat: commands, Ctrl-C, and errors that end no conversation."""
+
+import pytest
+from test_cli_fakes import FakeSession, on_terminal, use_session
+
+from subspec_cli.__main__ import main
+from subspec_cli.cli.output import Output
+from subspec_cli.errors import ResourceError, UsageError
+
+
+@pytest.fixture
+def talk(tmp_path, monkeypatch):
+    """Hold a chat of scripted lines (or exceptions); gives status, session, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+
+    def hold(lines, pieces=("Hi", "!"), argv=("run", "--plain", "--system", "S")):
+        stdout, stderr = on_terminal(monkeypatch)
+        session = FakeSession(list(pieces))
+        use_session(monkeypatch, session)
+        script = iter(lines)
+
+        def ask(self, prompt):
+            line = next(script)
+            if isinstance(line, BaseException):
+                raise line
+            return line
+
+        monkeypatch.setattr(Output, "ask", ask)
+        status = main(list(argv))
+        assert session.closed
+        assert next(script, None) is None, "the chat left before its script ended"
+        return status, session, stdout.getvalue(), stderr.getvalue()
+
+    return hold
+
+
+def test_questions_commands_and_leaving(talk):
+    status, session, stdout, stderr = talk(["Hello?", "", "/reset", "/help", "/nope", "/etc/hosts", "/exit"])
+    assert status == 0
+    asked = [call for call in session.calls if call[0] != "generate"]
+    assert asked == [("chat", "S"), ("ask", "Hello?"), ("reset",), ("ask", "/etc/hosts")]
+    assert stdout == "Hi!\nHi!\n"
+    assert "the conversation is cleared" in stderr
+    assert "no command /nope: /reset clears" in stderr
+    assert stderr.count("tok/s") == 2
+
+
+@pytest.mark.parametrize("last", ["/quit", EOFError()])
+def test_other_ways_to_leave(talk, last):
+    assert talk([last])[0] == 0
+
+
+def test_live_chat(talk):
+    status, _, stdout, _ = talk(["Hello?", EOFError()], argv=("run",))
+    assert status == 0
+    assert "tok/s" in stdout
+    assert stdout.endswith("Hi!\n")
+
+
+def test_ctrl_c_stops_the_answer_and_a_second_one_leaves(talk):
+    status, session, stdout, stderr = talk(
+        ["Hello?", KeyboardInterrupt()], pieces=["Hi", KeyboardInterrupt()]
+    )
+    assert status == 0
+    assert stdout == "Hi\n"
+    assert "interrupted" in stderr
+    assert session.stopped
+
+
+def test_one_ctrl_c_at_the_prompt_only_says_how_to_leave(talk):
+    interrupt = KeyboardInterrupt
+    status, session, _, stderr = talk([interrupt(), "Hello?", interrupt(), interrupt()])
+    assert status == 0
+    assert ("ask", "Hello?") in session.calls
+    assert stderr.count("Ctrl-C again, Ctrl-D or /exit leaves") == 2
+
+
+def test_full_conversation_is_said_and_goes_on(talk):
+    status, _, _, stderr = talk(
+        ["Hello?", "/exit"], pieces=[UsageError("the chat is full", "/reset clears it")]
+    )
+    assert status == 0
+    assert "the chat is full: /reset clears it" in stderr
+
+
+def test_other_errors_end_it(talk):
+    status, _, _, stderr = talk(["Hello?"], pieces=[ResourceError("the disk is gone")])
+    assert status == 7
+    assert "subspec: error: the disk is gone" in stderr
+
+
+def test_line_that_is_no_utf_8(talk):
+    status, session, _, stderr = talk([UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"), "/exit"])
+    assert status == 0
+    assert "not UTF-8 at byte 0" in stderr
+    assert ("ask", "") not in session.calls
+
+
+def test_sigterm_is_no_ctrl_c(talk, monkeypatch):
+    """SIGTERM must end the program, at the prompt and during an answer."""
+    monkeypatch.setattr("subspec_cli.cli.chat.is_terminating", lambda: True)
+    status, _, _, _ = talk([KeyboardInterrupt()])
+    assert status == 130
+    status, _, _, _ = talk(["Hello?"], pieces=["Hi", KeyboardInterrupt()])
+    assert status == 130
+
+
+def test_asking_reads_a_line(monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda prompt: f"{prompt}typed")
+    assert Output().ask("> ") == "> typed"

@@ -1,0 +1,163 @@
+"""The terminal: text that scrolls up, statistics that are redrawn, progress, and nothing left behind."""
+
+import io
+
+import pytest
+from test_cli_fakes import FakeSession, Terminal, on_terminal, use_session
+
+from subspec_cli.__main__ import main
+from subspec_cli.cli.live import LiveView, sparkline, statistics_lines
+from subspec_cli.cli.output import Output, as_json
+from subspec_cli.cli.output_progress import ProgressLine, time_left
+from subspec_cli.metrics import GenerationStats, StepStats
+
+
+@pytest.fixture(autouse=True)
+def no_settings(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.delenv("NO_COLOR", raising=False)
+
+
+def ticking(step_s=1.0):
+    """A clock that moves by `step_s` at every look."""
+    now = [0.0]
+
+    def clock():
+        now[0] += step_s
+        return now[0]
+
+    return clock
+
+
+def some_stats():
+    stats = GenerationStats().after_prefill(prompt_tokens=9, prefilled_tokens=9, ttft_s=0.1)
+    times = {"draft_time_s": 0.5, "verify_time_s": 1.5, "wait_time_s": 1.0, "streamed_bytes": 10**9}
+    for number, accepted in enumerate((0, 8, 4)):
+        step = StepStats(drafted=8, accepted=accepted, emitted=accepted + 1, **times)
+        stats = stats.after_step(step, decode_time_s=2.0 * (number + 1))
+    return stats
+
+
+def test_statistics_say_speed_time_and_memory():
+    assert statistics_lines(some_stats(), 512 << 20, 1 << 30) == [
+        "2.5 tok/s · 16 tokens · tau 5.00 · accepted ▁█▅",
+        "draft 25% · verify 25% · waiting for weights 50% · link 0.50 GB/s",
+        "memory 512.0 MiB of 1.00 GiB · 2.79 GiB moved",
+    ]
+    first = GenerationStats().after_prefill(prompt_tokens=9, prefilled_tokens=9, ttft_s=0.1)
+    assert statistics_lines(first, 0, 1 << 30) == ["0.0 tok/s · 1 tokens", "memory 0 B of 1.00 GiB"]
+
+
+def test_statistics_fit_the_usual_terminal():
+    stats = some_stats()
+    for _ in range(60):
+        times = {"draft_time_s": 0.5, "verify_time_s": 9.5, "wait_time_s": 9.0, "streamed_bytes": 10**11}
+        stats = stats.after_step(StepStats(drafted=8, accepted=9, emitted=10, **times), decode_time_s=100.0)
+    assert max(len(line) for line in statistics_lines(stats, 100 << 30, 111 << 30)) <= 80
+
+
+def test_sparkline_grows_with_what_is_accepted():
+    assert sparkline(()) == ""
+    assert sparkline((0, 8)) == "▁█"
+    assert sparkline((0, 8, 16)) == "▁▅█"
+
+
+def test_live_terminal_shows_statistics_and_leaves_the_text(monkeypatch):
+    stdout, stderr = on_terminal(monkeypatch)
+    use_session(monkeypatch, FakeSession(["Hello ", "wor\x1b[2Jld\n", "by", "e\u202e"]))
+    assert main(["run", "hello"]) == 0
+    shown = stdout.getvalue()
+    assert "reading the prompt" in shown
+    assert "tok/s" in shown
+    assert "Hello wor\\x1b[2Jld\n" in shown
+    assert "\x1b[2Jld" not in shown
+    assert shown.endswith("bye\\x202e\n")
+    assert "\u202e" not in shown
+    assert shown.rfind("\x1b[?25h") > shown.rfind("\x1b[?25l") >= 0, "the cursor is shown again"
+    assert "10 tokens (stop)" in stderr.getvalue()
+
+
+def test_live_area_redraws_partial_line_above_statistics():
+    stream = Terminal()
+    output = Output(stdout=stream, stderr=Terminal())
+    view = LiveView(output.area(), memory_bytes=lambda: 256 << 20, budget_bytes=1 << 30, clock=ticking())
+    with view:
+        view.feed("first\nsec", some_stats())
+        view.feed("ond", some_stats())
+    shown = stream.getvalue()
+    for text in (
+        "2.5 tok/s",
+        "tau 5.00",
+        "▁█▅",
+        "waiting for weights 50%",
+        "link 0.50 GB/s",
+        "memory 256.0 MiB",
+    ):
+        assert text in shown
+    assert shown.index("first") < shown.index("2.5 tok/s")
+    assert shown.endswith("second\n")
+
+
+def test_long_partial_line_shows_its_end(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setenv("LINES", "10")
+    stream = Terminal()
+    output = Output(stdout=stream, stderr=Terminal())
+    with LiveView(output.area(), memory_bytes=lambda: 0, budget_bytes=1, clock=ticking()) as view:
+        view.feed(" ".join(f"word{number:03d}" for number in range(90)), some_stats())
+        drawn = stream.getvalue()
+        assert "word089" in drawn
+        assert "word001" not in drawn
+        assert "memory" in drawn
+    assert "word001" in stream.getvalue()[len(drawn) :]
+
+
+def test_ctrl_c_restores_the_terminal(monkeypatch):
+    stdout, stderr = on_terminal(monkeypatch)
+    use_session(monkeypatch, FakeSession(["partial", KeyboardInterrupt()]))
+    assert main(["run", "hello"]) == 130
+    shown = stdout.getvalue()
+    assert shown.rfind("\x1b[?25h") > shown.rfind("\x1b[?25l")
+    assert shown.endswith("partial\n")
+    assert "(interrupted)" in stderr.getvalue()
+
+
+@pytest.mark.parametrize(("name", "value"), [("TERM", "dumb"), ("TERM", "unknown")])
+def test_dumb_terminal_gets_plain_text(monkeypatch, name, value):
+    stdout, stderr = on_terminal(monkeypatch)
+    monkeypatch.setenv(name, value)
+    use_session(monkeypatch, FakeSession())
+    assert main(["run", "hello"]) == 0
+    assert stdout.getvalue() == "Hello world\nbye\n"
+    assert "\x1b" not in stderr.getvalue()
+
+
+def test_no_color_leaves_no_colour(monkeypatch):
+    _, stderr = on_terminal(monkeypatch)
+    monkeypatch.setenv("NO_COLOR", "1")
+    use_session(monkeypatch, FakeSession())
+    assert main(["run", "hello"]) == 0
+    assert not any(f"\x1b[{colour}m" in stderr.getvalue() for colour in range(30, 48))
+
+
+def test_progress_is_one_line_on_a_terminal_and_rare_lines_elsewhere():
+    stderr = Terminal()
+    with ProgressLine(Output(stdout=io.StringIO(), stderr=stderr)) as progress:
+        progress.update("loading [red] 1/2 \x1b[2J", 1, 2)
+    assert "loading [red] 1/2 \\x1b[2J" in stderr.getvalue()
+    stderr = io.StringIO()
+    with ProgressLine(Output(stdout=io.StringIO(), stderr=stderr), clock=ticking()) as progress:
+        for number in range(1, 13):
+            progress.update(f"layer {number}/12", number, 12)
+    assert stderr.getvalue().splitlines() == ["layer 5/12", "layer 10/12", "layer 12/12"]
+
+
+def test_time_left():
+    assert time_left(0, 10, 1.0) == ""
+    assert time_left(10, 10, 1.0) == ""
+    assert time_left(1, 5, 30.0) == "2:00 left"
+
+
+def test_json_has_no_nan():
+    assert as_json({"a": [float("nan"), (1.5, float("inf"))]}) == '{"a": [null, [1.5, null]]}'

@@ -1,0 +1,182 @@
+"""`subspec prepare` and `subspec bench`: what they show, write and return."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from test_cli_fakes import (
+    FakeBenchProgress,
+    FakeBenchReport,
+    FakePrepareProgress,
+    FakePrepareReport,
+    module,
+    on_terminal,
+)
+
+from subspec_cli.__main__ import main
+
+
+@pytest.fixture(autouse=True)
+def no_settings(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+
+
+@pytest.fixture
+def preparing(monkeypatch):
+    """Let `prepare` give this report; gives what it was called with."""
+
+    def use(report):
+        calls = []
+
+        def prepare(model, *, bits, optimizer, revision, force, progress):
+            calls.append((model, bits, optimizer, revision, force))
+            for layer in range(1, 5):
+                progress(FakePrepareProgress(layer, 4, layer << 20, 4 << 20, layer * 0.5))
+            return report
+
+        monkeypatch.setitem(
+            sys.modules, "subspec_cli.session", module("subspec_cli.session", prepare=prepare)
+        )
+        return calls
+
+    return use
+
+
+def test_prepare_shows_progress_summary_and_next_command(capsys, preparing):
+    calls = preparing(FakePrepareReport())
+    assert main(["prepare", "demo"]) == 0
+    captured = capsys.readouterr()
+    assert calls == [("demo", 4, "minmax", None, False)]
+    assert captured.err.splitlines()[0] == "preparing demo: loading the quantizer …"
+    assert captured.err.splitlines()[-1] == "layer 4/4 · 4.00 MiB of 4.00 MiB · 2 MB/s"
+    made = "4 layers, 800.0 MiB of substitutes for 3.00 GiB of weights"
+    assert captured.out.splitlines() == [
+        f"prepared demo in 1:01: {made}, 4.25 bits per weight at 21.5 dB",
+        "in /cache/demo-int4",
+        'next: subspec run --model demo --vram-gb 1.5 "…"',
+    ]
+
+
+def test_prepare_passes_flags_on_and_says_when_nothing_was_to_do(capsys, preparing):
+    calls = preparing(FakePrepareReport(already_prepared=True, sqnr_db=None))
+    assert main(["prepare", "a/b", "--bits", "8", "--optimizer", "hqq", "--revision", "v1", "--force"]) == 0
+    assert calls == [("a/b", 8, "hqq", "v1", True)]
+    out = capsys.readouterr().out
+    assert "dB" not in out
+    assert out.startswith("demo is already prepared; --force does it anew: 4 layers")
+
+
+def test_prepare_json(capsys, preparing):
+    preparing(FakePrepareReport())
+    assert main(["prepare", "demo", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document == {"model_id": "demo", "directory": "/cache/demo-int4", "sqnr_db": None}
+
+
+def test_prepare_on_a_terminal_has_a_bar_with_rate_and_time_left(preparing, monkeypatch):
+    _, stderr = on_terminal(monkeypatch)
+    preparing(FakePrepareReport())
+    assert main(["prepare", "demo"]) == 0
+    shown = stderr.getvalue()
+    assert "━" in shown
+    assert "layer 4/4" in shown
+    assert shown.rfind("\x1b[?25h") > shown.rfind("\x1b[?25l")
+
+
+def test_prepare_refuses_before_loading(capsys, preparing):
+    calls = preparing(FakePrepareReport())
+    assert main(["prepare", "demo", "--bits", "5"]) == 2
+    assert "--bits must be 2, 4 or 8, not 5" in capsys.readouterr().err
+    assert main(["prepare", "demo", "--optimizer", "adam"]) == 2
+    assert "'adam' is not one of 'minmax', 'hqq'" in capsys.readouterr().err
+    assert main(["prepare", ""]) == 2
+    assert "MODEL is empty" in capsys.readouterr().err
+    assert not calls
+
+
+@pytest.fixture
+def benching(monkeypatch):
+    """Let `bench` give this report; gives what it was called with."""
+
+    def use(report):
+        calls = []
+
+        def run_bench(config, suite, *, progress):
+            calls.append((config, suite))
+            progress(FakeBenchProgress(1, 4, 10.0, "writing, question 1"))
+            progress(FakeBenchProgress(4, 4, 40.0, "done"))
+            return report
+
+        def atomic_write(path, content):
+            Path(path).write_bytes(content)
+
+        runner, files = "subspec_cli.bench.runner", "subspec_cli.store.files"
+        monkeypatch.setitem(sys.modules, runner, module(runner, run_bench=run_bench))
+        monkeypatch.setitem(sys.modules, files, module(files, atomic_write=atomic_write))
+        return calls
+
+    return use
+
+
+def test_bench_table_and_json_file(capsys, benching, tmp_path):
+    calls = benching(FakeBenchReport())
+    argv = "bench sample --limit 2 --max-new-tokens 48 --plain-tokens 16 --vram-gb 1 --json out.json"
+    assert main(argv.split()) == 0
+    config, suite = calls[0]
+    assert suite == "sample"
+    assert config.as_dict()["bench"] == {
+        "limit": 2,
+        "max_new_tokens": 48,
+        "plain_tokens": 16,
+        "questions": None,
+    }
+    captured = capsys.readouterr()
+    header, _, row, total, *_ = [line for line in captured.out.splitlines() if line.strip()]
+    columns = "category answers identical plain tok/s subspec tok/s speedup same plan speedup tau prefilled"
+    assert header.split() == columns.split()
+    assert row.split() == ["writing", "4", "4", "1.50", "9.15", "6.10x", "-", "7.25", "90"]
+    assert total.split()[0] == "all"
+    assert captured.out.splitlines()[-1].startswith("speed-up 6.10x")
+    assert captured.err.splitlines()[0] == "subspec 0.1.0 · bench sample · loading the model prepared last …"
+    assert "4/4 · done" in captured.err
+    assert "written to out.json" in captured.err
+    assert json.loads((tmp_path / "out.json").read_text())["answers"] == [{"identical": True}]
+    assert "\x1b" not in captured.out + captured.err
+
+
+def test_bench_json_on_stdout_is_alone_there(capsys, benching):
+    benching(FakeBenchReport())
+    assert main(["bench", "sample", "--json", "-"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["interrupted"] is False
+    assert "writing" in captured.err
+    assert "speed-up 6.10x" in captured.err
+
+
+def test_bench_interrupted_shows_what_is_done(capsys, benching, tmp_path):
+    benching(FakeBenchReport(interrupted=True))
+    assert main(["bench", "mt-bench", "--json", "out.json"]) == 130
+    captured = capsys.readouterr()
+    assert "writing" in captured.out
+    assert "interrupted: these are the answers that were done" in captured.err
+    assert (tmp_path / "out.json").exists()
+
+
+@pytest.mark.parametrize(("exactness", "status"), [("exact", 9), ("numeric", 0)])
+def test_bench_fails_when_exact_answers_differ(capsys, benching, exactness, status):
+    benching(FakeBenchReport(identical=3, exactness=exactness, interrupted=status == 9))
+    assert main(["bench", "sample"]) == status
+    message = "subspec: error: 1 of 4 answers differ from plain decoding"
+    assert (message in capsys.readouterr().err) == (status == 9)
+
+
+def test_bench_refuses_what_would_be_lost_later(capsys, benching, tmp_path):
+    calls = benching(FakeBenchReport())
+    assert main(["bench", "sample", "--json", "absent/out.json"]) == 2
+    assert main(["bench", "sample", "--json", str(tmp_path)]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+    assert main(["bench", "mt-bench", "--questions", "absent.jsonl"]) == 2
+    assert "--questions absent.jsonl: no such file" in capsys.readouterr().err
+    assert not calls

@@ -1,0 +1,208 @@
+"""`subspec run` on a pipe and as JSON: what goes to stdout, what to stderr, and with which settings."""
+
+import json
+import sys
+
+import pytest
+from test_cli_fakes import FakeDescription, FakeSession, on_terminal, pipe_in, use_session
+
+from subspec_cli.__main__ import main
+
+
+@pytest.fixture(autouse=True)
+def no_settings(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+
+
+@pytest.fixture
+def session(monkeypatch):
+    session = FakeSession()
+    session.configs = use_session(monkeypatch, session)
+    return session
+
+
+def test_plain_text_on_stdout_and_figures_on_stderr(capsys, session, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert main(["run", "What is it?"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "Hello world\nbye\n"
+    assert "\x1b" not in captured.out + captured.err
+    banner, model, plan, summary = captured.err.splitlines()
+    assert banner == "subspec 0.1.0 · loading the model prepared last …"
+    assert model == (
+        "model demo (most recently prepared) · cpu bfloat16 · context 256"
+        " · exact (rows checked in blocks of 2)"
+    )
+    assert plan == (
+        "plan: 1 resident + 3 streamed layers · speculation on · 3.00 MiB of 1.00 GiB planned"
+        " · one layer fits beside the substitutes"
+    )
+    assert summary == (
+        "7 tokens (stop) at 4.0 tok/s · tau 3.00 · first token 250 ms"
+        " · prompt 5 (4 prefilled) · 953.7 MiB at 0.67 GB/s"
+        " · memory 400.0 MiB of 1.00 GiB · exact"
+    )
+    assert session.calls == [("encode", "What is it?", None, False), ("generate", 5, 512, ())]
+    assert session.closed
+    assert session.stopped
+
+
+def test_every_flag_reaches_the_session(capsys, session):
+    argv = (
+        "run hello --model m/x --revision r1 --bits 8 --memory-gb 1.5 --device cpu --context 99 "
+        "--resident-layers 0 --depth 3 --width 2 --no-speculation --temperature 0.7 --top-p 0.9 --top-k 4 "
+        "--seed 12 --max-new-tokens 33 --stop END --stop . --system Be_brief --raw --plain"
+    )
+    assert main(argv.split()) == 0
+    config = session.configs[0].as_dict()
+    assert config["model"] == {"model": "m/x", "revision": "r1", "bits": 8}
+    assert config["memory"] == {"vram_gb": 1.5, "device": "cpu", "context": 99, "resident_layers": 0}
+    assert config["draft"] == {"depth": 3, "width": 2, "no_speculation": True}
+    assert config["sampling"] == {"temperature": 0.7, "top_p": 0.9, "top_k": 4, "seed": 12}
+    assert config["run"] == {
+        "max_new_tokens": 33,
+        "system": "Be_brief",
+        "stop": ["END", "."],
+        "raw": True,
+        "plain": True,
+    }
+    assert session.calls == [("encode", "hello", "Be_brief", True), ("generate", 5, 33, ("END", "."))]
+    error = capsys.readouterr().err
+    assert "loading m/x" in error
+    assert "most recently" not in error
+    assert "seed 77 (fresh)" in error
+
+
+def test_settings_file_is_used_and_said(capsys, session, tmp_path):
+    (tmp_path / "subspec.toml").write_text("[run]\nmax_new_tokens = 3\nraw = true\n[model]\nmodel = 'demo'\n")
+    assert main(["run", "hello", "--no-raw"]) == 0
+    assert session.calls[1] == ("generate", 5, 3, ())
+    assert session.calls[0] == ("encode", "hello", None, False)
+    assert "loading demo … (settings from subspec.toml)" in capsys.readouterr().err
+
+
+def test_json_is_one_document_with_the_promised_keys(capsys, session):
+    assert main(["run", "hello", "--json", "--seed", "5"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    document = json.loads(out)
+    assert list(document) == [
+        *("text", "token_ids", "prompt_tokens", "prefilled_tokens", "new_tokens", "finish_reason"),
+        *("exactness", "exactness_reason", "speculation", "seed", "model", "revision"),
+        *("stats", "plan", "config", "versions"),
+    ]
+    assert list(document["stats"]) == [
+        *("ttft_s", "decode_tok_per_s", "tau", "passes", "accepted_histogram", "drafted_tokens"),
+        *("draft_time_s", "verify_time_s", "wait_time_s", "streamed_bytes", "link_gb_per_s"),
+        *("peak_memory_bytes", "budget_bytes"),
+    ]
+    assert document["text"] == "Hello world\nbye"
+    assert document["token_ids"] == [0, 10, 1, 11, 2, 12]
+    assert (document["finish_reason"], document["new_tokens"], document["prompt_tokens"]) == ("stop", 7, 5)
+    assert (document["stats"]["tau"], document["stats"]["accepted_histogram"]) == (3.0, [0, 0, 2])
+    assert document["config"]["sampling"]["seed"] == 5
+    assert document["plan"] == {"resident_layers": 1, "streamed_layers": 3}
+
+
+def test_json_keeps_foreign_text_in_ascii(capsys, monkeypatch):
+    use_session(monkeypatch, FakeSession(["caf\u00e9 \u202e\x1b[2J"]))
+    assert main(["run", "hello", "--json"]) == 0
+    out = capsys.readouterr().out
+    assert out.isascii()
+    assert json.loads(out)["text"] == "caf\u00e9 \u202e\x1b[2J"
+
+
+def test_pipe_keeps_bytes_and_terminal_escapes_them(capsys, monkeypatch):
+    nasty = "a\x1b[2J\x1b]52;c;\x07\r\x9b\u202eb\tc\n"
+    use_session(monkeypatch, FakeSession([nasty, nasty]))
+    assert main(["run", "hello"]) == 0
+    assert capsys.readouterr().out == nasty * 2
+    stdout, stderr = on_terminal(monkeypatch)
+    use_session(monkeypatch, FakeSession([nasty]))
+    assert main(["run", "hello", "--plain"]) == 0
+    assert stdout.getvalue() == "a\\x1b[2J\\x1b]52;c;\\x07\\x0d\\x9b\\x202eb\tc\n"
+    assert "\x1b" not in stderr.getvalue()
+
+
+def test_prompt_from_a_pipe(capsys, session, monkeypatch):
+    pipe_in(monkeypatch, "What is caf\u00e9?\n".encode())
+    assert main(["run"]) == 0
+    assert session.calls[0] == ("encode", "What is caf\u00e9?", None, False)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "the prompt is empty"),
+        (b" \n", "the prompt is empty"),
+        (b"abc\xff", "standard input is not UTF-8 at byte 3"),
+        (b"a" * ((16 << 20) + 1), "the prompt on standard input is longer than 16 MiB"),
+    ],
+)
+def test_bad_piped_prompt(capsys, session, monkeypatch, content, message):
+    pipe_in(monkeypatch, content)
+    assert main(["run"]) == 2
+    assert message in capsys.readouterr().err
+    assert not session.configs
+
+
+def test_bad_prompt_argument(capsys, session):
+    assert main(["run", " "]) == 2
+    assert "the prompt is empty" in capsys.readouterr().err
+    assert main(["run", "caf\udce9"]) == 2
+    assert "the prompt argument is not valid UTF-8" in capsys.readouterr().err
+
+
+def test_no_prompt_and_no_way_to_chat(capsys, session, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(["run"]) == 2
+    assert "no prompt" in capsys.readouterr().err
+    _, stderr = on_terminal(monkeypatch)
+    assert main(["run", "--json"]) == 2
+    assert main(["run", "--raw"]) == 2
+    assert "--json needs a prompt" in stderr.getvalue()
+    assert "--raw needs a prompt" in stderr.getvalue()
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False)
+    assert main(["run"]) == 2
+    assert "a chat needs standard output on the terminal too" in stderr.getvalue()
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_ctrl_c_keeps_what_is_there(capsys, monkeypatch, as_json):
+    session = FakeSession(["Hello ", "wor", KeyboardInterrupt()])
+    use_session(monkeypatch, session)
+    assert main(["run", "hello", *(["--json"] if as_json else [])]) == 130
+    captured = capsys.readouterr()
+    if as_json:
+        document = json.loads(captured.out)
+        assert (document["text"], document["finish_reason"]) == ("Hello wor", "interrupted")
+    else:
+        assert captured.out == "Hello wor\n"
+    assert "4 tokens (interrupted)" in captured.err.splitlines()[-1]
+    assert session.closed
+
+
+def test_ctrl_c_while_writing_stops_the_generation(capsys, monkeypatch):
+    session = FakeSession(["a", "b", "c"])
+    use_session(monkeypatch, session)
+
+    def interrupted(self, text, stats):
+        assert not session.stopped
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("subspec_cli.cli.live.PlainView.feed", interrupted)
+    assert main(["run", "hello"]) == 130
+    assert session.stopped
+
+
+def test_banner_says_when_the_model_fits_or_is_only_numeric(capsys, monkeypatch):
+    description = FakeDescription(
+        fits=True, speculation=False, exactness="numeric", exactness_reason="float32 rows differ"
+    )
+    use_session(monkeypatch, FakeSession(description=description))
+    assert main(["run", "hello"]) == 0
+    error = capsys.readouterr().err
+    assert "numeric (float32 rows differ)" in error
+    assert "fits in the budget · plain decoding" in error
+    assert "seed" not in error
