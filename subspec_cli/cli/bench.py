@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from subspec_cli.cli import options as opt
-from subspec_cli.cli.boundary import interrupt_status
+from subspec_cli.cli.interrupts import interrupt_status
 from subspec_cli.config import Config, find_config_file, resolve_config
 from subspec_cli.errors import NotIdenticalError, UsageError
 

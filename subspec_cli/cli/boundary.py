@@ -6,13 +6,12 @@ import contextlib
 import errno
 import io
 import os
-import signal
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
-from types import FrameType
+from collections.abc import Sequence
 from typing import TextIO
 
+from subspec_cli.cli.interrupts import interrupt_status, is_terminating, terminate_raises
 from subspec_cli.errors import ExitCode, ResourceError, SubspecError, UsageError
 from subspec_cli.units import printable
 
@@ -31,34 +30,11 @@ _ENVIRONMENT_ERRNOS = frozenset(
 )
 
 
-class _Interrupts:
-    """Remembers which signal asked to stop: SIGTERM unwinds like Ctrl-C but ends in its own status."""
-
-    exit_code = ExitCode.INTERRUPTED
-
-    def on_terminate(self, _signum: int, _frame: FrameType | None) -> None:
-        self.exit_code = ExitCode.TERMINATED
-        raise KeyboardInterrupt
-
-
-_interrupts = _Interrupts()
-
-
-def interrupt_status() -> ExitCode:
-    """The exit status of a command that a signal stopped."""
-    return _interrupts.exit_code
-
-
-def is_terminating() -> bool:
-    """Whether the KeyboardInterrupt at hand was a SIGTERM, which no prompt may outlive."""
-    return _interrupts.exit_code is ExitCode.TERMINATED
-
-
 def guarded(argv: Sequence[str]) -> int:
     """Run the command line; every way out is an exit status with at most a message and a hint on stderr."""
     _tolerate_streams()
     try:
-        with _terminate_raises():
+        with terminate_raises():
             status = _invoke(argv)
             sys.stdout.flush()
     except BaseException as error:
@@ -88,21 +64,6 @@ def _invoke(argv: Sequence[str]) -> int:
         used = getattr(getattr(error, "ctx", None), "command_path", "subspec")
         raise UsageError(error.format_message().rstrip("."), f"{used} --help lists what it takes") from error
     return ExitCode.OK
-
-
-@contextlib.contextmanager
-def _terminate_raises() -> Iterator[None]:
-    """Let SIGTERM unwind the stack as Ctrl-C does: by default it would skip every `finally`."""
-    _interrupts.exit_code = ExitCode.INTERRUPTED
-    try:
-        before = signal.signal(signal.SIGTERM, _interrupts.on_terminate)
-    except ValueError:  # not the main thread: whoever embeds us handles signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _report(error: BaseException, *, debug: bool) -> int:

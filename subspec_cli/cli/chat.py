@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from subspec_cli.cli.boundary import interrupt_status, is_terminating
+from subspec_cli.cli.interrupts import interrupt_status, is_terminating
 from subspec_cli.cli.live import make_view
 from subspec_cli.cli.output import Output
 from subspec_cli.cli.report import collect_answer, summary_line

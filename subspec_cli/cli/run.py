@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from subspec_cli.cli import options as opt
-from subspec_cli.cli.boundary import interrupt_status
+from subspec_cli.cli.interrupts import interrupt_status
 from subspec_cli.cli.prompts import read_prompt
 from subspec_cli.config import Config, find_config_file, resolve_config
 from subspec_cli.errors import UsageError

@@ -1,0 +1,53 @@
+# Sourced by scripts/quickstart and scripts/test: finds or makes the Python environment, installs the package.
+
+# A CPU build is enough without a card and spares a newcomer gigabytes of CUDA libraries.
+TORCH_CPU_VERSION=2.13.0
+
+find_python() {
+    if [ -n "${PYTHON:-}" ]; then
+        return
+    fi
+    if [ -n "${VIRTUAL_ENV:-}" ]; then
+        PYTHON="$VIRTUAL_ENV/bin/python"
+        return
+    fi
+    if [ ! -x .venv/bin/python ]; then
+        say "making the environment .venv"
+        python3 -m venv .venv || fail "python3 -m venv failed; on Debian: apt install python3-venv"
+    fi
+    PYTHON="$PWD/.venv/bin/python"
+}
+
+# ensure_installed [dev]: the package in editable form, with the development extra if asked for.
+ensure_installed() {
+    find_python
+    "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "Python 3.11 or newer is needed"
+    local extra="${1:-}" stamp
+    stamp="$("$PYTHON" -c 'import sys; print(sys.prefix)')/.subspec-installed-${extra:-plain}"
+    if [ -f "$stamp" ] && [ ! pyproject.toml -nt "$stamp" ] && [ "$(cat "$stamp")" = "$PWD" ]; then
+        return
+    fi
+    say "installing (a few minutes the first time)"
+    if ! "$PYTHON" -c 'import torch' 2>/dev/null; then
+        install_torch
+    fi
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check --editable ".${extra:+[$extra]}"
+    printf '%s' "$PWD" > "$stamp"
+}
+
+install_torch() {
+    if command -v nvidia-smi >/dev/null 2>&1; then
+        "$PYTHON" -m pip install --quiet --disable-pip-version-check "torch>=2.11,<2.14"
+    else
+        "$PYTHON" -m pip install --quiet --disable-pip-version-check "torch==$TORCH_CPU_VERSION"
+    fi
+}
+
+say() {
+    printf '\033[2m%s\033[0m\n' "$*" >&2
+}
+
+fail() {
+    printf 'error: %s\n' "$*" >&2
+    exit 1
+}
