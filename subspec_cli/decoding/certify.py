@@ -80,20 +80,9 @@ def certify(
 
 
 def row_counts(most_nodes: int, prefill_rows: int) -> tuple[int, ...]:
-    """Row counts to check: all small ones, then some up to a whole tree and a whole prefill chunk."""
-    counts = {
-        *range(1, 18),
-        23,
-        24,
-        31,
-        32,
-        33,
-        48,
-        most_nodes - 1,
-        most_nodes,
-        prefill_rows - 1,
-        prefill_rows,
-    }
+    """Row counts to check: all small ones, then the sizes in use and their neighbours, up to the largest."""
+    counts = {*range(1, 18), 24, 31, 32, 33, 48, 49, 64, 65, most_nodes - 1, most_nodes, 128, 192}
+    counts |= {prefill_rows - 1, prefill_rows}
     return tuple(sorted(n for n in counts if 1 <= n <= max(most_nodes, prefill_rows)))
 
 
@@ -135,10 +124,10 @@ def _run_block(decoder: TargetDecoder, block: Block, rows: Tensor) -> Tensor:
     zeros = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
     alone = torch.eye(len(rows), dtype=torch.bool, device=rows.device)
     batch = TokenBatch(zeros, zeros, len(rows), 0, alone, zeros)
-    flow = decoder.start(rows)
+    flow = decoder.start(rows, batch, _one_layer_cache(decoder, rows))
     flow.normed = rows
     flow.inner = _widened(rows, decoder.math.geometry.feed_forward)
-    decoder.run_block(block, flow, batch, _one_layer_cache(decoder, rows))
+    decoder.run_block(block, flow)
     return flow.hidden if block.kind in ("attention", "down") else flow.inner
 
 
@@ -156,8 +145,9 @@ def _decode_equals_prefill(decoder: TargetDecoder, block: Block, states: Tensor)
         batch = TokenBatch(
             positions.new_zeros(padded(count)), F.pad(positions, (0, extra)), count, start, allowed, keys
         )
-        flow = decoder.start(torch.cat((rows[start : start + count], rows[-1:].expand(extra, -1))))
-        decoder.run_block(block, flow, batch, kv)
+        padding = rows[-1:].expand(extra, -1)
+        flow = decoder.start(torch.cat((rows[start : start + count], padding)), batch, kv)
+        decoder.run_block(block, flow)
         return flow.hidden[:count]
 
     together = attend(0, len(rows))

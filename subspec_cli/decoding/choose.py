@@ -18,6 +18,8 @@ from subspec_cli.config import SamplingConfig
 
 Row = NDArray[np.float64]
 _NOISE_ROWS_KEPT: Final = 128
+_LEAST_TEMPERATURE: Final = 1e-200
+"""Divides any float32 logit without overflow, and leaves the noise no say between logits that differ."""
 
 
 class Chooser(Protocol):
@@ -47,13 +49,14 @@ class GumbelChooser:
     def __init__(self, sampling: SamplingConfig, seed: int, request: int) -> None:
         assert sampling.temperature > 0
         self._sampling = sampling
+        self._temperature = max(sampling.temperature, _LEAST_TEMPERATURE)
         self._seed = seed
         self._request = request
         self._noise: OrderedDict[int, Row] = OrderedDict()
 
     def scores(self, logits: Row, position: int) -> Row:
         """Filtered logits / temperature + the noise of `position`."""
-        scaled = logits / self._sampling.temperature
+        scaled = logits / self._temperature
         keep = allowed_tokens(scaled, self._sampling.top_k, self._sampling.top_p)
         return np.where(keep, scaled + self._gumbel(position, len(logits)), -np.inf)
 
@@ -92,7 +95,8 @@ def allowed_tokens(scaled: Row, top_k: int, top_p: float) -> NDArray[np.bool_]:
     if 0 < top_k < len(scaled):
         keep = _most_likely(scaled, top_k)
     if top_p < 1.0:
-        weights = np.where(keep, np.exp(scaled - scaled.max()), 0.0)
+        with np.errstate(invalid="ignore"):  # a damaged draft row may hold infinity; nothing of it is kept
+            weights = np.where(keep, np.exp(scaled - scaled.max()), 0.0)
         probabilities = weights / weights.sum()
         # Tokens below this bound weigh less than 1 - top_p together: never in the prefix, so never sorted.
         candidates = np.flatnonzero(probabilities >= (1.0 - top_p) / len(scaled))

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TILE_BYTES: Final = 8 << 20
-"""Most bytes of one tile of float64 scores; a few such temporaries live at a time."""
+from subspec_cli.placement.plan import ATTENTION_TILE_BYTES
+
+TILE_BYTES: Final = ATTENTION_TILE_BYTES
 
 
 def exact_attention(query: Tensor, keys: Tensor, values: Tensor, allowed: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.layers import LayerMath, RowRules, TokenBatch, rms_norm
+from subspec_cli.modeling.rope import Rotation
 
 Embedding = Callable[[Tensor], Tensor]
 """`[P]` token ids to `[P, hidden]` rows."""
@@ -39,10 +40,13 @@ class BlockSource(Protocol):
 
 
 @dataclass(slots=True)
-class _Flow:
-    """What passes from block to block within one layer."""
+class Flow:
+    """What passes from block to block in one forward."""
 
     hidden: Tensor
+    batch: TokenBatch
+    kv: KVCache
+    rotation: Rotation
     normed: Tensor = field(init=False)
     inner: Tensor = field(init=False)
 
@@ -77,37 +81,37 @@ class TargetDecoder:
     @torch.inference_mode()
     def forward(self, batch: TokenBatch, kv: KVCache, *, logits_from: int = 0) -> Tensor:
         """Logits `[rows - logits_from, V]` of a padded batch; writes its keys and values to the cache."""
-        flow = _Flow(self._embed(batch.token_ids))
+        flow = self.start(self._embed(batch.token_ids), batch, kv)
         # Closed at once when a block fails or the user interrupts: the next pass starts at the first block.
         with closing(self._source.blocks()) as blocks:
             for block in blocks:
-                self.run_block(block, flow, batch, kv)
+                self.run_block(block, flow)
         wanted = self._pad(flow.hidden[logits_from : batch.rows])
         return self._head.logits(wanted, self.rules)[: batch.rows - logits_from]
 
-    def run_block(self, block: Block, flow: _Flow, batch: TokenBatch, kv: KVCache) -> None:
+    def start(self, hidden: Tensor, batch: TokenBatch, kv: KVCache) -> Flow:
+        """A flow that begins with `[P, hidden]` rows."""
+        return Flow(hidden, batch, kv, self.math.rope.rows(batch.positions[: batch.rows]))
+
+    def run_block(self, block: Block, flow: Flow) -> None:
         """One block's share of its layer; `flow` carries what the next block needs."""
-        getattr(self, f"_run_{block.kind}")(block, flow, batch, kv)
+        getattr(self, f"_run_{block.kind}")(block, flow)
 
-    def start(self, hidden: Tensor) -> _Flow:
-        """A flow that begins with given `[P, hidden]` rows, for the self-check."""
-        return _Flow(hidden)
-
-    def _run_attention(self, block: Block, flow: _Flow, batch: TokenBatch, kv: KVCache) -> None:
+    def _run_attention(self, block: Block, flow: Flow) -> None:
         layer = block.layer
         normed = self.math.attention_input(layer, flow.hidden)
         query, key, value = (self._project(block, f"self_attn.{name}_proj", normed) for name in "qkv")
-        mixed = self.math.mix(layer, query, key, value, batch, kv)
+        mixed = self.math.mix(layer, (query, key, value), flow.rotation, flow.batch, flow.kv)
         flow.hidden = flow.hidden + self._project(block, "self_attn.o_proj", mixed)
 
-    def _run_gate(self, block: Block, flow: _Flow, batch: TokenBatch, kv: KVCache) -> None:  # noqa: ARG002
+    def _run_gate(self, block: Block, flow: Flow) -> None:
         flow.normed = self.math.mlp_input(block.layer, flow.hidden)
         flow.inner = self._project(block, "mlp.gate_proj", flow.normed)
 
-    def _run_up(self, block: Block, flow: _Flow, batch: TokenBatch, kv: KVCache) -> None:  # noqa: ARG002
+    def _run_up(self, block: Block, flow: Flow) -> None:
         flow.inner = self.rules.gated(flow.inner, self._project(block, "mlp.up_proj", flow.normed))
 
-    def _run_down(self, block: Block, flow: _Flow, batch: TokenBatch, kv: KVCache) -> None:  # noqa: ARG002
+    def _run_down(self, block: Block, flow: Flow) -> None:
         flow.hidden = flow.hidden + self._project(block, "mlp.down_proj", flow.inner)
 
     def _project(self, block: Block, name: str, inputs: Tensor) -> Tensor:
@@ -146,9 +150,10 @@ class DraftDecoder:
     def forward(self, batch: TokenBatch, kv: KVCache) -> Tensor:
         """Logits `[N, V]`; writes draft-made keys and values to scratch rows."""
         hidden = self._embed(batch.token_ids)
+        rotation = self._math.rope.rows(batch.positions)
         for number, layer in enumerate(self._layers):
-            query, key, value = layer.qkv(self._math.attention_input(number, hidden))
-            mixed = self._math.mix(number, query, key, value, batch, kv)
+            projected = layer.qkv(self._math.attention_input(number, hidden))
+            mixed = self._math.mix(number, projected, rotation, batch, kv)
             hidden = hidden + layer.attention_output(mixed)
             hidden = hidden + layer.feed_forward(self._math.mlp_input(number, hidden))
         return self._head.logits(hidden, None)

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subspec_cli.modeling.kv_cache import KVCache
-from subspec_cli.modeling.rope import RopeTable
+from subspec_cli.modeling.rope import RopeTable, Rotation
 from subspec_cli.placement.geometry import ModelGeometry
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+_ROW_SIZES: Final = (8, 16, 32, 48, 64)
 _SERIAL_ELEMENTS: Final = 32_768
 """Elementwise kernels run on one thread below this many elements (torch's grain size)."""
 
@@ -45,15 +46,18 @@ class RowRules:
     """What keeps a row's bits free of its neighbours; found by the self-check, never assumed."""
 
     row_block: int
-    """Rows are padded to a multiple of this."""
+    """Rows are padded to multiples of this."""
     fixed_rows: bool = False
     """Whether linears run in calls of exactly `row_block` rows (CUDA), not of any multiple (CPU)."""
     tile_elementwise: bool = False
     """Whether SiLU runs in tiles too small to be split among threads."""
 
     def padded(self, rows: int) -> int:
-        """Rows after padding."""
-        return -(-rows // self.row_block) * self.row_block
+        """Rows after padding: one of few sizes, for each of which the kernels keep code and scratch memory."""
+        if rows > _ROW_SIZES[-1]:
+            return -(-rows // _ROW_SIZES[-1]) * _ROW_SIZES[-1]
+        sizes = (self.row_block, *_ROW_SIZES)
+        return next(size for size in sizes if size >= rows and size % self.row_block == 0)
 
     def linear(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """`inputs [P, in] @ weight [out, in].T + bias` with row-independent bits; P is padded already."""
@@ -109,9 +113,15 @@ class LayerMath:
         )
 
     def mix(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, batch: TokenBatch, kv: KVCache
+        self,
+        layer: int,
+        projected: tuple[Tensor, Tensor, Tensor],
+        rotation: Rotation,
+        batch: TokenBatch,
+        kv: KVCache,
     ) -> Tensor:
-        """Rotate, cache and attend: projected `[P, ...]` rows to `[P, H * D]`, padding rows zero."""
+        """Rotate, cache and attend: query, key, value rows `[P, ...]` to `[P, H * D]`, padding rows zero."""
+        query, key, value = projected
         sizes, n = self.geometry, batch.rows
         query = query[:n].view(n, sizes.heads, sizes.head_dim)
         key = key[:n].view(n, sizes.kv_heads, sizes.head_dim)
@@ -119,8 +129,7 @@ class LayerMath:
         if sizes.qk_norm:
             query = rms_norm(query, self.small[layer]["self_attn.q_norm.weight"], sizes.rms_norm_eps)
             key = rms_norm(key, self.small[layer]["self_attn.k_norm.weight"], sizes.rms_norm_eps)
-        cos, sin = self.rope.rows(batch.positions[:n])
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        query, key = rotate(query, *rotation), rotate(key, *rotation)
         kv.write(layer, batch.start, key.transpose(0, 1), value.transpose(0, 1))
         keys, values = kv.read(layer, batch.start + n)
         mixed = self.attend(query.transpose(0, 1), keys, values, self._allowed(layer, batch))

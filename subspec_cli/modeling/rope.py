@@ -9,6 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+Rotation = tuple[Tensor, Tensor]
+"""cos and sin of the rows at hand, each `[N, 1, D]`."""
+
 
 @dataclass(frozen=True, slots=True)
 class RopeTable:
@@ -17,7 +20,7 @@ class RopeTable:
     cos: Tensor
     sin: Tensor
 
-    def rows(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def rows(self, positions: Tensor) -> Rotation:
         """Tables of the given positions, each `[N, 1, D]`."""
         return self.cos[positions], self.sin[positions]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from subspec_cli.errors import IntegrityError, UnsupportedModelError
@@ -37,6 +37,9 @@ LAYER_BLOCKS: Final[Mapping[str, tuple[str, ...]]] = {
 LAYER_MATRICES: Final = tuple(name for names in LAYER_BLOCKS.values() for name in names)
 GROUP_SIZES: Final = (128, 64, 32)
 """Input features that share a scale in a substitute; the largest that divides the input is used."""
+_ROPE_TYPES: Final = ("default", "linear", "yarn", "longrope", "llama3")
+_LIBRARY_WINDOW: Final = 4096
+"""The library's sliding window where config.json names none."""
 _ROW_MULTIPLE: Final = 16
 """torch's int4 kernel wants the output features in this multiple."""
 
@@ -175,6 +178,9 @@ def read_geometry(config: Mapping[str, Any], tensors: Mapping[str, TensorEntry])
     missing, unexpected or misshapen tensors.
     """
     geometry = geometry_from_config(config, _checkpoint_dtype(tensors))
+    if "lm_head.weight" in tensors:
+        # The library ties only equal tables; running the head that is there is right either way.
+        geometry = replace(geometry, tied_head=False)
     _check_tensors(geometry, tensors)
     return geometry
 
@@ -190,7 +196,9 @@ def geometry_from_config(config: Mapping[str, Any], dtype: str) -> ModelGeometry
         raise UnsupportedModelError(
             f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
         )
-    bias = bool(config.get("attention_bias", False))
+    bias = architecture in ("LlamaForCausalLM", "Qwen3ForCausalLM") and bool(
+        config.get("attention_bias", False)
+    )
     return ModelGeometry(
         architecture=architecture,
         dtype=dtype,
@@ -202,11 +210,11 @@ def geometry_from_config(config: Mapping[str, Any], dtype: str) -> ModelGeometry
         head_dim=_count(config, "head_dim", default=hidden // heads),
         vocab=_count(config, "vocab_size"),
         max_positions=_count(config, "max_position_embeddings"),
-        rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        rms_norm_eps=_number(config, "rms_norm_eps", default=1e-6),
         tied_head=bool(config.get("tie_word_embeddings", False)),
         qkv_bias=architecture == "Qwen2ForCausalLM" or bias,
-        output_bias=architecture != "Qwen2ForCausalLM" and bias,
-        mlp_bias=bool(config.get("mlp_bias", False)),
+        output_bias=bias,
+        mlp_bias=architecture == "LlamaForCausalLM" and bool(config.get("mlp_bias", False)),
         qk_norm=architecture == "Qwen3ForCausalLM",
         windows=_windows(architecture, config, layers),
     )
@@ -228,39 +236,62 @@ def _refuse_unsupported_settings(config: Mapping[str, Any]) -> None:
     if (act := config.get("hidden_act", "silu")) not in ("silu", "swish"):
         raise UnsupportedModelError(f"hidden_act {printable(str(act))} is not supported, only silu")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type in ("dynamic", "proportional"):
+    if not isinstance(rope, dict):
         raise UnsupportedModelError(
-            f"rotary positions of type {rope_type} depend on the longest position of a call and are not run",
-            "supported types: default, linear, yarn, longrope, llama3",
+            f"rope_parameters or rope_scaling is no table: {printable(str(rope))[:80]}"
         )
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in _ROPE_TYPES:
+        # `dynamic` depends on the longest position of a call; an unknown type must not run as another.
+        raise UnsupportedModelError(
+            f"rotary positions of type {printable(str(rope_type))[:80]} are not run",
+            "supported types: " + ", ".join(_ROPE_TYPES),
+        )
+    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) not in (1.0, None):
         raise UnsupportedModelError("partial_rotary_factor other than 1 is not supported")
     for key in ("attn_logit_softcapping", "final_logit_softcapping", "attention_sinks", "num_local_experts"):
         if config.get(key):
             raise UnsupportedModelError(f"config field {key} is not supported")
 
 
-def _count(config: Mapping[str, Any], key: str, *, default: int | None = None, most: int = 1 << 28) -> int:
+def _count(
+    config: Mapping[str, Any], key: str, *, default: int | None = None, least: int = 1, most: int = 1 << 28
+) -> int:
     value = config.get(key)
     value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
         raise UnsupportedModelError(
-            f"config field {key} is {printable(str(value))[:80]}, not a count from 1 to {most}"
+            f"config field {key} is {printable(str(value))[:80]}, not a count from {least} to {most}"
         )
     return value
 
 
+def _number(config: Mapping[str, Any], key: str, *, default: float) -> float:
+    value = config.get(key, default)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise UnsupportedModelError(f"config field {key} is {printable(str(value))[:80]}, not a number")
+    return float(value)
+
+
 def _windows(architecture: str, config: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
-    window = config.get("sliding_window")
-    if architecture == "MistralForCausalLM":
-        # Mistral's own default is a window of 4096; null means none.
-        return (config.get("sliding_window", 4096),) * layers
-    if architecture == "LlamaForCausalLM" or not config.get("use_sliding_window", False) or window is None:
+    everywhere = architecture == "MistralForCausalLM"
+    if architecture == "LlamaForCausalLM" or not (everywhere or config.get("use_sliding_window", False)):
         return (None,) * layers
+    if config.get("sliding_window", _LIBRARY_WINDOW) is None:
+        return (None,) * layers
+    window = _count(config, "sliding_window", default=_LIBRARY_WINDOW)
+    if everywhere:
+        return (window,) * layers
     if kinds := config.get("layer_types"):
-        return tuple(window if kind == "sliding_attention" else None for kind in kinds[:layers])
-    first = config.get("max_window_layers", 28)
+        known = isinstance(kinds, list) and all(
+            kind in ("sliding_attention", "full_attention") for kind in kinds
+        )
+        if not known or len(kinds) != layers:
+            raise UnsupportedModelError(
+                "config field layer_types does not name one known kind for each layer"
+            )
+        return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    first = _count(config, "max_window_layers", default=28, least=0)
     return tuple(window if layer >= first else None for layer in range(layers))
 
 
@@ -279,9 +310,8 @@ def _check_tensors(geometry: ModelGeometry, tensors: Mapping[str, TensorEntry]) 
     missing = sorted(expected.keys() - tensors.keys())
     if missing:
         raise IntegrityError(f"{len(missing)} tensors are missing: {_some(missing)}")
-    allowed = {"lm_head.weight"} if geometry.tied_head else set()
     unexpected = sorted(
-        name for name in tensors.keys() - expected.keys() - allowed if "rotary_emb.inv_freq" not in name
+        name for name in tensors.keys() - expected.keys() if "rotary_emb.inv_freq" not in name
     )
     if unexpected:
         raise IntegrityError(f"{len(unexpected)} tensors are not expected: {_some(unexpected)}")

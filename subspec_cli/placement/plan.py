@@ -19,7 +19,9 @@ _CONTEXTS: Final = (4096, 3072, 2048, 1536, 1024, 768, 512, 256)
 """Contexts tried when the user names none, largest first."""
 _SLOTS: Final = 3
 """Stream slots: one in use, one ready, one arriving."""
-_MARGIN_BYTES: Final = 72 * MIB
+ATTENTION_TILE_BYTES: Final = 4 * MIB
+"""Most bytes of one tile of float64 scores; a few such temporaries live at a time."""
+_MARGIN_BYTES: Final = 64 * MIB
 """Interpreter growth, thread stacks, kernel scratch and the allocator's own waste."""
 _PAGE_BYTES: Final = 4096
 
@@ -181,7 +183,7 @@ def _workspace_bytes(request: PlanRequest, rows: int) -> int:
     width = 4 * geometry.hidden + 3 * geometry.feed_forward + 3 * geometry.heads * geometry.head_dim
     activations = request.prefill_rows * width * max(geometry.element_bytes, 4)
     float64_keys = 3 * geometry.kv_heads * rows * geometry.head_dim * 8
-    tiles = 3 * (8 * MIB)
+    tiles = 3 * ATTENTION_TILE_BYTES
     logits = request.tree_nodes * geometry.vocab * geometry.element_bytes + 8 * geometry.vocab * 8
     tokenizer = 8 * request.tokenizer_bytes if request.device == "cpu" else 0
     return activations + float64_keys + tiles + logits + tokenizer

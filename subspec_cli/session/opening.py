@@ -18,7 +18,12 @@ from subspec_cli.errors import ResourceError, UnsupportedModelError
 from subspec_cli.modeling.families import ModelTokenizer, end_token_ids, library_versions, load_config
 from subspec_cli.modeling.layers import RowRules
 from subspec_cli.placement.geometry import ModelGeometry, read_geometry, substitute_layer_bytes
-from subspec_cli.placement.memory import MemoryMeter, available_bytes, total_bytes
+from subspec_cli.placement.memory import (
+    MemoryMeter,
+    available_bytes,
+    return_freed_memory_at_once,
+    total_bytes,
+)
 from subspec_cli.placement.plan import OffloadPlan, PlanRequest, make_plan
 from subspec_cli.session.loading import LoadedModel, Loader
 from subspec_cli.session.session import Session, SessionDescription, SessionParts
@@ -48,6 +53,7 @@ def open_session(config: Config, *, progress: Callable[[str], None]) -> Session:
     device = _device(config.memory.device)
     source = _find_source(config)
     plan = _plan(config, source, device)
+    return_freed_memory_at_once()
     # Everything is imported by now: what memory grows from here on is the model's.
     meter = MemoryMeter(device)
     if device.type == "cuda":
