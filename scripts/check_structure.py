@@ -10,7 +10,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "subspec_cli"
 ROOMS = ("ground", "store", "placement", "modeling", "decoding", "session", "bench", "cli")
-GROUND = {"__init__", "errors", "units", "metrics", "config"}
+GROUND = {"__init__", "errors", "units", "metrics", "config", "versions"}
 TOP_LEVEL = {"pyproject.toml", "subspec_cli", "configs", "tests", "scripts", "README.md", "LICENSE"}
 MOST_MEDIAN_LINES = 150
 MOST_FILE_LINES = 400

@@ -49,7 +49,7 @@ def test_prepare_shows_progress_summary_and_next_command(capsys, preparing):
     assert main(["prepare", "demo"]) == 0
     captured = capsys.readouterr()
     assert calls == [("demo", 4, "minmax", None, False)]
-    assert captured.err.splitlines()[0] == "preparing demo: loading the quantizer …"
+    assert captured.err.splitlines()[0] == "preparing demo …"
     assert captured.err.splitlines()[-1] == "layer 4/4 · 4.00 MiB of 4.00 MiB · 2 MB/s"
     made = "4 layers, 800.0 MiB of substitutes for 3.00 GiB of weights"
     assert captured.out.splitlines() == [

@@ -11,14 +11,17 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from subspec_cli.bench.report import AnswerPair, ArmAnswer, BenchReport, BenchRow, LinkFigures
 from subspec_cli.bench.suites import Question, load_suite
 from subspec_cli.config import Config
 from subspec_cli.metrics import GenerationStats
 from subspec_cli.placement.memory import disk_read_bytes
-from subspec_cli.session import Session, open_session
+from subspec_cli.session import open_session
+
+if TYPE_CHECKING:
+    from subspec_cli.session import Session
 
 __all__ = ["BenchProgress", "BenchReport", "BenchRow", "run_bench"]
 

@@ -57,12 +57,11 @@ def prepare(
     from subspec_cli.cli.output_progress import ProgressLine
 
     output = Output()
-    output.note(f"preparing {model}: loading the quantizer …")
+    output.note(f"preparing {model} …")
     with ProgressLine(output, spins=True, plain_interval_s=2.0) as progress:
-        progress.update(f"preparing {model}: loading the quantizer …")
+        progress.update(f"preparing {model}: reading the checkpoint, loading the quantizer")
         from subspec_cli.session import prepare as prepare_model
 
-        progress.update(f"preparing {model}: reading the checkpoint …")
         report = prepare_model(
             model,
             bits=chosen.bits or _DEFAULT_BITS,

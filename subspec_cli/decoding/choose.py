@@ -95,9 +95,9 @@ def allowed_tokens(scaled: Row, top_k: int, top_p: float) -> NDArray[np.bool_]:
     if 0 < top_k < len(scaled):
         keep = _most_likely(scaled, top_k)
     if top_p < 1.0:
-        with np.errstate(invalid="ignore"):  # a damaged draft row may hold infinity; nothing of it is kept
+        with np.errstate(invalid="ignore"):  # of a damaged draft row nothing is kept
             weights = np.where(keep, np.exp(scaled - scaled.max()), 0.0)
-        probabilities = weights / weights.sum()
+            probabilities = weights / weights.sum()
         # Tokens below this bound weigh less than 1 - top_p together: never in the prefix, so never sorted.
         candidates = np.flatnonzero(probabilities >= (1.0 - top_p) / len(scaled))
         order = candidates[np.lexsort((candidates, -scaled[candidates]))]

@@ -93,16 +93,3 @@ def end_token_ids(directory: Path, config: PreTrainedConfig, tokenizer: ModelTok
         named = generation.get("eos_token_id", named)
     found = named if isinstance(named, list) else [named]
     return frozenset(token for token in (*found, tokenizer.eos_id) if isinstance(token, int))
-
-
-def library_versions() -> dict[str, str]:
-    """Versions that a result depends on."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for name in ("torch", "transformers", "optimum-quanto", "safetensors", "tokenizers", "huggingface-hub"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "absent"
-    return found

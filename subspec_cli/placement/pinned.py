@@ -34,6 +34,8 @@ class PinnedStreamer:
         self._queued = 0
         self._used = 0
         self._counters = StreamCounters()
+        # The slots' memory may have had another owner, whose last kernels are still on the current stream.
+        self._copy_stream.wait_stream(torch.cuda.current_stream(device))
         self._fill()
 
     def blocks(self) -> Generator[dict[str, Tensor], None, None]:

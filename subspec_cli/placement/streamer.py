@@ -135,7 +135,9 @@ class DiskStreamer:
 
     @property
     def is_direct(self) -> bool:
-        """Whether every file opened so far is read past the page cache."""
+        """Whether files are read past the page cache; waits for the first block, which tells."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._read > 0 or self._failure is not None or self._closing)
         return self._reader.is_direct
 
     def close(self) -> None:

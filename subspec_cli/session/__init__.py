@@ -1,7 +1,16 @@
-"""Composition root: from settings to a ready engine, and from a model to its substitutes."""
+"""Composition root: from settings to a ready engine, and from a model to its substitutes.
+
+Importing it loads no heavy library; opening and preparing do, once they know that there is something to load.
+"""
+
+from typing import TYPE_CHECKING
 
 from subspec_cli.session.opening import open_session
 from subspec_cli.session.preparing import PrepareReport, prepare
-from subspec_cli.session.session import Chat, Session, SessionDescription, TextDelta
 
-__all__ = ["Chat", "PrepareReport", "Session", "SessionDescription", "TextDelta", "open_session", "prepare"]
+if TYPE_CHECKING:
+    from subspec_cli.session.session import Chat as Chat
+    from subspec_cli.session.session import Session as Session
+    from subspec_cli.session.session import TextDelta as TextDelta
+
+__all__ = ["PrepareReport", "open_session", "prepare"]

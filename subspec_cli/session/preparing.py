@@ -8,18 +8,18 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from torch import Tensor
-
-from subspec_cli.modeling.families import library_versions
-from subspec_cli.modeling.substitute import quantize_layer
 from subspec_cli.placement.geometry import GROUP_SIZES, geometry_from_config, read_geometry
 from subspec_cli.store.checkpoint import open_checkpoint
 from subspec_cli.store.hub import resolve_model
 from subspec_cli.store.manifest import SubstituteSettings
 from subspec_cli.store.prepare import PrepareProgress, prepare_model
 from subspec_cli.store.source_directory import check_config
+from subspec_cli.versions import library_versions
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _ASSUMED_DTYPE: Final = "BF16"
 
@@ -59,6 +59,8 @@ class _MeteredQuantizer:
         self._noise = 0.0
 
     def __call__(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        from subspec_cli.modeling.substitute import quantize_layer
+
         made = quantize_layer(tensors, self._settings.bits, self._settings.optimizer)
         self._signal += made.signal_power
         self._noise += made.noise_power

@@ -1,0 +1,28 @@
+"""Versions of the libraries that a result depends on, without importing them."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Final
+
+_LIBRARIES: Final = (
+    "torch",
+    "transformers",
+    "optimum-quanto",
+    "safetensors",
+    "tokenizers",
+    "huggingface-hub",
+    "numpy",
+)
+
+
+def library_versions() -> dict[str, str]:
+    """Installed version by package name."""
+    return {name: _installed(name) for name in _LIBRARIES}
+
+
+def _installed(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "absent"
