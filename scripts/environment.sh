@@ -1,7 +1,7 @@
 # Sourced by scripts/quickstart and scripts/test: finds or makes the Python environment, installs the package.
 
-# A CPU build is enough without a card and spares a newcomer gigabytes of CUDA libraries.
-TORCH_CPU_VERSION=2.13.0
+# The version that everything is measured with; a torch that is already installed is used as it is.
+TORCH_VERSION=2.13.0
 
 find_python() {
     if [ -n "${PYTHON:-}" ]; then
@@ -29,22 +29,18 @@ ensure_installed() {
     fi
     say "installing (a few minutes the first time)"
     if ! "$PYTHON" -c 'import torch' 2>/dev/null; then
-        install_torch
+        "$PYTHON" -m pip install --quiet --disable-pip-version-check "torch==$TORCH_VERSION"
     fi
     "$PYTHON" -m pip install --quiet --disable-pip-version-check --editable ".${extra:+[$extra]}"
     printf '%s' "$PWD" > "$stamp"
 }
 
-install_torch() {
-    if command -v nvidia-smi >/dev/null 2>&1; then
-        "$PYTHON" -m pip install --quiet --disable-pip-version-check "torch>=2.11,<2.14"
-    else
-        "$PYTHON" -m pip install --quiet --disable-pip-version-check "torch==$TORCH_CPU_VERSION"
-    fi
-}
-
 say() {
-    printf '\033[2m%s\033[0m\n' "$*" >&2
+    if [ -t 2 ] && [ -z "${NO_COLOR:-}" ]; then
+        printf '\033[2m%s\033[0m\n' "$*" >&2
+    else
+        printf '%s\n' "$*" >&2
+    fi
 }
 
 fail() {

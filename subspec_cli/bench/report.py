@@ -76,6 +76,13 @@ class LinkFigures:
         """Speed of the link while it was busy."""
         return self.streamed_bytes / self.read_time_s / 1e9 if self.read_time_s else 0.0
 
+    @property
+    def cold_share(self) -> float | None:
+        """Share of the streamed bytes that storage delivered; what was read ahead can lift it above 1."""
+        if self.disk_read_bytes is None or not self.streamed_bytes:
+            return None
+        return self.disk_read_bytes / self.streamed_bytes
+
 
 @dataclass(frozen=True, slots=True)
 class BenchReport:
@@ -135,6 +142,10 @@ class BenchReport:
             lines.append(
                 f"ceiling {ceiling:.2f} tok/s = tau {total.tau:.2f} x {self.link.gb_per_s:.2f} GB/s / "
                 f"{self.link.streamed_bytes_per_pass / 1e9:.2f} GB per pass; reached {share:.0%}"
+            )
+        if self.link and self.link.cold_share is not None:
+            lines.append(
+                f"{self.link.cold_share:.0%} of the streamed bytes came from storage, not from a cache"
             )
         return tuple(lines)
 

@@ -42,22 +42,33 @@ class Detokenizer:
     def push(self, token_id: int) -> str:
         """Text that this token completes, perhaps none."""
         self._ids.append(token_id)
-        if len(self._ids) - self._shown > _MOST_HELD_TOKENS:
+        if not self._piece().endswith(_UNFINISHED):
             return self.flush()
-        piece = self._piece()
-        return "" if piece.endswith(_UNFINISHED) else self._show(piece)
+        if len(self._ids) - self._shown <= _MOST_HELD_TOKENS:
+            return ""
+        return self._show(self._last_border())
 
     def flush(self) -> str:
         """Whatever is still held back."""
-        return self._show(self._piece())
+        return self._show(len(self._ids))
 
-    def _piece(self) -> str:
+    def _piece(self, end: int | None = None) -> str:
+        """Text not shown yet of the tokens before `end`."""
         before = self._tokenizer.decode(self._ids[self._context : self._shown])
-        return self._tokenizer.decode(self._ids[self._context :])[len(before) :]
+        return self._tokenizer.decode(self._ids[self._context : end])[len(before) :]
 
-    def _show(self, piece: str) -> str:
-        self._context, self._shown = self._shown, len(self._ids)
+    def _show(self, end: int) -> str:
+        piece = self._piece(end)
+        self._context, self._shown = self._shown, end
         return piece
+
+    def _last_border(self) -> int:
+        """A border between characters before the last one, of which at most three tokens have come."""
+        end, whole = len(self._ids), self._piece()
+        for border in range(end - 3, end):
+            if self._piece(border) + self._tokenizer.decode(self._ids[border:]) == whole:
+                return border
+        return end
 
 
 class AnswerText:

@@ -43,7 +43,7 @@ class PlainLinear:
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Apply."""
-        return F.linear(inputs, self.weight, self.bias)
+        return F.linear(inputs.to(self.weight.dtype), self.weight, self.bias).to(inputs.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +194,8 @@ def _linear(
     given = [bias for bias in biases if bias is not None]
     bias = torch.cat(given) if given else None
     if parts[0].scale is None:
-        return PlainLinear(torch.cat([part.data for part in parts]).to(device), bias)
+        weight = torch.cat([part.data for part in parts]).to(device)
+        return PlainLinear(weight, None if bias is None else bias.to(weight.dtype))
     if bits == 8:
         scales = torch.cat([part.scale.flatten() for part in parts if part.scale is not None])
         return Int8Linear(torch.cat([part.data for part in parts]).to(device), scales.to(device), bias)

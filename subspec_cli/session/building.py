@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Callable
 from dataclasses import replace
@@ -77,7 +78,17 @@ def _device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise UnsupportedModelError("no CUDA device can be used here", "--device cpu runs from disk and RAM")
+    if name == "cuda":
+        _fix_cuda_arithmetic()
     return torch.device(name)
+
+
+def _fix_cuda_arithmetic() -> None:
+    """Shortcuts that make a row's bits depend on the kernel of the day are switched off, for the process."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
 def _plan(config: Config, source: ModelSource, device: torch.device) -> OffloadPlan:
