@@ -28,7 +28,6 @@ _DEVICE_ROW_BLOCK: Final = 64
 """Fixed rows per linear call off the CPU, where kernels change with the shape."""
 _REVERSED_COUNTS: Final = (2, 3, 5, 8, 17, 33, 64)
 _CAUSAL_ROWS: Final = 24
-_MOST_HEAD_ROWS: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +69,7 @@ def certify(
     threads = torch.get_num_threads()
     failure = ""
     for rules in candidate_rules(device):
-        failure = _first_failure(decoder_for(rules), head, source, states, counts)
+        failure = _first_failure(decoder_for(rules), head, source, states, counts, most_nodes)
         if not failure and dtype in (torch.bfloat16, torch.float16):
             return Certificate("exact", f"rows checked in blocks of {rules.row_block}", rules, threads)
         if not failure:
@@ -87,7 +86,12 @@ def row_counts(most_nodes: int, prefill_rows: int) -> tuple[int, ...]:
 
 
 def _first_failure(
-    decoder: TargetDecoder, head: Head, source: BlockSource, states: Tensor, counts: Sequence[int]
+    decoder: TargetDecoder,
+    head: Head,
+    source: BlockSource,
+    states: Tensor,
+    counts: Sequence[int],
+    most_nodes: int,
 ) -> str:
     """Name of the first part whose rows do not keep their bits; empty if all do."""
     with closing(source.blocks()) as blocks:
@@ -97,7 +101,7 @@ def _first_failure(
             if block.kind == "attention" and not _decode_equals_prefill(decoder, block, states):
                 return "attention over the cache"
     # Prefill only ever asks for the last row's logits, so whole chunks need not be tried at the head.
-    few = [count for count in counts if count <= _MOST_HEAD_ROWS]
+    few = [count for count in counts if count <= most_nodes]
     if not _rows_keep_bits(lambda rows: head.logits(rows, decoder.rules), decoder.rules, states, few):
         return "the head"
     return ""

@@ -213,5 +213,5 @@ def _describe(
         plan=plan,
         versions=library_versions(),
         has_chat_template=parts.tokenizer.has_chat_template,
-        direct_io=loaded.direct_io,
+        direct_io=loaded.reads_directly(),
     )

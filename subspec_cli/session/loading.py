@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -38,9 +38,15 @@ class LoadedModel:
     source: LayerSource
     kv: KVCache
     dtype: torch.dtype
-    counters: Callable[[], StreamCounters]
-    direct_io: bool
     close: Callable[[], None]
+
+    def counters(self) -> StreamCounters:
+        """What the stream has done so far; nothing if everything is resident."""
+        return StreamCounters() if self.source.streamer is None else self.source.streamer.counters()
+
+    def reads_directly(self) -> bool:
+        """Whether what has been streamed so far came past the page cache."""
+        return self.source.streamer is None or self.source.streamer.is_direct
 
 
 class Loader:
@@ -68,46 +74,42 @@ class Loader:
         self._dtype = DTYPES[geometry.dtype]
 
     def load(self, *, with_draft: bool) -> LoadedModel:
-        """Read and place everything; the draft only if asked for."""
+        """Read and place everything, the draft only if asked for; if a part fails, what was opened is closed."""
         geometry, plan = self._geometry, self._plan
         small = self._small_tensors()
         rope = self._rope()
         math = LayerMath(geometry, small, rope, exact_attention)
         draft_math = LayerMath(geometry, small, rope, fast_attention)
         substitutes = self._substitutes(draft_math) if with_draft else {}
-        embed, head, closers = self._tables()
-        source = self._source()
-        kv = KVCache(
-            layers=geometry.layers,
-            kv_heads=geometry.kv_heads,
-            head_dim=geometry.head_dim,
-            context=plan.context,
-            scratch=self._tree_nodes,
-            dtype=self._dtype,
-            device=self._device,
-        )
-        draft = None
-        if with_draft:
-            held = {
-                layer: resident_layer(draft_math, layer, source.resident_matrices(layer))
-                for layer in plan.resident
-            }
-            layers = [(held | substitutes)[layer] for layer in range(geometry.layers)]
-            draft = DraftDecoder(draft_math, embed, head, layers)
-        streamer = source.streamer
-        if streamer is not None:
-            closers.append(streamer.close)
-        return LoadedModel(
-            target=lambda rules: TargetDecoder(math, embed, head, source, rules),
-            draft=draft,
-            head=head,
-            source=source,
-            kv=kv,
-            dtype=self._dtype,
-            counters=streamer.counters if streamer is not None else StreamCounters,
-            direct_io=streamer.is_direct if streamer is not None else True,
-            close=partial(_close_all, closers),
-        )
+        with ExitStack() as opened:
+            embed, head = self._tables(opened)
+            source = self._source(opened)
+            kv = KVCache(
+                layers=geometry.layers,
+                kv_heads=geometry.kv_heads,
+                head_dim=geometry.head_dim,
+                context=plan.context,
+                scratch=self._tree_nodes,
+                dtype=self._dtype,
+                device=self._device,
+            )
+            draft = None
+            if with_draft:
+                held = {
+                    layer: resident_layer(draft_math, layer, source.resident_matrices(layer))
+                    for layer in plan.resident
+                }
+                layers = [(held | substitutes)[layer] for layer in range(geometry.layers)]
+                draft = DraftDecoder(draft_math, embed, head, layers)
+            return LoadedModel(
+                target=lambda rules: TargetDecoder(math, embed, head, source, rules),
+                draft=draft,
+                head=head,
+                source=source,
+                kv=kv,
+                dtype=self._dtype,
+                close=opened.pop_all().close,
+            )
 
     def _read(self, names: list[str]) -> dict[str, Tensor]:
         found = read_tensors([self._checkpoint.tensors[name] for name in names])
@@ -141,7 +143,7 @@ class Loader:
             )
         return loaded
 
-    def _tables(self) -> tuple[Embedding, Head, list[Callable[[], None]]]:
+    def _tables(self, opened: ExitStack) -> tuple[Embedding, Head]:
         self._progress("loading embedding and head")
         tied, on_cpu = self._geometry.tied_head, self._device.type == "cpu"
         table, norm = "model.embed_tokens.weight", "model.norm.weight"
@@ -149,17 +151,21 @@ class Loader:
         loaded = self._read([head_name, norm, *([] if tied or on_cpu else [table])])
         head = Head(loaded[norm], loaded[head_name], self._geometry.rms_norm_eps)
         if table in loaded:
-            return table_embedding(loaded[table]), head, []
+            return table_embedding(loaded[table]), head
         rows = DiskEmbedding(self._checkpoint.tensors[table])
-        return rows, head, [rows.close]
+        opened.callback(rows.close)
+        return rows, head
 
-    def _source(self) -> LayerSource:
+    def _source(self, opened: ExitStack) -> LayerSource:
         held = {}
         for number, layer in enumerate(self._plan.resident, start=1):
             self._progress(f"loading resident layers {number}/{len(self._plan.resident)}")
             blocks = read_resident(self._layouts(layer))
             held[layer] = [{k: v.to(self._device) for k, v in block.items()} for block in blocks]
-        return LayerSource(self._geometry.layers, held, self._streamer())
+        streamer = self._streamer()
+        if streamer is not None:
+            opened.callback(streamer.close)
+        return LayerSource(self._geometry.layers, held, streamer)
 
     def _streamer(self) -> Streamer | None:
         layouts = [layout for layer in self._plan.streamed for layout in self._layouts(layer)]
@@ -172,8 +178,3 @@ class Loader:
 
     def _layouts(self, layer: int) -> list[BlockLayout]:
         return [layout_block(entries) for entries in block_entries(self._checkpoint.tensors, layer)]
-
-
-def _close_all(closers: list[Callable[[], None]]) -> None:
-    while closers:
-        closers.pop()()

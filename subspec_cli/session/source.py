@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from subspec_cli.config import Config
+from subspec_cli.errors import IntegrityError, UsageError
 from subspec_cli.placement.geometry import ModelGeometry, read_geometry
 from subspec_cli.store.checkpoint import Checkpoint, open_checkpoint
 from subspec_cli.store.hub import find_local
+from subspec_cli.store.manifest import Manifest
+from subspec_cli.store.model_name import check_revision, name_of_id, prepare_command
 from subspec_cli.store.prepared import PreparedModel, check_source, find_prepared
+from subspec_cli.units import printable
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +28,24 @@ def find_source(config: Config) -> ModelSource:
     """The prepared model of the settings, or the latest one, with its checked 16-bit checkpoint."""
     prepared = find_prepared(config.model.model, config.model.bits)
     manifest = prepared.manifest
+    _check_prepared_revision(manifest, config.model.revision)
     checkpoint = open_checkpoint(find_local(manifest.model_id, manifest.commit))
     check_source(prepared, checkpoint)
     return ModelSource(prepared, checkpoint, read_geometry(checkpoint.config, checkpoint.tensors))
+
+
+def _check_prepared_revision(manifest: Manifest, revision: str | None) -> None:
+    """Refuse a revision other than the one prepared; a branch or tag is what the hub's cache last saw of it."""
+    check_revision(name_of_id(manifest.model_id), revision)
+    if revision is None or revision == manifest.commit:
+        return
+    try:
+        commit = find_local(manifest.model_id, revision).name
+    except IntegrityError:
+        commit = "not in the cache"
+    if commit != manifest.commit:
+        raise UsageError(
+            f"{printable(manifest.model_id)} is prepared at commit {printable(manifest.commit)}, "
+            f"not at {revision} ({commit})",
+            prepare_command(manifest.model_id, revision=revision, bits=manifest.settings.bits),
+        )

@@ -1,0 +1,225 @@
+"""Stand-ins for decoding tests: a model that is a table of logits by prefix, read back from the real cache.
+
+The fake target and draft write token ids and positions as keys into a real `KVCache` and work out what each row
+sees from what they read there, so a wrong mask, position, scratch row or compaction gives wrong tokens or fails.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from subspec_cli.config import SamplingConfig
+from subspec_cli.decoding.choose import Chooser, GreedyChooser, Row, choose, make_chooser
+from subspec_cli.decoding.engine import Engine, Request, StepOutput
+from subspec_cli.decoding.schedule import Schedule, TreeLimits
+from subspec_cli.decoding.tree import TokenTree
+from subspec_cli.modeling.kv_cache import KVCache
+from subspec_cli.modeling.layers import RowRules, TokenBatch
+from subspec_cli.placement.streamer import StreamCounters
+
+CPU = torch.device("cpu")
+VOCAB = 12
+PASS_BYTES = 1000
+"""What one pass of the fake target seems to stream."""
+_DRAFT, _TARGET = 1.0, 2.0
+Table = Callable[[tuple[int, ...]], Row]
+"""Logits `[V]` of the token after a prefix."""
+
+
+def random_table(seed: int, vocab: int = VOCAB, *, spread: float = 3.0) -> Table:
+    """Logits that depend on the whole prefix, in coarse steps, so that ties are common."""
+
+    def row(prefix: tuple[int, ...]) -> Row:
+        digest = zlib.crc32(repr((seed, prefix)).encode())
+        return np.round(np.random.default_rng(digest).normal(0, spread, vocab) * 2) / 2
+
+    return row
+
+
+def blended(table: Table, other: Table, share: float) -> Table:
+    """Logits between two tables: a draft as wrong as `share` says."""
+    return lambda prefix: (1 - share) * table(prefix) + share * other(prefix)
+
+
+def scripted(script: Sequence[int], table: Table, *, prompt_tokens: int, vocab: int = VOCAB) -> Table:
+    """A table whose greedy answer to any prompt of this length begins with `script`."""
+
+    def row(prefix: tuple[int, ...]) -> Row:
+        at = len(prefix) - prompt_tokens
+        logits = table(prefix).copy()
+        if 0 <= at < len(script):
+            logits[script[at]] = logits.max() + 4
+        return logits
+
+    return row
+
+
+@dataclass(frozen=True)
+class Call:
+    """One forward: its batch, and the tokens that each row saw."""
+
+    batch: TokenBatch
+    prefixes: list[tuple[int, ...]]
+
+
+@dataclass
+class FakeModel:
+    """What fake target and draft share: write the rows, then read every row's prefix back."""
+
+    table: Table
+    calls: list[Call] = field(default_factory=list)
+
+    def prefixes(self, batch: TokenBatch, kv: KVCache, maker: float) -> list[tuple[int, ...]]:
+        """The tokens that each real row sees, itself last; fails if they are not one gapless path."""
+        n, end = batch.rows, batch.start + batch.rows
+        assert batch.allowed.shape == (n, end)
+        assert len(batch.key_positions) == end
+        tokens, positions = batch.token_ids[:n].double(), batch.positions[:n].double()
+        made = torch.full((n,), maker, dtype=torch.float64)
+        keys = torch.stack((tokens, positions), -1)[None]
+        kv.write(0, batch.start, keys, torch.stack((made, made), -1)[None])
+        found = [self._prefix(batch, kv, row, maker) for row in range(n)]
+        self.calls.append(Call(batch, found))
+        return found
+
+    @staticmethod
+    def _prefix(batch: TokenBatch, kv: KVCache, row: int, maker: float) -> tuple[int, ...]:
+        keys, values = kv.read(0, batch.start + batch.rows)
+        columns = torch.nonzero(batch.allowed[row]).flatten()
+        seen = sorted((int(at), int(token)) for token, at in keys[0, columns].tolist())
+        assert [at for at, _ in seen] == list(range(int(batch.positions[row]) + 1))
+        assert batch.key_positions[columns].tolist() == keys[0, columns, 1].tolist()
+        makers = [_TARGET if column < kv.committed else maker for column in columns.tolist()]
+        assert values[0, columns, 0].tolist() == makers, "only the target's own rows are ever committed"
+        return tuple(token for _, token in seen)
+
+    def logits(self, prefixes: Sequence[tuple[int, ...]]) -> Tensor:
+        return torch.from_numpy(np.stack([self.table(prefix) for prefix in prefixes]))
+
+
+@dataclass
+class FakeTarget(FakeModel):
+    """The exact model, with row rules that ask for padding."""
+
+    rules: RowRules = RowRules(4)
+    fails_at: int | None = None
+    """Number of the forward that writes half its work and raises."""
+
+    def forward(self, batch: TokenBatch, kv: KVCache, *, logits_from: int = 0) -> Tensor:
+        assert len(batch.token_ids) == len(batch.positions) == self.rules.padded(batch.rows)
+        prefixes = self.prefixes(batch, kv, _TARGET)
+        if self.fails_at is not None and len(self.calls) > self.fails_at:
+            raise OSError("the disk is gone")
+        return self.logits(prefixes[logits_from:])
+
+    def counters(self) -> StreamCounters:
+        """Each forward moves the same bytes and waits a second for them."""
+        return StreamCounters(wait_time_s=len(self.calls), streamed_bytes=PASS_BYTES * len(self.calls))
+
+
+class FakeDraft(FakeModel):
+    """The guess: rows are not padded."""
+
+    def forward(self, batch: TokenBatch, kv: KVCache) -> Tensor:
+        assert len(batch.token_ids) == len(batch.positions) == batch.rows
+        return self.logits(self.prefixes(batch, kv, _DRAFT))
+
+
+def fake_cache(context: int = 64, scratch: int = 64) -> KVCache:
+    """A real cache of one layer whose keys hold (token, position)."""
+    return KVCache(
+        layers=1, kv_heads=1, head_dim=2, context=context, scratch=scratch, dtype=torch.float64, device=CPU
+    )
+
+
+def free_schedule(depth: int = 8, width: int = 3, nodes: int = 32) -> Schedule:
+    """A schedule without the cost rule: as deep as the limits say."""
+    return Schedule(limits=TreeLimits(depth, width, nodes), fixed_depth=True)
+
+
+@dataclass
+class ScriptedGrower:
+    """Proposes trees from a function of (root token, tokens wanted): the drafter is whatever a test wants."""
+
+    propose: Callable[[int, int], TokenTree]
+    wanted: list[int] = field(default_factory=list)
+
+    def grow(self, root_token: int, chooser: Chooser, tokens_wanted: int) -> TokenTree:
+        self.wanted.append(tokens_wanted)
+        return self.propose(root_token, tokens_wanted)
+
+
+def tree_of(token_ids: Sequence[int], parents: Sequence[int]) -> TokenTree:
+    """A tree from tokens and parents; each edge has probability one half."""
+    depths = [0]
+    for parent in parents[1:]:
+        depths.append(depths[parent] + 1)
+    log_probs = tuple(depth * float(np.log(0.5)) for depth in depths)
+    return TokenTree(tuple(token_ids), tuple(parents), tuple(depths), log_probs)
+
+
+def chain_of(token_ids: Sequence[int]) -> TokenTree:
+    """Each token below the one before."""
+    return tree_of(token_ids, range(-1, len(token_ids) - 1))
+
+
+def plain_answer(table: Table, prompt: Sequence[int], count: int, chooser: Chooser | None = None) -> list[int]:
+    """The oracle: one token at a time from the table, no cache and no tree."""
+    chooser = chooser or GreedyChooser()
+    prefix = list(prompt)
+    for _ in range(count):
+        prefix.append(choose(chooser, table(tuple(prefix)), len(prefix)))
+    return prefix[len(prompt) :]
+
+
+def sampled(seed: int = 0, request: int = 0, **settings: float) -> Chooser:
+    """A sampling rule; temperature 1 unless given."""
+    return make_chooser(SamplingConfig(**({"temperature": 1.0} | settings)), seed, request)
+
+
+class CountdownStop:
+    """Ends at an EOS token or after some tokens; text plays no part."""
+
+    def __init__(self, limit: int, eos_ids: Sequence[int] = ()) -> None:
+        self._left = limit
+        self._eos_ids = eos_ids
+
+    def feed(self, token_id: int) -> str | None:
+        self._left -= 1
+        if token_id in self._eos_ids:
+            return "stop"
+        return "length" if self._left == 0 else None
+
+
+def fake_engine(target: FakeTarget, kv: KVCache, grower: object, schedule: Schedule | None = None) -> Engine:
+    """The real loop over fakes."""
+    return Engine(target, kv, grower, schedule or free_schedule(), counters=target.counters, device=CPU)
+
+
+def request_for(
+    prompt: Sequence[int], limit: int, *, eos_ids: Sequence[int] = (), chooser: Chooser | None = None
+) -> Request:
+    """A request without text."""
+    return Request(tuple(prompt), chooser or GreedyChooser(), limit, CountdownStop(limit, eos_ids))
+
+
+def emitted(outputs: Sequence[StepOutput]) -> list[int]:
+    """All tokens of an answer."""
+    return [token for output in outputs for token in output.token_ids]
+
+
+class ByteTokenizer:
+    """Tokens are runs of bytes; ids beyond them are special and have no text."""
+
+    def __init__(self, pieces: Sequence[bytes]) -> None:
+        self.pieces = list(pieces)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        shown = (self.pieces[token] for token in token_ids if token < len(self.pieces))
+        return b"".join(shown).decode("utf-8", errors="replace")

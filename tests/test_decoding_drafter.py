@@ -1,0 +1,225 @@
+"""Growing trees with a draft that is a table: what is asked of it, what is in the tree, and its bounds."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from fakes import (
+    CPU,
+    VOCAB,
+    FakeDraft,
+    FakeTarget,
+    GreedyChooser,
+    fake_cache,
+    free_schedule,
+    plain_answer,
+    random_table,
+    sampled,
+)
+
+from subspec_cli.decoding.batches import prompt_batch
+from subspec_cli.decoding.choose import choose
+from subspec_cli.decoding.drafter import Drafter, RootOnly
+from subspec_cli.decoding.schedule import Schedule, TreeLimits
+
+PROMPT = (1, 2, 3)
+ROOT = 4
+
+
+def grown(table, schedule, *, chooser=None, wanted=99, eos_ids=(), fixed_width=False):
+    """A tree under ROOT after PROMPT, and the calls that made it."""
+    kv = fake_cache()
+    target = FakeTarget(random_table(0))
+    target.forward(prompt_batch(PROMPT, 0, target.rules, CPU), kv)
+    kv.commit(range(len(PROMPT)), PROMPT)
+    draft = FakeDraft(table)
+    drafter = Drafter(draft, kv, schedule, eos_ids=eos_ids, device=CPU, fixed_width=fixed_width)
+    tree = drafter.grow(ROOT, chooser or GreedyChooser(), wanted)
+    assert kv.token_ids == PROMPT
+    return tree, draft.calls
+
+
+def tokens_of(tree, node):
+    return tuple(tree.token_ids[n] for n in tree.path(node))
+
+
+def paths(tree):
+    return {tokens_of(tree, node) for node in range(len(tree))}
+
+
+def chain(table, length, chooser=None, eos_ids=()):
+    """What the draft alone would answer, up to an end token."""
+    tokens = plain_answer(table, (*PROMPT, ROOT), length, chooser)
+    ends = [n for n, token in enumerate(tokens, start=1) if token in eos_ids]
+    return (ROOT, *tokens[: ends[0] if ends else length])
+
+
+SHAPES = [(1, 1, 2), (5, 1, 6), (5, 1, 40), (6, 2, 7), (8, 3, 9), (8, 3, 20), (12, 3, 64), (12, 8, 64), (9, 4, 5)]
+
+
+@pytest.mark.parametrize("fixed_width", [False, True])
+@pytest.mark.parametrize(("depth", "width", "nodes"), SHAPES)
+def test_a_tree_holds_its_own_chain_within_its_bounds(depth, width, nodes, fixed_width):
+    """A tree must never lose to the chain it could have been, however few nodes there are."""
+    for seed in range(12):
+        table = random_table(seed, spread=(0.3, 1.0, 4.0)[seed % 3])
+        chooser = sampled(seed) if seed % 2 else GreedyChooser()
+        schedule = free_schedule(depth, width, nodes)
+        tree, calls = grown(table, schedule, chooser=chooser, fixed_width=fixed_width)
+        length = min(depth, nodes - 1)
+        assert chain(table, length, chooser) in paths(tree)
+        assert max(tree.depths) == length
+        assert len(tree) <= nodes
+        assert len(calls) == length
+        assert all(call.batch.rows <= width for call in calls)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_draft_is_asked_for_the_rows_of_the_tree(seed):
+    """Scratch rows, positions and masks: every row sees prompt, ancestors and itself, in the node's own row."""
+    tree, calls = grown(random_table(seed, spread=1.0), free_schedule(7, 3, 30))
+    assert tree.token_ids[0] == ROOT
+    assert list(tree.depths) == sorted(tree.depths)
+    for level, call in enumerate(calls):
+        first = tree.depths.index(level)
+        assert call.batch.start == len(PROMPT) + first
+        assert set(call.batch.positions.tolist()) == {len(PROMPT) + level}
+        rows = range(first, first + call.batch.rows)
+        assert call.prefixes == [PROMPT + tokens_of(tree, node) for node in rows]
+    expanded = {n for call in calls for n in range(call.batch.start - 3, call.batch.start - 3 + call.batch.rows)}
+    assert set(tree.parents[1:]) <= expanded
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_siblings_are_the_drafts_best_tokens_each_once(seed):
+    table = random_table(seed, spread=1.0)
+    tree, _ = grown(table, free_schedule(6, 3, 40))
+    for parent, children in enumerate(tree.children()):
+        count = sum(n == parent for n in tree.parents)
+        assert len(children) == count, "two siblings with the same token"
+        row = table(PROMPT + tokens_of(tree, parent))
+        best = np.lexsort((np.arange(VOCAB), -row))[:count].tolist()
+        assert set(children) == set(best)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_log_probs_accumulate_along_paths(seed):
+    table = random_table(seed, spread=1.0)
+    tree, _ = grown(table, free_schedule(6, 3, 40))
+    assert tree.log_probs[0] == 0
+    for parent, children in enumerate(tree.children()):
+        if not children:
+            continue
+        row = table(PROMPT + tokens_of(tree, parent))
+        shares = {token: math.exp(tree.log_probs[n] - tree.log_probs[parent]) for token, n in children.items()}
+        assert all(0 < share <= 1 + 1e-12 for share in shares.values())
+        assert sum(shares.values()) <= 1 + 1e-9
+        ranked = sorted(children, key=lambda token: -row[token])
+        assert all(shares[a] >= shares[b] for a, b in zip(ranked, ranked[1:], strict=False))
+        assert all(row[a] != row[b] or shares[a] == shares[b] for a in ranked for b in ranked)
+
+
+@pytest.mark.parametrize("wanted", [1, 2, 3, 6, 50])
+def test_never_deeper_than_tokens_still_wanted(wanted):
+    """Trap 12: the last wanted token is the bonus token, which needs no node."""
+    for schedule in (free_schedule(8, 2, 40), Schedule(limits=TreeLimits(8, 2, 40), fixed_depth=False)):
+        tree, calls = grown(random_table(1), schedule, wanted=wanted)
+        assert max(tree.depths) <= wanted - 1
+        assert len(calls) <= wanted - 1
+
+
+def test_one_wanted_token_needs_no_draft():
+    tree, calls = grown(random_table(1), free_schedule(), wanted=1)
+    assert tree == RootOnly().grow(ROOT, GreedyChooser(), 1)
+    assert not calls
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_nothing_hangs_below_an_end_token(seed):
+    table, eos_ids = random_table(seed, spread=0.8), (0, 5, 7)
+    tree, _ = grown(table, free_schedule(9, 3, 50), eos_ids=eos_ids)
+    assert all(tree.token_ids[parent] not in eos_ids for parent in tree.parents[1:] if parent)
+    assert chain(table, 9, eos_ids=eos_ids) in paths(tree)
+
+
+def test_a_draft_that_only_ends_gives_one_level():
+    def always_ends(prefix):
+        return np.eye(VOCAB)[5] * 90
+
+    tree, calls = grown(always_ends, free_schedule(8, 1, 30), eos_ids=(5,))
+    assert (ROOT, 5) in paths(tree)
+    assert all(tree.token_ids[parent] != 5 for parent in tree.parents[1:])
+    assert len(calls) <= 8
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    "chooser", [GreedyChooser(), sampled(1), sampled(1, top_p=0.9), sampled(1, top_k=3, top_p=0.9)]
+)
+def test_a_damaged_draft_proposes_nothing(chooser, bad):
+    tree, calls = grown(lambda prefix: np.full(VOCAB, bad), free_schedule(), chooser=chooser)
+    assert len(tree) == 1
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_damaged_row_ends_its_branch_only(bad):
+    table = random_table(3, spread=1.0)
+
+    def partly_bad(prefix):
+        return np.full(VOCAB, bad) if len(prefix) > len(PROMPT) + 3 else table(prefix)
+
+    tree, _ = grown(partly_bad, free_schedule(8, 3, 40))
+    assert max(tree.depths) == 3
+    assert np.isfinite(tree.log_probs).all()
+
+
+def test_tokens_that_a_filter_forbids_are_not_drafted():
+    table = random_table(5, spread=1.0)
+    tree, _ = grown(table, free_schedule(5, 3, 40), chooser=sampled(2, top_k=1), fixed_width=True)
+    assert tree.token_ids == (ROOT, *plain_answer(table, (*PROMPT, ROOT), 5))
+
+
+def test_the_noise_of_the_next_position_decides_the_ranking():
+    """The child of a node at position p is the token of position p + 1, so it is ranked with that noise."""
+    table = random_table(6, spread=1.0)
+    chooser = sampled(8, request=2)
+    tree, _ = grown(table, free_schedule(1, 1, 2), chooser=chooser)
+    row = table((*PROMPT, ROOT))
+    assert tree.token_ids[1] == choose(chooser, row, len(PROMPT) + 1)
+
+
+def test_a_fixed_shape_is_kept_whatever_the_draft_thinks():
+    for spread in (0.1, 8.0):
+        schedule = free_schedule(depth=6, width=2, nodes=40)
+        tree, calls = grown(random_table(1, spread=spread), schedule, fixed_width=True)
+        assert max(tree.depths) == 6
+        assert [call.batch.rows for call in calls] == [1, 2, 2, 2, 2, 2]
+
+
+def test_a_sure_draft_is_not_branched():
+    """Side paths of a draft that is certain would only cost rows."""
+
+    def sure(prefix):
+        return np.eye(VOCAB)[len(prefix) % VOCAB] * 50
+
+    tree, _ = grown(sure, free_schedule(8, 3, 40))
+    assert len(tree) == 9
+    assert list(tree.parents) == list(range(-1, 8))
+
+
+def test_the_root_alone_is_plain_decoding():
+    tree = RootOnly().grow(7, GreedyChooser(), 100)
+    assert (tree.token_ids, tree.parents, tree.depths, tree.log_probs) == ((7,), (-1,), (0,), (0.0,))
+
+
+def test_draft_logits_may_be_of_any_float_dtype():
+    class HalfDraft(FakeDraft):
+        def forward(self, batch, kv):
+            return super().forward(batch, kv).to(torch.bfloat16)
+
+    kv = fake_cache()
+    draft = HalfDraft(random_table(1))
+    drafter = Drafter(draft, kv, free_schedule(3, 2, 9), eos_ids=(), device=CPU)
+    assert max(drafter.grow(ROOT, sampled(1), 9).depths) == 3

@@ -1,0 +1,430 @@
+"""The decode loop over fakes: same tokens with and without a draft, and a cache that is right after any stop."""
+
+import itertools
+
+import numpy as np
+import pytest
+from fakes import (
+    CPU,
+    PASS_BYTES,
+    VOCAB,
+    ByteTokenizer,
+    FakeDraft,
+    FakeTarget,
+    GreedyChooser,
+    ScriptedGrower,
+    blended,
+    chain_of,
+    emitted,
+    fake_cache,
+    fake_engine,
+    free_schedule,
+    plain_answer,
+    random_table,
+    request_for,
+    sampled,
+    scripted,
+    tree_of,
+)
+from test_decoding_text import CASES, EOS, ids
+
+from subspec_cli.decoding.drafter import Drafter, RootOnly
+from subspec_cli.decoding.engine import PREFILL_CHUNK, Request, common_prefix
+from subspec_cli.decoding.schedule import Schedule, TreeLimits
+from subspec_cli.decoding.text import AnswerText
+from subspec_cli.errors import IntegrityError, UsageError
+
+TABLE = random_table(1)
+PROMPT = (3, 1, 4, 1, 5)
+BYTES = ByteTokenizer([bytes([value]) for value in range(256)])
+
+
+def always_wrong(prefix):
+    return -TABLE(prefix)
+
+
+def constant(prefix):
+    return np.eye(VOCAB)[2] * 9
+
+
+DRAFTS = {
+    "itself": TABLE,
+    "close": blended(TABLE, random_table(2), 0.3),
+    "stranger": random_table(3),
+    "always wrong": always_wrong,
+    "constant": constant,
+    "damaged": lambda prefix: np.full(VOCAB, np.nan),
+}
+
+
+def machine(draft_table=None, *, table=TABLE, eos_ids=(), schedule=None, context=64):
+    """(engine, target, kv): plain without a draft table, else with the real drafter."""
+    kv, target, schedule = fake_cache(context), FakeTarget(table), schedule or free_schedule(6, 3, 24)
+    grower = RootOnly()
+    if draft_table is not None:
+        grower = Drafter(FakeDraft(draft_table), kv, schedule, eos_ids=eos_ids, device=CPU)
+    return fake_engine(target, kv, grower, schedule), target, kv
+
+
+def check_cache(kv, prompt, tokens):
+    """Rows of the prompt and of all emitted tokens but the newest, which is the root of the next tree."""
+    assert kv.token_ids == (*prompt, *tokens[:-1])
+
+
+@pytest.mark.parametrize("chooser", [GreedyChooser(), sampled(1), sampled(2, temperature=0.7, top_p=0.8, top_k=5)])
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_speculation_changes_no_token(draft, chooser):
+    expected = plain_answer(TABLE, PROMPT, 40, chooser)
+    for table in (None, DRAFTS[draft]):
+        engine, _, kv = machine(table)
+        outputs = list(engine.generate(request_for(PROMPT, 40, chooser=chooser)))
+        assert emitted(outputs) == expected
+        assert [output.finish_reason for output in outputs] == [None] * (len(outputs) - 1) + ["length"]
+        check_cache(kv, PROMPT, expected)
+
+
+def test_speculation_under_the_cost_rule_changes_no_token():
+    for draft in DRAFTS.values():
+        schedule = Schedule(limits=TreeLimits(8, 3, 30), fixed_depth=False)
+        engine, _, _ = machine(draft, schedule=schedule)
+        assert emitted(list(engine.generate(request_for(PROMPT, 50)))) == plain_answer(TABLE, PROMPT, 50)
+
+
+def test_a_draft_that_is_the_target_is_taken_whole():
+    """F88, with tau as it is defined: tokens after the first, per pass."""
+    engine, target, _ = machine(TABLE, schedule=free_schedule(4, 1, 5))
+    last = list(engine.generate(request_for(PROMPT, 31)))[-1].stats
+    assert last.passes == 6
+    assert last.tau == 5
+    assert last.accepted_histogram == (0, 0, 0, 0, 6)
+    assert len(target.calls) == 7
+
+
+def test_a_draft_that_is_always_wrong_gives_one_token_a_pass():
+    engine, _, _ = machine(always_wrong, schedule=free_schedule(4, 1, 5))
+    last = list(engine.generate(request_for(PROMPT, 10)))[-1].stats
+    assert last.tau == 1
+    assert last.accepted_histogram == (9,)
+    assert last.drafted_tokens > 9
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["chain", "second branch"])
+@pytest.mark.parametrize("pattern", list(itertools.product(range(7), repeat=2)))
+def test_every_acceptance_pattern(pattern, beside):
+    """Chains of six that are right for so long, pass after pass; or with the right path beside a wrong one."""
+    answer = plain_answer(TABLE, PROMPT, 60)
+    passes = itertools.cycle(pattern)
+    kv, target = fake_cache(80), FakeTarget(TABLE)
+
+    def propose(root, wanted):
+        done = kv.committed - len(PROMPT)
+        assert answer[done] == root
+        right = next(passes)
+        coming = answer[done + 1 : done + 7]
+        path = [*coming[:right], *((token + 1) % VOCAB for token in coming[right:])]
+        if not beside:
+            return chain_of([root, *path])
+        wrong = [(coming[0] + 2) % VOCAB, 0, 0]
+        return tree_of([root, *wrong, *path], [-1, 0, 1, 2, 0, 4, 5, 6, 7, 8])
+
+    engine = fake_engine(target, kv, ScriptedGrower(propose))
+    outputs = list(engine.generate(request_for(PROMPT, 30)))
+    assert emitted(outputs) == answer[:30]
+    assert [len(output.token_ids) for output in outputs[1:3]] == [accepted + 1 for accepted in pattern]
+    check_cache(kv, PROMPT, answer[:30])
+
+
+@pytest.mark.parametrize("limit", range(1, 16))
+def test_the_limit_is_met_exactly_wherever_it_falls(limit):
+    """F81: also inside an accepted path longer than what is wanted."""
+    answer = plain_answer(TABLE, PROMPT, 40)
+    kv, target = fake_cache(), FakeTarget(TABLE)
+    grower = ScriptedGrower(lambda root, wanted: chain_of([root, *answer[kv.committed - 4 :][:7]]))
+    for engine in (fake_engine(target, kv, grower), machine(TABLE)[0], machine()[0]):
+        outputs = list(engine.generate(request_for(PROMPT, limit)))
+        assert emitted(outputs) == answer[:limit]
+        assert outputs[-1].finish_reason == "length"
+        assert outputs[-1].stats.new_tokens == limit
+    check_cache(kv, PROMPT, answer[:limit])
+
+
+@pytest.mark.parametrize("at", range(1, 14))
+@pytest.mark.parametrize("draft", [None, TABLE, DRAFTS["close"]], ids=["plain", "itself", "close"])
+def test_nothing_comes_after_an_end_token_wherever_it_falls(draft, at):
+    """F80: two end tokens, at every place of the draft window, also as the last token allowed."""
+    script = [n % 9 for n in range(at - 1)] + [10 + at % 2] + [1] * 9
+    table = scripted(script, TABLE, prompt_tokens=len(PROMPT))
+    draft = draft and scripted(script, draft, prompt_tokens=len(PROMPT))
+    for limit in (at, at + 20):
+        engine, _, kv = machine(draft, table=table, eos_ids=(10, 11))
+        outputs = list(engine.generate(request_for(PROMPT, limit, eos_ids=(10, 11))))
+        assert emitted(outputs) == script[:at]
+        assert outputs[-1].finish_reason == "stop"
+        check_cache(kv, PROMPT, script[:at])
+
+
+ARMS = {
+    "plain": None,
+    "one deep": free_schedule(1, 1, 2),
+    "two deep": free_schedule(2, 2, 6),
+    "seven deep": free_schedule(7, 2, 20),
+    "twenty deep": free_schedule(20, 1, 24),
+}
+
+
+@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("name", CASES)
+def test_the_table_of_endings_holds_with_and_without_a_draft(name, arm):
+    """F80, F81, F82: text, finish reason, count and cache are those of one token at a time."""
+    text, stop, limit, expected, finish, count = CASES[name]
+    table = scripted(ids(text), lambda prefix: np.arange(257) / 99.0, prompt_tokens=len(PROMPT), vocab=257)
+    schedule = ARMS[arm]
+    engine, _, kv = machine(table if schedule else None, table=table, eos_ids=(EOS,), schedule=schedule)
+    answer = AnswerText(BYTES, eos_ids={EOS}, stop=stop, max_new_tokens=limit)
+    outputs, shown = [], ""
+    for output in engine.generate(Request(PROMPT, GreedyChooser(), limit, answer)):
+        outputs.append(output)
+        shown += answer.take()
+    assert (shown, outputs[-1].finish_reason, len(emitted(outputs))) == (expected, finish, count)
+    check_cache(kv, PROMPT, emitted(outputs))
+
+
+# --- after a stop -----------------------------------------------------------------------------------------------
+
+BOTH = pytest.mark.parametrize("draft", [None, DRAFTS["close"]], ids=["plain", "speculative"])
+
+
+def check_next_turn(engine, target, kv, prompt):
+    """Another turn keeps the longest common prefix and answers as a fresh machine does."""
+    kept = min(common_prefix(prompt, kv.token_ids), len(prompt) - 1)
+    calls = len(target.calls)
+    outputs = list(engine.generate(request_for(prompt, 12)))
+    assert target.calls[calls].batch.start == kept
+    assert outputs[0].stats.prompt_tokens == len(prompt)
+    assert outputs[-1].stats.prefilled_tokens == len(prompt) - kept
+    assert emitted(outputs) == plain_answer(TABLE, prompt, 12)
+    check_cache(kv, prompt, emitted(outputs))
+
+
+@BOTH
+@pytest.mark.parametrize("taken", range(1, 7))
+def test_a_consumer_that_leaves_early_leaves_a_usable_cache(draft, taken):
+    engine, target, kv = machine(draft)
+    steps = engine.generate(request_for(PROMPT, 40))
+    tokens = emitted([next(steps) for _ in range(taken)])
+    steps.close()
+    check_cache(kv, PROMPT, tokens)
+    check_next_turn(engine, target, kv, (*PROMPT, *tokens, 7, 8))
+
+
+@BOTH
+@pytest.mark.parametrize("fails_at", [1, 2, 4])
+def test_a_pass_that_fails_leaves_a_usable_cache(draft, fails_at):
+    engine, target, kv = machine(draft)
+    target.fails_at = fails_at
+    tokens = []
+    with pytest.raises(OSError, match="the disk is gone"):
+        for output in engine.generate(request_for(PROMPT, 60)):
+            tokens += output.token_ids
+    check_cache(kv, PROMPT, tokens)
+    target.fails_at = None
+    check_next_turn(engine, target, kv, (*PROMPT, *tokens, 7, 8))
+
+
+@BOTH
+def test_a_prefill_that_fails_leaves_a_usable_cache(draft):
+    engine, target, kv = machine(draft)
+    target.fails_at = 0
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(engine.generate(request_for(PROMPT, 5)))
+    assert kv.token_ids == ()
+    target.fails_at = None
+    check_next_turn(engine, target, kv, PROMPT)
+
+
+@BOTH
+def test_an_interrupted_pass_leaves_a_usable_cache(draft):
+    """Ctrl-C may fall into the middle of a pass; the tokens shown so far stay."""
+    engine, target, kv = machine(draft)
+    forward = target.forward
+
+    def interrupted(batch, kv, **how):
+        logits = forward(batch, kv, **how)
+        if len(target.calls) == 4:
+            raise KeyboardInterrupt
+        return logits
+
+    target.forward = interrupted
+    tokens = []
+    with pytest.raises(KeyboardInterrupt):
+        for output in engine.generate(request_for(PROMPT, 60)):
+            tokens += output.token_ids
+    target.forward = forward
+    check_cache(kv, PROMPT, tokens)
+    check_next_turn(engine, target, kv, (*PROMPT, *tokens, 7))
+
+
+@BOTH
+def test_logits_that_are_not_finite_stop_before_a_token_is_shown(draft):
+    """F85: never token 0, which is what an argmax of NaN would give."""
+    answer = plain_answer(TABLE, PROMPT, 40)
+
+    def damaged(prefix):
+        bad = len(prefix) > len(PROMPT) + 9
+        return np.full(VOCAB, np.nan) if bad else TABLE(prefix)
+
+    engine, _, kv = machine(draft, table=damaged)
+    tokens = []
+    with pytest.raises(IntegrityError, match=f"position {len(PROMPT) + 9}"):
+        for output in engine.generate(request_for(PROMPT, 40)):
+            tokens += output.token_ids
+    assert tokens == answer[: len(tokens)]
+    assert len(tokens) <= 10
+    check_cache(kv, PROMPT, tokens)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "prompt",
+    [PROMPT, PROMPT[:2], (*PROMPT[:3], 9, 9), (8, 8), (*PROMPT, 0), (*PROMPT, *plain_answer(TABLE, PROMPT, 9), 2)],
+    ids=["same", "shorter", "differs inside", "differs at once", "longer", "goes on"],
+)
+def test_the_next_prompt_reuses_what_it_shares(draft, prompt):
+    engine, target, kv = machine(draft)
+    list(engine.generate(request_for(PROMPT, 9)))
+    check_next_turn(engine, target, kv, prompt)
+
+
+def test_turns_after_different_stops_agree_in_both_modes():
+    """Whatever ended a turn, the ids of the next ones are those of a fresh session."""
+    engines = [machine(draft) for draft in (None, TABLE, DRAFTS["close"])]
+    prompt = PROMPT
+    for limit, eos_ids in ((7, ()), (30, (5, 6)), (1, ()), (12, ())):
+        found = []
+        for engine, _, kv in engines:
+            outputs = list(engine.generate(request_for(prompt, limit, eos_ids=eos_ids)))
+            found.append((emitted(outputs), kv.token_ids, outputs[0].stats.prefilled_tokens))
+        assert found == [found[0]] * 3
+        tokens = found[0][0]
+        assert tokens == plain_answer(TABLE, prompt, len(tokens))
+        prompt = (*prompt, *tokens, 7)[:40]
+
+
+# --- prefill and context ----------------------------------------------------------------------------------------
+
+
+def spans(target):
+    return [(call.batch.start, call.batch.start + call.batch.rows) for call in target.calls]
+
+
+def test_prefill_chunks_end_at_multiples_of_one_constant():
+    chunk = PREFILL_CHUNK
+    prompt = tuple(n % VOCAB for n in range(2 * chunk + 9))
+    engine, target, _ = machine(context=3 * chunk)
+    assert emitted(list(engine.generate(request_for(prompt, 1)))) == plain_answer(TABLE, prompt, 1)
+    assert spans(target) == [(0, chunk), (chunk, 2 * chunk), (2 * chunk, 2 * chunk + 9)]
+    target.calls.clear()
+    changed = (*prompt[: chunk - 3], 11, *prompt[chunk - 2 :])
+    list(engine.generate(request_for(changed, 1)))
+    assert spans(target) == [(chunk - 3, chunk), (chunk, 2 * chunk), (2 * chunk, 2 * chunk + 9)]
+
+
+@pytest.mark.parametrize("length", [PREFILL_CHUNK - 1, PREFILL_CHUNK, PREFILL_CHUNK + 1])
+def test_a_prompt_about_as_long_as_a_chunk(length):
+    prompt = tuple(n % VOCAB for n in range(length))
+    engine, _, kv = machine(TABLE, context=2 * PREFILL_CHUNK)
+    outputs = list(engine.generate(request_for(prompt, 4)))
+    assert emitted(outputs) == plain_answer(TABLE, prompt, 4)
+    assert outputs[0].stats.prefilled_tokens == length
+    check_cache(kv, prompt, emitted(outputs))
+
+
+@BOTH
+def test_a_prompt_that_leaves_no_room_is_refused_and_changes_nothing(draft):
+    engine, target, kv = machine(draft, context=16)
+    list(engine.generate(request_for(PROMPT, 3)))
+    before = kv.token_ids
+    with pytest.raises(UsageError, match="the prompt has 16 tokens, the context holds 16"):
+        next(engine.generate(request_for([1] * 16, 3)))
+    assert kv.token_ids == before
+    check_next_turn(*machine(draft, context=30), PROMPT)
+
+
+@BOTH
+def test_an_answer_may_fill_the_context(draft):
+    engine, _, kv = machine(draft, context=16)
+    room = 16 - len(PROMPT)
+    outputs = list(engine.generate(request_for(PROMPT, room)))
+    assert emitted(outputs) == plain_answer(TABLE, PROMPT, room)
+    assert outputs[-1].finish_reason == "length"
+    assert kv.committed == 15
+
+
+@BOTH
+def test_a_prompt_of_all_but_one_row_gives_one_token(draft):
+    prompt = tuple(range(10)) + (0, 1, 2, 3, 4)
+    engine, _, kv = machine(draft, context=16)
+    assert emitted(list(engine.generate(request_for(prompt, 1)))) == plain_answer(TABLE, prompt, 1)
+    assert kv.committed == 15
+
+
+def test_common_prefix():
+    assert common_prefix((), (1,)) == 0
+    assert common_prefix((1, 2, 3), (1, 2)) == 2
+    assert common_prefix((1, 2, 3), (1, 9, 3)) == 1
+
+
+# --- accounts ---------------------------------------------------------------------------------------------------
+
+
+def test_the_grower_is_told_how_many_tokens_are_still_wanted():
+    answer = plain_answer(TABLE, PROMPT, 40)
+    kv, target = fake_cache(), FakeTarget(TABLE)
+    grower = ScriptedGrower(lambda root, wanted: chain_of([root, *answer[kv.committed - 4 :][:2]]))
+    list(fake_engine(target, kv, grower).generate(request_for(PROMPT, 9)))
+    assert grower.wanted == [8, 5, 2]
+
+
+def test_stats_add_up():
+    engine, target, _ = machine(DRAFTS["close"])
+    outputs = list(engine.generate(request_for(PROMPT, 30)))
+    last = outputs[-1].stats
+    assert last.prompt_tokens == last.prefilled_tokens == len(PROMPT)
+    assert last.new_tokens == 30
+    assert last.passes == len(outputs) - 1 == len(target.calls) - 1
+    assert last.tau == pytest.approx(29 / last.passes)
+    assert sum(last.accepted_histogram) == last.passes
+    assert last.drafted_tokens == sum(call.batch.rows - 1 for call in target.calls[1:])
+    assert last.streamed_bytes == PASS_BYTES * last.passes
+    assert last.wait_time_s == last.passes
+    assert last.ttft_s > 0
+    assert 0 < last.draft_time_s + last.verify_time_s <= last.decode_time_s
+    for before, after in itertools.pairwise(outputs):
+        assert after.stats.new_tokens == before.stats.new_tokens + len(after.token_ids)
+        assert after.stats.decode_time_s > before.stats.decode_time_s
+
+
+def test_the_time_that_the_consumer_takes_is_not_decode_time(monkeypatch):
+    clock = itertools.count(0, 1)
+    monkeypatch.setattr("subspec_cli.decoding.engine.time.perf_counter", lambda: float(next(clock)))
+    engine, _, _ = machine()
+    times = []
+    for output in engine.generate(request_for(PROMPT, 4)):
+        times.append(output.stats.decode_time_s)
+        for _ in range(1000):
+            next(clock)
+    assert times[-1] < 100
+
+
+def test_the_schedule_learns_from_every_pass():
+    seen = []
+
+    class Watching(Schedule):
+        def observe(self, tree, result):
+            seen.append((len(tree), len(result.accepted_nodes)))
+
+    schedule = Watching(limits=TreeLimits(4, 1, 5), fixed_depth=True)
+    engine, _, _ = machine(TABLE, schedule=schedule)
+    list(engine.generate(request_for(PROMPT, 11)))
+    assert seen == [(5, 5), (5, 5)]
+    assert schedule.pass_time.get(-1.0) >= 0

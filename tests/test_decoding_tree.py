@@ -1,0 +1,100 @@
+"""Token trees as flat arrays: parents, paths and who sees whom."""
+
+import numpy as np
+import pytest
+import torch
+from fakes import tree_of
+from test_decoding_verify import random_tree
+
+from subspec_cli.decoding.batches import level_batch, prompt_batch, tree_batch
+from subspec_cli.decoding.tree import TokenTree, TreeBuilder
+from subspec_cli.modeling.layers import RowRules
+
+CPU = torch.device("cpu")
+
+
+def trees():
+    generator = np.random.default_rng(3)
+    return [random_tree(generator, nodes, vocab=30) for nodes in (1, 2, 5, 13, 40) for _ in range(4)]
+
+
+def brute_path(tree, node):
+    return [] if node < 0 else [*brute_path(tree, tree.parents[node]), node]
+
+
+def test_path_runs_from_root_to_node():
+    for tree in trees():
+        for node in range(len(tree)):
+            assert tree.path(node) == brute_path(tree, node)
+
+
+def test_ancestor_mask_is_the_paths():
+    for tree in trees():
+        mask = tree.ancestor_mask()
+        assert mask.dtype == torch.bool
+        for node in range(len(tree)):
+            assert torch.nonzero(mask[node]).flatten().tolist() == brute_path(tree, node)
+
+
+def test_children_are_found_by_token():
+    for tree in trees():
+        for node, children in enumerate(tree.children()):
+            found = {tree.token_ids[n]: n for n in range(1, len(tree)) if tree.parents[n] == node}
+            assert children == found
+
+
+@pytest.mark.parametrize("parents", [(0,), (-1, 1), (-1, -1), (-1, 0, 2), (-1, 0, 5)])
+def test_a_parent_comes_before_its_child(parents):
+    count = len(parents)
+    with pytest.raises(AssertionError):
+        TokenTree((0,) * count, parents, (0,) * count, (0.0,) * count)
+
+
+def test_builder_and_tree_agree():
+    for tree in trees():
+        builder = TreeBuilder(tree.token_ids[0], capacity=64)
+        for node in range(1, len(tree)):
+            number = builder.add(tree.parents[node], tree.token_ids[node], tree.log_probs[node])
+            assert number == node
+            assert builder.token(node) == tree.token_ids[node]
+            assert builder.depth(node) == tree.depths[node]
+            assert builder.log_prob(node) == tree.log_probs[node]
+        assert len(builder) == len(tree)
+        assert builder.finish() == tree
+        assert builder.mask[: len(tree), : len(tree)].equal(tree.ancestor_mask())
+
+
+def test_prompt_rows_are_causal_over_what_is_cached():
+    batch = prompt_batch([5, 6, 7], 4, RowRules(4), CPU)
+    assert batch.token_ids.tolist() == [5, 6, 7, 7]
+    assert batch.positions.tolist() == [4, 5, 6, 0]
+    assert (batch.rows, batch.start) == (3, 4)
+    assert batch.allowed.tolist() == [[True] * (5 + row) + [False] * (2 - row) for row in range(3)]
+    assert batch.key_positions.tolist() == list(range(7))
+
+
+def test_a_whole_tree_sees_prefix_ancestors_and_self():
+    tree = tree_of([9, 1, 2, 3], [-1, 0, 0, 2])
+    batch = tree_batch(tree, 2, RowRules(8), CPU)
+    assert batch.token_ids.tolist() == [9, 1, 2, 3, 3, 3, 3, 3]
+    assert batch.positions[:4].tolist() == [2, 3, 3, 4]
+    assert len(batch.positions) == 8
+    assert (batch.rows, batch.start) == (4, 2)
+    assert batch.key_positions.tolist() == [0, 1, 2, 3, 3, 4]
+    prefix = [[True, True]] * 4
+    assert batch.allowed.tolist() == [a + b for a, b in zip(prefix, tree.ancestor_mask().tolist(), strict=True)]
+
+
+def test_a_level_is_a_cut_of_the_whole_tree():
+    generator = np.random.default_rng(8)
+    tree = random_tree(generator, 20, vocab=30)
+    builder = TreeBuilder(tree.token_ids[0], capacity=20)
+    for node in range(1, 20):
+        builder.add(tree.parents[node], tree.token_ids[node], tree.log_probs[node])
+    whole = tree_batch(tree, 3, RowRules(1), CPU)
+    level = level_batch(builder, 7, 4, 3, CPU)
+    assert (level.rows, level.start) == (4, 10)
+    assert level.token_ids.equal(whole.token_ids[7:11])
+    assert level.positions.equal(whole.positions[7:11])
+    assert level.allowed.equal(whole.allowed[7:11, :14])
+    assert level.key_positions.equal(whole.key_positions[:14])

@@ -1,0 +1,100 @@
+"""Arithmetic of an answer's figures."""
+
+import dataclasses
+import itertools
+
+import pytest
+
+from subspec_cli.metrics import GenerationStats, StepStats, rate_of_totals, tau_of_totals
+
+PREFILLED = GenerationStats().after_prefill(prompt_tokens=20, prefilled_tokens=12, ttft_s=0.5)
+
+
+def step(accepted, emitted=None, drafted=6):
+    return StepStats(
+        drafted=drafted,
+        accepted=accepted,
+        emitted=accepted + 1 if emitted is None else emitted,
+        draft_time_s=0.25,
+        verify_time_s=0.5,
+        wait_time_s=0.125,
+        streamed_bytes=1_000_000,
+    )
+
+
+def after(*accepted):
+    stats = PREFILLED
+    for number, count in enumerate(accepted, start=1):
+        stats = stats.after_step(step(count), decode_time_s=float(number))
+    return stats
+
+
+def test_nothing_yet_divides_by_nothing():
+    for stats in (GenerationStats(), PREFILLED):
+        assert (stats.tau, stats.decode_tok_per_s, stats.link_gb_per_s) == (0, 0, 0)
+
+
+def test_the_prefill_gives_the_first_token():
+    assert (PREFILLED.prompt_tokens, PREFILLED.prefilled_tokens, PREFILLED.ttft_s) == (20, 12, 0.5)
+    assert (PREFILLED.new_tokens, PREFILLED.passes, PREFILLED.decode_time_s) == (1, 0, 0)
+
+
+def test_a_step_adds_to_every_total():
+    stats = after(4, 0, 4)
+    assert stats.new_tokens == 1 + 5 + 1 + 5
+    assert stats.passes == 3
+    assert stats.drafted_tokens == 18
+    assert stats.accepted_histogram == (1, 0, 0, 0, 2)
+    assert (stats.draft_time_s, stats.verify_time_s, stats.wait_time_s) == (0.75, 1.5, 0.375)
+    assert stats.streamed_bytes == 3_000_000
+    assert (stats.decode_time_s, stats.ttft_s) == (3.0, 0.5)
+    assert stats.recent_accepted == (4, 0, 4)
+
+
+def test_tau_counts_the_bonus_token_but_not_the_first():
+    assert after(4, 0, 4).tau == 11 / 3
+    assert after(0, 0).tau == 1
+    assert after(7).tau == 8
+
+
+def test_rates_are_per_second_after_the_first_token():
+    stats = after(4, 0, 4)
+    assert stats.decode_tok_per_s == 11 / 3
+    assert stats.link_gb_per_s == pytest.approx(0.001)
+
+
+def test_tokens_cut_by_a_stop_are_not_counted():
+    stats = PREFILLED.after_step(step(5, emitted=2), decode_time_s=1.0)
+    assert stats.new_tokens == 3
+    assert stats.tau == 2
+    assert stats.accepted_histogram == (0, 0, 0, 0, 0, 1)
+
+
+def test_the_live_display_gets_the_latest_passes():
+    stats = after(*(n % 7 for n in range(60)))
+    assert stats.recent_accepted == tuple(n % 7 for n in range(20, 60))
+    assert sum(stats.accepted_histogram) == 60
+
+
+def test_stats_are_values():
+    before = dataclasses.asdict(PREFILLED)
+    PREFILLED.after_step(step(1), decode_time_s=1.0)
+    assert dataclasses.asdict(PREFILLED) == before
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        PREFILLED.new_tokens = 3
+
+
+def test_totals_are_ratios_of_sums_not_means_of_ratios():
+    fast = dataclasses.replace(PREFILLED, new_tokens=101, decode_time_s=1.0, passes=10)
+    slow = dataclasses.replace(PREFILLED, new_tokens=11, decode_time_s=9.0, passes=10)
+    assert rate_of_totals([fast, slow]) == 11
+    assert tau_of_totals([fast, slow]) == 5.5
+    assert rate_of_totals(iter([fast])) == fast.decode_tok_per_s
+
+
+def test_totals_of_nothing_are_zero():
+    assert rate_of_totals([]) == tau_of_totals([]) == 0
+    for stats in itertools.combinations([GenerationStats(), PREFILLED], 2):
+        assert rate_of_totals(stats) == tau_of_totals(stats) == 0
+    unfinished = dataclasses.replace(GenerationStats(), decode_time_s=2.0, passes=1)
+    assert rate_of_totals([unfinished]) == tau_of_totals([unfinished]) == 0

@@ -1,0 +1,300 @@
+"""One session, many answers: noise, stops, context, chat turns and interruptions."""
+
+import shutil
+
+import pytest
+import torch
+from test_session_fakes import Answer, answer_to, open_tiny, prepare_quietly, shelf  # noqa: F401 - a fixture
+from tiny_models import EOS_ID, one_thread  # noqa: F401 - a fixture
+
+from subspec_cli.errors import ExitCode, IntegrityError, UsageError
+
+TALKATIVE = {"temperature": 1.5, "seed": 3}
+PROMPT = "Tell me of rivers"
+
+
+@pytest.fixture
+def model(shelf):
+    return shelf.model("qwen3", tied=False)
+
+
+@pytest.fixture
+def session(model):
+    with open_tiny(model, memory={"context": 160}) as session:
+        yield session
+
+
+@pytest.fixture
+def sampling(model):
+    with open_tiny(model, sampling=TALKATIVE) as session:
+        yield session
+
+
+def asked(chat, text, limit=12, **how):
+    return Answer(chat.ask(text, **({"max_new_tokens": limit, "stop": ()} | how)))
+
+
+def full_prompt(session, messages):
+    """Number of prompt tokens of a conversation given as (role, text) pairs."""
+    return len(session.encode_messages([{"role": role, "content": text} for role, text in messages]))
+
+
+# --- noise ------------------------------------------------------------------------------------------------------
+
+
+def test_each_request_has_noise_of_its_own(sampling):
+    """Trap 1: the same prompt at the same positions, asked again, is another draw."""
+    answers = [answer_to(sampling, PROMPT, 16) for _ in range(4)]
+    assert len({tuple(answer.token_ids) for answer in answers}) == 4
+
+
+def test_a_named_request_repeats_its_answer(sampling):
+    first = answer_to(sampling, PROMPT, 16, request=5)
+    assert answer_to(sampling, PROMPT, 16, request=6).token_ids != first.token_ids
+    assert answer_to(sampling, PROMPT, 16, request=5).outcome == first.outcome
+    assert answer_to(sampling, PROMPT, 16, request=5, plain=True).outcome == first.outcome
+
+
+def test_a_number_that_was_named_is_not_drawn_again(sampling):
+    first = answer_to(sampling, PROMPT, 16, request=9)
+    assert answer_to(sampling, PROMPT, 16).outcome == answer_to(sampling, PROMPT, 16, request=10).outcome
+    assert first.token_ids != answer_to(sampling, PROMPT, 16, request=10).token_ids
+
+
+def test_a_reset_chat_draws_anew(sampling):
+    chat, answers = sampling.chat(None), []
+    for _ in range(3):
+        answers.append(asked(chat, PROMPT, 16))
+        chat.reset()
+    assert {answer.stats.prefilled_tokens for answer in answers} == {answers[0].stats.prompt_tokens}
+    assert len({tuple(answer.token_ids) for answer in answers}) == 3
+
+
+def test_the_same_seed_gives_the_same_answers(model, sampling):
+    expected = [answer_to(sampling, PROMPT, 16).outcome for _ in range(2)]
+    with open_tiny(model, sampling=TALKATIVE) as again:
+        assert [answer_to(again, PROMPT, 16).outcome for _ in range(2)] == expected
+    with open_tiny(model, sampling=TALKATIVE | {"seed": 4}) as other:
+        assert answer_to(other, PROMPT, 16).outcome != expected[0]
+
+
+def test_a_fresh_seed_is_shown_and_can_be_given_again(model):
+    seeds, outcomes = [], []
+    for _ in range(2):
+        with open_tiny(model, sampling={"temperature": 1.5}) as session:
+            assert session.description.fresh_seed
+            seeds.append(session.description.seed)
+            outcomes.append(answer_to(session, PROMPT, 16).outcome)
+    assert seeds[0] != seeds[1]
+    assert outcomes[0] != outcomes[1]
+    with open_tiny(model, sampling={"temperature": 1.5, "seed": seeds[0]}) as session:
+        assert (session.description.seed, session.description.fresh_seed) == (seeds[0], False)
+        assert answer_to(session, PROMPT, 16).outcome == outcomes[0]
+
+
+# --- endings ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_stop_string_ends_the_answer_and_is_not_shown(sampling, plain):
+    whole = answer_to(sampling, PROMPT, 30, request=1)
+    assert whole.finish_reason == "length"
+    for at in range(2, len(whole.text) - 3, 3):
+        stop = whole.text[at : at + 3]
+        answer = answer_to(sampling, PROMPT, 30, request=1, stop=(stop, "never"), plain=plain)
+        assert answer.finish_reason == "stop"
+        assert answer.text == whole.text[: whole.text.index(stop)]
+        assert answer.token_ids == whole.token_ids[: len(answer.token_ids)]
+
+
+def test_deltas_are_the_text_and_the_tokens(sampling):
+    answer = answer_to(sampling, PROMPT, 30, request=1)
+    assert len(answer.token_ids) == answer.stats.new_tokens == 30
+    assert [delta.finish_reason for delta in answer.deltas[:-1]] == [None] * (len(answer.deltas) - 1)
+    assert answer.text == sampling._parts.tokenizer.decode(answer.token_ids)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_an_answer_ends_where_the_context_does(session, plain):
+    room = 20
+    ids = session.encode_prompt("x" * (160 - room), system=None, raw=True)
+    session.reset()
+    answer = Answer(session.generate(ids, max_new_tokens=500, stop=(), plain=plain))
+    assert len(answer.token_ids) == room
+    assert answer.finish_reason == "length"
+
+
+@pytest.mark.parametrize(("length", "told"), [(160, "the prompt has 160 tokens, the context holds 160"), (0, "empty")])
+def test_a_prompt_without_room_is_refused(session, length, told):
+    ids = session.encode_prompt("x" * length, system=None, raw=True)
+    with pytest.raises(UsageError, match=told) as caught:
+        next(session.generate(ids, max_new_tokens=5, stop=()))
+    assert caught.value.exit_code == ExitCode.USAGE
+    assert len(answer_to(session, PROMPT, 5).token_ids) == 5
+
+
+def test_a_prompt_of_all_but_one_row_gets_one_token(session):
+    ids = session.encode_prompt("x" * 159, system=None, raw=True)
+    assert len(Answer(session.generate(ids, max_new_tokens=5, stop=())).token_ids) == 1
+
+
+def test_raw_prompts_bypass_the_template(session):
+    assert bytes(session.encode_prompt("héllo", system=None, raw=True)) == "héllo".encode()
+    templated = session.encode_prompt("héllo", system="Be brief.", raw=False)
+    assert templated == session.encode_messages(
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "héllo"}]
+    )
+    assert len(templated) > 30
+
+
+# --- chat -------------------------------------------------------------------------------------------------------
+
+
+def test_a_turn_prefills_only_what_is_new(session):
+    chat = session.chat("Be brief.")
+    first = asked(chat, "Hello")
+    second = asked(chat, "And then?")
+    said = [("system", "Be brief."), ("user", "Hello"), ("assistant", first.text), ("user", "And then?")]
+    assert second.stats.prompt_tokens == full_prompt(session, said)
+    assert second.stats.prefilled_tokens <= second.stats.prompt_tokens - first.stats.prompt_tokens
+    session.reset()
+    ids = session.encode_messages([{"role": role, "content": text} for role, text in said])
+    fresh = Answer(session.generate(ids, max_new_tokens=12, stop=()))
+    assert fresh.stats.prefilled_tokens == fresh.stats.prompt_tokens
+    assert fresh.outcome == second.outcome
+
+
+def test_an_interrupted_turn_keeps_what_was_said(session):
+    chat = session.chat(None)
+    deltas = chat.ask("Hello", max_new_tokens=40, stop=())
+    heard = "".join(next(deltas).text for _ in range(3))
+    deltas.close()
+    second = asked(chat, "Go on")
+    said = [("user", "Hello"), ("assistant", heard), ("user", "Go on")]
+    assert second.stats.prompt_tokens == full_prompt(session, said)
+
+
+def test_ctrl_c_inside_a_pass_keeps_what_was_said(session, monkeypatch):
+    chat, target = session.chat(None), session._parts.speculative._target
+    forward, passes = target.forward, []
+
+    def interrupted(*args, **how):
+        passes.append(1)
+        if len(passes) == 4:
+            raise KeyboardInterrupt
+        return forward(*args, **how)
+
+    monkeypatch.setattr(target, "forward", interrupted)
+    heard = []
+    with pytest.raises(KeyboardInterrupt):
+        heard += [delta.text for delta in chat.ask("Hello", max_new_tokens=90, stop=())]  # noqa: PERF402
+    monkeypatch.undo()
+    second = asked(chat, "Go on")
+    said = [message for message in chat._messages if message["role"] == "assistant"]
+    assert len(said) == 2
+    session.reset()
+    ids = session.encode_messages(chat._messages[:-1])
+    assert len(ids) == second.stats.prompt_tokens
+    assert Answer(session.generate(ids, max_new_tokens=12, stop=())).outcome == second.outcome
+
+
+def test_an_interruption_before_the_first_token_leaves_the_chat_as_it_was(session, monkeypatch):
+    chat = session.chat(None)
+    first = asked(chat, "Hello")
+
+    def interrupted(*args, **how):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session._parts.speculative._target, "forward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        asked(chat, "Never heard")
+    monkeypatch.undo()
+    said = [("user", "Hello"), ("assistant", first.text), ("user", "Why?")]
+    assert asked(chat, "Why?").stats.prompt_tokens == full_prompt(session, said)
+
+
+def test_a_prompt_too_long_leaves_the_chat_usable(session):
+    chat = session.chat(None)
+    first = asked(chat, "Hello")
+    with pytest.raises(UsageError, match="context holds 160"):
+        asked(chat, "x" * 200)
+    second = asked(chat, "And?", 4)
+    said = [("user", "Hello"), ("assistant", first.text), ("user", "And?")]
+    assert second.stats.prompt_tokens == full_prompt(session, said)
+    assert second.stats.prefilled_tokens < second.stats.prompt_tokens
+
+
+def test_a_full_chat_goes_on_after_a_reset(session):
+    chat, turns = session.chat(None), 0
+    with pytest.raises(UsageError, match="the context holds 160") as caught:
+        while turns < 20:
+            asked(chat, "Tell me more of it", 20)
+            turns += 1
+    assert "/reset" in caught.value.hint
+    assert turns >= 2
+    chat.reset()
+    answer = asked(chat, "Hello")
+    assert answer.stats.prompt_tokens == answer.stats.prefilled_tokens == full_prompt(session, [("user", "Hello")])
+
+
+def test_the_answer_of_a_turn_can_be_replaced(session):
+    chat = session.chat(None)
+    asked(chat, "Hello")
+    chat.replace_answer("Good day.")
+    said = [("user", "Hello"), ("assistant", "Good day."), ("user", "Why?")]
+    assert asked(chat, "Why?").stats.prompt_tokens == full_prompt(session, said)
+
+
+def test_both_arms_hold_the_same_conversation(sampling):
+    outcomes = []
+    for plain in (False, True):
+        sampling.reset()
+        chat = sampling.chat("Be brief.")
+        outcomes.append([asked(chat, text, 20, plain=plain, request=4).outcome for text in ("One", "Two", "Three")])
+    assert outcomes[0] == outcomes[1]
+
+
+def test_a_model_without_a_template_chats_in_plain_lines(shelf, tmp_path):
+    directory = shutil.copytree(shelf.model("llama"), tmp_path / "bare")
+    (directory / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    prepare_quietly(directory)
+    with open_tiny(directory) as session:
+        assert not session.description.has_chat_template
+        chat = session.chat("Be brief.")
+        first = asked(chat, "Hello")
+        second = asked(chat, "And?")
+        lines = f"Be brief.\nHello\n{first.text}\nAnd?\n"
+        assert second.stats.prompt_tokens == len(session.encode_prompt(lines, system=None, raw=False))
+
+
+# --- when something breaks while it runs ------------------------------------------------------------------------
+
+
+def test_weights_that_vanish_while_running_are_an_integrity_error(shelf, tmp_path):
+    """F63: the file is cut while it is served; an error, never a wrong token or a dead process."""
+    directory = shutil.copytree(shelf.model("llama"), tmp_path / "cut")
+    prepare_quietly(directory)
+    with open_tiny(directory) as session:
+        expected = answer_to(session, PROMPT, 40)
+        with (directory / "model.safetensors").open("r+b") as file:
+            file.truncate(4096)
+        session.reset()
+        ids, tokens = session.encode_prompt(PROMPT, system=None, raw=False), []
+        with pytest.raises(IntegrityError) as caught:
+            for delta in session.generate(ids, max_new_tokens=40, stop=()):
+                tokens += delta.token_ids
+        assert caught.value.exit_code == ExitCode.INTEGRITY
+        assert tokens == expected.token_ids[: len(tokens)]
+
+
+def test_damaged_logits_end_the_answer(session, monkeypatch):
+    """F85, at the head of a real model."""
+    head, before = session._parts.speculative._target._head, answer_to(session, PROMPT, 20)
+    head.norm_weight.mul_(torch.nan)
+    with pytest.raises(IntegrityError, match="not finite"):
+        answer_to(session, PROMPT, 20)
+    assert len(before.token_ids) == 20
+
+
+def test_the_end_token_of_the_model_ends_answers(session):
+    assert EOS_ID in session._parts.eos_ids

@@ -1,0 +1,281 @@
+"""Tiny random models of every supported family, saved by the library itself, and the parts to run them.
+
+`make_tiny_model` writes one; `Tiny` opens one and builds our own parts over it. A test module takes the fixtures
+it wants by assignment: `one_thread = tiny_models.one_thread`, `tiny = tiny_models.tiny`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import write_tokenizer
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from subspec_cli.decoding.batches import prompt_batch
+from subspec_cli.decoding.certify import certify
+from subspec_cli.modeling.attention import exact_attention
+from subspec_cli.modeling.decoder import Head, TargetDecoder
+from subspec_cli.modeling.embedding import table_embedding
+from subspec_cli.modeling.families import load_config
+from subspec_cli.modeling.kv_cache import KVCache
+from subspec_cli.modeling.layers import Attention, LayerMath, RowRules
+from subspec_cli.modeling.rope import build_rope_table
+from subspec_cli.modeling.source import LAYER_PREFIX, LayerSource, block_entries
+from subspec_cli.placement.geometry import LAYER_MATRICES, ModelGeometry, read_geometry
+from subspec_cli.placement.streamer import DTYPES, DiskStreamer, Streamer, read_resident
+from subspec_cli.store.checkpoint import Checkpoint, open_checkpoint
+from subspec_cli.store.direct_io import BlockLayout, layout_block
+from subspec_cli.store.tensors import read_tensors
+
+CPU = torch.device("cpu")
+AUTO: Any = AutoModelForCausalLM  # its methods are not annotated
+FAMILIES: dict[str, Any] = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+}
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+"""Ids 256, 257, 258; the last ends an answer."""
+EOS_ID = 258
+VOCAB = 288
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small lose more to waiting threads than they gain from them on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+_MADE: dict[str, Tiny] = {}
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tiny]:
+    """Opened tiny models by family and the settings of `make_tiny_model`, made once for all test modules."""
+
+    def make(family: str, **settings: Any) -> Tiny:
+        key = repr((family, sorted(settings.items())))
+        if key not in _MADE:
+            _MADE[key] = Tiny(make_tiny_model(tmp_path_factory.mktemp(family), family, **settings))
+        return _MADE[key]
+
+    return make
+
+
+def tiny_settings(family: str, *, layers: int = 3, hidden: int = 128, **config: Any) -> dict[str, Any]:
+    """Keyword arguments of the family's config class; `config` overrides any."""
+    sizes = {
+        "vocab_size": VOCAB,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "bos_token_id": 256,
+        "eos_token_id": EOS_ID,
+    }
+    if family == "qwen3":
+        sizes["head_dim"] = hidden // 4
+    return sizes | config
+
+
+def make_tiny_model(
+    directory: Path,
+    family: str,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    tied: bool = True,
+    layers: int = 3,
+    hidden: int = 128,
+    sharded: bool = False,
+    seed: int = 0,
+    **config: Any,
+) -> Path:
+    """Save a random model with a byte-level tokenizer and a chat template; shards cut through layers.
+
+    `config` overrides fields of the library's config class. Norms and biases are random too, so that leaving
+    one out shows, and the weights are large enough for a peaked distribution over the next token.
+    """
+    settings = tiny_settings(family, layers=layers, hidden=hidden, **config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AUTO.from_config(FAMILIES[family](**settings, tie_word_embeddings=tied), dtype=dtype)
+        _randomize(model)
+    shard_bytes = sum(p.numel() * p.element_size() for p in model.parameters()) // 3
+    more = {"max_shard_size": shard_bytes} if sharded else {}
+    model.save_pretrained(directory, **more)
+    write_tiny_tokenizer(directory)
+    return directory
+
+
+def write_tiny_tokenizer(directory: Path) -> None:
+    """256 bytes and the special tokens, with a chat template."""
+    write_tokenizer(directory)
+    path = directory / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+    tokenizer["added_tokens"] = [
+        {"id": number, "content": text} | flags for number, text in enumerate(SPECIAL_TOKENS, start=256)
+    ]
+    path.write_text(json.dumps(tokenizer))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": SPECIAL_TOKENS[-1],
+        "bos_token": SPECIAL_TOKENS[0],
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def _randomize(model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        values = torch.randn(parameter.shape)
+        if name.endswith("norm.weight"):
+            values = 1 + 0.2 * values
+        elif parameter.dim() == 1:
+            values = 0.2 * values
+        elif "embed_tokens" in name or "lm_head" in name:
+            values = 0.3 * values
+        else:
+            values = 1.3 * values / parameter.shape[1] ** 0.5
+        parameter.data.copy_(values)
+
+
+@dataclass
+class Tiny:
+    """A saved model opened by our own code: every part from its files, none from the library."""
+
+    directory: Path
+    context: int = 256
+    scratch: int = 96
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        return open_checkpoint(self.directory)
+
+    @cached_property
+    def geometry(self) -> ModelGeometry:
+        return read_geometry(self.checkpoint.config, self.checkpoint.tensors)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.geometry.dtype]
+
+    @cached_property
+    def weights(self) -> dict[str, Tensor]:
+        """All tensors by full name."""
+        return read_tensors(self.checkpoint.tensors.values())
+
+    @cached_property
+    def small(self) -> tuple[dict[str, Tensor], ...]:
+        """Norms and biases of each layer by the name inside the layer."""
+        names = [name for name in self.geometry.layer_shapes() if name not in LAYER_MATRICES]
+        prefixes = [LAYER_PREFIX.format(layer=layer) for layer in range(self.geometry.layers)]
+        return tuple({name: self.weights[prefix + name] for name in names} for prefix in prefixes)
+
+    @cached_property
+    def head(self) -> Head:
+        table = "model.embed_tokens.weight" if self.geometry.tied_head else "lm_head.weight"
+        return Head(self.weights["model.norm.weight"], self.weights[table], self.geometry.rms_norm_eps)
+
+    def math(self, attend: Attention = exact_attention) -> LayerMath:
+        """One shell over the small tensors."""
+        rope = build_rope_table(
+            load_config(self.directory),
+            context=self.context,
+            positions=self.context + self.scratch,
+            dtype=self.dtype,
+            device=CPU,
+        )
+        return LayerMath(self.geometry, self.small, rope, attend)
+
+    def layouts(self, layer: int) -> list[BlockLayout]:
+        """Where the blocks of a layer lie."""
+        return [layout_block(entries) for entries in block_entries(self.checkpoint.tensors, layer)]
+
+    def streamer(self, layers: Iterable[int], slots: int = 3) -> DiskStreamer:
+        """A stream of these layers; the caller closes it."""
+        return DiskStreamer([layout for layer in layers for layout in self.layouts(layer)], slots)
+
+    def source(self, resident: Iterable[int] | None = None, streamer: Streamer | None = None) -> LayerSource:
+        """Every layer in memory, or these only and the others from the streamer."""
+        chosen = range(self.geometry.layers) if resident is None else resident
+        held = {layer: read_resident(self.layouts(layer)) for layer in chosen}
+        return LayerSource(self.geometry.layers, held, streamer)
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Rows of the table in memory."""
+        return table_embedding(self.weights["model.embed_tokens.weight"])(token_ids)
+
+    def target(
+        self, source: LayerSource | None = None, rules: RowRules | None = None, math: LayerMath | None = None
+    ) -> TargetDecoder:
+        """The exact model, everything resident unless a source is given."""
+        source = source or self.source()
+        return TargetDecoder(math or self.math(), self.embed, self.head, source, rules or RowRules(4))
+
+    @cached_property
+    def exact_rules(self) -> RowRules:
+        """The row rules that the self-check finds on this machine; skips the test where there are none."""
+        source = self.source()
+        found = certify(
+            lambda rules: self.target(source, rules),
+            self.head,
+            source,
+            self.geometry,
+            most_nodes=self.scratch,
+            prefill_rows=self.scratch,
+            dtype=self.dtype,
+            device=CPU,
+        )
+        if found.exactness != "exact":
+            pytest.skip(f"no exact rows on this machine: {found.reason}")
+        return found.rules
+
+    def prefill(self, decoder: TargetDecoder, kv: KVCache, token_ids: list[int], chunk: int = 64) -> Tensor:
+        """Commit tokens in chunks of absolute multiples; logits of every row, `[len(token_ids), V]`."""
+        logits, position, end = [], kv.committed, kv.committed + len(token_ids)
+        waiting = list(token_ids)
+        while position < end:
+            n = min(end, (position // chunk + 1) * chunk) - position
+            logits.append(decoder.forward(prompt_batch(waiting[:n], position, decoder.rules, CPU), kv))
+            kv.commit(range(n), waiting[:n])
+            waiting, position = waiting[n:], position + n
+        return torch.cat(logits)
+
+    def kv(self) -> KVCache:
+        """An empty cache."""
+        return KVCache(
+            layers=self.geometry.layers,
+            kv_heads=self.geometry.kv_heads,
+            head_dim=self.geometry.head_dim,
+            context=self.context,
+            scratch=self.scratch,
+            dtype=self.dtype,
+            device=CPU,
+        )
+
+    def reference(self) -> Any:
+        """The library's own model, with plain attention."""
+        return self._library
+
+    @cached_property
+    def _library(self) -> Any:
+        return AUTO.from_pretrained(self.directory, dtype=self.dtype, attn_implementation="eager").eval()
