@@ -60,6 +60,7 @@ class _Run:
         self._best_plain: list[GenerationStats] = []
         self._link: LinkFigures | None = None
         self._context: dict[str, Any] = {}
+        self._context_tokens: int | None = None
         self._exactness = "unchecked"
         self._speculation = False
 
@@ -68,17 +69,18 @@ class _Run:
         with open_session(self._config, progress=self._say) as session:
             about = session.description
             self._exactness, self._speculation = about.exactness, about.speculation
+            self._context_tokens = about.context_tokens
             self._context = _context(session, self._config)
             for number, question in enumerate(self._questions):
                 self._measure_question(session, number, question)
             self._context["peak_memory_bytes"] = session.peak_memory_bytes()
 
     def measure_best_plain(self) -> None:
-        """Plain decoding with as many resident layers as fit without substitutes."""
+        """Plain decoding with as many resident layers as fit without substitutes, in the same context."""
         config = dataclasses.replace(
             self._config,
             draft=dataclasses.replace(self._config.draft, no_speculation=True),
-            memory=dataclasses.replace(self._config.memory, resident_layers=None),
+            memory=dataclasses.replace(self._config.memory, resident_layers=None, context=self._context_tokens),
         )
         with open_session(config, progress=self._say) as session:
             plan = session.description.plan

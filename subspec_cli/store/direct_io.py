@@ -140,11 +140,14 @@ class DirectReader:
 def _open_direct(path: Path) -> tuple[int, bool]:
     flag = getattr(os, "O_DIRECT", 0)
     if flag:
+        descriptor = -1
         try:
             descriptor = os.open(path, os.O_RDONLY | flag)
             os.preadv(descriptor, [allocate_buffer(PAGE_BYTES)], 0)
         except OSError:
-            pass  # tmpfs and some network file systems refuse direct I/O
+            # tmpfs and some network file systems refuse direct I/O, at once or at the first read
+            if descriptor >= 0:
+                os.close(descriptor)
         else:
             return descriptor, True
     try:
