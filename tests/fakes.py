@@ -7,7 +7,7 @@ sees from what they read there, so a wrong mask, position, scratch row or compac
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -107,7 +107,7 @@ class FakeModel:
 class FakeTarget(FakeModel):
     """The exact model, with row rules that ask for padding."""
 
-    rules: RowRules = RowRules(4)
+    rules: RowRules = field(default_factory=lambda: RowRules(4))
     fails_at: int | None = None
     """Number of the forward that writes half its work and raises."""
 
@@ -169,7 +169,9 @@ def chain_of(token_ids: Sequence[int]) -> TokenTree:
     return tree_of(token_ids, range(-1, len(token_ids) - 1))
 
 
-def plain_answer(table: Table, prompt: Sequence[int], count: int, chooser: Chooser | None = None) -> list[int]:
+def plain_answer(
+    table: Table, prompt: Sequence[int], count: int, chooser: Chooser | None = None
+) -> list[int]:
     """The oracle: one token at a time from the table, no cache and no tree."""
     chooser = chooser or GreedyChooser()
     prefix = list(prompt)
@@ -209,9 +211,15 @@ def request_for(
     return Request(tuple(prompt), chooser or GreedyChooser(), limit, CountdownStop(limit, eos_ids))
 
 
-def emitted(outputs: Sequence[StepOutput]) -> list[int]:
+def emitted(outputs: Iterable[StepOutput]) -> list[int]:
     """All tokens of an answer."""
     return [token for output in outputs for token in output.token_ids]
+
+
+def collect(outputs: Iterable[StepOutput], tokens: list[int]) -> None:
+    """Add an answer's tokens to a list that outlives whatever breaks the answer off."""
+    for output in outputs:
+        tokens += output.token_ids
 
 
 class ByteTokenizer:

@@ -3,14 +3,16 @@
 import itertools
 
 import pytest
+import tiny_models
 import torch
-from tiny_models import CPU, FAMILIES, Tiny, make_tiny_model, one_thread  # noqa: F401 - a fixture
+from tiny_models import CPU, FAMILIES, Tiny, make_tiny_model
 
 from subspec_cli.decoding.certify import candidate_rules, certify, row_counts
 from subspec_cli.modeling.attention import exact_attention, fast_attention
 from subspec_cli.modeling.decoder import Head, TargetDecoder
 from subspec_cli.modeling.layers import RowRules
 
+one_thread = tiny_models.one_thread
 NODES, PREFILL = 64, 256
 KINDS = ["attention", "gate", "up", "down"]
 
@@ -177,7 +179,9 @@ def test_elementwise_tiles_are_taken_where_whole_rows_do_not_hold(qwen, monkeypa
     assert found.rules.tile_elementwise
 
 
-@pytest.mark.parametrize(("nodes", "prefill"), [(64, 256), (2, 256), (65, 256), (129, 256), (513, 256), (513, 64)])
+@pytest.mark.parametrize(
+    ("nodes", "prefill"), [(64, 256), (2, 256), (65, 256), (129, 256), (513, 256), (513, 64)]
+)
 def test_every_row_size_in_use_is_checked(nodes, prefill):
     """Trap 13: whatever number of rows a tree or a prompt has, a checked count is padded to the same size."""
     counts = row_counts(nodes, prefill)
@@ -221,5 +225,7 @@ def test_fixed_rows_run_in_calls_of_one_size(monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "linear", watched)
     rules, weight = RowRules(16, fixed_rows=True), torch.randn(24, 32)
     rows = torch.randn(rules.padded(40), 32)
-    assert rules.linear(rows, weight, None).equal(torch.cat([original(part, weight) for part in rows.split(16)]))
+    assert rules.linear(rows, weight, None).equal(
+        torch.cat([original(part, weight) for part in rows.split(16)])
+    )
     assert set(sizes) == {16}

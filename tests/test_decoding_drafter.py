@@ -1,5 +1,6 @@
 """Growing trees with a draft that is a table: what is asked of it, what is in the tree, and its bounds."""
 
+import itertools
 import math
 
 import numpy as np
@@ -55,7 +56,17 @@ def chain(table, length, chooser=None, eos_ids=()):
     return (ROOT, *tokens[: ends[0] if ends else length])
 
 
-SHAPES = [(1, 1, 2), (5, 1, 6), (5, 1, 40), (6, 2, 7), (8, 3, 9), (8, 3, 20), (12, 3, 64), (12, 8, 64), (9, 4, 5)]
+SHAPES = [
+    (1, 1, 2),
+    (5, 1, 6),
+    (5, 1, 40),
+    (6, 2, 7),
+    (8, 3, 9),
+    (8, 3, 20),
+    (12, 3, 64),
+    (12, 8, 64),
+    (9, 4, 5),
+]
 
 
 @pytest.mark.parametrize("fixed_width", [False, True])
@@ -87,7 +98,9 @@ def test_the_draft_is_asked_for_the_rows_of_the_tree(seed):
         assert set(call.batch.positions.tolist()) == {len(PROMPT) + level}
         rows = range(first, first + call.batch.rows)
         assert call.prefixes == [PROMPT + tokens_of(tree, node) for node in rows]
-    expanded = {n for call in calls for n in range(call.batch.start - 3, call.batch.start - 3 + call.batch.rows)}
+    expanded = {
+        n for call in calls for n in range(call.batch.start - 3, call.batch.start - 3 + call.batch.rows)
+    }
     assert set(tree.parents[1:]) <= expanded
 
 
@@ -112,11 +125,13 @@ def test_log_probs_accumulate_along_paths(seed):
         if not children:
             continue
         row = table(PROMPT + tokens_of(tree, parent))
-        shares = {token: math.exp(tree.log_probs[n] - tree.log_probs[parent]) for token, n in children.items()}
+        shares = {
+            token: math.exp(tree.log_probs[n] - tree.log_probs[parent]) for token, n in children.items()
+        }
         assert all(0 < share <= 1 + 1e-12 for share in shares.values())
         assert sum(shares.values()) <= 1 + 1e-9
         ranked = sorted(children, key=lambda token: -row[token])
-        assert all(shares[a] >= shares[b] for a, b in zip(ranked, ranked[1:], strict=False))
+        assert all(shares[a] >= shares[b] for a, b in itertools.pairwise(ranked))
         assert all(row[a] != row[b] or shares[a] == shares[b] for a in ranked for b in ranked)
 
 

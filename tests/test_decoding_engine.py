@@ -15,6 +15,7 @@ from fakes import (
     ScriptedGrower,
     blended,
     chain_of,
+    collect,
     emitted,
     fake_cache,
     fake_engine,
@@ -71,7 +72,9 @@ def check_cache(kv, prompt, tokens):
     assert kv.token_ids == (*prompt, *tokens[:-1])
 
 
-@pytest.mark.parametrize("chooser", [GreedyChooser(), sampled(1), sampled(2, temperature=0.7, top_p=0.8, top_k=5)])
+@pytest.mark.parametrize(
+    "chooser", [GreedyChooser(), sampled(1), sampled(2, temperature=0.7, top_p=0.8, top_k=5)]
+)
 @pytest.mark.parametrize("draft", DRAFTS)
 def test_speculation_changes_no_token(draft, chooser):
     expected = plain_answer(TABLE, PROMPT, 40, chooser)
@@ -224,8 +227,7 @@ def test_a_pass_that_fails_leaves_a_usable_cache(draft, fails_at):
     target.fails_at = fails_at
     tokens = []
     with pytest.raises(OSError, match="the disk is gone"):
-        for output in engine.generate(request_for(PROMPT, 60)):
-            tokens += output.token_ids
+        collect(engine.generate(request_for(PROMPT, 60)), tokens)
     check_cache(kv, PROMPT, tokens)
     target.fails_at = None
     check_next_turn(engine, target, kv, (*PROMPT, *tokens, 7, 8))
@@ -257,8 +259,7 @@ def test_an_interrupted_pass_leaves_a_usable_cache(draft):
     target.forward = interrupted
     tokens = []
     with pytest.raises(KeyboardInterrupt):
-        for output in engine.generate(request_for(PROMPT, 60)):
-            tokens += output.token_ids
+        collect(engine.generate(request_for(PROMPT, 60)), tokens)
     target.forward = forward
     check_cache(kv, PROMPT, tokens)
     check_next_turn(engine, target, kv, (*PROMPT, *tokens, 7))
@@ -276,8 +277,7 @@ def test_logits_that_are_not_finite_stop_before_a_token_is_shown(draft):
     engine, _, kv = machine(draft, table=damaged)
     tokens = []
     with pytest.raises(IntegrityError, match=f"position {len(PROMPT) + 9}"):
-        for output in engine.generate(request_for(PROMPT, 40)):
-            tokens += output.token_ids
+        collect(engine.generate(request_for(PROMPT, 40)), tokens)
     assert tokens == answer[: len(tokens)]
     assert len(tokens) <= 10
     check_cache(kv, PROMPT, tokens)
@@ -286,7 +286,14 @@ def test_logits_that_are_not_finite_stop_before_a_token_is_shown(draft):
 @BOTH
 @pytest.mark.parametrize(
     "prompt",
-    [PROMPT, PROMPT[:2], (*PROMPT[:3], 9, 9), (8, 8), (*PROMPT, 0), (*PROMPT, *plain_answer(TABLE, PROMPT, 9), 2)],
+    [
+        PROMPT,
+        PROMPT[:2],
+        (*PROMPT[:3], 9, 9),
+        (8, 8),
+        (*PROMPT, 0),
+        (*PROMPT, *plain_answer(TABLE, PROMPT, 9), 2),
+    ],
     ids=["same", "shorter", "differs inside", "differs at once", "longer", "goes on"],
 )
 def test_the_next_prompt_reuses_what_it_shares(draft, prompt):
@@ -341,7 +348,7 @@ def test_a_prompt_about_as_long_as_a_chunk(length):
 
 @BOTH
 def test_a_prompt_that_leaves_no_room_is_refused_and_changes_nothing(draft):
-    engine, target, kv = machine(draft, context=16)
+    engine, _, kv = machine(draft, context=16)
     list(engine.generate(request_for(PROMPT, 3)))
     before = kv.token_ids
     with pytest.raises(UsageError, match="the prompt has 16 tokens, the context holds 16"):
@@ -362,7 +369,7 @@ def test_an_answer_may_fill_the_context(draft):
 
 @BOTH
 def test_a_prompt_of_all_but_one_row_gives_one_token(draft):
-    prompt = tuple(range(10)) + (0, 1, 2, 3, 4)
+    prompt = (*range(10), 0, 1, 2, 3, 4)
     engine, _, kv = machine(draft, context=16)
     assert emitted(list(engine.generate(request_for(prompt, 1)))) == plain_answer(TABLE, prompt, 1)
     assert kv.committed == 15

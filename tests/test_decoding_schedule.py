@@ -112,7 +112,9 @@ def test_calibration_starts_by_trusting_the_draft():
     calibration = Calibration()
     chances = [calibration.probability(guess) for guess in np.linspace(0, 1, 101)]
     assert chances == sorted(chances)
-    assert max(abs(chance - guess) for chance, guess in zip(chances, np.linspace(0, 1, 101), strict=True)) < 0.15
+    assert (
+        max(abs(chance - guess) for chance, guess in zip(chances, np.linspace(0, 1, 101), strict=True)) < 0.15
+    )
 
 
 @pytest.mark.parametrize("guess", [0.0, 0.01, 0.3, 0.9, 0.999, 1.0])

@@ -11,7 +11,21 @@ from subspec_cli.modeling.families import ModelTokenizer
 
 BYTES = ByteTokenizer([bytes([value]) for value in range(256)])
 EOS = 256
-WORDS = ["plain", "naïve", "日本語", "👩‍👩‍👧‍👦", "🇫🇷", "e\u0301", "\n\t", " ", "Ω≈ç√", "𝔘", "", "\x00", "ﷺ"]
+WORDS = [
+    "plain",
+    "naïve",
+    "日本語",
+    "👩‍👩‍👧‍👦",
+    "🇫🇷",
+    "e\u0301",
+    "\n\t",
+    " ",
+    "Ω≈ç√",
+    "\U0001d518",
+    "",
+    "\x00",
+    "ﷺ",
+]
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +115,7 @@ def test_the_work_per_token_does_not_grow_with_the_answer():
 class SpacingTokenizer:
     """Like SentencePiece: a token's leading space is dropped at the start of what is decoded."""
 
-    words = ["▁Hello", "▁world", "ly", "▁!"]
+    words = ("▁Hello", "▁world", "ly", "▁!")
 
     def decode(self, token_ids):
         return "".join(self.words[token] for token in token_ids).replace("▁", " ").removeprefix(" ")

@@ -82,7 +82,9 @@ def test_a_whole_tree_sees_prefix_ancestors_and_self():
     assert (batch.rows, batch.start) == (4, 2)
     assert batch.key_positions.tolist() == [0, 1, 2, 3, 3, 4]
     prefix = [[True, True]] * 4
-    assert batch.allowed.tolist() == [a + b for a, b in zip(prefix, tree.ancestor_mask().tolist(), strict=True)]
+    assert batch.allowed.tolist() == [
+        a + b for a, b in zip(prefix, tree.ancestor_mask().tolist(), strict=True)
+    ]
 
 
 def test_a_level_is_a_cut_of_the_whole_tree():

@@ -4,15 +4,19 @@ import math
 from dataclasses import replace
 
 import pytest
+import test_session_fakes
+import tiny_models
 import torch
-from test_session_fakes import Answer, answer_to, open_tiny, shelf  # noqa: F401 - a fixture
-from tiny_models import FAMILIES, Tiny, one_thread  # noqa: F401 - a fixture
+from test_session_fakes import Answer, answer_to, open_tiny
+from tiny_models import FAMILIES, Tiny
 
 from subspec_cli.modeling.attention import fast_attention
 from subspec_cli.modeling.layers import RowRules
 from subspec_cli.modeling.substitute import resident_layer
 from subspec_cli.session import loading
 
+shelf = test_session_fakes.shelf
+one_thread = tiny_models.one_thread
 SAMPLINGS = {
     "greedy": {},
     "cool": {"temperature": 0.7, "top_p": 0.95, "top_k": 20, "seed": 5},
@@ -49,7 +53,9 @@ def check_speculates(session, answers):
     assert about.plan.streamed
     assert sum(answer.stats.drafted_tokens for answer in answers) > 0
     assert sum(answer.stats.streamed_bytes for answer in answers) > 0
-    assert sum(answer.stats.passes for answer in answers) < sum(len(answer.token_ids) - 1 for answer in answers)
+    assert sum(answer.stats.passes for answer in answers) < sum(
+        len(answer.token_ids) - 1 for answer in answers
+    )
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -64,7 +70,9 @@ def test_speculative_tokens_are_the_plain_ones(shelf, family, dtype, tied):
             speculative = [answer_to(session, prompt, request=7) for prompt in PROMPTS]
             check_speculates(session, speculative)
             spoken = conversation(session)
-        with open_tiny(model, **flags, draft={"no_speculation": True}, memory={"resident_layers": None}) as session:
+        with open_tiny(
+            model, **flags, draft={"no_speculation": True}, memory={"resident_layers": None}
+        ) as session:
             assert not session.description.speculation
             for prompt, answer in zip(PROMPTS, speculative, strict=True):
                 assert answer.outcome == answer_to(session, prompt, request=7).outcome
@@ -84,12 +92,16 @@ def test_both_arms_of_one_session_agree_on_long_texts(shelf, family, sampling):
     assert arms[1].stats.tau == 1
 
 
-@pytest.mark.parametrize("shape", [{"depth": 1}, {"depth": 9, "width": 1}, {"depth": 5, "width": 4}, {"width": 8}])
+@pytest.mark.parametrize(
+    "shape", [{"depth": 1}, {"depth": 9, "width": 1}, {"depth": 5, "width": 4}, {"width": 8}]
+)
 def test_the_shape_of_the_tree_changes_no_token(shelf, shape):
     model = model_of(shelf, "llama")
     for sampling in ("greedy", "warm"):
         with open_tiny(model, sampling=SAMPLINGS[sampling], draft=shape) as session:
-            speculative, plain = (answer_to(session, PROMPTS[1], 60, plain=p, request=2) for p in (False, True))
+            speculative, plain = (
+                answer_to(session, PROMPTS[1], 60, plain=p, request=2) for p in (False, True)
+            )
         assert speculative.outcome == plain.outcome
         check_speculates(session, [speculative])
 
@@ -144,7 +156,9 @@ def draft_of(matrices_of, monkeypatch):
 
 def own_matrices(tiny, layer):
     prefix = f"model.layers.{layer}."
-    return {name.removeprefix(prefix): tensor for name, tensor in tiny.weights.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): tensor for name, tensor in tiny.weights.items() if name.startswith(prefix)
+    }
 
 
 def noise_matrices(tiny, layer):
@@ -179,6 +193,18 @@ def test_a_draft_that_is_the_target_is_accepted_whole(shelf, sampling, monkeypat
     assert speculative.stats.passes == math.ceil(after_first / 5)
     assert speculative.stats.accepted_histogram[-1] >= speculative.stats.passes - 1
     assert after_first % 5 or speculative.stats.tau == 5
+
+
+def test_windows_go_by_position_not_by_slot(shelf, monkeypatch):
+    """Trap 11, seen only where the accepted path is deeper than the window and has other nodes between its own."""
+    model = shelf.model("mistral", sliding_window=3)
+    draft_of(lambda layer: own_matrices(Tiny(model), layer), monkeypatch)
+    with open_tiny(model, sampling=SAMPLINGS["warm"], draft={"depth": 12, "width": 4}) as session:
+        for prompt in PROMPTS:
+            speculative, plain = (answer_to(session, prompt, 60, plain=p, request=2) for p in (False, True))
+            assert speculative.outcome == plain.outcome
+            assert speculative.stats.tau > 5
+            assert speculative.stats.drafted_tokens > 20 * speculative.stats.passes
 
 
 def test_a_damaged_draft_changes_no_token(shelf, monkeypatch):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -314,6 +314,24 @@ def test_fixed_rows_run_every_linear_in_blocks_of_one_size() -> None:
     torch.testing.assert_close(found, inputs @ weight.T + bias)
 
 
+def test_every_linear_of_the_target_and_its_head_follow_the_row_rules(tiny: MakeTiny) -> None:
+    model = tiny("llama", attention_bias=True, mlp_bias=True, tied=False)
+    decoder = model.target(rules=RowRules(4, fixed_rows=True))
+    batch = prompt_batch(PROMPT[:13], 0, decoder.rules, CPU)
+    sizes: list[int] = []
+    linear = torch.nn.functional.linear
+
+    def watched(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        sizes.append(len(rows))
+        return linear(rows, weight, bias)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "linear", watched)
+        decoder.forward(batch, model.kv())
+    assert len(sizes) == 4 * (3 * 7 + 1)
+    assert set(sizes) == {4}
+
+
 @pytest.mark.parametrize("row_block", [2, 4, 8, 16, 32, 64])
 def test_padded_sizes_are_few_and_hold_whole_blocks(row_block: int) -> None:
     sizes = [RowRules(row_block).padded(rows) for rows in range(1, 300)]
@@ -390,9 +408,72 @@ def test_after_an_interrupt_the_next_pass_starts_at_the_first_block(tiny: MakeTi
         assert torch.equal(decoder.forward(batch, model.kv()), expected)
 
 
-def test_resident_layers_alone_need_no_streamer(tiny: MakeTiny) -> None:
+@dataclass
+class FakeStreamer:
+    """Hands over the blocks of one layer, and knows how each pass ended."""
+
+    blocks_of_layer: list[dict[str, Tensor]]
+    passes: list[Generator[dict[str, Tensor], None, None]] = field(default_factory=list)
+    completed: int = 0
+    left: int = 0
+
+    def blocks(self) -> Generator[dict[str, Tensor], None, None]:
+        self.passes.append(self._pass())
+        return self.passes[-1]
+
+    def _pass(self) -> Generator[dict[str, Tensor], None, None]:
+        try:
+            yield from self.blocks_of_layer
+            self.completed += 1
+        finally:
+            self.left += 1
+
+
+@pytest.fixture
+def streamed_source(tiny: MakeTiny) -> tuple[LayerSource, FakeStreamer]:
+    """Layers 0 and 1 resident, layer 2 streamed."""
+    held = tiny("llama").source().resident
+    streamer: Any = FakeStreamer(list(held[2]))
+    return LayerSource(3, {0: held[0], 1: held[1]}, streamer), streamer
+
+
+def test_a_whole_pass_lets_go_of_the_last_slot_too(
+    streamed_source: tuple[LayerSource, FakeStreamer],
+) -> None:
+    """Or every pass would count as left early, and what was read ahead for the next one be thrown away."""
+    source, streamer = streamed_source
+    with closing(source.blocks()) as blocks:
+        assert len(list(blocks)) == 12
+    assert (streamer.completed, streamer.left) == (1, 1)
+
+
+def test_leaving_a_pass_leaves_the_stream_at_once(streamed_source: tuple[LayerSource, FakeStreamer]) -> None:
+    source, streamer = streamed_source
+    with closing(source.blocks()) as blocks:
+        assert [next(blocks).layer for _ in range(10)][-1] == 2
+    assert (streamer.completed, streamer.left) == (0, 1)
+
+
+def test_a_failing_block_leaves_the_stream_at_once(
+    tiny: MakeTiny, streamed_source: tuple[LayerSource, FakeStreamer]
+) -> None:
+    """Not when the traceback is dropped: the reader would wait with slots of an abandoned pass."""
+    model = tiny("llama")
+    source, streamer = streamed_source
+    decoder = model.target(source, math=model.math(Interrupted(3)))
+    with pytest.raises(KeyboardInterrupt) as caught:
+        decoder.forward(prompt_batch(PROMPT[:6], 0, decoder.rules, CPU), model.kv())
+    assert (streamer.completed, streamer.left) == (0, 1)
+    assert caught.tb is not None
+
+
+def test_blocks_come_in_the_order_of_use_and_resident_ones_are_not_copied(tiny: MakeTiny) -> None:
     source = tiny("llama").source()
-    order = [(block.layer, block.kind) for block in source.blocks()]
+    order = []
+    for block in source.blocks():
+        order.append((block.layer, block.kind))
+        held = source.resident_matrices(block.layer)
+        assert all(tensor.data_ptr() == held[name].data_ptr() for name, tensor in block.matrices.items())
     assert order == [(layer, kind) for layer in range(3) for kind in ("attention", "gate", "up", "down")]
 
 

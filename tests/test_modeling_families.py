@@ -50,6 +50,19 @@ def test_a_chat_is_laid_out_up_to_the_assistants_turn(directory: Path) -> None:
     assert tokenizer.decode(token_ids) == "user\nhéllo\nassistant\n", "special tokens are left out"
 
 
+def test_a_template_is_not_given_a_second_beginning(directory: Path) -> None:
+    """Tokenizers such as Llama's put their own first token before bare text; a template writes it itself."""
+    path = directory / "tokenizer.json"
+    begin = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    tokens = {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [256], "tokens": ["<|endoftext|>"]}}
+    processor = {"type": "TemplateProcessing", "single": [begin, text], "special_tokens": tokens}
+    change(path, post_processor=processor | {"pair": [begin, text, text]})
+    tokenizer = ModelTokenizer(directory, VOCAB)
+    assert tokenizer.encode("a") == [256, 97]
+    assert tokenizer.encode_chat(MESSAGES)[0] == 257
+
+
 def test_a_model_without_a_template_says_so(directory: Path) -> None:
     change(directory / "tokenizer_config.json", chat_template=None)
     assert not ModelTokenizer(directory, VOCAB).has_chat_template

@@ -3,12 +3,17 @@
 import shutil
 
 import pytest
+import test_session_fakes
+import tiny_models
 import torch
-from test_session_fakes import Answer, answer_to, open_tiny, prepare_quietly, shelf  # noqa: F401 - a fixture
-from tiny_models import EOS_ID, one_thread  # noqa: F401 - a fixture
+from fakes import collect
+from test_session_fakes import Answer, answer_to, open_tiny, prepare_quietly
+from tiny_models import EOS_ID
 
 from subspec_cli.errors import ExitCode, IntegrityError, UsageError
 
+shelf = test_session_fakes.shelf
+one_thread = tiny_models.one_thread
 TALKATIVE = {"temperature": 1.5, "seed": 3}
 PROMPT = "Tell me of rivers"
 
@@ -124,7 +129,9 @@ def test_an_answer_ends_where_the_context_does(session, plain):
     assert answer.finish_reason == "length"
 
 
-@pytest.mark.parametrize(("length", "told"), [(160, "the prompt has 160 tokens, the context holds 160"), (0, "empty")])
+@pytest.mark.parametrize(
+    ("length", "told"), [(160, "the prompt has 160 tokens, the context holds 160"), (0, "empty")]
+)
 def test_a_prompt_without_room_is_refused(session, length, told):
     ids = session.encode_prompt("x" * length, system=None, raw=True)
     with pytest.raises(UsageError, match=told) as caught:
@@ -185,9 +192,8 @@ def test_ctrl_c_inside_a_pass_keeps_what_was_said(session, monkeypatch):
         return forward(*args, **how)
 
     monkeypatch.setattr(target, "forward", interrupted)
-    heard = []
     with pytest.raises(KeyboardInterrupt):
-        heard += [delta.text for delta in chat.ask("Hello", max_new_tokens=90, stop=())]  # noqa: PERF402
+        asked(chat, "Hello", 90)
     monkeypatch.undo()
     second = asked(chat, "Go on")
     said = [message for message in chat._messages if message["role"] == "assistant"]
@@ -225,16 +231,19 @@ def test_a_prompt_too_long_leaves_the_chat_usable(session):
 
 
 def test_a_full_chat_goes_on_after_a_reset(session):
-    chat, turns = session.chat(None), 0
+    chat = session.chat(None)
+    asked(chat, "Tell me more of it", 20)
+    asked(chat, "Tell me more of it", 20)
     with pytest.raises(UsageError, match="the context holds 160") as caught:
-        while turns < 20:
-            asked(chat, "Tell me more of it", 20)
-            turns += 1
+        asked(chat, "Tell me more of it" * 5, 20)
     assert "/reset" in caught.value.hint
-    assert turns >= 2
     chat.reset()
     answer = asked(chat, "Hello")
-    assert answer.stats.prompt_tokens == answer.stats.prefilled_tokens == full_prompt(session, [("user", "Hello")])
+    assert (
+        answer.stats.prompt_tokens
+        == answer.stats.prefilled_tokens
+        == full_prompt(session, [("user", "Hello")])
+    )
 
 
 def test_the_answer_of_a_turn_can_be_replaced(session):
@@ -250,7 +259,9 @@ def test_both_arms_hold_the_same_conversation(sampling):
     for plain in (False, True):
         sampling.reset()
         chat = sampling.chat("Be brief.")
-        outcomes.append([asked(chat, text, 20, plain=plain, request=4).outcome for text in ("One", "Two", "Three")])
+        outcomes.append(
+            [asked(chat, text, 20, plain=plain, request=4).outcome for text in ("One", "Two", "Three")]
+        )
     assert outcomes[0] == outcomes[1]
 
 
@@ -281,8 +292,7 @@ def test_weights_that_vanish_while_running_are_an_integrity_error(shelf, tmp_pat
         session.reset()
         ids, tokens = session.encode_prompt(PROMPT, system=None, raw=False), []
         with pytest.raises(IntegrityError) as caught:
-            for delta in session.generate(ids, max_new_tokens=40, stop=()):
-                tokens += delta.token_ids
+            collect(session.generate(ids, max_new_tokens=40, stop=()), tokens)
         assert caught.value.exit_code == ExitCode.INTEGRITY
         assert tokens == expected.token_ids[: len(tokens)]
 

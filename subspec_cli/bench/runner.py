@@ -80,7 +80,9 @@ class _Run:
         config = dataclasses.replace(
             self._config,
             draft=dataclasses.replace(self._config.draft, no_speculation=True),
-            memory=dataclasses.replace(self._config.memory, resident_layers=None, context=self._context_tokens),
+            memory=dataclasses.replace(
+                self._config.memory, resident_layers=None, context=self._context_tokens
+            ),
         )
         with open_session(config, progress=self._say) as session:
             plan = session.description.plan

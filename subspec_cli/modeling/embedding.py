@@ -27,7 +27,10 @@ class DiskEmbedding:
         self._entry = entry
         self._dtype = DTYPES[entry.dtype]
         self._row_bytes = entry.shape[1] * self._dtype.itemsize
-        self._file = os.open(entry.path, os.O_RDONLY)
+        try:
+            self._file = os.open(entry.path, os.O_RDONLY)
+        except OSError as error:
+            raise IntegrityError(f"cannot open {printable(str(entry.path))}: {error.strerror}") from error
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         """`[P]` token ids to `[P, hidden]` rows."""

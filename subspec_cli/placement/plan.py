@@ -85,7 +85,7 @@ class OffloadPlan:
     @property
     def total_bytes(self) -> int:
         """Sum of all lines."""
-        return sum(line.size_bytes for line in self.lines)
+        return _sum(self.lines)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -138,7 +138,7 @@ def _plan_for(request: PlanRequest, context: int) -> OffloadPlan | None:
     counts = range(layers, -1, -1) if wanted is None else (wanted,)
     for count in counts:
         lines = _lines(request, context, count)
-        if sum(line.size_bytes for line in lines) <= request.budget_bytes:
+        if _sum(lines) <= request.budget_bytes:
             return _finish(request, context, count, lines)
     return None
 
@@ -177,6 +177,10 @@ def _lines(request: PlanRequest, context: int, resident: int) -> tuple[PlanLine,
     return tuple(line for line in lines if line.size_bytes)
 
 
+def _sum(lines: Iterable[PlanLine]) -> int:
+    return sum(line.size_bytes for line in lines)
+
+
 def _workspace_bytes(request: PlanRequest, rows: int) -> int:
     """Activations of the widest forward, float64 attention and logits; the tokenizer on the host."""
     geometry = request.geometry
@@ -195,14 +199,14 @@ def _finish(
     geometry = request.geometry
     resident = spread(resident_count, geometry.layers)
     streamed = tuple(layer for layer in range(geometry.layers) if layer not in resident)
-    whole = sum(line.size_bytes for line in _lines(request, context, geometry.layers))
+    whole = _sum(_lines(request, context, geometry.layers))
     fits = whole <= request.budget_bytes
     if request.resident_layers is not None:
         reason = f"{resident_count} resident layers, as asked for"
     elif fits:
         reason = f"the whole model fits: {format_bytes(whole)} of {format_bytes(request.budget_bytes)}"
     else:
-        spare = request.budget_bytes - sum(line.size_bytes for line in lines)
+        spare = request.budget_bytes - _sum(lines)
         layer = format_bytes(geometry.layer_matrix_bytes)
         reason = f"as many resident layers as fit: {format_bytes(spare)} to spare, a layer takes {layer}"
     if request.context is None and context < min(request.model_context, DEFAULT_CONTEXT):
@@ -222,8 +226,11 @@ def _finish(
 
 def _too_small(request: PlanRequest) -> ResourceError:
     context = request.context or min(_CONTEXTS[-1], request.model_context)
-    lines = _lines(request, context, request.resident_layers or 0)
-    least = sum(line.size_bytes for line in lines)
+    wanted = request.resident_layers
+    counts = range(request.geometry.layers + 1) if wanted is None else (wanted,)
+    # Not always the plan without resident layers: holding two layers may cost less than slots for streaming them.
+    lines = min((_lines(request, context, count) for count in counts), key=_sum)
+    least = _sum(lines)
     option = "--memory-gb" if request.device == "cpu" else "--vram-gb"
     # Rounded up to hundredths of a GiB, so that the number can be typed as it stands.
     enough = -(-least * 100 // GIB) / 100

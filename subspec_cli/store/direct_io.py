@@ -106,7 +106,7 @@ class DirectReader:
     @property
     def is_direct(self) -> bool:
         """Whether every file opened so far is read past the page cache."""
-        return all(direct for _, direct in self._files.values())
+        return all(direct for _, direct in list(self._files.values()))
 
     def close(self) -> None:
         """Close the files."""
@@ -125,8 +125,8 @@ class DirectReader:
                 got = os.preadv(descriptor, [buffer[start : start + size]], extent.first_byte + done)
             except OSError as error:
                 raise _unreadable(extent, done, os.strerror(error.errno or 0)) from error
-            if got < size and done + got < extent.size_bytes:
-                raise _unreadable(extent, done + got, "the file ends early")
+            if got == 0:
+                raise _unreadable(extent, done, "the file ends early")
             done += got
         if not direct and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(descriptor, extent.first_byte, whole, os.POSIX_FADV_DONTNEED)

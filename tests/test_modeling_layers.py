@@ -1,0 +1,54 @@
+"""The pieces of a layer round as the library's do: in the same order of casts, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import tiny_models
+import torch
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+
+from subspec_cli.modeling.layers import RowRules, rms_norm, rotate
+
+one_thread = tiny_models.one_thread
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def random(seed: int, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("eps", [1e-6, 1e-5])
+def test_norms_are_those_of_the_library(dtype: torch.dtype, eps: float) -> None:
+    norm = LlamaRMSNorm(128, eps=eps).to(dtype)
+    norm.weight.data = random(1, 128, dtype=dtype)
+    hidden = random(2, 40, 128, dtype=dtype) * torch.logspace(-3, 1, 40)[:, None].to(dtype)
+    assert torch.equal(rms_norm(hidden, norm.weight, eps), norm(hidden))
+
+
+def test_norms_of_heads_reduce_over_the_head() -> None:
+    states, weight = random(1, 5, 3, 16, dtype=torch.float32), random(2, 16, dtype=torch.float32)
+    alone = torch.stack([rms_norm(states[:, head], weight, 1e-6) for head in range(3)], dim=1)
+    assert torch.equal(rms_norm(states, weight, 1e-6), alone)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rotation_is_that_of_the_library(dtype: torch.dtype) -> None:
+    query, key = random(1, 40, 4, 32, dtype=dtype), random(2, 40, 2, 32, dtype=dtype)
+    angles = random(3, 40, 16, dtype=torch.float32).repeat(1, 2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    expected = apply_rotary_pos_emb(
+        query.transpose(0, 1)[None], key.transpose(0, 1)[None], cos[None], sin[None]
+    )
+    for states, wanted in zip((query, key), expected, strict=True):
+        assert torch.equal(rotate(states, cos[:, None], sin[:, None]), wanted[0].transpose(0, 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tiled", [False, True])
+def test_the_gate_is_rounded_before_it_is_multiplied(dtype: torch.dtype, tiled: bool) -> None:
+    gate, up = random(1, 6, 256, dtype=dtype), random(2, 6, 256, dtype=dtype)
+    expected = torch.nn.functional.silu(gate) * up
+    before = up.clone()
+    assert torch.equal(RowRules(2, tile_elementwise=tiled).gated(gate.clone(), up), expected)
+    assert torch.equal(up, before)
