@@ -28,6 +28,9 @@ _DEVICE_ROW_BLOCK: Final = 64
 """Fixed rows per linear call off the CPU, where kernels change with the shape."""
 _REVERSED_COUNTS: Final = (2, 3, 5, 8, 17, 33, 64)
 _CAUSAL_ROWS: Final = 24
+_SAMPLED_ELEMENTS: Final = 1 << 15
+"""Results to compare at each row size: kernels that round otherwise were seen to differ in 1 of 4000."""
+_MOST_SAMPLED_ROWS: Final = 192
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +123,17 @@ def _rows_keep_bits(
         padded = min(rules.padded(count), len(reference))
         if not torch.equal(run(states[:padded].flip(0)).flip(0), reference[:padded]):
             return False
-    return True
+    sizes = sorted({rules.padded(count) for count in counts})
+    return all(_windows_keep_bits(run, states, reference, size) for size in sizes)
+
+
+def _windows_keep_bits(run: Callable[[Tensor], Tensor], states: Tensor, reference: Tensor, size: int) -> bool:
+    """Whether rows in calls of `size` are those of the reference, for enough rows that a rare rounding shows."""
+    rows = min(_MOST_SAMPLED_ROWS, _SAMPLED_ELEMENTS // reference.shape[1] + 1, len(reference) - size + 1)
+    return all(
+        torch.equal(run(states[start : start + size]), reference[start : start + size])
+        for start in range(0, rows, size)
+    )
 
 
 def _run_block(decoder: TargetDecoder, block: Block, rows: Tensor) -> Tensor:
@@ -128,7 +141,8 @@ def _run_block(decoder: TargetDecoder, block: Block, rows: Tensor) -> Tensor:
     zeros = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
     alone = torch.eye(len(rows), dtype=torch.bool, device=rows.device)
     batch = TokenBatch(zeros, zeros, len(rows), 0, alone, zeros)
-    flow = decoder.start(rows, batch, _one_layer_cache(decoder, rows))
+    # The residual is made small, or adding it would hide how the rest was rounded; norms do not mind.
+    flow = decoder.start(rows / 256, batch, _one_layer_cache(decoder, rows))
     flow.normed = rows
     flow.inner = _widened(rows, decoder.math.geometry.feed_forward)
     decoder.run_block(block, flow)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,9 @@ def open_session(config: Config, *, progress: Callable[[str], None]) -> Session:
     """
     source = find_source(config)
     progress("loading libraries")
+    # Read once, when torch loads OpenMP: threads that wait should spin for microseconds, not for milliseconds,
+    # or a draft step takes ten times as long whenever another program wants a core. The user's own value wins.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     from subspec_cli.session.building import build_session
 
     return build_session(config, source, progress)
