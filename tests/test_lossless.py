@@ -41,7 +41,7 @@ def conversation(session, turns=("Hello", "And then?", "Why?")):
     """Outcomes of a chat of several turns over one cache."""
     session.reset()
     chat = session.chat("Be brief.")
-    answers = [Answer(chat.ask(turn, max_new_tokens=16, stop=())) for turn in turns]
+    answers = [Answer(chat.ask(turn, max_new_tokens=12, stop=())) for turn in turns]
     assert answers[-1].stats.prefilled_tokens < answers[-1].stats.prompt_tokens
     return [answer.outcome for answer in answers]
 
@@ -58,8 +58,11 @@ def check_speculates(session, answers):
     )
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("dtype", "tied"),
+    [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, False)],
+    ids=["bf16-tied", "bf16-untied", "fp16-untied"],
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_speculative_tokens_are_the_plain_ones(shelf, family, dtype, tied):
     """Against a session of its own without substitutes, where every layer is resident."""
@@ -67,7 +70,7 @@ def test_speculative_tokens_are_the_plain_ones(shelf, family, dtype, tied):
     for resident, sampling in enumerate(("greedy", "cool")):
         flags = {"sampling": SAMPLINGS[sampling]}
         with open_tiny(model, **flags, memory={"resident_layers": resident}) as session:
-            speculative = [answer_to(session, prompt, request=7) for prompt in PROMPTS]
+            speculative = [answer_to(session, prompt, 24, request=7) for prompt in PROMPTS]
             check_speculates(session, speculative)
             spoken = conversation(session)
         with open_tiny(
@@ -75,7 +78,7 @@ def test_speculative_tokens_are_the_plain_ones(shelf, family, dtype, tied):
         ) as session:
             assert not session.description.speculation
             for prompt, answer in zip(PROMPTS, speculative, strict=True):
-                assert answer.outcome == answer_to(session, prompt, request=7).outcome
+                assert answer.outcome == answer_to(session, prompt, 24, request=7).outcome
             assert conversation(session) == spoken
 
 
@@ -123,6 +126,18 @@ def test_where_the_layers_live_changes_no_token(shelf):
             assert session.description.plan.resident_layers == resident
             outcomes.append([answer_to(session, prompt, 60, request=4).outcome for prompt in PROMPTS])
     assert outcomes == [outcomes[0]] * 4
+
+
+def test_layers_wide_enough_to_need_padding_change_no_token(shelf):
+    """Here a lone row of the last projection rounds otherwise than one among others (AVX512, bf16)."""
+    model = model_of(shelf, "llama", hidden=256, intermediate_size=2816, layers=2)
+    for sampling in SAMPLINGS.values():
+        with open_tiny(model, sampling=sampling) as session:
+            speculative, plain = (
+                answer_to(session, PROMPTS[1], 60, plain=p, request=2) for p in (False, True)
+            )
+            check_speculates(session, [speculative])
+        assert speculative.outcome == plain.outcome
 
 
 def test_a_cache_that_is_reused_changes_no_token(shelf):
@@ -225,20 +240,8 @@ def test_a_damaged_draft_changes_no_token(shelf, monkeypatch):
 # --- the comparison itself ---------------------------------------------------------------------------------------
 
 
-def disagreements(shelf, families):
-    count = 0
-    for family in families:
-        with open_tiny(model_of(shelf, family), sampling={"temperature": 1.0, "seed": 1}) as session:
-            for prompt in PROMPTS:
-                arms = [answer_to(session, prompt, 90, plain=plain, request=1) for plain in (False, True)]
-                count += arms[0].token_ids != arms[1].token_ids
-            exactness = session.description.exactness
-    return count, exactness
-
-
 def test_ordinary_kernels_do_not_pass_and_are_not_called_exact(shelf, monkeypatch):
     """The inverse: with the draft's attention and unpadded rows in the target, tokens differ and it is said."""
-    assert disagreements(shelf, ("llama", "qwen3")) == (0, "exact")
 
     class Ordinary(loading.LayerMath):
         def __new__(cls, geometry, small, rope, attend):
@@ -247,6 +250,10 @@ def test_ordinary_kernels_do_not_pass_and_are_not_called_exact(shelf, monkeypatc
     loading_math = loading.LayerMath
     monkeypatch.setattr(loading, "LayerMath", Ordinary)
     monkeypatch.setattr(RowRules, "padded", lambda self, rows: rows)
-    found, exactness = disagreements(shelf, ("llama", "qwen3"))
-    assert exactness == "numeric"
-    assert found > 0
+    disagreements = 0
+    with open_tiny(model_of(shelf, "llama"), sampling={"temperature": 1.0, "seed": 1}) as session:
+        assert session.description.exactness == "numeric"
+        for prompt in (*PROMPTS, LONG_PROMPT):
+            arms = [answer_to(session, prompt, 90, plain=plain, request=1) for plain in (False, True)]
+            disagreements += arms[0].token_ids != arms[1].token_ids
+    assert disagreements > 0

@@ -128,8 +128,10 @@ class Drafter:
         # The chain comes first in every level, so its best child is the first of the ranked.
         chain, rest = ranked[0], sorted(ranked[1:], key=lambda item: -item.chance)
         room = max(0, limits.nodes - first - levels_left)
+        # A width that was asked for is kept to the node; else leaves, which cost no draft step, come on top.
+        beside = limits.width - 1 if self._fixed_width else 2 * limits.width
         worth = [item for item in rest if self._fixed_width or item.chance >= _LEAF_CHANCE]
-        level = [chain, *worth[: min(room, 2 * limits.width)]]
+        level = [chain, *worth[: min(room, beside)]]
         expanded = [item for item in level if self._is_expanded(item, chain)][: limits.width]
         leaves = [item for item in level if item not in expanded]
         for item in (*expanded, *leaves):

@@ -1,0 +1,139 @@
+"""The loop's bookkeeping over fakes: prefill chunks, the end of the context, and what the figures say."""
+
+import itertools
+
+import pytest
+from fakes import (
+    PASS_BYTES,
+    VOCAB,
+    FakeTarget,
+    ScriptedGrower,
+    chain_of,
+    emitted,
+    fake_cache,
+    fake_engine,
+    plain_answer,
+    request_for,
+)
+from test_decoding_engine import BOTH, DRAFTS, PROMPT, TABLE, check_cache, check_next_turn, machine
+
+from subspec_cli.decoding.engine import PREFILL_CHUNK, common_prefix
+from subspec_cli.decoding.schedule import Schedule, TreeLimits
+from subspec_cli.errors import UsageError
+
+
+def spans(target):
+    return [(call.batch.start, call.batch.start + call.batch.rows) for call in target.calls]
+
+
+def test_prefill_chunks_end_at_multiples_of_one_constant():
+    chunk = PREFILL_CHUNK
+    prompt = tuple(n % VOCAB for n in range(2 * chunk + 9))
+    engine, target, _ = machine(context=3 * chunk)
+    assert emitted(list(engine.generate(request_for(prompt, 1)))) == plain_answer(TABLE, prompt, 1)
+    assert spans(target) == [(0, chunk), (chunk, 2 * chunk), (2 * chunk, 2 * chunk + 9)]
+    target.calls.clear()
+    changed = (*prompt[: chunk - 3], 11, *prompt[chunk - 2 :])
+    list(engine.generate(request_for(changed, 1)))
+    assert spans(target) == [(chunk - 3, chunk), (chunk, 2 * chunk), (2 * chunk, 2 * chunk + 9)]
+
+
+@pytest.mark.parametrize("length", [PREFILL_CHUNK - 1, PREFILL_CHUNK, PREFILL_CHUNK + 1])
+def test_a_prompt_about_as_long_as_a_chunk(length):
+    prompt = tuple(n % VOCAB for n in range(length))
+    engine, _, kv = machine(TABLE, context=2 * PREFILL_CHUNK)
+    outputs = list(engine.generate(request_for(prompt, 4)))
+    assert emitted(outputs) == plain_answer(TABLE, prompt, 4)
+    assert outputs[0].stats.prefilled_tokens == length
+    check_cache(kv, prompt, emitted(outputs))
+
+
+@BOTH
+def test_a_prompt_that_leaves_no_room_is_refused_and_changes_nothing(draft):
+    engine, _, kv = machine(draft, context=16)
+    list(engine.generate(request_for(PROMPT, 3)))
+    before = kv.token_ids
+    with pytest.raises(UsageError, match="the prompt has 16 tokens, the context holds 16"):
+        next(engine.generate(request_for([1] * 16, 3)))
+    assert kv.token_ids == before
+    check_next_turn(*machine(draft, context=30), PROMPT)
+
+
+@BOTH
+def test_an_answer_may_fill_the_context(draft):
+    engine, _, kv = machine(draft, context=16)
+    room = 16 - len(PROMPT)
+    outputs = list(engine.generate(request_for(PROMPT, room)))
+    assert emitted(outputs) == plain_answer(TABLE, PROMPT, room)
+    assert outputs[-1].finish_reason == "length"
+    assert kv.committed == 15
+
+
+@BOTH
+def test_a_prompt_of_all_but_one_row_gives_one_token(draft):
+    prompt = (*range(10), 0, 1, 2, 3, 4)
+    engine, _, kv = machine(draft, context=16)
+    assert emitted(list(engine.generate(request_for(prompt, 1)))) == plain_answer(TABLE, prompt, 1)
+    assert kv.committed == 15
+
+
+def test_common_prefix():
+    assert common_prefix((), (1,)) == 0
+    assert common_prefix((1, 2, 3), (1, 2)) == 2
+    assert common_prefix((1, 2, 3), (1, 9, 3)) == 1
+
+
+# --- accounts ---------------------------------------------------------------------------------------------------
+
+
+def test_the_grower_is_told_how_many_tokens_are_still_wanted():
+    answer = plain_answer(TABLE, PROMPT, 40)
+    kv, target = fake_cache(), FakeTarget(TABLE)
+    grower = ScriptedGrower(lambda root, wanted: chain_of([root, *answer[kv.committed - 4 :][:2]]))
+    list(fake_engine(target, kv, grower).generate(request_for(PROMPT, 9)))
+    assert grower.wanted == [8, 5, 2]
+
+
+def test_stats_add_up():
+    engine, target, _ = machine(DRAFTS["close"])
+    outputs = list(engine.generate(request_for(PROMPT, 30)))
+    last = outputs[-1].stats
+    assert last.prompt_tokens == last.prefilled_tokens == len(PROMPT)
+    assert last.new_tokens == 30
+    assert last.passes == len(outputs) - 1 == len(target.calls) - 1
+    assert last.tau == pytest.approx(29 / last.passes)
+    assert sum(last.accepted_histogram) == last.passes
+    assert last.drafted_tokens == sum(call.batch.rows - 1 for call in target.calls[1:])
+    assert last.streamed_bytes == PASS_BYTES * last.passes
+    assert last.wait_time_s == last.passes
+    assert last.ttft_s > 0
+    assert 0 < last.draft_time_s + last.verify_time_s <= last.decode_time_s
+    for before, after in itertools.pairwise(outputs):
+        assert after.stats.new_tokens == before.stats.new_tokens + len(after.token_ids)
+        assert after.stats.decode_time_s > before.stats.decode_time_s
+
+
+def test_the_time_that_the_consumer_takes_is_not_decode_time(monkeypatch):
+    clock = itertools.count(0, 1)
+    monkeypatch.setattr("subspec_cli.decoding.engine.time.perf_counter", lambda: float(next(clock)))
+    engine, _, _ = machine()
+    times = []
+    for output in engine.generate(request_for(PROMPT, 4)):
+        times.append(output.stats.decode_time_s)
+        for _ in range(1000):
+            next(clock)
+    assert times[-1] < 100
+
+
+def test_the_schedule_learns_from_every_pass():
+    seen = []
+
+    class Watching(Schedule):
+        def observe(self, tree, result):
+            seen.append((len(tree), len(result.accepted_nodes)))
+
+    schedule = Watching(limits=TreeLimits(4, 1, 5), fixed_depth=True)
+    engine, _, _ = machine(TABLE, schedule=schedule)
+    list(engine.generate(request_for(PROMPT, 11)))
+    assert seen == [(5, 5), (5, 5)]
+    assert schedule.pass_time.get(-1.0) >= 0
