@@ -105,10 +105,10 @@ def test_damaged_manifest_is_made_again_and_a_newer_one_is_not_touched(model):
     quantizer = Quantizer()
     run(model, quantizer)
     assert quantizer.calls == LAYERS
-    path.write_text('{"format_version": 2}')
-    with pytest.raises(UnsupportedModelError, match="has format 2"):
+    path.write_text('{"format_version": 3}')
+    with pytest.raises(UnsupportedModelError, match="has format 3"):
         run(model)
-    assert path.read_text() == '{"format_version": 2}'
+    assert path.read_text() == '{"format_version": 3}'
     run(model, force=True)
 
 

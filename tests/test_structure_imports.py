@@ -12,7 +12,7 @@ ROOMS = ("ground", "store", "placement", "modeling", "decoding", "session", "ben
 GROUND = {"__init__", "errors", "units", "metrics", "config", "versions"}
 DOORS = {
     "transformers": ("modeling/families.py", "modeling/rope.py", "session/loading.py"),
-    "optimum": ("modeling/substitute.py",),
+    "optimum": ("modeling/quantize.py",),
     "huggingface_hub": ("store/*",),
     "safetensors": ("store/*",),
     "typer": ("cli/*",),
@@ -131,7 +131,9 @@ def test_heavy_libraries_enter_by_their_doors_only(library):
 
 
 def test_no_other_libraries_are_used():
-    top_level = {target.partition(".")[0] for targets in import_graph(sources()).values() for target in targets}
+    top_level = {
+        target.partition(".")[0] for targets in import_graph(sources()).values() for target in targets
+    }
     assert top_level - set(sys.stdlib_module_names) - DOORS.keys() == {"subspec_cli", "tomli"}
 
 
@@ -142,7 +144,10 @@ def test_no_other_libraries_are_used():
         ("subspec_cli.store.home", "def f():\n    from subspec_cli.decoding.tree import TokenTree"),
         ("subspec_cli.modeling.rope", "import subspec_cli.session.opening"),
         ("subspec_cli.modeling.rope", "from ..session.opening import x"),
-        ("subspec_cli.modeling.rope", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import subspec_cli.bench"),
+        (
+            "subspec_cli.modeling.rope",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import subspec_cli.bench",
+        ),
         ("subspec_cli.session.loading", "from subspec_cli import cli"),
     ],
 )

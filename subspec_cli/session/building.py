@@ -92,10 +92,10 @@ def _fix_cuda_arithmetic() -> None:
 
 
 def _plan(config: Config, source: ModelSource, device: torch.device) -> OffloadPlan:
-    geometry, bits = source.geometry, source.prepared.manifest.settings.bits
+    geometry, settings = source.geometry, source.prepared.manifest.settings
     directory = source.checkpoint.directory
     tokenizer_bytes = sum(path.stat().st_size for path in directory.glob("tokenizer*") if path.is_file())
-    substitutes = (substitute_layer_bytes(geometry, bits),) * geometry.layers
+    substitutes = (substitute_layer_bytes(geometry, settings),) * geometry.layers
     return make_plan(
         PlanRequest(
             geometry=geometry,

@@ -134,12 +134,12 @@ class Loader:
         )
 
     def _substitutes(self, math: LayerMath) -> dict[int, SubstituteLayer]:
-        bits = self._prepared.manifest.settings.bits
+        settings = self._prepared.manifest.settings
         loaded = {}
         for number, layer in enumerate(self._plan.streamed, start=1):
             self._progress(f"loading substitutes {number}/{len(self._plan.streamed)}")
             loaded[layer] = load_substitute(
-                math, layer, load_layer(self._prepared, layer), bits, self._device
+                math, layer, load_layer(self._prepared, layer), settings, self._device
             )
         return loaded
 

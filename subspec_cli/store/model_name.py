@@ -82,7 +82,12 @@ def check_revision(name: ModelName, revision: str | None) -> None:
 
 
 def prepare_command(
-    model_id: str, *, revision: str | None = None, bits: int | None = None, force: bool = False
+    model_id: str,
+    *,
+    revision: str | None = None,
+    bits: int | None = None,
+    optimizer: str | None = None,
+    force: bool = False,
 ) -> str:
     """The command line that prepares a model, quoted for a shell."""
     words = ["subspec", "prepare", shlex.quote(printable(model_id))]
@@ -92,6 +97,8 @@ def prepare_command(
         words += ["--revision", revision]
     if bits is not None:
         words += ["--bits", str(bits)]
+    if optimizer is not None:
+        words += ["--optimizer", optimizer]
     return " ".join(words)
 
 
