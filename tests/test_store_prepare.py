@@ -89,6 +89,12 @@ def test_only_what_is_damaged_or_missing_is_made_again(model):
     quantizer = Quantizer()
     run(model, quantizer)
     assert quantizer.calls == 1
+    moved = (prepared.directory / "layer-00001.safetensors").rename(model.directory / "moved")
+    (prepared.directory / "layer-00001.safetensors").symlink_to(moved)  # which no load would open
+    quantizer = Quantizer()
+    run(model, quantizer)
+    assert quantizer.calls == 1
+    assert not (prepared.directory / "layer-00001.safetensors").is_symlink()
     path = prepared.directory / "layer-00002.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\xff")
     (prepared.directory / "layer-00000.safetensors").write_bytes(b"short")

@@ -102,6 +102,12 @@ def prepare_command(
     return " ".join(words)
 
 
+def repair_command(model_id: str | None) -> str:
+    """The command line that makes damaged files of a prepared model, or of all, anew, quoted for a shell."""
+    words = [] if model_id is None else [shlex.quote(printable(model_id))]
+    return " ".join(["subspec models verify", *words, "--repair"])
+
+
 def _is_hub_id(model: str) -> bool:
     return bool(_HUB_ID.fullmatch(model)) and all(_is_hub_part(part) for part in model.split("/"))
 
