@@ -159,3 +159,9 @@ def test_estimate_is_above_quanto_like_sizes(model):
         packed = elements * (bits + (32 / group_size if group_size else 0)) / 8
         estimate = prepare.estimate_file_bytes(checkpoint, 0, SubstituteSettings(bits, "minmax"), group_size)
         assert packed <= estimate <= 1.1 * packed
+    wide = SubstituteSettings(2, "minmax", (("mlp.up_proj", 8),))
+    more = prepare.estimate_file_bytes(checkpoint, 0, wide, 128)
+    assert (
+        more - prepare.estimate_file_bytes(checkpoint, 0, SubstituteSettings(2, "minmax"), 128)
+        > 64 * 32 * 0.75
+    )
