@@ -124,6 +124,14 @@ class FakePrepareProgress:
 
 
 @dataclass(frozen=True)
+class FakeKind:
+    kind: str
+    bits: int
+    bits_per_weight: float
+    sqnr_db: float | None
+
+
+@dataclass(frozen=True)
 class FakePrepareReport:
     model_id: str = "demo"
     commit: str = "0123abc"
@@ -131,6 +139,8 @@ class FakePrepareReport:
     layers: int = 4
     source_bytes: int = 3 << 30
     substitute_bytes: int = 800 << 20
+    bits: int = 4
+    kinds: tuple[FakeKind, ...] = (FakeKind("q", 4, 4.25, 21.25), FakeKind("down", 8, 8.01, None))
     bits_per_weight: float = 4.25
     sqnr_db: float | None = 21.5
     elapsed_s: float = 61.0

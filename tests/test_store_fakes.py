@@ -13,6 +13,7 @@ from subspec_cli.store.checkpoint import open_checkpoint
 from subspec_cli.store.hub import ResolvedModel
 from subspec_cli.store.manifest import Manifest, SubstituteSettings
 from subspec_cli.store.prepared import prepared_directory
+from subspec_cli.store.quality import MatrixQuality
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 MODEL = "org/tiny"
@@ -107,7 +108,8 @@ class Quantizer:
             raise self.error
         assert "self_attn.q_proj.weight" in tensors
         assert "input_layernorm.weight" in tensors
-        return {f"{name}.top": tensor.flatten().view(torch.uint8)[1::2] for name, tensor in tensors.items()}
+        made = {f"{name}.top": tensor.flatten().view(torch.uint8)[1::2] for name, tensor in tensors.items()}
+        return made, {"q": MatrixQuality(1024, 512, 40.0, 0.25)}
 
 
 def run(model: ResolvedModel, quantizer=None, *, bits=8, checkpoint=None, seen=None, **changes):

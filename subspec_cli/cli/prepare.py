@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import shlex
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from subspec_cli.cli import options as opt
-from subspec_cli.config import resolve_config
+from subspec_cli.config import find_config_file, resolve_config
 from subspec_cli.errors import UsageError
 from subspec_cli.units import GIB, format_bytes, format_seconds
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from subspec_cli.store.prepare import PrepareProgress
 
 _DEFAULT_BITS = 4
+_HEADERS = ("matrix", "bits", "bits/weight", "SQNR")
 
 
 class Optimizer(StrEnum):
@@ -42,9 +44,15 @@ def prepare(
         ),
     ] = None,
     optimizer: Annotated[
-        Optimizer, typer.Option("--optimizer", help="How scales are found; hqq is slower.")
-    ] = Optimizer.MINMAX,
+        Optimizer | None,
+        typer.Option(
+            "--optimizer",
+            help="How scales are found; hqq is slower.",
+            show_default=opt.DEFAULTS.substitute.optimizer,
+        ),
+    ] = None,
     revision: opt.RevisionOpt = None,
+    config_file: opt.ConfigOpt = None,
     force: Annotated[bool, typer.Option("--force", help="Do it anew, even if it is done.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")] = False,
     _debug: opt.DebugOpt = False,
@@ -52,20 +60,24 @@ def prepare(
     """Write the substitutes of MODEL's layers; needs memory for about one layer, and is done once."""
     if not model.strip():
         raise UsageError("MODEL is empty", "give a hub id, a local directory or demo")
-    chosen = resolve_config({"model": {"bits": bits, "revision": revision}}).model
+    flags = {"bits": bits, "optimizer": optimizer.value if optimizer else None}
+    file = find_config_file(config_file)
+    config = resolve_config({"model": {"revision": revision}, "substitute": flags}, file)
+    chosen = config.substitute
     from subspec_cli.cli.output import Output
     from subspec_cli.cli.output_progress import ProgressLine
 
     output = Output()
-    output.note(f"preparing {model} …")
+    output.note(f"preparing {model} …" if file is None else f"preparing {model} with {file} …")
     with ProgressLine(output, spins=True, plain_interval_s=2.0) as progress:
         progress.update(f"preparing {model}: reading the checkpoint, loading the quantizer")
         from subspec_cli.session import prepare as prepare_model
 
         report = prepare_model(
             model,
-            bits=chosen.bits or _DEFAULT_BITS,
-            optimizer=optimizer.value,
+            bits=chosen.bits or config.model.bits or _DEFAULT_BITS,
+            optimizer=chosen.optimizer,
+            overrides=chosen.overrides,
             revision=revision,
             force=force,
             progress=lambda state: progress.update(progress_text(state), state.done_bytes, state.total_bytes),
@@ -73,7 +85,10 @@ def prepare(
     if as_json:
         output.document(report.as_dict())
         return
-    for line in report_lines(report, model):
+    first, *rest = report_lines(report, model)
+    output.result(first)
+    output.table(_HEADERS, quality_rows(report))
+    for line in rest:
         output.result(line)
 
 
@@ -102,8 +117,24 @@ def report_lines(report: PrepareReport, model: str) -> list[str]:
     return [
         f"{first}: {report.layers} layers, {kept} of weights, {quality}",
         f"in {report.directory}",
-        f'next: subspec run --model {model} --vram-gb {_example_gib(report.source_bytes)} "…"',
+        f'next: subspec run --model {shlex.quote(model)} --vram-gb {_example_gib(report.source_bytes)} "…"',
     ]
+
+
+def quality_rows(report: PrepareReport) -> list[list[str]]:
+    """Each kind of matrix and all together: what a weight takes, and how far it is from the original."""
+    rows = [
+        [item.kind, str(item.bits), f"{item.bits_per_weight:.2f}", _decibels(item.sqnr_db)]
+        for item in report.kinds
+    ]
+    total = ["all", str(report.bits), f"{report.bits_per_weight:.2f}", _decibels(report.sqnr_db)]
+    if any(item.bits != report.bits for item in report.kinds):
+        total[1] = "mixed"
+    return [*rows, total]
+
+
+def _decibels(sqnr_db: float | None) -> str:
+    return "no loss" if sqnr_db is None else f"{sqnr_db:.1f} dB"
 
 
 def _example_gib(source_bytes: int) -> str:

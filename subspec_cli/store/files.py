@@ -154,6 +154,11 @@ def sweep_stale_temps(directory: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def is_temp_name(name: str) -> bool:
+    """Whether a file has the name of `atomic_write`'s temporary ones."""
+    return _TEMP_NAME.fullmatch(name) is not None
+
+
 def check_free_space(directory: Path, need_bytes: int, what: str) -> None:
     """Refuse before the first byte when the disk of `directory`, which need not exist yet, is too small.
 

@@ -43,6 +43,7 @@ from subspec_cli.store.manifest import (
     write_manifest,
 )
 from subspec_cli.store.prepared import PreparedModel, prepared_directory
+from subspec_cli.store.quality import MatrixQuality
 from subspec_cli.store.reuse import finished_manifest, reusable_layers
 from subspec_cli.store.tensors import read_hashed_tensors
 from subspec_cli.units import printable
@@ -50,8 +51,10 @@ from subspec_cli.units import printable
 if TYPE_CHECKING:
     import torch
 
-Quantizer: TypeAlias = "Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]"
-"""One layer's 16-bit tensors, keyed by the name inside the layer, to the tensors to write."""
+Quantizer: TypeAlias = (
+    "Callable[[dict[str, torch.Tensor]], tuple[dict[str, torch.Tensor], dict[str, MatrixQuality]]]"
+)
+"""One layer's 16-bit tensors, keyed by the name inside the layer, to the tensors to write and their quality."""
 
 _SLACK_BYTES = 16 << 20  # manifest, journal, file system
 
@@ -121,9 +124,12 @@ def estimate_file_bytes(
     checkpoint: Checkpoint, layer: int, settings: SubstituteSettings, group_size: int
 ) -> int:
     """Upper estimate of one substitute file: codes, a 16-bit scale and shift per group, 5 % for the rest."""
-    elements = sum(math.prod(entry.shape) for entry in layer_entries(checkpoint, layer))
-    bits_per_element = settings.bits + (32 / group_size if group_size else 0)
-    return int(elements * bits_per_element / 8 * 1.05)
+    prefix, scale_bits = layer_prefix(layer), 32 / group_size if group_size else 0
+    bits = sum(
+        math.prod(entry.shape) * (settings.bits_of(entry.name.removeprefix(prefix)) + scale_bits)
+        for entry in layer_entries(checkpoint, layer)
+    )
+    return int(bits / 8 * 1.05)
 
 
 @dataclass
@@ -192,13 +198,13 @@ class _Work:
         tensors, source_sha256 = read_hashed_tensors(layer_entries(self.checkpoint, layer))
         _check_finite(tensors)
         prefix = layer_prefix(layer)
-        packed = quantizer({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
+        packed, quality = quantizer({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
         del tensors  # before the file's bytes take memory in turn
         data = save({name: packed[name].contiguous() for name in sorted(packed)})
         name = layer_file_name(layer)
         atomic_write(self.directory / name, data)
         sha256 = hashlib.sha256(data).hexdigest()
-        self.done[layer] = LayerFile(name, layer, len(data), sha256, source_sha256)
+        self.done[layer] = LayerFile(name, layer, len(data), sha256, source_sha256, quality)
         write_manifest(self.directory / JOURNAL_NAME, self._manifest())
         self._tell_progress()
 

@@ -65,7 +65,8 @@ def _read_usable(path: Path) -> Manifest | None:
 
 def _has_size(directory: Path, file: LayerFile) -> bool:
     path = directory / file.name
-    return path.is_file() and path.stat().st_size == file.size_bytes
+    # A link may lead anywhere, and is not opened at load either.
+    return path.is_file() and not path.is_symlink() and path.stat().st_size == file.size_bytes
 
 
 def _source_sha256(checkpoint: Checkpoint, layer: int) -> str:
