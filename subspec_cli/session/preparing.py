@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from subspec_cli.placement.geometry import GROUP_SIZES, geometry_from_config, read_geometry
-from subspec_cli.store.checkpoint import open_checkpoint
-from subspec_cli.store.hub import resolve_model
+from subspec_cli.store.hub import open_model
 from subspec_cli.store.manifest import SubstituteSettings
 from subspec_cli.store.prepare import PrepareProgress, prepare_model
 from subspec_cli.store.source_directory import check_config
@@ -72,6 +71,10 @@ class _MeteredQuantizer:
         return 10 * math.log10(self._signal / self._noise) if self._noise > 0 else None
 
 
+def _ignore(_text: str) -> None:
+    """What becomes of messages that nobody asked for."""
+
+
 def prepare(
     model: str,
     *,
@@ -80,13 +83,14 @@ def prepare(
     revision: str | None,
     force: bool,
     progress: Callable[[PrepareProgress], None],
+    notify: Callable[[str], None] = _ignore,
 ) -> PrepareReport:
-    """Download what is missing and write the substitutes of every layer; what is there is kept."""
+    """Download what is missing and write the substitutes of every layer; what is there is kept.
+
+    `notify` is told of waits and of attempts that are repeated.
+    """
     started = time.perf_counter()
     settings = SubstituteSettings(bits=bits, optimizer=optimizer)
-    resolved = resolve_model(model, revision, accept_config=_accept_config)
-    checkpoint = open_checkpoint(resolved.directory)
-    geometry = read_geometry(checkpoint.config, checkpoint.tensors)
     quantizer = _MeteredQuantizer(settings)
     latest: list[PrepareProgress] = []
 
@@ -94,23 +98,25 @@ def prepare(
         latest[:] = [state]
         progress(state)
 
-    prepared = prepare_model(
-        resolved,
-        checkpoint,
-        settings,
-        quantizer,
-        layer_count=geometry.layers,
-        dtype=geometry.dtype,
-        group_size=0 if bits == 8 else GROUP_SIZES[0],
-        versions={name: version for name, version in library_versions().items() if name in _QUANTIZERS},
-        force=force,
-        progress=watch,
-    )
+    with open_model(model, revision, accept_config=_accept_config, notify=notify) as opened:
+        geometry = read_geometry(opened.checkpoint.config, opened.checkpoint.tensors)
+        prepared = prepare_model(
+            opened,
+            settings,
+            quantizer,
+            layer_count=geometry.layers,
+            dtype=geometry.dtype,
+            group_size=0 if bits == 8 else GROUP_SIZES[0],
+            versions={name: version for name, version in library_versions().items() if name in _QUANTIZERS},
+            force=force,
+            progress=watch,
+            notify=notify,
+        )
     substitute_bytes = sum(file.size_bytes for file in prepared.manifest.layers)
     weights = geometry.layers * geometry.layer_matrix_bytes // geometry.element_bytes
     return PrepareReport(
-        model_id=resolved.model_id,
-        commit=resolved.commit,
+        model_id=prepared.manifest.model_id,
+        commit=prepared.manifest.commit,
         directory=prepared.directory,
         layers=geometry.layers,
         bits=bits,
