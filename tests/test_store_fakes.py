@@ -67,7 +67,8 @@ def run(
     }
     settings, quantizer = SubstituteSettings(bits, "minmax"), quantizer or Quantizer()
     if isinstance(model, str):
-        with opened(model, notices=notices) as found:
+        patience = changes.pop("patience", HASTE)
+        with opened(model, notices=notices, patience=patience) as found:
             return prepare.prepare_model(found, settings, quantizer, **(fixed | changes))
     nothing = Incoming(model.directory, (), Messages(print))
     found = OpenedModel(model, checkpoint or open_checkpoint(model.directory), nothing)
