@@ -115,12 +115,23 @@ class FakeSession:
 
 
 @dataclass(frozen=True)
+class FakeDownload:
+    done_files: int = 2
+    total_files: int = 5
+    done_bytes: int = 6 << 30
+    total_bytes: int = 14 << 30
+    received_bytes: int = 5 << 30
+    elapsed_s: float = 250.0
+
+
+@dataclass(frozen=True)
 class FakePrepareProgress:
     done_layers: int
     total_layers: int
     done_bytes: int
     total_bytes: int
     elapsed_s: float
+    download: FakeDownload | None = None
 
 
 @dataclass(frozen=True)

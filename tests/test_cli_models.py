@@ -10,11 +10,10 @@ import sys
 import pytest
 from checkpoints import write_checkpoint
 from test_cli_fakes import on_terminal
-from test_store_fakes import LAYERS, Quantizer, content, run
+from test_store_fakes import LAYERS, Quantizer, content, resolve_model, run
 
 from subspec_cli.__main__ import main
 from subspec_cli.errors import ExitCode
-from subspec_cli.store.hub import resolve_model
 from subspec_cli.store.lock import directory_lock
 from subspec_cli.store.manifest import MANIFEST_NAME, layer_file_name
 

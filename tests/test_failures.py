@@ -12,6 +12,7 @@ TESTS = Path(__file__).parent
 README = TESTS.parent / "README.md"
 
 BOUNDARY, RUN, CONFIG = "test_cli_boundary", "test_cli_run", "test_config"
+DOWNLOAD = "test_store_download"
 HUB, HEADER, CHECKPOINT = "test_store_hub", "test_store_safetensors_header", "test_store_checkpoint"
 FAULTS, PREPARED, FILES = "test_store_prepare_faults", "test_store_prepared", "test_store_files"
 ENGINE, TRUST, OPENING = "test_decoding_engine", "test_session_trust", "test_session_opening"
@@ -36,10 +37,24 @@ COVERED = [
     ("F13", f"{HUB}::test_wrong_token_is_told_by_its_source_never_its_value"),
     ("F14", f"{HUB}::test_refusals_before_anything_is_kept"),
     ("F15", f"{HUB}::test_refusals_before_anything_is_kept"),
+    ("F16", f"{DOWNLOAD}::test_f16_retry_after_is_heeded"),
+    ("F16", f"{DOWNLOAD}::test_f16_too_long_a_wait_is_told_and_not_waited_for"),
+    ("F17", f"{DOWNLOAD}::test_f16_to_f18_answers_that_pass"),
+    ("F18", f"{DOWNLOAD}::test_f16_to_f18_answers_that_pass"),
     ("F19", f"{HUB}::test_refused_connection"),
-    ("F22", f"{HUB}::test_body_of_another_length"),
+    ("F19", f"{DOWNLOAD}::test_f19_permanent_errors_end_after_the_bound"),
+    ("F20", f"{DOWNLOAD}::test_f20_f27_dropped_connections_are_continued_where_they_broke"),
+    ("F20", f"{DOWNLOAD}::test_f20_a_connection_that_stays_silent_is_given_up_with_what_is_there"),
+    ("F21", f"{DOWNLOAD}::test_f21_a_flipped_byte_never_gets_its_name"),
+    ("F21", f"{DOWNLOAD}::test_f21_a_damaged_beginning_of_an_earlier_run_is_fetched_anew"),
+    ("F22", f"{DOWNLOAD}::test_f22_a_body_of_another_length"),
+    ("F22", f"{DOWNLOAD}::test_f22_a_size_that_is_a_lie"),
     ("F23", f"{HUB}::test_refusals_before_anything_is_kept"),
+    ("F24", f"{DOWNLOAD}::test_f24_the_branch_moves_while_it_is_fetched"),
     ("F25", f"{HUB}::test_offline_with_a_cold_and_a_warm_cache"),
+    ("F26", f"{DOWNLOAD}::test_f26_the_token_goes_to_the_hub_and_not_to_its_storage"),
+    ("F27", f"{DOWNLOAD}::test_f20_f27_dropped_connections_are_continued_where_they_broke"),
+    ("F28", f"{DOWNLOAD}::test_f28_a_read_only_cache_that_is_complete_is_used"),
     ("F30", f"{HEADER}::test_damage_is_told_by_name"),
     ("F30", REFUSED),
     ("F31", f"{HEADER}::test_damage_is_told_by_name"),
@@ -81,7 +96,7 @@ COVERED = [
     ("F52", f"{FAULTS}::test_disk_fault_while_remaking_leaves_the_earlier_set_usable"),
     ("F52", f"{FAULTS}::test_refused_remaking_leaves_the_earlier_set_as_it_is"),
     ("F53", f"{FILES}::test_failure_leaves_the_old_file_and_no_other"),
-    ("F54", f"{FAULTS}::test_one_preparation_at_a_time"),
+    ("F54", f"{FAULTS}::test_a_second_preparation_waits_and_finds_it_done"),
     ("F55", f"{FAULTS}::test_lock_of_a_dead_process_does_not_block"),
     ("F55", f"{FAULTS}::test_file_system_without_locks"),
     ("F56", f"{FILES}::test_data_is_on_disk_before_the_name_and_the_name_before_the_return"),

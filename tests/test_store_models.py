@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 from checkpoints import as_hub_snapshot, tiny_tensors, write_checkpoint, write_weights
-from test_store_fakes import COMMIT, LAYERS, Quantizer, content, run
+from fake_hub import COMMIT
+from test_store_fakes import LAYERS, Quantizer, content, resolve_model, run
 
 from subspec_cli.errors import BusyError, UsageError
 from subspec_cli.store.home import prepared_root
-from subspec_cli.store.hub import ResolvedModel, resolve_model
+from subspec_cli.store.hub import ResolvedModel
 from subspec_cli.store.lock import directory_lock
 from subspec_cli.store.manifest import JOURNAL_NAME, MANIFEST_NAME, layer_file_name, write_manifest
 from subspec_cli.store.models import (

@@ -16,6 +16,7 @@ from subspec_cli.units import GIB, format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from subspec_cli.session import PrepareReport
+    from subspec_cli.store.incoming import DownloadProgress
     from subspec_cli.store.prepare import PrepareProgress
 
 _DEFAULT_BITS = 4
@@ -80,7 +81,8 @@ def prepare(
             overrides=chosen.overrides,
             revision=revision,
             force=force,
-            progress=lambda state: progress.update(progress_text(state), state.done_bytes, state.total_bytes),
+            progress=lambda state: progress.update(progress_text(state), *progress_share(state)),
+            notify=output.note,
         )
     if as_json:
         output.document(report.as_dict())
@@ -92,15 +94,39 @@ def prepare(
         output.result(line)
 
 
+def progress_share(state: PrepareProgress) -> tuple[int, int]:
+    """How much is done of how much: of the download while there is one, then of the layers."""
+    download = state.download
+    if download is not None and download.done_files < download.total_files:
+        return download.done_bytes, download.total_bytes
+    return state.done_bytes, state.total_bytes
+
+
 def progress_text(state: PrepareProgress) -> str:
-    """Layers, bytes, rate and time left."""
+    """Files or layers, bytes, rate and time left."""
     from subspec_cli.cli.output_progress import time_left
 
+    download = state.download
+    if download is not None and download.done_files < download.total_files:
+        return f"{download_text(download)} · layer {state.done_layers}/{state.total_layers}"
     parts = [f"layer {state.done_layers}/{state.total_layers}"]
     parts.append(f"{format_bytes(state.done_bytes)} of {format_bytes(state.total_bytes)}")
     if state.elapsed_s > 0 and state.done_bytes:
         parts.append(f"{state.done_bytes / state.elapsed_s / 1e6:.0f} MB/s")
     parts.append(time_left(state.done_bytes, state.total_bytes, state.elapsed_s))
+    return " · ".join(part for part in parts if part)
+
+
+def download_text(state: DownloadProgress) -> str:
+    """Files, bytes, rate and time left."""
+    from subspec_cli.cli.output_progress import time_left
+
+    parts = [f"file {state.done_files}/{state.total_files}"]
+    parts.append(f"{format_bytes(state.done_bytes)} of {format_bytes(state.total_bytes)}")
+    if state.elapsed_s > 0 and state.received_bytes:
+        parts.append(f"{state.received_bytes / state.elapsed_s / 1e6:.1f} MB/s")
+        there_bytes = state.done_bytes - state.received_bytes
+        parts.append(time_left(state.received_bytes, state.total_bytes - there_bytes, state.elapsed_s))
     return " · ".join(part for part in parts if part)
 
 

@@ -18,8 +18,7 @@ from subspec_cli.placement.geometry import (
     geometry_from_config,
     read_geometry,
 )
-from subspec_cli.store.checkpoint import open_checkpoint
-from subspec_cli.store.hub import resolve_model
+from subspec_cli.store.hub import open_model
 from subspec_cli.store.manifest import SubstituteSettings
 from subspec_cli.store.prepare import PrepareProgress, Quantizer, prepare_model
 from subspec_cli.store.prepared import PreparedModel
@@ -73,6 +72,10 @@ class PrepareReport:
         return {**dataclasses.asdict(self), "directory": str(self.directory)}
 
 
+def _ignore(_text: str) -> None:
+    """What becomes of messages that nobody asked for."""
+
+
 def prepare(
     model: str,
     *,
@@ -82,35 +85,36 @@ def prepare(
     revision: str | None,
     force: bool,
     progress: Callable[[PrepareProgress], None],
+    notify: Callable[[str], None] = _ignore,
 ) -> PrepareReport:
     """Download what is missing and write the substitutes of every layer; what is there is kept.
 
-    `overrides` are other bits by name pattern, as in the settings' [substitute.overrides]. Raises what
-    `resolve_model` and `prepare_model` raise, and UsageError for a pattern that matches nothing.
+    `overrides` are other bits by name pattern, as in the settings' [substitute.overrides]; `notify` is told of
+    waits and of attempts that are repeated. Raises what `open_model` and `prepare_model` raise, and UsageError
+    for a pattern that matches nothing.
     """
     started = time.perf_counter()
     settings = SubstituteSettings(bits, optimizer, _matching(overrides, bits))
-    resolved = resolve_model(model, revision, accept_config=_accept_config)
-    checkpoint = open_checkpoint(resolved.directory)
-    geometry = read_geometry(checkpoint.config, checkpoint.tensors)
     latest: list[PrepareProgress] = []
 
     def watch(state: PrepareProgress) -> None:
         latest[:] = [state]
         progress(state)
 
-    prepared = prepare_model(
-        resolved,
-        checkpoint,
-        settings,
-        _quantizer(settings),
-        layer_count=geometry.layers,
-        dtype=geometry.dtype,
-        group_size=0 if settings.widths == {8} else GROUP_SIZES[0],
-        versions={name: version for name, version in library_versions().items() if name in _QUANTIZERS},
-        force=force,
-        progress=watch,
-    )
+    with open_model(model, revision, accept_config=_accept_config, notify=notify) as opened:
+        geometry = read_geometry(opened.checkpoint.config, opened.checkpoint.tensors)
+        prepared = prepare_model(
+            opened,
+            settings,
+            _quantizer(settings),
+            layer_count=geometry.layers,
+            dtype=geometry.dtype,
+            group_size=0 if settings.widths == {8} else GROUP_SIZES[0],
+            versions={name: version for name, version in library_versions().items() if name in _QUANTIZERS},
+            force=force,
+            progress=watch,
+            notify=notify,
+        )
     return _report(
         prepared,
         geometry,
