@@ -31,6 +31,7 @@ class _Rule(NamedTuple):
     expected: str
     accepts: Callable[[Any], bool]
     convert: Callable[[Any], object] = lambda value: value
+    has_flag: bool = True
 
 
 def _setting(default: object, rule: _Rule) -> Any:  # noqa: ANN401 - `field` has the type of its default
@@ -66,6 +67,15 @@ _TEXTS = _Rule(
     "a list of texts, none of them empty",
     lambda value: isinstance(value, list | tuple) and all(isinstance(item, str) and item for item in value),
     tuple,
+)
+_OVERRIDES = _Rule(
+    "a table of 2, 4 or 8 bits by name pattern",
+    lambda value: (
+        isinstance(value, Mapping)
+        and all(name.strip() and type(bits) is int and bits in (2, 4, 8) for name, bits in value.items())
+    ),
+    lambda value: tuple(value.items()),
+    has_flag=False,
 )
 
 
@@ -127,6 +137,19 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
+class SubstituteConfig:
+    """How `prepare` quantizes; `run` takes what was prepared."""
+
+    bits: int | None = _setting(None, _choice(2, 4, 8))
+    """Bits of a weight; None takes those of [model], or 4."""
+    optimizer: str = _setting("minmax", _choice("minmax", "hqq"))
+    """How scales are found: from the extremes, or by searching for the smallest error."""
+    overrides: tuple[tuple[str, int], ...] = _setting((), _OVERRIDES)
+    """Other bits for the matrices whose name inside the layer (`mlp.down_proj`) a pattern matches, the first
+    that does."""
+
+
+@dataclass(frozen=True)
 class RunSection:
     """`subspec run`."""
 
@@ -164,6 +187,7 @@ class Config:
     memory: MemoryConfig = MemoryConfig()
     draft: DraftConfig = DraftConfig()
     sampling: SamplingConfig = SamplingConfig()
+    substitute: SubstituteConfig = SubstituteConfig()
     run: RunSection = RunSection()
     bench: BenchSection = BenchSection()
 
@@ -171,6 +195,7 @@ class Config:
         """Sections of plain values, for JSON."""
         values = dataclasses.asdict(self)
         values["run"]["stop"] = list(self.run.stop)
+        values["substitute"]["overrides"] = dict(self.substitute.overrides)
         return values
 
 
@@ -262,7 +287,7 @@ def _read_section(section: str, table: Mapping[str, object], path: Path | None) 
         rule = rules[target]
         if not rule.accepts(value):
             found = f", not {_shown(value)}" if path is None else ""
-            hint = "" if path is None else f"the same as the flag {flag}"
+            hint = f"the same as the flag {flag}" if path is not None and rule.has_flag else ""
             raise UsageError(f"{place} must be {rule.expected}{found}", hint)
         values[target] = rule.convert(value)
     return values

@@ -115,12 +115,31 @@ class FakeSession:
 
 
 @dataclass(frozen=True)
+class FakeDownload:
+    done_files: int = 2
+    total_files: int = 5
+    done_bytes: int = 6 << 30
+    total_bytes: int = 14 << 30
+    received_bytes: int = 5 << 30
+    elapsed_s: float = 250.0
+
+
+@dataclass(frozen=True)
 class FakePrepareProgress:
     done_layers: int
     total_layers: int
     done_bytes: int
     total_bytes: int
     elapsed_s: float
+    download: FakeDownload | None = None
+
+
+@dataclass(frozen=True)
+class FakeKind:
+    kind: str
+    bits: int
+    bits_per_weight: float
+    sqnr_db: float | None
 
 
 @dataclass(frozen=True)
@@ -131,6 +150,8 @@ class FakePrepareReport:
     layers: int = 4
     source_bytes: int = 3 << 30
     substitute_bytes: int = 800 << 20
+    bits: int = 4
+    kinds: tuple[FakeKind, ...] = (FakeKind("q", 4, 4.25, 21.25), FakeKind("down", 8, 8.01, None))
     bits_per_weight: float = 4.25
     sqnr_db: float | None = 21.5
     elapsed_s: float = 61.0

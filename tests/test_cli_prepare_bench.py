@@ -8,6 +8,7 @@ import pytest
 from test_cli_fakes import (
     FakeBenchProgress,
     FakeBenchReport,
+    FakeDownload,
     FakePrepareProgress,
     FakePrepareReport,
     module,
@@ -15,6 +16,7 @@ from test_cli_fakes import (
 )
 
 from subspec_cli.__main__ import main
+from subspec_cli.cli.prepare import progress_share, progress_text
 
 
 @pytest.fixture(autouse=True)
@@ -30,8 +32,9 @@ def preparing(monkeypatch):
     def use(report):
         calls = []
 
-        def prepare(model, *, bits, optimizer, revision, force, progress):
-            calls.append((model, bits, optimizer, revision, force))
+        def prepare(model, *, bits, optimizer, overrides, revision, force, progress, notify):
+            calls.append((model, bits, optimizer, overrides, revision, force))
+            notify("waiting: another process (pid 7) is preparing it")
             for layer in range(1, 5):
                 progress(FakePrepareProgress(layer, 4, layer << 20, 4 << 20, layer * 0.5))
             return report
@@ -48,24 +51,59 @@ def test_prepare_shows_progress_summary_and_next_command(capsys, preparing):
     calls = preparing(FakePrepareReport())
     assert main(["prepare", "demo"]) == 0
     captured = capsys.readouterr()
-    assert calls == [("demo", 4, "minmax", None, False)]
-    assert captured.err.splitlines()[0] == "preparing demo …"
+    assert calls == [("demo", 4, "minmax", (), None, False)]
+    assert captured.err.splitlines()[:2] == [
+        "preparing demo …",
+        "waiting: another process (pid 7) is preparing it",
+    ]
     assert captured.err.splitlines()[-1] == "layer 4/4 · 4.00 MiB of 4.00 MiB · 2 MB/s"
     made = "4 layers, 800.0 MiB of substitutes for 3.00 GiB of weights"
-    assert captured.out.splitlines() == [
+    assert [" ".join(line.split()) for line in captured.out.splitlines() if line.strip(" ─")] == [
         f"prepared demo in 1:01: {made}, 4.25 bits per weight at 21.5 dB",
+        "matrix bits bits/weight SQNR",
+        "q 4 4.25 21.2 dB",
+        "down 8 8.01 no loss",
+        "all mixed 4.25 21.5 dB",
         "in /cache/demo-int4",
         'next: subspec run --model demo --vram-gb 1.5 "…"',
     ]
 
 
+def test_prepare_shows_the_download_while_there_is_one():
+    state = FakePrepareProgress(1, 4, 1 << 30, 4 << 30, 9.0, FakeDownload())
+    assert progress_text(state) == "file 2/5 · 6.00 GiB of 14.0 GiB · 21.5 MB/s · 6:40 left · layer 1/4"
+    assert progress_share(state) == (6 << 30, 14 << 30)
+    state = FakePrepareProgress(1, 4, 1 << 30, 4 << 30, 9.0, FakeDownload(done_files=5))
+    assert progress_text(state).startswith("layer 1/4 · 1.00 GiB of 4.00 GiB")
+    assert progress_share(state) == (1 << 30, 4 << 30)
+
+
 def test_prepare_passes_flags_on_and_says_when_nothing_was_to_do(capsys, preparing):
     calls = preparing(FakePrepareReport(already_prepared=True, sqnr_db=None))
     assert main(["prepare", "a/b", "--bits", "8", "--optimizer", "hqq", "--revision", "v1", "--force"]) == 0
-    assert calls == [("a/b", 8, "hqq", "v1", True)]
+    assert calls == [("a/b", 8, "hqq", (), "v1", True)]
     out = capsys.readouterr().out
-    assert "dB" not in out
+    assert "weight at" not in out
     assert out.startswith("demo is already prepared; --force does it anew: 4 layers")
+
+
+def test_prepare_takes_its_settings_from_a_file_and_flags_win(capsys, preparing, tmp_path):
+    calls = preparing(FakePrepareReport())
+    overrides = "[substitute.overrides]\n'*.down_proj' = 8\n"
+    (tmp_path / "own.toml").write_text(f"[substitute]\nbits = 2\noptimizer = 'hqq'\n{overrides}")
+    (tmp_path / "subspec.toml").write_text("[model]\nbits = 8\n")
+    assert main(["prepare", "demo", "--config", "own.toml"]) == 0
+    assert capsys.readouterr().err.startswith("preparing demo with own.toml …")
+    assert main(["prepare", "demo", "--config", "own.toml", "--bits", "4", "--optimizer", "minmax"]) == 0
+    assert main(["prepare", "demo"]) == 0
+    assert calls == [
+        ("demo", 2, "hqq", (("*.down_proj", 8),), None, False),
+        ("demo", 4, "minmax", (("*.down_proj", 8),), None, False),
+        ("demo", 8, "minmax", (), None, False),
+    ]
+    (tmp_path / "subspec.toml").write_text("[substitute]\nbit = 8\n")
+    assert main(["prepare", "demo"]) == 2
+    assert "substitute.bit = 8: unknown key" in capsys.readouterr().err
 
 
 def test_prepare_json(capsys, preparing):

@@ -27,7 +27,7 @@ def test_defaults_are_greedy_and_json_able():
     assert config.sampling.is_greedy
     assert not resolve_config({"sampling": {"temperature": 0.7}}).sampling.is_greedy
     document = json.loads(json.dumps(config.as_dict()))
-    assert list(document) == ["model", "memory", "draft", "sampling", "run", "bench"]
+    assert list(document) == ["model", "memory", "draft", "sampling", "substitute", "run", "bench"]
     assert document["run"] == {
         "max_new_tokens": 512,
         "system": None,
@@ -36,6 +36,7 @@ def test_defaults_are_greedy_and_json_able():
         "plain": False,
     }
     assert document["bench"]["max_new_tokens"] == 128
+    assert document["substitute"] == {"bits": None, "optimizer": "minmax", "overrides": {}}
 
 
 def test_flag_wins_over_file_and_file_over_default(toml):
@@ -133,6 +134,20 @@ BAD_FILES = [
     ("[memory]\ndevice = ['cpu']", 'memory.device = ["cpu"] must be auto, cuda or cpu', "--device"),
     (f"[model]\nmodel = '{'x' * 99}'\nbits = 5", "model.bits = 5 must be 2, 4 or 8", "--bits"),
     (f"[model]\nbits = '{'x' * 99}'", f'model.bits = "{"x" * 56}... must be 2, 4 or 8', "--bits"),
+    (
+        "[substitute.overrides]\n'*.down_proj' = 3",
+        'substitute.overrides = {"*.down_proj": 3} must be a table of 2, 4 or 8 bits by name pattern',
+        "",
+    ),
+    ("[substitute]\noverrides = 8", "substitute.overrides = 8 must be a table of 2, 4 or 8 bits", ""),
+    ("[substitute.overrides]\n' ' = 8", 'substitute.overrides = {" ": 8} must be a table', ""),
+    ("[substitute.overrides]\na.b = 8", 'substitute.overrides = {"a": {"b": 8}} must be a table', ""),
+    ("[substitute.overides]\na = 8", 'substitute.overides = {"a": 8}: unknown key', "mean overrides?"),
+    (
+        "[substitute]\noptimizer = 'adam'",
+        'substitute.optimizer = "adam" must be minmax or hqq',
+        "--optimizer",
+    ),
     ("a = \n[b", "bad TOML at line 1, column 5: Invalid value", ""),
     ("[run]\nstop = ['a'", "bad TOML at line 2, column 12: Unclosed array", ""),
     ("[run]\n[run]", "bad TOML at line 2, column 5", ""),
@@ -150,6 +165,14 @@ def test_bad_file_names_file_key_value_and_remedy(toml, text, message, hint):
     assert caught.value.message.startswith(f"{path}: {message}")
     assert hint in caught.value.hint
     assert caught.value.exit_code == ExitCode.USAGE
+
+
+def test_bits_by_name_pattern_keep_the_order_of_the_file(toml):
+    path = toml(
+        "[substitute]\nbits = 4\noptimizer = 'hqq'\n[substitute.overrides]\n'*.v_*' = 8\n'mlp*' = 2\n"
+    )
+    found = resolve_config({"substitute": {"bits": 2}}, path).substitute
+    assert (found.bits, found.optimizer, found.overrides) == (2, "hqq", (("*.v_*", 8), ("mlp*", 2)))
 
 
 def test_unreadable_file(tmp_path):

@@ -15,23 +15,25 @@ from tiny_models import CPU, Tiny
 from torch import Tensor
 
 from subspec_cli.decoding.batches import prompt_batch
+from subspec_cli.modeling import quantize as quantize_module
 from subspec_cli.modeling import substitute
 from subspec_cli.modeling.attention import fast_attention
 from subspec_cli.modeling.decoder import DraftDecoder
 from subspec_cli.modeling.layers import LayerMath, RowRules
+from subspec_cli.modeling.quantize import QuantizedLayer, quantize_layer
 from subspec_cli.modeling.source import LAYER_PREFIX
 from subspec_cli.modeling.substitute import (
     Int4Linear,
     Int8Linear,
     PlainLinear,
-    QuantizedLayer,
     SubstituteLayer,
     load_substitute,
-    quantize_layer,
     resident_layer,
     unpack_codes,
 )
 from subspec_cli.placement.geometry import LAYER_MATRICES, group_size_for, substitute_layer_bytes
+from subspec_cli.store.manifest import SubstituteSettings
+from subspec_cli.store.quality import matrix_kind, summed
 
 one_thread = tiny_models.one_thread
 tiny = tiny_models.tiny
@@ -114,7 +116,9 @@ class Quantized:
 
 
 def quantize(model: Tiny, bits: int, optimizer: str = "minmax") -> Quantized:
-    return Quantized(model, bits, optimizer, quantize_layer(layer_tensors(model), bits, optimizer))
+    return Quantized(
+        model, bits, optimizer, quantize_layer(layer_tensors(model), SubstituteSettings(bits, optimizer))
+    )
 
 
 @pytest.fixture(params=SETTINGS, ids=lambda setting: f"{setting[1]} {setting[0]}")
@@ -123,7 +127,7 @@ def quantized(request: pytest.FixtureRequest, tiny: MakeTiny) -> Quantized:
 
 
 def load(model: Tiny, bits: int, stored: dict[str, Tensor], layer: int = 1) -> SubstituteLayer:
-    return load_substitute(model.math(fast_attention), layer, stored, bits, CPU)
+    return load_substitute(model.math(fast_attention), layer, stored, SubstituteSettings(bits, "minmax"), CPU)
 
 
 def rows(model: Tiny, count: int, width: int) -> Tensor:
@@ -146,11 +150,11 @@ def test_stored_tensors_are_what_quanto_makes(tiny: MakeTiny, bits: int, optimiz
     )
 
     tensors = layer_tensors(tiny("qwen2"))
-    stored = quantize_layer(tensors, bits, optimizer).tensors
+    stored = quantize_layer(tensors, SubstituteSettings(bits, optimizer)).tensors
     for name in LAYER_MATRICES:
         weight = tensors[name]
         # Its way to unpack is replaced: the original compiles an extension first.
-        with substitute._unpacking_without_compiler():
+        with quantize_module._unpacking_without_compiler():
             if bits == 8:
                 scale = AbsmaxOptimizer()(weight, qint8, axis=0)
                 made = quantize_weight(weight, qint8, 0, scale, optimized=False)
@@ -185,10 +189,31 @@ def test_quality_is_that_of_the_width(quantized: Quantized) -> None:
 
 def test_signal_and_noise_are_those_of_the_stored_tensors(quantized: Quantized) -> None:
     tensors = layer_tensors(quantized.model)
-    signal = sum(float(tensors[n].float().square().sum()) for n in LAYER_MATRICES)
-    noise = sum(float((tensors[n].float() - quantized.stored(n)).square().sum()) for n in LAYER_MATRICES)
-    assert quantized.made.signal_power == pytest.approx(signal, rel=1e-4)
-    assert quantized.made.noise_power == pytest.approx(noise, rel=1e-3)
+    assert list(quantized.made.quality) == ["q", "k", "v", "o", "gate", "up", "down"]
+    for name in LAYER_MATRICES:
+        found, original = quantized.made.quality[matrix_kind(name)], tensors[name].double()
+        assert found.signal == pytest.approx(float(original.square().sum()), rel=1e-8)
+        noise = (original - quantized.stored(name).double()).square().sum()
+        assert found.noise == pytest.approx(float(noise), rel=1e-8)
+        assert found.sqnr_db == pytest.approx(sqnr_db(original, quantized.stored(name)), abs=1e-6)
+        stored = [tensor for key, tensor in quantized.made.tensors.items() if key.startswith(name)]
+        assert found.stored_bytes == sum(tensor.nbytes for tensor in stored)
+        assert found.weights == original.numel()
+
+
+def test_quality_does_not_depend_on_how_the_sums_are_cut(
+    tiny: MakeTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = layer_tensors(tiny("qwen2"))
+    whole = quantize_layer(tensors, SubstituteSettings(4, "minmax")).quality
+    monkeypatch.setattr(quantize_module, "_POWER_ELEMENTS", 1000)
+    assert quantize_layer(tensors, SubstituteSettings(4, "minmax")).quality == whole
+
+
+def noise_of(tensors: dict[str, Tensor], optimizer: str) -> float:
+    total = summed(quantize_layer(tensors, SubstituteSettings(4, optimizer)).quality.values())
+    assert total is not None
+    return total.noise
 
 
 def test_hqq_is_no_worse_than_minmax(tiny: MakeTiny) -> None:
@@ -196,7 +221,7 @@ def test_hqq_is_no_worse_than_minmax(tiny: MakeTiny) -> None:
     tensors = {n: t.clone() for n, t in layer_tensors(tiny("qwen2")).items()}
     for name in LAYER_MATRICES:
         tensors[name][::7, 3] *= 6
-    assert quantize_layer(tensors, 4, "hqq").noise_power < quantize_layer(tensors, 4, "minmax").noise_power
+    assert noise_of(tensors, "hqq") < noise_of(tensors, "minmax")
 
 
 def test_the_same_weights_give_the_same_bytes(quantized: Quantized) -> None:
@@ -211,14 +236,16 @@ def test_only_matrices_are_stored_and_the_originals_stay(tiny: MakeTiny) -> None
     """The target's own norms and biases serve the draft too."""
     tensors = layer_tensors(tiny("qwen2"))
     before = {name: tensor.clone() for name, tensor in tensors.items()}
-    stored = quantize_layer(tensors, 4, "minmax").tensors
+    stored = quantize_layer(tensors, SubstituteSettings(4, "minmax")).tensors
     assert {name.rsplit(".", 1)[0] for name in stored} == set(LAYER_MATRICES)
     assert all(torch.equal(tensors[name], before[name]) for name in before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_other_dtypes_are_stored_with_bfloat16_scales(tiny: MakeTiny, dtype: torch.dtype) -> None:
-    stored = quantize_layer(layer_tensors(tiny("llama", dtype=dtype)), 4, "minmax").tensors
+    stored = quantize_layer(
+        layer_tensors(tiny("llama", dtype=dtype)), SubstituteSettings(4, "minmax")
+    ).tensors
     assert {t.dtype for t in stored.values()} == {torch.uint8, torch.bfloat16}
 
 
@@ -243,8 +270,8 @@ def test_fused_projections_equal_separate_ones(quantized: Quantized) -> None:
 
     def alone(name: str) -> Any:
         shape = model.geometry.layer_shapes()[f"{name}.weight"]
-        part = substitute._read_matrix(quantized.made.tensors, f"{name}.weight", shape)
-        return substitute._linear([part], [model.small[1].get(f"{name}.bias")], quantized.bits, CPU)
+        part = substitute._read_matrix(quantized.made.tensors, f"{name}.weight", shape, quantized.bits)
+        return substitute._linear([part], [model.small[1].get(f"{name}.bias")], CPU)
 
     inputs = rows(model, 5, 128)
     for name, found in zip("qkv", layer.qkv(inputs), strict=True):
@@ -259,7 +286,7 @@ def test_biases_of_every_projection_are_applied(tiny: MakeTiny, family: str) -> 
     """Against the same layer with zero biases: exactly the biases are missing."""
     extra = {"attention_bias": True, "mlp_bias": True} if family == "llama" else {}
     model = tiny(family, **extra)
-    stored = quantize_layer(layer_tensors(model), 8, "minmax").tensors
+    stored = quantize_layer(layer_tensors(model), SubstituteSettings(8, "minmax")).tensors
     inputs = torch.zeros(2, 128, dtype=torch.bfloat16)
     layer = load(model, 8, stored)
     small = model.small[1]
@@ -331,7 +358,45 @@ def held_bytes(layer: SubstituteLayer) -> int:
 @pytest.mark.parametrize("settings", [{}, {"head_dim": 20}, {"hidden": 192}], ids=str)
 def test_the_plan_counts_the_bytes_that_are_held(tiny: MakeTiny, bits: int, settings: dict[str, Any]) -> None:
     quantized = quantize(tiny("llama", **settings), bits)
-    assert held_bytes(quantized.load()) == substitute_layer_bytes(quantized.model.geometry, bits)
+    assert held_bytes(quantized.load()) == substitute_layer_bytes(
+        quantized.model.geometry, SubstituteSettings(bits, "minmax")
+    )
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (("self_attn.v_proj", 8),),
+        (("mlp.gate_proj", 2), ("self_attn.k_proj", 2)),
+        (("mlp.down_proj", 8), ("self_attn.o_proj", 2)),
+        (("mlp.gate_proj", 8), ("mlp.up_proj", 8)),
+    ],
+)
+def test_mixed_widths_are_computed_each_by_its_own_kernel(
+    tiny: MakeTiny, overrides: tuple[tuple[str, int], ...]
+) -> None:
+    model, settings = tiny("qwen2"), SubstituteSettings(4, "minmax", overrides)
+    made = quantize_layer(layer_tensors(model), settings)
+    layer = load_substitute(model.math(fast_attention), 1, made.tensors, settings, CPU)
+    widths = {name: settings.bits_of(name) for name in LAYER_MATRICES}
+    assert len(layer.qkv_proj) == (
+        1 if len({widths[f"self_attn.{n}_proj.weight"] for n in "qkv"}) == 1 else 3
+    )
+    assert len(layer.gate_up_proj) == (
+        1 if widths["mlp.gate_proj.weight"] == widths["mlp.up_proj.weight"] else 2
+    )
+    assert held_bytes(layer) == substitute_layer_bytes(model.geometry, settings)
+    each = {name: Quantized(model, bits, "minmax", made) for name, bits in widths.items()}
+    inputs = rows(model, 3, 128)
+
+    def product(name: str, states: Tensor) -> Tensor:
+        return each[f"{name}.weight"].product(name, states)
+
+    for name, found in zip("qkv", layer.qkv(inputs), strict=True):
+        assert sqnr_db(product(f"self_attn.{name}_proj", inputs), found) > KERNEL_DB, name
+    assert sqnr_db(product("self_attn.o_proj", inputs), layer.attention_output(inputs)) > KERNEL_DB
+    inner = torch.nn.functional.silu(product("mlp.gate_proj", inputs)) * product("mlp.up_proj", inputs)
+    assert sqnr_db(product("mlp.down_proj", inner), layer.feed_forward(inputs)) > KERNEL_DB - 6
 
 
 @pytest.mark.parametrize("out_features", [16, 512, 528, 1088])
@@ -348,7 +413,7 @@ def test_packing_a_few_rows_at_a_time_equals_packing_the_whole(
 def test_loading_needs_no_quanto(tiny: MakeTiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """`run` never imports it: seconds at every start."""
     model = tiny("qwen2")
-    stored = quantize_layer(layer_tensors(model), 4, "minmax").tensors
+    stored = quantize_layer(layer_tensors(model), SubstituteSettings(4, "minmax")).tensors
     for name in [name for name in sys.modules if name.split(".")[0] == "optimum"]:
         monkeypatch.setitem(sys.modules, name, None)
     assert load(model, 4, stored).qkv(rows(model, 2, 128))[0].shape == (2, 128)
@@ -382,7 +447,12 @@ def test_a_draft_of_substitutes_guesses_what_the_target_says(tiny: MakeTiny, fam
     model = tiny(family)
     math_: LayerMath = model.math(fast_attention)
     layers = [
-        load(model, bits, quantize_layer(layer_tensors(model, n), bits, "minmax").tensors, n)
+        load(
+            model,
+            bits,
+            quantize_layer(layer_tensors(model, n), SubstituteSettings(bits, "minmax")).tensors,
+            n,
+        )
         for n in range(3)
     ]
     prompt = [(7 * n) % 256 for n in range(32)]

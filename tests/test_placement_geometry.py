@@ -23,6 +23,7 @@ from subspec_cli.placement.geometry import (
     substitute_layer_bytes,
 )
 from subspec_cli.store.checkpoint import open_checkpoint
+from subspec_cli.store.manifest import SubstituteSettings
 from subspec_cli.store.safetensors_header import TensorEntry
 
 tiny = tiny_models.tiny
@@ -328,17 +329,25 @@ def test_group_size_is_the_largest_that_the_kernels_take(
     assert group_size_for(shape) == expected
 
 
+def of_width(bits: int, *overrides: tuple[str, int]) -> SubstituteSettings:
+    return SubstituteSettings(bits, "minmax", overrides)
+
+
 def test_substitute_bytes_by_width() -> None:
     geometry = geometry_from_config(config_of("llama"), "BF16")
     matrices = [geometry.layer_shapes()[name] for name in LAYER_MATRICES]
     weights, rows = sum(map(math.prod, matrices)), sum(shape[0] for shape in matrices)
-    assert substitute_layer_bytes(geometry, 4) == weights // 2 + weights // 128 * 4
-    assert substitute_layer_bytes(geometry, 2) == substitute_layer_bytes(geometry, 4)
-    assert substitute_layer_bytes(geometry, 8) == weights + 2 * rows
+    assert substitute_layer_bytes(geometry, of_width(4)) == weights // 2 + weights // 128 * 4
+    assert substitute_layer_bytes(geometry, of_width(2)) == substitute_layer_bytes(geometry, of_width(4))
+    assert substitute_layer_bytes(geometry, of_width(8)) == weights + 2 * rows
+    down = geometry.layer_shapes()["mlp.down_proj.weight"]
+    more = math.prod(down) + down[0] * 2 - (math.prod(down) // 2 + math.prod(down) // 128 * 4)
+    mixed = substitute_layer_bytes(geometry, of_width(4, ("mlp.down_proj", 8)))
+    assert mixed == substitute_layer_bytes(geometry, of_width(4)) + more
 
 
 def test_substitute_bytes_of_odd_shapes_are_those_of_the_plain_matrix() -> None:
     odd = geometry_from_config(raw_config(hidden_size=48, intermediate_size=72, head_dim=16), "BF16")
     # Neither 48 nor 72 columns divide into groups: only the output projection, 64 wide, is packed.
     plain = 48 * (64 + 32 + 32) + 3 * 48 * 72
-    assert substitute_layer_bytes(odd, 4) == 2 * plain + 48 * 64 // 2 + 48 * 64 // 64 * 4
+    assert substitute_layer_bytes(odd, of_width(4)) == 2 * plain + 48 * 64 // 2 + 48 * 64 // 64 * 4

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from subspec_cli.errors import ResourceError, UsageError
 from subspec_cli.placement.geometry import ModelGeometry, substitute_layer_bytes
 from subspec_cli.placement.plan import DEFAULT_CONTEXT, OffloadPlan, PlanRequest, make_plan, spread
+from subspec_cli.store.manifest import SubstituteSettings
 from subspec_cli.units import GIB, MIB
 
 FAST = settings(max_examples=100, deadline=None)
@@ -59,7 +60,8 @@ def make_request(geometry: ModelGeometry | None = None, **changes: Any) -> PlanR
         geometry=geometry,
         budget_bytes=2 * GIB,
         device="cpu",
-        substitute_bytes=(substitute_layer_bytes(geometry, 4),) * geometry.layers,
+        substitute_bytes=(substitute_layer_bytes(geometry, SubstituteSettings(4, "minmax")),)
+        * geometry.layers,
         tokenizer_bytes=7 * MIB,
         context=None,
         resident_layers=None,

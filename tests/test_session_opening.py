@@ -1,6 +1,7 @@
 """Opening and preparing: what is planned, promised, refused and given back."""
 
 import json
+import math
 import re
 import shutil
 import threading
@@ -276,7 +277,7 @@ def test_a_damaged_substitute_is_refused(own):
     with pytest.raises(IntegrityError, match=path.name) as caught:
         open_tiny(own)
     assert caught.value.exit_code == ExitCode.INTEGRITY
-    assert "--force" in caught.value.hint
+    assert caught.value.hint == f"subspec models verify {own} --repair"
     assert not readers()
     prepare_quietly(own, force=True)
     open_tiny(own).close()
@@ -370,11 +371,59 @@ def test_preparing_reports_what_it_made(own):
     json.dumps(report.as_dict())
 
 
-def test_preparing_again_makes_nothing(own):
+def test_preparing_again_makes_nothing_and_reports_the_same(own):
+    first, _ = report_of(own, force=True)
+    before = (first.directory / "manifest.json").read_bytes()
     report, states = report_of(own)
     assert report.already_prepared
-    assert report.sqnr_db is None
     assert states[-1].reused_layers == 3
+    assert (report.sqnr_db, report.bits_per_weight, report.kinds) == (
+        first.sqnr_db,
+        first.bits_per_weight,
+        first.kinds,
+    )
+    report_of(own, force=True)
+    assert (first.directory / "manifest.json").read_bytes() == before
+
+
+def test_quality_is_reported_by_kind(own):
+    report, _ = report_of(own, force=True)
+    assert [item.kind for item in report.kinds] == ["q", "k", "v", "o", "gate", "up", "down"]
+    for item in report.kinds:
+        assert item.bits == 4
+        # 4 bits, and a scale and a shift of 16 bits for each group of 128.
+        assert item.bits_per_weight == 4.25
+        assert 10 < item.sqnr_db < 40
+    assert report.bits_per_weight == 4.25
+    decibels = [item.sqnr_db for item in report.kinds]
+    assert min(decibels) < report.sqnr_db < max(decibels)
+
+
+def test_bits_by_name_pattern_are_another_set_that_is_loaded_and_planned(own):
+    plain = find_prepared(str(own))
+    with open_tiny(own, draft={"depth": 4}) as session:
+        expected, planned = answer_to(session, "Hello", 12), session.description.plan
+    report, _ = report_of(own, overrides=(("*.v_proj", 8), ("*.[vd]*", 2), ("mlp.up_proj", 4)))
+    mixed = find_prepared(str(own), 4)
+    assert mixed.directory != plain.directory
+    assert mixed.manifest.settings.overrides == (("mlp.down_proj", 2), ("self_attn.v_proj", 8))
+    assert mixed.manifest.settings.label == "qint4-minmax-down2-v8"
+    assert {item.kind: item.bits for item in report.kinds if item.bits != 4} == {"v": 8, "down": 2}
+    assert [item.sqnr_db > 30 for item in report.kinds] == [False, False, True, False, False, False, False]
+    with open_tiny(own, draft={"depth": 4}) as session:
+        answer, held = answer_to(session, "Hello", 12), session.description.plan
+    assert answer.outcome == expected.outcome
+    assert answer.stats.drafted_tokens > 0
+    taken = [{line.label: line.size_bytes for line in plan.lines}["substitutes"] for plan in (planned, held)]
+    widened = find_source(resolve_config({"model": {"model": str(own)}})).geometry.layer_shapes()
+    kv_weights, rows = math.prod(widened["self_attn.v_proj.weight"]), widened["self_attn.v_proj.weight"][0]
+    assert taken[1] - taken[0] == 3 * (kv_weights + 2 * rows - kv_weights // 2 - kv_weights // 128 * 4)
+
+
+def test_a_pattern_that_matches_nothing_is_refused(own):
+    with pytest.raises(UsageError, match=r"'\*.side_proj' matches no matrix of a layer") as caught:
+        report_of(own, overrides=(("*.side_proj", 8),))
+    assert "mlp.down_proj" in caught.value.hint
 
 
 @pytest.mark.parametrize(("bits", "low", "high"), [(2, 2.0, 12.0), (4, 14.0, 28.0), (8, 30.0, 60.0)])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import as_hub_snapshot, write_checkpoint
-from test_store_fakes import COMMIT
+from fake_hub import COMMIT
 
 from subspec_cli.errors import IntegrityError
 from subspec_cli.store.checkpoint import layer_entries, open_checkpoint

@@ -7,12 +7,11 @@ from dataclasses import replace
 
 import pytest
 from checkpoints import tiny_tensors, write_checkpoint, write_weights
-from test_store_fakes import LAYERS, Quantizer, content, place_of, run
+from test_store_fakes import LAYERS, Quantizer, content, place_of, resolve_model, run
 
 from subspec_cli.errors import UnsupportedModelError
-from subspec_cli.store import prepare
 from subspec_cli.store.checkpoint import layer_entries, open_checkpoint
-from subspec_cli.store.hub import ResolvedModel, resolve_model
+from subspec_cli.store.hub import ResolvedModel
 from subspec_cli.store.manifest import (
     JOURNAL_NAME,
     MANIFEST_NAME,
@@ -21,6 +20,7 @@ from subspec_cli.store.manifest import (
     write_manifest,
 )
 from subspec_cli.store.prepared import check_source, find_prepared, load_layer
+from subspec_cli.store.room import estimate_file_bytes
 from subspec_cli.store.tensors import read_hashed_tensors
 
 FINISHED = [".lock", *(f"layer-{layer:05d}.safetensors" for layer in range(LAYERS)), MANIFEST_NAME]
@@ -89,6 +89,12 @@ def test_only_what_is_damaged_or_missing_is_made_again(model):
     quantizer = Quantizer()
     run(model, quantizer)
     assert quantizer.calls == 1
+    moved = (prepared.directory / "layer-00001.safetensors").rename(model.directory / "moved")
+    (prepared.directory / "layer-00001.safetensors").symlink_to(moved)  # which no load would open
+    quantizer = Quantizer()
+    run(model, quantizer)
+    assert quantizer.calls == 1
+    assert not (prepared.directory / "layer-00001.safetensors").is_symlink()
     path = prepared.directory / "layer-00002.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\xff")
     (prepared.directory / "layer-00000.safetensors").write_bytes(b"short")
@@ -105,10 +111,10 @@ def test_damaged_manifest_is_made_again_and_a_newer_one_is_not_touched(model):
     quantizer = Quantizer()
     run(model, quantizer)
     assert quantizer.calls == LAYERS
-    path.write_text('{"format_version": 2}')
-    with pytest.raises(UnsupportedModelError, match="has format 2"):
+    path.write_text('{"format_version": 3}')
+    with pytest.raises(UnsupportedModelError, match="has format 3"):
         run(model)
-    assert path.read_text() == '{"format_version": 2}'
+    assert path.read_text() == '{"format_version": 3}'
     run(model, force=True)
 
 
@@ -151,5 +157,8 @@ def test_estimate_is_above_quanto_like_sizes(model):
     elements = sum(entry.size_bytes // 2 for entry in layer_entries(checkpoint, 0))
     for bits, group_size in ((2, 128), (4, 128), (8, 0)):
         packed = elements * (bits + (32 / group_size if group_size else 0)) / 8
-        estimate = prepare.estimate_file_bytes(checkpoint, 0, SubstituteSettings(bits, "minmax"), group_size)
+        estimate = estimate_file_bytes(checkpoint, 0, SubstituteSettings(bits, "minmax"), group_size)
         assert packed <= estimate <= 1.1 * packed
+    wide = SubstituteSettings(2, "minmax", (("mlp.up_proj", 8),))
+    more = estimate_file_bytes(checkpoint, 0, wide, 128)
+    assert more - estimate_file_bytes(checkpoint, 0, SubstituteSettings(2, "minmax"), 128) > 64 * 32 * 0.75

@@ -6,18 +6,19 @@ import errno
 import os
 import subprocess
 import sys
+import threading
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from checkpoints import bf16, tiny_tensors, write_checkpoint, write_weights
-from test_store_fakes import LAYERS, Quantizer, content, place_of, run
+from test_store_fakes import LAYERS, Quantizer, content, place_of, resolve_model, run
 
 from subspec_cli.errors import BusyError, ExitCode, IntegrityError, ResourceError
 from subspec_cli.store import prepare
 from subspec_cli.store.checkpoint import open_checkpoint
-from subspec_cli.store.hub import ResolvedModel, resolve_model
+from subspec_cli.store.hub import ResolvedModel
 from subspec_cli.store.lock import directory_lock
 from subspec_cli.store.manifest import (
     JOURNAL_NAME,
@@ -177,16 +178,42 @@ def test_place_that_is_a_file(model):
     assert place.read_text() == "mine"
 
 
-def test_one_preparation_at_a_time(model):
+def test_a_second_preparation_waits_and_finds_it_done(model):
+    """One works, the other says whom it waits for, makes nothing anew and ends well."""
+    notices, seen, quantizer = [], [], Quantizer()
+    at_work, go_on = threading.Event(), threading.Event()
+
+    class Slow(Quantizer):
+        def __call__(self, tensors):
+            at_work.set()
+            assert go_on.wait(20)
+            return super().__call__(tensors)
+
+    first = threading.Thread(target=run, args=(model, Slow()))
+    first.start()
+    assert at_work.wait(20)
+
+    def notify(text):
+        notices.append(text)
+        go_on.set()
+
+    prepared = run(model, quantizer, seen=seen, notify=notify)
+    first.join()
     place = place_of(model)
-    place.mkdir(parents=True)
+    assert notices == [f"waiting: another process (pid {os.getpid()}) is preparing {place}"]
+    assert quantizer.calls == 0
+    assert seen[-1].reused_layers == LAYERS
+    assert prepared == find_prepared(model.model_id)
+
+
+def test_a_lock_that_is_held_is_an_error_for_who_does_not_wait(tmp_path):
     with (
-        directory_lock(place),
+        directory_lock(tmp_path),
         pytest.raises(BusyError, match=rf"another process \(pid {os.getpid()}\)") as caught,
+        directory_lock(tmp_path),
     ):
-        run(model)
+        pass
     assert caught.value.exit_code == ExitCode.BUSY
-    run(model)
 
 
 def test_lock_of_a_dead_process_does_not_block(model):

@@ -143,19 +143,29 @@ def test_damaged_layer_names_file_hashes_and_repair():
         load_layer(prepared, 0)
     for part in (str(path), hashlib.sha256(bad).hexdigest(), prepared.manifest.layers[0].sha256):
         assert part in caught.value.message
-    assert caught.value.hint == "subspec prepare org/tiny --force --bits 4"
+    assert caught.value.hint == "subspec models verify org/tiny --repair"
     path.write_bytes(good + b"x")
     with pytest.raises(IntegrityError, match=rf"has {len(good) + 1} bytes, expected {len(good)}"):
         load_layer(prepared, 0)
     path.unlink()
     with pytest.raises(IntegrityError, match="ENOENT") as caught:
         load_layer(prepared, 0)
-    assert caught.value.hint == "subspec prepare org/tiny --force --bits 4"
+    assert caught.value.hint == "subspec models verify org/tiny --repair"
     os.mkfifo(path)
     with pytest.raises(IntegrityError, match="named pipe"):
         load_layer(prepared, 0)
     with pytest.raises(IntegrityError, match="lists no layer 1"):
         load_layer(prepared, 1)
+
+
+def test_layer_that_is_a_link_out_of_its_directory_is_not_opened(tmp_path):
+    prepared = with_layer({"a": ("U8", (4,), b"abcd")})
+    path = prepared.directory / layer_file_name(0)
+    elsewhere = path.rename(tmp_path / "elsewhere")
+    path.symlink_to(elsewhere)
+    with pytest.raises(IntegrityError, match=r"is a link to .*elsewhere") as caught:
+        load_layer(prepared, 0)
+    assert caught.value.hint == "subspec models verify org/tiny --repair"
 
 
 def test_hashed_file_is_still_parsed_with_suspicion():

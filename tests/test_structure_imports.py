@@ -12,7 +12,7 @@ ROOMS = ("ground", "store", "placement", "modeling", "decoding", "session", "ben
 GROUND = {"__init__", "errors", "units", "metrics", "config", "versions"}
 DOORS = {
     "transformers": ("modeling/families.py", "modeling/rope.py", "session/loading.py"),
-    "optimum": ("modeling/substitute.py",),
+    "optimum": ("modeling/quantize.py",),
     "huggingface_hub": ("store/*",),
     "safetensors": ("store/*",),
     "typer": ("cli/*",),

@@ -1,4 +1,4 @@
-"""The command line: three commands, each loading what it needs only when it runs."""
+"""The command line: four commands, each loading what it needs only when it runs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import typer
 
 from subspec_cli import __version__
 from subspec_cli.cli.bench import bench
+from subspec_cli.cli.models import models
 from subspec_cli.cli.prepare import prepare
 from subspec_cli.cli.run import run
 from subspec_cli.errors import ExitCode
@@ -21,6 +22,7 @@ app = typer.Typer(
 app.command()(prepare)
 app.command()(run)
 app.command()(bench)
+app.add_typer(models)
 
 
 @app.callback(invoke_without_command=True)

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
+import shlex
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from subspec_cli.cli import options as opt
-from subspec_cli.config import resolve_config
+from subspec_cli.config import find_config_file, resolve_config
 from subspec_cli.errors import UsageError
 from subspec_cli.units import GIB, format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from subspec_cli.session import PrepareReport
+    from subspec_cli.store.incoming import DownloadProgress
     from subspec_cli.store.prepare import PrepareProgress
 
 _DEFAULT_BITS = 4
+_HEADERS = ("matrix", "bits", "bits/weight", "SQNR")
 
 
 class Optimizer(StrEnum):
@@ -42,9 +45,15 @@ def prepare(
         ),
     ] = None,
     optimizer: Annotated[
-        Optimizer, typer.Option("--optimizer", help="How scales are found; hqq is slower.")
-    ] = Optimizer.MINMAX,
+        Optimizer | None,
+        typer.Option(
+            "--optimizer",
+            help="How scales are found; hqq is slower.",
+            show_default=opt.DEFAULTS.substitute.optimizer,
+        ),
+    ] = None,
     revision: opt.RevisionOpt = None,
+    config_file: opt.ConfigOpt = None,
     force: Annotated[bool, typer.Option("--force", help="Do it anew, even if it is done.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")] = False,
     _debug: opt.DebugOpt = False,
@@ -52,40 +61,72 @@ def prepare(
     """Write the substitutes of MODEL's layers; needs memory for about one layer, and is done once."""
     if not model.strip():
         raise UsageError("MODEL is empty", "give a hub id, a local directory or demo")
-    chosen = resolve_config({"model": {"bits": bits, "revision": revision}}).model
+    flags = {"bits": bits, "optimizer": optimizer.value if optimizer else None}
+    file = find_config_file(config_file)
+    config = resolve_config({"model": {"revision": revision}, "substitute": flags}, file)
+    chosen = config.substitute
     from subspec_cli.cli.output import Output
     from subspec_cli.cli.output_progress import ProgressLine
 
     output = Output()
-    output.note(f"preparing {model} …")
+    output.note(f"preparing {model} …" if file is None else f"preparing {model} with {file} …")
     with ProgressLine(output, spins=True, plain_interval_s=2.0) as progress:
         progress.update(f"preparing {model}: reading the checkpoint, loading the quantizer")
         from subspec_cli.session import prepare as prepare_model
 
         report = prepare_model(
             model,
-            bits=chosen.bits or _DEFAULT_BITS,
-            optimizer=optimizer.value,
+            bits=chosen.bits or config.model.bits or _DEFAULT_BITS,
+            optimizer=chosen.optimizer,
+            overrides=chosen.overrides,
             revision=revision,
             force=force,
-            progress=lambda state: progress.update(progress_text(state), state.done_bytes, state.total_bytes),
+            progress=lambda state: progress.update(progress_text(state), *progress_share(state)),
+            notify=output.note,
         )
     if as_json:
         output.document(report.as_dict())
         return
-    for line in report_lines(report, model):
+    first, *rest = report_lines(report, model)
+    output.result(first)
+    output.table(_HEADERS, quality_rows(report))
+    for line in rest:
         output.result(line)
 
 
+def progress_share(state: PrepareProgress) -> tuple[int, int]:
+    """How much is done of how much: of the download while there is one, then of the layers."""
+    download = state.download
+    if download is not None and download.done_files < download.total_files:
+        return download.done_bytes, download.total_bytes
+    return state.done_bytes, state.total_bytes
+
+
 def progress_text(state: PrepareProgress) -> str:
-    """Layers, bytes, rate and time left."""
+    """Files or layers, bytes, rate and time left."""
     from subspec_cli.cli.output_progress import time_left
 
+    download = state.download
+    if download is not None and download.done_files < download.total_files:
+        return f"{download_text(download)} · layer {state.done_layers}/{state.total_layers}"
     parts = [f"layer {state.done_layers}/{state.total_layers}"]
     parts.append(f"{format_bytes(state.done_bytes)} of {format_bytes(state.total_bytes)}")
     if state.elapsed_s > 0 and state.done_bytes:
         parts.append(f"{state.done_bytes / state.elapsed_s / 1e6:.0f} MB/s")
     parts.append(time_left(state.done_bytes, state.total_bytes, state.elapsed_s))
+    return " · ".join(part for part in parts if part)
+
+
+def download_text(state: DownloadProgress) -> str:
+    """Files, bytes, rate and time left."""
+    from subspec_cli.cli.output_progress import time_left
+
+    parts = [f"file {state.done_files}/{state.total_files}"]
+    parts.append(f"{format_bytes(state.done_bytes)} of {format_bytes(state.total_bytes)}")
+    if state.elapsed_s > 0 and state.received_bytes:
+        parts.append(f"{state.received_bytes / state.elapsed_s / 1e6:.1f} MB/s")
+        there_bytes = state.done_bytes - state.received_bytes
+        parts.append(time_left(state.received_bytes, state.total_bytes - there_bytes, state.elapsed_s))
     return " · ".join(part for part in parts if part)
 
 
@@ -102,8 +143,24 @@ def report_lines(report: PrepareReport, model: str) -> list[str]:
     return [
         f"{first}: {report.layers} layers, {kept} of weights, {quality}",
         f"in {report.directory}",
-        f'next: subspec run --model {model} --vram-gb {_example_gib(report.source_bytes)} "…"',
+        f'next: subspec run --model {shlex.quote(model)} --vram-gb {_example_gib(report.source_bytes)} "…"',
     ]
+
+
+def quality_rows(report: PrepareReport) -> list[list[str]]:
+    """Each kind of matrix and all together: what a weight takes, and how far it is from the original."""
+    rows = [
+        [item.kind, str(item.bits), f"{item.bits_per_weight:.2f}", _decibels(item.sqnr_db)]
+        for item in report.kinds
+    ]
+    total = ["all", str(report.bits), f"{report.bits_per_weight:.2f}", _decibels(report.sqnr_db)]
+    if any(item.bits != report.bits for item in report.kinds):
+        total[1] = "mixed"
+    return [*rows, total]
+
+
+def _decibels(sqnr_db: float | None) -> str:
+    return "no loss" if sqnr_db is None else f"{sqnr_db:.1f} dB"
 
 
 def _example_gib(source_bytes: int) -> str:

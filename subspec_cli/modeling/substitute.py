@@ -1,4 +1,4 @@
-"""Substitutes: low-bit copies of decoder layers. The one door to quanto.
+"""Substitutes: low-bit copies of decoder layers, loaded and applied; `quantize` makes them.
 
 On disk a matrix is in quanto's generic packing (grouped along the input, two or four values a byte along the
 first dimension of the grouped matrix), not in that of a kernel. In memory it is in the layout of torch's own
@@ -9,18 +9,16 @@ the start and a tenth of a millisecond per linear.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
-from unittest import mock
+from typing import Final, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from subspec_cli.modeling.layers import LayerMath
-from subspec_cli.placement.geometry import LAYER_MATRICES, group_size_for
+from subspec_cli.store.manifest import SubstituteSettings
 
 _INNER_K_TILES: Final = 2
 _PACK_ROWS: Final = 512
@@ -135,17 +133,24 @@ def resident_layer(math_: LayerMath, layer: int, matrices: Mapping[str, Tensor])
 
 
 def load_substitute(
-    math_: LayerMath, layer: int, stored: Mapping[str, Tensor], bits: int, device: torch.device
+    math_: LayerMath,
+    layer: int,
+    stored: Mapping[str, Tensor],
+    settings: SubstituteSettings,
+    device: torch.device,
 ) -> SubstituteLayer:
-    """Draft layer from the stored tensors of `quantize_layer`, in the layout of the kernels."""
+    """Draft layer from the stored tensors of `quantize.quantize_layer`, in the layout of the kernels."""
     shapes = math_.geometry.layer_shapes()
 
     def fused(*names: str) -> tuple[Linear, ...]:
-        parts = [_read_matrix(stored, f"{name}.weight", shapes[f"{name}.weight"]) for name in names]
+        parts = [
+            _read_matrix(stored, f"{name}.weight", shapes[f"{name}.weight"], settings.bits_of(name))
+            for name in names
+        ]
         biases = [math_.bias(layer, name) for name in names]
-        if len({part.group_size for part in parts}) > 1:
-            return tuple(_linear([p], [b], bits, device) for p, b in zip(parts, biases, strict=True))
-        return (_linear(parts, biases, bits, device),)
+        if len({(part.bits, part.group_size) for part in parts}) > 1:
+            return tuple(_linear([p], [b], device) for p, b in zip(parts, biases, strict=True))
+        return (_linear(parts, biases, device),)
 
     return _layer(
         fused("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -171,6 +176,7 @@ class _StoredMatrix:
     data: Tensor
     """Plain `[out, in]`; 8-bit codes `[out, in]` int8; packed codes `[groups / values per byte, group]` uint8."""
     shape: tuple[int, ...]
+    bits: int
     scale: Tensor | None = None
     shift: Tensor | None = None
 
@@ -182,29 +188,28 @@ class _StoredMatrix:
         return math.prod(self.shape) // self.scale.numel()
 
 
-def _read_matrix(stored: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> _StoredMatrix:
+def _read_matrix(stored: Mapping[str, Tensor], name: str, shape: tuple[int, ...], bits: int) -> _StoredMatrix:
     if name in stored:
-        return _StoredMatrix(stored[name], shape)
-    return _StoredMatrix(stored[f"{name}.codes"], shape, stored[f"{name}.scale"], stored.get(f"{name}.shift"))
+        return _StoredMatrix(stored[name], shape, 16)
+    scale, shift = stored[f"{name}.scale"], stored.get(f"{name}.shift")
+    return _StoredMatrix(stored[f"{name}.codes"], shape, bits, scale, shift)
 
 
-def _linear(
-    parts: list[_StoredMatrix], biases: list[Tensor | None], bits: int, device: torch.device
-) -> Linear:
+def _linear(parts: list[_StoredMatrix], biases: list[Tensor | None], device: torch.device) -> Linear:
     given = [bias for bias in biases if bias is not None]
     bias = torch.cat(given) if given else None
     if parts[0].scale is None:
         weight = torch.cat([part.data for part in parts]).to(device)
         return PlainLinear(weight, None if bias is None else bias.to(weight.dtype))
-    if bits == 8:
+    if parts[0].bits == 8:
         scales = torch.cat([part.scale.flatten() for part in parts if part.scale is not None])
         return Int8Linear(torch.cat([part.data for part in parts]).to(device), scales.to(device), bias)
-    codes, pairs = zip(*(_kernel_layout(part, bits) for part in parts), strict=True)
+    codes, pairs = zip(*(_kernel_layout(part) for part in parts), strict=True)
     scales_and_zeros = torch.cat(pairs, dim=1).contiguous().to(device)
     return Int4Linear(_pack(torch.cat(codes).to(device)), scales_and_zeros, parts[0].group_size, bias)
 
 
-def _kernel_layout(part: _StoredMatrix, bits: int) -> tuple[Tensor, Tensor]:
+def _kernel_layout(part: _StoredMatrix) -> tuple[Tensor, Tensor]:
     """Codes `[out, in]` and scales and zeros `[in / group, out, 2]` of one stored matrix.
 
     Stored: weight = code * scale - shift. The kernel: weight = (code - 8) * scale + zero. Two-bit codes are
@@ -212,8 +217,8 @@ def _kernel_layout(part: _StoredMatrix, bits: int) -> tuple[Tensor, Tensor]:
     """
     assert part.scale is not None
     assert part.shift is not None
-    middle = 2 ** (bits - 1)
-    codes = unpack_codes(part.data, bits)[: part.scale.numel()].reshape(part.shape) + (8 - middle)
+    middle = 2 ** (part.bits - 1)
+    codes = unpack_codes(part.data, part.bits)[: part.scale.numel()].reshape(part.shape) + (8 - middle)
     zeros = middle * part.scale.float() - part.shift.float()
     pairs = torch.stack((part.scale.flatten().float(), zeros.flatten()), dim=-1).to(torch.bfloat16)
     return codes, pairs.view(part.shape[0], -1, 2).transpose(0, 1)
@@ -236,78 +241,3 @@ def _pack(codes: Tensor) -> Tensor:
         for rows in codes.split(_PACK_ROWS)
     ]
     return torch.cat(parts)
-
-
-@dataclass(frozen=True, slots=True)
-class QuantizedLayer:
-    """Tensors to store for one layer, and how well they stand for the original."""
-
-    tensors: dict[str, Tensor]
-    signal_power: float
-    """Sum of squares of the original matrices."""
-    noise_power: float
-    """Sum of squares of the differences."""
-
-
-def quantize_layer(tensors: Mapping[str, Tensor], bits: int, optimizer: str) -> QuantizedLayer:
-    """Quantize the matrices of one layer with quanto; norms and biases are left out, the target's serve both.
-
-    `tensors` by name inside the layer; `bits` 2, 4 or 8; `optimizer` `minmax` or `hqq` (no effect at 8 bits,
-    where quanto scales by the largest magnitude).
-    """
-    quantize = _quantizer(bits, optimizer)
-    stored: dict[str, Tensor] = {}
-    signal = noise = 0.0
-    for name in LAYER_MATRICES:
-        weight = tensors[name].to(torch.bfloat16)
-        group_size = group_size_for(tuple(weight.shape))
-        if group_size is None:
-            stored[name] = weight
-            continue
-        parts, restored = quantize(weight, group_size)
-        stored |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
-        signal += float(tensors[name].float().square().sum())
-        noise += float((tensors[name].float() - restored.float()).square().sum())
-    return QuantizedLayer(stored, signal, noise)
-
-
-def _quantizer(bits: int, optimizer: str) -> Callable[[Tensor, int], tuple[dict[str, Tensor], Tensor]]:
-    from optimum.quanto import (
-        AbsmaxOptimizer,
-        HqqOptimizer,
-        MaxOptimizer,
-        qint2,
-        qint4,
-        qint8,
-        quantize_weight,
-    )
-
-    def to_8_bits(weight: Tensor, _group_size: int) -> tuple[dict[str, Tensor], Tensor]:
-        scale = AbsmaxOptimizer()(weight, qint8, axis=0)
-        quantized: Any = quantize_weight(weight, qint8, 0, scale, optimized=False)
-        codes, scale = quantized._data, quantized._scale
-        return {"codes": codes, "scale": scale}, codes.float() * scale.float()
-
-    def to_low_bits(weight: Tensor, group_size: int) -> tuple[dict[str, Tensor], Tensor]:
-        qtype = {2: qint2, 4: qint4}[bits]
-        search = HqqOptimizer() if optimizer == "hqq" else MaxOptimizer()
-        with _unpacking_without_compiler():
-            scale, shift = search(weight, qtype, axis=0, group_size=group_size)
-        quantized: Any = quantize_weight(weight, qtype, 0, scale, shift, group_size, optimized=False)
-        codes, scale, shift = quantized._data._data, quantized._scale, quantized._shift
-        restored = unpack_codes(codes, bits)[: len(scale)].float() * scale.float() - shift.float()
-        return {"codes": codes, "scale": scale, "shift": shift}, restored.view(weight.shape)
-
-    return to_8_bits if bits == 8 else to_low_bits
-
-
-@contextmanager
-def _unpacking_without_compiler() -> Iterator[None]:
-    """Quanto unpacks through a C++ extension that it compiles at first use; not every machine can compile."""
-    from optimum.quanto.tensor.packed import PackedTensor
-
-    def unpack(self: Any) -> Tensor:  # noqa: ANN401 - quanto has no types
-        return unpack_codes(self._data, self._bits)[: self.shape[0]]
-
-    with mock.patch.object(PackedTensor, "unpack", unpack):
-        yield

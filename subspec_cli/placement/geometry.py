@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from subspec_cli.errors import IntegrityError, UnsupportedModelError
+from subspec_cli.store.manifest import SubstituteSettings
 from subspec_cli.store.safetensors_header import TensorEntry
 from subspec_cli.units import printable
 
@@ -156,7 +157,7 @@ def group_size_for(shape: tuple[int, ...]) -> int | None:
     return next((size for size in GROUP_SIZES if shape[1] % size == 0), None)
 
 
-def substitute_layer_bytes(geometry: ModelGeometry, bits: int) -> int:
+def substitute_layer_bytes(geometry: ModelGeometry, settings: SubstituteSettings) -> int:
     """Bytes of one layer's substitute in memory; two-bit codes are held in the four-bit kernel's layout."""
     total = 0
     shapes = geometry.layer_shapes()
@@ -164,7 +165,7 @@ def substitute_layer_bytes(geometry: ModelGeometry, bits: int) -> int:
         elements, group_size = math.prod(shapes[name]), group_size_for(shapes[name])
         if group_size is None:
             total += elements * 2
-        elif bits == 8:
+        elif settings.bits_of(name) == 8:
             total += elements + shapes[name][0] * 2
         else:
             total += elements // 2 + elements // group_size * 4

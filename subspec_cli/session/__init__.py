@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 from subspec_cli.session.opening import open_session
 from subspec_cli.session.preparing import PrepareReport, prepare
+from subspec_cli.session.repairing import repair
 
 if TYPE_CHECKING:
     from subspec_cli.session.session import Chat as Chat
     from subspec_cli.session.session import Session as Session
     from subspec_cli.session.session import TextDelta as TextDelta
 
-__all__ = ["PrepareReport", "open_session", "prepare"]
+__all__ = ["PrepareReport", "open_session", "prepare", "repair"]

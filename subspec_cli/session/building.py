@@ -29,6 +29,7 @@ from subspec_cli.placement.plan import OffloadPlan, PlanRequest, make_plan
 from subspec_cli.session.loading import LoadedModel, Loader
 from subspec_cli.session.session import Session, SessionDescription, SessionParts
 from subspec_cli.session.source import ModelSource
+from subspec_cli.store.checkpoint import check_unchanged
 from subspec_cli.units import format_bytes, gib_to_bytes
 from subspec_cli.versions import library_versions
 
@@ -63,6 +64,8 @@ def build_session(config: Config, source: ModelSource, progress: Callable[[str],
         progress,
     ).load(with_draft=speculate)
     try:
+        # What was read so far came from the files that were opened, or nothing is answered.
+        check_unchanged(source.checkpoint)
         progress("checking that rows keep their bits")
         certificate = _certify(loaded, source.geometry, config, device)
         eos_ids = end_token_ids(source.checkpoint.directory, model_config, tokenizer)
@@ -92,10 +95,10 @@ def _fix_cuda_arithmetic() -> None:
 
 
 def _plan(config: Config, source: ModelSource, device: torch.device) -> OffloadPlan:
-    geometry, bits = source.geometry, source.prepared.manifest.settings.bits
+    geometry, settings = source.geometry, source.prepared.manifest.settings
     directory = source.checkpoint.directory
     tokenizer_bytes = sum(path.stat().st_size for path in directory.glob("tokenizer*") if path.is_file())
-    substitutes = (substitute_layer_bytes(geometry, bits),) * geometry.layers
+    substitutes = (substitute_layer_bytes(geometry, settings),) * geometry.layers
     return make_plan(
         PlanRequest(
             geometry=geometry,
@@ -182,7 +185,16 @@ def _parts(
     seed = secrets.randbits(63) if config.sampling.seed is None else config.sampling.seed
     sampling = replace(config.sampling, seed=seed)
     return SessionParts(
-        tokenizer, eos_ids, loaded.kv, speculative, plain, sampling, meter, loaded.counters, loaded.close
+        tokenizer,
+        eos_ids,
+        loaded.kv,
+        speculative,
+        plain,
+        sampling,
+        meter,
+        loaded.counters,
+        loaded.close,
+        loaded.check_source,
     )
 
 

@@ -22,7 +22,7 @@ from subspec_cli.placement.geometry import LAYER_MATRICES, ModelGeometry
 from subspec_cli.placement.pinned import PinnedStreamer
 from subspec_cli.placement.plan import OffloadPlan
 from subspec_cli.placement.streamer import DTYPES, DiskStreamer, StreamCounters, Streamer, read_resident
-from subspec_cli.store.checkpoint import Checkpoint
+from subspec_cli.store.checkpoint import Checkpoint, check_unchanged
 from subspec_cli.store.direct_io import BlockLayout, layout_block
 from subspec_cli.store.prepared import PreparedModel, load_layer
 from subspec_cli.store.tensors import read_tensors
@@ -39,6 +39,8 @@ class LoadedModel:
     kv: KVCache
     dtype: torch.dtype
     close: Callable[[], None]
+    check_source: Callable[[], None]
+    """Raises IntegrityError if weights that are still read from files changed since they were opened."""
 
     def counters(self) -> StreamCounters:
         """What the stream has done so far; nothing if everything is resident."""
@@ -109,7 +111,16 @@ class Loader:
                 kv=kv,
                 dtype=self._dtype,
                 close=opened.pop_all().close,
+                check_source=self._check_source if self._reads_on() else lambda: None,
             )
+
+    def _reads_on(self) -> bool:
+        """Whether files are read after loading: on a card, everything has been copied by then."""
+        is_all_held = not self._plan.streamed and self._geometry.tied_head
+        return self._device.type == "cpu" and not is_all_held
+
+    def _check_source(self) -> None:
+        check_unchanged(self._checkpoint)
 
     def _read(self, names: list[str]) -> dict[str, Tensor]:
         found = read_tensors([self._checkpoint.tensors[name] for name in names])
@@ -134,12 +145,12 @@ class Loader:
         )
 
     def _substitutes(self, math: LayerMath) -> dict[int, SubstituteLayer]:
-        bits = self._prepared.manifest.settings.bits
+        settings = self._prepared.manifest.settings
         loaded = {}
         for number, layer in enumerate(self._plan.streamed, start=1):
             self._progress(f"loading substitutes {number}/{len(self._plan.streamed)}")
             loaded[layer] = load_substitute(
-                math, layer, load_layer(self._prepared, layer), bits, self._device
+                math, layer, load_layer(self._prepared, layer), settings, self._device
             )
         return loaded
 

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from subspec_cli.placement.geometry import GROUP_SIZES, geometry_from_config, read_geometry
-from subspec_cli.store.checkpoint import open_checkpoint
-from subspec_cli.store.hub import resolve_model
+from subspec_cli.errors import UsageError
+from subspec_cli.placement.geometry import (
+    GROUP_SIZES,
+    LAYER_MATRICES,
+    ModelGeometry,
+    geometry_from_config,
+    read_geometry,
+)
+from subspec_cli.store.hub import open_model
 from subspec_cli.store.manifest import SubstituteSettings
-from subspec_cli.store.prepare import PrepareProgress, prepare_model
+from subspec_cli.store.prepare import PrepareProgress, Quantizer, prepare_model
+from subspec_cli.store.prepared import PreparedModel
+from subspec_cli.store.quality import MatrixQuality, by_kind, matrix_kind, summed
 from subspec_cli.store.source_directory import check_config
 from subspec_cli.versions import library_versions
 
@@ -22,6 +30,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _ASSUMED_DTYPE: Final = "BF16"
+
+
+@dataclass(frozen=True, slots=True)
+class KindReport:
+    """What the substitutes of one kind of matrix are like, over all layers."""
+
+    kind: str
+    bits: int
+    bits_per_weight: float
+    """Scales included."""
+    sqnr_db: float | None
+    """Signal-to-quantization-noise ratio; None if nothing was lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +58,12 @@ class PrepareReport:
     """16-bit bytes of the layers."""
     substitute_bytes: int
     """Bytes on disk."""
+    kinds: tuple[KindReport, ...]
+    """Each kind of matrix, in the order of use."""
     bits_per_weight: float
-    """Scales included."""
+    """Of all matrices, scales included."""
     sqnr_db: float | None
-    """Signal-to-quantization-noise ratio of the layers made now; None if all were there."""
+    """Signal-to-quantization-noise ratio of all matrices; None if nothing was lost."""
     elapsed_s: float
     already_prepared: bool
 
@@ -50,26 +72,8 @@ class PrepareReport:
         return {**dataclasses.asdict(self), "directory": str(self.directory)}
 
 
-class _MeteredQuantizer:
-    """Quantizes layers and sums up how well the substitutes stand for the originals."""
-
-    def __init__(self, settings: SubstituteSettings) -> None:
-        self._settings = settings
-        self._signal = 0.0
-        self._noise = 0.0
-
-    def __call__(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        from subspec_cli.modeling.substitute import quantize_layer
-
-        made = quantize_layer(tensors, self._settings.bits, self._settings.optimizer)
-        self._signal += made.signal_power
-        self._noise += made.noise_power
-        return made.tensors
-
-    @property
-    def sqnr_db(self) -> float | None:
-        """Ratio over everything quantized so far."""
-        return 10 * math.log10(self._signal / self._noise) if self._noise > 0 else None
+def _ignore(_text: str) -> None:
+    """What becomes of messages that nobody asked for."""
 
 
 def prepare(
@@ -77,51 +81,99 @@ def prepare(
     *,
     bits: int,
     optimizer: str,
+    overrides: Iterable[tuple[str, int]] = (),
     revision: str | None,
     force: bool,
     progress: Callable[[PrepareProgress], None],
+    notify: Callable[[str], None] = _ignore,
 ) -> PrepareReport:
-    """Download what is missing and write the substitutes of every layer; what is there is kept."""
+    """Download what is missing and write the substitutes of every layer; what is there is kept.
+
+    `overrides` are other bits by name pattern, as in the settings' [substitute.overrides]; `notify` is told of
+    waits and of attempts that are repeated. Raises what `open_model` and `prepare_model` raise, and UsageError
+    for a pattern that matches nothing.
+    """
     started = time.perf_counter()
-    settings = SubstituteSettings(bits=bits, optimizer=optimizer)
-    resolved = resolve_model(model, revision, accept_config=_accept_config)
-    checkpoint = open_checkpoint(resolved.directory)
-    geometry = read_geometry(checkpoint.config, checkpoint.tensors)
-    quantizer = _MeteredQuantizer(settings)
+    settings = SubstituteSettings(bits, optimizer, _matching(overrides, bits))
     latest: list[PrepareProgress] = []
 
     def watch(state: PrepareProgress) -> None:
         latest[:] = [state]
         progress(state)
 
-    prepared = prepare_model(
-        resolved,
-        checkpoint,
-        settings,
-        quantizer,
-        layer_count=geometry.layers,
-        dtype=geometry.dtype,
-        group_size=0 if bits == 8 else GROUP_SIZES[0],
-        versions={name: version for name, version in library_versions().items() if name in _QUANTIZERS},
-        force=force,
-        progress=watch,
+    with open_model(model, revision, accept_config=_accept_config, notify=notify) as opened:
+        geometry = read_geometry(opened.checkpoint.config, opened.checkpoint.tensors)
+        prepared = prepare_model(
+            opened,
+            settings,
+            _quantizer(settings),
+            layer_count=geometry.layers,
+            dtype=geometry.dtype,
+            group_size=0 if settings.widths == {8} else GROUP_SIZES[0],
+            versions={name: version for name, version in library_versions().items() if name in _QUANTIZERS},
+            force=force,
+            progress=watch,
+            notify=notify,
+        )
+    return _report(
+        prepared,
+        geometry,
+        already_prepared=not latest or latest[0].reused_layers == geometry.layers,
+        elapsed_s=time.perf_counter() - started,
     )
-    substitute_bytes = sum(file.size_bytes for file in prepared.manifest.layers)
-    weights = geometry.layers * geometry.layer_matrix_bytes // geometry.element_bytes
+
+
+def _report(
+    prepared: PreparedModel, geometry: ModelGeometry, *, already_prepared: bool, elapsed_s: float
+) -> PrepareReport:
+    """Told by the manifest alone, so that a rerun which finds everything done reports the same."""
+    manifest = prepared.manifest
+    kinds = by_kind(file.quality for file in manifest.layers)
+    total = summed(kinds.values())
+    bits = {matrix_kind(name): manifest.settings.bits_of(name) for name in LAYER_MATRICES}
     return PrepareReport(
-        model_id=resolved.model_id,
-        commit=resolved.commit,
+        model_id=manifest.model_id,
+        commit=manifest.commit,
         directory=prepared.directory,
         layers=geometry.layers,
-        bits=bits,
-        optimizer=optimizer,
+        bits=manifest.settings.bits,
+        optimizer=manifest.settings.optimizer,
         source_bytes=geometry.layers * geometry.layer_matrix_bytes,
-        substitute_bytes=substitute_bytes,
-        bits_per_weight=8 * substitute_bytes / weights,
-        sqnr_db=quantizer.sqnr_db,
-        elapsed_s=time.perf_counter() - started,
-        already_prepared=not latest or latest[0].reused_layers == geometry.layers,
+        substitute_bytes=sum(file.size_bytes for file in manifest.layers),
+        kinds=tuple(
+            KindReport(kind, bits[kind], item.bits_per_weight, item.sqnr_db) for kind, item in kinds.items()
+        ),
+        bits_per_weight=total.bits_per_weight if total else 0.0,
+        sqnr_db=total.sqnr_db if total else None,
+        elapsed_s=elapsed_s,
+        already_prepared=already_prepared,
     )
+
+
+def _quantizer(settings: SubstituteSettings) -> Quantizer:
+    def quantize(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, MatrixQuality]]:
+        from subspec_cli.modeling.quantize import quantize_layer
+
+        made = quantize_layer(tensors, settings)
+        return made.tensors, made.quality
+
+    return quantize
+
+
+def _matching(overrides: Iterable[tuple[str, int]], bits: int) -> tuple[tuple[str, int], ...]:
+    """The matrices of another width than `bits`, sorted; equal choices make equal settings."""
+    names = sorted(name.removesuffix(".weight") for name in LAYER_MATRICES)
+    chosen: dict[str, int] = {}
+    for pattern, wanted in overrides:
+        found = [name for name in names if fnmatchcase(name, pattern)]
+        if not found:
+            raise UsageError(
+                f"[substitute.overrides] {ascii(pattern)[:80]} matches no matrix of a layer",
+                f"the matrices: {' '.join(names)}",
+            )
+        for name in found:
+            chosen.setdefault(name, wanted)
+    return tuple((name, chosen[name]) for name in names if chosen.get(name, bits) != bits)
 
 
 _QUANTIZERS: Final = ("torch", "optimum-quanto")

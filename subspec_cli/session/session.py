@@ -8,9 +8,9 @@ from types import TracebackType
 
 from subspec_cli.config import SamplingConfig
 from subspec_cli.decoding.choose import make_chooser
-from subspec_cli.decoding.engine import Engine, Request
+from subspec_cli.decoding.engine import Engine, Request, StepOutput
 from subspec_cli.decoding.text import AnswerText
-from subspec_cli.errors import UsageError
+from subspec_cli.errors import IntegrityError, UsageError
 from subspec_cli.metrics import GenerationStats
 from subspec_cli.modeling.families import ModelTokenizer
 from subspec_cli.modeling.kv_cache import KVCache
@@ -70,6 +70,8 @@ class SessionParts:
     meter: MemoryMeter
     counters: Callable[[], StreamCounters]
     close: Callable[[], None]
+    check_source: Callable[[], None]
+    """Raises IntegrityError if weight files in use changed."""
 
 
 class Session:
@@ -126,7 +128,8 @@ class Session:
         """Answer a prompt. The same seed and `request` number give the same tokens, `plain` or not.
 
         Rows of the cache that hold a prefix of the prompt are reused. Raises UsageError for a prompt that
-        leaves no room in the context.
+        leaves no room in the context, IntegrityError when weight files change meanwhile: no token that may come
+        from other weights is given.
         """
         room = self.description.context_tokens - len(prompt_ids)
         if not prompt_ids or room < 1:
@@ -138,8 +141,18 @@ class Session:
         text = AnswerText(parts.tokenizer, eos_ids=parts.eos_ids, stop=stop, max_new_tokens=limit)
         chooser = make_chooser(parts.sampling, self.description.seed, number)
         engine = parts.plain if plain else parts.speculative
-        for step in engine.generate(Request(tuple(prompt_ids), chooser, limit, text)):
+        for step in self._checked(engine.generate(Request(tuple(prompt_ids), chooser, limit, text))):
             yield TextDelta(text.take(), step.token_ids, step.finish_reason, step.stats)
+
+    def _checked(self, steps: Iterator[StepOutput]) -> Iterator[StepOutput]:
+        """The same steps, each once it is certain that the files its weights were read from are the same."""
+        try:
+            for step in steps:
+                self._parts.check_source()
+                yield step
+        except IntegrityError:
+            self._parts.check_source()  # a file that was cut short or replaced is the better reason
+            raise
 
     def reset(self) -> None:
         """Empty the cache, so that the next prompt is prefilled whole."""

@@ -7,11 +7,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from subspec_cli.errors import IntegrityError, UnsupportedModelError, UsageError
 from subspec_cli.store.files import read_error
-from subspec_cli.store.safetensors_header import SafetensorsHeader, TensorEntry, read_header
+from subspec_cli.store.safetensors_header import BegunFile, SafetensorsHeader, TensorEntry, read_header
 from subspec_cli.store.source_directory import (
     INDEX_NAME,
     SINGLE_NAME,
@@ -25,6 +26,7 @@ from subspec_cli.store.source_directory import (
 from subspec_cli.store.tensors import in_read_order
 from subspec_cli.units import printable
 
+_NONE_BEGUN: Mapping[str, BegunFile] = MappingProxyType({})
 _LAYER_NAME = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,5})\.(.+)")
 
 
@@ -58,8 +60,12 @@ class Checkpoint:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def open_checkpoint(directory: Path) -> Checkpoint:
+def open_checkpoint(directory: Path, begun: Mapping[str, BegunFile] = _NONE_BEGUN) -> Checkpoint:
     """Check a model's directory by its small files and headers; no weight is read.
+
+    Args:
+        directory: the model's.
+        begun: weight files that are still on their way, by name; they are not among the result's `files`.
 
     Raises:
         UsageError: no such directory.
@@ -71,13 +77,13 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         raise UsageError(f"no such directory: {printable(str(directory))}")
     directory = directory.resolve()
     config_bytes, config = read_config(directory)
-    names, index = _weight_files(directory)
+    names, index = _weight_files(directory, begun)
     if not has_tokenizer(directory):
         raise UnsupportedModelError(
             f"no tokenizer in {printable(str(directory))}: "
             "expected tokenizer.json, tokenizer.model, or vocab.json with merges.txt"
         )
-    headers = {name: read_header(confine(directory, name)) for name in names}
+    headers = {name: read_header(confine(directory, name), begun.get(name)) for name in names}
     if index is not None:
         _check_index(directory, index, headers)
     digest = hashlib.sha256()
@@ -87,7 +93,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         directory=directory,
         config=config,
         tensors={entry.name: entry for header in headers.values() for entry in header.entries},
-        files=tuple(_source_file(name, header) for name, header in headers.items()),
+        files=tuple(_source_file(name, header) for name, header in headers.items() if name not in begun),
         fingerprint=digest.hexdigest()[:40],
     )
 
@@ -116,6 +122,19 @@ def check_unchanged(checkpoint: Checkpoint) -> None:
             )
 
 
+def check_headers(checkpoint: Checkpoint) -> None:
+    """See that the files, all there by now, begin with the headers that the checkpoint was opened by.
+
+    Raises:
+        IntegrityError: they do not.
+    """
+    if open_checkpoint(checkpoint.directory).fingerprint != checkpoint.fingerprint:
+        raise IntegrityError(
+            f"the headers in {printable(str(checkpoint.directory))} changed during the download",
+            "run the command again",
+        )
+
+
 def layer_entries(checkpoint: Checkpoint, layer: int) -> tuple[TensorEntry, ...]:
     """The tensors of one decoder layer, `in_read_order`.
 
@@ -140,8 +159,10 @@ def layer_count_in_tensors(checkpoint: Checkpoint) -> int:
     return max((int(match.group(1)) + 1 for match in matches if match), default=0)
 
 
-def _weight_files(directory: Path) -> tuple[tuple[str, ...], WeightIndex | None]:
-    if confine(directory, SINGLE_NAME).exists():
+def _weight_files(
+    directory: Path, begun: Mapping[str, BegunFile]
+) -> tuple[tuple[str, ...], WeightIndex | None]:
+    if SINGLE_NAME in begun or confine(directory, SINGLE_NAME).exists():
         return (SINGLE_NAME,), None
     index = read_index(directory)
     if index is None:
@@ -153,7 +174,7 @@ def _weight_files(directory: Path) -> tuple[tuple[str, ...], WeightIndex | None]
                 f"fetch {INDEX_NAME} too",
             )
         raise no_weights_error(names, printable(str(directory)))
-    missing = [name for name in index.file_names if not confine(directory, name).exists()]
+    missing = [n for n in index.file_names if n not in begun and not confine(directory, n).exists()]
     if missing:
         raise IntegrityError(
             f"{printable(str(directory))} lacks {len(missing)} of the {len(index.file_names)} files "

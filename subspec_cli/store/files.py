@@ -78,7 +78,7 @@ def atomic_write(path: Path, data: bytes) -> None:
         finally:
             os.close(handle)
         os.replace(temp, path)
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):  # the first failure is the one to tell
             temp.unlink(missing_ok=True)
@@ -87,7 +87,7 @@ def atomic_write(path: Path, data: bytes) -> None:
         raise
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
     """Make renames in `directory` survive a power cut, where the system can."""
     if sys.platform == "win32":
         return
@@ -143,6 +143,11 @@ def sha256_file(path: Path) -> str:
             raise read_error(error, path) from error
 
 
+def has_size(path: Path, size_bytes: int) -> bool:
+    """Whether a regular file of that size is there."""
+    return path.is_file() and path.stat().st_size == size_bytes
+
+
 def sweep_stale_temps(directory: Path) -> None:
     """Remove `atomic_write`'s temporary files of processes that are gone; call it while holding the lock.
 
@@ -152,6 +157,11 @@ def sweep_stale_temps(directory: Path) -> None:
         match = _TEMP_NAME.fullmatch(path.name)
         if match and not _is_alive(int(match.group(1))):
             path.unlink(missing_ok=True)
+
+
+def is_temp_name(name: str) -> bool:
+    """Whether a file has the name of `atomic_write`'s temporary ones."""
+    return _TEMP_NAME.fullmatch(name) is not None
 
 
 def check_free_space(directory: Path, need_bytes: int, what: str) -> None:
@@ -169,11 +179,19 @@ def check_free_space(directory: Path, need_bytes: int, what: str) -> None:
         )
 
 
+def on_one_disk(one: Path, other: Path) -> bool:
+    """Whether two places, which need not exist yet, share their free space."""
+    return _existing(one).stat().st_dev == _existing(other).stat().st_dev
+
+
 def _free_bytes(path: Path) -> int:
-    existing = path
-    while not os.path.exists(existing) and existing != existing.parent:  # Path.exists raises on EACCES
-        existing = existing.parent
-    return shutil.disk_usage(existing).free
+    return shutil.disk_usage(_existing(path)).free
+
+
+def _existing(path: Path) -> Path:
+    while not os.path.exists(path) and path != path.parent:  # Path.exists raises on EACCES
+        path = path.parent
+    return path
 
 
 def _write_all(handle: int, data: bytes) -> None:

@@ -2,50 +2,33 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from subspec_cli.errors import IntegrityError, NetworkError, UnsupportedModelError
-from subspec_cli.store.checkpoint import open_checkpoint
-from subspec_cli.store.files import check_free_space
+from subspec_cli.errors import IntegrityError
+from subspec_cli.store.checkpoint import Checkpoint, open_checkpoint
+from subspec_cli.store.download import Download, DownloadContext
+from subspec_cli.store.hub_cache import cached_snapshot, repo_cache
 from subspec_cli.store.hub_errors import explain_hub_error
-from subspec_cli.store.model_name import (
-    check_revision,
-    name_of_id,
-    parse_model_name,
-    prepare_command,
-)
+from subspec_cli.store.incoming import Incoming, begin_all, fetch_all
+from subspec_cli.store.listing import Listing, find_listing
+from subspec_cli.store.lock import directory_lock
+from subspec_cli.store.model_name import check_revision, name_of_id, parse_model_name, prepare_command
+from subspec_cli.store.patience import PATIENCE, Patience
 from subspec_cli.store.source_directory import (
     CONFIG_NAME,
-    INDEX_NAME,
-    SINGLE_NAME,
     check_config,
     first_missing_file,
-    no_weights_error,
     read_config,
-    read_index,
 )
+from subspec_cli.store.workers import Messages
 from subspec_cli.units import printable
 
 ConfigCheck = Callable[[Mapping[str, Any]], None]
 """Raises UnsupportedModelError for a config.json that no family runs."""
-
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-_TIMEOUT_S = 20.0
-_SMALL_FILES = (
-    CONFIG_NAME,
-    "generation_config.json",
-    "tokenizer*.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,37 +43,82 @@ class ResolvedModel:
     """Whether it is a directory of the user or the demo, not the hub's."""
 
 
-def resolve_model(
-    model: str, revision: str | None = None, *, accept_config: ConfigCheck = check_config
-) -> ResolvedModel:
-    """Find a model, downloading what the cache lacks; all files are of one commit.
+@dataclass(frozen=True, slots=True)
+class OpenedModel:
+    """A model whose headers are known; its weights are on this machine, or on their way."""
+
+    resolved: ResolvedModel
+    checkpoint: Checkpoint
+    incoming: Incoming
+
+
+@contextmanager
+def open_model(
+    model: str,
+    revision: str | None = None,
+    *,
+    accept_config: ConfigCheck = check_config,
+    notify: Callable[[str], None],
+    patience: Patience = PATIENCE,
+) -> Iterator[OpenedModel]:
+    """Find a model and open it; of what the cache lacks, only small files and headers are fetched.
+
+    All files are of one commit. The weights come once `incoming` is started, until the context ends.
 
     Args:
         model: `demo`, a directory, or a hub id.
         revision: branch, tag or commit on the hub; None means its main branch.
         accept_config: called with config.json before any weight is fetched.
+        notify: told of waits and repeated attempts.
+        patience: bounds of the attempts.
 
     Raises:
         UsageError: no such directory or revision, or no model name.
         UnsupportedModelError: no safetensors, or refused by its config.
         AccessError, NetworkError: the hub refuses or cannot be reached.
-        ResourceError: the disk is too small for the download.
+        ResourceError: the cache cannot be written.
         IntegrityError: a damaged file.
     """
     name = parse_model_name(model)
     check_revision(name, revision)
+    messages = Messages(notify)
     if name.directory is not None:
         checkpoint = open_checkpoint(name.directory)
         accept_config(checkpoint.config)
-        return ResolvedModel(name.model_id, checkpoint.directory, checkpoint.fingerprint, is_local=True)
-    directory = _cached_snapshot(name.model_id, revision) if _COMMIT.fullmatch(revision or "") else None
-    if directory is None or first_missing_file(directory) is not None:
-        try:
-            directory = _download(name.model_id, revision, accept_config)
-        except Exception as error:
-            directory = _cached_instead(error, name.model_id, revision)
-    accept_config(read_config(directory)[1])
-    return ResolvedModel(name.model_id, directory, directory.name, is_local=False)
+        resolved = ResolvedModel(name.model_id, checkpoint.directory, checkpoint.fingerprint, is_local=True)
+        yield OpenedModel(resolved, checkpoint, Incoming(resolved.directory, (), messages))
+        return
+    listing = find_listing(name.model_id, revision, patience, notify)
+    cache = repo_cache(name.model_id)
+    resolved = ResolvedModel(name.model_id, cache.snapshot(listing.commit), listing.commit, is_local=False)
+    with ExitStack() as stack:
+        if not listing.is_complete(resolved.directory):
+            cache.make()
+            stack.enter_context(directory_lock(cache.lock_directory, on_wait=notify))
+        context = DownloadContext(name.model_id, listing.commit, cache, patience, messages)
+        downloads = _begin(context, listing, accept_config)
+        incoming = Incoming(cache.directory, downloads, messages)
+        stack.callback(incoming.close)
+        begun = {download.name: download.begun for download in downloads if not download.is_done}
+        yield OpenedModel(resolved, open_checkpoint(resolved.directory, begun), incoming)
+        incoming.close()
+        if incoming.is_complete:
+            cache.remember(revision or "main", listing.commit)
+            if downloads:
+                cache.sweep()
+
+
+def _begin(context: DownloadContext, listing: Listing, accept_config: ConfigCheck) -> list[Download]:
+    """Fetch the small files that are missing, and begin the weights; what can refuse the model comes first."""
+    snapshot = context.cache.snapshot(context.commit)
+
+    def missing(names: Iterable[str]) -> list[str]:
+        return [name for name in names if not listing.is_there(snapshot, name)]
+
+    fetch_all(context, missing([CONFIG_NAME]))
+    accept_config(read_config(snapshot)[1])
+    fetch_all(context, missing(listing.small_files))
+    return begin_all(context, missing(listing.weights(snapshot)))
 
 
 def find_local(model_id: str, revision: str | None = None) -> Path:
@@ -107,7 +135,7 @@ def find_local(model_id: str, revision: str | None = None) -> Path:
     name = name_of_id(model_id)
     if name.directory is not None:
         return name.directory
-    directory = _cached_snapshot(name.model_id, revision)
+    directory = cached_snapshot(name.model_id, revision)
     if directory is None:
         lack = "is not in the cache"
     elif missing := first_missing_file(directory):
@@ -120,29 +148,6 @@ def find_local(model_id: str, revision: str | None = None) -> Path:
     )
 
 
-def _download(model_id: str, revision: str | None, accept_config: ConfigCheck) -> Path:
-    """Complete the snapshot in the cache; what can refuse the model comes before its weights."""
-    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-
-    info = HfApi().model_info(model_id, revision=revision, timeout=_TIMEOUT_S, files_metadata=True)
-    sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
-    if SINGLE_NAME not in sizes and INDEX_NAME not in sizes:
-        raise no_weights_error(list(sizes), model_id)
-    if CONFIG_NAME not in sizes:
-        raise UnsupportedModelError(f"{model_id} has no {CONFIG_NAME}: it holds no model")
-    snapshot = Path(hf_hub_download(model_id, CONFIG_NAME, revision=info.sha)).parent
-    accept_config(read_config(snapshot)[1])
-    weights = [SINGLE_NAME]
-    if SINGLE_NAME not in sizes:
-        hf_hub_download(model_id, INDEX_NAME, revision=info.sha)
-        index = read_index(snapshot)
-        weights = [INDEX_NAME, *(index.file_names if index else ())]
-    missing_bytes = sum(sizes.get(name, 0) for name in weights if not (snapshot / name).exists())
-    check_free_space(snapshot, missing_bytes, f"downloading {model_id}")
-    # By the name of the revision, not the commit, so that the cache remembers it for offline use.
-    return Path(snapshot_download(model_id, revision=revision, allow_patterns=[*_SMALL_FILES, *weights]))
-
-
 def download_dataset_file(dataset: str, file_name: str) -> Path:
     """One file of a dataset on the hub, from the cache if it is there; errors as in `resolve_model`."""
     from huggingface_hub import hf_hub_download
@@ -151,25 +156,3 @@ def download_dataset_file(dataset: str, file_name: str) -> Path:
         return Path(hf_hub_download(dataset, file_name, repo_type="dataset"))
     except Exception as error:
         raise explain_hub_error(error, dataset, None) or error from error
-
-
-def _cached_snapshot(model_id: str, revision: str | None) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(model_id, CONFIG_NAME, revision=revision)
-    return Path(found).parent if isinstance(found, str) else None
-
-
-def _cached_instead(error: Exception, model_id: str, revision: str | None) -> Path:
-    """A complete snapshot where the hub cannot be reached; anything else that failed is raised, explained."""
-    failure = explain_hub_error(error, model_id, revision)
-    if failure is None:
-        raise error
-    if not isinstance(failure, NetworkError):  # a refusal is not worked around
-        raise failure from error
-    directory = _cached_snapshot(model_id, revision)
-    missing = CONFIG_NAME if directory is None else first_missing_file(directory)
-    if directory is None or missing is not None:
-        lacks = f"{failure.message}; the cache lacks {printable(str(missing))}"
-        raise NetworkError(lacks, failure.hint) from error
-    return directory

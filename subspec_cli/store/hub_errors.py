@@ -17,6 +17,7 @@ from subspec_cli.store.files import write_error
 from subspec_cli.units import printable
 
 _TRANSFER_LIBRARIES = ("httpx", "httpx2", "hf_xet")
+_PASSING_FAULTS = {"TimeoutException", "NetworkError", "RemoteProtocolError", "ProxyError"}
 
 
 def explain_hub_error(error: Exception, model_id: str, revision: str | None) -> SubspecError | None:
@@ -45,14 +46,32 @@ def explain_hub_error(error: Exception, model_id: str, revision: str | None) -> 
     if isinstance(error, errors.HFValidationError):
         return UsageError(f"{model_id} is not the name of a model on the hub")
     if isinstance(error, (errors.FileMetadataError, errors.LocalEntryNotFoundError)):
-        return _not_a_hub()
-    if type(error).__module__.split(".")[0] in _TRANSFER_LIBRARIES or isinstance(error, ConnectionError):
+        return not_a_hub()
+    if _is_of_transfer_library(error) or isinstance(error, ConnectionError):
         return _unreachable(error)
     if isinstance(error, json.JSONDecodeError):
-        return _not_a_hub()
+        return not_a_hub()
     if isinstance(error, OSError):
         return _explain_os_error(error)
     return None
+
+
+def is_transfer_error(error: Exception) -> bool:
+    """Whether a connection failed in a way that may pass: refused, dropped, silent, cut short."""
+    if isinstance(error, ConnectionError):
+        return True
+    names = {base.__name__ for base in type(error).__mro__}
+    return _is_of_transfer_library(error) and bool(names & _PASSING_FAULTS)
+
+
+def status_of(error: Exception) -> int | None:
+    """The status of the hub's answer that an exception is about; None for any other exception."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status if isinstance(status, int) else None
+
+
+def _is_of_transfer_library(error: Exception) -> bool:
+    return type(error).__module__.split(".")[0] in _TRANSFER_LIBRARIES
 
 
 def _explain_answer(error: Exception, model_id: str) -> SubspecError:
@@ -93,7 +112,8 @@ def _unreachable(error: Exception) -> NetworkError:
     )
 
 
-def _not_a_hub() -> NetworkError:
+def not_a_hub() -> NetworkError:
+    """The error for an answer that no hub would give."""
     return NetworkError(
         f"{_endpoint()} does not answer like a Hugging Face hub",
         "check HF_ENDPOINT, and whether a proxy or a login page stands in between",

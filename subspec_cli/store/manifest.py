@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from subspec_cli.errors import IntegrityError, UnsupportedModelError
 from subspec_cli.store.files import atomic_write, read_small_file
 from subspec_cli.store.json_object import parse_json_object
+from subspec_cli.store.model_name import prepare_command
+from subspec_cli.store.quality import MATRIX_KINDS, MatrixQuality, matrix_kind
 from subspec_cli.units import printable
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 JOURNAL_NAME = "manifest.partial.json"
 """The same, of a preparation that has not ended: only the layers that are done."""
@@ -37,8 +40,17 @@ _MANIFEST_FIELDS = {
     "tool_version": str,
     "library_versions": dict,
 }
-_SETTINGS_FIELDS = {"bits": int, "optimizer": str}
-_LAYER_FIELDS = {"name": str, "layer": int, "size_bytes": int, "sha256": str, "source_sha256": str}
+_SETTINGS_FIELDS = {"bits": int, "optimizer": str, "overrides": list}
+_LAYER_FIELDS = {
+    "name": str,
+    "layer": int,
+    "size_bytes": int,
+    "sha256": str,
+    "source_sha256": str,
+    "quality": dict,
+}
+_QUALITY_FIELDS = {"weights": int, "stored_bytes": int, "signal": float, "noise": float}
+_WIDTHS = (2, 4, 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +59,23 @@ class SubstituteSettings:
 
     bits: int
     optimizer: str
+    overrides: tuple[tuple[str, int], ...] = ()
+    """Matrices of another width: name inside the layer, without `.weight`, and its bits; sorted by name."""
 
     @property
     def label(self) -> str:
-        """Short name, also in the directory's: qint4-minmax."""
-        return f"qint{self.bits}-{self.optimizer}"
+        """Short name, also in the directory's: qint4-minmax, qint4-minmax-down8."""
+        special = "".join(f"-{matrix_kind(name)}{bits}" for name, bits in self.overrides)
+        return f"qint{self.bits}-{self.optimizer}{special}"
+
+    @property
+    def widths(self) -> frozenset[int]:
+        """Every number of bits that may be in use."""
+        return frozenset((self.bits, *(bits for _, bits in self.overrides)))
+
+    def bits_of(self, name: str) -> int:
+        """Bits of one matrix, by its name inside the layer."""
+        return dict(self.overrides).get(name.removesuffix(".weight"), self.bits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +88,8 @@ class LayerFile:
     sha256: str
     source_sha256: str
     """Of the layer's 16-bit bytes, in reading order."""
+    quality: Mapping[str, MatrixQuality] = field(default_factory=dict)
+    """What quantizing lost, by the kind of matrix."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +141,7 @@ def read_manifest(path: Path) -> Manifest:
     """Read a manifest or a journal.
 
     Raises:
-        UnsupportedModelError: written by a newer version.
+        UnsupportedModelError: written by a newer version, or by one from before the present format.
         IntegrityError: missing, damaged, or with names that are not its own.
         ResourceError: unreadable.
     """
@@ -126,6 +152,11 @@ def read_manifest(path: Path) -> Manifest:
         raise UnsupportedModelError(
             f"{shown} has format {version}, this version of subspec reads format {FORMAT_VERSION}",
             "update subspec, or prepare the model again with --force",
+        )
+    if type(version) is int and 1 <= version < FORMAT_VERSION:
+        raise UnsupportedModelError(
+            f"{shown} has the old format {version}, this version of subspec reads format {FORMAT_VERSION}",
+            f"prepare the model again: {_command_for(found)}",
         )
     if version != FORMAT_VERSION:
         raise _damaged(shown, f"has the format version {ascii(version)[:40]}, expected {FORMAT_VERSION}")
@@ -139,14 +170,56 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def _read_settings(found: object, shown: str) -> SubstituteSettings:
-    settings = SubstituteSettings(**_checked(found, _SETTINGS_FIELDS, f"{shown}: settings"))
-    if not 1 <= settings.bits <= 16 or not _WORD.fullmatch(settings.optimizer):
+    fields = _checked(found, _SETTINGS_FIELDS, f"{shown}: settings")
+    overrides = tuple(tuple(pair) if isinstance(pair, list) else pair for pair in fields["overrides"])
+    settings = SubstituteSettings(**{**fields, "overrides": overrides})
+    if (
+        settings.bits not in _WIDTHS
+        or not _WORD.fullmatch(settings.optimizer)
+        or not all(_is_override(pair) for pair in overrides)
+        or [name for name, _ in overrides] != sorted({name for name, _ in overrides})
+    ):
         raise _damaged(shown, f"has settings that cannot be: {ascii(found)[:100]}")
     return settings
 
 
+def _is_override(pair: object) -> bool:
+    if not isinstance(pair, tuple) or [type(item) for item in pair] != [str, int]:
+        return False
+    return bool(_WORD.fullmatch(pair[0])) and matrix_kind(pair[0]) in MATRIX_KINDS and pair[1] in _WIDTHS
+
+
+def _read_quality(found: Mapping[str, object], shown: str) -> dict[str, MatrixQuality]:
+    if unknown := sorted(found.keys() - set(MATRIX_KINDS)):
+        raise _damaged(shown, f"has the quality of unknown matrices: {ascii(', '.join(unknown))[:100]}")
+    quality = {
+        kind: MatrixQuality(**_checked(item, _QUALITY_FIELDS, f"{shown}: quality"))
+        for kind, item in found.items()
+    }
+    for kind, item in quality.items():
+        powers = (item.signal, item.noise)
+        if item.weights <= 0 or item.stored_bytes <= 0 or not all(0 <= p < math.inf for p in powers):
+            raise _damaged(shown, f"has a quality that cannot be, of {kind}")
+    return quality
+
+
+def _command_for(found: Mapping[str, Any]) -> str:
+    """The command that makes anew what an older manifest describes, as far as it can be read."""
+    model_id, settings = found.get("model_id"), found.get("settings")
+    if not isinstance(model_id, str) or not isinstance(settings, dict):
+        return "subspec prepare MODEL --force"
+    optimizer = settings.get("optimizer")
+    return prepare_command(
+        model_id,
+        bits=settings["bits"] if settings.get("bits") in _WIDTHS else None,
+        optimizer="hqq" if optimizer == "hqq" else None,
+        force=True,
+    )
+
+
 def _read_layer(found: object, shown: str) -> LayerFile:
-    file = LayerFile(**_checked(found, _LAYER_FIELDS, f"{shown}: layers"))
+    fields = _checked(found, _LAYER_FIELDS, f"{shown}: layers")
+    file = LayerFile(**{**fields, "quality": _read_quality(fields["quality"], shown)})
     # The only name ever opened is the one made from the number, so a manifest cannot lead elsewhere.
     if file.layer < 0 or file.name != layer_file_name(file.layer):
         raise _damaged(shown, f"names {ascii(file.name)[:100]} as the file of layer {file.layer}")

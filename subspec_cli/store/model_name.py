@@ -82,7 +82,12 @@ def check_revision(name: ModelName, revision: str | None) -> None:
 
 
 def prepare_command(
-    model_id: str, *, revision: str | None = None, bits: int | None = None, force: bool = False
+    model_id: str,
+    *,
+    revision: str | None = None,
+    bits: int | None = None,
+    optimizer: str | None = None,
+    force: bool = False,
 ) -> str:
     """The command line that prepares a model, quoted for a shell."""
     words = ["subspec", "prepare", shlex.quote(printable(model_id))]
@@ -92,7 +97,15 @@ def prepare_command(
         words += ["--revision", revision]
     if bits is not None:
         words += ["--bits", str(bits)]
+    if optimizer is not None:
+        words += ["--optimizer", optimizer]
     return " ".join(words)
+
+
+def repair_command(model_id: str | None) -> str:
+    """The command line that makes damaged files of a prepared model, or of all, anew, quoted for a shell."""
+    words = [] if model_id is None else [shlex.quote(printable(model_id))]
+    return " ".join(["subspec models verify", *words, "--repair"])
 
 
 def _is_hub_id(model: str) -> bool:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -19,6 +18,7 @@ from subspec_cli import __version__
 from subspec_cli.errors import IntegrityError
 from subspec_cli.store.checkpoint import (
     Checkpoint,
+    check_headers,
     check_unchanged,
     layer_count_in_tensors,
     layer_entries,
@@ -26,12 +26,12 @@ from subspec_cli.store.checkpoint import (
 )
 from subspec_cli.store.files import (
     atomic_write,
-    check_free_space,
     sweep_stale_temps,
     write_error,
 )
 from subspec_cli.store.home import make_home_directory
-from subspec_cli.store.hub import ResolvedModel
+from subspec_cli.store.hub import OpenedModel
+from subspec_cli.store.incoming import DownloadProgress, Incoming
 from subspec_cli.store.lock import directory_lock
 from subspec_cli.store.manifest import (
     JOURNAL_NAME,
@@ -43,17 +43,19 @@ from subspec_cli.store.manifest import (
     write_manifest,
 )
 from subspec_cli.store.prepared import PreparedModel, prepared_directory
+from subspec_cli.store.quality import MatrixQuality
 from subspec_cli.store.reuse import finished_manifest, reusable_layers
+from subspec_cli.store.room import check_room
 from subspec_cli.store.tensors import read_hashed_tensors
 from subspec_cli.units import printable
 
 if TYPE_CHECKING:
     import torch
 
-Quantizer: TypeAlias = "Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]"
-"""One layer's 16-bit tensors, keyed by the name inside the layer, to the tensors to write."""
-
-_SLACK_BYTES = 16 << 20  # manifest, journal, file system
+Quantizer: TypeAlias = (
+    "Callable[[dict[str, torch.Tensor]], tuple[dict[str, torch.Tensor], dict[str, MatrixQuality]]]"
+)
+"""One layer's 16-bit tensors, keyed by the name inside the layer, to the tensors to write and their quality."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +69,13 @@ class PrepareProgress:
     done_bytes: int
     total_bytes: int
     elapsed_s: float
+    """Spent on making layers, without waiting for their weights."""
+    download: DownloadProgress | None = None
+    """Of the weights, where they were not all there."""
 
 
 def prepare_model(
-    resolved: ResolvedModel,
-    checkpoint: Checkpoint,
+    model: OpenedModel,
     settings: SubstituteSettings,
     quantizer: Quantizer,
     *,
@@ -81,17 +85,21 @@ def prepare_model(
     versions: Mapping[str, str],
     force: bool,
     progress: Callable[[PrepareProgress], None],
+    notify: Callable[[str], None],
 ) -> PreparedModel:
     """Write the substitutes of every layer, reusing finished ones; `force` makes all of them anew.
 
-    While it runs, and if it is killed, an earlier complete set in the same place stays usable.
+    Weights that are missing are downloaded meanwhile: a layer is made as soon as its files are there, verified.
+    While it runs, and if it is killed, an earlier complete set in the same place stays usable. Another process
+    that prepares the same is waited for, which `notify` is told.
 
     Raises:
         IntegrityError: a damaged source, weights that are not finite, or a source that changed meanwhile.
         ResourceError: the disk is too small or cannot be written.
-        BusyError: another process is preparing the same.
+        NetworkError, AccessError: a download failed.
         UnsupportedModelError: the place holds a newer version's work (unless `force`).
     """
+    resolved, checkpoint = model.resolved, model.checkpoint
     goal = Manifest(
         model_id=resolved.model_id,
         source_directory=str(resolved.directory),
@@ -106,24 +114,18 @@ def prepare_model(
         library_versions=dict(versions),
     )
     directory = prepared_directory(resolved.model_id, resolved.commit, settings)
-    work = _Work(goal, checkpoint, directory, _layer_bytes(checkpoint, layer_count), progress)
+    layer_bytes = _layer_bytes(checkpoint, layer_count)
+    work = _Work(goal, checkpoint, model.incoming, directory, layer_bytes, progress)
     if not force and (finished := work.already_prepared()):
         return finished
     if not directory.exists():  # a refusal leaves nothing behind
         work.check_space()
     make_home_directory(directory)
-    with directory_lock(directory):
+    with directory_lock(directory, on_wait=notify) as has_waited:
+        if has_waited and not force and (finished := work.already_prepared()):
+            return finished
         sweep_stale_temps(directory)
         return work.run(quantizer, force=force)
-
-
-def estimate_file_bytes(
-    checkpoint: Checkpoint, layer: int, settings: SubstituteSettings, group_size: int
-) -> int:
-    """Upper estimate of one substitute file: codes, a 16-bit scale and shift per group, 5 % for the rest."""
-    elements = sum(math.prod(entry.shape) for entry in layer_entries(checkpoint, layer))
-    bits_per_element = settings.bits + (32 / group_size if group_size else 0)
-    return int(elements * bits_per_element / 8 * 1.05)
 
 
 @dataclass
@@ -132,15 +134,18 @@ class _Work:
 
     goal: Manifest
     checkpoint: Checkpoint
+    incoming: Incoming
     directory: Path
     layer_bytes: list[int]
     progress: Callable[[PrepareProgress], None]
-    started_s: float = field(default_factory=time.monotonic)
+    making_s: float = 0.0
     done: dict[int, LayerFile] = field(default_factory=dict)
     reused_layers: int = 0
 
     def already_prepared(self) -> PreparedModel | None:
-        """The complete earlier result, whose recency is renewed."""
+        """The complete earlier result, whose recency is renewed; None while weights are missing."""
+        if not self.incoming.is_complete:
+            return None
         found = finished_manifest(self.directory, self.goal, len(self.layer_bytes))
         if found is None:
             return None
@@ -158,11 +163,26 @@ class _Work:
         self.check_space()
         if force:  # an empty journal: from here on the earlier set is no longer taken for finished
             write_manifest(self.directory / JOURNAL_NAME, self.goal)
-        for layer in range(len(self.layer_bytes)):
-            if layer not in self.done:
-                self.make_layer(layer, quantizer)
+        self.incoming.start()
+        waiting = [layer for layer in range(len(self.layer_bytes)) if layer not in self.done]
+        while waiting or not self.incoming.is_complete:
+            ready = next((layer for layer in waiting if self.has_arrived(layer)), None)
+            if ready is None:
+                self.incoming.wait()
+                self._tell_progress()
+            else:
+                self.make_layer(ready, quantizer)
+                waiting.remove(ready)
         check_unchanged(self.checkpoint)
+        if self.incoming.progress():
+            check_headers(self.checkpoint)
         return self.finish()
+
+    def has_arrived(self, layer: int) -> bool:
+        """Whether all weights of a layer are on this machine."""
+        root = self.checkpoint.directory
+        entries = layer_entries(self.checkpoint, layer)
+        return self.incoming.has({entry.path.relative_to(root).as_posix() for entry in entries})
 
     def reuse(self, file: LayerFile) -> None:
         """Count a layer as done by an earlier run."""
@@ -171,35 +191,27 @@ class _Work:
         self._tell_progress()
 
     def check_space(self) -> None:
-        """Refuse when the disk cannot take the layers still to be made; files they replace count as free."""
+        """Refuse when there is no room for the layers still to be made and the weights still to come."""
         left = [layer for layer in range(len(self.layer_bytes)) if layer not in self.done]
-        if not left:
-            return
-        estimates = [
-            estimate_file_bytes(self.checkpoint, layer, self.goal.settings, self.goal.group_size)
-            for layer in left
-        ]
-        paths = [self.directory / layer_file_name(layer) for layer in left]
-        replaced_bytes = sum(path.stat().st_size for path in paths if path.is_file())
-        # Old and new file of one layer stand side by side for a moment.
-        need_bytes = max(sum(estimates) - replaced_bytes, max(estimates)) + _SLACK_BYTES
-        check_free_space(self.directory, need_bytes, f"preparing {printable(self.goal.model_id)}")
+        check_room(self.goal, self.checkpoint, self.incoming, self.directory, left)
 
     def make_layer(self, layer: int, quantizer: Quantizer) -> None:
         """Read, quantize and write one layer, then record it."""
         from safetensors.torch import save
 
+        started_s = time.monotonic()
         tensors, source_sha256 = read_hashed_tensors(layer_entries(self.checkpoint, layer))
         _check_finite(tensors)
         prefix = layer_prefix(layer)
-        packed = quantizer({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
+        packed, quality = quantizer({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
         del tensors  # before the file's bytes take memory in turn
         data = save({name: packed[name].contiguous() for name in sorted(packed)})
         name = layer_file_name(layer)
         atomic_write(self.directory / name, data)
         sha256 = hashlib.sha256(data).hexdigest()
-        self.done[layer] = LayerFile(name, layer, len(data), sha256, source_sha256)
+        self.done[layer] = LayerFile(name, layer, len(data), sha256, source_sha256, quality)
         write_manifest(self.directory / JOURNAL_NAME, self._manifest())
+        self.making_s += time.monotonic() - started_s
         self._tell_progress()
 
     def finish(self) -> PreparedModel:
@@ -224,7 +236,8 @@ class _Work:
                 reused_layers=self.reused_layers,
                 done_bytes=sum(self.layer_bytes[layer] for layer in self.done),
                 total_bytes=sum(self.layer_bytes),
-                elapsed_s=time.monotonic() - self.started_s,
+                elapsed_s=self.making_s,
+                download=self.incoming.progress(),
             )
         )
 

@@ -13,8 +13,9 @@ from subspec_cli.store.checkpoint import Checkpoint, layer_count_in_tensors
 from subspec_cli.store.files import read_error
 from subspec_cli.store.home import prepared_root
 from subspec_cli.store.manifest import MANIFEST_NAME, LayerFile, Manifest, SubstituteSettings, read_manifest
-from subspec_cli.store.model_name import parse_model_name, prepare_command
+from subspec_cli.store.model_name import parse_model_name, prepare_command, repair_command
 from subspec_cli.store.safetensors_header import TensorEntry, header_length, parse_entries
+from subspec_cli.store.source_directory import confine
 from subspec_cli.store.tensors import read_hashed_file, view_tensor
 from subspec_cli.units import printable
 
@@ -35,7 +36,10 @@ class PreparedModel:
 def prepared_directory(model_id: str, commit: str, settings: SubstituteSettings) -> Path:
     """The one place for these substitutes of this commit; its name is safe on every filesystem."""
     digest = hashlib.sha256(f"{model_id}\0{commit}\0{settings.label}".encode()).hexdigest()[:12]
-    return prepared_root() / f"{_slug(model_id)}--{_safe(commit)[:8]}--{_safe(settings.label)}--{digest}"
+    return (
+        prepared_root()
+        / f"{directory_slug(model_id)}--{_safe(commit)[:8]}--{_safe(settings.label)}--{digest}"
+    )
 
 
 def find_prepared(model: str | None, bits: int | None = None) -> PreparedModel:
@@ -56,7 +60,7 @@ def find_prepared(model: str | None, bits: int | None = None) -> PreparedModel:
             manifest = read_manifest(path)
         except SubspecError:
             # A damaged neighbour is no obstacle, but none falls back to an older set of the same model.
-            if model_id is None or path.parent.name.startswith(f"{_slug(model_id)}--"):
+            if model_id is None or path.parent.name.startswith(f"{directory_slug(model_id)}--"):
                 raise
             continue
         if model_id not in (None, manifest.model_id):
@@ -71,13 +75,14 @@ def load_layer(prepared: PreparedModel, layer: int) -> dict[str, torch.Tensor]:
     """The substitute tensors of a decoder layer, from one read of the whole file, hashed before use.
 
     Raises:
-        IntegrityError: the file is missing, or has another size or hash than the manifest says.
+        IntegrityError: the file is missing, a link out of its directory, or of another size or hash than the
+            manifest says.
         ResourceError: it cannot be read.
     """
     expected = _layer_file(prepared, layer)
-    path = prepared.directory / expected.name
-    hint = _repair_command(prepared.manifest)
+    hint = repair_command(prepared.manifest.model_id)
     try:
+        path = confine(prepared.directory, expected.name)
         data, found_sha256 = read_hashed_file(path, expected.size_bytes)
         if found_sha256 != expected.sha256:
             raise IntegrityError(
@@ -119,7 +124,7 @@ def check_source(prepared: PreparedModel, checkpoint: Checkpoint) -> None:
         raise IntegrityError(
             f"{printable(str(prepared.directory / MANIFEST_NAME))} lists {len(manifest.layers)} layers, "
             f"the model has {layer_count}",
-            _repair_command(manifest),
+            repair_command(manifest.model_id),
         )
 
 
@@ -135,12 +140,8 @@ def _layer_file(prepared: PreparedModel, layer: int) -> LayerFile:
             return file
     raise IntegrityError(
         f"{printable(str(prepared.directory / MANIFEST_NAME))} lists no layer {layer}",
-        _repair_command(prepared.manifest),
+        repair_command(prepared.manifest.model_id),
     )
-
-
-def _repair_command(manifest: Manifest) -> str:
-    return prepare_command(manifest.model_id, bits=manifest.settings.bits, force=True)
 
 
 def _manifests_by_recency() -> list[Path]:
@@ -162,7 +163,8 @@ def _not_prepared(model_id: str | None, bits: int | None, other_labels: list[str
     return UsageError(f"{shown} is not prepared", prepare_command(model_id, bits=bits))
 
 
-def _slug(model_id: str) -> str:
+def directory_slug(model_id: str) -> str:
+    """What the names of a model's directories begin with, before `--`; other models may share it."""
     return _safe(model_id.strip("/").replace("/", "--"))[-80:].lstrip(".-")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from subspec_cli.errors import IntegrityError
 from subspec_cli.store.checkpoint import Checkpoint, layer_count_in_tensors, layer_entries
-from subspec_cli.store.files import sha256_file
+from subspec_cli.store.files import has_size, sha256_file
 from subspec_cli.store.manifest import JOURNAL_NAME, MANIFEST_NAME, LayerFile, Manifest, read_manifest
 from subspec_cli.store.tensors import read_hashed_tensors
 
@@ -26,7 +26,7 @@ def finished_manifest(directory: Path, goal: Manifest, layer_count: int) -> Mani
         return None
     if [file.layer for file in found.layers] != list(range(layer_count)):
         return None
-    return found if all(_has_size(directory, file) for file in found.layers) else None
+    return found if all(_is_there(directory, file) for file in found.layers) else None
 
 
 def reusable_layers(directory: Path, goal: Manifest, checkpoint: Checkpoint) -> Iterator[LayerFile]:
@@ -45,7 +45,7 @@ def reusable_layers(directory: Path, goal: Manifest, checkpoint: Checkpoint) -> 
             listed |= {file.layer: (file, same_stamp) for file in found.layers}
     layer_count = layer_count_in_tensors(checkpoint)
     for layer, (file, same_stamp) in sorted(listed.items()):
-        if layer >= layer_count or not _has_size(directory, file):
+        if layer >= layer_count or not _is_there(directory, file):
             continue
         # Written again is not changed: a copied or restored directory has new times and the same bytes.
         if not same_stamp and _source_sha256(checkpoint, layer) != file.source_sha256:
@@ -63,9 +63,10 @@ def _read_usable(path: Path) -> Manifest | None:
         return None
 
 
-def _has_size(directory: Path, file: LayerFile) -> bool:
+def _is_there(directory: Path, file: LayerFile) -> bool:
     path = directory / file.name
-    return path.is_file() and path.stat().st_size == file.size_bytes
+    # A link may lead anywhere, and is not opened at load either.
+    return not path.is_symlink() and has_size(path, file.size_bytes)
 
 
 def _source_sha256(checkpoint: Checkpoint, layer: int) -> str:

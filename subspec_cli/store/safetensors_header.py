@@ -68,19 +68,29 @@ class SafetensorsHeader:
     """Of the very file that was read."""
 
 
-def read_header(path: Path) -> SafetensorsHeader:
-    """Read and check the header of a safetensors file.
+@dataclass(frozen=True, slots=True)
+class BegunFile:
+    """A file whose beginning alone is there, with all of its header."""
+
+    partial: Path
+    size_bytes: int
+    """Of the whole, as announced."""
+
+
+def read_header(path: Path, begun: BegunFile | None = None) -> SafetensorsHeader:
+    """Read and check the header of a safetensors file; of one that is `begun`, from the part that is there.
 
     Raises:
         IntegrityError: missing, not a regular file, or any violation of the format, with what was
             expected and found.
         ResourceError: the file cannot be read.
     """
-    with open_regular(path) as file:
+    with open_regular(begun.partial if begun else path) as file:
         status = os.fstat(file.fileno())
+        file_bytes = begun.size_bytes if begun else status.st_size
         try:
             start = file.read(_START_BYTES)
-            length = header_length(start, path, status.st_size)
+            length = header_length(start, path, file_bytes)
             raw = start[: 8 + length]
             while len(raw) < 8 + length:
                 piece = file.read(8 + length - len(raw))
@@ -89,7 +99,7 @@ def read_header(path: Path) -> SafetensorsHeader:
                 raw += piece
         except OSError as error:
             raise read_error(error, path) from error
-    return SafetensorsHeader(parse_entries(raw, path, status.st_size), raw, status)
+    return SafetensorsHeader(parse_entries(raw, path, file_bytes), raw, status)
 
 
 def header_length(start: bytes, path: Path, file_bytes: int) -> int:

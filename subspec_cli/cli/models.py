@@ -1,0 +1,239 @@
+"""`subspec models`: what is prepared here, whether it is sound, where it lies, and away with it."""
+
+from __future__ import annotations
+
+import sys
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from subspec_cli.cli import options as opt
+from subspec_cli.errors import IntegrityError, UsageError
+from subspec_cli.units import format_bytes
+
+if TYPE_CHECKING:
+    from subspec_cli.cli.output import Output
+    from subspec_cli.cli.output_progress import ProgressLine
+    from subspec_cli.store.models import StoredModel
+    from subspec_cli.store.verify import Finding, Verifier, VerifyProgress
+
+models = typer.Typer(name="models", help="List, verify, find and remove what [bold]prepare[/bold] wrote.")
+_HEADERS = ("model", "revision", "substitutes", "state", "target", "size", "last used")
+_REVISION_LETTERS = 12
+_NAME_LETTERS = 36
+
+JsonOpt = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")]
+ModelArg = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Hub id, directory or [bold]demo[/bold], as it was prepared.")
+]
+SomeModelArg = Annotated[
+    str | None, typer.Argument(metavar="[MODEL]", help="One model.", show_default="all that are prepared")
+]
+
+
+@models.command("list")
+def list_models(as_json: JsonOpt = False, _debug: opt.DebugOpt = False) -> None:
+    """Show every prepared model: which, how, how large, complete or not, and when it was last used."""
+    from subspec_cli.cli.output import Output
+    from subspec_cli.store.models import list_stored
+
+    output, stored = Output(), list_stored()
+    if as_json:
+        output.document({"models": [describe(item) for item in stored]})
+    elif not stored:
+        output.note("no model is prepared yet; subspec prepare demo does the one that is shipped")
+    else:
+        total = ["all", "", "", "", "", format_bytes(sum(item.size_bytes for item in stored)), ""]
+        output.table(_HEADERS, [*(_row(item) for item in stored), total])
+
+
+@models.command()
+def path(model: ModelArg, as_json: JsonOpt = False, _debug: opt.DebugOpt = False) -> None:
+    """Write the directory of MODEL's substitutes, the one that run takes."""
+    from subspec_cli.cli.output import Output
+    from subspec_cli.store.prepared import find_prepared
+
+    found = find_prepared(model)
+    if as_json:
+        source = found.manifest.source_directory
+        document = {
+            "model": found.manifest.model_id,
+            "directory": found.directory,
+            "source_directory": source,
+        }
+        Output().document(document)
+    else:
+        Output().result(str(found.directory))
+
+
+@models.command()
+def verify(
+    model: SomeModelArg = None,
+    repair: Annotated[bool, typer.Option("--repair", help="Make anew what is damaged, only that.")] = False,
+    as_json: JsonOpt = False,
+    _debug: opt.DebugOpt = False,
+) -> None:
+    """Hash every prepared file and the 16-bit layers again, and name each one that is damaged."""
+    from subspec_cli.cli.output import Output
+    from subspec_cli.cli.output_progress import ProgressLine
+    from subspec_cli.store.model_name import repair_command
+    from subspec_cli.store.models import list_stored, stored_of
+    from subspec_cli.store.verify import Verifier
+
+    output = Output()
+    stored = list_stored() if model is None else stored_of(model)
+    with ProgressLine(output) as progress:
+        verifier = Verifier(stored, lambda state: progress.update(progress_text(state), *_done(state)))
+        results = [_verified(item, verifier, output, progress, repair=repair) for item in stored]
+    if as_json:
+        sets = [{**describe(item), "findings": [_plain(one) for one in found]} for item, found in results]
+        output.document({"models": sets})
+    damaged = len({finding.path for _, found in results for finding in found if finding.is_damage})
+    if damaged:
+        count = "1 file is" if damaged == 1 else f"{damaged} files are"
+        left = "put the named files back as they were, or remove the set and prepare the model again"
+        raise IntegrityError(f"{count} damaged", left if repair else repair_command(model))
+    if not as_json:
+        sound = sum(not found for _, found in results)
+        output.result(f"{sound} of {len(results)} prepared models are as they were written")
+
+
+@models.command()
+def remove(
+    model: ModelArg,
+    all_but_latest: Annotated[
+        bool, typer.Option("--all-but-latest", help="Keep the set that run takes.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    as_json: JsonOpt = False,
+    _debug: opt.DebugOpt = False,
+) -> None:
+    """Delete MODEL's substitutes, after asking; its 16-bit weights are never touched."""
+    from subspec_cli.cli.output import Output
+    from subspec_cli.store.models import all_but_latest as older
+    from subspec_cli.store.models import remove_stored, stored_of
+
+    output = Output()
+    stored = stored_of(model)
+    chosen = older(stored) if all_but_latest else stored
+    for item in chosen:
+        output.note(f"{item.directory}: {format_bytes(item.size_bytes)}, {_label(item)}, {item.state}")
+    if chosen and not yes and not _is_wanted(output, chosen, as_json=as_json):
+        output.note("nothing was removed")
+        return
+    freed_bytes = sum(remove_stored(item) for item in chosen)
+    if as_json:
+        removed = [str(item.directory) for item in chosen]
+        output.document({"removed": removed, "freed_bytes": freed_bytes})
+    else:
+        count = f"{len(chosen)} set{'' if len(chosen) == 1 else 's'}"
+        output.result(f"removed {count} of substitutes, {format_bytes(freed_bytes)} are free again")
+
+
+def describe(stored: StoredModel) -> dict[str, Any]:
+    """Plain values for JSON."""
+    manifest, used_s = stored.manifest, stored.last_used_s
+    settings = manifest.settings if manifest else None
+    return {
+        "model": stored.model_id,
+        "revision": manifest.commit if manifest else None,
+        "bits": settings.bits if settings else None,
+        "optimizer": settings.optimizer if settings else None,
+        "overrides": dict(settings.overrides) if settings else None,
+        "state": stored.state,
+        "problem": stored.problem,
+        "layers": len(manifest.layers) if manifest else None,
+        "target_bytes": stored.target_bytes(),
+        "substitute_bytes": stored.size_bytes,
+        "last_used": None if used_s is None else datetime.fromtimestamp(used_s, UTC).isoformat(),
+        "directory": stored.directory,
+        "source_directory": manifest.source_directory if manifest else None,
+    }
+
+
+def progress_text(state: VerifyProgress) -> str:
+    """What is hashed, how far, how fast and how long still."""
+    from subspec_cli.cli.output_progress import time_left
+
+    parts = [f"verifying {state.model_id}"]
+    parts.append(f"{format_bytes(state.done_bytes)} of {format_bytes(state.total_bytes)}")
+    if state.elapsed_s > 0:
+        parts.append(f"{state.done_bytes / state.elapsed_s / 1e6:.0f} MB/s")
+    parts.append(time_left(state.done_bytes, state.total_bytes, state.elapsed_s))
+    return " · ".join(part for part in parts if part)
+
+
+def _done(state: VerifyProgress) -> tuple[int, int]:
+    return state.done_bytes, state.total_bytes
+
+
+def _verified(
+    stored: StoredModel, verifier: Verifier, output: Output, progress: ProgressLine, *, repair: bool
+) -> tuple[StoredModel, list[Finding]]:
+    """What is wrong with a set, told line by line; with `repair`, what still is after repairing it."""
+    findings = verifier.verify(stored)
+    if stored.state == "partial":
+        output.note(
+            f"{stored.model_id}, {_label(stored)}: not done yet; the same subspec prepare goes on with it"
+        )
+    for finding in findings:
+        output.note(finding.text, style="bold")
+    if not findings or not repair:
+        return stored, findings
+    progress.update(f"repairing {stored.model_id}: loading the quantizer")
+    from subspec_cli.cli.prepare import progress_text as repair_text
+    from subspec_cli.session import repair as repair_set
+    from subspec_cli.store.models import reread
+    from subspec_cli.store.verify import Verifier
+
+    repair_set(stored, findings, lambda state: progress.update(repair_text(state)))
+    again = reread(stored)
+    left = Verifier([again], lambda state: progress.update(progress_text(state))).verify(again)
+    for finding in left:
+        output.note(f"still {finding.text}", style="bold")
+    if not left:
+        output.note(f"repaired {stored.model_id}, {_label(stored)}")
+    return again, left
+
+
+def _is_wanted(output: Output, chosen: list[StoredModel], *, as_json: bool) -> bool:
+    if as_json or not (sys.stdin and sys.stdin.isatty() and sys.stdout.isatty()):
+        raise UsageError("removing needs a yes, and there is no terminal to ask on", "--yes does not ask")
+    size = format_bytes(sum(item.size_bytes for item in chosen))
+    try:
+        return output.ask(f"free {size}? [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:
+        return False
+
+
+def _row(stored: StoredModel) -> list[str]:
+    target_bytes, used_s = stored.target_bytes(), stored.last_used_s
+    return [
+        _short(stored.model_id),
+        stored.manifest.commit[:_REVISION_LETTERS] if stored.manifest else "-",
+        _label(stored),
+        stored.state,
+        "gone" if target_bytes is None else format_bytes(target_bytes),
+        format_bytes(stored.size_bytes),
+        "never" if used_s is None else f"{datetime.fromtimestamp(used_s):%Y-%m-%d %H:%M}",
+    ]
+
+
+def _short(model_id: str) -> str:
+    """The end of a long path, so that the figures beside it stay on the screen; --json has all of it."""
+    return model_id if len(model_id) <= _NAME_LETTERS else f"…{model_id[1 - _NAME_LETTERS :]}"
+
+
+def _label(stored: StoredModel) -> str:
+    return stored.manifest.settings.label if stored.manifest else stored.problem
+
+
+def _plain(finding: Finding) -> dict[str, Any]:
+    return {
+        "file": finding.path,
+        "what": finding.what,
+        "expected": finding.expected,
+        "found": finding.found,
+        "damaged": finding.is_damage,
+    }

@@ -1,0 +1,45 @@
+"""Fixtures of several test files: an empty hub cache, and a hub of our own that fills it."""
+
+from __future__ import annotations
+
+import pytest
+from checkpoints import write_checkpoint
+from fake_hub import FakeHub, running
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty hub cache, no token, no progress bars."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import disable_progress_bars
+
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SUBSPEC_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    disable_progress_bars()
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def server(cache, tmp_path, monkeypatch):
+    from huggingface_hub import close_session, constants
+
+    fake = FakeHub()
+    source = write_checkpoint(tmp_path / "source", shards=2)
+    fake.files = {path.name: path.read_bytes() for path in source.iterdir()}
+    fake.files |= {
+        "README.md": b"# tiny",
+        "consolidated.safetensors": b"not wanted",
+        "pytorch_model.bin": b"no",
+    }
+    monkeypatch.setattr(constants, "ENDPOINT", fake.url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", fake.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    with running(fake):
+        yield fake
+        close_session()

@@ -1,0 +1,165 @@
+"""Which failures are answered, and by which tests that is held; the README's table is the same list."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+README = TESTS.parent / "README.md"
+
+BOUNDARY, RUN, CONFIG = "test_cli_boundary", "test_cli_run", "test_config"
+DOWNLOAD = "test_store_download"
+HUB, HEADER, CHECKPOINT = "test_store_hub", "test_store_safetensors_header", "test_store_checkpoint"
+FAULTS, PREPARED, FILES = "test_store_prepare_faults", "test_store_prepared", "test_store_files"
+ENGINE, TRUST, OPENING = "test_decoding_engine", "test_session_trust", "test_session_opening"
+REFUSED = "test_cli_failures::test_a_bad_model_is_refused_in_one_line_and_leaves_nothing"
+
+COVERED = [
+    ("F01", f"{BOUNDARY}::test_usage_errors_name_what_is_wrong"),
+    ("F01", f"{BOUNDARY}::test_nearest_flag_is_suggested"),
+    ("F02", f"{CONFIG}::test_bad_flag_is_named_with_its_range"),
+    ("F02", f"{BOUNDARY}::test_usage_errors_name_what_is_wrong"),
+    ("F03", f"{CONFIG}::test_bad_flag_is_named_with_its_range"),
+    ("F04", f"{CONFIG}::test_bad_flag_is_named_with_its_range"),
+    ("F05", f"{CONFIG}::test_bad_flag_is_named_with_its_range"),
+    ("F06", f"{RUN}::test_bad_piped_prompt"),
+    ("F06", f"{RUN}::test_bad_prompt_argument"),
+    ("F07", "test_session_answers::test_a_prompt_without_room_is_refused"),
+    ("F08", "test_store_model_name::test_names"),
+    ("F10", f"{HUB}::test_unknown_model_and_revision"),
+    ("F11", f"{HUB}::test_unknown_model_and_revision"),
+    ("F12", f"{HUB}::test_models_that_cannot_be_run_cost_no_download"),
+    ("F12", REFUSED),
+    ("F13", f"{HUB}::test_wrong_token_is_told_by_its_source_never_its_value"),
+    ("F14", f"{HUB}::test_refusals_before_anything_is_kept"),
+    ("F15", f"{HUB}::test_refusals_before_anything_is_kept"),
+    ("F16", f"{DOWNLOAD}::test_f16_retry_after_is_heeded"),
+    ("F16", f"{DOWNLOAD}::test_f16_too_long_a_wait_is_told_and_not_waited_for"),
+    ("F17", f"{DOWNLOAD}::test_f16_to_f18_answers_that_pass"),
+    ("F18", f"{DOWNLOAD}::test_f16_to_f18_answers_that_pass"),
+    ("F19", f"{HUB}::test_refused_connection"),
+    ("F19", f"{DOWNLOAD}::test_f19_permanent_errors_end_after_the_bound"),
+    ("F20", f"{DOWNLOAD}::test_f20_f27_dropped_connections_are_continued_where_they_broke"),
+    ("F20", f"{DOWNLOAD}::test_f20_a_connection_that_stays_silent_is_given_up_with_what_is_there"),
+    ("F21", f"{DOWNLOAD}::test_f21_a_flipped_byte_never_gets_its_name"),
+    ("F21", f"{DOWNLOAD}::test_f21_a_damaged_beginning_of_an_earlier_run_is_fetched_anew"),
+    ("F22", f"{DOWNLOAD}::test_f22_a_body_of_another_length"),
+    ("F22", f"{DOWNLOAD}::test_f22_a_size_that_is_a_lie"),
+    ("F23", f"{HUB}::test_refusals_before_anything_is_kept"),
+    ("F24", f"{DOWNLOAD}::test_f24_the_branch_moves_while_it_is_fetched"),
+    ("F25", f"{HUB}::test_offline_with_a_cold_and_a_warm_cache"),
+    ("F26", f"{DOWNLOAD}::test_f26_the_token_goes_to_the_hub_and_not_to_its_storage"),
+    ("F27", f"{DOWNLOAD}::test_f20_f27_dropped_connections_are_continued_where_they_broke"),
+    ("F28", f"{DOWNLOAD}::test_f28_a_read_only_cache_that_is_complete_is_used"),
+    ("F30", f"{HEADER}::test_damage_is_told_by_name"),
+    ("F30", REFUSED),
+    ("F31", f"{HEADER}::test_damage_is_told_by_name"),
+    ("F31", REFUSED),
+    ("F32", f"{HEADER}::test_damage_is_told_by_name"),
+    ("F32", REFUSED),
+    ("F33", f"{HEADER}::test_damage_is_told_by_name"),
+    ("F34", f"{HEADER}::test_damage_is_told_by_name"),
+    ("F35", f"{HEADER}::test_damage_is_told_by_name"),
+    ("F35", REFUSED),
+    ("F36", f"{HEADER}::test_bombs_cost_little"),
+    ("F37", f"{FAULTS}::test_weights_that_are_not_finite"),
+    ("F37", REFUSED),
+    ("F38", "test_store_confinement::test_index_cannot_lead_out"),
+    ("F38", REFUSED),
+    ("F39", "test_store_confinement::test_links_out_of_a_directory_are_refused"),
+    ("F39", "test_store_confinement::test_hub_cache_links_to_its_own_blobs_only"),
+    ("F39", REFUSED),
+    ("F40", f"{FILES}::test_special_files_are_refused_without_waiting"),
+    ("F40", REFUSED),
+    ("F41", "test_placement_geometry::test_tensors_that_do_not_fit_are_named"),
+    ("F41", REFUSED),
+    ("F42", "test_placement_geometry::test_tensors_that_do_not_fit_are_named"),
+    ("F42", REFUSED),
+    ("F43", f"{CHECKPOINT}::test_config_that_rules_the_model_out"),
+    ("F43", REFUSED),
+    ("F44", "test_placement_geometry::test_mixtures_of_experts_are_refused_as_such"),
+    ("F44", f"{OPENING}::test_a_model_of_another_kind_is_refused_before_anything_is_written"),
+    ("F44", REFUSED),
+    ("F45", "test_modeling_families::test_code_in_a_models_directory_is_never_run"),
+    ("F45", REFUSED),
+    ("F46", "test_modeling_families::test_more_tokens_than_rows_of_the_head_are_refused"),
+    ("F46", REFUSED),
+    ("F47", f"{CHECKPOINT}::test_config_that_rules_the_model_out"),
+    ("F47", REFUSED),
+    ("F50", f"{FAULTS}::test_killed_at_every_step_then_continued_to_the_same_bytes"),
+    ("F51", f"{FAULTS}::test_interrupted_at_each_layer_then_continued_to_the_same_bytes"),
+    ("F51", f"{BOUNDARY}::test_sigterm_outside_an_answer"),
+    ("F52", f"{FAULTS}::test_disk_fault_while_remaking_leaves_the_earlier_set_usable"),
+    ("F52", f"{FAULTS}::test_refused_remaking_leaves_the_earlier_set_as_it_is"),
+    ("F53", f"{FILES}::test_failure_leaves_the_old_file_and_no_other"),
+    ("F54", f"{FAULTS}::test_a_second_preparation_waits_and_finds_it_done"),
+    ("F55", f"{FAULTS}::test_lock_of_a_dead_process_does_not_block"),
+    ("F55", f"{FAULTS}::test_file_system_without_locks"),
+    ("F56", f"{FILES}::test_data_is_on_disk_before_the_name_and_the_name_before_the_return"),
+    ("F57", f"{PREPARED}::test_damaged_layer_names_file_hashes_and_repair"),
+    ("F57", f"{TRUST}::test_a_damaged_substitute_is_repaired_to_the_same_bytes_and_nothing_else_is_made"),
+    ("F58", "test_cli_failures::test_a_set_moved_to_another_models_place_is_not_taken_for_it"),
+    ("F59", "test_store_manifest::test_manifest_is_strict"),
+    ("F59", "test_cli_failures::test_a_bad_manifest_is_refused_before_anything_is_loaded"),
+    ("F60", "test_cli_failures::test_a_source_that_changed_is_never_paired_with_old_substitutes"),
+    ("F60", f"{OPENING}::test_weights_written_again_are_not_paired_with_old_substitutes"),
+    ("F61", f"{FILES}::test_mode_follows_the_umask"),
+    (
+        "F63",
+        f"{TRUST}::test_a_target_file_that_changes_while_answering_ends_the_answer_before_its_next_token",
+    ),
+    ("F63", f"{TRUST}::test_a_target_file_that_changes_while_loading_gives_no_session"),
+    ("F64", f"{TRUST}::test_a_disk_that_fails_while_streaming_is_named"),
+    ("F70", f"{OPENING}::test_a_budget_too_small_names_one_that_works"),
+    ("F73", f"{OPENING}::test_memory_stays_within_the_budget"),
+    ("F76", f"{OPENING}::test_a_card_that_is_not_there_is_not_replaced_silently"),
+    ("F80", f"{ENGINE}::test_nothing_comes_after_an_end_token_wherever_it_falls"),
+    ("F81", f"{ENGINE}::test_the_limit_is_met_exactly_wherever_it_falls"),
+    ("F82", "test_decoding_text::test_stop_strings_are_found_as_in_the_whole_text"),
+    ("F82", "test_decoding_text::test_characters_split_over_tokens_come_whole"),
+    ("F83", f"{ENGINE}::test_a_draft_that_is_always_wrong_gives_one_token_a_pass"),
+    ("F83", "test_lossless::test_a_draft_of_noise_changes_no_token_and_gains_nothing"),
+    ("F84", "test_lossless::test_a_damaged_draft_changes_no_token"),
+    ("F85", f"{ENGINE}::test_logits_that_are_not_finite_stop_before_a_token_is_shown"),
+    ("F87", f"{RUN}::test_ctrl_c_keeps_what_is_there"),
+    ("F87", f"{BOUNDARY}::test_reader_that_leaves_early_is_no_error"),
+    ("F87", f"{BOUNDARY}::test_full_disk_on_stdout"),
+    ("F88", "test_lossless::test_a_draft_that_is_the_target_is_accepted_whole"),
+    ("F90", f"{RUN}::test_pipe_keeps_bytes_and_terminal_escapes_them"),
+    ("F91", f"{HEADER}::test_damage_is_told_by_name"),
+    ("F91", REFUSED),
+    ("F91", "test_cli_models::test_control_characters_in_a_directorys_name_do_not_reach_the_terminal"),
+    ("F94", f"{FILES}::test_planted_link_is_not_written_through"),
+]
+"""Number in the list of failures, and a test of it."""
+
+
+def functions_of(module: str) -> set[str]:
+    tree = ast.parse((TESTS / f"{module}.py").read_text())
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def rows_of_the_readme() -> dict[str, list[str]]:
+    section = README.read_text().split("\n## Failures\n")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines()]
+    return {row[0]: row[1:] for row in rows if re.fullmatch(r"F\d+", row[0])}
+
+
+@pytest.mark.parametrize("test", sorted({test for _, test in COVERED}))
+def test_every_named_test_exists(test):
+    module, _, name = test.partition("::")
+    assert name in functions_of(module)
+
+
+def test_the_readme_lists_exactly_what_is_covered():
+    rows = rows_of_the_readme()
+    assert list(rows) == sorted({number for number, _ in COVERED})
+    assert len(rows) >= 40
+    for number, (what, shown, status) in rows.items():
+        assert what, number
+        assert shown, number
+        assert re.fullmatch(r"[0-9]+(, [0-9]+)*", status), number
