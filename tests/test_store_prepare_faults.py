@@ -149,6 +149,19 @@ def test_weights_that_are_not_finite(model, value):
     assert content(place_of(model)) == {}
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [0, 1, 511, 32 * 64 - 1])
+def test_one_value_that_is_not_finite_is_found_wherever_it_is(model, value, place):
+    weight = np.ones(64 * 32, np.float32)
+    weight[place] = value
+    name = "model.layers.0.mlp.gate_proj.weight"
+    write_weights(
+        model.directory, tiny_tensors(layers=LAYERS) | {name: bf16(weight.reshape(64, 32))}, shards=2
+    )
+    with pytest.raises(IntegrityError, match=rf"{name} holds 1 values"):
+        run(model)
+
+
 def test_refusals_leave_nothing(model, monkeypatch):
     with pytest.raises(IntegrityError, match="holds 3 layers, its config says 4"):
         run(model, layer_count=4)

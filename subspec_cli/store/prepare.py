@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -255,9 +256,12 @@ def _layer_bytes(checkpoint: Checkpoint, layer_count: int) -> list[int]:
 
 def _check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
-        if tensor.is_floating_point():
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        # The extremes are infinite or NaN if any value is, and are found a hundred times as fast as all values
+        # are looked at, which took a third of the whole preparation.
+        if not all(math.isfinite(value) for value in tensor.aminmax()):
             bad = tensor.numel() - int(tensor.isfinite().sum())
-            if bad:
-                raise IntegrityError(
-                    f"{name} holds {bad} values that are NaN or infinite", "download the model again"
-                )
+            raise IntegrityError(
+                f"{name} holds {bad} values that are NaN or infinite", "download the model again"
+            )
