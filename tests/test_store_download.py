@@ -219,6 +219,13 @@ def test_f22_a_body_of_another_length(large, cache, more):
     assert not [path for path in partials(cache) if large.etag(TWO) in path.name and path.stat().st_size]
 
 
+def test_f22_a_body_of_another_length_in_one_piece(large):
+    large.has_ranges = False
+    large.served[TWO] = large.files[TWO] + b"x"
+    with pytest.raises(IntegrityError, match=f"{TWO} is sent with"):
+        resolve_model(MODEL)
+
+
 def test_f22_a_size_that_is_a_lie(large):
     large.announced[TWO] = {"X-Linked-Size": str(len(large.files[TWO]) + 100)}
     with pytest.raises(IntegrityError, match=f"{TWO} is sent with"):
