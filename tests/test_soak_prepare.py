@@ -50,7 +50,7 @@ def test_f51_a_signal_ends_it_at_once_and_what_came_is_kept(tmp_path, number, st
         asked_s = time.monotonic()
         errors = process.communicate(timeout=20)[1]
         assert time.monotonic() - asked_s < 5
-    assert process.returncode == status
+    assert process.returncode == status, errors
     assert errors.splitlines()[-1] == f"subspec: {told}"
     partials = list((tmp_path / "work").rglob("*.incomplete"))
     assert sum(path.stat().st_size for path in partials) >= 3 * 256 << 10
