@@ -43,7 +43,14 @@ def test_f51_a_signal_ends_it_at_once_and_what_came_is_kept(tmp_path, number, st
     hub.bytes_per_s = 0.2e6
     with running(hub):
         environment = script.child_environment(hub.url, tmp_path / "work")
-        process = subprocess.Popen(script.command(), env=environment, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            script.command(),
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+            # A test run in a shell's background has SIGINT ignored, and children inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         while sum(name.endswith(".safetensors") for name, _ in hub.ranges) < 5 and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(number)
