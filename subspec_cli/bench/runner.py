@@ -21,6 +21,7 @@ from subspec_cli.placement.memory import disk_read_bytes
 from subspec_cli.session import open_session
 
 if TYPE_CHECKING:
+    from subspec_cli.placement.streamer import StreamCounters
     from subspec_cli.session import Session
 
 __all__ = ["BenchProgress", "BenchReport", "BenchRow", "run_bench"]
@@ -37,7 +38,6 @@ class BenchProgress:
     total: int
     elapsed_s: float
     status: str
-    report: BenchReport | None
 
 
 class _Run:
@@ -138,7 +138,7 @@ class _Run:
                 AnswerPair(question.question_id, question.category, turn, plain_answer, speculative)
             )
 
-    def _add_link(self, session: Session, before: Any, disk_before: int | None) -> None:  # noqa: ANN401
+    def _add_link(self, session: Session, before: StreamCounters, disk_before: int | None) -> None:
         moved = session.link_counters().since(before)
         disk_after = disk_read_bytes()
         read = None if disk_before is None or disk_after is None else disk_after - disk_before
@@ -156,7 +156,7 @@ class _Run:
         turns = sum(len(question.turns) for question in self._questions)
         total = 2 * turns + min(_BEST_PLAIN_QUESTIONS, len(self._questions))
         elapsed_s = time.perf_counter() - self._started
-        self._progress(BenchProgress(self._done, total, elapsed_s, status, None))
+        self._progress(BenchProgress(self._done, total, elapsed_s, status))
 
 
 def run_bench(config: Config, suite: str, *, progress: Callable[[BenchProgress], None]) -> BenchReport:

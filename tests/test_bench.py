@@ -1,0 +1,104 @@
+"""The bench room over a real tiny model: suites, both arms, interruption, and what identical means."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from test_session_fakes import shelf as shelf
+
+from subspec_cli.bench.report import AnswerPair, ArmAnswer
+from subspec_cli.bench.runner import run_bench
+from subspec_cli.bench.suites import load_suite, read_questions
+from subspec_cli.config import resolve_config
+from subspec_cli.errors import UsageError
+from subspec_cli.metrics import GenerationStats
+
+TURNS = ["Tell me more.", "And then?"]
+
+
+@pytest.fixture
+def questions(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    records = [{"question_id": n, "category": f"c{n % 2}", "turns": TURNS} for n in range(4)]
+    path.write_text("\n".join(json.dumps(record) for record in records) + "\n")
+    return path
+
+
+def bench(shelf, questions, progress=lambda state: None, **lengths):
+    flags = {
+        "model": {"model": str(shelf.model("qwen2"))},
+        "memory": {"vram_gb": 1.0, "device": "cpu", "resident_layers": 0},
+        "sampling": {"seed": 3},
+        "bench": {"questions": str(questions), "limit": 2, "max_new_tokens": 10} | lengths,
+    }
+    return run_bench(resolve_config(flags), "mt-bench", progress=progress)
+
+
+def test_both_arms_answer_every_turn_alike(shelf, questions):
+    seen = []
+    report = bench(shelf, questions, seen.append)
+    assert [row.category for row in report.rows] == ["c0", "c1", "all"]
+    total = report.rows[-1]
+    assert (total.answers, total.identical, report.interrupted) == (4, 4, False)
+    assert report.exactness == "exact"
+    assert report.speculation
+    assert all(pair.speculative.stats.drafted_tokens > 0 for pair in report.pairs)
+    assert all(pair.plain.stats.drafted_tokens == 0 for pair in report.pairs)
+    assert len(report.best_plain) == 2
+    assert (seen[-1].done, seen[-1].total) == (9, 10), "the last word is said before the last answer"
+    assert len(json.loads(json.dumps(report.as_dict()))["answers"]) == 4
+
+
+def test_second_turn_prefills_only_what_is_new(shelf, questions):
+    second = bench(shelf, questions).pairs[1].speculative.stats
+    assert 0 < second.prefilled_tokens < second.prompt_tokens
+
+
+def test_a_shortened_plain_arm_stays_comparable(shelf, questions):
+    report = bench(shelf, questions, plain_tokens=3)
+    assert all(len(pair.plain.token_ids) <= 3 for pair in report.pairs)
+    for pair in report.pairs:
+        assert pair.plain.stats.prompt_tokens == pair.speculative.stats.prompt_tokens
+    assert report.rows[-1].identical == 4
+
+
+def test_ctrl_c_keeps_what_is_done(shelf, questions):
+    def stop(state):
+        if state.done == 5:
+            raise KeyboardInterrupt
+
+    report = bench(shelf, questions, stop)
+    assert report.interrupted
+    assert len(report.pairs) == 2
+    assert report.best_plain == ()
+
+
+@pytest.mark.parametrize(
+    ("plain", "finish", "speculative", "same"),
+    [
+        ((1, 2, 3), "stop", (1, 2, 3), True),
+        ((1, 2), "stop", (1, 2, 3), False),
+        ((1, 2), "length", (1, 2, 3), True),
+        ((1, 9), "length", (1, 2, 3), False),
+        ((1, 2, 3), "length", (1, 2), False),
+    ],
+)
+def test_identical_means_token_for_token(plain, finish, speculative, same):
+    arms = [ArmAnswer(ids, "", finish, GenerationStats()) for ids in (plain, speculative)]
+    assert AnswerPair("1", "c", 1, *arms).identical is same
+
+
+def test_sample_suite_and_its_limit():
+    suite = load_suite("sample", None, None)
+    assert len(suite) == 16
+    assert all(len(question.turns) == 2 for question in suite)
+    assert len({question.category for question in load_suite("sample", None, 8)}) == 8
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"turns": "x"}', '{"turns": []}', '{"turns": [" "]}'])
+def test_bad_questions_name_file_and_line(tmp_path, line):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"turns": ["fine"]}\n' + line)
+    with pytest.raises(UsageError, match=r"bad\.jsonl, line 2"):
+        read_questions(path)
