@@ -55,6 +55,12 @@ def test_second_turn_prefills_only_what_is_new(shelf, questions):
     assert 0 < second.prefilled_tokens < second.prompt_tokens
 
 
+def test_each_arm_starts_a_question_from_an_empty_cache(shelf, questions):
+    first_turns = [pair for pair in bench(shelf, questions).pairs if pair.turn == 1]
+    for stats in (arm.stats for pair in first_turns for arm in (pair.plain, pair.speculative)):
+        assert stats.prefilled_tokens == stats.prompt_tokens
+
+
 def test_a_shortened_plain_arm_stays_comparable(shelf, questions):
     report = bench(shelf, questions, plain_tokens=3)
     assert all(len(pair.plain.token_ids) <= 3 for pair in report.pairs)
