@@ -50,14 +50,20 @@ def test_plain_text_on_stdout_and_figures_on_stderr(capsys, session, monkeypatch
 
 def test_every_flag_reaches_the_session(capsys, session):
     argv = (
-        "run hello --model m/x --revision r1 --bits 8 --memory-gb 1.5 --device cpu --context 99 "
+        "run hello --model m/x --revision r1 --bits 8 --memory-gb 1.5 --ram-gb 6 --device cpu --context 99 "
         "--resident-layers 0 --depth 3 --width 2 --no-speculation --temperature 0.7 --top-p 0.9 --top-k 4 "
         "--seed 12 --max-new-tokens 33 --stop END --stop . --system Be_brief --raw --plain"
     )
     assert main(argv.split()) == 0
     config = session.configs[0].as_dict()
     assert config["model"] == {"model": "m/x", "revision": "r1", "bits": 8}
-    assert config["memory"] == {"vram_gb": 1.5, "device": "cpu", "context": 99, "resident_layers": 0}
+    assert config["memory"] == {
+        "vram_gb": 1.5,
+        "ram_gb": 6.0,
+        "device": "cpu",
+        "context": 99,
+        "resident_layers": 0,
+    }
     assert config["draft"] == {"depth": 3, "width": 2, "no_speculation": True}
     assert config["sampling"] == {"temperature": 0.7, "top_p": 0.9, "top_k": 4, "seed": 12}
     assert config["run"] == {

@@ -94,6 +94,7 @@ def bench(
     config_file: opt.ConfigOpt = None,
     vram_gb: opt.VramOpt = None,
     memory_gb: opt.MemoryOpt = None,
+    ram_gb: opt.RamOpt = None,
     device: opt.DeviceOpt = None,
     context: opt.ContextOpt = None,
     resident_layers: opt.ResidentOpt = None,
@@ -110,7 +111,7 @@ def bench(
     lengths = {"limit": limit, "max_new_tokens": max_new_tokens, "plain_tokens": plain_tokens}
     flags: dict[str, dict[str, object]] = {
         "model": {"model": model, "revision": revision, "bits": bits},
-        "memory": opt.memory_flags(vram_gb, memory_gb, device, context, resident_layers),
+        "memory": opt.memory_flags(vram_gb, memory_gb, ram_gb, device, context, resident_layers),
         "draft": {"depth": depth, "width": width, "no_speculation": no_speculation},
         "sampling": {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed},
         "bench": {**lengths, "questions": questions},

@@ -74,6 +74,17 @@ MemoryOpt = Annotated[
         "--memory-gb", parser=number, metavar="GIB", help="The same as --vram-gb.", rich_help_panel=_MEMORY
     ),
 ]
+RamOpt = Annotated[
+    float | None,
+    typer.Option(
+        "--ram-gb",
+        parser=number,
+        metavar="GIB",
+        help="Host memory to use, in GiB; what does not fit is read from disk.",
+        show_default="what is free",
+        rich_help_panel=_MEMORY,
+    ),
+]
 DeviceOpt = Annotated[
     str | None,
     typer.Option(
@@ -187,10 +198,11 @@ DebugOpt = Annotated[bool, typer.Option("--debug", help="Show the traceback of a
 def memory_flags(
     vram_gb: float | None,
     memory_gb: float | None,
+    ram_gb: float | None,
     device: str | None,
     context: int | None,
     resident_layers: int | None,
 ) -> dict[str, object]:
     """The [memory] section as flags give it."""
-    budget = {"vram_gb": vram_gb, "memory_gb": memory_gb}
+    budget = {"vram_gb": vram_gb, "memory_gb": memory_gb, "ram_gb": ram_gb}
     return {**budget, "device": device, "context": context, "resident_layers": resident_layers}

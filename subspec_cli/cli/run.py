@@ -69,6 +69,7 @@ def run(
     as_json: JsonOpt = False,
     vram_gb: opt.VramOpt = None,
     memory_gb: opt.MemoryOpt = None,
+    ram_gb: opt.RamOpt = None,
     device: opt.DeviceOpt = None,
     context: opt.ContextOpt = None,
     resident_layers: opt.ResidentOpt = None,
@@ -85,7 +86,7 @@ def run(
     limits = {"max_new_tokens": max_new_tokens, "stop": stop or None}
     flags: dict[str, dict[str, object]] = {
         "model": {"model": model, "revision": revision, "bits": bits},
-        "memory": opt.memory_flags(vram_gb, memory_gb, device, context, resident_layers),
+        "memory": opt.memory_flags(vram_gb, memory_gb, ram_gb, device, context, resident_layers),
         "draft": {"depth": depth, "width": width, "no_speculation": no_speculation},
         "sampling": {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed},
         "run": {**limits, "system": system, "raw": raw, "plain": plain},

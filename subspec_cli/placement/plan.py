@@ -1,73 +1,82 @@
-"""Which layers stay in memory and which are streamed, from sizes and a budget alone: pure arithmetic.
+"""Which layers stay in memory and which are streamed, from sizes, speeds and a budget alone: pure arithmetic.
 
-Every byte that grows with the model, the context or the tree has a line; the budget is never exceeded by the
-sum of the lines, and one line is a stated margin for what does not grow.
+The budget is never exceeded by the sum of the lines (`plan_lines`); of all that it holds, what is predicted to
+be fastest is taken (`plan_search`, `predict`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Final
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from subspec_cli.errors import ResourceError, UsageError
-from subspec_cli.placement.geometry import ModelGeometry
-from subspec_cli.units import GIB, MIB, format_bytes
+from subspec_cli.placement.plan_lines import ATTENTION_TILE_BYTES, Ledger, PlanLine
+from subspec_cli.placement.plan_reason import context_reason, main_reason, too_small
+from subspec_cli.placement.plan_request import (
+    DEFAULT_CONTEXT,
+    LEAST_CONTEXT,
+    SHADOW_ROWS,
+    Choice,
+    PlanRequest,
+)
+from subspec_cli.placement.plan_search import Candidate, paces
+from subspec_cli.placement.plan_shelf import Shelf
+from subspec_cli.placement.predict import (
+    NODE_BUDGETS,
+    Prediction,
+    node_budget,
+    pass_compute,
+    prediction_of,
+    verified_rows,
+)
 
-DEFAULT_CONTEXT: Final = 4096
-_CONTEXTS: Final = (4096, 3072, 2048, 1536, 1024, 768, 512, 256)
-"""Contexts tried when the user names none, largest first."""
-_SLOTS: Final = 3
-"""Stream slots: one in use, one ready, one arriving."""
-ATTENTION_TILE_BYTES: Final = 4 * MIB
-"""Most bytes of one tile of float64 scores; a few such temporaries live at a time."""
-_MARGIN_BYTES: Final = 64 * MIB
-"""Interpreter growth, thread stacks, kernel scratch and the allocator's own waste."""
-_PAGE_BYTES: Final = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class PlanRequest:
-    """What a plan is made from."""
-
-    geometry: ModelGeometry
-    budget_bytes: int
-    device: str
-    """`cpu` or `cuda`."""
-    substitute_bytes: tuple[int, ...] | None
-    """Bytes of each layer's substitute in memory; None plans plain decoding, which needs none."""
-    tokenizer_bytes: int
-    """Size of the tokenizer's files, which cost host memory in proportion."""
-    context: int | None
-    resident_layers: int | None
-    """Layers to keep resident, as the user said; None lets the plan decide."""
-    tree_nodes: int
-    prefill_rows: int
-    model_context: int
-    """Most positions the model was made for."""
-
-
-@dataclass(frozen=True, slots=True)
-class PlanLine:
-    """One line of the byte table."""
-
-    label: str
-    size_bytes: int
-    note: str = ""
+__all__ = [
+    "ATTENTION_TILE_BYTES",
+    "DEFAULT_CONTEXT",
+    "LEAST_CONTEXT",
+    "SHADOW_ROWS",
+    "OffloadPlan",
+    "PlanLine",
+    "PlanRequest",
+    "fastest_plan",
+    "make_plan",
+    "spread",
+]
 
 
 @dataclass(frozen=True, slots=True)
 class OffloadPlan:
-    """Where everything lives, and why."""
+    """Where everything lives, what it is predicted to give, and why."""
 
+    device: str
     budget_bytes: int
     context: int
     resident: tuple[int, ...]
-    """Layers held in device memory, shared by target and draft."""
+    """Layers of the target that are held in device memory."""
+    shared: tuple[int, ...]
+    """Those of them that the draft runs too, in place of a substitute."""
     streamed: tuple[int, ...]
+    pinned_layers: tuple[int, ...]
+    """Streamed layers that wait in pinned host memory; the other streamed ones are read from disk."""
+    ring_slots: int
+    """Pinned buffers of a layer each, through which layers from disk pass on their way to a card."""
     slots: int
+    """Buffers of the stream on the device: of a block on the CPU, of a layer on a card."""
+    drafts: bool
+    """Whether there are substitutes, so that tokens can be drafted."""
+    substitute_bits: int
+    draft_head_bits: int
+    """16: the draft uses the target's head; 4: it has a low-bit copy of its own."""
+    embedding: str
+    """`tied` to the head, on the `device`, in `host` memory or on `disk`."""
+    tree_nodes: int
+    """Nodes of a tree whose verification hides behind the link."""
     lines: tuple[PlanLine, ...]
+    host_lines: tuple[PlanLine, ...]
+    """Host memory beside the budget."""
     streamed_bytes_per_pass: int
+    prediction: Prediction
     reason: str
     fits: bool
     """Whether the whole model fits the budget, so that nothing needs to be streamed."""
@@ -85,28 +94,43 @@ class OffloadPlan:
     @property
     def total_bytes(self) -> int:
         """Sum of all lines."""
-        return _sum(self.lines)
+        return sum(line.size_bytes for line in self.lines)
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory beside the budget."""
+        return sum(line.size_bytes for line in self.host_lines)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {
+            "device": self.device,
             "budget_bytes": self.budget_bytes,
             "planned_bytes": self.total_bytes,
+            "host_bytes": self.host_bytes,
             "context": self.context,
             "resident_layers": list(self.resident),
+            "shared_layers": list(self.shared),
             "streamed_layers": list(self.streamed),
+            "pinned_layers": list(self.pinned_layers),
+            "ring_slots": self.ring_slots,
             "slots": self.slots,
+            "drafts": self.drafts,
+            "substitute_bits": self.substitute_bits,
+            "draft_head_bits": self.draft_head_bits,
+            "embedding": self.embedding,
+            "tree_nodes": self.tree_nodes,
             "streamed_bytes_per_pass": self.streamed_bytes_per_pass,
             "fits": self.fits,
             "reason": self.reason,
-            "lines": [
-                {"label": line.label, "size_bytes": line.size_bytes, "note": line.note} for line in self.lines
-            ],
+            "prediction": self.prediction.as_dict(),
+            "lines": _as_dicts(self.lines),
+            "host_lines": _as_dicts(self.host_lines),
         }
 
 
 def make_plan(request: PlanRequest) -> OffloadPlan:
-    """The plan with the most resident layers that the budget holds.
+    """The plan that is predicted to be fastest of all that the budget holds.
 
     Raises ResourceError with the smallest budget that works, UsageError for more layers than the model has or
     a context beyond the model's.
@@ -118,29 +142,35 @@ def make_plan(request: PlanRequest) -> OffloadPlan:
         raise UsageError(
             f"--context {request.context}: the model was made for {request.model_context} positions"
         )
-    for context in _contexts(request):
-        if (plan := _plan_for(request, context)) is not None:
-            return plan
-    raise _too_small(request)
+    ledger = Ledger(request)
+    shelf = Shelf(request, ledger)
+    found = shelf.choose(request.budget_bytes)
+    if found is None:
+        raise too_small(request, ledger, shelf)
+    return _finish(request, ledger, shelf, *found)
 
 
-def _contexts(request: PlanRequest) -> Iterable[int]:
-    if request.context is not None:
-        return (request.context,)
-    most = min(request.model_context, DEFAULT_CONTEXT)
-    return (most, *(context for context in _CONTEXTS if context < most))
+def fastest_plan(requests: Sequence[PlanRequest]) -> tuple[int, OffloadPlan]:
+    """The fastest of several requests' plans, and its number; raises the first one's error if none can be made.
 
-
-def _plan_for(request: PlanRequest, context: int) -> OffloadPlan | None:
-    """The best plan with this context, None if it does not hold at all."""
-    wanted = request.resident_layers
-    layers = request.geometry.layers
-    counts = range(layers, -1, -1) if wanted is None else (wanted,)
-    for count in counts:
-        lines = _lines(request, context, count)
-        if _sum(lines) <= request.budget_bytes:
-            return _finish(request, context, count, lines)
-    return None
+    For several sets of substitutes that stand side by side, most recent first: equals go to the first.
+    """
+    plans, errors = [], []
+    for number, request in enumerate(requests):
+        try:
+            plans.append((number, make_plan(request)))
+        except ResourceError as error:
+            errors.append(error)
+    if not plans:
+        raise errors[0]
+    number, plan = max(plans, key=lambda item: (item[1].prediction.tok_per_s, -item[0]))
+    if len(requests) > 1:
+        others = sorted({request.substitute_bits for request in requests} - {plan.substitute_bits})
+        named = " and ".join(f"{bits}-bit" for bits in others)
+        if named:
+            reason = f"{plan.reason}; {plan.substitute_bits}-bit substitutes, predicted faster than {named}"
+            plan = replace(plan, reason=reason)
+    return number, plan
 
 
 def spread(count: int, layers: int) -> tuple[int, ...]:
@@ -148,96 +178,65 @@ def spread(count: int, layers: int) -> tuple[int, ...]:
     return tuple(sorted({(2 * i + 1) * layers // (2 * count) for i in range(count)})) if count else ()
 
 
-def _lines(request: PlanRequest, context: int, resident: int) -> tuple[PlanLine, ...]:
-    geometry = request.geometry
-    streamed = geometry.layers - resident
-    chosen = set(spread(resident, geometry.layers))
-    tables = 1 if geometry.tied_head or request.device == "cpu" else 2
-    slot_bytes = max(geometry.block_bytes.values()) + 8 * _PAGE_BYTES
-    substitutes = [size for layer, size in enumerate(request.substitute_bytes or ()) if layer not in chosen]
-    small = geometry.layers * geometry.layer_small_bytes + geometry.hidden * geometry.element_bytes
-    rows = context + request.tree_nodes
-    lines = [
-        PlanLine(
-            "embedding and head" if tables == 2 or geometry.tied_head else "head",
-            tables * geometry.table_bytes,
-        ),
-        PlanLine("norms and biases", small),
-        PlanLine(
-            "resident layers", resident * geometry.layer_matrix_bytes, f"{resident} of {geometry.layers}"
-        ),
-        PlanLine("substitutes", sum(substitutes), f"{len(substitutes)} layers"),
-        PlanLine(
-            "stream slots", _SLOTS * slot_bytes if streamed else 0, f"{_SLOTS} x {format_bytes(slot_bytes)}"
-        ),
-        PlanLine("KV cache", rows * geometry.kv_row_bytes, f"{rows} rows"),
-        PlanLine("workspace", _workspace_bytes(request, rows)),
-        PlanLine("margin", _MARGIN_BYTES),
-    ]
-    return tuple(line for line in lines if line.size_bytes)
-
-
-def _sum(lines: Iterable[PlanLine]) -> int:
-    return sum(line.size_bytes for line in lines)
-
-
-def _workspace_bytes(request: PlanRequest, rows: int) -> int:
-    """Activations of the widest forward, float64 attention and logits; the tokenizer on the host."""
-    geometry = request.geometry
-    width = 4 * geometry.hidden + 3 * geometry.feed_forward + 3 * geometry.heads * geometry.head_dim
-    activations = request.prefill_rows * width * max(geometry.element_bytes, 4)
-    float64_keys = 3 * geometry.kv_heads * rows * geometry.head_dim * 8
-    tiles = 3 * ATTENTION_TILE_BYTES
-    logits = request.tree_nodes * geometry.vocab * geometry.element_bytes + 8 * geometry.vocab * 8
-    tokenizer = 8 * request.tokenizer_bytes if request.device == "cpu" else 0
-    return activations + float64_keys + tiles + logits + tokenizer
+def _pick(count: int, layers: Sequence[int]) -> tuple[int, ...]:
+    return tuple(layers[index] for index in spread(count, len(layers)))
 
 
 def _finish(
-    request: PlanRequest, context: int, resident_count: int, lines: tuple[PlanLine, ...]
+    request: PlanRequest, ledger: Ledger, shelf: Shelf, context: int, candidate: Candidate
 ) -> OffloadPlan:
-    geometry = request.geometry
-    resident = spread(resident_count, geometry.layers)
+    geometry, choice = request.geometry, candidate.choice
+    resident = spread(choice.resident, geometry.layers)
     streamed = tuple(layer for layer in range(geometry.layers) if layer not in resident)
-    whole = _sum(_lines(request, context, geometry.layers))
-    fits = whole <= request.budget_bytes
-    if request.resident_layers is not None:
-        reason = f"{resident_count} resident layers, as asked for"
-    elif fits:
-        reason = f"the whole model fits: {format_bytes(whole)} of {format_bytes(request.budget_bytes)}"
-    else:
-        spare = request.budget_bytes - _sum(lines)
-        layer = format_bytes(geometry.layer_matrix_bytes)
-        reason = f"as many resident layers as fit: {format_bytes(spare)} to spare, a layer takes {layer}"
-    if request.context is None and context < min(request.model_context, DEFAULT_CONTEXT):
-        reason += f"; context cut to {context} tokens to fit"
+    pinned, ring_slots = ledger.pinned(choice) or (0, 0)
+    whole = Choice(0, geometry.layers, False, 0, 16, choice.embedding)
+    whole_bytes = ledger.base_bytes(whole) + context * ledger.row_bytes
+    fits = whole_bytes <= request.budget_bytes
+    reasons = (
+        main_reason(request, ledger, shelf, candidate, whole_bytes if fits else None, context),
+        context_reason(request, shelf, candidate, context),
+    )
     return OffloadPlan(
+        device=request.device,
         budget_bytes=request.budget_bytes,
         context=context,
         resident=resident,
+        shared=_pick(choice.shared, resident),
         streamed=streamed,
-        slots=_SLOTS if streamed else 0,
-        lines=lines,
+        pinned_layers=_pick(pinned, streamed),
+        ring_slots=ring_slots,
+        slots=choice.slots,
+        drafts=choice.drafts,
+        substitute_bits=request.substitute_bits,
+        draft_head_bits=choice.draft_head_bits,
+        embedding=choice.embedding,
+        tree_nodes=_tree_nodes(request, candidate),
+        lines=ledger.lines(choice, context),
+        host_lines=ledger.host_lines(choice),
         streamed_bytes_per_pass=len(streamed) * geometry.layer_matrix_bytes,
-        reason=reason,
+        prediction=prediction_of(
+            candidate.cycle,
+            candidate.pace,
+            paces(request)[0],
+            request.costs,
+            survival=request.likely_survival,
+            is_measured=request.survival is not None,
+        ),
+        reason="; ".join(reason for reason in reasons if reason),
         fits=fits,
     )
 
 
-def _too_small(request: PlanRequest) -> ResourceError:
-    context = request.context or min(_CONTEXTS[-1], request.model_context)
-    wanted = request.resident_layers
-    counts = range(request.geometry.layers + 1) if wanted is None else (wanted,)
-    # Not always the plan without resident layers: holding two layers may cost less than slots for streaming them.
-    lines = min((_lines(request, context, count) for count in counts), key=_sum)
-    least = _sum(lines)
-    option = "--memory-gb" if request.device == "cpu" else "--vram-gb"
-    # Rounded up to hundredths of a GiB, so that the number can be typed as it stands.
-    enough = -(-least * 100 // GIB) / 100
-    largest = max(lines, key=lambda line: line.size_bytes)
-    lower = "a smaller --context or " if request.context and request.context > _CONTEXTS[-1] else ""
-    return ResourceError(
-        f"a budget of {format_bytes(request.budget_bytes)} is too small: {format_bytes(least)} is the least, "
-        f"of which {largest.label} {format_bytes(largest.size_bytes)}",
-        f"{option} {enough:.2f} works with a context of {context}; {lower}substitutes of fewer bits lower it",
-    )
+def _tree_nodes(request: PlanRequest, candidate: Candidate) -> int:
+    """Nodes that may be verified: as many as hide behind the link, and as many as the best depth wants."""
+    if request.fixed_depth is not None:
+        return request.tree_nodes
+    compute = pass_compute(request.costs, request.geometry)
+    hidden = node_budget(candidate.cycle.link_s, compute, request.tree_nodes)
+    wanted = verified_rows(candidate.pace.depth, request.tree_nodes)
+    enough = next((nodes for nodes in NODE_BUDGETS if nodes >= wanted), wanted)
+    return min(max(hidden, enough), request.tree_nodes)
+
+
+def _as_dicts(lines: Sequence[PlanLine]) -> list[dict[str, Any]]:
+    return [{"label": line.label, "size_bytes": line.size_bytes, "note": line.note} for line in lines]

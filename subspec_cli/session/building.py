@@ -15,35 +15,40 @@ from subspec_cli.decoding.certify import Certificate, certify
 from subspec_cli.decoding.drafter import Drafter, RootOnly, TreeGrower
 from subspec_cli.decoding.engine import PREFILL_CHUNK, Engine
 from subspec_cli.decoding.schedule import Schedule, TreeLimits
-from subspec_cli.errors import ResourceError, UnsupportedModelError
+from subspec_cli.errors import UnsupportedModelError
 from subspec_cli.modeling.families import ModelTokenizer, end_token_ids, load_config
 from subspec_cli.modeling.layers import RowRules
-from subspec_cli.placement.geometry import ModelGeometry, substitute_layer_bytes
+from subspec_cli.placement.assumed import assumed_costs
+from subspec_cli.placement.geometry import ModelGeometry
 from subspec_cli.placement.memory import (
     MemoryMeter,
     available_bytes,
     return_freed_memory_at_once,
     total_bytes,
 )
-from subspec_cli.placement.plan import OffloadPlan, PlanRequest, make_plan
+from subspec_cli.placement.plan import OffloadPlan, fastest_plan
 from subspec_cli.session.loading import LoadedModel, Loader
+from subspec_cli.session.planning import (
+    budget_bytes,
+    most_tree_nodes,
+    plan_request,
+    ram_bytes,
+    tokenizer_bytes_in,
+)
 from subspec_cli.session.session import Session, SessionDescription, SessionParts
 from subspec_cli.session.source import ModelSource
 from subspec_cli.store.checkpoint import check_unchanged
-from subspec_cli.units import format_bytes, gib_to_bytes
+from subspec_cli.store.usage import mark_used
 from subspec_cli.versions import library_versions
 
 DEFAULT_DEPTH: Final = 32
 DEFAULT_WIDTH: Final = 3
-_TREE_NODES: Final = 64
-_DEFAULT_SHARE: Final = 0.75
-"""Share of the available memory taken when the user names no budget."""
 
 
 def build_session(config: Config, source: ModelSource, progress: Callable[[str], None]) -> Session:
     """Plan, load, check rows. Nothing large is allocated before the plan holds."""
     device = _device(config.memory.device)
-    plan = _plan(config, source, device)
+    source, plan = _plan(config, source, device)
     return_freed_memory_at_once()
     # Everything is imported by now: what memory grows from here on is the model's.
     meter = MemoryMeter(device)
@@ -52,7 +57,7 @@ def build_session(config: Config, source: ModelSource, progress: Callable[[str],
     progress("loading the tokenizer")
     tokenizer = ModelTokenizer(source.checkpoint.directory, source.geometry.vocab)
     model_config = load_config(source.checkpoint.directory)
-    speculate = bool(plan.streamed) and not config.draft.no_speculation
+    speculate = plan.drafts
     loaded = Loader(
         source.prepared,
         source.checkpoint,
@@ -73,6 +78,7 @@ def build_session(config: Config, source: ModelSource, progress: Callable[[str],
     except BaseException:
         loaded.close()
         raise
+    mark_used(source.prepared.directory)
     return Session(parts, _describe(config, source, plan, certificate, parts, loaded, device))
 
 
@@ -94,45 +100,31 @@ def _fix_cuda_arithmetic() -> None:
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
-def _plan(config: Config, source: ModelSource, device: torch.device) -> OffloadPlan:
-    geometry, settings = source.geometry, source.prepared.manifest.settings
-    directory = source.checkpoint.directory
-    tokenizer_bytes = sum(path.stat().st_size for path in directory.glob("tokenizer*") if path.is_file())
-    substitutes = (substitute_layer_bytes(geometry, settings),) * geometry.layers
-    return make_plan(
-        PlanRequest(
-            geometry=geometry,
-            budget_bytes=_budget(config, device),
+def _plan(config: Config, source: ModelSource, device: torch.device) -> tuple[ModelSource, OffloadPlan]:
+    """The fastest plan over the sets of substitutes that are there, and the source with the set it takes."""
+    geometry = source.geometry
+    sets = (source.prepared, *source.others)
+    on_card = device.type == "cuda"
+    host = torch.device("cpu")
+    requests = [
+        plan_request(
+            config,
+            geometry,
+            prepared.manifest.settings,
+            assumed_costs(geometry, device.type, settings=prepared.manifest.settings),
             device=device.type,
-            substitute_bytes=None if config.draft.no_speculation else substitutes,
-            tokenizer_bytes=tokenizer_bytes,
-            context=config.memory.context,
-            resident_layers=config.memory.resident_layers,
-            tree_nodes=_tree_nodes(config),
-            prefill_rows=PREFILL_CHUNK,
-            model_context=geometry.max_positions,
+            budget_bytes=budget_bytes(config, device.type, total_bytes(device), available_bytes(device)),
+            ram_bytes=ram_bytes(config, available_bytes(host) if on_card else None),
+            tokenizer_bytes=tokenizer_bytes_in(source.checkpoint.directory),
         )
-    )
-
-
-def _budget(config: Config, device: torch.device) -> int:
-    if config.memory.vram_gb is None:
-        return int(available_bytes(device) * _DEFAULT_SHARE)
-    option = "--memory-gb" if device.type == "cpu" else "--vram-gb"
-    budget = gib_to_bytes(config.memory.vram_gb, option)
-    most = total_bytes(device)
-    if budget > most:
-        raise ResourceError(
-            f"a budget of {format_bytes(budget)} is more than this machine has: {format_bytes(most)}",
-            f"{option} {most * 3 // 4 / (1 << 30):.1f} leaves a quarter to others",
-        )
-    return budget
+        for prepared in sets
+    ]
+    number, plan = fastest_plan(requests)
+    return replace(source, prepared=sets[number]), plan
 
 
 def _tree_nodes(config: Config) -> int:
-    """Most nodes of a tree; a fixed shape may need more than the usual bound."""
-    depth, width = config.draft.depth or 0, config.draft.width or 1
-    return max(_TREE_NODES, depth * width + 1)
+    return most_tree_nodes(config)
 
 
 def _certify(

@@ -99,7 +99,7 @@ class Loader:
             if with_draft:
                 held = {
                     layer: resident_layer(draft_math, layer, source.resident_matrices(layer))
-                    for layer in plan.resident
+                    for layer in plan.shared
                 }
                 layers = [(held | substitutes)[layer] for layer in range(geometry.layers)]
                 draft = DraftDecoder(draft_math, embed, head, layers)
@@ -147,8 +147,10 @@ class Loader:
     def _substitutes(self, math: LayerMath) -> dict[int, SubstituteLayer]:
         settings = self._prepared.manifest.settings
         loaded = {}
-        for number, layer in enumerate(self._plan.streamed, start=1):
-            self._progress(f"loading substitutes {number}/{len(self._plan.streamed)}")
+        # A layer that is resident for the target alone has its substitute too: it drafts faster than 16 bits.
+        wanted = [layer for layer in range(self._geometry.layers) if layer not in self._plan.shared]
+        for number, layer in enumerate(wanted, start=1):
+            self._progress(f"loading substitutes {number}/{len(wanted)}")
             loaded[layer] = load_substitute(
                 math, layer, load_layer(self._prepared, layer), settings, self._device
             )
@@ -156,16 +158,23 @@ class Loader:
 
     def _tables(self, opened: ExitStack) -> tuple[Embedding, Head]:
         self._progress("loading embedding and head")
-        tied, on_cpu = self._geometry.tied_head, self._device.type == "cpu"
+        place = self._plan.embedding
         table, norm = "model.embed_tokens.weight", "model.norm.weight"
-        head_name = table if tied else "lm_head.weight"
-        loaded = self._read([head_name, norm, *([] if tied or on_cpu else [table])])
+        head_name = table if place == "tied" else "lm_head.weight"
+        loaded = self._read([head_name, norm, *([table] if place == "device" else [])])
         head = Head(loaded[norm], loaded[head_name], self._geometry.rms_norm_eps)
         if table in loaded:
             return table_embedding(loaded[table]), head
+        if place == "host":
+            return self._host_embedding(table), head
         rows = DiskEmbedding(self._checkpoint.tensors[table])
         opened.callback(rows.close)
         return rows, head
+
+    def _host_embedding(self, name: str) -> Embedding:
+        """Rows gathered in host memory: the table's place on the card is worth two or three layers."""
+        gather = table_embedding(read_tensors([self._checkpoint.tensors[name]])[name])
+        return lambda token_ids: gather(token_ids.cpu()).to(self._device)
 
     def _source(self, opened: ExitStack) -> LayerSource:
         held = {}

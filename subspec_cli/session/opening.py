@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from subspec_cli.config import Config
 from subspec_cli.session.source import find_source
-from subspec_cli.store.usage import mark_used
 
 if TYPE_CHECKING:
     from subspec_cli.session.session import Session
@@ -27,6 +26,4 @@ def open_session(config: Config, *, progress: Callable[[str], None]) -> Session:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     from subspec_cli.session.building import build_session
 
-    session = build_session(config, source, progress)
-    mark_used(source.prepared.directory)
-    return session
+    return build_session(config, source, progress)

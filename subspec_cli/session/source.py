@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from subspec_cli.config import Config
-from subspec_cli.errors import IntegrityError, UsageError
+from subspec_cli.errors import IntegrityError, SubspecError, UsageError
 from subspec_cli.placement.geometry import ModelGeometry, read_geometry
 from subspec_cli.store.checkpoint import Checkpoint, open_checkpoint
 from subspec_cli.store.hub import find_local
 from subspec_cli.store.manifest import Manifest
 from subspec_cli.store.model_name import check_revision, name_of_id, prepare_command
-from subspec_cli.store.prepared import PreparedModel, check_source, find_prepared
+from subspec_cli.store.prepared import PreparedModel, check_source, find_prepared_sets
 from subspec_cli.units import printable
 
 
@@ -22,16 +22,30 @@ class ModelSource:
     prepared: PreparedModel
     checkpoint: Checkpoint
     geometry: ModelGeometry
+    others: tuple[PreparedModel, ...] = ()
+    """Substitutes of other widths for the same weights, where the user named none: the plan may take them."""
 
 
 def find_source(config: Config) -> ModelSource:
     """The prepared model of the settings, or the latest one, with its checked 16-bit checkpoint."""
-    prepared = find_prepared(config.model.model, config.model.bits)
+    prepared, *others = find_prepared_sets(config.model.model, config.model.bits)
     manifest = prepared.manifest
     _check_prepared_revision(manifest, config.model.revision)
     checkpoint = open_checkpoint(find_local(manifest.model_id, manifest.commit))
     check_source(prepared, checkpoint)
-    return ModelSource(prepared, checkpoint, read_geometry(checkpoint.config, checkpoint.tensors))
+    geometry = read_geometry(checkpoint.config, checkpoint.tensors)
+    return ModelSource(
+        prepared, checkpoint, geometry, tuple(item for item in others if _fits(item, checkpoint))
+    )
+
+
+def _fits(prepared: PreparedModel, checkpoint: Checkpoint) -> bool:
+    """Whether a set that nobody asked for by name may be used."""
+    try:
+        check_source(prepared, checkpoint)
+    except SubspecError:
+        return False
+    return True
 
 
 def _check_prepared_revision(manifest: Manifest, revision: str | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 from dataclasses import dataclass
@@ -69,6 +70,32 @@ def find_prepared(model: str | None, bits: int | None = None) -> PreparedModel:
             return PreparedModel(path.parent, manifest)
         other_labels.add(manifest.settings.label)
     raise _not_prepared(model_id, bits, sorted(other_labels))
+
+
+def find_prepared_sets(model: str | None, bits: int | None = None) -> tuple[PreparedModel, ...]:
+    """What `find_prepared` finds, and after it the other widths of the same weights, the latest of each.
+
+    Damaged neighbours do not count; errors as `find_prepared`. With `bits` there is only the one.
+    """
+    latest = find_prepared(model, bits)
+    if bits is not None:
+        return (latest,)
+    sets = {latest.manifest.settings.bits: latest}
+    for path in _manifests_by_recency():
+        with contextlib.suppress(SubspecError):
+            manifest = read_manifest(path)
+            if _is_same_source(manifest, latest.manifest):
+                sets.setdefault(manifest.settings.bits, PreparedModel(path.parent, manifest))
+    return tuple(sets.values())
+
+
+def _is_same_source(manifest: Manifest, other: Manifest) -> bool:
+    return (manifest.model_id, manifest.commit, manifest.fingerprint, manifest.source_stamp) == (
+        other.model_id,
+        other.commit,
+        other.fingerprint,
+        other.source_stamp,
+    )
 
 
 def load_layer(prepared: PreparedModel, layer: int) -> dict[str, torch.Tensor]:
