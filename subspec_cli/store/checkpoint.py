@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from subspec_cli.errors import IntegrityError, UnsupportedModelError, UsageError
+from subspec_cli.errors import IntegrityError, UsageError
 from subspec_cli.store.files import read_error
 from subspec_cli.store.safetensors_header import BegunFile, SafetensorsHeader, TensorEntry, read_header
 from subspec_cli.store.source_directory import (
@@ -19,6 +19,7 @@ from subspec_cli.store.source_directory import (
     WeightIndex,
     confine,
     has_tokenizer,
+    no_tokenizer_error,
     no_weights_error,
     read_config,
     read_index,
@@ -79,13 +80,10 @@ def open_checkpoint(directory: Path, begun: Mapping[str, BegunFile] = _NONE_BEGU
     config_bytes, config = read_config(directory)
     names, index = _weight_files(directory, begun)
     if not has_tokenizer(directory):
-        raise UnsupportedModelError(
-            f"no tokenizer in {printable(str(directory))}: "
-            "expected tokenizer.json, tokenizer.model, or vocab.json with merges.txt"
-        )
+        raise no_tokenizer_error(printable(str(directory)))
     headers = {name: read_header(confine(directory, name), begun.get(name)) for name in names}
     if index is not None:
-        _check_index(directory, index, headers)
+        check_index(directory, index, {name: header.entries for name, header in headers.items()})
     digest = hashlib.sha256()
     for part in (config_bytes, index.raw if index else b"", *(header.raw for header in headers.values())):
         digest.update(len(part).to_bytes(8, "little") + part)
@@ -184,8 +182,9 @@ def _weight_files(
     return index.file_names, index
 
 
-def _check_index(directory: Path, index: WeightIndex, headers: Mapping[str, SafetensorsHeader]) -> None:
-    held = {name: {entry.name for entry in header.entries} for name, header in headers.items()}
+def check_index(directory: Path, index: WeightIndex, entries: Mapping[str, Iterable[TensorEntry]]) -> None:
+    """See that index and files agree on where each tensor is; raises IntegrityError."""
+    held = {name: {entry.name for entry in found} for name, found in entries.items()}
     for tensor, name in index.file_of.items():
         if tensor not in held[name]:
             raise IntegrityError(

@@ -18,6 +18,7 @@ from subspec_cli.store.source_directory import (
     CONFIG_NAME,
     INDEX_NAME,
     SINGLE_NAME,
+    WeightIndex,
     confine,
     first_missing_file,
     no_weights_error,
@@ -67,14 +68,19 @@ class Listing:
         if SINGLE_NAME in self.sizes or (not self.sizes and confine(snapshot, SINGLE_NAME).exists()):
             return (SINGLE_NAME,)
         index = read_index(snapshot)
-        names = index.file_names if index else ()
-        unknown = [name for name in names if name not in self.sizes] if self.sizes else []
+        if index is None:
+            return ()
+        self.check_names(index)
+        return index.file_names
+
+    def check_names(self, index: WeightIndex) -> None:
+        """See that the files of an index are there; raises IntegrityError as `weights`."""
+        unknown = [name for name in index.file_names if name not in self.sizes] if self.sizes else []
         if unknown:
             raise IntegrityError(
                 f"{INDEX_NAME} names {printable(unknown[0])[:200]}, which is not among the model's files",
                 "the model is damaged on the hub: try another revision",
             )
-        return names
 
     def is_there(self, snapshot: Path, name: str) -> bool:
         """Whether a file is in the cache, with the size that the hub tells.

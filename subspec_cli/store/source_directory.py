@@ -20,8 +20,8 @@ INDEX_NAME = "model.safetensors.index.json"
 TOKENIZER_CHOICES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
 """Any one of these sets of files makes a tokenizer."""
 
-_MAX_CONFIG_BYTES = 8 << 20
-_MAX_INDEX_BYTES = 64 << 20
+MAX_CONFIG_BYTES = 8 << 20
+MAX_INDEX_BYTES = 64 << 20
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _DRIVE = re.compile(r"[A-Za-z]:")
 
@@ -82,14 +82,19 @@ def read_config(directory: Path) -> tuple[bytes, dict[str, Any]]:
     shown = printable(str(directory / CONFIG_NAME))
     if not path.exists():
         raise UnsupportedModelError(f"no {CONFIG_NAME} in {printable(str(directory))}: it holds no model")
-    if path.stat().st_size > _MAX_CONFIG_BYTES:
+    if path.stat().st_size > MAX_CONFIG_BYTES:
         raise UnsupportedModelError(
-            f"{shown} has {path.stat().st_size} bytes, at most {_MAX_CONFIG_BYTES} are read"
+            f"{shown} has {path.stat().st_size} bytes, at most {MAX_CONFIG_BYTES} are read"
         )
-    raw = read_small_file(path, _MAX_CONFIG_BYTES)
+    raw = read_small_file(path, MAX_CONFIG_BYTES)
+    return raw, parse_config(raw, shown)
+
+
+def parse_config(raw: bytes, shown: str) -> dict[str, Any]:
+    """Content of config.json, checked by `check_config`; raises UnsupportedModelError."""
     config = parse_json_object(raw, shown, UnsupportedModelError)
     check_config(config)
-    return raw, config
+    return config
 
 
 def check_config(config: Mapping[str, Any]) -> None:
@@ -120,7 +125,11 @@ def read_index(directory: Path) -> WeightIndex | None:
     if not path.exists():
         return None
     shown = printable(str(directory / INDEX_NAME))
-    raw = read_small_file(path, _MAX_INDEX_BYTES)
+    return parse_index(read_small_file(path, MAX_INDEX_BYTES), shown)
+
+
+def parse_index(raw: bytes, shown: str) -> WeightIndex:
+    """The index in these bytes; raises IntegrityError as `read_index`."""
     file_of = parse_json_object(raw, shown, IntegrityError, "download the file again").get("weight_map")
     if not isinstance(file_of, dict) or not file_of:
         raise IntegrityError(f"{shown} has no weight_map", "download the file again")
@@ -154,6 +163,13 @@ def first_missing_file(directory: Path) -> str | None:
 def has_tokenizer(directory: Path) -> bool:
     """Whether the files of a tokenizer are there; raises IntegrityError as `confine`."""
     return any(all(confine(directory, name).exists() for name in names) for names in TOKENIZER_CHOICES)
+
+
+def no_tokenizer_error(where: str) -> UnsupportedModelError:
+    """The error for a model without tokenizer; `where` is the place that it is missed in."""
+    return UnsupportedModelError(
+        f"no tokenizer in {where}: expected tokenizer.json, tokenizer.model, or vocab.json with merges.txt"
+    )
 
 
 def no_weights_error(names: list[str], where: str) -> UnsupportedModelError:
