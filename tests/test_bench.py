@@ -47,7 +47,13 @@ def test_both_arms_answer_every_turn_alike(shelf, questions):
     assert all(pair.plain.stats.drafted_tokens == 0 for pair in report.pairs)
     assert len(report.best_plain) == 2
     assert (seen[-1].done, seen[-1].total) == (9, 10), "the last word is said before the last answer"
-    assert len(json.loads(json.dumps(report.as_dict()))["answers"]) == 4
+    document = json.loads(json.dumps(report.as_dict()))
+    assert len(document["answers"]) == 4
+    beside = document["predicted_beside_measured"]
+    assert beside["predicted_pass_s"] == document["plan"]["prediction"]["pass_s"]
+    assert beside["pass_s"] > 0
+    assert beside["tok_per_s"] == pytest.approx(total.speculative_tok_per_s)
+    assert any(line.startswith("predicted (assumed costs) | measured") for line in report.summary_lines)
 
 
 def test_second_turn_prefills_only_what_is_new(shelf, questions):

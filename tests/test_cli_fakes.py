@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from subspec_cli.metrics import GenerationStats, StepStats
+from subspec_cli.placement.predict import Prediction
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,27 @@ class FakeLine:
     note: str = ""
 
 
+PREDICTION = Prediction(
+    plain_pass_s=0.5,
+    pass_s=0.4,
+    step_s=0.025,
+    depth=4,
+    tau=3.5,
+    plain_tok_per_s=2.0,
+    tok_per_s=7.0,
+    survival=0.974,
+    origin="assumed",
+    assumptions=("link 1.4 GB/s (assumed)",),
+)
+
+
 @dataclass(frozen=True)
 class FakePlan:
     resident_layers: int = 1
     streamed_layers: int = 3
     lines: tuple[FakeLine, ...] = (FakeLine("substitutes", 3 << 20), FakeLine("spare", 0))
     reason: str = "one layer fits beside the substitutes"
+    prediction: Prediction = PREDICTION
 
     def as_dict(self):
         return {"resident_layers": self.resident_layers, "streamed_layers": self.streamed_layers}

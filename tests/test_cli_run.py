@@ -28,7 +28,7 @@ def test_plain_text_on_stdout_and_figures_on_stderr(capsys, session, monkeypatch
     captured = capsys.readouterr()
     assert captured.out == "Hello world\nbye\n"
     assert "\x1b" not in captured.out + captured.err
-    banner, model, plan, summary = captured.err.splitlines()
+    banner, model, plan, beside, summary = captured.err.splitlines()
     assert banner == "subspec 0.1.0 · loading the model prepared last …"
     assert model == (
         "model demo (most recently prepared) · cpu bfloat16 · context 256"
@@ -38,6 +38,7 @@ def test_plain_text_on_stdout_and_figures_on_stderr(capsys, session, monkeypatch
         "plan: 1 resident + 3 streamed layers · speculation on · 3.00 MiB of 1.00 GiB planned"
         " · one layer fits beside the substitutes"
     )
+    assert beside.startswith("predicted (assumed costs) | measured: pass 400 ms | 300 ms · ")
     assert summary == (
         "7 tokens (stop) at 4.0 tok/s · tau 3.00 · first token 250 ms"
         " · prompt 5 (4 prefilled) · 953.7 MiB at 0.67 GB/s"
@@ -96,7 +97,7 @@ def test_json_is_one_document_with_the_promised_keys(capsys, session):
     assert list(document) == [
         *("text", "token_ids", "prompt_tokens", "prefilled_tokens", "new_tokens", "finish_reason"),
         *("exactness", "exactness_reason", "speculation", "seed", "model", "revision"),
-        *("stats", "plan", "config", "versions"),
+        *("stats", "predicted_beside_measured", "plan", "config", "versions"),
     ]
     assert list(document["stats"]) == [
         *("ttft_s", "decode_tok_per_s", "tau", "passes", "accepted_histogram", "drafted_tokens"),
@@ -109,6 +110,8 @@ def test_json_is_one_document_with_the_promised_keys(capsys, session):
     assert (document["stats"]["tau"], document["stats"]["accepted_histogram"]) == (3.0, [0, 0, 2])
     assert document["config"]["sampling"]["seed"] == 5
     assert document["plan"] == {"resident_layers": 1, "streamed_layers": 3}
+    beside = document["predicted_beside_measured"]
+    assert (beside["predicted_pass_s"], beside["pass_s"]) == (0.4, pytest.approx(0.3))
 
 
 def test_json_keeps_foreign_text_in_ascii(capsys, monkeypatch):

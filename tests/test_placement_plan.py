@@ -32,7 +32,7 @@ from subspec_cli.placement.plan_lines import (
 )
 from subspec_cli.placement.plan_search import Weigher
 from subspec_cli.placement.plan_shelf import Shelf
-from subspec_cli.placement.predict import plan_costs, tok_per_s_given_tau
+from subspec_cli.placement.predict import plan_costs
 from subspec_cli.store.manifest import SubstituteSettings
 from subspec_cli.units import GIB, MIB
 
@@ -563,13 +563,6 @@ def test_there_are_as_many_slots_as_memory_allows() -> None:
     assert make_plan(streaming).slots == 8
     assert make_plan(replace(streaming, budget_bytes=min_bytes(streaming))).slots == 2
     assert make_plan(replace(make_request(device="cuda"), budget_bytes=3 * GIB)).slots in (2, 3)
-
-
-def test_speed_at_a_measured_tau() -> None:
-    plan = make_plan(make_request())
-    costs = plan_costs(make_request().costs, make_geometry(), plan)
-    expected = 7.0 / (max(costs.link_s, costs.compute.at(30)) + 12 * costs.step.at(2))
-    assert tok_per_s_given_tau(costs, 7.0, depth=12, rows=30) == pytest.approx(expected)
 
 
 def test_resident_layers_are_spread_evenly() -> None:

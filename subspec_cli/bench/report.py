@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from subspec_cli.metrics import GenerationStats, rate_of_totals, tau_of_totals
+from subspec_cli.placement.comparison import Comparison, compare
+from subspec_cli.placement.predict import Prediction
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +100,8 @@ class BenchReport:
     interrupted: bool
     context: dict[str, Any]
     """Model, plan, configuration and versions."""
+    prediction: Prediction | None = None
+    """What the plan promised for the speculative arm."""
 
     @property
     def rows(self) -> tuple[BenchRow, ...]:
@@ -116,6 +120,14 @@ class BenchReport:
             return None
         tau = tau_of_totals(pair.speculative.stats for pair in self.pairs)
         return tau * self.link.gb_per_s * 1e9 / self.link.streamed_bytes_per_pass
+
+    @property
+    def comparison(self) -> Comparison | None:
+        """Predicted beside measured, over all speculative answers."""
+        if self.prediction is None or not self.pairs:
+            return None
+        answers = [pair.speculative.stats for pair in self.pairs]
+        return compare(self.prediction, answers, drafted=self.speculation)
 
     @property
     def summary_lines(self) -> tuple[str, ...]:
@@ -143,6 +155,8 @@ class BenchReport:
                 f"ceiling {ceiling:.2f} tok/s = tau {total.tau:.2f} x {self.link.gb_per_s:.2f} GB/s / "
                 f"{self.link.streamed_bytes_per_pass / 1e9:.2f} GB per pass; reached {share:.0%}"
             )
+        if self.comparison is not None:
+            lines.append(self.comparison.line)
         if self.link and self.link.cold_share is not None:
             lines.append(
                 f"{self.link.cold_share:.0%} of the streamed bytes came from storage, not from a cache"
@@ -158,6 +172,7 @@ class BenchReport:
             "interrupted": self.interrupted,
             "rows": [_fields(row) for row in self.rows],
             "summary": list(self.summary_lines),
+            "predicted_beside_measured": self.comparison.as_dict() if self.comparison else None,
             "ceiling_tok_per_s": self.ceiling_tok_per_s,
             "link": None if self.link is None else {**_fields(self.link), "gb_per_s": self.link.gb_per_s},
             "best_plain_tok_per_s": rate_of_totals(self.best_plain) if self.best_plain else None,

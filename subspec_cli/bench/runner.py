@@ -18,6 +18,7 @@ from subspec_cli.bench.suites import Question, load_suite
 from subspec_cli.config import Config
 from subspec_cli.metrics import GenerationStats
 from subspec_cli.placement.memory import disk_read_bytes
+from subspec_cli.placement.predict import Prediction
 from subspec_cli.session import open_session
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class _Run:
         self._link: LinkFigures | None = None
         self._context: dict[str, Any] = {}
         self._context_tokens: int | None = None
+        self._prediction: Prediction | None = None
         self._exactness = "unchecked"
         self._speculation = False
 
@@ -70,6 +72,7 @@ class _Run:
             about = session.description
             self._exactness, self._speculation = about.exactness, about.speculation
             self._context_tokens = about.context_tokens
+            self._prediction = about.plan.prediction
             self._context = _context(session, self._config)
             for number, question in enumerate(self._questions):
                 self._measure_question(session, number, question)
@@ -106,6 +109,7 @@ class _Run:
             speculation=self._speculation,
             interrupted=interrupted,
             context=self._context,
+            prediction=self._prediction,
         )
 
     @property

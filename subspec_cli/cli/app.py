@@ -1,4 +1,4 @@
-"""The command line: four commands, each loading what it needs only when it runs."""
+"""The command line: five commands, each loading what it needs only when it runs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 from subspec_cli import __version__
 from subspec_cli.cli.bench import bench
 from subspec_cli.cli.models import models
+from subspec_cli.cli.plan import plan
 from subspec_cli.cli.prepare import prepare
 from subspec_cli.cli.run import run
 from subspec_cli.errors import ExitCode
@@ -19,6 +20,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command()(plan)
 app.command()(prepare)
 app.command()(run)
 app.command()(bench)

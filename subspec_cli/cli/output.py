@@ -51,18 +51,29 @@ class Output:
         """Lines of the result, on stdout."""
         self.out.print(Text(printable(text)), soft_wrap=True)
 
+    def styled(self, text: Text) -> None:
+        """A line of the result whose parts have styles of their own; bare text where there is no terminal."""
+        self.out.print(text, soft_wrap=True)
+
     def document(self, document: Mapping[str, Any]) -> None:
         """The one JSON document of a `--json` run, on stdout."""
         self.stdout.write(as_json(document) + "\n")
         self.stdout.flush()
 
-    def table(self, headers: Sequence[str], rows: Sequence[Sequence[str]], *, aside: bool = False) -> None:
-        """A table whose last row is the total; `aside` writes it to stderr."""
+    def table(
+        self,
+        headers: Sequence[str],
+        rows: Sequence[Sequence[str]],
+        *,
+        aside: bool = False,
+        has_total: bool = True,
+    ) -> None:
+        """A table, its last row the total unless told otherwise; `aside` writes it to stderr."""
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for number, header in enumerate(headers):
             table.add_column(Text(header), justify="right" if number else "left", no_wrap=True)
         for number, row in enumerate(rows):
-            is_total = number == len(rows) - 1
+            is_total = has_total and number == len(rows) - 1
             table.add_row(*(Text(printable(cell)) for cell in row), style="bold" if is_total else None)
         console = self.err if aside else self.out
         console.print(table)

@@ -11,6 +11,7 @@ from subspec_cli import __version__
 from subspec_cli.cli.live import View
 from subspec_cli.config import Config
 from subspec_cli.metrics import GenerationStats
+from subspec_cli.placement.comparison import Comparison, compare
 from subspec_cli.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -102,6 +103,12 @@ def summary_line(answer: Answer, session: Session) -> str:
     return " · ".join(parts)
 
 
+def comparison_of(answer: Answer, session: Session) -> Comparison:
+    """What the plan predicted beside what the answer took."""
+    about = session.description
+    return compare(about.plan.prediction, [answer.stats], drafted=answer.stats.drafted_tokens > 0)
+
+
 def answer_document(answer: Answer, session: Session, config: Config) -> dict[str, Any]:
     """The document of `run --json`."""
     stats, about = answer.stats, session.description
@@ -133,6 +140,7 @@ def answer_document(answer: Answer, session: Session, config: Config) -> dict[st
             "peak_memory_bytes": session.peak_memory_bytes(),
             "budget_bytes": about.budget_bytes,
         },
+        "predicted_beside_measured": comparison_of(answer, session).as_dict(),
         "plan": about.plan.as_dict(),
         "config": config.as_dict(),
         "versions": about.versions,

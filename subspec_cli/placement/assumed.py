@@ -49,11 +49,11 @@ _CPU: Final = _Rates(
     disk=1.4e9,
     exact_memory=7e9,
     fast_memory=20e9,
-    low_bit_memory=30e9,
+    low_bit_memory=40e9,
     exact_ops=0.8e12,
     fast_ops=0.4e12,
     low_bit_ops=0.4e12,
-    layer_s=0.1e-3,
+    layer_s=0.2e-3,
     step_s=0.5e-3,
 )
 # A card with PCIe 4.0 x16 and 1 TB/s of memory, as published for an RTX 4090: a pinned copy reaches 22 to

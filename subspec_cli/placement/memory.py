@@ -8,6 +8,8 @@ from typing import Final
 
 import torch
 
+from subspec_cli.placement.host import host_available_bytes, host_total_bytes, kib_field
+
 _STATUS: Final = Path("/proc/self/status")
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
@@ -20,14 +22,14 @@ def total_bytes(device: torch.device) -> int:
     """Memory of the device as a whole: a card's, or the machine's RAM."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    return _meminfo("MemTotal")
+    return host_total_bytes()
 
 
 def available_bytes(device: torch.device) -> int:
     """Memory that could be taken now without pushing others out."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return _meminfo("MemAvailable")
+    return host_available_bytes()
 
 
 def return_freed_memory_at_once() -> None:
@@ -87,17 +89,4 @@ def disk_read_bytes() -> int | None:
 
 def _status_bytes(field: str) -> int:
     """A `kB` field of /proc/self/status; 0 where there is no such file."""
-    return _kib_field(_STATUS, field)
-
-
-def _meminfo(field: str) -> int:
-    found = _kib_field(Path("/proc/meminfo"), field)
-    return found or 8 << 30  # no such file off Linux: an ordinary laptop is assumed
-
-
-def _kib_field(path: Path, field: str) -> int:
-    try:
-        lines = path.read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), 0)
+    return kib_field(_STATUS, field)

@@ -21,7 +21,7 @@ from subspec_cli.placement.plan_request import (
     PlanRequest,
 )
 from subspec_cli.placement.plan_search import Candidate, paces
-from subspec_cli.placement.plan_shelf import Shelf
+from subspec_cli.placement.plan_shelf import Shelf, usual_contexts
 from subspec_cli.placement.predict import (
     NODE_BUDGETS,
     Prediction,
@@ -37,8 +37,10 @@ __all__ = [
     "LEAST_CONTEXT",
     "SHADOW_ROWS",
     "OffloadPlan",
+    "PlanBounds",
     "PlanLine",
     "PlanRequest",
+    "bounds_of",
     "fastest_plan",
     "make_plan",
     "spread",
@@ -148,6 +150,34 @@ def make_plan(request: PlanRequest) -> OffloadPlan:
     if found is None:
         raise too_small(request, ledger, shelf)
     return _finish(request, ledger, shelf, *found)
+
+
+@dataclass(frozen=True, slots=True)
+class PlanBounds:
+    """How little a request could do with, and how far its budget reaches."""
+
+    least_budget_bytes: int
+    least_context: int
+    """Context of the smallest budget."""
+    largest_context: int
+    """Longest context that the budget holds, however slow; 0 if it holds none."""
+
+
+def bounds_of(request: PlanRequest) -> PlanBounds:
+    """The smallest budget that works, and the longest context that the present one holds.
+
+    Raises ResourceError if the bound on host memory leaves no choice at all.
+    """
+    ledger = Ledger(request)
+    shelf = Shelf(request, ledger)
+    if not shelf.candidates:
+        raise too_small(request, ledger, shelf)
+    context = request.context or usual_contexts(request.model_context)[-1]
+    return PlanBounds(
+        least_budget_bytes=shelf.total_bytes(shelf.candidates[0], context),
+        least_context=context,
+        largest_context=shelf.largest_context(request.budget_bytes),
+    )
 
 
 def fastest_plan(requests: Sequence[PlanRequest]) -> tuple[int, OffloadPlan]:

@@ -168,7 +168,7 @@ class Ledger:
 
 
 def _table_note(choice: Choice) -> str:
-    places = {"host": "the embedding is in host memory", "disk": "the embedding is read from disk"}
+    places = {"host": "embedding in host RAM", "disk": "embedding on disk"}
     return places.get(choice.embedding, "")
 
 

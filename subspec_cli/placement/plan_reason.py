@@ -45,9 +45,10 @@ def _kind_reason(request: PlanRequest, shelf: Shelf, candidate: Candidate, conte
     if other is None or other.tok_per_s <= 0:
         return how
     gain = candidate.tok_per_s / other.tok_per_s - 1
-    return (
-        f"{how}, predicted {gain:.0%} faster than {'with' if shares else 'without'} substitutes beside them"
-    )
+    instead = f"{'with' if shares else 'without'} substitutes beside them"
+    if gain < 0.005:
+        return f"{how}, predicted about as fast as {instead}"
+    return f"{how}, predicted {gain:.0%} faster than {instead}"
 
 
 def context_reason(request: PlanRequest, shelf: Shelf, candidate: Candidate, context: int) -> str:

@@ -189,14 +189,6 @@ def best_pace(cycle: Cycle, paces: Sequence[Pace]) -> tuple[float, Pace]:
     return best, paces[rates.index(best)]
 
 
-def tok_per_s_given_tau(costs: PlanCosts, tau: float, *, depth: float, rows: int) -> float:
-    """Tokens per second if the passes emit `tau` tokens each, of trees `depth` deep on average.
-
-    Leaves out what is drafted in the shadow: it is set beside a run whose steps have been counted.
-    """
-    return tau / (costs.pass_s(rows) + depth * costs.step.at(STEP_ROWS))
-
-
 def prediction_of(
     cycle: Cycle, pace: Pace, plain: Pace, machine: MachineCosts, *, survival: float, is_measured: bool
 ) -> Prediction:

@@ -101,7 +101,7 @@ def prepare(
         latest[:] = [state]
         progress(state)
 
-    with open_model(model, revision, accept_config=_accept_config, notify=notify) as opened:
+    with open_model(model, revision, accept_config=accept_config, notify=notify) as opened:
         geometry = read_geometry(opened.checkpoint.config, opened.checkpoint.tensors)
         prepared = prepare_model(
             opened,
@@ -180,7 +180,7 @@ _QUANTIZERS: Final = ("torch", "optimum-quanto")
 """Libraries that decide the substitutes' bytes."""
 
 
-def _accept_config(config: Mapping[str, Any]) -> None:
+def accept_config(config: Mapping[str, Any]) -> None:
     """Refuse a model that is not run before any of its weights is fetched."""
     check_config(config)
     geometry_from_config(config, _ASSUMED_DTYPE)

@@ -1,0 +1,157 @@
+"""A plan drawn: the budget as one bar, its lines, where each layer lives, and what to expect."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final
+
+from rich.text import Text
+
+from subspec_cli.units import format_bytes, format_seconds, printable
+
+if TYPE_CHECKING:
+    from subspec_cli.cli.output import Output
+    from subspec_cli.placement.plan import OffloadPlan
+    from subspec_cli.placement.plan_lines import PlanLine
+    from subspec_cli.session import Forecast
+
+_BAR_CELLS: Final = 76
+_LINE_CELLS: Final = 12
+_STRIP_CELLS: Final = 64
+_COLOURS: Final = ("cyan", "green", "yellow", "blue", "magenta", "red", "bright_cyan", "bright_green",
+                   "bright_yellow", "bright_blue", "bright_magenta", "bright_red")  # fmt: skip
+_KEYS: Final = "abcdefghijklm"
+_LEGEND: Final = {
+    "R": "resident, drafts too",
+    "T": "resident for the target",
+    "·": "streamed from pinned memory",
+    "d": "streamed from disk",
+}
+
+
+def title(found: Forecast) -> str:
+    """What is planned for what."""
+    geometry = found.geometry
+    size = f"{geometry.layers} layers, {format_bytes(geometry.model_bytes)} in {geometry.dtype.lower()}"
+    return printable(f"{found.model_id} · {size} · {found.device} ({found.device_reason})")
+
+
+def show_plan(found: Forecast, output: Output) -> None:
+    """The whole picture on stdout, 80 columns wide."""
+    plan = found.plan
+    assert plan is not None
+    for part in wrapped(title(found), 80):
+        output.result(part)
+    output.styled(_budget_bar(plan))
+    for number, line in enumerate(plan.lines):
+        output.styled(_line(number, line, plan.budget_bytes))
+    spare = plan.budget_bytes - plan.total_bytes
+    output.result(f"  {'spare':<19}{format_bytes(spare):>10}{spare / plan.budget_bytes:>7.1%}")
+    output.result("")
+    for text in _strip(plan):
+        output.result(text)
+    output.result("")
+    for name, text in _facts(found, plan):
+        for index, part in enumerate(wrapped(text, 66)):
+            output.result(f"{name if not index else '':<13}{part}")
+
+
+def _budget_bar(plan: OffloadPlan) -> Text:
+    """One cell for each share of the budget, by the letter of its line; what is left are dots."""
+    bar, done_bytes, drawn = Text("["), 0, 0
+    for number, line in enumerate(plan.lines):
+        done_bytes += line.size_bytes
+        cells = round(done_bytes / plan.budget_bytes * _BAR_CELLS) - drawn
+        bar.append(_KEYS[number] * cells, style=f"reverse {_COLOURS[number]}")
+        drawn += cells
+    return bar.append("·" * (_BAR_CELLS - drawn)).append("]")
+
+
+def _line(number: int, line: PlanLine, budget_bytes: int) -> Text:
+    share = line.size_bytes / budget_bytes
+    text = Text(_KEYS[number], style=f"bold {_COLOURS[number]}")
+    text.append(
+        f" {line.label:<19}{format_bytes(line.size_bytes):>10}{share:>7.1%} ", style="default not bold"
+    )
+    bar = "#" * round(share * _LINE_CELLS)
+    text.append(f"{bar:<{_LINE_CELLS}}" if line.note else bar)
+    return text.append(f" {printable(line.note)}" if line.note else "", style="dim not bold")
+
+
+def _strip(plan: OffloadPlan) -> Iterator[str]:
+    """A letter for each layer, first layer first, and what the letters mean."""
+    letters = "".join(_letter(plan, layer) for layer in range(plan.resident_layers + plan.streamed_layers))
+    for start in range(0, len(letters), _STRIP_CELLS):
+        yield f"{'layers' if not start else '':<13}{letters[start : start + _STRIP_CELLS]}"
+    legend = (f"{letter} {text}" for letter, text in _LEGEND.items() if letter in letters)
+    # An item is not broken: its own spaces are none to `wrapped`.
+    for part in wrapped("   ".join(item.replace(" ", "\0") for item in legend), 66):
+        yield f"{'':<13}{part.strip()}".replace("\0", " ")
+
+
+def _letter(plan: OffloadPlan, layer: int) -> str:
+    if layer in plan.shared:
+        return "R"
+    if layer in plan.resident:
+        return "T"
+    return "·" if layer in plan.pinned_layers else "d"
+
+
+def _facts(found: Forecast, plan: OffloadPlan) -> Iterator[tuple[str, str]]:
+    bounds = found.bounds
+    assert bounds is not None
+    host = ", ".join(f"{line.label} {format_bytes(line.size_bytes)}" for line in plan.host_lines)
+    planned, budget = format_bytes(plan.total_bytes), format_bytes(plan.budget_bytes)
+    least = f"{format_bytes(bounds.least_budget_bytes)} with a context of {bounds.least_context}"
+    yield "why", plan.reason
+    yield "budget", f"{planned} of {budget} planned; the least that works is {least}"
+    yield "context", f"{plan.context} tokens planned; up to {bounds.largest_context} would fit, slower"
+    yield "host RAM", f"{format_bytes(plan.host_bytes)}{' more' if plan.device == 'cpu' else ''}: {host}"
+    yield "disk", _disk(found, plan)
+    yield from _speeds(found, plan)
+    yield "advice", found.advice
+
+
+def _disk(found: Forecast, plan: OffloadPlan) -> str:
+    text = f"{format_bytes(found.geometry.model_bytes)} of weights"
+    if plan.drafts:
+        text += f" + {format_bytes(found.substitute_disk_bytes)} of substitutes"
+    state = f"{format_bytes(found.download_bytes)} to download" if found.download_bytes else "all downloaded"
+    return f"{text}; {state}{'' if found.is_prepared else ', not prepared yet'}"
+
+
+def _speeds(found: Forecast, plan: OffloadPlan) -> Iterator[tuple[str, str]]:
+    guess = plan.prediction
+    plain = f"{rate(guess.plain_tok_per_s)}, {format_seconds(guess.plain_pass_s)} a pass"
+    if found.best_plain is not None:
+        own = rate(found.best_plain.prediction.plain_tok_per_s)
+        plain += f"; {own} under its own best plan, {found.best_plain.resident_layers} layers resident"
+    yield "plain", plain
+    if guess.depth:
+        steps = f"{guess.depth} draft steps of {short_time(guess.step_s)}"
+        each = f"{guess.tau:.1f} tokens by {steps} and a pass of {short_time(guess.pass_s)}"
+        yield "subspec", f"{rate(guess.tok_per_s)}, {guess.speedup:.1f}x: {each}"
+    else:
+        yield "subspec", f"{rate(guess.tok_per_s)}: plain decoding, which drafting would not speed up"
+    yield "assuming", ", ".join(guess.assumptions)
+
+
+def rate(tok_per_s: float) -> str:
+    """Tokens per second with three digits or so."""
+    return f"{tok_per_s:.{2 if tok_per_s < 10 else 1}f} tok/s"
+
+
+def short_time(seconds: float) -> str:
+    """Seconds as `format_seconds`, short ones with a decimal."""
+    return f"{seconds * 1e3:.1f} ms" if seconds < 0.01 else format_seconds(seconds)
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """Lines of at most `width` cells, broken at spaces."""
+    lines = [""]
+    for word in text.split(" "):
+        if lines[-1] and len(lines[-1]) + 1 + len(word) > width:
+            lines.append(word)
+        else:
+            lines[-1] = f"{lines[-1]} {word}" if lines[-1] else word
+    return lines

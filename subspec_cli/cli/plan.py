@@ -1,0 +1,131 @@
+"""`subspec plan`: what a model would need and give here, from its headers alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from subspec_cli.cli import options as opt
+from subspec_cli.config import find_config_file, resolve_config
+from subspec_cli.errors import UsageError
+from subspec_cli.units import GIB
+
+if TYPE_CHECKING:
+    from subspec_cli.cli.output import Output
+    from subspec_cli.session import Forecast
+    from subspec_cli.session.forecasting import BudgetRow
+
+_HEADERS = ("GiB", "resident", "context", "plain tok/s", "subspec tok/s", "speedup", "RAM")
+
+ModelArg = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[MODEL]",
+        help="Hub id, local directory or [bold]demo[/bold]; nothing of it need be here.",
+        show_default="the settings' model",
+    ),
+]
+LinkOpt = Annotated[
+    float | None,
+    typer.Option(
+        "--link-gb-per-s",
+        parser=opt.number,
+        metavar="RATE",
+        help="Rate of the link (on cpu, the disk) in 1e9 bytes per second.",
+        show_default="assumed",
+    ),
+]
+CompareOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--compare", metavar="GIB,GIB,…", help="Plan these budgets side by side, such as 6,8,12,24."
+    ),
+]
+JsonOpt = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")]
+
+
+def plan(
+    model: ModelArg = None,
+    revision: opt.RevisionOpt = None,
+    bits: opt.BitsOpt = None,
+    config_file: opt.ConfigOpt = None,
+    link_gb_per_s: LinkOpt = None,
+    compare: CompareOpt = None,
+    as_json: JsonOpt = False,
+    vram_gb: opt.VramOpt = None,
+    memory_gb: opt.MemoryOpt = None,
+    ram_gb: opt.RamOpt = None,
+    device: opt.DeviceOpt = None,
+    context: opt.ContextOpt = None,
+    resident_layers: opt.ResidentOpt = None,
+    depth: opt.DepthOpt = None,
+    width: opt.WidthOpt = None,
+    no_speculation: opt.SpeculationOpt = None,
+    _debug: opt.DebugOpt = False,
+) -> None:
+    """Show what MODEL needs and how fast it would be, before anything is downloaded or prepared."""
+    flags: dict[str, dict[str, object]] = {
+        "model": {"model": model, "revision": revision, "bits": bits},
+        "memory": opt.memory_flags(vram_gb, memory_gb, ram_gb, device, context, resident_layers),
+        "draft": {"depth": depth, "width": width, "no_speculation": no_speculation},
+    }
+    config = resolve_config(flags, find_config_file(config_file))
+    if config.model.model is None:
+        raise UsageError("no model is named", "subspec plan MODEL --vram-gb 8")
+    if link_gb_per_s is not None and not 0 < link_gb_per_s < 1e5:
+        raise UsageError(f"--link-gb-per-s {link_gb_per_s:g} is no rate", "give 1e9 bytes per second: 24")
+    compared = budgets(compare)
+    from subspec_cli.cli.output import Output
+    from subspec_cli.session.forecasting import forecast
+
+    output = Output(plain=config.run.plain)
+    found = forecast(
+        config.model.model, config, link_gb_per_s=link_gb_per_s, compare_gib=compared, notify=output.note
+    )
+    if as_json:
+        output.document(found.as_dict())
+    else:
+        _show(found, output)
+
+
+def budgets(text: str | None) -> list[float]:
+    """The budgets of `--compare`, smallest first; raises UsageError for anything but numbers."""
+    if text is None:
+        return []
+    try:
+        return sorted({float(part) for part in text.split(",") if part.strip()})
+    except ValueError as error:
+        raise UsageError(f"--compare {text[:80]!r} is no list of numbers", "--compare 6,8,12,24") from error
+
+
+def _show(found: Forecast, output: Output) -> None:
+    from subspec_cli.cli.output_plan import show_plan, title, wrapped
+
+    if found.plan is None:
+        output.result(title(found))
+    else:
+        show_plan(found, output)
+    if found.compared:
+        output.table(_HEADERS, [_row(row) for row in found.compared], has_total=False)
+        for row in found.compared:
+            if row.plan is None:
+                for part in wrapped(f"{row.budget_bytes / GIB:g} GiB is too small: {row.problem}", 80):
+                    output.result(part)
+
+
+def _row(row: BudgetRow) -> list[str]:
+    budget = f"{row.budget_bytes / GIB:g}"
+    plan = row.plan
+    if plan is None:
+        return [budget, *["-"] * (len(_HEADERS) - 1)]
+    guess = plan.prediction
+    return [
+        budget,
+        f"{plan.resident_layers}/{plan.resident_layers + plan.streamed_layers}",
+        str(plan.context),
+        f"{guess.plain_tok_per_s:.2f}",
+        f"{guess.tok_per_s:.2f}",
+        f"{guess.speedup:.1f}x",
+        f"{plan.host_bytes / GIB:.1f} GiB",
+    ]

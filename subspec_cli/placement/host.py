@@ -1,0 +1,40 @@
+"""What the system tells of this machine without any library: host memory, and whether there is a card."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Final
+
+_MEMORY: Final = Path("/proc/meminfo")
+_DRIVER: Final = Path("/proc/driver/nvidia/version")
+_WINDOWS_DRIVER: Final = Path("/dev/dxg")
+"""Where Windows lends its card to Linux, there is no driver of Linux's own."""
+_ORDINARY_BYTES: Final = 8 << 30
+"""Off Linux an ordinary laptop is assumed."""
+
+
+def host_total_bytes() -> int:
+    """Main memory of the machine."""
+    return kib_field(_MEMORY, "MemTotal") or _ORDINARY_BYTES
+
+
+def host_available_bytes() -> int:
+    """Main memory that could be taken now without pushing others out."""
+    return kib_field(_MEMORY, "MemAvailable") or _ORDINARY_BYTES
+
+
+def has_card() -> bool:
+    """Whether a CUDA driver is loaded and not hidden; whether it is of use, only torch can tell."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+        return False
+    return _DRIVER.exists() or _WINDOWS_DRIVER.exists()
+
+
+def kib_field(path: Path, field: str) -> int:
+    """Bytes of a `kB` field of a file of the kernel's; 0 where there is no such file."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), 0)

@@ -1,0 +1,62 @@
+"""Predicted beside measured: totals, and what is not known."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+from test_cli_fakes import PREDICTION
+
+from subspec_cli.metrics import GenerationStats
+from subspec_cli.placement.comparison import compare, tok_per_s_given_tau
+
+
+@dataclass(frozen=True)
+class Counted(GenerationStats):
+    """Stats that count draft steps."""
+
+    draft_steps: int = 0
+
+
+def stats(**changes):
+    usual = {
+        "new_tokens": 31,
+        "passes": 10,
+        "decode_time_s": 5.0,
+        "draft_time_s": 0.8,
+        "verify_time_s": 4.0,
+        "draft_steps": 40,
+    }
+    return Counted(**(usual | changes))
+
+
+def test_times_are_ratios_of_totals():
+    found = compare(PREDICTION, [stats(), stats(passes=30, verify_time_s=20.0)], drafted=True)
+    assert found.pass_s == pytest.approx(24.0 / 40)
+    assert found.step_s == pytest.approx(1.6 / 80)
+    assert found.tok_per_s == pytest.approx(60 / 10.0)
+    assert (found.predicted_pass_s, found.predicted_step_s, found.predicted_tok_per_s) == (0.4, 0.025, 7.0)
+    tau, steps = 60 / 40, 80 / 40
+    assert found.predicted_tok_per_s_given_tau == pytest.approx(tau / (0.4 + steps * 0.025))
+    assert tok_per_s_given_tau(PREDICTION, 3.0, 4.0) == pytest.approx(3.0 / 0.5)
+
+
+def test_the_line_names_both_and_the_costs_origin():
+    line = compare(PREDICTION, [stats()], drafted=True).line
+    assert line == (
+        "predicted (assumed costs) | measured: pass 400 ms | 400 ms · draft step 25 ms | 20 ms · "
+        "tok/s 7.00 | 6.00 · 6.00 predicted for this tau"
+    )
+
+
+def test_plain_decoding_is_set_beside_the_plain_prediction():
+    found = compare(PREDICTION, [stats(draft_steps=0, draft_time_s=0.0)], drafted=False)
+    assert (found.predicted_pass_s, found.predicted_tok_per_s) == (0.5, 2.0)
+    assert (found.step_s, found.predicted_tok_per_s_given_tau) == (None, None)
+    assert "draft step 25 ms | -" in found.line
+
+
+def test_nothing_measured_is_nothing_known():
+    found = compare(PREDICTION, [GenerationStats()], drafted=True)
+    assert (found.pass_s, found.step_s, found.tok_per_s) == (None, None, None)
+    assert found.line.endswith("tok/s 7.00 | -")
