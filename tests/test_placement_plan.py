@@ -495,6 +495,7 @@ def test_layers_that_host_memory_does_not_hold_come_from_disk() -> None:
     scarce = make_plan(replace(card, ram_bytes=plan.host_bytes - GIB))
     assert 0 < len(scarce.pinned_layers) < len(scarce.streamed)
     assert scarce.ring_slots >= 2
+    assert plan.host_bytes - 2 * GIB < scarce.host_bytes <= plan.host_bytes - GIB
     assert scarce.prediction.tok_per_s < plan.prediction.tok_per_s
 
 
@@ -521,6 +522,37 @@ def test_a_low_bit_head_is_taken_where_it_pays_and_counted() -> None:
     costs = assumed_costs(make_geometry(), "cpu")
     same = make_plan(make_request(costs=replace(costs, low_bit_head=costs.draft_head)))
     assert same.draft_head_bits == 16
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_along_all_budgets_no_step_is_predicted_slower(device: str) -> None:
+    """Without a context of the user's, so that context grows at some steps and layers at others."""
+    request = make_request(make_geometry(layers=10, kv_heads=6, vocab=32_000), device=device)
+    shelf = Shelf(request, Ledger(request))
+    sizes = range(shelf.candidates[0].base_bytes, shelf.candidates[-1].base_bytes + GIB // 2, 3 * MIB)
+    found = [item for size in sizes if (item := shelf.choose(size)) is not None]
+    speeds = [candidate.tok_per_s for _, candidate in found]
+    assert speeds == sorted(speeds)
+    assert len(set(speeds)) > 10
+    contexts = [context for context, _ in found]
+    assert contexts[-1] == DEFAULT_CONTEXT
+    assert contexts != sorted(contexts), "a context was given away for speed at some step"
+
+
+def test_substitutes_of_a_model_that_fits_must_promise_a_real_gain() -> None:
+    """Costs are guesses: a few per cent are not worth the memory of the substitutes."""
+    request = make_request(budget_bytes=8 * GIB, context=1024)
+    plain_s = replace(request, substitute_bytes=None)
+    compute_s = 1 / make_plan(plain_s).prediction.tok_per_s
+    # A layer's step so dear that the best depth gains less than a fifth.
+    dear = RowTimes((1,), (0.8 * compute_s / 28,))
+    free = RowTimes((1,), (0.0,))
+    costs = replace(
+        request.costs, substitute_layer=dear, shared_layer=dear, low_bit_head=free, draft_head=free
+    )
+    plan = make_plan(replace(request, costs=costs))
+    assert plan.fits
+    assert not plan.drafts
 
 
 def test_of_several_sets_of_substitutes_the_fastest_is_taken() -> None:
