@@ -539,22 +539,6 @@ def test_along_all_budgets_no_step_is_predicted_slower(device: str) -> None:
     assert contexts != sorted(contexts), "a context was given away for speed at some step"
 
 
-def test_substitutes_of_a_model_that_fits_must_promise_a_real_gain() -> None:
-    """Costs are guesses: a few per cent are not worth the memory of the substitutes."""
-    request = make_request(budget_bytes=8 * GIB, context=1024)
-    plain_s = replace(request, substitute_bytes=None)
-    compute_s = 1 / make_plan(plain_s).prediction.tok_per_s
-    # A layer's step so dear that the best depth gains less than a fifth.
-    dear = RowTimes((1,), (0.8 * compute_s / 28,))
-    free = RowTimes((1,), (0.0,))
-    costs = replace(
-        request.costs, substitute_layer=dear, shared_layer=dear, low_bit_head=free, draft_head=free
-    )
-    plan = make_plan(replace(request, costs=costs))
-    assert plan.fits
-    assert not plan.drafts
-
-
 def test_of_several_sets_of_substitutes_the_fastest_is_taken() -> None:
     geometry = make_geometry()
 

@@ -30,8 +30,6 @@ _MOST_OF_THE_OTHER_KIND: Final = 1
 """The best mix of shared and target-only layers lies at an end; one of the other kind may fill what is left."""
 _SLOTS: Final = {"cpu": (2, 3, 5, 8), "cuda": (2, 3)}
 """Slot counts by device, where a slot is a block or a whole layer."""
-_WORTH_A_DRAFT: Final = 1.2
-"""Speed-up without which substitutes of a model that fits are not worth their memory: a guess may err."""
 _TWO_SLOTS_LOSS: Final = 1.02
 """With two slots the link stops whenever a block takes longer to use than to bring."""
 
@@ -80,15 +78,7 @@ class Weigher:
                 for slots in self._slot_counts(shared + target_only):
                     choice = Choice(shared, target_only, drafts, slots, head_bits, embedding)
                     if (pinned := self._ledger.pinned(choice)) is not None:
-                        item = self._candidate(choice, step, *pinned)
-                        if self._is_worth_a_draft(item):
-                            yield item
-
-    def _is_worth_a_draft(self, item: Candidate) -> bool:
-        """Beside a model that fits, substitutes must promise a real gain; beside a stream they are its point."""
-        if not item.choice.drafts or item.choice.resident < self._ledger.layers or self._request.fixed_depth:
-            return True
-        return item.tok_per_s * self._plain.compute_s >= _WORTH_A_DRAFT
+                        yield self._candidate(choice, step, *pinned)
 
     def _candidate(self, choice: Choice, step: Step, pinned: int, ring_slots: int) -> Candidate:
         cycle = self._cycle(choice, step, pinned, ring_slots)
