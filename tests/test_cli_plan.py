@@ -125,7 +125,7 @@ def test_what_makes_no_sense_is_refused(capsys, argv, told):
 
 
 def test_the_links_rate_is_taken_as_given(capsys, model):
-    args = (model, "--device", "cpu", "--memory-gb", "0.135", "--context", 64)
+    args = (model, "--device", "cpu", "--memory-gb", "0.135", "--resident-layers", 0, "--context", 64)
     slow = document(capsys, *args, "--link-gb-per-s", 0.1)["plan"]["prediction"]
     fast = document(capsys, *args, "--link-gb-per-s", 0.2)["plan"]["prediction"]
     assert slow["assumptions"][0].startswith("link 0.1 GB/s")
