@@ -20,7 +20,9 @@ from subspec_cli.modeling.families import ModelTokenizer, end_token_ids, load_co
 from subspec_cli.modeling.layers import RowRules
 from subspec_cli.placement.geometry import ModelGeometry, substitute_layer_bytes
 from subspec_cli.placement.memory import (
+    CUDA_CONTEXT_BYTES,
     MemoryMeter,
+    allocator_share,
     available_bytes,
     return_freed_memory_at_once,
     total_bytes,
@@ -28,6 +30,7 @@ from subspec_cli.placement.memory import (
 from subspec_cli.placement.plan import OffloadPlan, PlanRequest, make_plan
 from subspec_cli.session.loading import LoadedModel, Loader
 from subspec_cli.session.session import Session, SessionDescription, SessionParts
+from subspec_cli.session.shortage import shortage_told
 from subspec_cli.session.source import ModelSource
 from subspec_cli.store.checkpoint import check_unchanged
 from subspec_cli.units import format_bytes, gib_to_bytes
@@ -47,8 +50,26 @@ def build_session(config: Config, source: ModelSource, progress: Callable[[str],
     return_freed_memory_at_once()
     # Everything is imported by now: what memory grows from here on is the model's.
     meter = MemoryMeter(device)
+    cap_allocator(plan.budget_bytes, device)
+    with shortage_told("loading the model", budget_bytes=plan.budget_bytes, meter=meter):
+        return _load(config, source, plan, device, meter, progress)
+
+
+def cap_allocator(budget_bytes: int, device: torch.device) -> None:
+    """Let PyTorch refuse to take more of a card than the budget; on the CPU the plan alone keeps it."""
     if device.type == "cuda":
-        torch.cuda.set_per_process_memory_fraction(plan.budget_bytes / total_bytes(device), device)
+        share = allocator_share(budget_bytes, CUDA_CONTEXT_BYTES, total_bytes(device))
+        torch.cuda.set_per_process_memory_fraction(share, device)
+
+
+def _load(
+    config: Config,
+    source: ModelSource,
+    plan: OffloadPlan,
+    device: torch.device,
+    meter: MemoryMeter,
+    progress: Callable[[str], None],
+) -> Session:
     progress("loading the tokenizer")
     tokenizer = ModelTokenizer(source.checkpoint.directory, source.geometry.vocab)
     model_config = load_config(source.checkpoint.directory)
