@@ -112,7 +112,9 @@ def test_filling_up_changes_nothing(tmp_path: Path, family: str, tied: bool) -> 
     expected, found = logits(small), logits(out)
     assert found.shape[-1] == 131
     torch.testing.assert_close(found[..., :97], expected, rtol=0, atol=1e-5)
-    assert (found[..., 97:].amax(-1) < expected.amax(-1) - 0.01).all()
+    # A mean of scores is no highest one, whatever the prompt.
+    mean = expected.mean(-1, keepdim=True).expand(-1, -1, 34)
+    torch.testing.assert_close(found[..., 97:], mean, rtol=0, atol=1e-5)
     up, down = (weights(out)[f"model.layers.0.mlp.{name}_proj.weight"] for name in ("up", "down"))
     assert up.shape == (517, 192)
     assert up[-37:].std() > 0.01
