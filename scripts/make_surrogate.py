@@ -3,7 +3,8 @@
 
 Every hidden channel, attention head, key/value head and feed-forward unit is copied k times, and the
 columns of each projection are divided among the copies, so the wide layers compute copies of what the
-small ones compute. Identity layers, whose output projections are zero, bring the depth to what is asked.
+small ones compute. Identity layers, whose output projections are zero, bring the depth to what is asked;
+feed-forward units that lead nowhere and vocabulary rows that never win fill up what no multiple reaches.
 Such a surrogate streams and offloads like a model of its size and writes what the small model writes.
 """
 
@@ -26,21 +27,22 @@ from typing import Any, BinaryIO, TextIO
 
 import torch
 from safetensors import SafetensorError, safe_open
+from surrogate_values import DTYPES, Form, Plan, Source, make_blocks, shares, workers
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 GB = 10**9
 ALIGNMENT = 4096  # of a shard's data section, so that it can be read by direct I/O
-BLOCK_VALUES = 1 << 20  # values made at a time: the memory needed hardly depends on the size of the result
-IDENTITY_SCALE = 0.02  # standard deviation of the identity layers' random values
 REPORT_SECONDS = 2
 MARKER = "surrogate.json"
 COPIED = ("*token*.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.*", "gen*config.json")
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
-_MATRIX = re.compile(r"(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight")
-_VECTOR = re.compile(r"(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.bias|\w+_layernorm\.weight")
+_MATRIX = re.compile(r"self_attn\.[qkvo]_proj\.weight")
+_UNIT_ROWS = re.compile(r"mlp\.(gate|up)_proj\.weight")
+_UNIT_COLUMNS = re.compile(r"mlp\.down_proj\.weight")
+_UNIT_VECTOR = re.compile(r"mlp\.(gate|up)_proj\.bias")
+_VECTOR = re.compile(r"(self_attn\.[qkvo]_proj|mlp\.down_proj)\.bias|\w+_layernorm\.weight")
 _PER_HEAD = re.compile(r"self_attn\.[qk]_norm\.weight")
 _OUTPUT = re.compile(r"(self_attn\.o_proj|mlp\.down_proj)\.\w+")
 
@@ -50,43 +52,14 @@ class SurrogateError(Exception):
 
 
 @dataclass(frozen=True)
-class Source:
-    """A tensor of the small model: where it lies, its shape and its safetensors dtype."""
+class Widths:
+    """How much larger the surrogate is in each direction."""
 
-    file: Path
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A tensor to write: `row_copies` x `len(columns)` copies of `source`, or a `fill` of the same shape.
-
-    `columns` holds the factor of each copy along the last dimension; vectors count as one row.
-    """
-
-    name: str
-    source: Source
-    row_copies: int
-    columns: tuple[float, ...]
-    fill: str = "copy"  # or "ones", "zeros", "random"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        *rows, width = self.source.shape
-        return (*(n * self.row_copies for n in rows), width * len(self.columns))
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * DTYPES[self.source.dtype].itemsize
-
-
-def shares(k: int) -> tuple[float, ...]:
-    """Return k powers of two whose sum is 1: division by another k would round every bfloat16 weight."""
-    whole = 1 << (k.bit_length() - 1)
-    extra = k - whole
-    return (1 / whole,) * (whole - extra) + (0.5 / whole,) * (2 * extra)
+    hidden_copies: int
+    unit_copies: int
+    extra_units: int
+    extra_tokens: int
+    tied: bool
 
 
 def owners(small_layers: int, layers: int) -> list[int]:
@@ -137,11 +110,14 @@ def read_config(small: Path) -> dict[str, Any]:
     return config
 
 
-def wide_config(config: dict[str, Any], hidden: int, layers: int) -> dict[str, Any]:
+def wide_config(config: dict[str, Any], hidden: int, layers: int, widths: Widths) -> dict[str, Any]:
     """Return the surrogate's config: `config` with the new sizes."""
     wide, small_layers = dict(config), config["num_hidden_layers"]
-    for key in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
+    for key in ("hidden_size", "num_attention_heads", "num_key_value_heads"):
         wide[key] = config[key] * hidden // config["hidden_size"]
+    wide["intermediate_size"] = config["intermediate_size"] * widths.unit_copies + widths.extra_units
+    if widths.extra_tokens:
+        wide["vocab_size"] = config["vocab_size"] + widths.extra_tokens
     wide["num_hidden_layers"] = layers
     order = owners(small_layers, layers)
     if config.get("layer_types"):
@@ -152,24 +128,52 @@ def wide_config(config: dict[str, Any], hidden: int, layers: int) -> dict[str, A
     return wide
 
 
-def layout(part: str, k: int, *, tied: bool) -> tuple[int, tuple[float, ...]]:
-    """Return how often the rows of `part` are copied and the factor of each copy of its columns."""
+def find_widths(
+    config: dict[str, Any], hidden: int, feed_forward: int | None, vocab: int | None, *, tied: bool
+) -> Widths:
+    """Return how the sizes asked for are reached: as many whole copies as fit, the rest filled up."""
+    small_units, copies = config["intermediate_size"], hidden // config["hidden_size"]
+    units = small_units * copies if feed_forward is None else feed_forward
+    tokens = 0 if vocab is None else vocab - config["vocab_size"]
+    return Widths(copies, units // small_units, units % small_units, tokens, tied)
+
+
+def layout(part: str, widths: Widths) -> Form:
+    """Return in which form `part` becomes a tensor of the surrogate."""
+    k, units = widths.hidden_copies, widths.unit_copies
+    # A tied head cannot be divided without dividing the embedding, so the norm before it is.
+    if part == NORM and widths.tied:
+        return Form(1, shares(k))
+    if part in (HEAD, EMBEDDING):
+        # The mean of rows scores the mean of their scores, which is never the highest.
+        columns = shares(k) if part == HEAD else (1.0,) * k
+        return Form(1, columns, extra_rows=widths.extra_tokens, is_mean=True)
+    if _UNIT_ROWS.fullmatch(part):
+        return Form(units, shares(k), extra_rows=widths.extra_units)
+    if _UNIT_COLUMNS.fullmatch(part):
+        return Form(k, shares(units), extra_columns=widths.extra_units)
+    if _UNIT_VECTOR.fullmatch(part):
+        return Form(1, (1.0,) * units, extra_columns=widths.extra_units)
     if _MATRIX.fullmatch(part):
         # Whole heads are tiled, so that query head i keeps the key/value head i // (heads / kv heads).
-        return k, shares(k)
-    # A tied head cannot be divided without dividing the embedding, so the norm before it is.
-    if part == HEAD or (part == NORM and tied):
-        return 1, shares(k)
-    if part in (EMBEDDING, NORM) or _VECTOR.fullmatch(part):
-        return 1, (1.0,) * k
+        return Form(k, shares(k))
+    if part == NORM or _VECTOR.fullmatch(part):
+        return Form(1, (1.0,) * k)
     if _PER_HEAD.fullmatch(part):
-        return 1, (1.0,)
+        return Form(1, (1.0,))
     raise SurrogateError(f"cannot widen {part}: the known families have no such tensor")
 
 
-def plan_tensors(sources: dict[str, Source], config: dict[str, Any], k: int, layers: int) -> list[Plan]:
+def is_tied(sources: dict[str, Source], config: dict[str, Any]) -> bool:
+    """Return whether the head is the embedding."""
+    return bool(config.get("tie_word_embeddings", HEAD not in sources))
+
+
+def plan_tensors(
+    sources: dict[str, Source], config: dict[str, Any], widths: Widths, layers: int
+) -> list[Plan]:
     """Return every tensor of the surrogate in the order of use."""
-    tied = bool(config.get("tie_word_embeddings", HEAD not in sources))
+    tied = widths.tied
     parts: dict[str, dict[str, Source]] = {}  # by layer number, "" for what is outside of the layers
     for name, source in sources.items():
         layer, part = match.groups() if (match := _LAYER.fullmatch(name)) else ("", name)
@@ -188,36 +192,9 @@ def plan_tensors(sources: dict[str, Source], config: dict[str, Any], k: int, lay
                 "ones" if part.endswith("norm.weight") else "zeros" if _OUTPUT.fullmatch(part) else "random"
             )
             fill = "copy" if order.index(owner) == at else idle
-            plans.append(Plan(f"model.layers.{at}.{part}", source, *layout(part, k, tied=tied), fill))
-    first, *last = (Plan(name, parts[""][name], *layout(name, k, tied=tied)) for name in ends)
+            plans.append(Plan(f"model.layers.{at}.{part}", source, layout(part, widths), fill))
+    first, *last = (Plan(name, parts[""][name], layout(name, widths)) for name in ends)
     return [first, *plans, *last]
-
-
-def make_blocks(plan: Plan, noise: float, seed: int) -> Iterator[torch.Tensor]:
-    """Yield the values of `plan` in order as blocks of whole rows, [rows, width] each."""
-    source, width, total = plan.source, plan.shape[-1], math.prod(plan.shape[:-1])
-    digest = hashlib.sha256(f"{seed}/{plan.name}".encode()).digest()
-    dice = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
-    with safe_open(source.file, framework="pt") as weights:
-        small = weights.get_tensor(source.name).view(-1, source.shape[-1])
-    columns = torch.tensor(plan.columns).view(1, -1, 1)
-    # The noise is relative to the small matrix and divided with it; vectors stay as they are.
-    deviation = noise * small.norm(dtype=torch.float32).item() / math.sqrt(small.numel())
-    step = max(1, BLOCK_VALUES // width)
-    for start in range(0, total, step):
-        rows = torch.arange(start, min(start + step, total)) % len(small)
-        if plan.fill == "random":
-            block = torch.randn((len(rows), width), generator=dice).mul_(IDENTITY_SCALE)
-        elif plan.fill == "copy":
-            tiled = (
-                small[rows].float().unsqueeze(1).repeat(1, len(plan.columns), 1)
-            )  # [rows, copies, small width]
-            if deviation and len(plan.shape) > 1:
-                tiled.add_(torch.randn(tiled.shape, generator=dice), alpha=deviation)
-            block = tiled.mul_(columns).view(len(rows), width)
-        else:
-            block = torch.full((len(rows), width), float(plan.fill == "ones"))
-        yield block.to(DTYPES[source.dtype])
 
 
 def shard_plans(plans: list[Plan], limit: float) -> list[list[Plan]]:
@@ -269,10 +246,10 @@ def write_shards(out: Path, shards: list[list[Plan]], noise: float, seed: int, l
     done = 0
     for number, plans in enumerate(shards, start=1):
         part = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
-        with replacing(out / f"model{part}.safetensors") as file:
+        with replacing(out / f"model{part}.safetensors") as file, workers() as pool:
             file.write(header_bytes(plans))
             for plan in plans:
-                for block in make_blocks(plan, noise, seed):
+                for block in make_blocks(plan, noise, seed, pool):
                     file.write(block.view(torch.uint8).numpy().data)
                 weight_map[plan.name] = f"model{part}.safetensors"
                 done, now = done + plan.nbytes, time.monotonic()
@@ -319,16 +296,28 @@ This is a **surrogate**: a model of {parameters / 1e6:,.0f} M parameters that co
 
 `scripts/make_surrogate.py` of subspec made it with noise {settings["noise"]:g} and seed {settings["seed"]}:
 channels, heads and feed-forward units are copies, and identity layers, whose output projections are zero,
-stand between the {settings["small_layers"]} real layers. The licence and the terms of the small model apply.
+stand between the {settings["small_layers"]} real layers. Units and tokens beyond whole copies do nothing.
+The licence and the terms of the small model apply.
 """
 
 
-def _check_request(config: dict[str, Any], hidden: int, layers: int, noise: float, shard_gb: float) -> None:
+def _check_sizes(
+    config: dict[str, Any], hidden: int, layers: int, units: int | None, vocab: int | None
+) -> None:
     small_hidden, small_layers = config["hidden_size"], config["num_hidden_layers"]
     if hidden < small_hidden or hidden % small_hidden:
         raise SurrogateError(f"hidden {hidden} is no multiple of the small model's {small_hidden}")
     if layers < small_layers:
         raise SurrogateError(f"{layers} layers are fewer than the small model's {small_layers}")
+    if units is not None and units < config["intermediate_size"]:
+        raise SurrogateError(
+            f"feed-forward {units} is less than the small model's {config['intermediate_size']}"
+        )
+    if vocab is not None and vocab < config["vocab_size"]:
+        raise SurrogateError(f"a vocabulary of {vocab} is less than the small model's {config['vocab_size']}")
+
+
+def _check_numbers(noise: float, shard_gb: float) -> None:
     if not (0 <= noise < math.inf and 0 < shard_gb < math.inf):
         raise SurrogateError("the noise must be a number from 0 up and the shard size a positive one")
 
@@ -339,25 +328,35 @@ def make_surrogate(
     *,
     hidden: int,
     layers: int | None = None,
+    feed_forward: int | None = None,
+    vocab: int | None = None,
     noise: float = 0.0,
     seed: int = 0,
     shard_gb: float = 1.0,
     force: bool = False,
     log: TextIO | None = None,
 ) -> None:
-    """Write a surrogate of `small` with `hidden` channels and `layers` layers to the folder `out`."""
+    """Write a surrogate of `small` with `hidden` channels and `layers` layers to the folder `out`.
+
+    `feed_forward` units (default: as much wider as `hidden`) and `vocab` tokens (default: the small model's).
+    """
     log = log or sys.stderr
     config = read_config(small)
     layers = config["num_hidden_layers"] if layers is None else layers
-    _check_request(config, hidden, layers, noise, shard_gb)
+    _check_sizes(config, hidden, layers, feed_forward, vocab)
+    _check_numbers(noise, shard_gb)
     sizes = {"hidden": hidden, "layers": layers, "small_layers": config["num_hidden_layers"]}
+    asked = {"feed_forward": feed_forward, "vocab": vocab}
+    sizes |= {name: size for name, size in asked.items() if size is not None}
     settings = sizes | {"noise": noise, "seed": seed, "shard_gb": shard_gb, "small": _fingerprint(small)}
     if small.resolve() == out.resolve():
         raise SurrogateError("OUT is the small model's own folder")
     if _is_done(out, settings, force=force):
         print(f"{out} is complete already: left untouched", file=log)
         return
-    plans = plan_tensors(read_sources(small), config, hidden // config["hidden_size"], layers)
+    sources = read_sources(small)
+    widths = find_widths(config, hidden, feed_forward, vocab, tied=is_tied(sources, config))
+    plans = plan_tensors(sources, config, widths, layers)
     total = sum(plan.nbytes for plan in plans)
     out.mkdir(parents=True, exist_ok=True)
     _write_json(out / MARKER, {"settings": settings})  # without files: begun, not complete
@@ -368,7 +367,7 @@ def make_surrogate(
     write_shards(out, shard_plans(plans, shard_gb * GB), noise, seed, log)
     for path in (path for pattern in COPIED for path in small.glob(pattern)):
         shutil.copyfile(path, out / path.name)
-    _write_json(out / "config.json", wide_config(config, hidden, layers))
+    _write_json(out / "config.json", wide_config(config, hidden, layers, widths))
     (out / "README.md").write_text(_readme(settings, small, plans), encoding="utf-8")
     files = _sizes(out, sorted(path.name for path in out.iterdir() if path.name != MARKER))
     _write_json(out / MARKER, {"settings": settings, "files": files})
@@ -381,6 +380,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
     parser.add_argument("--hidden", type=int, required=True, help="hidden size, a multiple of the small one")
     parser.add_argument("--layers", type=int, help="layers in all (default: as many as the small model)")
+    parser.add_argument("--feed-forward", type=int, help="feed-forward units (default: in proportion)")
+    parser.add_argument("--vocab", type=int, help="tokens in all (default: as many as the small model)")
     parser.add_argument("--noise", type=float, default=0.0, help="relative noise on the copied matrices")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise and of the identity layers")
     parser.add_argument("--shard-gb", type=float, default=1.0, help="largest weight file (default: 1 GB)")

@@ -106,6 +106,8 @@ class MemoryConfig:
     read from disk. None takes what is free."""
     resident_layers: int | None = _setting(None, _whole(0))
     """Target layers kept in device memory; 0 streams every layer, None lets the plan decide."""
+    reprobe: bool = _setting(False, _SWITCH)
+    """Time this machine's link and kernels anew, in place of what was kept."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,8 @@ class DraftConfig:
     """Draft tokens proposed one after another before the target checks them."""
     width: int | None = _setting(None, _whole(1, 8))
     """Alternatives kept side by side at each depth; 1 is a chain."""
+    no_shadow: bool = _setting(False, _SWITCH)
+    """Draft only between passes, not while a pass waits for weights."""
     no_speculation: bool = _setting(False, _SWITCH)
     """Decode plainly: one target pass for each token."""
 

@@ -7,7 +7,8 @@ token being the prefill's. decode_tok_per_s = (new tokens - 1) / (time of the la
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,11 +21,26 @@ class StepStats:
     """Of these, how many the target took."""
     emitted: int = 0
     """Tokens emitted, bonus token included, after stop rules."""
+    depth: int = 0
+    """Levels of the tree below its root."""
+    draft_steps: int = 0
+    """Draft forwards before the pass."""
+    ready_nodes: int = 0
+    """Nodes of the tree that the shadow of the pass before had expanded already."""
+    shadow_steps: int = 0
+    """Draft forwards during the pass."""
+    draft_cost_s: float = 0.0
+    """What the draft steps before the pass should take, by the costs that the schedule goes by."""
     draft_time_s: float = 0.0
+    """Wall time of the draft steps before the pass."""
     verify_time_s: float = 0.0
-    """Wall time of the target pass, waiting for weights included."""
+    """Wall time of the target pass, waiting for weights and drafting in its shadow included."""
+    shadow_time_s: float = 0.0
+    """Part of the pass spent drafting."""
     wait_time_s: float = 0.0
     """Part of the pass spent waiting for weights to arrive."""
+    link_time_s: float = 0.0
+    """Time that the link was busy, drafting included."""
     streamed_bytes: int = 0
 
 
@@ -43,9 +59,22 @@ class GenerationStats:
     drafted_tokens: int = 0
     accepted_histogram: tuple[int, ...] = ()
     """Entry a: passes in which `a` drafted tokens were accepted."""
+    reached_by_depth: tuple[int, ...] = ()
+    """Entry d: passes whose tree went deeper than d, and whose target got to depth d."""
+    draft_steps: int = 0
+    """Draft forwards before passes."""
+    shadow_steps: int = 0
+    """Draft forwards in the shadow of passes."""
+    shadow_hits: int = 0
+    """Passes whose tree the shadow of the pass before had begun."""
+    draft_cost_s: float = 0.0
+    """What the draft steps before passes should take, by the costs that the schedule goes by."""
     draft_time_s: float = 0.0
     verify_time_s: float = 0.0
+    shadow_time_s: float = 0.0
     wait_time_s: float = 0.0
+    link_time_s: float = 0.0
+    """Time that the link was busy while decoding."""
     streamed_bytes: int = 0
     """Weight bytes moved over the link while decoding."""
     recent_accepted: tuple[int, ...] = field(default=(), repr=False)
@@ -62,9 +91,34 @@ class GenerationStats:
         return (self.new_tokens - 1) / self.decode_time_s if self.decode_time_s > 0 else 0.0
 
     @property
+    def acceptance_by_depth(self) -> tuple[float, ...]:
+        """Entry d: of the passes that could have gone on from depth d, the share that did."""
+        taken = [sum(self.accepted_histogram[depth + 1 :]) for depth in range(len(self.reached_by_depth))]
+        return tuple(
+            done / tried if tried else 0.0 for done, tried in zip(taken, self.reached_by_depth, strict=True)
+        )
+
+    @property
+    def link_busy_share(self) -> float:
+        """Share of the decode time that the link was busy."""
+        return self.link_time_s / self.decode_time_s if self.decode_time_s > 0 else 0.0
+
+    @property
     def link_gb_per_s(self) -> float:
         """Weight traffic while decoding, in 1e9 bytes per second of decode time."""
         return self.streamed_bytes / self.decode_time_s / 1e9 if self.decode_time_s > 0 else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """All totals and ratios, as plain values for JSON."""
+        totals = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.repr}
+        return {
+            **totals,
+            "tau": self.tau,
+            "decode_tok_per_s": self.decode_tok_per_s,
+            "acceptance_by_depth": self.acceptance_by_depth,
+            "link_gb_per_s": self.link_gb_per_s,
+            "link_busy_share": self.link_busy_share,
+        }
 
     def after_prefill(self, *, prompt_tokens: int, prefilled_tokens: int, ttft_s: float) -> GenerationStats:
         """Totals once the prefill has given the first token."""
@@ -81,6 +135,10 @@ class GenerationStats:
         histogram = list(self.accepted_histogram)
         histogram.extend([0] * (step.accepted + 1 - len(histogram)))
         histogram[step.accepted] += 1
+        reached = list(self.reached_by_depth)
+        reached.extend([0] * (step.depth - len(reached)))
+        for depth in range(min(step.accepted + 1, step.depth)):
+            reached[depth] += 1
         return replace(
             self,
             new_tokens=self.new_tokens + step.emitted,
@@ -88,9 +146,16 @@ class GenerationStats:
             passes=self.passes + 1,
             drafted_tokens=self.drafted_tokens + step.drafted,
             accepted_histogram=tuple(histogram),
+            reached_by_depth=tuple(reached),
+            draft_steps=self.draft_steps + step.draft_steps,
+            shadow_steps=self.shadow_steps + step.shadow_steps,
+            shadow_hits=self.shadow_hits + (step.ready_nodes > 0),
+            draft_cost_s=self.draft_cost_s + step.draft_cost_s,
             draft_time_s=self.draft_time_s + step.draft_time_s,
             verify_time_s=self.verify_time_s + step.verify_time_s,
+            shadow_time_s=self.shadow_time_s + step.shadow_time_s,
             wait_time_s=self.wait_time_s + step.wait_time_s,
+            link_time_s=self.link_time_s + step.link_time_s,
             streamed_bytes=self.streamed_bytes + step.streamed_bytes,
             recent_accepted=(*self.recent_accepted, step.accepted)[-40:],
         )

@@ -7,6 +7,20 @@ from checkpoints import write_checkpoint
 from fake_hub import FakeHub, running
 
 
+@pytest.fixture(autouse=True)
+def assumed_machine(request, monkeypatch):
+    """Sessions in the tests' own process take assumed costs, the same on every machine; `probed` ones do not."""
+    if "probed" in request.keywords:
+        return
+    from subspec_cli.placement.assumed import assumed_costs
+
+    def assume(geometry, settings, checkpoint, device, progress):
+        # So slow a link that drafting pays even for models of a few kilobytes.
+        return assumed_costs(geometry, device.type, link_gb_per_s=0.001, settings=settings)
+
+    monkeypatch.setattr("subspec_cli.session.building.probe_machine", assume)
+
+
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """An empty hub cache, no token, no progress bars."""

@@ -7,8 +7,10 @@ sees from what they read there, so a wrong mask, position, scratch row or compac
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,18 +18,21 @@ from torch import Tensor
 
 from subspec_cli.config import SamplingConfig
 from subspec_cli.decoding.choose import Chooser, GreedyChooser, Row, choose, make_chooser
+from subspec_cli.decoding.drafter import Proposal
 from subspec_cli.decoding.engine import Engine, Request, StepOutput
-from subspec_cli.decoding.schedule import Schedule, TreeLimits
+from subspec_cli.decoding.schedule import FixedShape, Schedule, TreeLimits
 from subspec_cli.decoding.tree import TokenTree
+from subspec_cli.decoding.verify import VerifyResult
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.layers import RowRules, TokenBatch
+from subspec_cli.placement.costs import PlanCosts, RowTimes
 from subspec_cli.placement.streamer import StreamCounters
 
 CPU = torch.device("cpu")
 VOCAB = 12
 PASS_BYTES = 1000
 """What one pass of the fake target seems to stream."""
-_DRAFT, _TARGET = 1.0, 2.0
+DRAFT_MADE, TARGET_MADE = 1.0, 2.0
 Table = Callable[[tuple[int, ...]], Row]
 """Logits `[V]` of the token after a prefix."""
 
@@ -95,11 +100,14 @@ class FakeModel:
         seen = sorted((int(at), int(token)) for token, at in keys[0, columns].tolist())
         assert [at for at, _ in seen] == list(range(int(batch.positions[row]) + 1))
         assert batch.key_positions[columns].tolist() == keys[0, columns, 1].tolist()
-        makers = [_TARGET if column < kv.committed else maker for column in columns.tolist()]
-        assert values[0, columns, 0].tolist() == makers, "only the target's own rows are ever committed"
+        for column, found in zip(columns.tolist(), values[0, columns, 0].tolist(), strict=True):
+            own = maker == TARGET_MADE or column < kv.committed
+            assert found == TARGET_MADE if own else found in (DRAFT_MADE, TARGET_MADE), (
+                "only the target's rows are committed"
+            )
         return tuple(token for _, token in seen)
 
-    def logits(self, prefixes: Sequence[tuple[int, ...]]) -> Tensor:
+    def table_rows(self, prefixes: Sequence[tuple[int, ...]]) -> Tensor:
         return torch.from_numpy(np.stack([self.table(prefix) for prefix in prefixes]))
 
 
@@ -111,12 +119,26 @@ class FakeTarget(FakeModel):
     fails_at: int | None = None
     """Number of the forward that writes half its work and raises."""
 
-    def forward(self, batch: TokenBatch, kv: KVCache, *, logits_from: int = 0) -> Tensor:
+    def begin(self, batch: TokenBatch, kv: KVCache) -> SimpleNamespace:
         assert len(batch.token_ids) == len(batch.positions) == self.rules.padded(batch.rows)
-        prefixes = self.prefixes(batch, kv, _TARGET)
+        return SimpleNamespace(batch=batch, kv=kv, prefixes=[])
+
+    def layers(self, flow: SimpleNamespace) -> Iterator[int]:
+        """Two of them; the first does all the work."""
+        flow.prefixes = self.prefixes(flow.batch, flow.kv, TARGET_MADE)
         if self.fails_at is not None and len(self.calls) > self.fails_at:
             raise OSError("the disk is gone")
-        return self.logits(prefixes[logits_from:])
+        yield 0
+        yield 1
+
+    def logits(self, flow: SimpleNamespace, *, logits_from: int = 0) -> Tensor:
+        return self.table_rows(flow.prefixes[logits_from:])
+
+    def forward(self, batch: TokenBatch, kv: KVCache, *, logits_from: int = 0) -> Tensor:
+        flow = self.begin(batch, kv)
+        for _ in self.layers(flow):
+            pass
+        return self.logits(flow, logits_from=logits_from)
 
     def counters(self) -> StreamCounters:
         """Each forward moves the same bytes and waits a second for them."""
@@ -128,7 +150,7 @@ class FakeDraft(FakeModel):
 
     def forward(self, batch: TokenBatch, kv: KVCache) -> Tensor:
         assert len(batch.token_ids) == len(batch.positions) == batch.rows
-        return self.logits(self.prefixes(batch, kv, _DRAFT))
+        return self.table_rows(self.prefixes(batch, kv, DRAFT_MADE))
 
 
 def fake_cache(context: int = 64, scratch: int = 64) -> KVCache:
@@ -138,9 +160,37 @@ def fake_cache(context: int = 64, scratch: int = 64) -> KVCache:
     )
 
 
-def free_schedule(depth: int = 8, width: int = 3, nodes: int = 32) -> Schedule:
-    """A schedule without the cost rule: as deep as the limits say."""
-    return Schedule(limits=TreeLimits(depth, width, nodes), fixed_depth=True)
+def plan_costs(
+    step_s: float = 0.01, pass_s: float = 1.0, *, row_s: float = 0.001, compute_s: float = 0.1
+) -> PlanCosts:
+    """A draft step of one row, what each more row adds, a pass, and the part of it that computes."""
+    step = RowTimes((1, 9), (step_s, step_s + 8 * row_s))
+    return PlanCosts(pass_s, RowTimes((1,), (compute_s,)), step)
+
+
+def schedule(
+    depth: int = 8,
+    width: int = 3,
+    nodes: int = 32,
+    *,
+    costs: PlanCosts | None = None,
+    fixed_depth: bool = False,
+    fixed_width: bool = False,
+    shadow_rows: int = 0,
+) -> Schedule:
+    """A schedule over two layers."""
+    return Schedule(
+        limits=TreeLimits(depth, width, nodes),
+        costs=costs or plan_costs(),
+        layers=2,
+        fixed=FixedShape(depth if fixed_depth else None, width if fixed_width else None),
+        shadow_rows=shadow_rows,
+    )
+
+
+def free_schedule(depth: int = 8, width: int = 3, nodes: int = 32, **more: Any) -> Schedule:
+    """A schedule as deep as its limits say, whatever it costs."""
+    return schedule(depth, width, nodes, fixed_depth=True, **more)
 
 
 @dataclass
@@ -150,9 +200,18 @@ class ScriptedGrower:
     propose: Callable[[int, int], TokenTree]
     wanted: list[int] = field(default_factory=list)
 
-    def grow(self, root_token: int, chooser: Chooser, tokens_wanted: int) -> TokenTree:
+    def grow(self, root_token: int, chooser: Chooser, tokens_wanted: int) -> Proposal:
         self.wanted.append(tokens_wanted)
-        return self.propose(root_token, tokens_wanted)
+        return Proposal(self.propose(root_token, tokens_wanted))
+
+    def work_in_shadow(self, layer: int) -> int:
+        return 0
+
+    def follow(self, result: VerifyResult) -> None:
+        pass
+
+    def forget(self) -> None:
+        pass
 
 
 def tree_of(token_ids: Sequence[int], parents: Sequence[int]) -> TokenTree:

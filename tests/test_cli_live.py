@@ -42,7 +42,7 @@ def some_stats():
 def test_statistics_say_speed_time_and_memory():
     assert statistics_lines(some_stats(), 512 << 20, 1 << 30) == [
         "2.5 tok/s · 16 tokens · tau 5.00 · accepted ▁█▅",
-        "draft 25% · verify 25% · waiting for weights 50% · link 0.50 GB/s",
+        "draft 25% · verify 25% · waiting 50% · link 0.50 GB/s",
         "memory 512.0 MiB of 1.00 GiB · 2.79 GiB moved",
     ]
     first = GenerationStats().after_prefill(prompt_tokens=9, prefilled_tokens=9, ttft_s=0.1)
@@ -90,7 +90,7 @@ def test_live_area_redraws_partial_line_above_statistics():
         "2.5 tok/s",
         "tau 5.00",
         "▁█▅",
-        "waiting for weights 50%",
+        "waiting 50%",
         "link 0.50 GB/s",
         "memory 256.0 MiB",
     ):

@@ -52,7 +52,8 @@ def test_plain_text_on_stdout_and_figures_on_stderr(capsys, session, monkeypatch
 def test_every_flag_reaches_the_session(capsys, session):
     argv = (
         "run hello --model m/x --revision r1 --bits 8 --memory-gb 1.5 --ram-gb 6 --device cpu --context 99 "
-        "--resident-layers 0 --depth 3 --width 2 --no-speculation --temperature 0.7 --top-p 0.9 --top-k 4 "
+        "--resident-layers 0 --reprobe --depth 3 --width 2 --no-shadow --no-speculation --temperature 0.7 "
+        "--top-p 0.9 --top-k 4 "
         "--seed 12 --max-new-tokens 33 --stop END --stop . --system Be_brief --raw --plain"
     )
     assert main(argv.split()) == 0
@@ -64,8 +65,9 @@ def test_every_flag_reaches_the_session(capsys, session):
         "device": "cpu",
         "context": 99,
         "resident_layers": 0,
+        "reprobe": True,
     }
-    assert config["draft"] == {"depth": 3, "width": 2, "no_speculation": True}
+    assert config["draft"] == {"depth": 3, "width": 2, "no_shadow": True, "no_speculation": True}
     assert config["sampling"] == {"temperature": 0.7, "top_p": 0.9, "top_k": 4, "seed": 12}
     assert config["run"] == {
         "max_new_tokens": 33,

@@ -23,6 +23,7 @@ from fakes import (
     random_table,
     request_for,
     sampled,
+    schedule,
     scripted,
     tree_of,
 )
@@ -30,7 +31,6 @@ from test_decoding_text import CASES, EOS, ids
 
 from subspec_cli.decoding.drafter import Drafter, RootOnly
 from subspec_cli.decoding.engine import Request, common_prefix
-from subspec_cli.decoding.schedule import Schedule, TreeLimits
 from subspec_cli.decoding.text import AnswerText
 from subspec_cli.errors import IntegrityError
 
@@ -57,13 +57,13 @@ DRAFTS = {
 }
 
 
-def machine(draft_table=None, *, table=TABLE, eos_ids=(), schedule=None, context=64):
+def machine(draft_table=None, *, table=TABLE, eos_ids=(), plan=None, context=64):
     """(engine, target, kv): plain without a draft table, else with the real drafter."""
-    kv, target, schedule = fake_cache(context), FakeTarget(table), schedule or free_schedule(6, 3, 24)
+    kv, target, plan = fake_cache(context, scratch=128), FakeTarget(table), plan or free_schedule(6, 3, 24)
     grower = RootOnly()
     if draft_table is not None:
-        grower = Drafter(FakeDraft(draft_table), kv, schedule, eos_ids=eos_ids, device=CPU)
-    return fake_engine(target, kv, grower, schedule), target, kv
+        grower = Drafter(FakeDraft(draft_table), kv, plan, eos_ids=eos_ids, device=CPU)
+    return fake_engine(target, kv, grower, plan), target, kv
 
 
 def check_cache(kv, prompt, tokens):
@@ -77,8 +77,8 @@ def check_cache(kv, prompt, tokens):
 @pytest.mark.parametrize("draft", DRAFTS)
 def test_speculation_changes_no_token(draft, chooser):
     expected = plain_answer(TABLE, PROMPT, 40, chooser)
-    for table in (None, DRAFTS[draft]):
-        engine, _, kv = machine(table)
+    for plan in (None, schedule(9, 4, 30), schedule(9, 4, 30, shadow_rows=40), free_schedule(3, 2, 9)):
+        engine, _, kv = machine(plan and DRAFTS[draft], plan=plan)
         outputs = list(engine.generate(request_for(PROMPT, 40, chooser=chooser)))
         assert emitted(outputs) == expected
         assert [output.finish_reason for output in outputs] == [None] * (len(outputs) - 1) + ["length"]
@@ -87,14 +87,13 @@ def test_speculation_changes_no_token(draft, chooser):
 
 def test_speculation_under_the_cost_rule_changes_no_token():
     for draft in DRAFTS.values():
-        schedule = Schedule(limits=TreeLimits(8, 3, 30), fixed_depth=False)
-        engine, _, _ = machine(draft, schedule=schedule)
+        engine, _, _ = machine(draft, plan=schedule(8, 3, 30))
         assert emitted(list(engine.generate(request_for(PROMPT, 50)))) == plain_answer(TABLE, PROMPT, 50)
 
 
 def test_a_draft_that_is_the_target_is_taken_whole():
     """F88, with tau as it is defined: tokens after the first, per pass."""
-    engine, target, _ = machine(TABLE, schedule=free_schedule(4, 1, 5))
+    engine, target, _ = machine(TABLE, plan=free_schedule(4, 1, 5))
     last = list(engine.generate(request_for(PROMPT, 31)))[-1].stats
     assert last.passes == 6
     assert last.tau == 5
@@ -103,7 +102,7 @@ def test_a_draft_that_is_the_target_is_taken_whole():
 
 
 def test_a_draft_that_is_always_wrong_gives_one_token_a_pass():
-    engine, _, _ = machine(always_wrong, schedule=free_schedule(4, 1, 5))
+    engine, _, _ = machine(always_wrong, plan=free_schedule(4, 1, 5))
     last = list(engine.generate(request_for(PROMPT, 10)))[-1].stats
     assert last.tau == 1
     assert last.accepted_histogram == (9,)
@@ -167,10 +166,12 @@ def test_nothing_comes_after_an_end_token_wherever_it_falls(draft, at):
 
 ARMS = {
     "plain": None,
-    "one deep": free_schedule(1, 1, 2),
-    "two deep": free_schedule(2, 2, 6),
-    "seven deep": free_schedule(7, 2, 20),
-    "twenty deep": free_schedule(20, 1, 24),
+    "one deep": lambda: free_schedule(1, 1, 2),
+    "two deep": lambda: free_schedule(2, 2, 6),
+    "seven deep": lambda: free_schedule(7, 2, 20),
+    "twenty deep": lambda: free_schedule(20, 1, 24),
+    "in the shadow": lambda: free_schedule(3, 2, 8, shadow_rows=24),
+    "by cost": lambda: schedule(12, 4, 32, shadow_rows=24),
 }
 
 
@@ -180,8 +181,8 @@ def test_the_table_of_endings_holds_with_and_without_a_draft(name, arm):
     """F80, F81, F82: text, finish reason, count and cache are those of one token at a time."""
     text, stop, limit, expected, finish, count = CASES[name]
     table = scripted(ids(text), lambda prefix: np.arange(257) / 99.0, prompt_tokens=len(PROMPT), vocab=257)
-    schedule = ARMS[arm]
-    engine, _, kv = machine(table if schedule else None, table=table, eos_ids=(EOS,), schedule=schedule)
+    plan = ARMS[arm] and ARMS[arm]()
+    engine, _, kv = machine(table if plan else None, table=table, eos_ids=(EOS,), plan=plan)
     answer = AnswerText(BYTES, eos_ids={EOS}, stop=stop, max_new_tokens=limit)
     outputs, shown = [], ""
     for output in engine.generate(Request(PROMPT, GreedyChooser(), limit, answer)):
@@ -247,19 +248,19 @@ def test_a_prefill_that_fails_leaves_a_usable_cache(draft):
 def test_an_interrupted_pass_leaves_a_usable_cache(draft):
     """Ctrl-C may fall into the middle of a pass; the tokens shown so far stay."""
     engine, target, kv = machine(draft)
-    forward = target.forward
+    layers = target.layers
 
-    def interrupted(batch, kv, **how):
-        logits = forward(batch, kv, **how)
-        if len(target.calls) == 4:
-            raise KeyboardInterrupt
-        return logits
+    def interrupted(flow):
+        for layer in layers(flow):
+            if len(target.calls) == 4:
+                raise KeyboardInterrupt
+            yield layer
 
-    target.forward = interrupted
+    target.layers = interrupted
     tokens = []
     with pytest.raises(KeyboardInterrupt):
         collect(engine.generate(request_for(PROMPT, 60)), tokens)
-    target.forward = forward
+    target.layers = layers
     check_cache(kv, PROMPT, tokens)
     check_next_turn(engine, target, kv, (*PROMPT, *tokens, 7))
 

@@ -13,12 +13,13 @@ from fakes import (
     fake_cache,
     fake_engine,
     plain_answer,
+    plan_costs,
     request_for,
 )
 from test_decoding_engine import BOTH, DRAFTS, PROMPT, TABLE, check_cache, check_next_turn, machine
 
 from subspec_cli.decoding.engine import PREFILL_CHUNK, common_prefix
-from subspec_cli.decoding.schedule import Schedule, TreeLimits
+from subspec_cli.decoding.schedule import FixedShape, Schedule, TreeLimits
 from subspec_cli.errors import UsageError
 
 
@@ -129,11 +130,11 @@ def test_the_schedule_learns_from_every_pass():
     seen = []
 
     class Watching(Schedule):
-        def observe(self, tree, result):
+        def observe(self, tree, result, spent_s):
             seen.append((len(tree), len(result.accepted_nodes)))
 
-    schedule = Watching(limits=TreeLimits(4, 1, 5), fixed_depth=True)
-    engine, _, _ = machine(TABLE, schedule=schedule)
+    shape = FixedShape(depth=4, width=1)
+    plan = Watching(limits=TreeLimits(4, 1, 5), costs=plan_costs(), layers=2, fixed=shape)
+    engine, _, _ = machine(TABLE, plan=plan)
     list(engine.generate(request_for(PROMPT, 11)))
     assert seen == [(5, 5), (5, 5)]
-    assert schedule.pass_time.get(-1.0) >= 0

@@ -1,33 +1,33 @@
-"""How deep to draft: a pure function of times and outcomes that are fed in."""
+"""What to draft next: a pure function of costs and outcomes that are fed in."""
 
 import numpy as np
 import pytest
-from fakes import chain_of, tree_of
+from fakes import chain_of, plan_costs, tree_of
 
-from subspec_cli.decoding.schedule import Calibration, RunningTime, Schedule, TreeLimits
+from subspec_cli.decoding.schedule import Calibration, FixedShape, Schedule, TreeLimits
 from subspec_cli.decoding.verify import VerifyResult
+from subspec_cli.placement.costs import PlanCosts, RowTimes
 
-LIMITS = TreeLimits(depth=40, width=3, nodes=64)
+LIMITS = TreeLimits(depth=40, width=8, nodes=64)
 ROOT_ALONE = (chain_of([0]), VerifyResult((0,), (1,)))
 
 
-def timed(step_s, pass_s, **more):
-    """A schedule that has seen these durations."""
-    schedule = Schedule(limits=LIMITS, fixed_depth=False, **more)
-    for _ in range(50):
-        schedule.step_time.add(step_s)
-        schedule.pass_time.add(pass_s)
-    return schedule
+def made(step_s=0.01, pass_s=1.0, *, row_s=0.001, compute_s=0.0, fixed=None, layers=4, shadow_rows=0):
+    """A schedule for these costs."""
+    costs = plan_costs(step_s, pass_s, row_s=row_s, compute_s=compute_s)
+    return Schedule(limits=LIMITS, costs=costs, layers=layers, fixed=fixed, shadow_rows=shadow_rows)
 
 
 def depth_taken(schedule, survival):
-    """Steps until one more does not pay, when every level keeps `survival` of the chance."""
-    expected, gain = 1.0, survival
+    """Steps of one row until one more does not pay, when every level keeps `survival` of the chance."""
+    schedule._yield = 1.0
+    expected, chance = 1.0, survival
     for steps in range(LIMITS.depth):
-        if not schedule.pays(expected_tokens=expected, gain=gain, steps=steps):
+        spent_s = steps * schedule.step_s(1)
+        if not schedule.serial_rows([chance], expected_tokens=expected, nodes=steps + 1, spent_s=spent_s):
             return steps
-        expected += gain
-        gain *= survival
+        expected += chance
+        chance *= survival
     return LIMITS.depth
 
 
@@ -43,68 +43,140 @@ def best_depth(step_s, pass_s, survival):
 @pytest.mark.parametrize("survival", [0.03, 0.3, 0.6, 0.9, 0.97])
 @pytest.mark.parametrize("pass_s", [0.001, 0.01, 0.2, 3.0])
 def test_depth_is_the_one_with_most_tokens_a_second(pass_s, survival):
-    assert depth_taken(timed(0.01, pass_s), survival) == best_depth(0.01, pass_s, survival)
+    assert depth_taken(made(0.01, pass_s), survival) == best_depth(0.01, pass_s, survival)
 
 
 def test_cheap_steps_go_deep_and_expensive_ones_do_not():
-    depths = [depth_taken(timed(step_s, 1.0), 0.85) for step_s in (0.001, 0.01, 0.1, 0.5, 2.0)]
+    depths = [depth_taken(made(step_s, 1.0), 0.85) for step_s in (0.001, 0.01, 0.1, 0.5, 2.0)]
     assert depths == sorted(depths, reverse=True)
     assert depths[0] > 20
     assert depths[-1] == 0
 
 
-def test_before_anything_is_measured_drafting_is_tried():
-    assert depth_taken(Schedule(limits=LIMITS, fixed_depth=False), 0.9) >= 1
-
-
 def test_a_fixed_depth_ignores_cost():
-    schedule = Schedule(limits=LIMITS, fixed_depth=True)
-    schedule.step_time.add(100.0)
-    schedule.pass_time.add(0.001)
-    assert depth_taken(schedule, 0.01) == LIMITS.depth
+    assert depth_taken(made(100.0, 0.001, fixed=FixedShape(depth=40)), 0.01) == LIMITS.depth
+
+
+def rows_taken(schedule, chances):
+    return schedule.serial_rows(chances, expected_tokens=4.0, nodes=4, spent_s=0.04)
+
+
+def test_rows_are_added_while_each_earns_more_than_it_costs():
+    chances = [0.9, 0.3, 0.2, 0.1, 0.05, 0.03, 0.02, 0.02]
+    taken = [rows_taken(made(row_s=row_s), chances) for row_s in (1e-6, 0.003, 0.02, 0.05, 0.5)]
+    assert taken == sorted(taken, reverse=True)
+    assert taken[0] == len(chances)
+    assert taken[-1] == 1
+
+
+def test_a_step_dear_beyond_some_rows_is_filled_up_to_them():
+    """The CPU's kernels take four rows in hardly more time than one, and five in twice the time."""
+    costs = PlanCosts(1.0, RowTimes((1,), (0.1,)), RowTimes((1, 4, 5), (0.010, 0.011, 0.060)))
+    schedule = Schedule(limits=LIMITS, costs=costs, layers=4)
+    assert rows_taken(schedule, [0.9, 0.1, 0.1, 0.1, 0.1, 0.1]) == 4
+
+
+def test_a_node_that_is_hardly_possible_is_not_expanded_beside_another():
+    assert rows_taken(made(row_s=0.0), [0.5, 0.019, 0.001]) == 1
+
+
+def test_a_fixed_width_is_kept_while_drafting_pays():
+    schedule = made(fixed=FixedShape(width=3))
+    assert rows_taken(schedule, [0.9, 0.001, 0.001, 0.001]) == 3
+    assert rows_taken(schedule, [0.9, 0.5]) == 2
+    assert rows_taken(made(9.0, 0.01, fixed=FixedShape(width=3)), [0.9, 0.5, 0.4]) == 0
+
+
+def test_recent_passes_count_in_the_rate():
+    """What earlier passes made in their time is what a step has to beat."""
+    slow, fast = made(0.1, 1.0), made(0.1, 1.0)
+    for _ in range(20):
+        slow.observe(*ROOT_ALONE, 0.0)
+        fast.observe(chain_of([0]), VerifyResult((0,), tuple(range(30))), 0.0)
+    candidates = ([0.3], {"expected_tokens": 1.0, "nodes": 1, "spent_s": 0.0})
+    assert slow.serial_rows(candidates[0], **candidates[1]) == 1
+    assert fast.serial_rows(candidates[0], **candidates[1]) == 0
+
+
+@pytest.mark.parametrize(("chance", "rows", "pays"), [(0.2, 1, True), (0.05, 1, False), (0.9, 3, True)])
+def test_a_guess_pays_by_the_step_it_saves(chance, rows, pays):
+    assert made(0.01, row_s=0.001).guess_pays(chance, rows) == pays
+
+
+def test_leaves_are_dearer_where_computing_limits_the_pass():
+    costs = PlanCosts(0.1, RowTimes((1, 64), (0.1, 0.74)), RowTimes((1,), (0.01,)))
+    limited = Schedule(limits=LIMITS, costs=costs, layers=4)
+    assert made().leaf_chance(expected_tokens=5.0, nodes=20, spent_s=0.0) == pytest.approx(0.02)
+    assert limited.leaf_chance(expected_tokens=5.0, nodes=20, spent_s=0.0) > 0.1
+
+
+def shadow_steps(schedule, chances=(0.5, 0.3), layers=4, nodes=8):
+    """Rows of each step, layer by layer, when the same candidates stay."""
+    spent_s, taken = 0.0, []
+    for layer in range(layers):
+        taken.append([])
+        while rows := schedule.shadow_step(chances, layer=layer, nodes=nodes, spent_s=spent_s):
+            spent_s += schedule.step_s(rows)
+            taken[-1].append(rows)
+    return taken, spent_s
+
+
+def test_the_shadow_fills_what_the_link_leaves_idle_layer_by_layer():
+    taken, spent_s = shadow_steps(made(0.01, 1.0, compute_s=0.2))
+    assert 0.70 <= spent_s <= 0.95 - 0.2
+    counts = [len(steps) for steps in taken]
+    assert max(counts) - min(counts) <= 1
+
+
+def test_there_is_no_shadow_where_computing_takes_all_the_time():
+    assert shadow_steps(made(0.01, 0.2, compute_s=0.2)) == ([[], [], [], []], 0.0)
+
+
+def test_a_shadow_step_is_as_wide_as_gives_most_chance_a_second():
+    assert made(0.01, row_s=0.001).shadow_step([0.5, 0.4, 0.3], layer=0, nodes=4, spent_s=0.0) == 3
+    assert made(0.01, row_s=0.02).shadow_step([0.5, 0.4, 0.3], layer=0, nodes=4, spent_s=0.0) == 1
+    assert made(0.01).shadow_step([0.001], layer=0, nodes=4, spent_s=0.0) == 0
+    assert made(0.01).shadow_step([], layer=0, nodes=4, spent_s=0.0) == 0
 
 
 @pytest.mark.parametrize(("wanted", "depth"), [(1, 0), (2, 1), (17, 16), (41, 40), (500, 40), (0, 0)])
 def test_the_bonus_token_counts_as_wanted(wanted, depth):
-    limits = Schedule(limits=LIMITS, fixed_depth=False).limits(wanted)
+    limits = made().limits(wanted)
     assert limits.depth == depth
     assert limits.nodes <= LIMITS.nodes
     assert limits.width <= LIMITS.width
 
 
-def first_step_pays(schedule, guess=0.9):
-    chance = schedule.calibration.probability(guess)
-    return schedule.pays(expected_tokens=1.0, gain=chance, steps=0)
+def first_step_pays(schedule):
+    return schedule.serial_rows([1.0], expected_tokens=1.0, nodes=1, spent_s=0.0) > 0
 
 
 def test_speculation_switches_off_when_nothing_is_accepted_and_is_probed_again():
-    schedule = timed(0.1, 1.0)
+    schedule = made(0.1, 0.2)
     assert first_step_pays(schedule)
-    drafted = chain_of([0, 1, 2])
-    sure = tree_of(drafted.token_ids, drafted.parents)
-    object.__setattr__(sure, "log_probs", tuple(np.log([1.0, 0.9, 0.81])))
-    for _ in range(200):
-        schedule.observe(sure, VerifyResult((0,), (7,)))
+    for _ in range(60):
+        schedule.learn_yield(0.05)
     assert not first_step_pays(schedule)
     waits = []
     for _ in range(3):
         passes = 0
         while not first_step_pays(schedule) and passes < 300:
-            schedule.observe(*ROOT_ALONE)
+            schedule.observe(*ROOT_ALONE, 0.0)
             passes += 1
         waits.append(passes)
-        schedule.observe(sure, VerifyResult((0,), (7,)))
+        schedule.learn_yield(0.05)
+        schedule.observe(chain_of([0, 1]), VerifyResult((0,), (7,)), 0.1)
         assert not first_step_pays(schedule), "a probe that failed is not repeated at once"
     assert all(1 <= passes < 300 for passes in waits)
 
 
 def test_a_probe_that_succeeds_switches_speculation_on():
-    schedule = timed(0.1, 1.0)
-    for _ in range(200):
-        schedule.calibration.observe(0.9, taken=False)
+    schedule = made(0.1, 0.2)
+    for _ in range(60):
+        schedule.learn_yield(0.05)
     assert not first_step_pays(schedule)
-    for _ in range(200):
-        schedule.calibration.observe(0.9, taken=True)
+    for _ in range(60):
+        schedule.learn_yield(0.95)
     assert first_step_pays(schedule)
 
 
@@ -139,10 +211,10 @@ def test_calibration_of_one_guess_leaves_distant_ones_alone():
 
 def observed(tree, nodes):
     """Edges that `observe` records, as (guess, taken)."""
-    schedule = Schedule(limits=LIMITS, fixed_depth=False)
+    schedule = made()
     seen = []
     schedule.calibration.observe = lambda guess, *, taken: seen.append((round(guess, 6), taken))
-    schedule.observe(tree, VerifyResult(nodes, (0,) * len(nodes)))
+    schedule.observe(tree, VerifyResult(nodes, (0,) * len(nodes)), 0.0)
     return seen
 
 
@@ -154,26 +226,14 @@ def test_only_edges_whose_parent_was_reached_are_evidence():
     assert observed(chain_of([0]), (0,)) == []
 
 
-def test_running_time_follows_and_shrugs_off_an_outlier():
-    time = RunningTime()
-    assert time.get(7.0) == 7.0
-    time.add(2.0)
-    assert time.get(7.0) == 2.0
-    time.add(1000.0)
-    assert time.get(7.0) <= 3.0 + 1e-9
-    for _ in range(60):
-        time.add(0.5)
-    assert time.get(7.0) == pytest.approx(0.5, rel=0.01)
-
-
-def test_the_same_times_and_outcomes_give_the_same_decisions():
+def test_the_same_costs_and_outcomes_give_the_same_decisions():
     def run():
-        schedule, generator = timed(0.02, 0.4), np.random.default_rng(4)
+        schedule, generator = made(0.02, 0.4), np.random.default_rng(4)
         depths = []
         for _ in range(40):
             depths.append(depth_taken(schedule, schedule.calibration.probability(0.9)))
-            schedule.observe(chain_of([0, 1, 2]), VerifyResult((0, 1)[: int(generator.integers(1, 3))], (1,)))
-            schedule.step_time.add(float(generator.random()))
+            accepted = int(generator.integers(1, 3))
+            schedule.observe(chain_of([0, 1, 2]), VerifyResult((0, 1)[:accepted], (1,) * accepted), 0.04)
         return depths
 
     assert run() == run()

@@ -6,8 +6,8 @@ import torch
 from fakes import tree_of
 from test_decoding_verify import random_tree
 
-from subspec_cli.decoding.batches import level_batch, prompt_batch, tree_batch
-from subspec_cli.decoding.tree import TokenTree, TreeBuilder
+from subspec_cli.decoding.batches import draft_batch, prompt_batch, tree_batch
+from subspec_cli.decoding.tree import GrowingTree, TokenTree
 from subspec_cli.modeling.layers import RowRules
 
 CPU = torch.device("cpu")
@@ -20,12 +20,6 @@ def trees():
 
 def brute_path(tree, node):
     return [] if node < 0 else [*brute_path(tree, tree.parents[node]), node]
-
-
-def test_path_runs_from_root_to_node():
-    for tree in trees():
-        for node in range(len(tree)):
-            assert tree.path(node) == brute_path(tree, node)
 
 
 def test_ancestor_mask_is_the_paths():
@@ -50,18 +44,123 @@ def test_a_parent_comes_before_its_child(parents):
         TokenTree((0,) * count, parents, (0,) * count, (0.0,) * count)
 
 
-def test_builder_and_tree_agree():
-    for tree in trees():
-        builder = TreeBuilder(tree.token_ids[0], capacity=64)
-        for node in range(1, len(tree)):
-            number = builder.add(tree.parents[node], tree.token_ids[node], tree.log_probs[node])
-            assert number == node
-            assert builder.token(node) == tree.token_ids[node]
-            assert builder.depth(node) == tree.depths[node]
-            assert builder.log_prob(node) == tree.log_probs[node]
-        assert len(builder) == len(tree)
-        assert builder.finish() == tree
-        assert builder.mask[: len(tree), : len(tree)].equal(tree.ancestor_mask())
+NO_END = frozenset()
+
+
+def grown_at_random(seed, nodes=40):
+    """A growing tree whose nodes were expanded in random order, and the numbers in the order of their rows."""
+    generator = np.random.default_rng(seed)
+    tree, order = GrowingTree(7, capacity=96), []
+    while len(tree.nodes) < nodes:
+        able = tree.best_open(99, max_depth=99, eos_ids=NO_END)
+        number = able[int(generator.integers(len(able)))]
+        tree.expand([number])
+        order.append(number)
+        for token in range(int(generator.integers(1, 4))):
+            chance = tree.nodes[number].chance * float(generator.random())
+            tree.add(number, token, tree.nodes[number].log_prob - 1.0, chance)
+    return tree, order
+
+
+def tokens_to(tree, number):
+    node = tree.nodes[number]
+    return (*(tokens_to(tree, node.parent) if node.parent >= 0 else ()), node.token_id)
+
+
+def frozen_tokens(tree, node):
+    return (*(frozen_tokens(tree, tree.parents[node]) if node else ()), tree.token_ids[node])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_frozen_tree_holds_expanded_nodes_in_their_rows_then_leaves(seed):
+    growing, order = grown_at_random(seed)
+    leaves = growing.best_open(5, max_depth=99, eos_ids=NO_END)
+    tree = growing.freeze(leaves)
+    assert [frozen_tokens(tree, node) for node in range(len(tree))] == [
+        tokens_to(growing, number) for number in (*order, *leaves)
+    ]
+    assert [growing.nodes[number].row for number in order] == list(range(len(order)))
+    assert growing.rows == len(tree)
+    rows = len(order)
+    assert growing.mask[:rows, :rows].equal(tree.ancestor_mask()[:rows, :rows])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_rows_taken_after_freezing_lie_behind_the_tree_and_see_their_ancestors(seed):
+    growing, _ = grown_at_random(seed)
+    leaves = growing.best_open(5, max_depth=99, eos_ids=NO_END)
+    size = len(growing.freeze(leaves))
+    growing.expand([leaves[0]])
+    child = growing.add(leaves[0], 3, -1.0, 0.5)
+    growing.expand([child])
+    assert [growing.nodes[leaves[0]].row, growing.nodes[child].row] == [size, size + 1]
+    above, number = {size + 1}, growing.nodes[child].parent
+    while number >= 0:
+        above.add(growing.nodes[number].row)
+        number = growing.nodes[number].parent
+    assert set(torch.nonzero(growing.mask[size + 1]).flatten().tolist()) == above
+
+
+def test_a_row_tried_for_a_guess_leaves_nothing_behind():
+    growing = GrowingTree(7, capacity=8)
+    growing.expand([0])
+    growing.try_row(1, 0)
+    growing.try_row(2, 1)
+    first, second = growing.add(0, 1, -1.0, 0.5), growing.add(0, 2, -2.0, 0.3)
+    growing.expand([first, second])
+    assert growing.mask[2, :3].tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("most_rows", [0, 1, 3, 99])
+def test_a_subtree_is_what_was_found_below_a_node(seed, most_rows):
+    growing, _ = grown_at_random(seed)
+    number = max(
+        (n for n, node in enumerate(growing.nodes) if node.parent >= 0 and node.row >= 0),
+        key=lambda n: len(growing.nodes[n].children),
+    )
+    tree, rows = growing.subtree(number, most_rows=most_rows, max_depth=99)
+    below = {
+        tokens_to(growing, n): node
+        for n, node in enumerate(growing.nodes)
+        if tokens_to(growing, n)[: growing.nodes[number].depth + 1] == tokens_to(growing, number)
+    }
+    start = tokens_to(growing, number)[:-1]
+    assert tree.nodes[0].token_id == growing.nodes[number].token_id
+    for n, node in enumerate(tree.nodes):
+        old = below[(*start, *tokens_to(tree, n))]
+        assert node.chance == pytest.approx(old.chance / growing.nodes[number].chance)
+        assert node.log_prob == pytest.approx(old.log_prob - growing.nodes[number].log_prob)
+        if node.row >= 0:
+            assert rows[node.row] == old.row
+    expanded = [n for n in below.values() if n.row >= 0]
+    assert len(rows) == tree.rows == min(most_rows, len(expanded))
+    if most_rows == 99:
+        assert len(tree.nodes) == len(below)
+    kept = sorted(growing.nodes[n].chance for n in range(len(growing.nodes)) if growing.nodes[n].row in rows)
+    assert kept == sorted(node.chance for node in expanded)[len(expanded) - len(kept) :]
+
+
+def test_a_subtree_is_cut_at_a_depth():
+    growing, number = GrowingTree(7, capacity=16), 0
+    for token in range(6):
+        growing.expand([number])
+        number = growing.add(number, token, -1.0, 0.5)
+    tree, rows = growing.subtree(1, most_rows=99, max_depth=3)
+    assert rows == [1, 2, 3]
+    assert max(node.depth for node in tree.nodes) == 3
+
+
+def test_the_outcome_of_a_pass_is_found_by_its_token():
+    growing = GrowingTree(7, capacity=16)
+    growing.expand([0])
+    first, second = growing.add(0, 1, -0.1, 0.9), growing.add(0, 2, -2.0, 0.1)
+    growing.expand([first])
+    third = growing.add(first, 5, -1.0, 0.5)
+    growing.freeze([])
+    assert growing.outcome(0, 2) == second
+    assert growing.outcome(1, 5) == third
+    assert growing.outcome(1, 6) is None
 
 
 def test_prompt_rows_are_causal_over_what_is_cached():
@@ -87,16 +186,17 @@ def test_a_whole_tree_sees_prefix_ancestors_and_self():
     ]
 
 
-def test_a_level_is_a_cut_of_the_whole_tree():
-    generator = np.random.default_rng(8)
-    tree = random_tree(generator, 20, vocab=30)
-    builder = TreeBuilder(tree.token_ids[0], capacity=20)
-    for node in range(1, 20):
-        builder.add(tree.parents[node], tree.token_ids[node], tree.log_probs[node])
-    whole = tree_batch(tree, 3, RowRules(1), CPU)
-    level = level_batch(builder, 7, 4, 3, CPU)
-    assert (level.rows, level.start) == (4, 10)
-    assert level.token_ids.equal(whole.token_ids[7:11])
-    assert level.positions.equal(whole.positions[7:11])
-    assert level.allowed.equal(whole.allowed[7:11, :14])
-    assert level.key_positions.equal(whole.key_positions[:14])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_draft_step_is_a_cut_of_the_whole_tree(seed):
+    growing, order = grown_at_random(seed)
+    nodes = [growing.nodes[number] for number in order]
+    whole = tree_batch(growing.freeze([]), 3, RowRules(1), CPU)
+    first, count = len(order) - 4, 3
+    tokens = [node.token_id for node in nodes[first : first + count]]
+    depths = [node.depth for node in nodes[first : first + count]]
+    step = draft_batch(growing, tokens, depths, first, 3, CPU)
+    assert (step.rows, step.start) == (count, 3 + first)
+    assert step.token_ids.equal(whole.token_ids[first : first + count])
+    assert step.positions.equal(whole.positions[first : first + count])
+    assert step.allowed.equal(whole.allowed[first : first + count, : 3 + first + count])
+    assert step.key_positions.equal(whole.key_positions[: 3 + first + count])

@@ -141,8 +141,12 @@ def no_draft(root, rule, position):
 
 @cache
 def paths_logits(tree):
-    rows = [TABLE((*PROMPT, *(tree.token_ids[n] for n in tree.path(node)))) for node in range(len(tree))]
+    rows = [TABLE((*PROMPT, *tokens_to(tree, node))) for node in range(len(tree))]
     return torch.from_numpy(np.stack(rows))
+
+
+def tokens_to(tree, node):
+    return () if node < 0 else (*tokens_to(tree, tree.parents[node]), tree.token_ids[node])
 
 
 @cache

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "make_surrogate.py"
+sys.path.insert(0, str(SCRIPT.parent))  # as for a script that is run
 _spec = importlib.util.spec_from_file_location("make_surrogate", SCRIPT)
 assert _spec is not None
 assert _spec.loader is not None
@@ -98,6 +99,39 @@ def test_logits_are_those_of_the_small_model(tmp_path: Path, family: str, tied: 
     assert expected.std() > 0.1
     torch.testing.assert_close(logits(out), expected, rtol=0, atol=1e-5)
     assert ("lm_head.weight" in weights(out)) is not tied
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_filling_up_changes_nothing(tmp_path: Path, family: str, tied: bool) -> None:
+    """Feed-forward and vocabulary of any size: units that lead nowhere, tokens that never win."""
+    small = build(tmp_path / "small", family, tied=tied)
+    out = make(small, tmp_path / "out", feed_forward=96 * 5 + 37, vocab=131)
+    config = json.loads((out / "config.json").read_text())
+    assert (config["intermediate_size"], config["vocab_size"]) == (517, 131)
+    expected, found = logits(small), logits(out)
+    assert found.shape[-1] == 131
+    torch.testing.assert_close(found[..., :97], expected, rtol=0, atol=1e-5)
+    # A mean of scores is no highest one, whatever the prompt.
+    mean = expected.mean(-1, keepdim=True).expand(-1, -1, 34)
+    torch.testing.assert_close(found[..., 97:], mean, rtol=0, atol=1e-5)
+    up, down = (weights(out)[f"model.layers.0.mlp.{name}_proj.weight"] for name in ("up", "down"))
+    assert up.shape == (517, 192)
+    assert up[-37:].std() > 0.01
+    assert down.shape == (192, 517)
+    assert not down[:, -37:].any()
+
+
+def test_threads_make_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = build(tmp_path / "small")
+    values = sys.modules["surrogate_values"]
+    monkeypatch.setattr(values, "BLOCK_VALUES", 1 << 10)
+    found = []
+    for workers in (1, 5):
+        monkeypatch.setattr(values, "WORKERS", workers)
+        out = make(small, tmp_path / str(workers), noise=0.01, vocab=120, feed_forward=300)
+        found.append((out / "model.safetensors").read_bytes())
+    assert found[0] == found[1]
 
 
 def test_division_rounds_no_weight(tmp_path: Path) -> None:
@@ -199,6 +233,8 @@ def test_interrupted_result_is_made_again(tmp_path: Path, monkeypatch: pytest.Mo
         (["--hidden", "100"], "no multiple"),
         (["--hidden", "32"], "no multiple"),
         (["--hidden", "128", "--layers", "1"], "fewer"),
+        (["--hidden", "128", "--feed-forward", "95"], "feed-forward"),
+        (["--hidden", "128", "--vocab", "96"], "vocabulary"),
         (["--hidden", "128", "--noise", "nan"], "noise"),
         (["--hidden", "128", "--shard-gb", "0"], "shard size"),
     ],

@@ -45,6 +45,11 @@ FLOAT32_ATOL = 1e-4
 PROMPT = [(7 * n + n // 5) % VOCAB for n in range(100)]
 
 
+def path_to(tree: TokenTree, node: int) -> list[int]:
+    """Nodes from the root to `node`, both included."""
+    return [] if node < 0 else [*path_to(tree, tree.parents[node]), node]
+
+
 @pytest.fixture(params=MODELS)
 def float_model(request: pytest.FixtureRequest, tiny: MakeTiny) -> Tiny:
     """In float32, where a wrong formula shows far above the rounding."""
@@ -138,7 +143,7 @@ def test_every_path_of_a_tree_is_what_the_library_computes_for_it_alone(float_mo
     found = tree_logits(decoder, kv, tree)
     leaves = set(range(len(tree))) - set(tree.parents)
     for leaf in leaves:
-        path = tree.path(leaf)
+        path = path_to(tree, leaf)
         text = PROMPT[:20] + [tree.token_ids[node] for node in path]
         assert_close(found[path], library_logits(float_model, text)[20:])
 
@@ -190,7 +195,7 @@ def test_accepted_rows_have_the_bits_of_plain_decoding(model: Tiny) -> None:
     """What a tree pass leaves in the cache for an accepted path, compacted, is what plain decoding leaves."""
     decoder = model.target(rules=model.exact_rules)
     tree = random_tree(41, [3, 4, 3, 2])
-    path = tree.path(len(tree) - 1)
+    path = path_to(tree, len(tree) - 1)
     tokens = [tree.token_ids[node] for node in path]
     by_tree = prefilled(model, decoder, PROMPT[:11])
     tree_logits(decoder, by_tree, tree)

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 from test_cli_fakes import PREDICTION
 
 from subspec_cli.metrics import GenerationStats
-from subspec_cli.placement.comparison import compare, tok_per_s_given_tau
-
-
-@dataclass(frozen=True)
-class Counted(GenerationStats):
-    """Stats that count draft steps."""
-
-    draft_steps: int = 0
+from subspec_cli.placement.comparison import compare
 
 
 def stats(**changes):
@@ -26,8 +17,9 @@ def stats(**changes):
         "draft_time_s": 0.8,
         "verify_time_s": 4.0,
         "draft_steps": 40,
+        "draft_cost_s": 1.2,
     }
-    return Counted(**(usual | changes))
+    return GenerationStats(**(usual | changes))
 
 
 def test_times_are_ratios_of_totals():
@@ -35,17 +27,15 @@ def test_times_are_ratios_of_totals():
     assert found.pass_s == pytest.approx(24.0 / 40)
     assert found.step_s == pytest.approx(1.6 / 80)
     assert found.tok_per_s == pytest.approx(60 / 10.0)
-    assert (found.predicted_pass_s, found.predicted_step_s, found.predicted_tok_per_s) == (0.4, 0.025, 7.0)
-    tau, steps = 60 / 40, 80 / 40
-    assert found.predicted_tok_per_s_given_tau == pytest.approx(tau / (0.4 + steps * 0.025))
-    assert tok_per_s_given_tau(PREDICTION, 3.0, 4.0) == pytest.approx(3.0 / 0.5)
+    assert (found.predicted_pass_s, found.predicted_step_s, found.predicted_tok_per_s) == (0.4, 0.03, 7.0)
+    assert found.predicted_tok_per_s_given_tau == pytest.approx((60 / 40) / (0.4 + 2.4 / 40))
 
 
 def test_the_line_names_both_and_the_costs_origin():
     line = compare(PREDICTION, [stats()], drafted=True).line
     assert line == (
-        "predicted (assumed costs) | measured: pass 400 ms | 400 ms · draft step 25 ms | 20 ms · "
-        "tok/s 7.00 | 6.00 · 6.00 predicted for this tau"
+        "predicted (assumed costs) | measured: pass 400 ms | 400 ms · draft step 30 ms | 20 ms · "
+        "tok/s 7.00 | 6.00 · 5.77 predicted for this tau"
     )
 
 

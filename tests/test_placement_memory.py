@@ -8,9 +8,16 @@ from pathlib import Path
 import pytest
 from tiny_models import CPU
 
+from subspec_cli.errors import ResourceError
 from subspec_cli.placement import memory
-from subspec_cli.placement.memory import MemoryMeter, available_bytes, disk_read_bytes, total_bytes
-from subspec_cli.units import MIB
+from subspec_cli.placement.memory import (
+    MemoryMeter,
+    allocator_share,
+    available_bytes,
+    disk_read_bytes,
+    total_bytes,
+)
+from subspec_cli.units import GIB, MIB
 
 SIZE = 96 * MIB
 
@@ -69,3 +76,17 @@ def test_disk_reads_are_those_that_storage_delivered(monkeypatch: pytest.MonkeyP
     assert disk_read_bytes() == 4096
     path.write_text("rchar: 999\n")
     assert disk_read_bytes() is None
+
+
+def test_the_allocators_share_and_the_context_make_the_budget() -> None:
+    assert allocator_share(8 * GIB, GIB // 2, 24 * GIB) * 24 * GIB + GIB // 2 == pytest.approx(8 * GIB)
+    assert allocator_share(24 * GIB, 0, 24 * GIB) == 1.0
+    # A budget beyond the card is no share that PyTorch would take.
+    assert allocator_share(40 * GIB, GIB, 24 * GIB) == 1.0
+
+
+@pytest.mark.parametrize("budget_bytes", [0, GIB // 4, GIB // 2])
+def test_a_budget_that_the_context_eats_up_is_refused(budget_bytes: int) -> None:
+    with pytest.raises(ResourceError, match=r"512\.0 MiB that CUDA takes") as info:
+        allocator_share(budget_bytes, GIB // 2, 24 * GIB)
+    assert "--vram-gb 1 " in info.value.hint

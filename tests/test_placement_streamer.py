@@ -354,3 +354,28 @@ def test_tensors_have_their_dtype_and_shape(tmp_path: Path, name: str, dtype: to
     entry = TensorEntry("w", name, (4, 6), path, 8, values.numel() * dtype.itemsize)
     (block,) = read_resident([layout_block([entry])])
     assert torch.equal(block["w"], values)
+
+
+def test_asking_for_the_next_block_gives_a_slot_back_and_does_not_wait(rig: Rig) -> None:
+    """So that what is done between two layers never holds up the link."""
+    stream = rig.stream(slots=2)
+    with closing(stream.blocks()) as arriving:
+        first = next(arriving)
+        rig.assert_block(0, dict(first))
+        assert soon(lambda: rig.reader.done == 2)
+        rig.reader.gate.clear()
+        second = next(arriving)
+        assert soon(lambda: len(rig.reader.begun) == 3), "the first slot is read into again"
+        rig.assert_block(1, dict(second))
+        third = next(arriving)
+        assert rig.reader.done == 2, "the third block is not there, and nobody waited"
+        rig.reader.gate.set()
+        rig.assert_block(2, dict(third))
+
+
+def test_a_block_that_is_never_looked_at_is_waited_for_before_the_next(rig: Rig) -> None:
+    stream = rig.stream(slots=2)
+    with closing(stream.blocks()) as arriving:
+        seen = [dict(block) if number % 2 else None for number, block in enumerate(arriving)]
+    assert [block is not None for block in seen] == [False, True, False, True, False]
+    one_pass(rig, stream)

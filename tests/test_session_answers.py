@@ -183,15 +183,16 @@ def test_an_interrupted_turn_keeps_what_was_said(session):
 
 def test_ctrl_c_inside_a_pass_keeps_what_was_said(session, monkeypatch):
     chat, target = session.chat(None), session._parts.speculative._target
-    forward, passes = target.forward, []
+    layers, passes = target.layers, []
 
-    def interrupted(*args, **how):
+    def interrupted(flow):
         passes.append(1)
-        if len(passes) == 4:
-            raise KeyboardInterrupt
-        return forward(*args, **how)
+        for layer in layers(flow):
+            if len(passes) == 4:
+                raise KeyboardInterrupt
+            yield layer
 
-    monkeypatch.setattr(target, "forward", interrupted)
+    monkeypatch.setattr(target, "layers", interrupted)
     with pytest.raises(KeyboardInterrupt):
         asked(chat, "Hello", 90)
     monkeypatch.undo()

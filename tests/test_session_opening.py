@@ -162,7 +162,7 @@ def test_a_loading_that_fails_midway_stops_the_reader(shelf, monkeypatch, part):
         raise MemoryError
 
     monkeypatch.setattr(f"subspec_cli.session.loading.{part}", fails)
-    with pytest.raises(MemoryError):
+    with pytest.raises(ResourceError, match="out of host memory while loading"):
         open_tiny(shelf.model("qwen2", tied=False), memory={"resident_layers": 1})
     assert not readers()
 

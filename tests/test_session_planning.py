@@ -31,10 +31,12 @@ def cost(monkeypatch):
     """Lets a test say what things take; the rest is as assumed."""
 
     def set_costs(**changes):
-        def costs(geometry, device, **how):
-            return dataclasses.replace(assumed_costs(geometry, device, **how), **changes)
+        def costs(geometry, settings, checkpoint, device, progress):
+            found = assumed_costs(geometry, device.type, settings=settings)
+            return dataclasses.replace(found, **changes)
 
-        monkeypatch.setattr(building, "assumed_costs", costs)
+        monkeypatch.setattr(building, "probe_machine", costs)
+        monkeypatch.setattr(building, "known_costs", lambda subject: None)
 
     return set_costs
 
@@ -101,17 +103,17 @@ def test_of_the_sets_that_stand_side_by_side_the_fastest_is_loaded(tmp_path, mon
     assert [item.manifest.settings.bits for item in find_prepared_sets(str(model), 8)] == [8]
 
     def fastest(bits):
-        def costs(geometry, device, *, settings):
-            found = assumed_costs(geometry, device, settings=settings)
+        def costs(geometry, settings, checkpoint, device, progress):
+            found = assumed_costs(geometry, device.type, settings=settings)
             return dataclasses.replace(found, substitute_layer=FREE if settings.bits == bits else DEAR)
 
-        monkeypatch.setattr(building, "assumed_costs", costs)
+        monkeypatch.setattr(building, "probe_machine", costs)
 
     expected = plain_answer(model)
     for bits in (8, 4):
         fastest(bits)
         loaded.clear()
-        with open_tiny(model, draft={"depth": 4}) as session:
+        with open_tiny(model, draft={"depth": 4}, memory={"vram_gb": 1.0, "reprobe": True}) as session:
             assert session.description.plan.substitute_bits == bits
             assert answer_to(session, "Hello", 16).outcome == expected
         assert {found for found, _ in loaded} == {bits}

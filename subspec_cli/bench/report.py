@@ -155,6 +155,8 @@ class BenchReport:
                 f"ceiling {ceiling:.2f} tok/s = tau {total.tau:.2f} x {self.link.gb_per_s:.2f} GB/s / "
                 f"{self.link.streamed_bytes_per_pass / 1e9:.2f} GB per pass; reached {share:.0%}"
             )
+        if total.speculative_tok_per_s and self.speculation:
+            lines.append(work_line([pair.speculative.stats for pair in self.pairs]))
         if self.comparison is not None:
             lines.append(self.comparison.line)
         if self.link and self.link.cold_share is not None:
@@ -197,6 +199,20 @@ class BenchReport:
         )
 
 
+def work_line(answers: Sequence[GenerationStats]) -> str:
+    """What a pass and the drafting around it took on average, and how busy the link was."""
+    passes = max(1, sum(stats.passes for stats in answers))
+    decode_s = sum(stats.decode_time_s for stats in answers)
+    busy = sum(stats.link_time_s for stats in answers) / decode_s if decode_s else 0.0
+    serial = sum(stats.draft_steps for stats in answers) / passes
+    shadow = sum(stats.shadow_steps for stats in answers) / passes
+    hits = sum(stats.shadow_hits for stats in answers) / passes
+    return (
+        f"{serial:.1f} draft steps before a pass, {shadow:.1f} in its shadow, of use to {hits:.0%} of the next; "
+        f"link busy {busy:.0%} of the time"
+    )
+
+
 def _fields(item: BenchRow | LinkFigures) -> dict[str, Any]:
     return {name: getattr(item, name) for name in item.__slots__}
 
@@ -214,24 +230,9 @@ def _pair(pair: AnswerPair) -> dict[str, Any]:
 
 
 def _arm(answer: ArmAnswer) -> dict[str, Any]:
-    stats = answer.stats
     return {
         "text": answer.text,
         "token_ids": list(answer.token_ids),
         "finish_reason": answer.finish_reason,
-        "prompt_tokens": stats.prompt_tokens,
-        "prefilled_tokens": stats.prefilled_tokens,
-        "new_tokens": stats.new_tokens,
-        "ttft_s": stats.ttft_s,
-        "decode_time_s": stats.decode_time_s,
-        "decode_tok_per_s": stats.decode_tok_per_s,
-        "tau": stats.tau,
-        "passes": stats.passes,
-        "drafted_tokens": stats.drafted_tokens,
-        "accepted_histogram": list(stats.accepted_histogram),
-        "draft_time_s": stats.draft_time_s,
-        "verify_time_s": stats.verify_time_s,
-        "wait_time_s": stats.wait_time_s,
-        "streamed_bytes": stats.streamed_bytes,
-        "link_gb_per_s": stats.link_gb_per_s,
+        **answer.stats.as_dict(),
     }

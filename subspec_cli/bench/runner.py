@@ -209,6 +209,7 @@ def _context(session: Session, config: Config) -> dict[str, Any]:
         "direct_io": about.direct_io,
         "budget_bytes": about.budget_bytes,
         "plan": about.plan.as_dict(),
+        "costs": about.costs.as_dict(),
         "config": config.as_dict(),
         "versions": about.versions,
     }

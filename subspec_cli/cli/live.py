@@ -128,11 +128,14 @@ def time_shares(stats: GenerationStats) -> list[str]:
     total_s = stats.draft_time_s + stats.verify_time_s
     if total_s <= 0:
         return []
-    compute_s = stats.verify_time_s - stats.wait_time_s
+    compute_s = stats.verify_time_s - stats.wait_time_s - stats.shadow_time_s
+    shares = [f"draft {stats.draft_time_s / total_s:.0%}"]
+    if stats.shadow_steps:
+        shares.append(f"in shadow {stats.shadow_time_s / total_s:.0%}")
     return [
-        f"draft {stats.draft_time_s / total_s:.0%}",
+        *shares,
         f"verify {compute_s / total_s:.0%}",
-        f"waiting for weights {stats.wait_time_s / total_s:.0%}",
+        f"waiting {stats.wait_time_s / total_s:.0%}",
     ]
 
 

@@ -117,6 +117,15 @@ ResidentOpt = Annotated[
         rich_help_panel=_MEMORY,
     ),
 ]
+ReprobeOpt = Annotated[
+    bool | None,
+    typer.Option(
+        "--reprobe/--no-reprobe",
+        help="Time link and kernels anew, in place of what was kept from an earlier run.",
+        show_default=False,
+        rich_help_panel=_MEMORY,
+    ),
+]
 DepthOpt = Annotated[
     int | None,
     typer.Option(
@@ -136,6 +145,15 @@ WidthOpt = Annotated[
         metavar="W",
         help="Fix the width of the draft tree; 1 is a chain.",
         show_default="adaptive",
+        rich_help_panel=_DRAFT,
+    ),
+]
+ShadowOpt = Annotated[
+    bool | None,
+    typer.Option(
+        "--no-shadow/--shadow",
+        help="Draft only between passes, not while a pass waits for weights.",
+        show_default=False,
         rich_help_panel=_DRAFT,
     ),
 ]
@@ -202,7 +220,16 @@ def memory_flags(
     device: str | None,
     context: int | None,
     resident_layers: int | None,
+    reprobe: bool | None = None,
 ) -> dict[str, object]:
     """The [memory] section as flags give it."""
     budget = {"vram_gb": vram_gb, "memory_gb": memory_gb, "ram_gb": ram_gb}
-    return {**budget, "device": device, "context": context, "resident_layers": resident_layers}
+    layers = {"context": context, "resident_layers": resident_layers}
+    return {**budget, **layers, "device": device, "reprobe": reprobe}
+
+
+def draft_flags(
+    depth: int | None, width: int | None, no_shadow: bool | None, no_speculation: bool | None
+) -> dict[str, object]:
+    """The [draft] section as flags give it."""
+    return {"depth": depth, "width": width, "no_shadow": no_shadow, "no_speculation": no_speculation}

@@ -61,6 +61,7 @@ def plan(
     resident_layers: opt.ResidentOpt = None,
     depth: opt.DepthOpt = None,
     width: opt.WidthOpt = None,
+    no_shadow: opt.ShadowOpt = None,
     no_speculation: opt.SpeculationOpt = None,
     _debug: opt.DebugOpt = False,
 ) -> None:
@@ -68,7 +69,7 @@ def plan(
     flags: dict[str, dict[str, object]] = {
         "model": {"model": model, "revision": revision, "bits": bits},
         "memory": opt.memory_flags(vram_gb, memory_gb, ram_gb, device, context, resident_layers),
-        "draft": {"depth": depth, "width": width, "no_speculation": no_speculation},
+        "draft": opt.draft_flags(depth, width, no_shadow, no_speculation),
     }
     config = resolve_config(flags, find_config_file(config_file))
     if config.model.model is None:

@@ -73,8 +73,10 @@ def run(
     device: opt.DeviceOpt = None,
     context: opt.ContextOpt = None,
     resident_layers: opt.ResidentOpt = None,
+    reprobe: opt.ReprobeOpt = None,
     depth: opt.DepthOpt = None,
     width: opt.WidthOpt = None,
+    no_shadow: opt.ShadowOpt = None,
     no_speculation: opt.SpeculationOpt = None,
     temperature: opt.TemperatureOpt = None,
     top_p: opt.TopPOpt = None,
@@ -86,8 +88,8 @@ def run(
     limits = {"max_new_tokens": max_new_tokens, "stop": stop or None}
     flags: dict[str, dict[str, object]] = {
         "model": {"model": model, "revision": revision, "bits": bits},
-        "memory": opt.memory_flags(vram_gb, memory_gb, ram_gb, device, context, resident_layers),
-        "draft": {"depth": depth, "width": width, "no_speculation": no_speculation},
+        "memory": opt.memory_flags(vram_gb, memory_gb, ram_gb, device, context, resident_layers, reprobe),
+        "draft": opt.draft_flags(depth, width, no_shadow, no_speculation),
         "sampling": {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed},
         "run": {**limits, "system": system, "raw": raw, "plain": plain},
     }

@@ -1,4 +1,4 @@
-"""Forward batches from prompts, tree levels and whole trees. `C` = cache columns in view."""
+"""Forward batches from prompts, draft steps and whole trees. `C` = cache columns in view."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from subspec_cli.decoding.tree import TokenTree, TreeBuilder
+from subspec_cli.decoding.tree import GrowingTree, TokenTree
 from subspec_cli.modeling.layers import RowRules, TokenBatch
 
 
@@ -31,18 +31,21 @@ def tree_batch(tree: TokenTree, committed: int, rules: RowRules, device: torch.d
     )
 
 
-def level_batch(
-    builder: TreeBuilder, first: int, count: int, committed: int, device: torch.device
+def draft_batch(
+    tree: GrowingTree,
+    token_ids: Sequence[int],
+    depths: Sequence[int],
+    first: int,
+    committed: int,
+    device: torch.device,
 ) -> TokenBatch:
-    """Nodes `[first, first + count)` of a growing tree, for one unpadded draft step."""
-    nodes = range(first, first + count)
-    depths = torch.tensor([builder.depth(node) for node in range(first + count)])
-    allowed = _after_prefix(builder.mask[first : first + count, : first + count], committed)
-    key_positions = torch.cat((torch.arange(committed), depths + committed))
-    token_ids = [builder.token(node) for node in nodes]
-    return _batch(
-        token_ids, depths[first:] + committed, committed + first, allowed, key_positions, count, device
-    )
+    """Tokens in rows from `first` on, whose masks the tree holds, for one unpadded draft step."""
+    end = first + len(token_ids)
+    allowed = _after_prefix(tree.mask[first:end, :end], committed)
+    positions = torch.tensor(depths) + committed
+    before = torch.tensor(tree.row_depths[:first], dtype=positions.dtype) + committed
+    key_positions = torch.cat((torch.arange(committed), before, positions))
+    return _batch(token_ids, positions, committed + first, allowed, key_positions, len(token_ids), device)
 
 
 def _after_prefix(mask: Tensor, committed: int) -> Tensor:

@@ -1,5 +1,7 @@
 """The decode loop: draft a tree, verify it in one target pass, keep the accepted rows, repeat.
 
+While the pass waits for weights, planned draft steps look beyond the tree.
+
 Knows tensors, trees and clocks; nothing of files or consoles.
 """
 
@@ -7,16 +9,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Final
 
 import torch
+from torch import Tensor
 
 from subspec_cli.decoding.batches import prompt_batch, tree_batch
 from subspec_cli.decoding.choose import Chooser, choose
 from subspec_cli.decoding.drafter import TreeGrower
 from subspec_cli.decoding.schedule import Schedule
 from subspec_cli.decoding.text import StopRule
+from subspec_cli.decoding.tree import TokenTree
 from subspec_cli.decoding.verify import host_row, verify
 from subspec_cli.errors import UsageError
 from subspec_cli.metrics import GenerationStats, StepStats
@@ -49,6 +54,14 @@ class StepOutput:
     """Totals of the answer so far."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Shadow:
+    """Drafting during one pass."""
+
+    steps: int
+    time_s: float
+
+
 class Engine:
     """Generates with one target, one cache and one way to grow trees."""
 
@@ -74,35 +87,56 @@ class Engine:
 
         Afterwards, and also if the consumer leaves early, the cache holds prompt + emitted - 1 rows.
         """
+        self._grower.forget()
         stats, token = self._prefill(request)
         finish = request.stop.feed(token)
         yield StepOutput((token,), finish, stats)
         while finish is None:
             started, link = time.perf_counter(), self._counters()
-            tree = self._grower.grow(token, request.chooser, request.max_new_tokens - stats.new_tokens)
+            proposal = self._grower.grow(token, request.chooser, request.max_new_tokens - stats.new_tokens)
+            tree = proposal.tree
             drafted_at = time.perf_counter()
-            batch = tree_batch(tree, self._kv.committed, self._target.rules, self._device)
-            logits = self._target.forward(batch, self._kv)
+            logits, shadow = self._verify_pass(tree)
             result = verify(tree, logits, request.chooser, self._kv.committed)
             verified_at = time.perf_counter()
             token_ids, finish = _clip(result.token_ids, request.stop)
             kept = result.accepted_nodes[: len(token_ids)]
             self._kv.commit(kept, [tree.token_ids[node] for node in kept])
-            self._schedule.observe(tree, result)
-            self._schedule.pass_time.add(verified_at - drafted_at)
+            self._schedule.observe(tree, result, proposal.cost_s)
+            if finish is None:
+                self._grower.follow(result)
             token = token_ids[-1]
             moved = self._counters().since(link)
             step = StepStats(
                 drafted=len(tree) - 1,
                 accepted=result.accepted,
                 emitted=len(token_ids),
+                depth=tree.depth,
+                draft_steps=proposal.draft_steps,
+                ready_nodes=proposal.ready_nodes,
+                shadow_steps=shadow.steps,
+                draft_cost_s=proposal.cost_s,
                 draft_time_s=drafted_at - started,
                 verify_time_s=verified_at - drafted_at,
+                shadow_time_s=shadow.time_s,
                 wait_time_s=moved.wait_time_s,
+                link_time_s=moved.read_time_s,
                 streamed_bytes=moved.streamed_bytes,
             )
             stats = stats.after_step(step, decode_time_s=stats.decode_time_s + time.perf_counter() - started)
             yield StepOutput(token_ids, finish, stats)
+
+    def _verify_pass(self, tree: TokenTree) -> tuple[Tensor, _Shadow]:
+        """The target's logits `[N, V]` of a tree's nodes, and what was drafted meanwhile."""
+        batch = tree_batch(tree, self._kv.committed, self._target.rules, self._device)
+        flow, steps, shadow_s = self._target.begin(batch, self._kv), 0, 0.0
+        # Closed at once when a block fails or the user interrupts: the next pass starts at the first block.
+        with closing(self._target.layers(flow)) as layers:
+            for layer in layers:
+                started = time.perf_counter()
+                steps += self._grower.work_in_shadow(layer)
+                shadow_s += time.perf_counter() - started
+        return self._target.logits(flow), _Shadow(steps, shadow_s)
 
     def _prefill(self, request: Request) -> tuple[GenerationStats, int]:
         """Compute the prompt rows that the cache lacks; returns the first token, chosen from the last row."""

@@ -1,12 +1,15 @@
-"""Token trees as flat arrays, level-major: node 0 is the root, the newest emitted token.
+"""Token trees as flat arrays: node 0 is the root, the newest emitted token; parents come before children.
 
-`N` nodes. Within a level, nodes whose children the draft will look for come first, so that the rows of each
-draft step are neighbours in the cache.
+`N` nodes. Nodes whose children the draft has looked for come first, in the order of their draft steps, so that a
+node's number is the scratch row its keys and values lie in, for the draft as for the target.
 """
 
 from __future__ import annotations
 
+import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -29,20 +32,17 @@ class TokenTree:
     def __len__(self) -> int:
         return len(self.token_ids)
 
+    @property
+    def depth(self) -> int:
+        """Depth of the deepest node."""
+        return max(self.depths)
+
     def children(self) -> list[dict[int, int]]:
         """For each node, its children by token id."""
         found: list[dict[int, int]] = [{} for _ in self.token_ids]
         for node, parent in enumerate(self.parents[1:], start=1):
             found[parent][self.token_ids[node]] = node
         return found
-
-    def path(self, node: int) -> list[int]:
-        """Nodes from the root to `node`, both included."""
-        nodes = []
-        while node >= 0:
-            nodes.append(node)
-            node = self.parents[node]
-        return nodes[::-1]
 
     def ancestor_mask(self) -> Tensor:
         """`[N, N]` bool: row attends to column, ancestors and self."""
@@ -52,46 +52,151 @@ class TokenTree:
         return mask
 
 
-class TreeBuilder:
-    """A tree under construction: append children level by level, then `finish`."""
+@dataclass(slots=True)
+class DraftNode:
+    """A token the draft has proposed."""
+
+    token_id: int
+    parent: int
+    depth: int
+    log_prob: float
+    """Cumulative, by the draft's own sharpened guess."""
+    chance: float
+    """Calibrated probability that the target's path goes through it."""
+    row: int = -1
+    """Scratch row of its draft-made keys and values; -1 until it is expanded."""
+    children: list[int] | None = None
+    """Likeliest first; None until it is expanded."""
+
+
+class GrowingTree:
+    """All that the draft has proposed under a root: the tree to be verified, and what lies beyond it.
+
+    A node is *expanded* when the draft computes its row and so finds its children, else it is *open*. Rows are
+    handed out in the order of expansion. `freeze` turns the likely part into a `TokenTree`; nodes expanded
+    after that take rows behind the tree's, so that a pass over the tree and the draft do not meet.
+    """
 
     def __init__(self, root_token: int, capacity: int) -> None:
-        self._token_ids = [root_token]
-        self._parents = [-1]
-        self._depths = [0]
-        self._log_probs = [0.0]
+        self.nodes = [DraftNode(root_token, -1, 0, 0.0, 1.0)]
         self.mask = torch.zeros((capacity, capacity), dtype=torch.bool)
-        """`[capacity, capacity]` ancestor mask; rows of nodes already added are valid."""
-        self.mask[0, 0] = True
+        """`[capacity, capacity]`: rows that the node of a row attends to, its ancestors' and its own."""
+        self.row_depths: list[int] = []
+        """Depth of the node in each row handed out so far."""
+        self._open = {0}
+        self._frozen: list[int] = []
 
-    def __len__(self) -> int:
-        return len(self._token_ids)
+    @property
+    def capacity(self) -> int:
+        """Most rows."""
+        return len(self.mask)
 
-    def token(self, node: int) -> int:
-        """Token id of a node."""
-        return self._token_ids[node]
+    @property
+    def rows(self) -> int:
+        """Rows handed out so far."""
+        return len(self.row_depths)
 
-    def depth(self, node: int) -> int:
-        """Distance from the root."""
-        return self._depths[node]
+    def likely(self, least: float) -> tuple[int, float]:
+        """Number of nodes of at least this chance, and the tokens expected of a pass over them."""
+        chances = [node.chance for node in self.nodes if node.chance >= least]
+        return len(chances), sum(chances)
 
-    def log_prob(self, node: int) -> float:
-        """Cumulative log-probability."""
-        return self._log_probs[node]
+    def tip(self) -> int:
+        """The open end of the draft's own greedy chain."""
+        number = 0
+        while children := self.nodes[number].children:
+            number = children[0]
+        return number
 
-    def add(self, parent: int, token_id: int, log_prob: float) -> int:
-        """Append a child with its cumulative log-probability; returns its node number."""
-        node = len(self)
-        self._token_ids.append(token_id)
-        self._parents.append(parent)
-        self._depths.append(self._depths[parent] + 1)
-        self._log_probs.append(log_prob)
-        self.mask[node] = self.mask[parent]
-        self.mask[node, node] = True
-        return node
-
-    def finish(self) -> TokenTree:
-        """The tree as it stands."""
-        return TokenTree(
-            tuple(self._token_ids), tuple(self._parents), tuple(self._depths), tuple(self._log_probs)
+    def best_open(self, count: int, *, max_depth: int, eos_ids: frozenset[int]) -> list[int]:
+        """Up to `count` open nodes that may be expanded, likeliest first; ties go to the older one."""
+        able = (
+            number
+            for number in self._open
+            if self.nodes[number].depth < max_depth
+            and (self.nodes[number].token_id not in eos_ids or number == 0)
         )
+        return heapq.nsmallest(count, able, key=lambda number: (-self.nodes[number].chance, number))
+
+    def expand(self, numbers: Sequence[int]) -> None:
+        """Give open nodes the next rows; their children are added after."""
+        for number in numbers:
+            node = self.nodes[number]
+            node.row, node.children = self.rows, []
+            self.mask[node.row] = self.mask[self.nodes[node.parent].row] if node.parent >= 0 else False
+            self.mask[node.row, node.row] = True
+            self.row_depths.append(node.depth)
+            self._open.remove(number)
+
+    def path_tokens(self, number: int, count: int) -> list[int]:
+        """The last `count` tokens, or fewer, on the way from the root to a node, itself included."""
+        tokens: list[int] = []
+        while number >= 0 and len(tokens) < count:
+            tokens.append(self.nodes[number].token_id)
+            number = self.nodes[number].parent
+        return tokens[::-1]
+
+    def try_row(self, row: int, parent_row: int) -> None:
+        """Let a row see what another sees, and itself: a guess, which takes the row only if it proves right."""
+        self.mask[row] = self.mask[parent_row]
+        self.mask[row, row] = True
+
+    def add(self, parent: int, token_id: int, log_prob: float, chance: float) -> int:
+        """Append a child of an expanded node, with cumulative figures; returns its number."""
+        above = self.nodes[parent]
+        assert above.children is not None
+        number = len(self.nodes)
+        self.nodes.append(DraftNode(token_id, parent, above.depth + 1, log_prob, chance))
+        above.children.append(number)
+        self._open.add(number)
+        return number
+
+    def freeze(self, leaves: Sequence[int]) -> TokenTree:
+        """The expanded nodes and the given open ones as a tree to verify; rows from its length on are free."""
+        expanded = sorted((node.row, number) for number, node in enumerate(self.nodes) if node.row >= 0)
+        self._frozen = [*(number for _, number in expanded), *leaves]
+        index = {number: place for place, number in enumerate(self._frozen)}
+        chosen = [self.nodes[number] for number in self._frozen]
+        self.row_depths.extend(self.nodes[number].depth for number in leaves)
+        return TokenTree(
+            tuple(node.token_id for node in chosen),
+            tuple(index[node.parent] if node.parent >= 0 else -1 for node in chosen),
+            tuple(node.depth for node in chosen),
+            tuple(node.log_prob for node in chosen),
+        )
+
+    def outcome(self, last_node: int, bonus_token: int) -> int | None:
+        """The proposal that a verified path ends with: child `bonus_token` of the frozen tree's `last_node`."""
+        children = self.nodes[self._frozen[last_node]].children or ()
+        return next((child for child in children if self.nodes[child].token_id == bonus_token), None)
+
+    def subtree(self, number: int, *, most_rows: int, max_depth: int) -> tuple[Self, list[int]]:
+        """What was found out below a node, as a tree of its own, and the old rows of its expanded nodes.
+
+        At most `most_rows` of them, the likeliest, and none at `max_depth` or deeper; the rest is open again.
+        """
+        root = self.nodes[number]
+        inside = {number}
+        for child, node in enumerate(self.nodes[number + 1 :], start=number + 1):
+            if node.parent in inside:
+                inside.add(child)
+        expanded = [
+            child
+            for child in inside
+            if self.nodes[child].row >= 0 and self.nodes[child].depth - root.depth < max_depth
+        ]
+        expanded.sort(key=lambda child: (-self.nodes[child].chance, child))
+        kept = sorted(expanded[:most_rows], key=lambda child: self.nodes[child].row)
+        tree = type(self)(root.token_id, self.capacity)
+        moved = {number: 0}
+        for child in kept:
+            tree.expand([moved[child]])
+            for below in self.nodes[child].children or ():
+                node = self.nodes[below]
+                moved[below] = tree.add(
+                    moved[child],
+                    node.token_id,
+                    node.log_prob - root.log_prob,
+                    node.chance / root.chance if root.chance > 0 else 0.0,
+                )
+        return tree, [self.nodes[child].row for child in kept]

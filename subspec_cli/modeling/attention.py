@@ -37,15 +37,22 @@ def exact_attention(query: Tensor, keys: Tensor, values: Tensor, allowed: Tensor
     return output
 
 
-def fast_attention(query: Tensor, keys: Tensor, values: Tensor, allowed: Tensor) -> Tensor:
-    """Attention for the draft, same shapes; its rounding only affects how good the guess is."""
+def fast_attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """Attention for the draft, same shapes; its rounding only affects how good the guess is.
+
+    `mask` is `[N, C]` bool, or what `grouped_mask` made of it.
+    """
     H, N, D = query.shape
     K = keys.shape[0]
     group = H // K
+    rows = mask if len(mask) == group * N else mask.repeat(group, 1)
     mixed = F.scaled_dot_product_attention(
-        query.reshape(1, K, group * N, D),
-        keys[None],
-        values[None],
-        attn_mask=allowed.repeat(group, 1)[None, None],
+        query.reshape(1, K, group * N, D), keys[None], values[None], attn_mask=rows[None, None]
     )
     return mixed.view(H, N, D).transpose(0, 1).reshape(N, H * D)
+
+
+def grouped_mask(allowed: Tensor, group: int, like: Tensor) -> Tensor:
+    """`[N, C]` bool to the additive `[group * N, C]` that `fast_attention` takes as it is, in `like`'s dtype."""
+    bias = torch.zeros(allowed.shape, dtype=like.dtype, device=like.device)
+    return bias.masked_fill_(~allowed, -torch.inf).repeat(group, 1)

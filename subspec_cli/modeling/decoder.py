@@ -5,7 +5,7 @@ Shapes: `N` rows (tree nodes or prompt tokens), `V` vocab. Neither knows of tree
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from subspec_cli.modeling.attention import grouped_mask
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.layers import LayerMath, RowRules, TokenBatch, rms_norm
 from subspec_cli.modeling.rope import Rotation
@@ -28,7 +29,7 @@ class Block:
 
     layer: int
     kind: str
-    matrices: dict[str, Tensor]
+    matrices: Mapping[str, Tensor]
 
 
 class BlockSource(Protocol):
@@ -78,16 +79,41 @@ class TargetDecoder:
         self._head = head
         self._source = source
 
-    @torch.inference_mode()
     def forward(self, batch: TokenBatch, kv: KVCache, *, logits_from: int = 0) -> Tensor:
         """Logits `[rows - logits_from, V]` of a padded batch; writes its keys and values to the cache."""
-        flow = self.start(self._embed(batch.token_ids), batch, kv)
-        # Closed at once when a block fails or the user interrupts: the next pass starts at the first block.
+        flow = self.begin(batch, kv)
+        with closing(self.layers(flow)) as layers:
+            for _ in layers:
+                pass
+        return self.logits(flow, logits_from=logits_from)
+
+    @torch.inference_mode()
+    def begin(self, batch: TokenBatch, kv: KVCache) -> Flow:
+        """The first half of a pass: the batch's embeddings, on their way to the layers."""
+        return self.start(self._embed(batch.token_ids), batch, kv)
+
+    @torch.inference_mode()
+    def layers(self, flow: Flow) -> Generator[int, None, None]:
+        """Run layer after layer as the source hands them over, each number given when it is done.
+
+        By then its last slot is given back, and the next block is not waited for yet. To be closed when a block
+        fails or the user interrupts: the next pass starts at the first block.
+        """
+        done = -1
         with closing(self._source.blocks()) as blocks:
             for block in blocks:
+                if block.layer != done >= 0:
+                    yield done
                 self.run_block(block, flow)
-        wanted = self._pad(flow.hidden[logits_from : batch.rows])
-        return self._head.logits(wanted, self.rules)[: batch.rows - logits_from]
+                done = block.layer
+        yield done
+
+    @torch.inference_mode()
+    def logits(self, flow: Flow, *, logits_from: int = 0) -> Tensor:
+        """The last half: `[rows - logits_from, V]` once all layers are done."""
+        rows = flow.batch.rows
+        wanted = self._pad(flow.hidden[logits_from:rows])
+        return self._head.logits(wanted, self.rules)[: rows - logits_from]
 
     def start(self, hidden: Tensor, batch: TokenBatch, kv: KVCache) -> Flow:
         """A flow that begins with `[P, hidden]` rows."""
@@ -100,8 +126,9 @@ class TargetDecoder:
     def _run_attention(self, block: Block, flow: Flow) -> None:
         layer = block.layer
         normed = self.math.attention_input(layer, flow.hidden)
-        query, key, value = (self._project(block, f"self_attn.{name}_proj", normed) for name in "qkv")
-        mixed = self.math.mix(layer, (query, key, value), flow.rotation, flow.batch, flow.kv)
+        projected = torch.cat([self._project(block, f"self_attn.{name}_proj", normed) for name in "qkv"], -1)
+        allowed = self.math.allowed_in(self.math.geometry.windows[layer], flow.batch)
+        mixed = self.math.mix(layer, projected, flow.rotation, flow.batch, flow.kv, allowed)
         flow.hidden = flow.hidden + self._project(block, "self_attn.o_proj", mixed)
 
     def _run_gate(self, block: Block, flow: Flow) -> None:
@@ -121,11 +148,19 @@ class TargetDecoder:
         return F.pad(rows, (0, 0, 0, self.rules.padded(len(rows)) - len(rows)))
 
 
+class DraftHead(Protocol):
+    """The head as the draft runs it: the target's own, or a low-bit copy."""
+
+    def logits(self, hidden: Tensor, rules: RowRules | None) -> Tensor:
+        """`[N, hidden]` to `[N, V]`."""
+        ...
+
+
 class DraftLayer(Protocol):
     """The projections of one layer as the draft runs them."""
 
-    def qkv(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value rows."""
+    def qkv(self, inputs: Tensor) -> Tensor:
+        """Query, key and value rows side by side."""
         ...
 
     def attention_output(self, inputs: Tensor) -> Tensor:
@@ -140,7 +175,9 @@ class DraftLayer(Protocol):
 class DraftDecoder:
     """The guess: substitutes and resident layers over the same cache, embedding, norms and head."""
 
-    def __init__(self, math: LayerMath, embed: Embedding, head: Head, layers: Sequence[DraftLayer]) -> None:
+    def __init__(
+        self, math: LayerMath, embed: Embedding, head: DraftHead, layers: Sequence[DraftLayer]
+    ) -> None:
         self._math = math
         self._embed = embed
         self._head = head
@@ -151,9 +188,15 @@ class DraftDecoder:
         """Logits `[N, V]`; writes draft-made keys and values to scratch rows."""
         hidden = self._embed(batch.token_ids)
         rotation = self._math.rope.rows(batch.positions)
+        sizes = self._math.geometry
+        # One mask serves all layers of a window: what a step needs once is made once.
+        masks = {
+            window: grouped_mask(self._math.allowed_in(window, batch), sizes.heads // sizes.kv_heads, hidden)
+            for window in set(sizes.windows)
+        }
         for number, layer in enumerate(self._layers):
             projected = layer.qkv(self._math.attention_input(number, hidden))
-            mixed = self._math.mix(number, projected, rotation, batch, kv)
+            mixed = self._math.mix(number, projected, rotation, batch, kv, masks[sizes.windows[number]])
             hidden = hidden + layer.attention_output(mixed)
             hidden = hidden + layer.feed_forward(self._math.mlp_input(number, hidden))
         return self._head.logits(hidden, None)

@@ -74,6 +74,13 @@ class KVCache:
             self._rows[:, :, :, first : first + len(nodes)] = self._rows[:, :, :, source]
         self._token_ids.extend(token_ids)
 
+    def move_scratch(self, rows: Sequence[int]) -> None:
+        """Move scratch rows `committed + row`, in this order, to the beginning of the scratch."""
+        if rows:
+            first = self.committed
+            source = torch.tensor(rows, device=self._rows.device) + first
+            self._rows[:, :, :, first : first + len(rows)] = self._rows[:, :, :, source]
+
     def rewind(self, committed: int) -> None:
         """Forget committed rows from `committed` on, as after a reset or for a prompt that differs there."""
         assert 0 <= committed <= self.committed

@@ -115,35 +115,40 @@ class LayerMath:
     def mix(
         self,
         layer: int,
-        projected: tuple[Tensor, Tensor, Tensor],
+        projected: Tensor,
         rotation: Rotation,
         batch: TokenBatch,
         kv: KVCache,
+        allowed: Tensor,
     ) -> Tensor:
-        """Rotate, cache and attend: query, key, value rows `[P, ...]` to `[P, H * D]`, padding rows zero."""
-        query, key, value = projected
+        """Rotate, cache and attend: rows of query, key, value `[P, (H + 2 K) * D]` to `[P, H * D]`.
+
+        `allowed` is the mask of `allowed_in`, in the form that `attend` takes. Padding rows come out as zero.
+        """
         sizes, n = self.geometry, batch.rows
-        query = query[:n].view(n, sizes.heads, sizes.head_dim)
-        key = key[:n].view(n, sizes.kv_heads, sizes.head_dim)
-        value = value[:n].view(n, sizes.kv_heads, sizes.head_dim)
+        turning = sizes.heads + sizes.kv_heads
+        states = projected[:n].view(n, turning + sizes.kv_heads, sizes.head_dim)
+        turned, value = states[:, :turning], states[:, turning:]
         if sizes.qk_norm:
-            query = rms_norm(query, self.small[layer]["self_attn.q_norm.weight"], sizes.rms_norm_eps)
-            key = rms_norm(key, self.small[layer]["self_attn.k_norm.weight"], sizes.rms_norm_eps)
-        query, key = rotate(query, *rotation), rotate(key, *rotation)
-        kv.write(layer, batch.start, key.transpose(0, 1), value.transpose(0, 1))
+            small = self.small[layer]
+            query = rms_norm(turned[:, : sizes.heads], small["self_attn.q_norm.weight"], sizes.rms_norm_eps)
+            key = rms_norm(turned[:, sizes.heads :], small["self_attn.k_norm.weight"], sizes.rms_norm_eps)
+            turned = torch.cat((query, key), dim=1)
+        turned = rotate(turned, *rotation).transpose(0, 1)
+        kv.write(layer, batch.start, turned[sizes.heads :], value.transpose(0, 1))
         keys, values = kv.read(layer, batch.start + n)
-        mixed = self.attend(query.transpose(0, 1), keys, values, self._allowed(layer, batch))
+        mixed = self.attend(turned[: sizes.heads], keys, values, allowed)
         if len(batch.positions) == n:
             return mixed
         return F.pad(mixed, (0, 0, 0, len(batch.positions) - n))
 
-    def bias(self, layer: int, name: str) -> Tensor | None:
-        """Bias of a projection such as `self_attn.q_proj`, if the family has one."""
-        return self.small[layer].get(f"{name}.bias")
-
-    def _allowed(self, layer: int, batch: TokenBatch) -> Tensor:
-        window = self.geometry.windows[layer]
+    def allowed_in(self, window: int | None, batch: TokenBatch) -> Tensor:
+        """`[N, C]` bool: what the batch's rows attend to in layers with this sliding window."""
         if window is None:
             return batch.allowed
         distance = batch.positions[: batch.rows, None] - batch.key_positions[None, :]
         return batch.allowed & (distance < window)
+
+    def bias(self, layer: int, name: str) -> Tensor | None:
+        """Bias of a projection such as `self_attn.q_proj`, if the family has one."""
+        return self.small[layer].get(f"{name}.bias")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Final
@@ -43,24 +43,36 @@ class LayerSource:
 
     def resident_matrices(self, layer: int) -> dict[str, Tensor]:
         """All matrices of a resident layer by the name inside the layer."""
-        return {k: v for block in self.resident[layer] for k, v in _inside(layer, block).items()}
+        return {k: v for block in self.resident[layer] for k, v in _Inside(layer, block).items()}
 
     def _walk(
-        self, arriving: Generator[dict[str, Tensor], None, None] | None
+        self, arriving: Generator[Mapping[str, Tensor], None, None] | None
     ) -> Generator[Block, None, None]:
         for layer in range(self.layers):
             held = self.resident.get(layer)
             for number, kind in enumerate(LAYER_BLOCKS):
                 if held is not None:
-                    yield Block(layer, kind, _inside(layer, held[number]))
+                    yield Block(layer, kind, _Inside(layer, held[number]))
                 else:
                     assert arriving is not None
-                    yield Block(layer, kind, _inside(layer, next(arriving)))
+                    yield Block(layer, kind, _Inside(layer, next(arriving)))
         # Asking once more lets the streamer reclaim its last slot.
         if arriving is not None:
             assert next(arriving, None) is None
 
 
-def _inside(layer: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    prefix = LAYER_PREFIX.format(layer=layer)
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+class _Inside(Mapping[str, Tensor]):
+    """Tensors of a layer by their names inside it; looking one up waits for it, where it is on its way."""
+
+    def __init__(self, layer: int, tensors: Mapping[str, Tensor]) -> None:
+        self._prefix = LAYER_PREFIX.format(layer=layer)
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[self._prefix + name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.removeprefix(self._prefix) for name in self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)

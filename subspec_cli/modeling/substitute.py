@@ -17,11 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from subspec_cli.modeling.layers import LayerMath
+from subspec_cli.modeling.layers import LayerMath, RowRules, rms_norm
+from subspec_cli.placement.geometry import group_size_for
 from subspec_cli.store.manifest import SubstituteSettings
 
 _INNER_K_TILES: Final = 2
 _PACK_ROWS: Final = 512
+_TABLE_ROWS: Final = 4096
 
 
 class Linear(Protocol):
@@ -86,6 +88,19 @@ class Int8Linear:
 
 
 @dataclass(frozen=True, slots=True)
+class LowBitHead:
+    """A vocabulary head of the draft's own, in 4 bits: a quarter of the bytes that a step must read."""
+
+    norm_weight: Tensor
+    project: Int4Linear
+    eps: float
+
+    def logits(self, hidden: Tensor, rules: RowRules | None) -> Tensor:  # noqa: ARG002 - a guess needs no rules
+        """`[N, hidden]` to `[N, V]`."""
+        return self.project(rms_norm(hidden, self.norm_weight, self.eps))
+
+
+@dataclass(frozen=True, slots=True)
 class SubstituteLayer:
     """A layer of the draft; projections that share their input are one matrix."""
 
@@ -94,15 +109,12 @@ class SubstituteLayer:
     o_proj: Linear
     gate_up_proj: tuple[Linear, ...]
     down_proj: Linear
-    qkv_widths: tuple[int, int, int]
 
-    def qkv(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value rows `[N, width]`."""
+    def qkv(self, inputs: Tensor) -> Tensor:
+        """Query, key and value rows `[N, (H + 2 K) * D]`, side by side."""
         if len(self.qkv_proj) == 1:
-            query, key, value = self.qkv_proj[0](inputs).split(self.qkv_widths, dim=-1)
-        else:
-            query, key, value = (project(inputs) for project in self.qkv_proj)
-        return query, key, value
+            return self.qkv_proj[0](inputs)
+        return torch.cat([project(inputs) for project in self.qkv_proj], dim=-1)
 
     def attention_output(self, inputs: Tensor) -> Tensor:
         """`[N, H * D]` to `[N, hidden]`."""
@@ -123,12 +135,11 @@ def resident_layer(math_: LayerMath, layer: int, matrices: Mapping[str, Tensor])
     def plain(name: str) -> PlainLinear:
         return PlainLinear(matrices[f"{name}.weight"], math_.bias(layer, name))
 
-    return _layer(
+    return SubstituteLayer(
         tuple(plain(f"self_attn.{name}_proj") for name in "qkv"),
         plain("self_attn.o_proj"),
         (plain("mlp.gate_proj"), plain("mlp.up_proj")),
         plain("mlp.down_proj"),
-        math_,
     )
 
 
@@ -152,21 +163,12 @@ def load_substitute(
             return tuple(_linear([p], [b], device) for p, b in zip(parts, biases, strict=True))
         return (_linear(parts, biases, device),)
 
-    return _layer(
+    return SubstituteLayer(
         fused("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         fused("self_attn.o_proj")[0],
         fused("mlp.gate_proj", "mlp.up_proj"),
         fused("mlp.down_proj")[0],
-        math_,
     )
-
-
-def _layer(
-    qkv: tuple[Linear, ...], output: Linear, gate_up: tuple[Linear, ...], down: Linear, math_: LayerMath
-) -> SubstituteLayer:
-    sizes = math_.geometry
-    kv_width = sizes.kv_heads * sizes.head_dim
-    return SubstituteLayer(qkv, output, gate_up, down, (sizes.heads * sizes.head_dim, kv_width, kv_width))
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +224,35 @@ def _kernel_layout(part: _StoredMatrix) -> tuple[Tensor, Tensor]:
     zeros = middle * part.scale.float() - part.shift.float()
     pairs = torch.stack((part.scale.flatten().float(), zeros.flatten()), dim=-1).to(torch.bfloat16)
     return codes, pairs.view(part.shape[0], -1, 2).transpose(0, 1)
+
+
+def low_bit_table(weight: Tensor) -> Int4Linear | None:
+    """A table `[V, hidden]` in 4 bits, scaled by the extremes of its groups; None if no kernel takes its shape."""
+    group_size = group_size_for(tuple(weight.shape))
+    if group_size is None:
+        return None
+    codes, pairs = [], []
+    for rows in weight.split(_TABLE_ROWS):
+        groups = rows.float().view(len(rows), -1, group_size)
+        low, high = groups.amin(-1), groups.amax(-1)
+        scale = ((high - low) / 15).clamp_min(torch.finfo(torch.bfloat16).tiny)
+        # The kernel sees codes around 8: weight = (code - 8) * scale + zero.
+        codes.append(((groups - low[..., None]) / scale[..., None]).round_().to(torch.uint8).view(rows.shape))
+        pairs.append(torch.stack((scale, low + 8 * scale), dim=-1).to(torch.bfloat16).transpose(0, 1))
+    return Int4Linear(_pack(torch.cat(codes)), torch.cat(pairs, dim=1).contiguous(), group_size, None)
+
+
+def made_up_substitute(name: str, shape: tuple[int, ...], bits: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Stored tensors of a matrix that nobody quantized, in the right shapes: for timing."""
+    group_size, elements = group_size_for(shape), math.prod(shape)
+    if group_size is None:
+        return {name: torch.ones(shape, dtype=dtype)}
+    if bits == 8:
+        codes = torch.ones(shape, dtype=torch.int8)
+        return {f"{name}.codes": codes, f"{name}.scale": torch.ones((shape[0], 1), dtype=torch.bfloat16)}
+    scale = torch.ones((elements // group_size, 1), dtype=torch.bfloat16)
+    codes = torch.ones((elements // group_size * bits // 8, group_size), dtype=torch.uint8)
+    return {f"{name}.codes": codes, f"{name}.scale": scale, f"{name}.shift": scale}
 
 
 def unpack_codes(packed: Tensor, bits: int) -> Tensor:

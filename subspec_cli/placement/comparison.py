@@ -18,11 +18,15 @@ class Comparison:
     predicted_pass_s: float
     pass_s: float | None
     predicted_step_s: float
+    """Of steps of as many rows as there were."""
     step_s: float | None
     predicted_tok_per_s: float
     tok_per_s: float | None
     predicted_tok_per_s_given_tau: float | None
-    """For the tokens and draft steps a pass that there were: what is left is the error in the times."""
+    """For the tokens and draft steps a pass that there were: what is left is the error in the times.
+
+    Steps in the shadow of a pass are not counted among them: they take no time of their own.
+    """
     predicted_plain_tok_per_s: float
     origin: str
 
@@ -48,16 +52,16 @@ def compare(prediction: Prediction, answers: Iterable[GenerationStats], *, draft
     """A plan's figures beside the totals of some answers, of the speculative or of the plain arm."""
     stats = list(answers)
     passes = sum(item.passes for item in stats)
-    # A count that older records lack; without it a step's time is not known.
-    steps = sum(getattr(item, "draft_steps", 0) for item in stats) if drafted else 0
+    steps = sum(item.draft_steps for item in stats) if drafted else 0
+    cost_s = sum(item.draft_cost_s for item in stats)
     tau, rate = tau_of_totals(stats), rate_of_totals(stats)
     pass_s = prediction.pass_s if drafted else prediction.plain_pass_s
     plain = prediction.plain_tok_per_s
-    given = tok_per_s_given_tau(prediction, tau, steps / passes) if steps and passes else None
+    given = tau / (prediction.pass_s + cost_s / passes) if drafted and passes else None
     return Comparison(
         predicted_pass_s=pass_s,
         pass_s=sum(item.verify_time_s for item in stats) / passes if passes else None,
-        predicted_step_s=prediction.step_s,
+        predicted_step_s=cost_s / steps if steps else prediction.step_s,
         step_s=sum(item.draft_time_s for item in stats) / steps if steps else None,
         predicted_tok_per_s=prediction.tok_per_s if drafted else plain,
         tok_per_s=rate or None,
@@ -65,14 +69,6 @@ def compare(prediction: Prediction, answers: Iterable[GenerationStats], *, draft
         predicted_plain_tok_per_s=plain,
         origin=prediction.origin,
     )
-
-
-def tok_per_s_given_tau(prediction: Prediction, tau: float, steps_per_pass: float) -> float:
-    """Tokens per second if the passes emit `tau` tokens each, after so many draft steps.
-
-    Steps in the shadow of a pass are not counted among them: they take no time of their own.
-    """
-    return tau / (prediction.pass_s + steps_per_pass * prediction.step_s)
 
 
 def _ms(seconds: float | None) -> str:

@@ -94,7 +94,7 @@ class MachineCosts:
         read: dict[str, Any] = {}
         for entry in dataclasses.fields(cls):
             value = values[entry.name]
-            if isinstance(value, Mapping):
+            if entry.type == "RowTimes":
                 value = RowTimes(
                     tuple(int(n) for n in value["rows"]), tuple(float(s) for s in value["seconds"])
                 )

@@ -8,7 +8,9 @@ from typing import Final
 
 import torch
 
+from subspec_cli.errors import ResourceError
 from subspec_cli.placement.host import host_available_bytes, host_total_bytes, kib_field
+from subspec_cli.units import format_bytes
 
 _STATUS: Final = Path("/proc/self/status")
 _M_TRIM_THRESHOLD: Final = -1
@@ -30,6 +32,21 @@ def available_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return host_available_bytes()
+
+
+def allocator_share(budget_bytes: int, context_bytes: int, device_bytes: int) -> float:
+    """Share of a card that PyTorch's allocator may reserve, so that the process as a whole keeps to its budget.
+
+    The allocator's cap counts tensors only; the context's bytes are taken off first. Raises ResourceError if
+    nothing would be left.
+    """
+    if budget_bytes <= context_bytes:
+        raise ResourceError(
+            f"a budget of {format_bytes(budget_bytes)} is no more than the {format_bytes(context_bytes)} "
+            "that CUDA takes for itself",
+            f"--vram-gb {2 * context_bytes / (1 << 30):g} is the least that can hold anything",
+        )
+    return min(1.0, (budget_bytes - context_bytes) / device_bytes)
 
 
 def return_freed_memory_at_once() -> None:

@@ -1,114 +1,136 @@
-"""Streaming from pinned host memory to a CUDA device: one copy per block on a stream of its own.
+"""Host memory that a card reads by itself, and how much of it there is: found by asking.
 
-Two events per slot keep copies and kernels apart: *ready* (the copy is done, kernels may read) and *free* (the
-last kernel that read the slot is done, the next copy may overwrite it).
+PyTorch's own pinned allocator rounds up to powers of two and keeps what it once had; here memory is mapped
+first and registered with CUDA afterwards, so that a layer takes its own size and is given back when closed.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Generator, Sequence
+import mmap
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Final
 
 import torch
-from torch import Tensor
 
-from subspec_cli.placement.streamer import DTYPES, StreamCounters
-from subspec_cli.store.direct_io import BlockLayout, DirectReader
+from subspec_cli.errors import ResourceError
+from subspec_cli.placement.plan import spread
+from subspec_cli.store.direct_io import PAGE_BYTES, allocate_buffer
+from subspec_cli.units import format_bytes
+
+_PORTABLE: Final = 1
+"""cudaHostRegisterPortable: pinned for every context of the process."""
 
 
-class PinnedStreamer:
-    """Holds the streamed blocks in pinned memory, one slab each, and copies them ahead of their use."""
+class PinRefusedError(Exception):
+    """The system gives no more memory, or does not let it be pinned."""
 
-    is_direct = True
 
-    def __init__(self, layouts: Sequence[BlockLayout], slots: int, device: torch.device) -> None:
-        assert slots >= 2
-        self._layouts = tuple(layouts)
-        self._slabs = _pinned_slabs(layouts)
-        size_bytes = max(layout.buffer_bytes for layout in layouts)
-        self._slots = [torch.empty(size_bytes, dtype=torch.uint8, device=device) for _ in range(slots)]
-        self._ready = [torch.cuda.Event() for _ in range(slots)]
-        self._free = [torch.cuda.Event() for _ in range(slots)]
-        self._copy_stream = torch.cuda.Stream(device)
-        self._device = device
-        self._queued = 0
-        self._used = 0
-        self._counters = StreamCounters()
-        # The slots' memory may have had another owner, whose last kernels are still on the current stream.
-        self._copy_stream.wait_stream(torch.cuda.current_stream(device))
-        self._fill()
+class PinnedBuffer:
+    """Page-aligned host memory that copies to a card leave from at full speed and without the host.
 
-    def blocks(self) -> Generator[dict[str, Tensor], None, None]:
-        """One pass over all blocks; leaving early makes the next pass start at the first block again."""
-        finished = 0
+    Raises PinRefusedError when the system does not give it.
+    """
+
+    def __init__(self, size_bytes: int, device: torch.device) -> None:
+        assert size_bytes % PAGE_BYTES == 0
         try:
-            for layout in self._layouts:
-                slot = self._used % len(self._slots)
-                started = time.perf_counter()
-                torch.cuda.current_stream(self._device).wait_event(self._ready[slot])
-                self._count(time.perf_counter() - started, 0)
-                yield _views(layout, self._slots[slot])
-                finished += 1
-                self._free[slot].record(torch.cuda.current_stream(self._device))
-                self._used += 1
-                self._count(0.0, layout.tensor_bytes)
-                self._fill()
-        finally:
-            if finished < len(self._layouts):
-                self._restart()
+            memory = _map(size_bytes)
+        except (OSError, MemoryError) as error:
+            raise PinRefusedError(str(error)) from error
+        self.view = memoryview(memory)
+        self.tensor = torch.frombuffer(memory, dtype=torch.uint8, count=size_bytes)
+        """The memory as `[size_bytes]` of uint8."""
+        code = int(torch.cuda.cudart().cudaHostRegister(self.tensor.data_ptr(), size_bytes, _PORTABLE))
+        if code:
+            _forget_last_error(device)
+            raise PinRefusedError(f"CUDA error {code}")
 
-    def counters(self) -> StreamCounters:
-        """Totals so far."""
-        return self._counters
+    def release(self) -> None:
+        """Unpin the memory and give it back; no copy may be under way."""
+        code = int(torch.cuda.cudart().cudaHostUnregister(self.tensor.data_ptr()))
+        if code:
+            raise RuntimeError(f"pinned memory was not given back: CUDA error {code}")
+        self.view, self.tensor = memoryview(b""), torch.empty(0, dtype=torch.uint8)
 
-    def close(self) -> None:
-        """Wait for copies under way and give the memory back."""
-        self._copy_stream.synchronize()
-        self._slabs = ()
-        self._slots = []
 
-    def _fill(self) -> None:
-        """Queue copies into every slot that is not in use."""
-        while self._queued - self._used < len(self._slots):
-            slot = self._queued % len(self._slots)
-            slab = self._slabs[self._queued % len(self._slabs)]
-            with torch.cuda.stream(self._copy_stream):
-                # An event never recorded counts as done, so the first round does not wait.
-                self._copy_stream.wait_event(self._free[slot])
-                self._slots[slot][: slab.numel()].copy_(slab, non_blocking=True)
-                self._ready[slot].record(self._copy_stream)
-            self._queued += 1
+@dataclass(frozen=True, slots=True)
+class PinnedMemory:
+    """What could be pinned for a number of streamed layers."""
 
-    def _restart(self) -> None:
-        torch.cuda.current_stream(self._device).synchronize()
-        self._copy_stream.synchronize()
-        self._queued = self._used = 0
-        self._fill()
+    slabs: Mapping[int, PinnedBuffer]
+    """By the layer's number among the streamed ones: layers that stay in pinned memory."""
+    ring: tuple[PinnedBuffer, ...]
+    """Through which the other layers come from disk; empty when there are none."""
 
-    def _count(self, wait_time_s: float, streamed_bytes: int) -> None:
-        old = self._counters
-        self._counters = StreamCounters(
-            old.wait_time_s + wait_time_s, old.streamed_bytes + streamed_bytes, old.read_time_s
+    def release(self) -> None:
+        """Give all of it back."""
+        for buffer in (*self.slabs.values(), *self.ring):
+            buffer.release()
+
+
+def take_pinned(
+    layers: int,
+    layer_bytes: int,
+    *,
+    pinned_layers: int,
+    ring_slots: int,
+    most_bytes: int,
+    device: torch.device,
+    notify: Callable[[str], None],
+) -> PinnedMemory:
+    """Pin memory for `pinned_layers` of `layers` streamed layers and a ring for the rest, buffer by buffer.
+
+    When the system refuses, or `most_bytes` are reached, what was obtained is kept: the ring comes first, the
+    rest holds layers, evenly spread among those that are read from disk; `notify` is told once. Raises
+    ResourceError if not even one layer's bytes can be pinned.
+    """
+    wanted = pinned_layers + (min(ring_slots, layers) if pinned_layers < layers else 0)
+    buffers: list[PinnedBuffer] = []
+    refusal = ""
+    while len(buffers) < wanted and not refusal:
+        if (len(buffers) + 1) * layer_bytes > most_bytes:
+            refusal = f"the limit is {format_bytes(most_bytes)}"
+            break
+        try:
+            buffers.append(PinnedBuffer(layer_bytes, device))
+        except PinRefusedError as error:
+            refusal = f"the system refused more: {error}"
+    if not buffers:
+        raise ResourceError(
+            f"no host memory can be pinned for a layer of {format_bytes(layer_bytes)}: {refusal}",
+            "close what holds memory; under WSL2 raise `memory` in .wslconfig (half of it can be pinned)",
         )
+    if len(buffers) == layers:
+        return PinnedMemory(dict(enumerate(buffers)), ())
+    ring = buffers[:ring_slots]
+    slabs = dict(zip(spread(len(buffers) - len(ring), layers), buffers[len(ring) :], strict=True))
+    if refusal:
+        notify(
+            f"pinned {format_bytes(len(buffers) * layer_bytes)} of {format_bytes(wanted * layer_bytes)} "
+            f"({refusal}): {layers - len(slabs)} of {layers} streamed layers are read from disk in every pass"
+        )
+    return PinnedMemory(slabs, tuple(ring))
 
 
-def _pinned_slabs(layouts: Sequence[BlockLayout]) -> tuple[Tensor, ...]:
-    reader = DirectReader()
-    try:
-        slabs = []
-        for layout in layouts:
-            slab = torch.empty(layout.buffer_bytes, dtype=torch.uint8, pin_memory=True)
-            reader.read_block(layout, memoryview(slab.numpy().data))
-            slabs.append(slab)
-        return tuple(slabs)
-    finally:
-        reader.close()
+def _map(size_bytes: int) -> mmap.mmap:
+    """Anonymous memory, in huge pages where the system has them: fewer entries for the card to walk."""
+    if sys.platform == "win32":
+        return allocate_buffer(size_bytes)
+    memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
 
 
-def _views(layout: BlockLayout, slot: Tensor) -> dict[str, Tensor]:
-    return {
-        item.entry.name: slot[item.buffer_offset : item.buffer_offset + item.entry.size_bytes]
-        .view(DTYPES[item.entry.dtype])
-        .view(item.entry.shape)
-        for item in layout.placements
-    }
+def _forget_last_error(device: torch.device) -> None:
+    """Take back the error that a refusal leaves behind.
+
+    CUDA keeps it for whoever asks next, and PyTorch asks after its next kernel: that one, which has nothing to
+    do with it, would fail. So a kernel of no use is started to fail in its stead.
+    """
+    with suppress(RuntimeError):
+        torch.full((1,), 1, device=device)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -52,8 +52,11 @@ class Streamer(Protocol):
         """Whether files are read past the page cache."""
         ...
 
-    def blocks(self) -> Generator[dict[str, Tensor], None, None]:
-        """One pass: the tensors of each block by name, valid until the next one is asked for."""
+    def blocks(self) -> Generator[Mapping[str, Tensor], None, None]:
+        """One pass: the tensors of each block by name, valid until the next one is asked for.
+
+        Asking gives the last block's slot back at once; a block is waited for when a tensor of it is taken.
+        """
         ...
 
     def counters(self) -> StreamCounters:
@@ -92,6 +95,30 @@ def read_resident(layouts: Sequence[BlockLayout]) -> list[dict[str, Tensor]]:
         reader.close()
 
 
+class _ArrivingBlock(Mapping[str, Tensor]):
+    """A block by name, waited for when it is first looked at."""
+
+    def __init__(self, layout: BlockLayout, wait: Callable[[], memoryview]) -> None:
+        self._layout = layout
+        self._wait = wait
+        self._tensors: dict[str, Tensor] | None = None
+
+    def wait(self) -> dict[str, Tensor]:
+        """The tensors, once they are there."""
+        if self._tensors is None:
+            self._tensors = block_tensors(self._layout, self._wait())
+        return self._tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.wait()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.wait())
+
+    def __len__(self) -> int:
+        return len(self._layout.placements)
+
+
 class DiskStreamer:
     """Streams from the checkpoint's files into `slots` buffers of main memory.
 
@@ -116,13 +143,14 @@ class DiskStreamer:
         self._thread = threading.Thread(target=self._read_ahead, name="weight-reader", daemon=True)
         self._thread.start()
 
-    def blocks(self) -> Generator[dict[str, Tensor], None, None]:
+    def blocks(self) -> Generator[Mapping[str, Tensor], None, None]:
         """One pass over all blocks; leaving early makes the next pass start at the first block again."""
         finished = 0
         try:
             for layout in self._layouts:
-                buffer = self._wait_for_block()
-                yield block_tensors(layout, buffer)
+                block = _ArrivingBlock(layout, self._wait_for_block)
+                yield block
+                block.wait()
                 finished += 1
                 self._let_go(layout.tensor_bytes)
         finally:

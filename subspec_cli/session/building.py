@@ -14,19 +14,23 @@ from subspec_cli.config import Config
 from subspec_cli.decoding.certify import Certificate, certify
 from subspec_cli.decoding.drafter import Drafter, RootOnly, TreeGrower
 from subspec_cli.decoding.engine import PREFILL_CHUNK, Engine
-from subspec_cli.decoding.schedule import Schedule, TreeLimits
+from subspec_cli.decoding.schedule import MOST_ROWS, FixedShape, Schedule, TreeLimits
 from subspec_cli.errors import UnsupportedModelError
 from subspec_cli.modeling.families import ModelTokenizer, end_token_ids, load_config
 from subspec_cli.modeling.layers import RowRules
-from subspec_cli.placement.assumed import assumed_costs
+from subspec_cli.placement.costs import MachineCosts, PlanCosts
 from subspec_cli.placement.geometry import ModelGeometry
 from subspec_cli.placement.memory import (
     MemoryMeter,
+    allocator_share,
     available_bytes,
     return_freed_memory_at_once,
     total_bytes,
 )
-from subspec_cli.placement.plan import OffloadPlan, fastest_plan
+from subspec_cli.placement.plan import SHADOW_ROWS, OffloadPlan, fastest_plan
+from subspec_cli.placement.plan_lines import CUDA_CONTEXT_BYTES
+from subspec_cli.placement.predict import plan_costs
+from subspec_cli.session.known_costs import keep_costs, known_costs, probe_subject
 from subspec_cli.session.loading import LoadedModel, Loader
 from subspec_cli.session.planning import (
     budget_bytes,
@@ -35,29 +39,52 @@ from subspec_cli.session.planning import (
     ram_bytes,
     tokenizer_bytes_in,
 )
+from subspec_cli.session.probing import probe_machine
 from subspec_cli.session.session import Session, SessionDescription, SessionParts
+from subspec_cli.session.shortage import shortage_told
 from subspec_cli.session.source import ModelSource
 from subspec_cli.store.checkpoint import check_unchanged
+from subspec_cli.store.prepared import PreparedModel
 from subspec_cli.store.usage import mark_used
 from subspec_cli.versions import library_versions
 
-DEFAULT_DEPTH: Final = 32
-DEFAULT_WIDTH: Final = 3
+MOST_DEPTH: Final = 48
+"""Deepest tree, whatever the costs say."""
 
 
 def build_session(config: Config, source: ModelSource, progress: Callable[[str], None]) -> Session:
     """Plan, load, check rows. Nothing large is allocated before the plan holds."""
     device = _device(config.memory.device)
-    source, plan = _plan(config, source, device)
     return_freed_memory_at_once()
+    source, plan, machine = _plan(config, source, device, progress)
     # Everything is imported by now: what memory grows from here on is the model's.
     meter = MemoryMeter(device)
+    cap_allocator(plan.budget_bytes, device)
+    with shortage_told("loading the model", budget_bytes=plan.budget_bytes, meter=meter):
+        return _load(
+            config, source, plan, plan_costs(machine, source.geometry, plan), device, meter, progress
+        )
+
+
+def cap_allocator(budget_bytes: int, device: torch.device) -> None:
+    """Let PyTorch refuse to take more of a card than the budget; on the CPU the plan alone keeps it."""
     if device.type == "cuda":
-        torch.cuda.set_per_process_memory_fraction(plan.budget_bytes / total_bytes(device), device)
+        share = allocator_share(budget_bytes, CUDA_CONTEXT_BYTES, total_bytes(device))
+        torch.cuda.set_per_process_memory_fraction(share, device)
+
+
+def _load(
+    config: Config,
+    source: ModelSource,
+    plan: OffloadPlan,
+    costs: PlanCosts,
+    device: torch.device,
+    meter: MemoryMeter,
+    progress: Callable[[str], None],
+) -> Session:
     progress("loading the tokenizer")
     tokenizer = ModelTokenizer(source.checkpoint.directory, source.geometry.vocab)
     model_config = load_config(source.checkpoint.directory)
-    speculate = plan.drafts
     loaded = Loader(
         source.prepared,
         source.checkpoint,
@@ -65,21 +92,22 @@ def build_session(config: Config, source: ModelSource, progress: Callable[[str],
         plan,
         model_config,
         device,
-        _tree_nodes(config),
+        _tree_nodes(config, plan) + _shadow_rows(config, plan),
         progress,
-    ).load(with_draft=speculate)
+    ).load(with_draft=plan.drafts)
     try:
         # What was read so far came from the files that were opened, or nothing is answered.
         check_unchanged(source.checkpoint)
         progress("checking that rows keep their bits")
-        certificate = _certify(loaded, source.geometry, config, device)
+        certificate = _certify(loaded, source.geometry, _tree_nodes(config, plan), device)
         eos_ids = end_token_ids(source.checkpoint.directory, model_config, tokenizer)
-        parts = _parts(config, loaded, certificate.rules, tokenizer, eos_ids, meter, device)
+        engines = _engines(config, plan, costs, loaded, certificate.rules, eos_ids, device)
+        parts = _parts(config, loaded, engines, tokenizer, eos_ids, meter)
     except BaseException:
         loaded.close()
         raise
     mark_used(source.prepared.directory)
-    return Session(parts, _describe(config, source, plan, certificate, parts, loaded, device))
+    return Session(parts, _describe(config, source, plan, costs, certificate, parts, loaded, device))
 
 
 def _device(name: str) -> torch.device:
@@ -100,89 +128,118 @@ def _fix_cuda_arithmetic() -> None:
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
-def _plan(config: Config, source: ModelSource, device: torch.device) -> tuple[ModelSource, OffloadPlan]:
-    """The fastest plan over the sets of substitutes that are there, and the source with the set it takes."""
+def _plan(
+    config: Config, source: ModelSource, device: torch.device, progress: Callable[[str], None]
+) -> tuple[ModelSource, OffloadPlan, MachineCosts]:
+    """The fastest plan over the sets of substitutes that are there, the source with its set, and the costs."""
     geometry = source.geometry
     sets = (source.prepared, *source.others)
     on_card = device.type == "cuda"
     host = torch.device("cpu")
+    costs = [_costs(config, source, prepared, device, progress) for prepared in sets]
     requests = [
         plan_request(
             config,
             geometry,
             prepared.manifest.settings,
-            assumed_costs(geometry, device.type, settings=prepared.manifest.settings),
+            known,
             device=device.type,
             budget_bytes=budget_bytes(config, device.type, total_bytes(device), available_bytes(device)),
             ram_bytes=ram_bytes(config, available_bytes(host) if on_card else None),
             tokenizer_bytes=tokenizer_bytes_in(source.checkpoint.directory),
         )
-        for prepared in sets
+        for prepared, known in zip(sets, costs, strict=True)
     ]
     number, plan = fastest_plan(requests)
-    return replace(source, prepared=sets[number]), plan
+    return replace(source, prepared=sets[number]), plan, costs[number]
 
 
-def _tree_nodes(config: Config) -> int:
-    return most_tree_nodes(config)
+def _costs(
+    config: Config,
+    source: ModelSource,
+    prepared: PreparedModel,
+    device: torch.device,
+    progress: Callable[[str], None],
+) -> MachineCosts:
+    """What was probed before on this machine, else probed now and kept."""
+    settings = prepared.manifest.settings
+    subject = probe_subject(source.geometry, settings, device.type, source.checkpoint.directory)
+    known = None if config.memory.reprobe else known_costs(subject)
+    if known is None:
+        known = probe_machine(source.geometry, settings, source.checkpoint, device, progress)
+        keep_costs(subject, known)
+    return known
+
+
+def _tree_nodes(config: Config, plan: OffloadPlan) -> int:
+    """Most nodes of a tree: as many as hide behind the link, or as a fixed shape needs."""
+    is_fixed = config.draft.depth is not None or config.draft.width is not None
+    return most_tree_nodes(config) if is_fixed else plan.tree_nodes
+
+
+def _shadow_rows(config: Config, plan: OffloadPlan) -> int:
+    """Rows for drafting in the shadow of a pass; where nothing streams, there is no shadow."""
+    return SHADOW_ROWS if plan.streamed and not config.draft.no_shadow else 0
 
 
 def _certify(
-    loaded: LoadedModel, geometry: ModelGeometry, config: Config, device: torch.device
+    loaded: LoadedModel, geometry: ModelGeometry, most_nodes: int, device: torch.device
 ) -> Certificate:
     return certify(
         loaded.target,
         loaded.head,
         loaded.source,
         geometry,
-        most_nodes=_tree_nodes(config),
+        most_nodes=most_nodes,
         prefill_rows=PREFILL_CHUNK,
         dtype=loaded.dtype,
         device=device,
     )
 
 
+def _engines(
+    config: Config,
+    plan: OffloadPlan,
+    costs: PlanCosts,
+    loaded: LoadedModel,
+    rules: RowRules,
+    eos_ids: frozenset[int],
+    device: torch.device,
+) -> tuple[Engine, Engine]:
+    """The speculative engine and the plain one; the same one twice if there is nothing to draft with."""
+    fixed = FixedShape(config.draft.depth, config.draft.width)
+    limits = TreeLimits(fixed.depth or MOST_DEPTH, fixed.width or MOST_ROWS, _tree_nodes(config, plan))
+    layers = len(plan.resident) + len(plan.streamed)
+    target = loaded.target(rules)
+
+    def engine(grower: TreeGrower, schedule: Schedule) -> Engine:
+        return Engine(target, loaded.kv, grower, schedule, counters=loaded.counters, device=device)
+
+    plain = engine(RootOnly(), Schedule(limits=limits, costs=costs, layers=layers))
+    if loaded.draft is None:
+        return plain, plain
+    schedule = Schedule(
+        limits=limits, costs=costs, layers=layers, fixed=fixed, shadow_rows=_shadow_rows(config, plan)
+    )
+    drafter = Drafter(loaded.draft, loaded.kv, schedule, eos_ids=eos_ids, device=device)
+    return engine(drafter, schedule), plain
+
+
 def _parts(
     config: Config,
     loaded: LoadedModel,
-    rules: RowRules,
+    engines: tuple[Engine, Engine],
     tokenizer: ModelTokenizer,
     eos_ids: frozenset[int],
     meter: MemoryMeter,
-    device: torch.device,
 ) -> SessionParts:
-    limits = TreeLimits(
-        depth=config.draft.depth or DEFAULT_DEPTH,
-        width=config.draft.width or DEFAULT_WIDTH,
-        nodes=_tree_nodes(config),
-    )
-    schedule = Schedule(limits=limits, fixed_depth=config.draft.depth is not None)
-    target = loaded.target(rules)
-
-    def engine(grower: TreeGrower, own: Schedule) -> Engine:
-        return Engine(target, loaded.kv, grower, own, counters=loaded.counters, device=device)
-
-    plain = engine(RootOnly(), Schedule(limits=limits, fixed_depth=False))
-    speculative = plain
-    if loaded.draft is not None:
-        drafter = Drafter(
-            loaded.draft,
-            loaded.kv,
-            schedule,
-            eos_ids=eos_ids,
-            device=device,
-            fixed_width=config.draft.width is not None,
-        )
-        speculative = engine(drafter, schedule)
     seed = secrets.randbits(63) if config.sampling.seed is None else config.sampling.seed
-    sampling = replace(config.sampling, seed=seed)
     return SessionParts(
         tokenizer,
         eos_ids,
         loaded.kv,
-        speculative,
-        plain,
-        sampling,
+        *engines,
+        replace(config.sampling, seed=seed),
         meter,
         loaded.counters,
         loaded.close,
@@ -194,6 +251,7 @@ def _describe(
     config: Config,
     source: ModelSource,
     plan: OffloadPlan,
+    costs: PlanCosts,
     certificate: Certificate,
     parts: SessionParts,
     loaded: LoadedModel,
@@ -215,6 +273,7 @@ def _describe(
         context_tokens=plan.context,
         budget_bytes=plan.budget_bytes,
         plan=plan,
+        costs=costs,
         versions=library_versions(),
         has_chat_template=parts.tokenizer.has_chat_template,
         direct_io=loaded.reads_directly(),

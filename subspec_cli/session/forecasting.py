@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Final
 
 from subspec_cli.config import Config
 from subspec_cli.errors import ResourceError, UsageError
 from subspec_cli.placement.advice import advise
 from subspec_cli.placement.assumed import assumed_costs
+from subspec_cli.placement.costs import MachineCosts
 from subspec_cli.placement.geometry import ModelGeometry, read_geometry, substitute_layer_bytes
 from subspec_cli.placement.host import has_card, host_available_bytes
 from subspec_cli.placement.plan import (
@@ -20,6 +22,7 @@ from subspec_cli.placement.plan import (
     fastest_plan,
     make_plan,
 )
+from subspec_cli.session.known_costs import known_costs, probe_subject
 from subspec_cli.session.planning import budget_bytes, plan_request, ram_bytes
 from subspec_cli.session.preparing import accept_config
 from subspec_cli.store.manifest import SubstituteSettings
@@ -125,7 +128,7 @@ def forecast(
             config,
             geometry,
             settings,
-            assumed_costs(geometry, device, link_gb_per_s, settings),
+            _costs(geometry, settings, device, outline.directory, link_gb_per_s),
             device=device,
             budget_bytes=budget,
             ram_bytes=ram_bytes(config, None),
@@ -153,6 +156,21 @@ def forecast(
         advice=advise(request, plan, others if request.substitute_bytes else ()) if plan else "",
         compared=tuple(_row(requests, size) for size in compare_bytes),
     )
+
+
+def _costs(
+    geometry: ModelGeometry,
+    settings: SubstituteSettings,
+    device: str,
+    directory: Path | None,
+    link_gb_per_s: float | None,
+) -> MachineCosts:
+    """What a run has measured of this model here, unless a link's rate is given; else what is assumed."""
+    if directory is not None and link_gb_per_s is None:
+        known = known_costs(probe_subject(geometry, settings, device, directory))
+        if known is not None:
+            return known
+    return assumed_costs(geometry, device, link_gb_per_s, settings)
 
 
 def _device(name: str) -> tuple[str, str]:

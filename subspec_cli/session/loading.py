@@ -5,27 +5,41 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
 from subspec_cli.modeling.attention import exact_attention, fast_attention
-from subspec_cli.modeling.decoder import DraftDecoder, Embedding, Head, TargetDecoder
+from subspec_cli.modeling.decoder import DraftDecoder, DraftHead, Embedding, Head, TargetDecoder
 from subspec_cli.modeling.embedding import DiskEmbedding, table_embedding
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.layers import LayerMath, RowRules
 from subspec_cli.modeling.rope import RopeTable, build_rope_table
 from subspec_cli.modeling.source import LAYER_PREFIX, LayerSource, block_entries
-from subspec_cli.modeling.substitute import SubstituteLayer, load_substitute, resident_layer
+from subspec_cli.modeling.substitute import (
+    LowBitHead,
+    SubstituteLayer,
+    load_substitute,
+    low_bit_table,
+    resident_layer,
+)
+from subspec_cli.placement.card_layers import LayerLayout, layout_layer, read_resident_layer
+from subspec_cli.placement.card_streamer import CardStreamer, open_card_streamer
 from subspec_cli.placement.geometry import LAYER_MATRICES, ModelGeometry
-from subspec_cli.placement.pinned import PinnedStreamer
+from subspec_cli.placement.memory import available_bytes
 from subspec_cli.placement.plan import OffloadPlan
 from subspec_cli.placement.streamer import DTYPES, DiskStreamer, StreamCounters, Streamer, read_resident
 from subspec_cli.store.checkpoint import Checkpoint, check_unchanged
 from subspec_cli.store.direct_io import BlockLayout, layout_block
 from subspec_cli.store.prepared import PreparedModel, load_layer
 from subspec_cli.store.tensors import read_tensors
+
+_RING_SLOTS: Final = 2
+"""Pinned layers that others pass through on their way from disk to a card, where not all can be pinned."""
+_PINNED_SHARE: Final = 0.9
+"""Most of the free host memory to pin: what is pinned is lost to everybody else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +76,7 @@ class Loader:
         plan: OffloadPlan,
         config: PreTrainedConfig,
         device: torch.device,
-        tree_nodes: int,
+        scratch_rows: int,
         progress: Callable[[str], None],
     ) -> None:
         self._prepared = prepared
@@ -71,7 +85,7 @@ class Loader:
         self._plan = plan
         self._config = config
         self._device = device
-        self._tree_nodes = tree_nodes
+        self._scratch_rows = scratch_rows
         self._progress = progress
         self._dtype = DTYPES[geometry.dtype]
 
@@ -91,7 +105,7 @@ class Loader:
                 kv_heads=geometry.kv_heads,
                 head_dim=geometry.head_dim,
                 context=plan.context,
-                scratch=self._tree_nodes,
+                scratch=self._scratch_rows,
                 dtype=self._dtype,
                 device=self._device,
             )
@@ -102,7 +116,7 @@ class Loader:
                     for layer in plan.shared
                 }
                 layers = [(held | substitutes)[layer] for layer in range(geometry.layers)]
-                draft = DraftDecoder(draft_math, embed, head, layers)
+                draft = DraftDecoder(draft_math, embed, self._draft_head(head), layers)
             return LoadedModel(
                 target=lambda rules: TargetDecoder(math, embed, head, source, rules),
                 draft=draft,
@@ -111,13 +125,22 @@ class Loader:
                 kv=kv,
                 dtype=self._dtype,
                 close=opened.pop_all().close,
-                check_source=self._check_source if self._reads_on() else lambda: None,
+                check_source=self._check_source if self._reads_on(source) else lambda: None,
             )
 
-    def _reads_on(self) -> bool:
-        """Whether files are read after loading: on a card, everything has been copied by then."""
-        is_all_held = not self._plan.streamed and self._geometry.tied_head
-        return self._device.type == "cpu" and not is_all_held
+    def _draft_head(self, head: Head) -> DraftHead:
+        """The target's head, or a 4-bit copy where the plan has one and a kernel takes its shape."""
+        if self._plan.draft_head_bits == 16:
+            return head
+        self._progress("making the draft's head")
+        table = low_bit_table(head.weight)
+        return head if table is None else LowBitHead(head.norm_weight, table, head.eps)
+
+    def _reads_on(self, source: LayerSource) -> bool:
+        """Whether files are read after loading: for a card, all that could be pinned has been copied by then."""
+        if self._device.type == "cpu":
+            return bool(self._plan.streamed) or not self._geometry.tied_head
+        return isinstance(source.streamer, CardStreamer) and source.streamer.reads_files
 
     def _check_source(self) -> None:
         check_unchanged(self._checkpoint)
@@ -139,7 +162,7 @@ class Loader:
         return build_rope_table(
             self._config,
             context=self._plan.context,
-            positions=self._plan.context + self._tree_nodes,
+            positions=self._plan.context + self._scratch_rows,
             dtype=self._dtype,
             device=self._device,
         )
@@ -180,21 +203,36 @@ class Loader:
         held = {}
         for number, layer in enumerate(self._plan.resident, start=1):
             self._progress(f"loading resident layers {number}/{len(self._plan.resident)}")
-            blocks = read_resident(self._layouts(layer))
-            held[layer] = [{k: v.to(self._device) for k, v in block.items()} for block in blocks]
+            held[layer] = self._resident_blocks(layer)
         streamer = self._streamer()
         if streamer is not None:
             opened.callback(streamer.close)
         return LayerSource(self._geometry.layers, held, streamer)
 
+    def _resident_blocks(self, layer: int) -> list[dict[str, Tensor]]:
+        if self._device.type == "cpu":
+            return read_resident(self._layouts(layer))
+        return read_resident_layer(self._layer_layout(layer), self._device)
+
     def _streamer(self) -> Streamer | None:
-        layouts = [layout for layer in self._plan.streamed for layout in self._layouts(layer)]
-        if not layouts:
+        streamed = self._plan.streamed
+        if not streamed:
             return None
         if self._device.type == "cpu":
+            layouts = [layout for layer in streamed for layout in self._layouts(layer)]
             return DiskStreamer(layouts, self._plan.slots)
-        self._progress("copying the streamed layers to pinned memory")
-        return PinnedStreamer(layouts, self._plan.slots, self._device)
+        return open_card_streamer(
+            [self._layer_layout(layer) for layer in streamed],
+            pinned_layers=len(self._plan.pinned_layers),
+            ring_slots=max(self._plan.ring_slots, _RING_SLOTS),
+            slots=self._plan.slots,
+            most_bytes=int(available_bytes(torch.device("cpu")) * _PINNED_SHARE),
+            device=self._device,
+            progress=self._progress,
+        )
+
+    def _layer_layout(self, layer: int) -> LayerLayout:
+        return layout_layer(block_entries(self._checkpoint.tensors, layer))
 
     def _layouts(self, layer: int) -> list[BlockLayout]:
         return [layout_block(entries) for entries in block_entries(self._checkpoint.tensors, layer)]

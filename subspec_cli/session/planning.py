@@ -9,7 +9,7 @@ from subspec_cli.config import Config
 from subspec_cli.errors import ResourceError
 from subspec_cli.placement.costs import MachineCosts
 from subspec_cli.placement.geometry import ModelGeometry, substitute_layer_bytes
-from subspec_cli.placement.plan import LEAST_CONTEXT, PlanRequest
+from subspec_cli.placement.plan import LEAST_CONTEXT, SHADOW_ROWS, PlanRequest
 from subspec_cli.placement.plan_lines import BARE_PROCESS_BYTES
 from subspec_cli.store.manifest import SubstituteSettings
 from subspec_cli.units import format_bytes, gib_to_bytes
@@ -57,6 +57,7 @@ def plan_request(
         survival=survival,
         ram_bytes=ram_bytes,
         fixed_depth=config.draft.depth,
+        shadow_rows=0 if config.draft.no_shadow else SHADOW_ROWS,
     )
 
 

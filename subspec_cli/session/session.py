@@ -14,9 +14,11 @@ from subspec_cli.errors import IntegrityError, UsageError
 from subspec_cli.metrics import GenerationStats
 from subspec_cli.modeling.families import ModelTokenizer
 from subspec_cli.modeling.kv_cache import KVCache
+from subspec_cli.placement.costs import PlanCosts
 from subspec_cli.placement.memory import MemoryMeter
 from subspec_cli.placement.plan import OffloadPlan
 from subspec_cli.placement.streamer import StreamCounters
+from subspec_cli.session.shortage import shortage_told
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,8 @@ class SessionDescription:
     context_tokens: int
     budget_bytes: int
     plan: OffloadPlan
+    costs: PlanCosts
+    """What passes and draft steps are taken to cost: all that the trees' shapes depend on beside tokens."""
     versions: dict[str, str]
     has_chat_template: bool
     direct_io: bool
@@ -129,7 +133,7 @@ class Session:
 
         Rows of the cache that hold a prefix of the prompt are reused. Raises UsageError for a prompt that
         leaves no room in the context, IntegrityError when weight files change meanwhile: no token that may come
-        from other weights is given.
+        from other weights is given, ResourceError when memory runs out.
         """
         room = self.description.context_tokens - len(prompt_ids)
         if not prompt_ids or room < 1:
@@ -145,11 +149,17 @@ class Session:
             yield TextDelta(text.take(), step.token_ids, step.finish_reason, step.stats)
 
     def _checked(self, steps: Iterator[StepOutput]) -> Iterator[StepOutput]:
-        """The same steps, each once it is certain that the files its weights were read from are the same."""
+        """The same steps, each once it is certain that the files its weights were read from are the same.
+
+        Raises ResourceError where memory runs out.
+        """
         try:
-            for step in steps:
-                self._parts.check_source()
-                yield step
+            with shortage_told(
+                "answering", budget_bytes=self.description.budget_bytes, meter=self._parts.meter
+            ):
+                for step in steps:
+                    self._parts.check_source()
+                    yield step
         except IntegrityError:
             self._parts.check_source()  # a file that was cut short or replaced is the better reason
             raise

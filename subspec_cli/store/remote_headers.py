@@ -57,6 +57,8 @@ class ModelOutline:
     """What `prepare` would download."""
     received_bytes: int
     """What came over the network for this outline."""
+    directory: Path | None = None
+    """Where the model lies, if it is here whole."""
 
 
 def outline_model(
@@ -121,6 +123,7 @@ def _outline_here(
         tokenizer_bytes=sum(path.stat().st_size for path in directory.glob("tokenizer*") if path.is_file()),
         missing_bytes=0,
         received_bytes=0,
+        directory=checkpoint.directory,
     )
 
 

@@ -1,0 +1,73 @@
+"""Guesses for the draft itself: what followed the same few tokens before.
+
+A draft step of a few rows costs hardly more than one of a single row, but drafting is a chain: each token waits
+for the one before. So the likeliest node is expanded together with what has followed its last tokens so far
+(in the prompt, in the answer); where the draft agrees, one step has made several. A guess that was wrong costs
+its row, and how often guesses are right is counted, so that they are made where they pay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+LONGEST: Final = 3
+"""Most tokens of context that are looked up; longer matches come first."""
+_MEMORY: Final = 0.95
+"""Weight that older outcomes keep when a new one comes in."""
+_PRIOR: Final = (0.3, 4.0)
+"""Share and weight of right guesses before any was tried."""
+
+
+@dataclass(frozen=True, slots=True)
+class Guess:
+    """A token to try, and how likely the draft is to agree, given that it agreed so far."""
+
+    token_id: int
+    chance: float
+    order: int
+    """Tokens of context that the guess was found by."""
+
+
+class ContinuationLookup:
+    """The latest continuation of every run of up to three tokens, and the record of guesses."""
+
+    def __init__(self) -> None:
+        self._next: dict[tuple[int, ...], int] = {}
+        self._learned = 0
+        self._tried = [_PRIOR[1]] * (LONGEST + 1)
+        self._right = [_PRIOR[0] * _PRIOR[1]] * (LONGEST + 1)
+
+    def forget(self) -> None:
+        """Drop the text, keep the record: another answer begins."""
+        self._next.clear()
+        self._learned = 0
+
+    def learn(self, token_ids: Sequence[int]) -> None:
+        """Take in what was added to the text since the last call; `token_ids` is the whole of it."""
+        for end in range(max(1, self._learned), len(token_ids)):
+            for order in range(1, min(LONGEST, end) + 1):
+                self._next[tuple(token_ids[end - order : end])] = token_ids[end]
+        self._learned = len(token_ids)
+
+    def guesses(self, context: Sequence[int], count: int) -> list[Guess]:
+        """Up to `count` tokens that may follow `context`, one after another."""
+        tail: list[int] = list(context[-LONGEST:])
+        found: list[Guess] = []
+        while len(found) < count and (guess := self._guess(tail)) is not None:
+            found.append(guess)
+            tail = [*tail, guess.token_id][-LONGEST:]
+        return found
+
+    def observe(self, guess: Guess, *, right: bool) -> None:
+        """Record whether the draft agreed with a guess whose predecessors were right."""
+        self._tried[guess.order] = self._tried[guess.order] * _MEMORY + 1.0
+        self._right[guess.order] = self._right[guess.order] * _MEMORY + (1.0 if right else 0.0)
+
+    def _guess(self, tail: Sequence[int]) -> Guess | None:
+        for order in range(len(tail), 0, -1):
+            token_id = self._next.get(tuple(tail[-order:]))
+            if token_id is not None:
+                return Guess(token_id, self._right[order] / self._tried[order], order)
+        return None

@@ -1,0 +1,99 @@
+"""Timing the parts of a pass and the link: medians of a few runs, given as callables. Knows no model."""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import cycle, islice
+from typing import Final
+
+import torch
+
+from subspec_cli.placement.costs import RowTimes, quantised
+from subspec_cli.store.direct_io import BlockLayout, DirectReader, allocate_buffer
+
+_LINK_S: Final = 0.7
+"""Time spent on the link's rate."""
+_REPEATS: Final = 5
+_MOST_ROUNDS: Final = 3
+"""Times that each block is read at most, for small models."""
+_COPY_BYTES: Final = 256 << 20
+
+
+def time_rows(
+    work: Callable[[int], object],
+    row_counts: Sequence[int],
+    *,
+    finish: Callable[[], None] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> RowTimes:
+    """Seconds of `work(rows)` for each count, the median of a few runs after one that is not counted.
+
+    `finish` waits for work that was only queued.
+    """
+    medians = []
+    for rows in row_counts:
+        seconds = []
+        for _ in range(_REPEATS + 1):
+            started = clock()
+            work(rows)
+            finish()
+            seconds.append(clock() - started)
+        medians.append(statistics.median(seconds[1:]))
+    return RowTimes(tuple(row_counts), tuple(medians))
+
+
+def disk_rate(layouts: Sequence[BlockLayout], *, seconds: float = _LINK_S) -> float:
+    """Bytes per second of reading blocks one after another, past the page cache where the system lets us."""
+    reader, done_bytes, blocks = DirectReader(), 0, _MOST_ROUNDS * len(layouts)
+    buffer = memoryview(allocate_buffer(max(layout.buffer_bytes for layout in layouts)))
+    started = time.perf_counter()
+    try:
+        for layout in islice(cycle(layouts), blocks):
+            reader.read_block(layout, buffer)
+            done_bytes += layout.tensor_bytes
+            if time.perf_counter() - started >= seconds:
+                break
+        return quantised(done_bytes / (time.perf_counter() - started))
+    finally:
+        reader.close()
+
+
+@contextmanager
+def reading(layouts: Sequence[BlockLayout]) -> Iterator[None]:
+    """Blocks are read in the background meanwhile, as in a pass: what computes shares cores and memory with it."""
+    stop = threading.Event()
+
+    def read() -> None:
+        reader = DirectReader()
+        buffer = memoryview(allocate_buffer(max(layout.buffer_bytes for layout in layouts)))
+        try:
+            for layout in cycle(layouts):
+                if stop.is_set():
+                    return
+                reader.read_block(layout, buffer)
+        finally:
+            reader.close()
+
+    thread = threading.Thread(target=read, name="probe-reader", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes per second of copies from pinned host memory to a card."""
+    source = torch.empty(_COPY_BYTES, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty(_COPY_BYTES, dtype=torch.uint8, device=device)
+
+    def finish() -> None:
+        torch.cuda.synchronize(device)
+
+    copies = time_rows(lambda _rows: target.copy_(source, non_blocking=True), (1,), finish=finish)
+    return _COPY_BYTES / copies.seconds[0]

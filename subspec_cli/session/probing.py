@@ -1,0 +1,246 @@
+"""Timing what a model's passes and draft steps are made of, on stand-ins of its own shapes.
+
+Nothing of the model is loaded but, for the link, blocks of its files: a few layers of made-up weights, more than
+a cache holds, run through the very decoders that a session uses. Takes seconds; the result is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from subspec_cli.decoding.drafter import likeliest
+from subspec_cli.modeling.attention import exact_attention, fast_attention
+from subspec_cli.modeling.decoder import Block, DraftDecoder, Head, TargetDecoder
+from subspec_cli.modeling.kv_cache import KVCache
+from subspec_cli.modeling.layers import LayerMath, RowRules, TokenBatch
+from subspec_cli.modeling.rope import RopeTable
+from subspec_cli.modeling.source import block_entries
+from subspec_cli.modeling.substitute import (
+    LowBitHead,
+    SubstituteLayer,
+    load_substitute,
+    low_bit_table,
+    made_up_substitute,
+    resident_layer,
+)
+from subspec_cli.placement.costs import MachineCosts, RowTimes, quantised
+from subspec_cli.placement.geometry import LAYER_BLOCKS, LAYER_MATRICES, ModelGeometry
+from subspec_cli.placement.probe import copy_rate, disk_rate, reading, time_rows
+from subspec_cli.placement.streamer import DTYPES
+from subspec_cli.store.checkpoint import Checkpoint
+from subspec_cli.store.direct_io import BlockLayout, layout_block
+from subspec_cli.store.manifest import SubstituteSettings
+
+_BEYOND_CACHES_BYTES: Final = 160 << 20
+_PREFIX: Final = 256
+"""Committed rows that attention looks back on."""
+_TARGET_ROWS: Final = (1, 8, 16, 32, 48, 64)
+_DRAFT_ROWS: Final = (1, 2, 3, 4, 6, 8)
+_DISK_LAYERS: Final = 4
+"""Layers whose files are read to time the disk, spread over the model."""
+
+
+def probe_machine(
+    geometry: ModelGeometry,
+    settings: SubstituteSettings,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    progress: Callable[[str], None],
+) -> MachineCosts:
+    """Time link, target layers, draft layers and heads; every time is quantised."""
+    progress("timing the disk")
+    layouts = _disk_layouts(geometry, checkpoint)
+    disk = disk_rate(layouts)
+    on_cpu = device.type == "cpu"
+    bench = _Bench(geometry, settings, device)
+    progress("timing the target's layers")
+    # On the CPU a pass shares cores and memory with the reader, so its layers are timed beside one.
+    with reading(layouts) if on_cpu else nullcontext():
+        target = bench.target_layer()
+    progress("timing the draft's layers")
+    return MachineCosts(
+        link_bytes_per_s=disk if on_cpu else quantised(copy_rate(device)),
+        disk_bytes_per_s=disk,
+        target_layer=target.quantised(),
+        target_head=bench.head(_TARGET_ROWS, bench.rules).quantised(),
+        substitute_layer=bench.substitute_layer().quantised(),
+        shared_layer=bench.shared_layer().quantised(),
+        draft_head=bench.head(_DRAFT_ROWS, None).quantised(),
+        low_bit_head=bench.low_bit_head().quantised(),
+        step_overhead_s=bench.step_overhead_s(),
+        origin="measured",
+    )
+
+
+def _disk_layouts(geometry: ModelGeometry, checkpoint: Checkpoint) -> list[BlockLayout]:
+    step = max(1, geometry.layers // _DISK_LAYERS)
+    return [
+        layout_block(entries)
+        for layer in range(0, geometry.layers, step)
+        for entries in block_entries(checkpoint.tensors, layer)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _MadeUpSource:
+    """Blocks of layers that are all in memory."""
+
+    layers: tuple[dict[str, Tensor], ...]
+
+    def blocks(self) -> Generator[Block, None, None]:
+        """One pass."""
+        for number, matrices in enumerate(self.layers):
+            for kind, names in LAYER_BLOCKS.items():
+                yield Block(number, kind, {name: matrices[name] for name in names})
+
+
+class _NoHead:
+    """Leaves the head out."""
+
+    def logits(self, hidden: Tensor, rules: RowRules | None) -> Tensor:  # noqa: ARG002
+        """The hidden states themselves."""
+        return hidden
+
+
+class _Bench:
+    """A few layers of made-up weights, and decoders over them."""
+
+    def __init__(self, geometry: ModelGeometry, settings: SubstituteSettings, device: torch.device) -> None:
+        self._sizes, self._settings, self._device = geometry, settings, device
+        self._dtype = DTYPES[geometry.dtype]
+        self.rules = RowRules(2) if device.type == "cpu" else RowRules(64, fixed_rows=True)
+
+    @torch.inference_mode()
+    def target_layer(self) -> RowTimes:
+        """One layer of the target, by rows."""
+        layers = self._matrices(self._count(self._sizes.layer_matrix_bytes))
+        math = self._math(len(layers), exact_attention)
+        head = Head(self._ones(self._sizes.hidden), self._ones(1, self._sizes.hidden), 1e-6)
+        decoder = TargetDecoder(math, self._states, head, _MadeUpSource(layers), self.rules)
+        kv = self._cache(len(layers))
+
+        def run(rows: int) -> None:
+            flow = decoder.begin(self._batch(rows, self.rules.padded(rows)), kv)
+            for _ in decoder.layers(flow):
+                pass
+
+        return self._per_layer(run, _TARGET_ROWS, len(layers))
+
+    @torch.inference_mode()
+    def shared_layer(self) -> RowTimes:
+        """One layer of the draft that is a resident layer of the target, by rows."""
+        matrices = self._matrices(self._count(self._sizes.layer_matrix_bytes))
+        math = self._math(len(matrices), fast_attention)
+        return self._draft(math, [resident_layer(math, number, held) for number, held in enumerate(matrices)])
+
+    @torch.inference_mode()
+    def substitute_layer(self) -> RowTimes:
+        """One layer of the draft made of its substitute, by rows."""
+        shapes = self._sizes.layer_shapes()
+        stored = {
+            name: value
+            for matrix in LAYER_MATRICES
+            for name, value in made_up_substitute(
+                matrix, shapes[matrix], self._settings.bits_of(matrix), self._dtype
+            ).items()
+        }
+        count = self._count(self._sizes.layer_matrix_bytes // 4)
+        math = self._math(count, fast_attention)
+        layers = [load_substitute(math, n, stored, self._settings, self._device) for n in range(count)]
+        return self._draft(math, layers)
+
+    @torch.inference_mode()
+    def head(self, row_counts: tuple[int, ...], rules: RowRules | None) -> RowTimes:
+        """The 16-bit head, by rows."""
+        head = Head(self._ones(self._sizes.hidden), self._ones(self._sizes.vocab, self._sizes.hidden), 1e-6)
+
+        def run(rows: int) -> None:
+            head.logits(self._ones(rules.padded(rows) if rules else rows, self._sizes.hidden), rules)
+
+        return time_rows(run, row_counts, finish=self._finish)
+
+    @torch.inference_mode()
+    def low_bit_head(self) -> RowTimes:
+        """A 4-bit head, by rows; as long as the 16-bit one where no kernel takes its shape."""
+        table = low_bit_table(self._ones(self._sizes.vocab, self._sizes.hidden))
+        if table is None:
+            return self.head(_DRAFT_ROWS, None)
+        head = LowBitHead(self._ones(self._sizes.hidden), table, 1e-6)
+        return time_rows(
+            lambda rows: head.logits(self._ones(rows, self._sizes.hidden), None),
+            _DRAFT_ROWS,
+            finish=self._finish,
+        )
+
+    def step_overhead_s(self) -> float:
+        """Ranking the children of a node, and bringing its logits to the host."""
+        logits = self._ones(1, self._sizes.vocab)
+        times = time_rows(lambda _rows: likeliest(logits.double().cpu().numpy()[0], 8), (1,))
+        return quantised(times.seconds[0] + _TREE_S)
+
+    def _draft(self, math: LayerMath, layers: list[SubstituteLayer]) -> RowTimes:
+        decoder = DraftDecoder(math, self._states, _NoHead(), layers)
+        kv = self._cache(len(layers))
+        return self._per_layer(
+            lambda rows: decoder.forward(self._batch(rows, rows), kv), _DRAFT_ROWS, len(layers)
+        )
+
+    def _per_layer(self, run: Callable[[int], object], row_counts: tuple[int, ...], layers: int) -> RowTimes:
+        times = time_rows(run, row_counts, finish=self._finish)
+        return RowTimes(times.rows, tuple(seconds / layers for seconds in times.seconds))
+
+    def _finish(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def _count(self, layer_bytes: int) -> int:
+        """Layers to run, so that no cache holds them all."""
+        return min(self._sizes.layers, -(-_BEYOND_CACHES_BYTES // layer_bytes))
+
+    def _ones(self, *shape: int) -> Tensor:
+        return torch.ones(shape, dtype=self._dtype, device=self._device)
+
+    def _states(self, token_ids: Tensor) -> Tensor:
+        return self._ones(len(token_ids), self._sizes.hidden)
+
+    def _matrices(self, count: int) -> tuple[dict[str, Tensor], ...]:
+        shapes = self._sizes.layer_shapes()
+        return tuple({name: self._ones(*shapes[name]) for name in LAYER_MATRICES} for _ in range(count))
+
+    def _math(self, layers: int, attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> LayerMath:
+        sizes = replace(self._sizes, layers=layers, windows=self._sizes.windows[:layers])
+        small = {
+            name: self._ones(*s) for name, s in sizes.layer_shapes().items() if name not in LAYER_MATRICES
+        }
+        table = self._ones(_PREFIX + max(_TARGET_ROWS), 1, sizes.head_dim)
+        return LayerMath(sizes, (small,) * layers, RopeTable(table, table), attend)
+
+    def _cache(self, layers: int) -> KVCache:
+        kv = KVCache(
+            layers=layers,
+            kv_heads=self._sizes.kv_heads,
+            head_dim=self._sizes.head_dim,
+            context=_PREFIX,
+            scratch=max(_TARGET_ROWS),
+            dtype=self._dtype,
+            device=self._device,
+        )
+        kv.commit(range(_PREFIX), [0] * _PREFIX)
+        return kv
+
+    def _batch(self, rows: int, padded: int) -> TokenBatch:
+        """Rows of a chain after the prefix."""
+        zeros = torch.zeros(padded, dtype=torch.long, device=self._device)
+        keys = torch.arange(_PREFIX + rows, device=self._device)
+        positions = keys[_PREFIX:]
+        return TokenBatch(zeros, zeros + _PREFIX, rows, _PREFIX, keys[None, :] <= positions[:, None], keys)
+
+
+_TREE_S: Final = 0.4e-3
+"""Batch and tree of a draft step, the same on any machine within what it matters."""

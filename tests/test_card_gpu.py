@@ -1,0 +1,116 @@
+"""On a real card: streams bring the files' bytes, memory goes back, sessions keep their promise and their budget."""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+
+import pytest
+import test_session_fakes
+import torch
+from fake_card import make_layers
+from test_session_fakes import Shelf, answer_to, open_tiny
+
+from subspec_cli.errors import ResourceError
+from subspec_cli.placement.card_layers import read_resident_layer
+from subspec_cli.placement.card_streamer import open_card_streamer
+from subspec_cli.placement.pinned import PinnedBuffer, PinRefusedError
+from subspec_cli.placement.plan_lines import CUDA_CONTEXT_BYTES
+from subspec_cli.session.building import cap_allocator
+from subspec_cli.units import GIB, MIB
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+CUDA = torch.device("cuda")
+shelf = test_session_fakes.shelf
+
+
+@pytest.mark.parametrize("pinned", [6, 3, 0])
+@pytest.mark.parametrize("slots", [2, 3])
+def test_every_pass_brings_the_files_content(tmp_path: Path, pinned: int, slots: int) -> None:
+    """Kernels that are slow beside copies that are fast, and the other way round: a race would show."""
+    layers, values = make_layers(tmp_path, 6, most=400_000)
+    stream = open_card_streamer(
+        layers,
+        pinned_layers=pinned,
+        ring_slots=2,
+        slots=slots,
+        most_bytes=1 << 30,
+        device=CUDA,
+        progress=lambda text: None,
+    )
+    slow = torch.ones((2048, 2048), device=CUDA)
+    for number in range(20):
+        found = {}
+        for block in stream.blocks():
+            if number % 2:
+                slow = (slow @ slow).clamp_(0, 1)
+            found |= {name: tensor.clone() for name, tensor in block.items()}
+        assert all(torch.equal(found[name].cpu(), values[name]) for name in values)
+    counted = stream.counters()
+    assert counted.streamed_bytes == 20 * sum(layer.whole.tensor_bytes for layer in layers)
+    assert counted.read_time_s > 0
+    stream.close()
+
+
+def test_pinned_memory_is_pinned_until_given_back() -> None:
+    buffer = PinnedBuffer(3 * MIB, CUDA)
+    assert buffer.tensor.is_pinned()
+    assert buffer.tensor.numel() == 3 * MIB
+    buffer.release()
+    assert buffer.tensor.numel() == 0
+
+
+def test_a_refused_pin_leaves_no_error_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA remembers the refusal; a kernel that has nothing to do with it must not fail for it."""
+    memory = mmap.mmap(-1, MIB)
+    monkeypatch.setattr("subspec_cli.placement.pinned._map", lambda size_bytes: memory)
+    buffer = PinnedBuffer(MIB, CUDA)
+    with pytest.raises(PinRefusedError, match="CUDA error"):
+        PinnedBuffer(MIB, CUDA)  # pinned already
+    assert torch.ones(4, device=CUDA).sum().item() == 4
+    buffer.release()
+
+
+def test_resident_layers_lie_in_a_page_as_in_the_file(tmp_path: Path) -> None:
+    (layer, *_), values = make_layers(tmp_path, 2)
+    for block, placements in zip(read_resident_layer(layer, CUDA), layer.blocks, strict=True):
+        for item in placements:
+            tensor = block[item.entry.name]
+            assert tensor.data_ptr() % 4096 == item.entry.offset_bytes % 4096
+            assert torch.equal(tensor.cpu(), values[item.entry.name])
+
+
+def test_the_cap_holds() -> None:
+    try:
+        cap_allocator(CUDA_CONTEXT_BYTES + 64 * MIB, CUDA)
+        torch.cuda.empty_cache()
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            torch.empty(128 * MIB, dtype=torch.uint8, device=CUDA)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, CUDA)
+
+
+@pytest.mark.parametrize("resident", [0, 1])
+def test_a_session_answers_alike_with_and_without_speculation(shelf: Shelf, resident: int) -> None:
+    memory = {"vram_gb": 2.0, "device": "cuda", "resident_layers": resident, "context": 256}
+    with open_tiny(shelf.model("qwen2"), memory=memory) as session:
+        assert session.description.device == "cuda"
+        for prompt in ("Rivers", "Why is the sky blue?"):
+            plain = answer_to(session, prompt, 24, plain=True)
+            speculative = answer_to(session, prompt, 24)
+            if session.description.exactness == "exact":
+                assert plain.outcome == speculative.outcome
+            assert speculative.stats.streamed_bytes > 0
+        assert session.peak_memory_bytes() < 2 * GIB - CUDA_CONTEXT_BYTES
+
+
+def test_a_full_card_is_an_error_with_figures(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(**_: object) -> torch.Tensor:
+        return torch.empty(1 << 50, dtype=torch.uint8, device=CUDA)
+
+    monkeypatch.setattr("subspec_cli.session.loading.KVCache", too_large)
+    with pytest.raises(ResourceError, match=r"out of device memory while loading .* more were wanted"):
+        open_tiny(shelf.model("qwen2"), memory={"vram_gb": 2.0, "device": "cuda"})

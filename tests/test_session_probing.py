@@ -1,0 +1,177 @@
+"""Costs of a machine: timed once, kept, timed anew when asked; trees follow from what was kept."""
+
+import pytest
+import test_session_fakes
+import tiny_models
+import torch
+from test_session_fakes import answer_to, open_tiny
+
+from subspec_cli.modeling.decoder import Head
+from subspec_cli.modeling.substitute import Int4Linear, LowBitHead, low_bit_table
+from subspec_cli.placement.costs import quantised
+from subspec_cli.placement.predict import plan_costs
+from subspec_cli.session import building, known_costs
+from subspec_cli.store.probes import read_probe, write_probe
+
+shelf = test_session_fakes.shelf
+one_thread = tiny_models.one_thread
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """No costs are known."""
+    monkeypatch.setattr("subspec_cli.store.probes.subspec_home", lambda: tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def probes(monkeypatch):
+    """Counts how often the machine is timed."""
+    times = []
+    probe_machine = building.probe_machine
+
+    def counted(*arguments):
+        times.append(probe_machine(*arguments))
+        return times[-1]
+
+    monkeypatch.setattr(building, "probe_machine", counted)
+    return times
+
+
+@pytest.mark.probed
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_every_part_is_timed_on_stand_ins_of_the_models_shapes(shelf, home, probes, family):
+    with open_tiny(shelf.model(family)) as session:
+        about = session.description
+    (found,) = probes
+    assert found.origin == "measured"
+    assert found.link_bytes_per_s == found.disk_bytes_per_s > 0
+    for name in (
+        "target_layer",
+        "target_head",
+        "substitute_layer",
+        "shared_layer",
+        "draft_head",
+        "low_bit_head",
+    ):
+        times = getattr(found, name)
+        assert all(0 < a <= b for a, b in zip(times.seconds, times.seconds[1:], strict=False)), name
+        assert all(quantised(seconds) == seconds for seconds in times.seconds), name
+    assert about.plan.prediction.origin == "measured"
+    assert about.costs.as_dict()["step"]["rows"] == (1, 2, 3, 4, 6, 8)
+
+
+def test_what_was_timed_is_kept_and_timed_anew_only_when_asked(shelf, home, probes):
+    model = shelf.model("qwen2")
+    for _ in range(2):
+        open_tiny(model).close()
+    assert len(probes) == 1
+    open_tiny(model, memory={"reprobe": True}).close()
+    assert len(probes) == 2
+    open_tiny(shelf.model("llama")).close()
+    assert len(probes) == 3, "another model's shapes"
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"about": 1}', b"\xff\xfe"])
+def test_a_damaged_record_is_timed_anew(shelf, home, probes, damage):
+    model = shelf.model("qwen2")
+    open_tiny(model).close()
+    (record,) = (home / "probes").iterdir()
+    record.write_bytes(damage)
+    open_tiny(model).close()
+    assert len(probes) == 2
+
+
+def test_a_record_of_other_costs_than_expected_is_timed_anew(shelf, home, probes, monkeypatch):
+    model = shelf.model("qwen2")
+    open_tiny(model).close()
+    monkeypatch.setattr(known_costs, "read_probe", lambda about: {"link_bytes_per_s": 1.0})
+    open_tiny(model).close()
+    assert len(probes) == 2
+
+
+def test_a_home_that_cannot_be_written_costs_only_the_record(home, monkeypatch):
+    (home / "probes").write_text("a file is in the way")
+    write_probe({"machine": 1}, {"x": 2})
+    assert read_probe({"machine": 1}) is None
+
+
+def test_a_record_belongs_to_one_machine_and_model(home):
+    write_probe({"machine": 1}, {"x": 2})
+    assert read_probe({"machine": 1}) == {"x": 2}
+    assert read_probe({"machine": 2}) is None
+
+
+def test_two_runs_with_the_same_costs_grow_the_same_trees(shelf, home):
+    model = shelf.model("qwen2")
+
+    def run():
+        with open_tiny(model) as session:
+            stats = answer_to(session, "Hello", 40).stats
+            return stats.drafted_tokens, stats.accepted_histogram, stats.draft_steps, stats.shadow_steps
+
+    first = run()
+    assert first[0] > 0
+    assert run() == first
+
+
+def test_the_schedule_goes_by_the_costs_of_its_plan(shelf, home, probes):
+    with open_tiny(shelf.model("qwen2")) as session:
+        about = session.description
+        geometry = session._parts.speculative._target.math.geometry
+        assert about.costs == plan_costs(probes[0], geometry, about.plan)
+        assert session._parts.speculative._schedule._costs == about.costs
+
+
+# --- a head of the draft's own -------------------------------------------------------------------------------
+
+
+def test_a_low_bit_head_is_close_to_the_head():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn((512, 256), generator=generator).bfloat16()
+    head, table = Head(torch.ones(256).bfloat16(), weight, 1e-6), low_bit_table(weight)
+    assert isinstance(table, Int4Linear)
+    rows = torch.randn((3, 256), generator=generator).bfloat16()
+    exact = head.logits(rows, None).float()
+    found = LowBitHead(head.norm_weight, table, 1e-6).logits(rows, None).float()
+    assert (found - exact).pow(2).mean() < 0.02 * exact.pow(2).mean()
+
+
+def test_tables_are_quantized_alike_in_pieces(monkeypatch):
+    weight = torch.randn((512, 128), generator=torch.Generator().manual_seed(0)).bfloat16()
+    whole = low_bit_table(weight)
+    monkeypatch.setattr("subspec_cli.modeling.substitute._TABLE_ROWS", 96)
+    pieces = low_bit_table(weight)
+    assert torch.equal(whole.packed, pieces.packed)
+    assert torch.equal(whole.scales_and_zeros, pieces.scales_and_zeros)
+
+
+def test_a_table_of_zeros_stays_zero():
+    table = low_bit_table(torch.zeros((64, 128)).bfloat16())
+    assert not table(torch.ones((2, 128)).bfloat16()).any()
+
+
+def test_a_table_that_no_kernel_takes_is_left_alone():
+    assert low_bit_table(torch.ones((100, 128)).bfloat16()) is None
+    assert low_bit_table(torch.ones((64, 100)).bfloat16()) is None
+
+
+def test_the_plans_choice_of_head_is_loaded(shelf, monkeypatch, home):
+    from dataclasses import replace
+
+    fastest_plan, model = building.fastest_plan, shelf.model("qwen2")
+    heads = {}
+    for bits in (16, 4):
+
+        def chosen(requests, bits=bits):
+            number, plan = fastest_plan(requests)
+            return number, replace(plan, draft_head_bits=bits)
+
+        monkeypatch.setattr(building, "fastest_plan", chosen)
+        with open_tiny(model, draft={"depth": 3}) as session:
+            heads[bits] = (
+                type(session._parts.speculative._grower._draft._head),
+                answer_to(session, "Hello", 20),
+            )
+    assert [kind for kind, _ in heads.values()] == [Head, LowBitHead]
+    assert heads[4][1].outcome == heads[16][1].outcome
