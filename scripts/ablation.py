@@ -26,8 +26,9 @@ from torch import Tensor
 from subspec_cli.bench.suites import load_suite
 from subspec_cli.config import Config, MemoryConfig, ModelConfig, SamplingConfig
 from subspec_cli.decoding.batches import prompt_batch
-from subspec_cli.decoding.drafter import SHARPENING, Drafter
+from subspec_cli.decoding.drafter import Drafter
 from subspec_cli.decoding.engine import Engine, common_prefix
+from subspec_cli.decoding.ranking import SHARPENING
 from subspec_cli.decoding.schedule import MOST_ROWS, FixedShape, Schedule, TreeLimits
 from subspec_cli.metrics import GenerationStats, rate_of_totals, tau_of_totals
 from subspec_cli.modeling.decoder import DraftDecoder, TargetDecoder
@@ -36,7 +37,8 @@ from subspec_cli.modeling.layers import RowRules, TokenBatch
 from subspec_cli.modeling.source import LayerSource
 from subspec_cli.placement.plan import SHADOW_ROWS
 from subspec_cli.placement.streamer import StreamCounters, block_tensors
-from subspec_cli.session import Session, open_session
+from subspec_cli.session import open_session
+from subspec_cli.session.session import Session
 from subspec_cli.store.direct_io import BlockLayout, DirectReader, allocate_buffer
 
 QUESTIONS: Final = 4
@@ -197,21 +199,17 @@ class Laboratory:
         self._session._parts = replace(self._session._parts, speculative=engine)
 
     def run(self, *, plain: bool, tokens: int) -> tuple[list[GenerationStats], list[int]]:
-        """All questions, both turns; the figures and the tokens of every answer."""
+        """The first turn of all questions; the figures and the tokens of every answer."""
         stats, found = [], []
         for number, question in enumerate(load_suite("sample", None, QUESTIONS)):
             self._session.reset()
-            chat = self._session.chat(None)
-            for turn, text in enumerate(question.turns):
-                last = None
-                for last in chat.ask(
-                    text, max_new_tokens=tokens, stop=(), plain=plain, request=2 * number + turn
-                ):
-                    found += last.token_ids
-                assert last is not None
-                stats.append(last.stats)
-                if plain:
-                    break
+            deltas = list(
+                self._session.chat(None).ask(
+                    question.turns[0], max_new_tokens=tokens, stop=(), plain=plain, request=2 * number
+                )
+            )
+            found += [token for delta in deltas for token in delta.token_ids]
+            stats.append(deltas[-1].stats)
         return stats, found
 
 

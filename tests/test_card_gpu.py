@@ -40,6 +40,7 @@ def test_every_pass_brings_the_files_content(tmp_path: Path, pinned: int, slots:
         most_bytes=1 << 30,
         device=CUDA,
         progress=lambda text: None,
+        notify=lambda text: None,
     )
     slow = torch.ones((2048, 2048), device=CUDA)
     for number in range(20):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from subspec_cli.metrics import GenerationStats, StepStats
+from subspec_cli.placement.costs import PlanCosts, RowTimes
 from subspec_cli.placement.predict import Prediction
 
 
@@ -39,6 +40,9 @@ PREDICTION = Prediction(
 )
 
 
+COSTS = PlanCosts(0.4, RowTimes((1,), (0.1,)), RowTimes((1,), (0.02,)))
+
+
 @dataclass(frozen=True)
 class FakePlan:
     resident_layers: int = 1
@@ -69,6 +73,8 @@ class FakeDescription:
     versions: dict = field(default_factory=lambda: {"torch": "2"})
     has_chat_template: bool = True
     fresh_seed: bool = True
+    costs: PlanCosts = COSTS
+    notes: tuple[str, ...] = ()
 
 
 class FakeSession:

@@ -23,6 +23,7 @@ from fakes import (
 from subspec_cli.decoding.batches import prompt_batch
 from subspec_cli.decoding.choose import choose
 from subspec_cli.decoding.drafter import Drafter, RootOnly
+from subspec_cli.decoding.ranking import likeliest, rank
 
 PROMPT = (1, 2, 3)
 ROOT = 4
@@ -237,3 +238,28 @@ def test_draft_logits_may_be_of_any_float_dtype():
     draft = HalfDraft(random_table(1))
     drafter = Drafter(draft, kv, free_schedule(3, 2, 9), eos_ids=(), device=CPU)
     assert drafter.grow(ROOT, sampled(1), 9).tree.depth == 3
+
+
+@pytest.mark.parametrize("chooser", [GreedyChooser(), sampled(1), sampled(2, temperature=0.3)])
+def test_ranking_where_the_logits_are_agrees_with_ranking_whole_rows(chooser):
+    logits = torch.randn((5, 400), generator=torch.Generator().manual_seed(0))
+    positions = [7, 8, 8, 9, 30]
+    for row, (ids, scores), position in zip(logits, rank(logits, chooser, positions), positions, strict=True):
+        whole = chooser.scores(row.double().numpy(), position)
+        best = np.argsort(-whole)[:8]
+        found = likeliest(ids, scores)
+        assert [token for token, _ in found] == best.tolist()
+        wanted = likeliest(best, whole[best])
+        assert [share for _, share in found] == pytest.approx([share for _, share in wanted], abs=1e-4)
+
+
+@pytest.mark.parametrize("filters", [{"top_k": 3}, {"top_p": 0.6}])
+def test_with_a_filter_whole_rows_decide(filters):
+    chooser = sampled(1, **filters)
+    logits = torch.randn((2, 400), generator=torch.Generator().manual_seed(0)) * 3
+    assert chooser.guessed_scores(logits, [1, 2]) is None
+    for row, (ids, scores), position in zip(logits, rank(logits, chooser, [1, 2]), (1, 2), strict=True):
+        whole = chooser.scores(row.double().numpy(), position)
+        allowed = set(np.flatnonzero(np.isfinite(whole)).tolist())
+        found = [token for token, _ in likeliest(ids, scores)]
+        assert found == [int(token) for token in np.argsort(-whole)[:8] if int(token) in allowed]

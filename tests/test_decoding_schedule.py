@@ -123,7 +123,7 @@ def shadow_steps(schedule, chances=(0.5, 0.3), layers=4, nodes=8):
 
 def test_the_shadow_fills_what_the_link_leaves_idle_layer_by_layer():
     taken, spent_s = shadow_steps(made(0.01, 1.0, compute_s=0.2))
-    assert 0.70 <= spent_s <= 0.95 - 0.2
+    assert 0.5 <= spent_s <= 0.75 - 0.2
     counts = [len(steps) for steps in taken]
     assert max(counts) - min(counts) <= 1
 

@@ -98,3 +98,36 @@ def test_totals_of_nothing_are_zero():
         assert rate_of_totals(stats) == tau_of_totals(stats) == 0
     unfinished = dataclasses.replace(GenerationStats(), decode_time_s=2.0, passes=1)
     assert rate_of_totals([unfinished]) == tau_of_totals([unfinished]) == 0
+
+
+def test_acceptance_by_depth_counts_passes_that_could_have_gone_on():
+    """Of passes that reached a depth and whose tree went deeper, the share whose target went on."""
+    stats = GenerationStats(new_tokens=1)
+    for depth, accepted in ((3, 3), (3, 1), (2, 0), (5, 2), (0, 0)):
+        step = StepStats(depth=depth, accepted=accepted, emitted=accepted + 1)
+        stats = stats.after_step(step, decode_time_s=1.0)
+    assert stats.reached_by_depth == (4, 3, 2, 0, 0)
+    assert stats.acceptance_by_depth == (3 / 4, 2 / 3, 1 / 2, 0, 0)
+
+
+def test_steps_and_link_time_add_up():
+    stats = GenerationStats(new_tokens=1)
+    for ready in (0, 4):
+        step = StepStats(
+            emitted=2,
+            draft_steps=3,
+            ready_nodes=ready,
+            shadow_steps=5,
+            draft_cost_s=0.3,
+            shadow_time_s=0.2,
+            link_time_s=0.5,
+        )
+        stats = stats.after_step(step, decode_time_s=stats.decode_time_s + 1.0)
+    assert (stats.draft_steps, stats.shadow_steps, stats.shadow_hits) == (6, 10, 1)
+    assert (stats.draft_cost_s, stats.shadow_time_s, stats.link_busy_share) == (0.6, 0.4, 0.5)
+
+
+def test_the_record_holds_every_total_but_the_live_displays():
+    values = GenerationStats(new_tokens=3).as_dict()
+    assert "recent_accepted" not in values
+    assert {"tau", "acceptance_by_depth", "reached_by_depth", "link_busy_share", "shadow_hits"} <= set(values)

@@ -68,6 +68,7 @@ class Rig:
             most_bytes=most_bytes,
             device=CPU,
             progress=self.said.append,
+            notify=self.said.append,
         )
         self.open.append(made)
         return made
@@ -420,6 +421,7 @@ def test_a_model_computes_the_same_over_either_streamer(
         most_bytes=1 << 30,
         device=CPU,
         progress=lambda text: None,
+        notify=lambda text: None,
     )
     with closing(over_card):
         found = model.prefill(model.target(model.source((1,), over_card)), model.kv(), prompt)

@@ -73,10 +73,11 @@ def test_reading_goes_on_in_the_background_and_ends_with_the_block(layouts, monk
         seen.set()
 
     monkeypatch.setattr(probe.DirectReader, "read_block", counted)
-    with reading(layouts):
+    with reading(layouts) as read:
         assert seen.wait(20)
         assert any(thread.name == "probe-reader" for thread in threading.enumerate())
     assert all(thread.name != "probe-reader" for thread in threading.enumerate())
+    assert read.bytes_per_s > 0
 
 
 def test_a_disk_that_fails_is_told(layouts):

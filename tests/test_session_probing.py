@@ -45,7 +45,8 @@ def test_every_part_is_timed_on_stand_ins_of_the_models_shapes(shelf, home, prob
         about = session.description
     (found,) = probes
     assert found.origin == "measured"
-    assert found.link_bytes_per_s == found.disk_bytes_per_s > 0
+    assert found.link_bytes_per_s > 0
+    assert found.disk_bytes_per_s > 0
     for name in (
         "target_layer",
         "target_head",

@@ -67,7 +67,7 @@ def loading_line(config: Config, file: Path | None, command: str = "") -> str:
 
 
 def session_lines(session: Session, config: Config) -> list[str]:
-    """Two lines: what runs where and how far it is proved; what lies where and why."""
+    """What runs where and how far it is proved; what lies where and why; what did not go as planned."""
     about, plan = session.description, session.description.plan
     how = "" if config.model.model else " (most recently prepared)"
     first = [
@@ -85,7 +85,8 @@ def session_lines(session: Session, config: Config) -> list[str]:
     planned_bytes = sum(line.size_bytes for line in plan.lines)
     second.append(f"{format_bytes(planned_bytes)} of {format_bytes(about.budget_bytes)} planned")
     second.append(plan.reason)
-    return [" · ".join(part for part in line if part) for line in (first, second)]
+    lines = [" · ".join(part for part in line if part) for line in (first, second)]
+    return [*lines, *(f"note: {note}" for note in about.notes)]
 
 
 def summary_line(answer: Answer, session: Session) -> str:

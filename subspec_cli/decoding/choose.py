@@ -9,10 +9,13 @@ logits to guess the target's draw ("coupling without communication", Daliri et a
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Final, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from subspec_cli.config import SamplingConfig
 
@@ -29,6 +32,13 @@ class Chooser(Protocol):
         """`[V]` scores whose argmax is the choice; -inf where a filter forbids the token."""
         ...
 
+    def guessed_scores(self, logits: Tensor, positions: Sequence[int]) -> Tensor | None:
+        """`[N, V]` float32 scores of draft rows for these positions, where the logits are, to rank them there.
+
+        None if a filter is in force, which has to see a whole row in order.
+        """
+        ...
+
 
 def choose(chooser: Chooser, logits: Row, position: int) -> int:
     """The token for `position`: the first argmax of the scores."""
@@ -41,6 +51,10 @@ class GreedyChooser:
     def scores(self, logits: Row, position: int) -> Row:  # noqa: ARG002
         """The logits themselves."""
         return logits
+
+    def guessed_scores(self, logits: Tensor, positions: Sequence[int]) -> Tensor | None:  # noqa: ARG002
+        """The logits themselves."""
+        return logits.float()
 
 
 class GumbelChooser:
@@ -59,6 +73,13 @@ class GumbelChooser:
         scaled = logits / self._temperature
         keep = allowed_tokens(scaled, self._sampling.top_k, self._sampling.top_p)
         return np.where(keep, scaled + self._gumbel(position, len(logits)), -np.inf)
+
+    def guessed_scores(self, logits: Tensor, positions: Sequence[int]) -> Tensor | None:
+        """Logits / temperature + noise; None with top-k or top-p."""
+        if self._sampling.top_k or self._sampling.top_p < 1.0:
+            return None
+        noise = np.stack([self._gumbel(position, logits.shape[1]) for position in positions])
+        return logits.float() / self._temperature + torch.from_numpy(noise).to(logits.device, torch.float32)
 
     def _gumbel(self, position: int, vocab: int) -> Row:
         if position not in self._noise:

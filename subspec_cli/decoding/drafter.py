@@ -13,22 +13,18 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-import numpy as np
 import torch
 
 from subspec_cli.decoding.batches import draft_batch
 from subspec_cli.decoding.choose import Chooser, Row
 from subspec_cli.decoding.lookup import LONGEST, ContinuationLookup, Guess
+from subspec_cli.decoding.ranking import SHARPENING, Ids, likeliest, rank
 from subspec_cli.decoding.schedule import LEAST_CHANCE, MOST_ROWS, Schedule, TreeLimits
 from subspec_cli.decoding.tree import GrowingTree, TokenTree
 from subspec_cli.decoding.verify import VerifyResult
 from subspec_cli.modeling.decoder import DraftDecoder
 from subspec_cli.modeling.kv_cache import KVCache
 
-SHARPENING: Final = 0.2
-"""Temperature of the draft's guess: low, so that side paths do not crowd out the likely one (SubSpec, 2509.18344)."""
-_RANKED: Final = 8
-"""Children looked at per node."""
 _GUESSES: Final = 4
 """Most guesses of the lookup that are tried in one draft step."""
 
@@ -225,10 +221,11 @@ class Drafter:
             tokens.append(guess.token_id)
             depths.append(below.depth + place + 1)
         batch = draft_batch(tree, tokens, depths, first, committed, self._device)
-        logits = self._draft.forward(batch, self._kv).double().cpu().numpy()
+        logits = self._draft.forward(batch, self._kv)
+        ranked = rank(logits, chooser, [committed + depth + 1 for depth in depths])
         numbers, guesses = list(step.numbers), iter(step.guesses)
         expanded = gained = 0.0
-        for row, scores in enumerate(logits):
+        for row, (token_ids, scores) in enumerate(ranked):
             if row == len(numbers):
                 child = self._agreed(tree, numbers[-1], next(guesses))
                 if child is None:
@@ -236,7 +233,7 @@ class Drafter:
                 tree.expand([child])
                 numbers.append(child)
             expanded += tree.nodes[numbers[row]].chance
-            gained += self._add_children(tree, numbers[row], scores, chooser)
+            gained += self._add_children(tree, numbers[row], token_ids, scores)
         if expanded > 0:
             self._schedule.learn_yield(gained / expanded)
         return any(tree.nodes[number].children for number in numbers)
@@ -248,11 +245,10 @@ class Drafter:
         self._lookup.observe(guess, right=is_right)
         return best if is_right else None
 
-    def _add_children(self, tree: GrowingTree, number: int, logits: Row, chooser: Chooser) -> float:
+    def _add_children(self, tree: GrowingTree, number: int, token_ids: Ids, scores: Row) -> float:
         """The likeliest children of a node just expanded; returns the chance they add."""
         node, gained = tree.nodes[number], 0.0
-        scores = chooser.scores(logits, self._kv.committed + node.depth + 1)
-        for token_id, log_prob in likeliest(scores, _RANKED, self._sharpening):
+        for token_id, log_prob in likeliest(token_ids, scores, self._sharpening):
             chance = node.chance * self._schedule.calibration.probability(math.exp(log_prob))
             gained += chance if chance >= LEAST_CHANCE else 0.0
             tree.add(number, token_id, node.log_prob + log_prob, chance)
@@ -313,22 +309,3 @@ class _Pass:
     nodes: int
     """Rows of the pass; the shadow's come after."""
     spent_s: float = 0.0
-
-
-def likeliest(scores: Row, count: int, sharpening: float = SHARPENING) -> list[tuple[int, float]]:
-    """The best (token id, log-probability) pairs of a row, sharpened, best first.
-
-    Tokens that a filter forbids are left out; of a draft row that is not finite, nothing is proposed.
-    """
-    count = min(count, len(scores))
-    best = np.argpartition(scores, -count)[-count:]
-    best = best[np.isfinite(scores[best])]
-    if not len(best):
-        return []
-    best = best[np.lexsort((best, -scores[best]))]
-    # At this sharpness what lies beyond the ranked tokens weighs nothing that matters to a guess.
-    sharp = (scores[best] - scores[best[0]]) / sharpening
-    log_total = float(np.log(np.exp(sharp).sum()))
-    return [
-        (int(token), float(sharp_score) - log_total) for token, sharp_score in zip(best, sharp, strict=True)
-    ]

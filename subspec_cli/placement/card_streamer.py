@@ -183,11 +183,12 @@ def open_card_streamer(
     most_bytes: int,
     device: torch.device,
     progress: Callable[[str], None],
+    notify: Callable[[str], None],
 ) -> CardStreamer:
     """Pin memory as far as it goes, read the layers that stay in it, and begin to stream.
 
-    At most `most_bytes` of host memory are pinned. Raises ResourceError if none can be, IntegrityError if a file
-    cannot be read; nothing stays pinned then.
+    At most `most_bytes` of host memory are pinned; `notify` is told if that is less than was wanted. Raises
+    ResourceError if none can be, IntegrityError if a file cannot be read; nothing stays pinned then.
     """
     size_bytes = max(layer.whole.buffer_bytes for layer in layers)
     memory = take_pinned(
@@ -197,7 +198,7 @@ def open_card_streamer(
         ring_slots=ring_slots,
         most_bytes=most_bytes,
         device=device,
-        notify=progress,
+        notify=notify,
     )
     reader = DirectReader()
     try:

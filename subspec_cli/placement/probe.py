@@ -62,28 +62,50 @@ def disk_rate(layouts: Sequence[BlockLayout], *, seconds: float = _LINK_S) -> fl
         reader.close()
 
 
-@contextmanager
-def reading(layouts: Sequence[BlockLayout]) -> Iterator[None]:
-    """Blocks are read in the background meanwhile, as in a pass: what computes shares cores and memory with it."""
-    stop = threading.Event()
+class Reading:
+    """Blocks that are read in the background, and how fast."""
 
-    def read() -> None:
+    def __init__(self, layouts: Sequence[BlockLayout]) -> None:
+        self._layouts = layouts
+        self._stop = threading.Event()
+        self._done_bytes = 0
+        self._busy_s = 0.0
+
+    @property
+    def bytes_per_s(self) -> float:
+        """Rate so far; 0 before the first block."""
+        return quantised(self._done_bytes / self._busy_s) if self._busy_s else 0.0
+
+    def run(self) -> None:
+        """Read until told to stop; at least one block."""
         reader = DirectReader()
-        buffer = memoryview(allocate_buffer(max(layout.buffer_bytes for layout in layouts)))
+        buffer = memoryview(allocate_buffer(max(layout.buffer_bytes for layout in self._layouts)))
         try:
-            for layout in cycle(layouts):
-                if stop.is_set():
-                    return
+            for layout in cycle(self._layouts):
+                started = time.perf_counter()
                 reader.read_block(layout, buffer)
+                self._busy_s += time.perf_counter() - started
+                self._done_bytes += layout.tensor_bytes
+                if self._stop.is_set():
+                    return
         finally:
             reader.close()
 
-    thread = threading.Thread(target=read, name="probe-reader", daemon=True)
+    def stop(self) -> None:
+        """Let it end after the block under way."""
+        self._stop.set()
+
+
+@contextmanager
+def reading(layouts: Sequence[BlockLayout]) -> Iterator[Reading]:
+    """Blocks are read in the background meanwhile, as in a pass: link and computing share cores and memory."""
+    read = Reading(layouts)
+    thread = threading.Thread(target=read.run, name="probe-reader", daemon=True)
     thread.start()
     try:
-        yield
+        yield read
     finally:
-        stop.set()
+        read.stop()
         thread.join()
 
 

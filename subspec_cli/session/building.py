@@ -277,4 +277,5 @@ def _describe(
         versions=library_versions(),
         has_chat_template=parts.tokenizer.has_chat_template,
         direct_io=loaded.reads_directly(),
+        notes=loaded.notes,
     )

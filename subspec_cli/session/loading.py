@@ -55,6 +55,8 @@ class LoadedModel:
     close: Callable[[], None]
     check_source: Callable[[], None]
     """Raises IntegrityError if weights that are still read from files changed since they were opened."""
+    notes: tuple[str, ...]
+    """What did not go as planned, and is not fatal."""
 
     def counters(self) -> StreamCounters:
         """What the stream has done so far; nothing if everything is resident."""
@@ -88,6 +90,7 @@ class Loader:
         self._scratch_rows = scratch_rows
         self._progress = progress
         self._dtype = DTYPES[geometry.dtype]
+        self._notes: list[str] = []
 
     def load(self, *, with_draft: bool) -> LoadedModel:
         """Read and place everything, the draft only if asked for; if a part fails, what was opened is closed."""
@@ -126,6 +129,7 @@ class Loader:
                 dtype=self._dtype,
                 close=opened.pop_all().close,
                 check_source=self._check_source if self._reads_on(source) else lambda: None,
+                notes=tuple(self._notes),
             )
 
     def _draft_head(self, head: Head) -> DraftHead:
@@ -229,6 +233,7 @@ class Loader:
             most_bytes=int(available_bytes(torch.device("cpu")) * _PINNED_SHARE),
             device=self._device,
             progress=self._progress,
+            notify=self._notes.append,
         )
 
     def _layer_layout(self, layer: int) -> LayerLayout:

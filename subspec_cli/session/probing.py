@@ -14,7 +14,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from subspec_cli.decoding.drafter import likeliest
+from subspec_cli.decoding.choose import GreedyChooser
+from subspec_cli.decoding.ranking import likeliest, rank
 from subspec_cli.modeling.attention import exact_attention, fast_attention
 from subspec_cli.modeling.decoder import Block, DraftDecoder, Head, TargetDecoder
 from subspec_cli.modeling.kv_cache import KVCache
@@ -60,12 +61,12 @@ def probe_machine(
     on_cpu = device.type == "cpu"
     bench = _Bench(geometry, settings, device)
     progress("timing the target's layers")
-    # On the CPU a pass shares cores and memory with the reader, so its layers are timed beside one.
-    with reading(layouts) if on_cpu else nullcontext():
+    # On the CPU a pass and the reader share cores and memory, so each is timed beside the other.
+    with reading(layouts) if on_cpu else nullcontext() as beside:
         target = bench.target_layer()
     progress("timing the draft's layers")
     return MachineCosts(
-        link_bytes_per_s=disk if on_cpu else quantised(copy_rate(device)),
+        link_bytes_per_s=beside.bytes_per_s if beside else quantised(copy_rate(device)),
         disk_bytes_per_s=disk,
         target_layer=target.quantised(),
         target_head=bench.head(_TARGET_ROWS, bench.rules).quantised(),
@@ -180,8 +181,8 @@ class _Bench:
 
     def step_overhead_s(self) -> float:
         """Ranking the children of a node, and bringing its logits to the host."""
-        logits = self._ones(1, self._sizes.vocab)
-        times = time_rows(lambda _rows: likeliest(logits.double().cpu().numpy()[0], 8), (1,))
+        logits, rule = self._ones(1, self._sizes.vocab), GreedyChooser()
+        times = time_rows(lambda _rows: likeliest(*rank(logits, rule, [0])[0]), (1,))
         return quantised(times.seconds[0] + _TREE_S)
 
     def _draft(self, math: LayerMath, layers: list[SubstituteLayer]) -> RowTimes:

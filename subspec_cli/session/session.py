@@ -47,6 +47,8 @@ class SessionDescription:
     has_chat_template: bool
     direct_io: bool
     """Whether weights are read past the page cache."""
+    notes: tuple[str, ...] = ()
+    """What did not go as planned while loading, and is not fatal."""
 
 
 @dataclass(frozen=True, slots=True)
