@@ -65,7 +65,7 @@ def probe_machine(
     with reading(layouts) if on_cpu else nullcontext() as beside:
         target = bench.target_layer()
     progress("timing the draft's layers")
-    return MachineCosts(
+    costs = MachineCosts(
         link_bytes_per_s=beside.bytes_per_s if beside else quantised(copy_rate(device)),
         disk_bytes_per_s=disk,
         target_layer=target.quantised(),
@@ -77,6 +77,9 @@ def probe_machine(
         step_overhead_s=bench.step_overhead_s(),
         origin="measured",
     )
+    if not on_cpu:
+        torch.cuda.empty_cache()  # what the stand-ins took is the model's to have
+    return costs
 
 
 def _disk_layouts(geometry: ModelGeometry, checkpoint: Checkpoint) -> list[BlockLayout]:
