@@ -11,7 +11,6 @@ from test_session_fakes import answer_to, open_tiny, prepare_quietly
 from tiny_models import make_tiny_model
 
 from subspec_cli.config import resolve_config
-from subspec_cli.decoding.engine import PREFILL_CHUNK
 from subspec_cli.errors import ResourceError
 from subspec_cli.placement.assumed import assumed_costs
 from subspec_cli.placement.costs import RowTimes
@@ -133,10 +132,6 @@ def test_an_embedding_in_host_memory_gives_the_same_rows(shelf, monkeypatch):
     monkeypatch.setattr(building, "fastest_plan", on_the_host)
     with open_tiny(model, draft={"depth": 4}) as session:
         assert answer_to(session, "Hello", 16).outcome == expected
-
-
-def test_prefill_is_planned_as_it_is_run():
-    assert planning.PREFILL_ROWS == PREFILL_CHUNK
 
 
 def test_a_bound_on_host_memory_lowers_the_budget_on_the_cpu(shelf):

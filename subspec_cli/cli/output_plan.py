@@ -105,7 +105,8 @@ def _facts(found: Forecast, plan: OffloadPlan) -> Iterator[tuple[str, str]]:
     least = f"{format_bytes(bounds.least_budget_bytes)} with a context of {bounds.least_context}"
     yield "why", plan.reason
     yield "budget", f"{planned} of {budget} planned; the least that works is {least}"
-    yield "context", f"{plan.context} tokens planned; up to {bounds.largest_context} would fit, slower"
+    longer = f"; up to {bounds.largest_context} would fit, slower"
+    yield "context", f"{plan.context} tokens planned{longer if bounds.largest_context > plan.context else ''}"
     yield "host RAM", f"{format_bytes(plan.host_bytes)}{' more' if plan.device == 'cpu' else ''}: {host}"
     yield "disk", _disk(found, plan)
     yield from _speeds(found, plan)

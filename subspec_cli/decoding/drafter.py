@@ -162,9 +162,9 @@ class Drafter:
     def _next_serial(self, tree: GrowingTree, limits: TreeLimits, cost_s: float) -> _Step | None:
         """What to expand next; None when the tree is as large as it pays."""
         fixed = self._schedule.fixed
-        tip = tree.tip()
         free = room = limits.nodes - tree.rows - 1
         if fixed.depth is not None:
+            tip = tree.tip()
             # The chain goes to its depth; others share its steps, as far as the rest of the chain leaves room.
             if not self._may_expand(tree, tip, limits.depth):
                 return None

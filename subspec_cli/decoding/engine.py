@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Final
 
 import torch
 from torch import Tensor
@@ -27,10 +26,10 @@ from subspec_cli.errors import UsageError
 from subspec_cli.metrics import GenerationStats, StepStats
 from subspec_cli.modeling.decoder import TargetDecoder
 from subspec_cli.modeling.kv_cache import KVCache
+from subspec_cli.placement.plan_request import PREFILL_CHUNK
 from subspec_cli.placement.streamer import StreamCounters
 
-PREFILL_CHUNK: Final = 256
-"""Prompt rows per pass. Chunks end at absolute multiples of this, whatever the budget or the mode."""
+__all__ = ["PREFILL_CHUNK", "Engine", "Request", "StepOutput", "common_prefix"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,8 @@ from subspec_cli.placement.costs import MachineCosts
 from subspec_cli.placement.geometry import ModelGeometry
 
 DEFAULT_CONTEXT: Final = 4096
+PREFILL_CHUNK: Final = 256
+"""Prompt rows per pass. Chunks end at absolute multiples of this, whatever the budget or the mode."""
 LEAST_CONTEXT: Final = 512
 SHADOW_ROWS: Final = 64
 """Cache rows for what is drafted while the target's weights arrive."""

@@ -27,13 +27,14 @@ from subspec_cli.placement.memory import (
     return_freed_memory_at_once,
     total_bytes,
 )
-from subspec_cli.placement.plan import SHADOW_ROWS, OffloadPlan, fastest_plan
+from subspec_cli.placement.plan import OffloadPlan, fastest_plan
 from subspec_cli.placement.plan_lines import CUDA_CONTEXT_BYTES
 from subspec_cli.placement.predict import plan_costs
 from subspec_cli.session.known_costs import keep_costs, known_costs, probe_subject
 from subspec_cli.session.loading import LoadedModel, Loader
 from subspec_cli.session.planning import (
     budget_bytes,
+    most_shadow_rows,
     most_tree_nodes,
     plan_request,
     ram_bytes,
@@ -178,8 +179,8 @@ def _tree_nodes(config: Config, plan: OffloadPlan) -> int:
 
 
 def _shadow_rows(config: Config, plan: OffloadPlan) -> int:
-    """Rows for drafting in the shadow of a pass; where nothing streams, there is no shadow."""
-    return SHADOW_ROWS if plan.streamed and not config.draft.no_shadow else 0
+    """Rows for drafting in the shadow of a pass; where nothing streams or drafts, there is no shadow."""
+    return most_shadow_rows(config) if plan.streamed and plan.drafts else 0
 
 
 def _certify(

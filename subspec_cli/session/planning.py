@@ -11,11 +11,10 @@ from subspec_cli.placement.costs import MachineCosts
 from subspec_cli.placement.geometry import ModelGeometry, substitute_layer_bytes
 from subspec_cli.placement.plan import LEAST_CONTEXT, SHADOW_ROWS, PlanRequest
 from subspec_cli.placement.plan_lines import BARE_PROCESS_BYTES
+from subspec_cli.placement.plan_request import PREFILL_CHUNK
 from subspec_cli.store.manifest import SubstituteSettings
 from subspec_cli.units import format_bytes, gib_to_bytes
 
-PREFILL_ROWS: Final = 256
-"""Rows of a prefill chunk; the engine's own constant, which costs torch to import."""
 DEFAULT_SHARE: Final = 0.75
 """Share of the available memory taken when the user names no budget."""
 _TREE_NODES: Final = 64
@@ -51,13 +50,13 @@ def plan_request(
         least_context=max(LEAST_CONTEXT, config.run.max_new_tokens + _PROMPT_TOKENS),
         resident_layers=config.memory.resident_layers,
         tree_nodes=most_tree_nodes(config),
-        prefill_rows=PREFILL_ROWS,
+        prefill_rows=PREFILL_CHUNK,
         model_context=geometry.max_positions,
         costs=costs,
         survival=survival,
         ram_bytes=ram_bytes,
         fixed_depth=config.draft.depth,
-        shadow_rows=0 if config.draft.no_shadow else SHADOW_ROWS,
+        shadow_rows=most_shadow_rows(config),
     )
 
 
@@ -65,6 +64,11 @@ def most_tree_nodes(config: Config) -> int:
     """Most nodes of a tree; a fixed shape may need more than the usual bound."""
     depth, width = config.draft.depth or 0, config.draft.width or 1
     return max(_TREE_NODES, depth * width + 1)
+
+
+def most_shadow_rows(config: Config) -> int:
+    """Cache rows for drafting in the shadow of a pass; 0 if the user switched it off."""
+    return 0 if config.draft.no_shadow else SHADOW_ROWS
 
 
 def budget_bytes(config: Config, device: str, total_bytes: int | None, available_bytes: int | None) -> int:

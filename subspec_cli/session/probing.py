@@ -7,7 +7,6 @@ a cache holds, run through the very decoders that a session uses. Takes seconds;
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -45,6 +44,8 @@ _TARGET_ROWS: Final = (1, 8, 16, 32, 48, 64)
 _DRAFT_ROWS: Final = (1, 2, 3, 4, 6, 8)
 _DISK_LAYERS: Final = 4
 """Layers whose files are read to time the disk, spread over the model."""
+_TREE_S: Final = 0.4e-3
+"""Batch and tree of a draft step, the same on any machine within what it matters."""
 
 
 def probe_machine(
@@ -55,18 +56,20 @@ def probe_machine(
     progress: Callable[[str], None],
 ) -> MachineCosts:
     """Time link, target layers, draft layers and heads; every time is quantised."""
-    progress("timing the disk")
     layouts = _disk_layouts(geometry, checkpoint)
-    disk = disk_rate(layouts)
     on_cpu = device.type == "cpu"
     bench = _Bench(geometry, settings, device)
-    progress("timing the target's layers")
-    # On the CPU a pass and the reader share cores and memory, so each is timed beside the other.
-    with reading(layouts) if on_cpu else nullcontext() as beside:
-        target = bench.target_layer()
+    progress("timing link and target")
+    if on_cpu:
+        # A pass and the reader share cores and memory, so each is timed beside the other.
+        with reading(layouts) as beside:
+            target = bench.target_layer()
+        link = disk = beside.bytes_per_s
+    else:
+        target, disk, link = bench.target_layer(), disk_rate(layouts), quantised(copy_rate(device))
     progress("timing the draft's layers")
     costs = MachineCosts(
-        link_bytes_per_s=beside.bytes_per_s if beside else quantised(copy_rate(device)),
+        link_bytes_per_s=link,
         disk_bytes_per_s=disk,
         target_layer=target.quantised(),
         target_head=bench.head(_TARGET_ROWS, bench.rules).quantised(),
@@ -244,7 +247,3 @@ class _Bench:
         keys = torch.arange(_PREFIX + rows, device=self._device)
         positions = keys[_PREFIX:]
         return TokenBatch(zeros, zeros + _PREFIX, rows, _PREFIX, keys[None, :] <= positions[:, None], keys)
-
-
-_TREE_S: Final = 0.4e-3
-"""Batch and tree of a draft step, the same on any machine within what it matters."""
