@@ -23,6 +23,7 @@ from subspec_cli.decoding.engine import Engine, Request, StepOutput
 from subspec_cli.decoding.schedule import FixedShape, Schedule, TreeLimits
 from subspec_cli.decoding.tree import TokenTree
 from subspec_cli.decoding.verify import VerifyResult
+from subspec_cli.modeling.decoder import DraftLogits
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.layers import RowRules, TokenBatch
 from subspec_cli.placement.costs import PlanCosts, RowTimes
@@ -148,9 +149,9 @@ class FakeTarget(FakeModel):
 class FakeDraft(FakeModel):
     """The guess: rows are not padded."""
 
-    def forward(self, batch: TokenBatch, kv: KVCache) -> Tensor:
+    def forward(self, batch: TokenBatch, kv: KVCache) -> DraftLogits:
         assert len(batch.token_ids) == len(batch.positions) == batch.rows
-        return self.table_rows(self.prefixes(batch, kv, DRAFT_MADE))
+        return DraftLogits(self.table_rows(self.prefixes(batch, kv, DRAFT_MADE)))
 
 
 def fake_cache(context: int = 64, scratch: int = 64) -> KVCache:

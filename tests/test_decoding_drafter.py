@@ -24,6 +24,7 @@ from subspec_cli.decoding.batches import prompt_batch
 from subspec_cli.decoding.choose import choose
 from subspec_cli.decoding.drafter import Drafter, RootOnly
 from subspec_cli.decoding.ranking import likeliest, rank
+from subspec_cli.modeling.decoder import DraftLogits
 
 PROMPT = (1, 2, 3)
 ROOT = 4
@@ -232,7 +233,7 @@ def test_the_root_alone_is_plain_decoding():
 def test_draft_logits_may_be_of_any_float_dtype():
     class HalfDraft(FakeDraft):
         def forward(self, batch, kv):
-            return super().forward(batch, kv).to(torch.bfloat16)
+            return DraftLogits(super().forward(batch, kv).logits.to(torch.bfloat16))
 
     kv = fake_cache()
     draft = HalfDraft(random_table(1))
@@ -244,7 +245,9 @@ def test_draft_logits_may_be_of_any_float_dtype():
 def test_ranking_where_the_logits_are_agrees_with_ranking_whole_rows(chooser):
     logits = torch.randn((5, 400), generator=torch.Generator().manual_seed(0))
     positions = [7, 8, 8, 9, 30]
-    for row, (ids, scores), position in zip(logits, rank(logits, chooser, positions), positions, strict=True):
+    for row, (ids, scores), position in zip(
+        logits, rank(DraftLogits(logits), chooser, positions), positions, strict=True
+    ):
         whole = chooser.scores(row.double().numpy(), position)
         best = np.argsort(-whole)[:8]
         found = likeliest(ids, scores)
@@ -258,7 +261,9 @@ def test_with_a_filter_whole_rows_decide(filters):
     chooser = sampled(1, **filters)
     logits = torch.randn((2, 400), generator=torch.Generator().manual_seed(0)) * 3
     assert chooser.guessed_scores(logits, [1, 2]) is None
-    for row, (ids, scores), position in zip(logits, rank(logits, chooser, [1, 2]), (1, 2), strict=True):
+    for row, (ids, scores), position in zip(
+        logits, rank(DraftLogits(logits), chooser, [1, 2]), (1, 2), strict=True
+    ):
         whole = chooser.scores(row.double().numpy(), position)
         allowed = set(np.flatnonzero(np.isfinite(whole)).tolist())
         found = [token for token, _ in likeliest(ids, scores)]

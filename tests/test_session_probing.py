@@ -6,7 +6,10 @@ import tiny_models
 import torch
 from test_session_fakes import answer_to, open_tiny
 
-from subspec_cli.modeling.decoder import Head
+from subspec_cli.config import SamplingConfig
+from subspec_cli.decoding.choose import make_chooser
+from subspec_cli.decoding.ranking import likeliest, rank
+from subspec_cli.modeling.decoder import DraftLogits, Head
 from subspec_cli.modeling.substitute import Int4Linear, LowBitHead, low_bit_table
 from subspec_cli.placement.costs import quantised
 from subspec_cli.placement.predict import plan_costs
@@ -133,9 +136,29 @@ def test_a_low_bit_head_is_close_to_the_head():
     head, table = Head(torch.ones(256).bfloat16(), weight, 1e-6), low_bit_table(weight)
     assert isinstance(table, Int4Linear)
     rows = torch.randn((3, 256), generator=generator).bfloat16()
-    exact = head.logits(rows, None).float()
-    found = LowBitHead(head.norm_weight, table, 1e-6).logits(rows, None).float()
-    assert (found - exact).pow(2).mean() < 0.02 * exact.pow(2).mean()
+    exact = head.guess(rows).logits.float()
+    found = LowBitHead(head.norm_weight, table, weight, 1e-6).guess(rows)
+    assert found.is_rough
+    assert (found.logits.float() - exact).pow(2).mean() < 0.02 * exact.pow(2).mean()
+    ids = torch.arange(512).repeat(3, 1)
+    assert torch.allclose(found.rescored(ids), exact, rtol=0.01, atol=0.01)
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9}])
+def test_a_low_bit_head_ranks_as_the_head_does(sampling):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn((512, 256), generator=generator).bfloat16()
+    head = Head(torch.ones(256).bfloat16(), weight, 1e-6)
+    rough = LowBitHead(head.norm_weight, low_bit_table(weight), weight, 1e-6)
+    rows = torch.randn((40, 256), generator=generator).bfloat16()
+    chooser = make_chooser(SamplingConfig(**sampling, seed=1), 1, 0)
+
+    def best(found):
+        return [likeliest(*row)[0][0] for row in rank(found, chooser, range(40))]
+
+    wanted = best(head.guess(rows))
+    assert best(rough.guess(rows)) == wanted
+    assert best(DraftLogits(rough.guess(rows).logits)) != wanted  # four bits alone do not do it
 
 
 def test_tables_are_quantized_alike_in_pieces(monkeypatch):

@@ -28,6 +28,11 @@ _LEAST_TEMPERATURE: Final = 1e-200
 class Chooser(Protocol):
     """Picks the token for a position from one row of target logits."""
 
+    @property
+    def temperature(self) -> float:
+        """What scores divide logits by; 1 where they are the logits."""
+        ...
+
     def scores(self, logits: Row, position: int) -> Row:
         """`[V]` scores whose argmax is the choice; -inf where a filter forbids the token."""
         ...
@@ -48,6 +53,8 @@ def choose(chooser: Chooser, logits: Row, position: int) -> int:
 class GreedyChooser:
     """The most likely token; of equals, the lowest id."""
 
+    temperature = 1.0
+
     def scores(self, logits: Row, position: int) -> Row:  # noqa: ARG002
         """The logits themselves."""
         return logits
@@ -63,14 +70,14 @@ class GumbelChooser:
     def __init__(self, sampling: SamplingConfig, seed: int, request: int) -> None:
         assert sampling.temperature > 0
         self._sampling = sampling
-        self._temperature = max(sampling.temperature, _LEAST_TEMPERATURE)
+        self.temperature = max(sampling.temperature, _LEAST_TEMPERATURE)
         self._seed = seed
         self._request = request
         self._noise: OrderedDict[int, Row] = OrderedDict()
 
     def scores(self, logits: Row, position: int) -> Row:
         """Filtered logits / temperature + the noise of `position`."""
-        scaled = logits / self._temperature
+        scaled = logits / self.temperature
         keep = allowed_tokens(scaled, self._sampling.top_k, self._sampling.top_p)
         return np.where(keep, scaled + self._gumbel(position, len(logits)), -np.inf)
 
@@ -79,7 +86,7 @@ class GumbelChooser:
         if self._sampling.top_k or self._sampling.top_p < 1.0:
             return None
         noise = np.stack([self._gumbel(position, logits.shape[1]) for position in positions])
-        return logits.float() / self._temperature + torch.from_numpy(noise).to(logits.device, torch.float32)
+        return logits.float() / self.temperature + torch.from_numpy(noise).to(logits.device, torch.float32)
 
     def _gumbel(self, position: int, vocab: int) -> Row:
         if position not in self._noise:

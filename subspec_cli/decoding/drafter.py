@@ -221,8 +221,8 @@ class Drafter:
             tokens.append(guess.token_id)
             depths.append(below.depth + place + 1)
         batch = draft_batch(tree, tokens, depths, first, committed, self._device)
-        logits = self._draft.forward(batch, self._kv)
-        ranked = rank(logits, chooser, [committed + depth + 1 for depth in depths])
+        found = self._draft.forward(batch, self._kv)
+        ranked = rank(found, chooser, [committed + depth + 1 for depth in depths])
         numbers, guesses = list(step.numbers), iter(step.guesses)
         expanded = gained = 0.0
         for row, (token_ids, scores) in enumerate(ranked):

@@ -10,35 +10,48 @@ from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from subspec_cli.decoding.choose import Chooser, Row
+from subspec_cli.modeling.decoder import DraftLogits
 
 Ids = NDArray[np.int64]
 SHARPENING: Final = 0.2
 """Temperature of the draft's guess: low, so that side paths do not crowd out the likely one (SubSpec, 2509.18344)."""
 _RANKED: Final = 8
 """Children looked at per node."""
+_CANDIDATES: Final = 32
+"""Tokens that a rough head picks for the 16-bit one to score."""
 
 
-def rank(logits: Tensor, chooser: Chooser, positions: Sequence[int]) -> list[tuple[Ids, Row]]:
-    """For each draft row `[N, V]`, the ids and scores of its best few tokens, in no order.
+def rank(found: DraftLogits, chooser: Chooser, positions: Sequence[int]) -> list[tuple[Ids, Row]]:
+    """For each draft row, the ids and scores of its best few tokens, in no order.
 
     Ranked where the logits are, so that a few numbers and not whole rows are brought to the host; with a filter,
-    which has to see whole rows, on the host.
+    which has to see whole rows, on the host. Of rough logits the best are candidates, scored again by the
+    16-bit head: what four bits lose at the head alone would cost a fifth of the accepted tokens.
     """
-    count = min(_RANKED, logits.shape[1])
-    scores = chooser.guessed_scores(logits, positions)
-    if scores is not None:
-        best = scores.topk(count, dim=-1)
-        values, ids = best.values.double().cpu().numpy(), best.indices.cpu().numpy()
-        return list(zip(ids, values, strict=True))
-    found = []
+    scores = chooser.guessed_scores(found.logits, positions)
+    if scores is None:
+        return _ranked_on_host(found, chooser, positions)
+    values, ids = scores.topk(min(_CANDIDATES if found.is_rough else _RANKED, scores.shape[1]), dim=-1)
+    if found.is_rough:
+        values = values + (found.rescored(ids) - found.logits.gather(1, ids).float()) / chooser.temperature
+        values, places = values.topk(min(_RANKED, scores.shape[1]), dim=-1)
+        ids = ids.gather(1, places)
+    return list(zip(ids.cpu().numpy(), values.double().cpu().numpy(), strict=True))
+
+
+def _ranked_on_host(found: DraftLogits, chooser: Chooser, positions: Sequence[int]) -> list[tuple[Ids, Row]]:
+    logits, count = found.logits, min(_RANKED, found.logits.shape[1])
+    if found.is_rough:
+        ids = logits.topk(min(_CANDIDATES, logits.shape[1]), dim=-1).indices
+        logits = logits.scatter(1, ids, found.rescored(ids).to(logits.dtype))
+    ranked = []
     for position, row in zip(positions, logits.double().cpu().numpy(), strict=True):
         whole = chooser.scores(row, position)
-        ids = np.argpartition(whole, -count)[-count:]
-        found.append((ids, whole[ids]))
-    return found
+        best = np.argpartition(whole, -count)[-count:]
+        ranked.append((best, whole[best]))
+    return ranked
 
 
 def likeliest(token_ids: Ids, scores: Row, sharpening: float = SHARPENING) -> list[tuple[int, float]]:

@@ -53,6 +53,30 @@ class Flow:
 
 
 @dataclass(frozen=True, slots=True)
+class DraftLogits:
+    """What the draft says of the next token: `[N, V]` logits, rough ones where its head has few bits."""
+
+    logits: Tensor
+    normed: Tensor | None = None
+    """`[N, hidden]` inputs of a rough head; None where the logits are as good as they get."""
+    weight: Tensor | None = None
+    """`[V, hidden]` of the 16-bit head that a rough one stands in for."""
+
+    @property
+    def is_rough(self) -> bool:
+        """Whether a head of few bits made them."""
+        return self.weight is not None
+
+    def rescored(self, token_ids: Tensor) -> Tensor:
+        """Rough logits of `[N, K]` candidates as the 16-bit head gives them, float32."""
+        assert self.weight is not None
+        assert self.normed is not None
+        # Products of few rows, by elements: a matrix kernel for every number of rows would cost its code.
+        found = (self.weight[token_ids].float() * self.normed.float()[:, None]).sum(-1)
+        return found.to(self.logits.dtype).float()
+
+
+@dataclass(frozen=True, slots=True)
 class Head:
     """Final norm and vocabulary head."""
 
@@ -61,10 +85,13 @@ class Head:
     """`[V, hidden]`; the embedding itself when tied."""
     eps: float
 
-    def logits(self, hidden: Tensor, rules: RowRules | None) -> Tensor:
-        """`[P, hidden]` to `[P, V]` in the model's dtype, row-independent if `rules` are given."""
-        normed = rms_norm(hidden, self.norm_weight, self.eps)
-        return rules.linear(normed, self.weight, None) if rules else F.linear(normed, self.weight)
+    def logits(self, hidden: Tensor, rules: RowRules) -> Tensor:
+        """`[P, hidden]` to `[P, V]` in the model's dtype, row-independent by the rules."""
+        return rules.linear(rms_norm(hidden, self.norm_weight, self.eps), self.weight, None)
+
+    def guess(self, hidden: Tensor) -> DraftLogits:
+        """The same for `[N, hidden]` rows of the draft, without rules."""
+        return DraftLogits(F.linear(rms_norm(hidden, self.norm_weight, self.eps), self.weight))
 
 
 class TargetDecoder:
@@ -151,8 +178,8 @@ class TargetDecoder:
 class DraftHead(Protocol):
     """The head as the draft runs it: the target's own, or a low-bit copy."""
 
-    def logits(self, hidden: Tensor, rules: RowRules | None) -> Tensor:
-        """`[N, hidden]` to `[N, V]`."""
+    def guess(self, hidden: Tensor) -> DraftLogits:
+        """`[N, hidden]` rows to logits `[N, V]`."""
         ...
 
 
@@ -184,7 +211,7 @@ class DraftDecoder:
         self._layers = tuple(layers)
 
     @torch.inference_mode()
-    def forward(self, batch: TokenBatch, kv: KVCache) -> Tensor:
+    def forward(self, batch: TokenBatch, kv: KVCache) -> DraftLogits:
         """Logits `[N, V]`; writes draft-made keys and values to scratch rows."""
         hidden = self._embed(batch.token_ids)
         rotation = self._math.rope.rows(batch.positions)
@@ -199,4 +226,4 @@ class DraftDecoder:
             mixed = self._math.mix(number, projected, rotation, batch, kv, masks[sizes.windows[number]])
             hidden = hidden + layer.attention_output(mixed)
             hidden = hidden + layer.feed_forward(self._math.mlp_input(number, hidden))
-        return self._head.logits(hidden, None)
+        return self._head.guess(hidden)

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from subspec_cli.modeling.layers import LayerMath, RowRules, rms_norm
+from subspec_cli.modeling.decoder import DraftLogits
+from subspec_cli.modeling.layers import LayerMath, rms_norm
 from subspec_cli.placement.geometry import group_size_for
 from subspec_cli.store.manifest import SubstituteSettings
 
@@ -89,15 +90,21 @@ class Int8Linear:
 
 @dataclass(frozen=True, slots=True)
 class LowBitHead:
-    """A vocabulary head of the draft's own, in 4 bits: a quarter of the bytes that a step must read."""
+    """A vocabulary head of the draft's own, in 4 bits: a quarter of the bytes that a step must read.
+
+    It finds the candidates; their logits are those of the 16-bit head, which is in memory for the target.
+    """
 
     norm_weight: Tensor
     project: Int4Linear
+    weight: Tensor
+    """`[V, hidden]` of the 16-bit head."""
     eps: float
 
-    def logits(self, hidden: Tensor, rules: RowRules | None) -> Tensor:  # noqa: ARG002 - a guess needs no rules
-        """`[N, hidden]` to `[N, V]`."""
-        return self.project(rms_norm(hidden, self.norm_weight, self.eps))
+    def guess(self, hidden: Tensor) -> DraftLogits:
+        """`[N, hidden]` rows to rough logits `[N, V]`, with what rescores a few of them."""
+        normed = rms_norm(hidden, self.norm_weight, self.eps)
+        return DraftLogits(self.project(normed), normed, self.weight)
 
 
 @dataclass(frozen=True, slots=True)

@@ -138,7 +138,7 @@ class Loader:
             return head
         self._progress("making the draft's head")
         table = low_bit_table(head.weight)
-        return head if table is None else LowBitHead(head.norm_weight, table, head.eps)
+        return head if table is None else LowBitHead(head.norm_weight, table, head.weight, head.eps)
 
     def _reads_on(self, source: LayerSource) -> bool:
         """Whether files are read after loading: for a card, all that could be pinned has been copied by then."""

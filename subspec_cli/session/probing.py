@@ -16,7 +16,7 @@ from torch import Tensor
 from subspec_cli.decoding.choose import GreedyChooser
 from subspec_cli.decoding.ranking import likeliest, rank
 from subspec_cli.modeling.attention import exact_attention, fast_attention
-from subspec_cli.modeling.decoder import Block, DraftDecoder, Head, TargetDecoder
+from subspec_cli.modeling.decoder import Block, DraftDecoder, DraftHead, DraftLogits, Head, TargetDecoder
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.layers import LayerMath, RowRules, TokenBatch
 from subspec_cli.modeling.rope import RopeTable
@@ -72,12 +72,12 @@ def probe_machine(
         link_bytes_per_s=link,
         disk_bytes_per_s=disk,
         target_layer=target.quantised(),
-        target_head=bench.head(_TARGET_ROWS, bench.rules).quantised(),
+        target_head=bench.target_head().quantised(),
         substitute_layer=bench.substitute_layer().quantised(),
         shared_layer=bench.shared_layer().quantised(),
-        draft_head=bench.head(_DRAFT_ROWS, None).quantised(),
-        low_bit_head=bench.low_bit_head().quantised(),
-        step_overhead_s=bench.step_overhead_s(),
+        draft_head=bench.draft_head(16).quantised(),
+        low_bit_head=bench.draft_head(4).quantised(),
+        step_overhead_s=quantised(_TREE_S),
         origin="measured",
     )
     if not on_cpu:
@@ -110,9 +110,9 @@ class _MadeUpSource:
 class _NoHead:
     """Leaves the head out."""
 
-    def logits(self, hidden: Tensor, rules: RowRules | None) -> Tensor:  # noqa: ARG002
+    def guess(self, hidden: Tensor) -> DraftLogits:
         """The hidden states themselves."""
-        return hidden
+        return DraftLogits(hidden)
 
 
 class _Bench:
@@ -163,33 +163,36 @@ class _Bench:
         return self._draft(math, layers)
 
     @torch.inference_mode()
-    def head(self, row_counts: tuple[int, ...], rules: RowRules | None) -> RowTimes:
-        """The 16-bit head, by rows."""
-        head = Head(self._ones(self._sizes.hidden), self._ones(self._sizes.vocab, self._sizes.hidden), 1e-6)
-
-        def run(rows: int) -> None:
-            head.logits(self._ones(rules.padded(rows) if rules else rows, self._sizes.hidden), rules)
-
-        return time_rows(run, row_counts, finish=self._finish)
-
-    @torch.inference_mode()
-    def low_bit_head(self) -> RowTimes:
-        """A 4-bit head, by rows; as long as the 16-bit one where no kernel takes its shape."""
-        table = low_bit_table(self._ones(self._sizes.vocab, self._sizes.hidden))
-        if table is None:
-            return self.head(_DRAFT_ROWS, None)
-        head = LowBitHead(self._ones(self._sizes.hidden), table, 1e-6)
+    def target_head(self) -> RowTimes:
+        """The target's head, by rows."""
+        head = self._head()
         return time_rows(
-            lambda rows: head.logits(self._ones(rows, self._sizes.hidden), None),
-            _DRAFT_ROWS,
+            lambda rows: head.logits(self._ones(self.rules.padded(rows), self._sizes.hidden), self.rules),
+            _TARGET_ROWS,
             finish=self._finish,
         )
 
-    def step_overhead_s(self) -> float:
-        """Ranking the children of a node, and bringing its logits to the host."""
-        logits, rule = self._ones(1, self._sizes.vocab), GreedyChooser()
-        times = time_rows(lambda _rows: likeliest(*rank(logits, rule, [0])[0]), (1,))
-        return quantised(times.seconds[0] + _TREE_S)
+    @torch.inference_mode()
+    def draft_head(self, bits: int) -> RowTimes:
+        """The draft's head of 16 or 4 bits and the ranking of what it finds, by rows.
+
+        Four bits take as long as sixteen where no kernel takes the table's shape.
+        """
+        whole = self._head()
+        table = low_bit_table(whole.weight) if bits == 4 else None
+        head: DraftHead = whole
+        if table is not None:
+            head = LowBitHead(whole.norm_weight, table, whole.weight, whole.eps)
+
+        def run(rows: int) -> None:
+            found = head.guess(self._ones(rows, self._sizes.hidden))
+            for token_ids, scores in rank(found, GreedyChooser(), [0] * rows):
+                likeliest(token_ids, scores)
+
+        return time_rows(run, _DRAFT_ROWS, finish=self._finish)
+
+    def _head(self) -> Head:
+        return Head(self._ones(self._sizes.hidden), self._ones(self._sizes.vocab, self._sizes.hidden), 1e-6)
 
     def _draft(self, math: LayerMath, layers: list[SubstituteLayer]) -> RowTimes:
         decoder = DraftDecoder(math, self._states, _NoHead(), layers)
