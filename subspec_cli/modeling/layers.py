@@ -19,7 +19,8 @@ from subspec_cli.modeling.rope import RopeTable, Rotation
 from subspec_cli.placement.geometry import ModelGeometry
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-_ROW_SIZES: Final = (8, 16, 32, 48, 64)
+_ROW_SIZES: Final = (8, 16, 32, 48, 64, 96, 128)
+_ROW_STEP: Final = 64
 _SERIAL_ELEMENTS: Final = 32_768
 """Elementwise kernels run on one thread below this many elements (torch's grain size)."""
 
@@ -55,7 +56,7 @@ class RowRules:
     def padded(self, rows: int) -> int:
         """Rows after padding: one of few sizes, for each of which the kernels keep code and scratch memory."""
         if rows > _ROW_SIZES[-1]:
-            return -(-rows // _ROW_SIZES[-1]) * _ROW_SIZES[-1]
+            return -(-rows // _ROW_STEP) * _ROW_STEP
         sizes = (self.row_block, *_ROW_SIZES)
         return next(size for size in sizes if size >= rows and size % self.row_block == 0)
 

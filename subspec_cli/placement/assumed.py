@@ -16,7 +16,7 @@ from subspec_cli.placement.geometry import LAYER_MATRICES, ModelGeometry, substi
 from subspec_cli.store.manifest import SubstituteSettings
 
 ASSUMED: Final = "assumed"
-_ROWS: Final = (1, 2, 4, 8, 16, 32, 64)
+_ROWS: Final = (1, 2, 4, 8, 16, 32, 64, 128)
 _SURVIVAL: Final = MappingProxyType({8: 0.99, 4: 0.974, 2: 0.75})
 """Chance that the target agrees with one more level of the draft, by the bits of the substitutes: 4 bit as the
 method's authors measured it on a 7B model, the others from our own runs."""

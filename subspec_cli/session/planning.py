@@ -17,7 +17,7 @@ from subspec_cli.units import format_bytes, gib_to_bytes
 
 DEFAULT_SHARE: Final = 0.75
 """Share of the available memory taken when the user names no budget."""
-_TREE_NODES: Final = 64
+_TREE_NODES: Final = 128
 _PROMPT_TOKENS: Final = 256
 """Room for a prompt beside the longest answer."""
 

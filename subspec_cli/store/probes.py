@@ -15,7 +15,7 @@ from subspec_cli.store.home import make_home_directory, subspec_home
 from subspec_cli.store.json_object import parse_json_object
 
 _MOST_BYTES: Final = 1 << 20
-_FORMAT: Final = 1
+_FORMAT: Final = 2
 
 
 def read_probe(about: Mapping[str, Any]) -> dict[str, Any] | None:
