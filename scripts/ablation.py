@@ -93,7 +93,7 @@ class UnsharedDraft:
         own.rewind(common_prefix(wanted, own.token_ids))
         while own.committed < len(wanted):
             chunk = wanted[own.committed : own.committed + 64]
-            self._draft.forward(prompt_batch(chunk, own.committed, _Unpadded(1), CPU), own)
+            self._draft.forward(prompt_batch(chunk, own.committed, _Unpadded(1)), own)
             own.commit(range(len(chunk)), chunk)
         return self._draft.forward(batch, own)
 
@@ -192,10 +192,8 @@ class Laboratory:
             fixed=fixed,
             shadow_rows=SHADOW_ROWS if arm.shadow else 0,
         )
-        drafter = Drafter(
-            draft, kv, schedule, eos_ids=self._drafter._eos_ids, device=CPU, sharpening=arm.sharpening
-        )
-        engine = Engine(target, kv, drafter, schedule, counters=counters, device=CPU)
+        drafter = Drafter(draft, kv, schedule, eos_ids=self._drafter._eos_ids, sharpening=arm.sharpening)
+        engine = Engine(target, kv, drafter, schedule, counters=counters)
         self._session._parts = replace(self._session._parts, speculative=engine)
 
     def run(self, *, plain: bool, tokens: int) -> tuple[list[GenerationStats], list[int]]:

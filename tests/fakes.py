@@ -261,7 +261,7 @@ class CountdownStop:
 
 def fake_engine(target: FakeTarget, kv: KVCache, grower: object, schedule: Schedule | None = None) -> Engine:
     """The real loop over fakes."""
-    return Engine(target, kv, grower, schedule or free_schedule(), counters=target.counters, device=CPU)
+    return Engine(target, kv, grower, schedule or free_schedule(), counters=target.counters)
 
 
 def request_for(

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from fakes import (
-    CPU,
     VOCAB,
     FakeDraft,
     FakeTarget,
@@ -34,10 +33,10 @@ def grown(table, schedule, *, chooser=None, wanted=99, eos_ids=()):
     """A tree under ROOT after PROMPT, and the calls that made it."""
     kv = fake_cache()
     target = FakeTarget(random_table(0))
-    target.forward(prompt_batch(PROMPT, 0, target.rules, CPU), kv)
+    target.forward(prompt_batch(PROMPT, 0, target.rules), kv)
     kv.commit(range(len(PROMPT)), PROMPT)
     draft = FakeDraft(table)
-    drafter = Drafter(draft, kv, schedule, eos_ids=eos_ids, device=CPU)
+    drafter = Drafter(draft, kv, schedule, eos_ids=eos_ids)
     tree = drafter.grow(ROOT, chooser or GreedyChooser(), wanted).tree
     assert kv.token_ids == PROMPT
     return tree, draft.calls
@@ -237,7 +236,7 @@ def test_draft_logits_may_be_of_any_float_dtype():
 
     kv = fake_cache()
     draft = HalfDraft(random_table(1))
-    drafter = Drafter(draft, kv, free_schedule(3, 2, 9), eos_ids=(), device=CPU)
+    drafter = Drafter(draft, kv, free_schedule(3, 2, 9), eos_ids=())
     assert drafter.grow(ROOT, sampled(1), 9).tree.depth == 3
 
 

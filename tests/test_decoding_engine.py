@@ -5,7 +5,6 @@ import itertools
 import numpy as np
 import pytest
 from fakes import (
-    CPU,
     VOCAB,
     ByteTokenizer,
     FakeDraft,
@@ -62,7 +61,7 @@ def machine(draft_table=None, *, table=TABLE, eos_ids=(), plan=None, context=64)
     kv, target, plan = fake_cache(context, scratch=128), FakeTarget(table), plan or free_schedule(6, 3, 24)
     grower = RootOnly()
     if draft_table is not None:
-        grower = Drafter(FakeDraft(draft_table), kv, plan, eos_ids=eos_ids, device=CPU)
+        grower = Drafter(FakeDraft(draft_table), kv, plan, eos_ids=eos_ids)
     return fake_engine(target, kv, grower, plan), target, kv
 
 

@@ -30,7 +30,7 @@ PROMPT = (3, 1, 4, 1, 5)
 def answered(draft_table, plan, *, limit=40, chooser=None, eos_ids=()):
     """(tokens, stats, draft, target) of one answer."""
     kv, target, draft = fake_cache(96, scratch=160), FakeTarget(TABLE), FakeDraft(draft_table)
-    drafter = Drafter(draft, kv, plan, eos_ids=eos_ids, device=CPU)
+    drafter = Drafter(draft, kv, plan, eos_ids=eos_ids)
     engine = fake_engine(target, kv, drafter, plan)
     outputs = list(engine.generate(request_for(PROMPT, limit, chooser=chooser, eos_ids=eos_ids)))
     return emitted(outputs), outputs[-1].stats, draft, target
@@ -77,7 +77,7 @@ def test_shadow_rows_lie_behind_the_tree_and_within_bounds():
     kv.write = logged
     target, plan = FakeTarget(TABLE), schedule(6, 4, 20, shadow_rows=12)
     draft = FakeDraft(blended(TABLE, random_table(7), 0.3))
-    engine = fake_engine(target, kv, Drafter(draft, kv, plan, eos_ids=(), device=CPU), plan)
+    engine = fake_engine(target, kv, Drafter(draft, kv, plan, eos_ids=()), plan)
     list(engine.generate(request_for(PROMPT, 40)))
     verified, in_shadow = (-1, 0), 0
     for maker, committed, start, end in log:
@@ -105,7 +105,7 @@ def test_no_findings_are_taken_into_another_answer():
     """State of an answer that was left early must not reach into the next one."""
     kv, target = fake_cache(96, scratch=160), FakeTarget(TABLE)
     plan = schedule(4, 3, 14, shadow_rows=30)
-    engine = fake_engine(target, kv, Drafter(FakeDraft(TABLE), kv, plan, eos_ids=(), device=CPU), plan)
+    engine = fake_engine(target, kv, Drafter(FakeDraft(TABLE), kv, plan, eos_ids=()), plan)
     steps = engine.generate(request_for(PROMPT, 40))
     for _ in range(3):
         next(steps)
@@ -140,7 +140,7 @@ def test_a_guess_of_the_lookup_makes_several_nodes_in_one_step():
     def run(width):
         kv, target, draft = fake_cache(96, scratch=160), FakeTarget(circle), FakeDraft(circle)
         plan = free_schedule(8, width, 9)
-        drafter = Drafter(draft, kv, plan, eos_ids=(), device=CPU)
+        drafter = Drafter(draft, kv, plan, eos_ids=())
         engine = fake_engine(target, kv, drafter, plan)
         outputs = list(engine.generate(request_for((0, 1, 2, 3, 0, 1, 2, 3), 36)))
         assert emitted(outputs) == plain_answer(circle, (0, 1, 2, 3, 0, 1, 2, 3), 36)
@@ -156,7 +156,7 @@ def test_wrong_guesses_change_no_token_and_leave_no_rows():
     prompt = (1, 2, 3) * 6
     kv, target, draft = fake_cache(96, scratch=160), FakeTarget(TABLE), FakeDraft(TABLE)
     plan = free_schedule(6, 4, 20, shadow_rows=30)
-    engine = fake_engine(target, kv, Drafter(draft, kv, plan, eos_ids=(), device=CPU), plan)
+    engine = fake_engine(target, kv, Drafter(draft, kv, plan, eos_ids=()), plan)
     assert emitted(list(engine.generate(request_for(prompt, 40)))) == plain_answer(TABLE, prompt, 40)
 
 

@@ -164,7 +164,7 @@ def test_the_outcome_of_a_pass_is_found_by_its_token():
 
 
 def test_prompt_rows_are_causal_over_what_is_cached():
-    batch = prompt_batch([5, 6, 7], 4, RowRules(4), CPU)
+    batch = prompt_batch([5, 6, 7], 4, RowRules(4))
     assert batch.token_ids.tolist() == [5, 6, 7, 7]
     assert batch.positions.tolist() == [4, 5, 6, 0]
     assert (batch.rows, batch.start) == (3, 4)
@@ -174,7 +174,7 @@ def test_prompt_rows_are_causal_over_what_is_cached():
 
 def test_a_whole_tree_sees_prefix_ancestors_and_self():
     tree = tree_of([9, 1, 2, 3], [-1, 0, 0, 2])
-    batch = tree_batch(tree, 2, RowRules(8), CPU)
+    batch = tree_batch(tree, 2, RowRules(8))
     assert batch.token_ids.tolist() == [9, 1, 2, 3, 3, 3, 3, 3]
     assert batch.positions[:4].tolist() == [2, 3, 3, 4]
     assert len(batch.positions) == 8
@@ -190,11 +190,11 @@ def test_a_whole_tree_sees_prefix_ancestors_and_self():
 def test_a_draft_step_is_a_cut_of_the_whole_tree(seed):
     growing, order = grown_at_random(seed)
     nodes = [growing.nodes[number] for number in order]
-    whole = tree_batch(growing.freeze([]), 3, RowRules(1), CPU)
+    whole = tree_batch(growing.freeze([]), 3, RowRules(1))
     first, count = len(order) - 4, 3
     tokens = [node.token_id for node in nodes[first : first + count]]
     depths = [node.depth for node in nodes[first : first + count]]
-    step = draft_batch(growing, tokens, depths, first, 3, CPU)
+    step = draft_batch(growing, tokens, depths, first, 3)
     assert (step.rows, step.start) == (count, 3 + first)
     assert step.token_ids.equal(whole.token_ids[first : first + count])
     assert step.positions.equal(whole.positions[first : first + count])

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
-from tiny_models import CPU, VOCAB, Tiny
+from tiny_models import VOCAB, Tiny
 from torch import Tensor
 
 from subspec_cli.decoding.batches import prompt_batch, tree_batch
@@ -89,7 +89,7 @@ def random_tree(seed: int, widths: Sequence[int]) -> TokenTree:
 
 def tree_logits(decoder: TargetDecoder, kv: KVCache, tree: TokenTree) -> Tensor:
     """`[N, V]` of one pass over the whole tree."""
-    return decoder.forward(tree_batch(tree, kv.committed, decoder.rules, CPU), kv)
+    return decoder.forward(tree_batch(tree, kv.committed, decoder.rules), kv)
 
 
 def sequential_logits(decoder: TargetDecoder, kv: KVCache, tree: TokenTree) -> Tensor:
@@ -160,7 +160,7 @@ def test_a_draft_of_resident_layers_is_the_same_model(float_model: Tiny) -> None
 
 def unpadded_batch(tree: TokenTree, kv: KVCache) -> TokenBatch:
     """A whole tree as one step of the draft."""
-    batch = tree_batch(tree, kv.committed, RowRules(2), CPU)
+    batch = tree_batch(tree, kv.committed, RowRules(2))
     return replace(batch, token_ids=batch.token_ids[: batch.rows], positions=batch.positions[: batch.rows])
 
 
@@ -225,7 +225,7 @@ def test_prefill_in_one_chunk_or_several_gives_the_same_bits(model: Tiny, chunk:
 
 def test_only_the_wanted_rows_reach_the_head(model: Tiny) -> None:
     decoder = model.target(rules=model.exact_rules)
-    batch = prompt_batch(PROMPT[:13], 0, decoder.rules, CPU)
+    batch = prompt_batch(PROMPT[:13], 0, decoder.rules)
     everything = decoder.forward(batch, model.kv())
     for first in (0, 5, 12):
         wanted = decoder.forward(batch, model.kv(), logits_from=first)
@@ -279,7 +279,7 @@ def test_padding_is_finite_and_never_reaches_the_cache(model: Tiny, rows: int) -
     """Trap 4: masked rows of the cache are multiplied by zero, so nothing in it may ever be NaN."""
     decoder = model.target(rules=WatchedRules(16))
     kv = prefilled(model, decoder, PROMPT[:5])
-    logits = decoder.forward(prompt_batch(PROMPT[:rows], 5, decoder.rules, CPU), kv)
+    logits = decoder.forward(prompt_batch(PROMPT[:rows], 5, decoder.rules), kv)
     assert logits.shape == (rows, VOCAB)
     assert logits.isfinite().all()
     for layer in range(model.geometry.layers):
@@ -291,7 +291,7 @@ def test_padding_is_finite_and_never_reaches_the_cache(model: Tiny, rows: int) -
 
 def test_what_the_padding_holds_does_not_show(model: Tiny) -> None:
     decoder = model.target(rules=replace(model.exact_rules, row_block=8))
-    batch = prompt_batch(PROMPT[:3], 0, decoder.rules, CPU)
+    batch = prompt_batch(PROMPT[:3], 0, decoder.rules)
     other_ids = batch.token_ids.clone()
     other_ids[3:] = torch.tensor([5, 99, 250, 8, 1])
     assert len(other_ids) == 8
@@ -322,7 +322,7 @@ def test_fixed_rows_run_every_linear_in_blocks_of_one_size() -> None:
 def test_every_linear_of_the_target_and_its_head_follow_the_row_rules(tiny: MakeTiny) -> None:
     model = tiny("llama", attention_bias=True, mlp_bias=True, tied=False)
     decoder = model.target(rules=RowRules(4, fixed_rows=True))
-    batch = prompt_batch(PROMPT[:13], 0, decoder.rules, CPU)
+    batch = prompt_batch(PROMPT[:13], 0, decoder.rules)
     sizes: list[int] = []
     linear = torch.nn.functional.linear
 
@@ -403,7 +403,7 @@ class Interrupted:
 @pytest.mark.parametrize("calls", [1, 2, 3])
 def test_after_an_interrupt_the_next_pass_starts_at_the_first_block(tiny: MakeTiny, calls: int) -> None:
     model = tiny("qwen2")
-    batch = prompt_batch(PROMPT[:6], 0, RowRules(4), CPU)
+    batch = prompt_batch(PROMPT[:6], 0, RowRules(4))
     expected = model.target().forward(batch, model.kv())
     with closing(model.streamer(range(3), 2)) as streamer:
         failing = Interrupted(calls)
@@ -467,7 +467,7 @@ def test_a_failing_block_leaves_the_stream_at_once(
     source, streamer = streamed_source
     decoder = model.target(source, math=model.math(Interrupted(3)))
     with pytest.raises(KeyboardInterrupt) as caught:
-        decoder.forward(prompt_batch(PROMPT[:6], 0, decoder.rules, CPU), model.kv())
+        decoder.forward(prompt_batch(PROMPT[:6], 0, decoder.rules), model.kv())
     assert (streamer.completed, streamer.left) == (0, 1)
     assert caught.tb is not None
 

@@ -466,7 +466,7 @@ def test_a_draft_of_substitutes_guesses_what_the_target_says(tiny: MakeTiny, fam
     target = model.target()
     expected = model.prefill(target, model.kv(), prompt)
     draft = DraftDecoder(math_, model.embed, model.head, layers)
-    batch = prompt_batch(prompt, 0, RowRules(2), CPU)
+    batch = prompt_batch(prompt, 0, RowRules(2))
     assert len(batch.positions) == len(prompt)
     found = draft.forward(batch, model.kv()).logits
     assert sqnr_db(expected, found) > DRAFT_DB[bits]

@@ -255,7 +255,7 @@ class Tiny:
         waiting = list(token_ids)
         while position < end:
             n = min(end, (position // chunk + 1) * chunk) - position
-            logits.append(decoder.forward(prompt_batch(waiting[:n], position, decoder.rules, CPU), kv))
+            logits.append(decoder.forward(prompt_batch(waiting[:n], position, decoder.rules), kv))
             kv.commit(range(n), waiting[:n])
             waiting, position = waiting[n:], position + n
         return torch.cat(logits)

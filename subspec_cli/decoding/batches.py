@@ -1,4 +1,4 @@
-"""Forward batches from prompts, draft steps and whole trees. `C` = cache columns in view."""
+"""Forward batches from prompts, draft steps and whole trees, made on the host. `C` = cache columns in view."""
 
 from __future__ import annotations
 
@@ -12,23 +12,21 @@ from subspec_cli.decoding.tree import GrowingTree, TokenTree
 from subspec_cli.modeling.layers import RowRules, TokenBatch
 
 
-def prompt_batch(token_ids: Sequence[int], start: int, rules: RowRules, device: torch.device) -> TokenBatch:
+def prompt_batch(token_ids: Sequence[int], start: int, rules: RowRules) -> TokenBatch:
     """Causal rows for prompt tokens at positions and cache rows `[start, start + len)`."""
     n = len(token_ids)
     positions = torch.arange(start, start + n)
     key_positions = torch.arange(start + n)
     allowed = key_positions[None, :] <= positions[:, None]
-    return _batch(token_ids, positions, start, allowed, key_positions, rules.padded(n), device)
+    return _batch(token_ids, positions, start, allowed, key_positions, rules.padded(n))
 
 
-def tree_batch(tree: TokenTree, committed: int, rules: RowRules, device: torch.device) -> TokenBatch:
+def tree_batch(tree: TokenTree, committed: int, rules: RowRules) -> TokenBatch:
     """All nodes of a tree in scratch rows from `committed` on: each sees the prefix, its ancestors, itself."""
     positions = torch.tensor(tree.depths) + committed
     allowed = _after_prefix(tree.ancestor_mask(), committed)
     key_positions = torch.cat((torch.arange(committed), positions))
-    return _batch(
-        tree.token_ids, positions, committed, allowed, key_positions, rules.padded(len(tree)), device
-    )
+    return _batch(tree.token_ids, positions, committed, allowed, key_positions, rules.padded(len(tree)))
 
 
 def draft_batch(
@@ -37,7 +35,6 @@ def draft_batch(
     depths: Sequence[int],
     first: int,
     committed: int,
-    device: torch.device,
 ) -> TokenBatch:
     """Tokens in rows from `first` on, whose masks the tree holds, for one unpadded draft step."""
     end = first + len(token_ids)
@@ -45,7 +42,7 @@ def draft_batch(
     positions = torch.tensor(depths) + committed
     before = torch.tensor(tree.row_depths[:first], dtype=positions.dtype) + committed
     key_positions = torch.cat((torch.arange(committed), before, positions))
-    return _batch(token_ids, positions, committed + first, allowed, key_positions, len(token_ids), device)
+    return _batch(token_ids, positions, committed + first, allowed, key_positions, len(token_ids))
 
 
 def _after_prefix(mask: Tensor, committed: int) -> Tensor:
@@ -59,16 +56,15 @@ def _batch(
     allowed: Tensor,
     key_positions: Tensor,
     padded: int,
-    device: torch.device,
 ) -> TokenBatch:
     n = len(token_ids)
     # Padding repeats the last token: finite values that nothing reads.
     ids = torch.tensor([*token_ids, *[token_ids[-1]] * (padded - n)])
     return TokenBatch(
-        token_ids=ids.to(device),
-        positions=F.pad(positions, (0, padded - n)).to(device),
+        token_ids=ids,
+        positions=F.pad(positions, (0, padded - n)),
         rows=n,
         start=start,
-        allowed=allowed.to(device),
-        key_positions=key_positions.to(device),
+        allowed=allowed,
+        key_positions=key_positions,
     )

@@ -13,8 +13,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-import torch
-
 from subspec_cli.decoding.batches import draft_batch
 from subspec_cli.decoding.choose import Chooser, Row
 from subspec_cli.decoding.lookup import LONGEST, ContinuationLookup, Guess
@@ -22,8 +20,9 @@ from subspec_cli.decoding.ranking import SHARPENING, Ids, likeliest, rank
 from subspec_cli.decoding.schedule import LEAST_CHANCE, MOST_ROWS, Schedule, TreeLimits
 from subspec_cli.decoding.tree import GrowingTree, TokenTree
 from subspec_cli.decoding.verify import VerifyResult
-from subspec_cli.modeling.decoder import DraftDecoder
+from subspec_cli.modeling.decoder import DraftLogits
 from subspec_cli.modeling.kv_cache import KVCache
+from subspec_cli.modeling.layers import TokenBatch
 
 _GUESSES: Final = 4
 """Most guesses of the lookup that are tried in one draft step."""
@@ -40,6 +39,14 @@ class Proposal:
     """Nodes that the shadow of the last pass had expanded already."""
     cost_s: float = 0.0
     """What the serial steps cost by the schedule's prices."""
+
+
+class Draft(Protocol):
+    """The model that guesses."""
+
+    def forward(self, batch: TokenBatch, kv: KVCache) -> DraftLogits:
+        """One draft step over unpadded rows; what it returns lasts until the next."""
+        ...
 
 
 class TreeGrower(Protocol):
@@ -85,19 +92,17 @@ class Drafter:
 
     def __init__(
         self,
-        draft: DraftDecoder,
+        draft: Draft,
         kv: KVCache,
         schedule: Schedule,
         *,
         eos_ids: Collection[int],
-        device: torch.device,
         sharpening: float = SHARPENING,
     ) -> None:
         self._draft = draft
         self._kv = kv
         self._schedule = schedule
         self._eos_ids = frozenset(eos_ids)
-        self._device = device
         self._sharpening = sharpening
         self._lookup = ContinuationLookup()
         self._ready: GrowingTree | None = None
@@ -220,7 +225,7 @@ class Drafter:
             tree.try_row(tree.rows + place, tree.rows + place - 1)
             tokens.append(guess.token_id)
             depths.append(below.depth + place + 1)
-        batch = draft_batch(tree, tokens, depths, first, committed, self._device)
+        batch = draft_batch(tree, tokens, depths, first, committed)
         found = self._draft.forward(batch, self._kv)
         ranked = rank(found, chooser, [committed + depth + 1 for depth in depths])
         numbers, guesses = list(step.numbers), iter(step.guesses)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from subspec_cli.decoding.batches import prompt_batch, tree_batch
@@ -72,14 +71,12 @@ class Engine:
         schedule: Schedule,
         *,
         counters: Callable[[], StreamCounters],
-        device: torch.device,
     ) -> None:
         self._target = target
         self._kv = kv
         self._grower = grower
         self._schedule = schedule
         self._counters = counters
-        self._device = device
 
     def generate(self, request: Request) -> Iterator[StepOutput]:
         """Prefill, then decode until the stop rule or the limit ends the answer.
@@ -127,7 +124,7 @@ class Engine:
 
     def _verify_pass(self, tree: TokenTree) -> tuple[Tensor, _Shadow]:
         """The target's logits `[N, V]` of a tree's nodes, and what was drafted meanwhile."""
-        batch = tree_batch(tree, self._kv.committed, self._target.rules, self._device)
+        batch = tree_batch(tree, self._kv.committed, self._target.rules)
         flow, steps, shadow_s = self._target.begin(batch, self._kv), 0, 0.0
         # Closed at once when a block fails or the user interrupts: the next pass starts at the first block.
         with closing(self._target.layers(flow)) as layers:
@@ -153,7 +150,7 @@ class Engine:
         while position < len(prompt):
             end = min(len(prompt), (position // PREFILL_CHUNK + 1) * PREFILL_CHUNK)
             chunk = prompt[position:end]
-            batch = prompt_batch(chunk, position, self._target.rules, self._device)
+            batch = prompt_batch(chunk, position, self._target.rules)
             logits = self._target.forward(batch, self._kv, logits_from=len(chunk) - 1)
             self._kv.commit(range(len(chunk)), chunk)
             position = end

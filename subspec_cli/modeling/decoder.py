@@ -144,6 +144,7 @@ class TargetDecoder:
 
     def start(self, hidden: Tensor, batch: TokenBatch, kv: KVCache) -> Flow:
         """A flow that begins with `[P, hidden]` rows."""
+        batch = batch.to(hidden.device)
         return Flow(hidden, batch, kv, self.math.rope.rows(batch.positions[: batch.rows]))
 
     def run_block(self, block: Block, flow: Flow) -> None:
@@ -205,15 +206,19 @@ class DraftDecoder:
     def __init__(
         self, math: LayerMath, embed: Embedding, head: DraftHead, layers: Sequence[DraftLayer]
     ) -> None:
+        self.embed = embed
         self._math = math
-        self._embed = embed
         self._head = head
         self._layers = tuple(layers)
 
     @torch.inference_mode()
     def forward(self, batch: TokenBatch, kv: KVCache) -> DraftLogits:
         """Logits `[N, V]`; writes draft-made keys and values to scratch rows."""
-        hidden = self._embed(batch.token_ids)
+        hidden = self.embed(batch.token_ids)
+        return self.run(hidden, batch.to(hidden.device), kv)
+
+    def run(self, hidden: Tensor, batch: TokenBatch, kv: KVCache) -> DraftLogits:
+        """The same from `[N, hidden]` embeddings, all on one device."""
         rotation = self._math.rope.rows(batch.positions)
         sizes = self._math.geometry
         # One mask serves all layers of a window: what a step needs once is made once.

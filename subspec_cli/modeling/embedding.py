@@ -16,8 +16,8 @@ from subspec_cli.units import printable
 
 
 def table_embedding(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    """Row gather from a table `[V, hidden]` in memory."""
-    return lambda token_ids: F.embedding(token_ids, weight)
+    """Row gather from a table `[V, hidden]` in memory, on its device."""
+    return lambda token_ids: F.embedding(token_ids.to(weight.device), weight)
 
 
 class DiskEmbedding:

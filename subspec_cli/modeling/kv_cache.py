@@ -50,8 +50,12 @@ class KVCache:
         """Rows in all, scratch included."""
         return self._rows.shape[3]
 
-    def write(self, layer: int, start: int, keys: Tensor, values: Tensor) -> None:
-        """Write `[H, N, D]` keys and values to scratch rows from `start` on."""
+    def write(self, layer: int, start: int | Tensor, keys: Tensor, values: Tensor) -> None:
+        """Write `[H, N, D]` keys and values to scratch rows: from `start` on, or to the `[N]` rows that it names."""
+        if isinstance(start, Tensor):
+            self._rows[layer, 0].index_copy_(1, start, keys)
+            self._rows[layer, 1].index_copy_(1, start, values)
+            return
         assert self.committed <= start
         end = start + keys.shape[1]
         assert end <= self.capacity

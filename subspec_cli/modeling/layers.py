@@ -7,7 +7,7 @@ All four families are this layer; rounding follows the library's own order of ca
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -29,17 +29,30 @@ _SERIAL_ELEMENTS: Final = 32_768
 class TokenBatch:
     """Rows of one forward and where their keys and values go.
 
-    `token_ids`, `positions` `[P]` with `P >= rows` (the rest is padding); cache rows `[start, start + rows)`;
-    `allowed` `[rows, start + rows]` bool, or wider scratch already cut to the columns in use.
+    `token_ids`, `positions` `[P]` with `P >= rows` (the rest is padding). Made on the host; token ids stay there,
+    for whoever gathers their embeddings.
     """
 
     token_ids: Tensor
     positions: Tensor
     rows: int
-    start: int
+    start: int | Tensor
+    """First of the cache rows that they are written to, or `[rows]` of them one by one."""
     allowed: Tensor
+    """`[rows, C]` bool: which of the first C cache rows each one attends to."""
     key_positions: Tensor
     """`[C]` position of each cache row, for sliding windows."""
+
+    def to(self, device: torch.device) -> TokenBatch:
+        """The batch where it is computed."""
+        if device.type == self.positions.device.type:
+            return self
+        return replace(
+            self,
+            positions=self.positions.to(device),
+            allowed=self.allowed.to(device),
+            key_positions=self.key_positions.to(device),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +150,7 @@ class LayerMath:
             turned = torch.cat((query, key), dim=1)
         turned = rotate(turned, *rotation).transpose(0, 1)
         kv.write(layer, batch.start, turned[sizes.heads :], value.transpose(0, 1))
-        keys, values = kv.read(layer, batch.start + n)
+        keys, values = kv.read(layer, batch.allowed.shape[1])
         mixed = self.attend(turned[: sizes.heads], keys, values, allowed)
         if len(batch.positions) == n:
             return mixed

@@ -102,7 +102,7 @@ def _load(
         progress("checking that rows keep their bits")
         certificate = _certify(loaded, source.geometry, _tree_nodes(config, plan), device)
         eos_ids = end_token_ids(source.checkpoint.directory, model_config, tokenizer)
-        engines = _engines(config, plan, costs, loaded, certificate.rules, eos_ids, device)
+        engines = _engines(config, plan, costs, loaded, certificate.rules, eos_ids)
         parts = _parts(config, loaded, engines, tokenizer, eos_ids, meter)
     except BaseException:
         loaded.close()
@@ -205,7 +205,6 @@ def _engines(
     loaded: LoadedModel,
     rules: RowRules,
     eos_ids: frozenset[int],
-    device: torch.device,
 ) -> tuple[Engine, Engine]:
     """The speculative engine and the plain one; the same one twice if there is nothing to draft with."""
     fixed = FixedShape(config.draft.depth, config.draft.width)
@@ -214,7 +213,7 @@ def _engines(
     target = loaded.target(rules)
 
     def engine(grower: TreeGrower, schedule: Schedule) -> Engine:
-        return Engine(target, loaded.kv, grower, schedule, counters=loaded.counters, device=device)
+        return Engine(target, loaded.kv, grower, schedule, counters=loaded.counters)
 
     plain = engine(RootOnly(), Schedule(limits=limits, costs=costs, layers=layers))
     if loaded.draft is None:
@@ -222,7 +221,7 @@ def _engines(
     schedule = Schedule(
         limits=limits, costs=costs, layers=layers, fixed=fixed, shadow_rows=_shadow_rows(config, plan)
     )
-    drafter = Drafter(loaded.draft, loaded.kv, schedule, eos_ids=eos_ids, device=device)
+    drafter = Drafter(loaded.draft, loaded.kv, schedule, eos_ids=eos_ids)
     return engine(drafter, schedule), plain
 
 

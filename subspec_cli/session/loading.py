@@ -201,7 +201,7 @@ class Loader:
     def _host_embedding(self, name: str) -> Embedding:
         """Rows gathered in host memory: the table's place on the card is worth two or three layers."""
         gather = table_embedding(read_tensors([self._checkpoint.tensors[name]])[name])
-        return lambda token_ids: gather(token_ids.cpu()).to(self._device)
+        return lambda token_ids: gather(token_ids).to(self._device)
 
     def _source(self, opened: ExitStack) -> LayerSource:
         held = {}
