@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import test_session_fakes
+import tiny_models
 import torch
 from fake_card import make_layers
+from test_modeling_captured import step
+from test_modeling_substitute import layer_tensors
 from test_session_fakes import Shelf, answer_to, open_tiny
+from tiny_models import Tiny
 
 from subspec_cli.errors import ResourceError
+from subspec_cli.modeling.attention import fast_attention
+from subspec_cli.modeling.captured import launched
+from subspec_cli.modeling.decoder import DraftDecoder, Head
+from subspec_cli.modeling.embedding import table_embedding
+from subspec_cli.modeling.kv_cache import KVCache
+from subspec_cli.modeling.layers import LayerMath
+from subspec_cli.modeling.quantize import quantize_layer
+from subspec_cli.modeling.rope import RopeTable
+from subspec_cli.modeling.substitute import load_substitute
 from subspec_cli.placement.card_layers import read_resident_layer
 from subspec_cli.placement.card_streamer import open_card_streamer
-from subspec_cli.placement.pinned import PinnedBuffer, PinRefusedError
+from subspec_cli.placement.pinned import PinnedBuffer, PinRefusedError, card_view
 from subspec_cli.placement.plan_lines import CUDA_CONTEXT_BYTES
 from subspec_cli.session.building import cap_allocator
+from subspec_cli.store.manifest import SubstituteSettings
 from subspec_cli.units import GIB, MIB
 
 pytestmark = [
@@ -25,6 +40,7 @@ pytestmark = [
 ]
 CUDA = torch.device("cuda")
 shelf = test_session_fakes.shelf
+tiny = tiny_models.tiny
 
 
 @pytest.mark.parametrize("pinned", [6, 3, 0])
@@ -92,6 +108,60 @@ def test_the_cap_holds() -> None:
             torch.empty(128 * MIB, dtype=torch.uint8, device=CUDA)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, CUDA)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bfloat16])
+def test_kernels_read_pinned_memory_where_it_lies(dtype: torch.dtype) -> None:
+    memory = torch.arange(12).to(dtype).view(3, 4).pin_memory()
+    seen = card_view(memory, CUDA)
+    assert seen.device.type == "cuda"
+    assert torch.equal(seen.long().cpu(), torch.arange(12).view(3, 4))
+    memory.fill_(7)
+    assert (seen.long() == 7).all().item()
+
+
+def test_captured_draft_steps_are_the_steps_themselves(tiny: Callable[..., Tiny]) -> None:
+    """Sizes come back, so that steps are replayed and not only captured; rounding is all that may differ."""
+    model, notes = tiny("qwen2"), []
+    draft, (plain, kept) = on_card(model), (card_cache(model), card_cache(model))
+    captured = launched(draft, kept, most_rows=4, device=CUDA, notify=notes.append)
+    assert not notes
+    first = 0
+    for seed, rows in enumerate([1, 2, 1, 4, 2, 1, 1]):
+        batch = step(seed, plain, rows, first)
+        wanted = draft.forward(batch, plain).logits.float()
+        found = captured.forward(batch, kept).logits.float()
+        torch.testing.assert_close(found, wanted, atol=0.1, rtol=0.02)
+        first += rows
+
+
+def on_card(model: Tiny) -> DraftDecoder:
+    """A draft of made-up substitutes for a tiny model, on the card."""
+    geometry = model.geometry
+    small = tuple({name: tensor.to(CUDA) for name, tensor in layer.items()} for layer in model.math().small)
+    rope = RopeTable(model.math().rope.cos.to(CUDA), model.math().rope.sin.to(CUDA))
+    math_ = LayerMath(geometry, small, rope, fast_attention)
+    settings = SubstituteSettings(4, "minmax")
+    layers = [
+        load_substitute(math_, n, quantize_layer(layer_tensors(model, n), settings).tensors, settings, CUDA)
+        for n in range(geometry.layers)
+    ]
+    table = model.weights["model.embed_tokens.weight"].to(CUDA)
+    head = Head(model.head.norm_weight.to(CUDA), table, model.head.eps)
+    return DraftDecoder(math_, table_embedding(table), head, layers)
+
+
+def card_cache(model: Tiny) -> KVCache:
+    geometry = model.geometry
+    return KVCache(
+        layers=geometry.layers,
+        kv_heads=geometry.kv_heads,
+        head_dim=geometry.head_dim,
+        context=0,
+        scratch=32,
+        dtype=model.dtype,
+        device=CUDA,
+    )
 
 
 @pytest.mark.parametrize("resident", [0, 1])

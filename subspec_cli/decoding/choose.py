@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from subspec_cli.config import SamplingConfig
+from subspec_cli.placement.pinned import shared_with_card
 
 Row = NDArray[np.float64]
 _NOISE_ROWS_KEPT: Final = 128
@@ -85,8 +86,9 @@ class GumbelChooser:
         """Logits / temperature + noise; None with top-k or top-p."""
         if self._sampling.top_k or self._sampling.top_p < 1.0:
             return None
-        noise = np.stack([self._gumbel(position, logits.shape[1]) for position in positions])
-        return logits.float() / self.temperature + torch.from_numpy(noise).to(logits.device, torch.float32)
+        rows = np.stack([self._gumbel(position, logits.shape[1]) for position in positions])
+        noise = shared_with_card(torch.from_numpy(rows).float(), logits.device)
+        return logits.float() / self.temperature + noise
 
     def _gumbel(self, position: int, vocab: int) -> Row:
         if position not in self._noise:

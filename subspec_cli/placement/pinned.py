@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
+from torch import Tensor
 
 from subspec_cli.errors import ResourceError
 from subspec_cli.placement.plan import spread
@@ -113,6 +114,34 @@ def take_pinned(
             f"({refusal}): {layers - len(slabs)} of {layers} streamed layers are read from disk in every pass"
         )
     return PinnedMemory(slabs, tuple(ring))
+
+
+def card_view(memory: Tensor, device: torch.device) -> Tensor:
+    """Pinned memory as a tensor of the card, whose kernels read it where it lies; on the CPU it is one already."""
+    if device.type == "cpu":
+        return memory
+    found: Tensor = torch.as_tensor(_CardArray(memory), device=device)
+    return found.view(memory.dtype)
+
+
+def shared_with_card(memory: Tensor, device: torch.device) -> Tensor:
+    """Host memory as the card reads it, without a copy that would stand in line behind a streamed layer."""
+    return memory if device.type == "cpu" else card_view(memory.pin_memory(), device)
+
+
+class _CardArray:
+    """Pinned memory for whoever takes arrays of a card: host and card share its addresses."""
+
+    def __init__(self, memory: Tensor) -> None:
+        assert memory.is_contiguous()
+        self._memory = memory  # lives as long as the view
+        octets = memory.view(torch.uint8)
+        self.__cuda_array_interface__ = {
+            "shape": tuple(octets.shape),
+            "typestr": "|u1",
+            "data": (memory.data_ptr(), False),
+            "version": 3,
+        }
 
 
 def _map(size_bytes: int) -> mmap.mmap:

@@ -94,6 +94,7 @@ def _load(
         model_config,
         device,
         _tree_nodes(config, plan) + _shadow_rows(config, plan),
+        max(config.draft.width or 0, MOST_ROWS),
         progress,
     ).load(with_draft=plan.drafts)
     try:

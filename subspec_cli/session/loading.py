@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from subspec_cli.modeling.attention import exact_attention, fast_attention
+from subspec_cli.modeling.captured import CapturedDraft, launched
 from subspec_cli.modeling.decoder import DraftDecoder, DraftHead, Embedding, Head, TargetDecoder
 from subspec_cli.modeling.embedding import DiskEmbedding, table_embedding
 from subspec_cli.modeling.kv_cache import KVCache
@@ -47,7 +48,7 @@ class LoadedModel:
     """Target, draft and cache in memory."""
 
     target: Callable[[RowRules], TargetDecoder]
-    draft: DraftDecoder | None
+    draft: DraftDecoder | CapturedDraft | None
     head: Head
     source: LayerSource
     kv: KVCache
@@ -79,6 +80,7 @@ class Loader:
         config: PreTrainedConfig,
         device: torch.device,
         scratch_rows: int,
+        draft_rows: int,
         progress: Callable[[str], None],
     ) -> None:
         self._prepared = prepared
@@ -88,9 +90,12 @@ class Loader:
         self._config = config
         self._device = device
         self._scratch_rows = scratch_rows
+        self._draft_rows = draft_rows
         self._progress = progress
         self._dtype = DTYPES[geometry.dtype]
         self._notes: list[str] = []
+        self._host_gather: Embedding | None = None
+        """Rows of a table that stays in host memory."""
 
     def load(self, *, with_draft: bool) -> LoadedModel:
         """Read and place everything, the draft only if asked for; if a part fails, what was opened is closed."""
@@ -119,7 +124,14 @@ class Loader:
                     for layer in plan.shared
                 }
                 layers = [(held | substitutes)[layer] for layer in range(geometry.layers)]
-                draft = DraftDecoder(draft_math, embed, self._draft_head(head), layers)
+                draft = launched(
+                    DraftDecoder(draft_math, embed, self._draft_head(head), layers),
+                    kv,
+                    most_rows=self._draft_rows,
+                    device=self._device,
+                    gather=self._host_gather,
+                    notify=self._notes.append,
+                )
             return LoadedModel(
                 target=lambda rules: TargetDecoder(math, embed, head, source, rules),
                 draft=draft,
@@ -201,6 +213,7 @@ class Loader:
     def _host_embedding(self, name: str) -> Embedding:
         """Rows gathered in host memory: the table's place on the card is worth two or three layers."""
         gather = table_embedding(read_tensors([self._checkpoint.tensors[name]])[name])
+        self._host_gather = gather
         return lambda token_ids: gather(token_ids).to(self._device)
 
     def _source(self, opened: ExitStack) -> LayerSource:

@@ -16,6 +16,7 @@ from torch import Tensor
 from subspec_cli.decoding.choose import GreedyChooser
 from subspec_cli.decoding.ranking import likeliest, rank
 from subspec_cli.modeling.attention import exact_attention, fast_attention
+from subspec_cli.modeling.captured import launched
 from subspec_cli.modeling.decoder import Block, DraftDecoder, DraftHead, DraftLogits, Head, TargetDecoder
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.layers import LayerMath, RowRules, TokenBatch
@@ -195,10 +196,15 @@ class _Bench:
         return Head(self._ones(self._sizes.hidden), self._ones(self._sizes.vocab, self._sizes.hidden), 1e-6)
 
     def _draft(self, math: LayerMath, layers: list[SubstituteLayer]) -> RowTimes:
-        decoder = DraftDecoder(math, self._states, _NoHead(), layers)
         kv = self._cache(len(layers))
+        draft = launched(
+            DraftDecoder(math, self._states, _NoHead(), layers),
+            kv,
+            most_rows=max(_DRAFT_ROWS),
+            device=self._device,
+        )
         return self._per_layer(
-            lambda rows: decoder.forward(self._batch(rows, rows), kv), _DRAFT_ROWS, len(layers)
+            lambda rows: draft.forward(self._batch(rows, rows), kv), _DRAFT_ROWS, len(layers)
         )
 
     def _per_layer(self, run: Callable[[int], object], row_counts: tuple[int, ...], layers: int) -> RowTimes:
@@ -246,7 +252,7 @@ class _Bench:
 
     def _batch(self, rows: int, padded: int) -> TokenBatch:
         """Rows of a chain after the prefix."""
-        zeros = torch.zeros(padded, dtype=torch.long, device=self._device)
-        keys = torch.arange(_PREFIX + rows, device=self._device)
+        zeros = torch.zeros(padded, dtype=torch.long)
+        keys = torch.arange(_PREFIX + rows)
         positions = keys[_PREFIX:]
         return TokenBatch(zeros, zeros + _PREFIX, rows, _PREFIX, keys[None, :] <= positions[:, None], keys)
