@@ -31,7 +31,6 @@ from torch import Tensor
 
 from subspec_cli.errors import IntegrityError, ResourceError
 from subspec_cli.modeling.source import block_entries
-from subspec_cli.placement import card_ring
 from subspec_cli.placement.card_layers import LayerLayout, layout_layer, read_resident_layer
 from subspec_cli.placement.card_streamer import CardStreamer, open_card_streamer
 from subspec_cli.store.direct_io import PAGE_BYTES, BlockLayout, DirectReader
@@ -197,7 +196,7 @@ def test_leaving_during_a_read_drops_what_it_brings(plain_rig: Rig, monkeypatch:
         assert gate.wait(WAIT_S)
         read(self, layout, buffer)
 
-    monkeypatch.setattr(card_ring.DirectReader, "read_block", gated)
+    monkeypatch.setattr(DirectReader, "read_block", gated)
     stream = plain_rig.stream(2, 0, 2)
     with closing(stream.blocks()) as arriving:
         plain_rig.use(next(arriving))
@@ -264,7 +263,7 @@ def test_reading_from_disk_counts_where_it_takes_longer(
         time.sleep(0.03)
         read(self, layout, buffer)
 
-    monkeypatch.setattr(card_ring.DirectReader, "read_block", slow)
+    monkeypatch.setattr(DirectReader, "read_block", slow)
     stream = plain_rig.stream(2, 2, 2)
     plain_rig.one_pass(stream)
     plain_rig.machine.finish()
@@ -363,7 +362,7 @@ def test_a_failure_of_the_reader_reaches_the_consumer_again_and_again(
     def broken(self: DirectReader, layout: BlockLayout, buffer: memoryview) -> None:
         raise MemoryError("no room")
 
-    monkeypatch.setattr(card_ring.DirectReader, "read_block", broken)
+    monkeypatch.setattr(DirectReader, "read_block", broken)
     stream = plain_rig.stream(2, 0)
     for _ in range(2):
         with pytest.raises(MemoryError, match="no room"):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from subspec_cli.errors import IntegrityError
-from subspec_cli.placement import streamer as streamer_module
+from subspec_cli.placement import read_ahead, streamer
 from subspec_cli.placement.streamer import DTYPES, DiskStreamer, StreamCounters, read_resident
 from subspec_cli.store.direct_io import PAGE_BYTES, BlockLayout, DirectReader, layout_block
 from subspec_cli.store.safetensors_header import TensorEntry
@@ -72,7 +72,8 @@ class Rig:
             self._layouts.append(layout_block([entry]))
             content += values.view(torch.uint8).numpy().tobytes()
         self.path.write_bytes(content)
-        monkeypatch.setattr(streamer_module, "DirectReader", self._make_reader)
+        for module in (read_ahead, streamer):
+            monkeypatch.setattr(module, "DirectReader", self._make_reader)
 
     def _make_reader(self) -> WatchedReader:
         self.readers.append(WatchedReader())

@@ -63,7 +63,7 @@ class CardStreamer:
         with self._changed:
             self._fill()
         if self._ring is not None:
-            self._ring.start()
+            self._ring.ahead.start()
 
     def blocks(self) -> Generator[dict[str, Tensor], None, None]:
         """One pass over all blocks of all layers, views of a slot that stay valid for the layer's last block.
@@ -90,7 +90,7 @@ class CardStreamer:
     @property
     def is_direct(self) -> bool:
         """Whether files are read past the page cache; true when none are."""
-        return self._ring is None or self._ring.is_direct()
+        return self._ring is None or self._ring.ahead.is_direct()
 
     def counters(self) -> StreamCounters:
         """Totals so far, of what the card got done.
@@ -99,14 +99,14 @@ class CardStreamer:
         the busier of the two ways was busy: to the card, and from disk if layers are read from there.
         """
         with self._changed:
-            disk_time_s = 0.0 if self._ring is None else self._ring.read_time_s
+            disk_time_s = 0.0 if self._ring is None else self._ring.ahead.read_time_s
             read_time_s = max(self._copies.total_s(), disk_time_s)
             return StreamCounters(self._stalls.total_s(), self._streamed_bytes, read_time_s)
 
     def close(self) -> None:
         """Stop reading, wait for copies under way and give the memory back."""
         if self._ring is not None:
-            self._ring.close()
+            self._ring.ahead.close()
         self._copy_stream.synchronize()
         self._slots = []
         self._memory.release()
@@ -135,7 +135,7 @@ class CardStreamer:
 
     @property
     def _failure(self) -> BaseException | None:
-        return None if self._ring is None else self._ring.failure
+        return None if self._ring is None else self._ring.ahead.failure
 
     def _fill(self) -> None:
         """Queue copies into every slot that is not in use, as far as their layers are in host memory."""
@@ -144,7 +144,7 @@ class CardStreamer:
             number = self._queued % len(self._layers)
             if (slab := self._memory.slabs.get(number)) is not None:
                 self._copy(number, slab.tensor, slot)
-            elif self._ring is not None and self._ring.has_layer:
+            elif self._ring is not None and self._ring.ahead.has_block:
                 buffer, drained = self._ring.take()
                 self._copy(number, buffer.tensor, slot)
                 drained.record(self._copy_stream)

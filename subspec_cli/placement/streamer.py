@@ -15,6 +15,7 @@ from typing import Final, Protocol
 import torch
 from torch import Tensor
 
+from subspec_cli.placement.read_ahead import ReadAhead
 from subspec_cli.store.direct_io import BlockLayout, DirectReader, allocate_buffer
 
 DTYPES: Final[Mapping[str, torch.dtype]] = {
@@ -122,8 +123,7 @@ class _ArrivingBlock(Mapping[str, Tensor]):
 class DiskStreamer:
     """Streams from the checkpoint's files into `slots` buffers of main memory.
 
-    The n-th block ever read goes to slot n modulo `slots`. `_read` counts blocks in slots or beyond, `_used`
-    blocks the consumer has let go of; both only grow, and `_read - _used <= slots` always.
+    A block keeps its buffer until the consumer asks for the next one.
     """
 
     def __init__(self, layouts: Sequence[BlockLayout], slots: int) -> None:
@@ -132,16 +132,11 @@ class DiskStreamer:
         self._layouts = tuple(layouts)
         size_bytes = max(layout.buffer_bytes for layout in layouts)
         self._buffers = [memoryview(allocate_buffer(size_bytes)) for _ in range(slots)]
+        self._wait_time_s = 0.0
+        self._streamed_bytes = 0
         self._changed = threading.Condition()
-        self._read = 0
-        self._used = 0
-        self._epoch = 0
-        self._closing = False
-        self._failure: BaseException | None = None
-        self._counters = StreamCounters()
-        self._reader = DirectReader()
-        self._thread = threading.Thread(target=self._read_ahead, name="weight-reader", daemon=True)
-        self._thread.start()
+        self._ahead = ReadAhead(layouts, slots, self._changed, self._buffers.__getitem__)
+        self._ahead.start()
 
     def blocks(self) -> Generator[Mapping[str, Tensor], None, None]:
         """One pass over all blocks; leaving early makes the next pass start at the first block again."""
@@ -155,80 +150,34 @@ class DiskStreamer:
                 self._let_go(layout.tensor_bytes)
         finally:
             if finished < len(self._layouts):
-                self._restart()
+                with self._changed:
+                    self._ahead.restart()
 
     def counters(self) -> StreamCounters:
         """Totals so far."""
-        return self._counters
+        with self._changed:
+            return StreamCounters(self._wait_time_s, self._streamed_bytes, self._ahead.read_time_s)
 
     @property
     def is_direct(self) -> bool:
         """Whether files are read past the page cache; waits for the first block, which tells."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._read > 0 or self._failure is not None or self._closing)
-        return self._reader.is_direct
+        return self._ahead.is_direct()
 
     def close(self) -> None:
         """Stop the reader and give the buffers back."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify_all()
-        self._thread.join()
+        self._ahead.close()
         self._buffers.clear()
 
     def _wait_for_block(self) -> memoryview:
         started = time.perf_counter()
         with self._changed:
-            self._changed.wait_for(lambda: self._read > self._used or self._failure is not None)
-            if self._failure is not None:
-                raise self._failure
-            waited_s = time.perf_counter() - started
-            self._count(wait_time_s=waited_s)
-            return self._buffers[self._used % len(self._buffers)]
+            self._changed.wait_for(lambda: self._ahead.has_block or self._ahead.failure is not None)
+            if self._ahead.failure is not None:
+                raise self._ahead.failure
+            self._wait_time_s += time.perf_counter() - started
+            return self._buffers[self._ahead.next_buffer]
 
     def _let_go(self, tensor_bytes: int) -> None:
         with self._changed:
-            self._used += 1
-            self._count(streamed_bytes=tensor_bytes)
-            self._changed.notify_all()
-
-    def _restart(self) -> None:
-        with self._changed:
-            # What lies in the slots belongs to the abandoned pass; a read under way is dropped by its epoch.
-            self._epoch += 1
-            self._read = self._used = 0
-            self._changed.notify_all()
-
-    def _count(self, *, wait_time_s: float = 0.0, streamed_bytes: int = 0, read_time_s: float = 0.0) -> None:
-        old = self._counters
-        self._counters = StreamCounters(
-            old.wait_time_s + wait_time_s, old.streamed_bytes + streamed_bytes, old.read_time_s + read_time_s
-        )
-
-    def _read_ahead(self) -> None:
-        try:
-            while self._read_next():
-                continue
-        except BaseException as error:  # handed to the consumer, which raises it
-            with self._changed:
-                self._failure = error
-                self._changed.notify_all()
-        finally:
-            self._reader.close()
-
-    def _read_next(self) -> bool:
-        with self._changed:
-            self._changed.wait_for(lambda: self._closing or self._read - self._used < len(self._buffers))
-            if self._closing:
-                return False
-            number, epoch = self._read, self._epoch
-        started = time.perf_counter()
-        self._reader.read_block(
-            self._layouts[number % len(self._layouts)], self._buffers[number % len(self._buffers)]
-        )
-        with self._changed:
-            self._count(read_time_s=time.perf_counter() - started)
-            if epoch == self._epoch:
-                self._read += 1
-                self._changed.notify_all()
-        return True
+            self._ahead.let_go()
+            self._streamed_bytes += tensor_bytes
