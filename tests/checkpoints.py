@@ -9,10 +9,19 @@ from typing import Any
 
 import numpy as np
 
+from subspec_cli.placement.geometry import ModelGeometry, read_geometry
+from subspec_cli.store.checkpoint import open_checkpoint
+
 RawTensor = tuple[str, tuple[int, ...], bytes]
 """dtype in the safetensors words, shape, data."""
 
 ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "U8": 1, "I64": 8}
+
+
+def geometry_in(directory: Path) -> ModelGeometry:
+    """Geometry of the checkpoint in a directory."""
+    checkpoint = open_checkpoint(directory)
+    return read_geometry(checkpoint.config, checkpoint.tensors)
 
 
 def safetensors_bytes(tensors: dict[str, RawTensor]) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from checkpoints import write_checkpoint
+from checkpoints import geometry_in, write_checkpoint
 from fake_hub import FakeHub, running
 
 
@@ -14,11 +14,11 @@ def assumed_machine(request, monkeypatch):
         return
     from subspec_cli.placement.assumed import assumed_costs
 
-    def assume(geometry, settings, checkpoint, device, progress):
+    def assume(directory, settings, device, progress):
         # So slow a link that drafting pays even for models of a few kilobytes.
-        return assumed_costs(geometry, device.type, link_gb_per_s=0.001, settings=settings)
+        return assumed_costs(geometry_in(directory), device.type, link_gb_per_s=0.001, settings=settings)
 
-    monkeypatch.setattr("subspec_cli.session.building.probe_machine", assume)
+    monkeypatch.setattr("subspec_cli.session.building.probe_apart", assume)
 
 
 @pytest.fixture

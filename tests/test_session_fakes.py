@@ -53,9 +53,8 @@ def open_tiny(directory: Path | None, **flags: Any) -> Session:
     memory = {"vram_gb": 1.0, "device": "cpu", "resident_layers": 0} | flags.pop("memory", {})
     name = None if directory is None else str(directory)
     model = {"model": name} | flags.pop("model", {})
-    return open_session(
-        resolve_config({"model": model, "memory": memory, **flags}), progress=lambda text: None
-    )
+    progress = flags.pop("progress", lambda text: None)
+    return open_session(resolve_config({"model": model, "memory": memory, **flags}), progress=progress)
 
 
 class Answer:

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import test_session_fakes
 import tiny_models
+from checkpoints import geometry_in
 from test_session_fakes import answer_to, open_tiny, prepare_quietly
 from tiny_models import make_tiny_model
 
@@ -30,11 +31,11 @@ def cost(monkeypatch):
     """Lets a test say what things take; the rest is as assumed."""
 
     def set_costs(**changes):
-        def costs(geometry, settings, checkpoint, device, progress):
-            found = assumed_costs(geometry, device.type, settings=settings)
+        def costs(directory, settings, device, progress):
+            found = assumed_costs(geometry_in(directory), device.type, settings=settings)
             return dataclasses.replace(found, **changes)
 
-        monkeypatch.setattr(building, "probe_machine", costs)
+        monkeypatch.setattr(building, "probe_apart", costs)
         monkeypatch.setattr(building, "known_costs", lambda subject: None)
 
     return set_costs
@@ -102,11 +103,11 @@ def test_of_the_sets_that_stand_side_by_side_the_fastest_is_loaded(tmp_path, mon
     assert [item.manifest.settings.bits for item in find_prepared_sets(str(model), 8)] == [8]
 
     def fastest(bits):
-        def costs(geometry, settings, checkpoint, device, progress):
-            found = assumed_costs(geometry, device.type, settings=settings)
+        def costs(directory, settings, device, progress):
+            found = assumed_costs(geometry_in(directory), device.type, settings=settings)
             return dataclasses.replace(found, substitute_layer=FREE if settings.bits == bits else DEAR)
 
-        monkeypatch.setattr(building, "probe_machine", costs)
+        monkeypatch.setattr(building, "probe_apart", costs)
 
     expected = plain_answer(model)
     for bits in (8, 4):

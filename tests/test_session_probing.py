@@ -1,5 +1,8 @@
 """Costs of a machine: timed once, kept, timed anew when asked; trees follow from what was kept."""
 
+import subprocess
+from pathlib import Path
+
 import pytest
 import test_session_fakes
 import tiny_models
@@ -31,13 +34,13 @@ def home(tmp_path, monkeypatch):
 def probes(monkeypatch):
     """Counts how often the machine is timed."""
     times = []
-    probe_machine = building.probe_machine
+    probe_apart = building.probe_apart
 
     def counted(*arguments):
-        times.append(probe_machine(*arguments))
+        times.append(probe_apart(*arguments))
         return times[-1]
 
-    monkeypatch.setattr(building, "probe_machine", counted)
+    monkeypatch.setattr(building, "probe_apart", counted)
     return times
 
 
@@ -63,6 +66,57 @@ def test_every_part_is_timed_on_stand_ins_of_the_models_shapes(shelf, home, prob
         assert all(quantised(seconds) == seconds for seconds in times.seconds), name
     assert about.plan.prediction.origin == "measured"
     assert about.costs.as_dict()["step"]["rows"] == (1, 2, 3, 4, 6, 8)
+
+
+@pytest.mark.probed
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"executable": "/nowhere/python"}, "No such file or directory"),
+        ({"executable": "false"}, "ended with 1"),
+        ({"executable": "true"}, "ended with 0"),
+        ({"directory": Path("/nowhere")}, "nowhere"),
+    ],
+)
+def test_a_machine_that_cannot_be_timed_is_assumed(shelf, home, monkeypatch, change, reason):
+    """The run goes on and says so; nothing is kept, so the next run tries again."""
+    if "directory" in change:
+        probe_apart = building.probe_apart
+        monkeypatch.setattr(building, "probe_apart", lambda _, *rest: probe_apart(change["directory"], *rest))
+    else:
+        monkeypatch.setattr("subspec_cli.session.probe_apart.sys.executable", change["executable"])
+    with open_tiny(shelf.model("qwen2")) as session:
+        about = session.description
+    assert about.plan.prediction.origin == "assumed"
+    (note,) = about.notes
+    assert note.startswith("this machine could not be timed, so the plan assumes what it can do: ")
+    assert reason in note
+    assert not list(home.glob("probes/*"))
+
+
+@pytest.mark.probed
+def test_timing_leaves_no_process_and_its_memory_behind(shelf, home, monkeypatch):
+    """The process is gone when the costs are there, and when the user interrupts it."""
+    model, started = shelf.model("qwen2"), []
+    popen = subprocess.Popen
+
+    class Remembered(popen):
+        def __init__(self, *arguments, **named):
+            super().__init__(*arguments, **named)
+            started.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Remembered)
+    doing = []
+    open_tiny(model, progress=doing.append).close()
+    assert "timing this machine: link and target" in doing
+
+    def interrupted(text):
+        if text == "timing this machine":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        open_tiny(model, memory={"reprobe": True}, progress=interrupted)
+    assert [process.poll() is None for process in started] == [False, False]
 
 
 def test_what_was_timed_is_kept_and_timed_anew_only_when_asked(shelf, home, probes):

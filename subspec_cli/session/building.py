@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -18,6 +18,7 @@ from subspec_cli.decoding.schedule import MOST_ROWS, FixedShape, Schedule, TreeL
 from subspec_cli.errors import UnsupportedModelError
 from subspec_cli.modeling.families import ModelTokenizer, end_token_ids, load_config
 from subspec_cli.modeling.layers import RowRules
+from subspec_cli.placement.assumed import assumed_costs
 from subspec_cli.placement.costs import MachineCosts, PlanCosts
 from subspec_cli.placement.geometry import ModelGeometry
 from subspec_cli.placement.memory import (
@@ -40,13 +41,14 @@ from subspec_cli.session.planning import (
     ram_bytes,
     tokenizer_bytes_in,
 )
-from subspec_cli.session.probing import probe_machine
+from subspec_cli.session.probe_apart import ProbeFailedError, probe_apart
 from subspec_cli.session.session import Session, SessionDescription, SessionParts
 from subspec_cli.session.shortage import shortage_told
 from subspec_cli.session.source import ModelSource
 from subspec_cli.store.checkpoint import check_unchanged
 from subspec_cli.store.prepared import PreparedModel
 from subspec_cli.store.usage import mark_used
+from subspec_cli.units import printable
 from subspec_cli.versions import library_versions
 
 MOST_DEPTH: Final = 48
@@ -57,14 +59,14 @@ def build_session(config: Config, source: ModelSource, progress: Callable[[str],
     """Plan, load, check rows. Nothing large is allocated before the plan holds."""
     device = _device(config.memory.device)
     return_freed_memory_at_once()
-    source, plan, machine = _plan(config, source, device, progress)
+    notes: list[str] = []
+    source, plan, machine = _plan(config, source, device, progress, notes.append)
     # Everything is imported by now: what memory grows from here on is the model's.
     meter = MemoryMeter(device)
     cap_allocator(plan.budget_bytes, device)
     with shortage_told("loading the model", budget_bytes=plan.budget_bytes, meter=meter):
-        return _load(
-            config, source, plan, plan_costs(machine, source.geometry, plan), device, meter, progress
-        )
+        costs = plan_costs(machine, source.geometry, plan)
+        return _load(config, source, plan, costs, device, meter, progress, notes)
 
 
 def cap_allocator(budget_bytes: int, device: torch.device) -> None:
@@ -82,6 +84,7 @@ def _load(
     device: torch.device,
     meter: MemoryMeter,
     progress: Callable[[str], None],
+    notes: list[str],
 ) -> Session:
     progress("loading the tokenizer")
     tokenizer = ModelTokenizer(source.checkpoint.directory, source.geometry.vocab)
@@ -109,7 +112,8 @@ def _load(
         loaded.close()
         raise
     mark_used(source.prepared.directory)
-    return Session(parts, _describe(config, source, plan, costs, certificate, parts, loaded, device))
+    notes.extend(loaded.notes)
+    return Session(parts, _describe(config, source, plan, costs, certificate, parts, loaded, device, notes))
 
 
 def _device(name: str) -> torch.device:
@@ -131,14 +135,18 @@ def _fix_cuda_arithmetic() -> None:
 
 
 def _plan(
-    config: Config, source: ModelSource, device: torch.device, progress: Callable[[str], None]
+    config: Config,
+    source: ModelSource,
+    device: torch.device,
+    progress: Callable[[str], None],
+    notify: Callable[[str], None],
 ) -> tuple[ModelSource, OffloadPlan, MachineCosts]:
     """The fastest plan over the sets of substitutes that are there, the source with its set, and the costs."""
     geometry = source.geometry
     sets = (source.prepared, *source.others)
     on_card = device.type == "cuda"
     host = torch.device("cpu")
-    costs = [_costs(config, source, prepared, device, progress) for prepared in sets]
+    costs = [_costs(config, source, prepared, device, progress, notify) for prepared in sets]
     requests = [
         plan_request(
             config,
@@ -162,15 +170,23 @@ def _costs(
     prepared: PreparedModel,
     device: torch.device,
     progress: Callable[[str], None],
+    notify: Callable[[str], None],
 ) -> MachineCosts:
-    """What was probed before on this machine, else probed now and kept."""
+    """What was probed before on this machine, else probed now and kept; assumed where that fails."""
     settings = prepared.manifest.settings
     subject = probe_subject(source.geometry, settings, device.type, source.checkpoint.directory)
     known = None if config.memory.reprobe else known_costs(subject)
-    if known is None:
-        known = probe_machine(source.geometry, settings, source.checkpoint, device, progress)
-        keep_costs(subject, known)
-    return known
+    if known is not None:
+        return known
+    try:
+        found = probe_apart(source.checkpoint.directory, settings, device, progress)
+    except ProbeFailedError as error:
+        notify(
+            f"this machine could not be timed, so the plan assumes what it can do: {printable(str(error))}"
+        )
+        return assumed_costs(source.geometry, device.type, settings=settings)
+    keep_costs(subject, found)
+    return found
 
 
 def _tree_nodes(config: Config, plan: OffloadPlan) -> int:
@@ -257,6 +273,7 @@ def _describe(
     parts: SessionParts,
     loaded: LoadedModel,
     device: torch.device,
+    notes: Sequence[str],
 ) -> SessionDescription:
     assert parts.sampling.seed is not None
     return SessionDescription(
@@ -278,5 +295,5 @@ def _describe(
         versions=library_versions(),
         has_chat_template=parts.tokenizer.has_chat_template,
         direct_io=loaded.reads_directly(),
-        notes=loaded.notes,
+        notes=tuple(notes),
     )

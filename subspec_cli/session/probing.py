@@ -60,7 +60,7 @@ def probe_machine(
     layouts = _disk_layouts(geometry, checkpoint)
     on_cpu = device.type == "cpu"
     bench = _Bench(geometry, settings, device)
-    progress("timing link and target")
+    progress("link and target")
     if on_cpu:
         # A pass and the reader share cores and memory, so each is timed beside the other.
         with reading(layouts) as beside:
@@ -68,8 +68,8 @@ def probe_machine(
         link = disk = beside.bytes_per_s
     else:
         target, disk, link = bench.target_layer(), disk_rate(layouts), quantised(copy_rate(device))
-    progress("timing the draft's layers")
-    costs = MachineCosts(
+    progress("the draft's layers")
+    return MachineCosts(
         link_bytes_per_s=link,
         disk_bytes_per_s=disk,
         target_layer=target.quantised(),
@@ -81,9 +81,6 @@ def probe_machine(
         step_overhead_s=quantised(_TREE_S),
         origin="measured",
     )
-    if not on_cpu:
-        torch.cuda.empty_cache()  # what the stand-ins took is the model's to have
-    return costs
 
 
 def _disk_layouts(geometry: ModelGeometry, checkpoint: Checkpoint) -> list[BlockLayout]:
