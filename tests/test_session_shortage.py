@@ -170,7 +170,7 @@ def loader(directory: Path, streamed: tuple[int, ...]) -> Loader:
         fits=False,
     )
     return Loader(
-        nothing, checkpoint, geometry, plan, nothing, torch.device("cuda"), 1, progress=lambda text: None
+        nothing, checkpoint, geometry, plan, nothing, torch.device("cuda"), 1, 8, progress=lambda text: None
     )
 
 

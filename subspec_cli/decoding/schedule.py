@@ -36,8 +36,6 @@ LEAST_CHANCE: Final = 0.02
 _LINK_MARGIN: Final = 0.75
 """Share of a pass's link time that computing is planned to fill. A link faster than it was when it was probed
 must not wait: a shadow step that delays the pass costs several times what it can save."""
-_SHADOW_CHANCE: Final = 0.05
-"""A node less likely than this is not expanded in the shadow of a pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +152,7 @@ class Schedule:
         """
         idle_s = max(0.0, _LINK_MARGIN * self._costs.link_s - self._costs.compute.at(nodes))
         allowed_s = idle_s * (layer + 1) / self._layers - spent_s
-        likely = [chance for chance in chances[:MOST_ROWS] if chance >= _SHADOW_CHANCE]
+        likely = [chance for chance in chances[:MOST_ROWS] if chance >= LEAST_CHANCE]
         rates = [gain / self.step_s(rows) for rows, gain in enumerate(accumulate(likely), start=1)]
         if not rates:
             return 0

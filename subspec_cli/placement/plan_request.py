@@ -13,7 +13,7 @@ DEFAULT_CONTEXT: Final = 4096
 PREFILL_CHUNK: Final = 256
 """Prompt rows per pass. Chunks end at absolute multiples of this, whatever the budget or the mode."""
 LEAST_CONTEXT: Final = 512
-SHADOW_ROWS: Final = 64
+SHADOW_ROWS: Final = 128
 """Cache rows for what is drafted while the target's weights arrive."""
 
 

@@ -192,7 +192,7 @@ def _costs(
 def _tree_nodes(config: Config, plan: OffloadPlan) -> int:
     """Most nodes of a tree: as many as hide behind the link, or as a fixed shape needs."""
     is_fixed = config.draft.depth is not None or config.draft.width is not None
-    return most_tree_nodes(config) if is_fixed else plan.tree_nodes
+    return most_tree_nodes(config, plan.device) if is_fixed else plan.tree_nodes
 
 
 def _shadow_rows(config: Config, plan: OffloadPlan) -> int:

@@ -17,7 +17,7 @@ from subspec_cli.units import format_bytes, gib_to_bytes
 
 DEFAULT_SHARE: Final = 0.75
 """Share of the available memory taken when the user names no budget."""
-_TREE_NODES: Final = 128
+_TREE_NODES: Final = {"cpu": 80, "cuda": 128}
 _PROMPT_TOKENS: Final = 256
 """Room for a prompt beside the longest answer."""
 
@@ -49,7 +49,7 @@ def plan_request(
         context=config.memory.context,
         least_context=max(LEAST_CONTEXT, config.run.max_new_tokens + _PROMPT_TOKENS),
         resident_layers=config.memory.resident_layers,
-        tree_nodes=most_tree_nodes(config),
+        tree_nodes=most_tree_nodes(config, device),
         prefill_rows=PREFILL_CHUNK,
         model_context=geometry.max_positions,
         costs=costs,
@@ -60,10 +60,10 @@ def plan_request(
     )
 
 
-def most_tree_nodes(config: Config) -> int:
+def most_tree_nodes(config: Config, device: str) -> int:
     """Most nodes of a tree; a fixed shape may need more than the usual bound."""
     depth, width = config.draft.depth or 0, config.draft.width or 1
-    return max(_TREE_NODES, depth * width + 1)
+    return max(_TREE_NODES[device], depth * width + 1)
 
 
 def most_shadow_rows(config: Config) -> int:
