@@ -84,22 +84,7 @@ def certify(
 def row_counts(most_nodes: int, prefill_rows: int) -> tuple[int, ...]:
     """Row counts to check: all small ones, then the sizes in use and their neighbours, up to the largest."""
     most = max(most_nodes, prefill_rows)
-    counts = {
-        *range(1, 18),
-        24,
-        31,
-        32,
-        33,
-        48,
-        49,
-        *range(64, most, 64),
-        65,
-        80,
-        81,
-        most - 1,
-        most,
-        most_nodes,
-    }
+    counts = {*range(1, 18), 24, 31, 32, 33, 48, 49, *range(64, most, 64), 65, most - 1, most, most_nodes}
     return tuple(sorted(n for n in counts if 1 <= n <= most))
 
 

@@ -19,7 +19,7 @@ from subspec_cli.modeling.rope import RopeTable, Rotation
 from subspec_cli.placement.geometry import ModelGeometry
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-_ROW_SIZES: Final = (8, 16, 32, 48, 64, 80)
+_ROW_SIZES: Final = (8, 16, 32, 48, 64)
 _ROW_STEP: Final = 64
 _SERIAL_ELEMENTS: Final = 32_768
 """Elementwise kernels run on one thread below this many elements (torch's grain size)."""

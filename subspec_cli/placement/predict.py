@@ -21,7 +21,7 @@ STEP_ROWS: Final = 2
 SHADOW_STEP_ROWS: Final = 4
 """Rows of a step in the shadow of the stream, where several likely ends are followed at once."""
 DEPTHS: Final = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64)
-NODE_BUDGETS: Final = (16, 32, 48, 64, 80, 128)
+NODE_BUDGETS: Final = (16, 32, 48, 64, 128)
 _SHADOW_SHARE: Final = 0.9
 """Share of the link's spare time that is planned for drafting."""
 _HIT_SHARE: Final = 0.95

@@ -41,7 +41,7 @@ from subspec_cli.store.manifest import SubstituteSettings
 _BEYOND_CACHES_BYTES: Final = 160 << 20
 _PREFIX: Final = 256
 """Committed rows that attention looks back on."""
-_TARGET_ROWS: Final = (1, 8, 16, 32, 48, 64, 80, 128)
+_TARGET_ROWS: Final = (1, 8, 16, 32, 48, 64, 128)
 _DRAFT_ROWS: Final = (1, 2, 3, 4, 6, 8)
 _DISK_LAYERS: Final = 4
 """Layers whose files are read to time the disk, spread over the model."""
