@@ -31,7 +31,7 @@ from subspec_cli.decoding.engine import Engine, common_prefix
 from subspec_cli.decoding.ranking import SHARPENING
 from subspec_cli.decoding.schedule import MOST_ROWS, FixedShape, Schedule, TreeLimits
 from subspec_cli.metrics import GenerationStats, rate_of_totals, tau_of_totals
-from subspec_cli.modeling.decoder import DraftDecoder, TargetDecoder
+from subspec_cli.modeling.decoder import DraftDecoder, DraftLogits, TargetDecoder
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.layers import RowRules, TokenBatch
 from subspec_cli.modeling.source import LayerSource
@@ -87,7 +87,7 @@ class UnsharedDraft:
             device=CPU,
         )
 
-    def forward(self, batch: TokenBatch, kv: KVCache) -> Tensor:
+    def forward(self, batch: TokenBatch, kv: KVCache) -> DraftLogits:
         """As the draft's own, once its cache has caught up with the target's."""
         wanted, own = list(kv.token_ids), self._kv
         own.rewind(common_prefix(wanted, own.token_ids))
@@ -166,8 +166,9 @@ class Result:
 class Laboratory:
     """One loaded model, and engines of every kind over it."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, questions: int) -> None:
         self._session = session
+        self._questions = questions
         self._engine = session._parts.speculative
         self._drafter = self._engine._grower
         self._target = self._engine._target
@@ -197,9 +198,9 @@ class Laboratory:
         self._session._parts = replace(self._session._parts, speculative=engine)
 
     def run(self, *, plain: bool, tokens: int) -> tuple[list[GenerationStats], list[int]]:
-        """The first turn of all questions; the figures and the tokens of every answer."""
+        """The first turn of every question; the figures and the tokens of every answer."""
         stats, found = [], []
-        for number, question in enumerate(load_suite("sample", None, QUESTIONS)):
+        for number, question in enumerate(load_suite("sample", None, self._questions)):
             self._session.reset()
             deltas = list(
                 self._session.chat(None).ask(
@@ -219,6 +220,7 @@ def main() -> int:
     parser.add_argument("--context", type=int)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--questions", type=int, default=QUESTIONS)
     parser.add_argument("--depths", help="fixed depths to set beside the schedule, such as 8,16,24,32")
     options = parser.parse_args()
     arms = list(PARTS)
@@ -232,7 +234,10 @@ def main() -> int:
     )
     with open_session(config, progress=lambda text: print(text, file=sys.stderr)) as session:
         results = measure(
-            Laboratory(session), arms, session.description.plan.streamed_bytes_per_pass, options.rounds
+            Laboratory(session, options.questions),
+            arms,
+            session.description.plan.streamed_bytes_per_pass,
+            options.rounds,
         )
     return report(results)
 
