@@ -65,6 +65,7 @@ class FakeGraphs:
     captures: int = 0
     replays: int = 0
     waits: list[int] = field(default_factory=list)
+    forgotten: list[int] = field(default_factory=list)
 
     def capture(self, run: Callable[[], DraftLogits]) -> Callable[[], DraftLogits]:
         self.captures += 1
@@ -85,6 +86,9 @@ class FakeGraphs:
 
     def wait(self) -> None:
         self.waits.append(self.replays)
+
+    def forget(self) -> None:
+        self.forgotten.append(self.captures)
 
 
 def draft_of(model: Tiny) -> DraftDecoder:
@@ -136,6 +140,7 @@ def test_replayed_steps_are_the_steps_themselves(
             torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
     # One row and two while 48 cache rows are in view, then four, two and one; four and one for the next tree.
     assert (graphs.captures, graphs.replays) == (7, 9)
+    assert graphs.forgotten == [0, 2, 5]
     assert graphs.waits == list(range(9)), "inputs are left alone until the step before is done"
 
 

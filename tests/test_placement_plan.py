@@ -110,6 +110,7 @@ TIMES = st.builds(
 COSTS = st.builds(
     MachineCosts,
     link_bytes_per_s=st.floats(1e8, 1e11),
+    pageable_bytes_per_s=st.floats(1e8, 1e11),
     disk_bytes_per_s=st.floats(1e8, 1e10),
     target_layer=TIMES,
     target_head=TIMES,

@@ -36,6 +36,10 @@ class Graphs(Protocol):
         """Until the last captured step is done."""
         ...
 
+    def forget(self) -> None:
+        """The steps captured so far are not run again."""
+        ...
+
 
 class CudaGraphs:
     """Graphs that share their memory, since one runs at a time."""
@@ -68,6 +72,10 @@ class CudaGraphs:
     def wait(self) -> None:
         """An event that was never recorded counts as done."""
         self._done.synchronize()
+
+    def forget(self) -> None:
+        """Memory that no graph uses any more cannot be shared again: the next ones begin anew."""
+        self._pool = torch.cuda.graph_pool_handle()
 
 
 class CapturedDraft:
@@ -110,6 +118,7 @@ class CapturedDraft:
         self._graphs.wait()
         if columns != self._columns:
             self._steps.clear()
+            self._graphs.forget()
             self._columns = columns
         self._fill(batch, end, columns)
         step = self._steps.get(batch.rows)

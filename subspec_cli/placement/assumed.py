@@ -27,6 +27,7 @@ class _Rates:
     """A kind of machine; bytes and operations per second."""
 
     link: float
+    pageable: float
     disk: float
     exact_memory: float
     """16-bit weights as the target reads them: padded rows, attention in float64."""
@@ -46,6 +47,7 @@ class _Rates:
 # 14 ms for one row and 25 ms for four, a target pass of 0.2 s to 0.25 s for up to 30 rows, 1.3 to 1.7 GB/s.
 _CPU: Final = _Rates(
     link=1.4e9,
+    pageable=1.4e9,
     disk=1.4e9,
     exact_memory=7e9,
     fast_memory=20e9,
@@ -57,9 +59,11 @@ _CPU: Final = _Rates(
     step_s=0.5e-3,
 )
 # A card with PCIe 4.0 x16 and 1 TB/s of memory, as published for an RTX 4090: a pinned copy reaches 22 to
-# 24 GB/s, kernels read 80 % of the memory's rate; the disk behind it is an NVMe.
+# 24 GB/s, one that the driver has to stage about a third of it; kernels read 80 % of the memory's rate; the disk
+# behind it is an NVMe.
 _CUDA: Final = _Rates(
     link=24e9,
+    pageable=8e9,
     disk=3e9,
     exact_memory=600e9,
     fast_memory=800e9,
@@ -106,6 +110,7 @@ def assumed_costs(
     layer_bytes, head_bytes = geometry.layer_matrix_bytes, geometry.table_bytes
     return MachineCosts(
         link_bytes_per_s=link,
+        pageable_bytes_per_s=link * rates.pageable / rates.link,
         disk_bytes_per_s=link if device == "cpu" else rates.disk,
         target_layer=times(layer_bytes, layer_weights, rates.exact_memory, rates.exact_ops, rates.layer_s),
         target_head=times(head_bytes, head_weights, rates.exact_memory, rates.exact_ops, 0.0),

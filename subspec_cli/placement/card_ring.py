@@ -15,7 +15,7 @@ from subspec_cli.store.direct_io import BlockLayout
 class DiskRing:
     """Pinned buffers that are read into once the copies out of them are made.
 
-    What takes a layer or restarts holds `changed`, the owner's condition; `on_read` is called with it held,
+    What takes a layer holds `changed`, the owner's condition; `on_read` is called with it held,
     whenever a layer has come in.
     """
 
@@ -30,19 +30,13 @@ class DiskRing:
         # A thread that waits for one sleeps: spinning would take a core from the kernels' launches.
         self._drained = [torch.cuda.Event(blocking=True) for _ in buffers]
         self.ahead = ReadAhead(layouts, len(buffers), changed, self._free_buffer, on_read)
-        """What reads; the owner starts and closes it."""
+        """What reads; the owner starts, restarts and closes it."""
 
     def take(self) -> tuple[PinnedBuffer, torch.cuda.Event]:
         """The next layer's buffer and the event to record behind the copy out of it."""
         at = self.ahead.next_buffer
         self.ahead.let_go()
         return self._buffers[at], self._drained[at]
-
-    def restart(self, copy_stream: torch.cuda.Stream) -> None:
-        """Begin at the first layer again; copies that are queued in the stream may finish first."""
-        for event in self._drained:
-            event.record(copy_stream)
-        self.ahead.restart()
 
     def _free_buffer(self, at: int) -> memoryview:
         # The copy of what the buffer holds was queued, which does not mean that it was made.

@@ -169,7 +169,7 @@ class CardStreamer:
             for slot in self._slots:
                 slot.free.record(torch.cuda.current_stream(self._device))
             if self._ring is not None:
-                self._ring.restart(self._copy_stream)
+                self._ring.ahead.restart()
             self._queued = self._used = 0
             self._fill()
 

@@ -66,6 +66,8 @@ class MachineCosts:
 
     link_bytes_per_s: float
     """Rate at which streamed weights reach a slot: from disk on the CPU, from pinned memory on a card."""
+    pageable_bytes_per_s: float
+    """Rate of copies to a card from memory that is not pinned; on the CPU, where nothing is copied, the link's."""
     disk_bytes_per_s: float
     """Rate of direct reads; on the CPU the link itself."""
     target_layer: RowTimes

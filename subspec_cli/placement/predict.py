@@ -172,6 +172,12 @@ def predict(cycle: Cycle, pace: Pace) -> float:
     return waited_s + (pace.depth - pace.hit * in_shadow) * cycle.step_s
 
 
+def _link_told(machine: MachineCosts) -> str:
+    rate, pageable = machine.link_bytes_per_s, machine.pageable_bytes_per_s
+    unpinned = "" if pageable == rate else f", {pageable / 1e9:.3g} from memory that is not pinned"
+    return f"link {rate / 1e9:.3g} GB/s ({machine.origin}{unpinned})"
+
+
 def pace_of(depth: int, survival: float, compute: RowTimes, most_nodes: int) -> Pace:
     """A depth with all that does not depend on where the layers lie; depth 0 is plain decoding."""
     return Pace(
@@ -208,7 +214,7 @@ def prediction_of(
         survival=survival,
         origin=origin,
         assumptions=(
-            f"link {machine.link_bytes_per_s / 1e9:.3g} GB/s ({origin})",
+            _link_told(machine),
             f"draft step {cycle.step_s * 1e3:.3g} ms ({origin})",
             f"target compute {plain.compute_s * 1e3:.3g} ms a pass ({origin})",
             f"survival {survival:.3g} a level ({'measured' if is_measured else 'assumed'})",

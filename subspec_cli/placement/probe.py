@@ -109,13 +109,13 @@ def reading(layouts: Sequence[BlockLayout]) -> Iterator[Reading]:
         thread.join()
 
 
-def copy_rate(device: torch.device) -> float:
-    """Bytes per second of copies from pinned host memory to a card."""
-    source = torch.empty(_COPY_BYTES, dtype=torch.uint8, pin_memory=True)
+def copy_rate(device: torch.device, *, pinned: bool) -> float:
+    """Bytes per second of copies from host memory to a card, quantised."""
+    source = torch.ones(_COPY_BYTES, dtype=torch.uint8, pin_memory=pinned)
     target = torch.empty(_COPY_BYTES, dtype=torch.uint8, device=device)
 
     def finish() -> None:
         torch.cuda.synchronize(device)
 
     copies = time_rows(lambda _rows: target.copy_(source, non_blocking=True), (1,), finish=finish)
-    return _COPY_BYTES / copies.seconds[0]
+    return quantised(_COPY_BYTES / copies.seconds[0])

@@ -65,12 +65,14 @@ def probe_machine(
         # A pass and the reader share cores and memory, so each is timed beside the other.
         with reading(layouts) as beside:
             target = bench.target_layer()
-        link = disk = beside.bytes_per_s
+        link = pageable = disk = beside.bytes_per_s
     else:
-        target, disk, link = bench.target_layer(), disk_rate(layouts), quantised(copy_rate(device))
+        target, disk = bench.target_layer(), disk_rate(layouts)
+        link, pageable = copy_rate(device, pinned=True), copy_rate(device, pinned=False)
     progress("the draft's layers")
     return MachineCosts(
         link_bytes_per_s=link,
+        pageable_bytes_per_s=pageable,
         disk_bytes_per_s=disk,
         target_layer=target.quantised(),
         target_head=bench.target_head().quantised(),
