@@ -28,7 +28,7 @@ from subspec_cli.placement.predict import (
 
 _MOST_OF_THE_OTHER_KIND: Final = 1
 """The best mix of shared and target-only layers lies at an end; one of the other kind may fill what is left."""
-_SLOTS: Final = {"cpu": (2, 3, 4, 5, 8), "cuda": (2, 3)}
+_SLOTS: Final = {"cpu": (2, 4, 5, 8), "cuda": (2, 3)}
 """Slot counts by device, where a slot is a block or a whole layer."""
 _TWO_SLOTS_LOSS: Final = 1.02
 """With two slots the link stops whenever a block takes longer to use than to bring."""
