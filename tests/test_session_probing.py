@@ -95,6 +95,18 @@ def test_a_machine_that_cannot_be_timed_is_assumed(shelf, home, monkeypatch, cha
 
 
 @pytest.mark.probed
+def test_the_timing_process_imports_nothing_from_the_working_directory(shelf, home, tmp_path, monkeypatch):
+    model, here = shelf.model("qwen2"), tmp_path / "here"
+    here.mkdir()
+    for name in ("torch", "json", "random"):
+        (here / f"{name}.py").write_text("raise SystemExit('imported what lay about')")
+    monkeypatch.chdir(here)
+    with open_tiny(model) as session:
+        assert session.description.notes == ()
+        assert session.description.plan.prediction.origin == "measured"
+
+
+@pytest.mark.probed
 def test_timing_leaves_no_process_and_its_memory_behind(shelf, home, monkeypatch):
     """The process is gone when the costs are there, and when the user interrupts it."""
     model, started = shelf.model("qwen2"), []

@@ -20,7 +20,6 @@ from subspec_cli.placement.geometry import ModelGeometry
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 _ROW_SIZES: Final = (8, 16, 32, 48, 64)
-_ROW_STEP: Final = 64
 _SERIAL_ELEMENTS: Final = 32_768
 """Elementwise kernels run on one thread below this many elements (torch's grain size)."""
 
@@ -68,8 +67,10 @@ class RowRules:
 
     def padded(self, rows: int) -> int:
         """Rows after padding: one of few sizes, for each of which the kernels keep code and scratch memory."""
-        sizes = (size for size in (self.row_block, *_ROW_SIZES) if size % self.row_block == 0)
-        return next((size for size in sizes if size >= rows), -(-rows // _ROW_STEP) * _ROW_STEP)
+        if rows > _ROW_SIZES[-1]:
+            return -(-rows // _ROW_SIZES[-1]) * _ROW_SIZES[-1]
+        sizes = (self.row_block, *_ROW_SIZES)
+        return next(size for size in sizes if size >= rows and size % self.row_block == 0)
 
     def linear(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """`inputs [P, in] @ weight [out, in].T + bias` with row-independent bits; P is padded already."""

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from subspec_cli.placement.costs import MachineCosts
 from subspec_cli.placement.geometry import read_geometry
@@ -21,6 +21,9 @@ from subspec_cli.store.manifest import SubstituteSettings
 
 if TYPE_CHECKING:
     import torch
+
+_START: Final = f"import sys; sys.path[:] = sys.argv[1:]; from {__name__} import main; main()"
+"""The other process imports from where this one does, and not from whatever lies in the working directory."""
 
 
 class ProbeFailedError(Exception):
@@ -47,7 +50,7 @@ def probe_apart(
     with tempfile.TemporaryFile("w+", errors="replace") as complaints:
         try:
             process = subprocess.Popen(  # noqa: S603 - this very module
-                [sys.executable, "-m", __name__],
+                [sys.executable, "-c", _START, *sys.path],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=complaints,
@@ -113,7 +116,3 @@ def main() -> None:
 def _say(message: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(message) + "\n")
     sys.stdout.flush()
-
-
-if __name__ == "__main__":
-    main()
