@@ -30,6 +30,7 @@ from subspec_cli.decoding.drafter import Drafter
 from subspec_cli.decoding.engine import Engine, common_prefix
 from subspec_cli.decoding.ranking import SHARPENING
 from subspec_cli.decoding.schedule import MOST_ROWS, FixedShape, Schedule, TreeLimits
+from subspec_cli.decoding.steps import DirectSteps
 from subspec_cli.metrics import GenerationStats, rate_of_totals, tau_of_totals
 from subspec_cli.modeling.decoder import DraftDecoder, DraftLogits, TargetDecoder
 from subspec_cli.modeling.kv_cache import KVCache
@@ -177,7 +178,7 @@ class Laboratory:
     def use(self, arm: Arm) -> None:
         """Put the arm's engine into the session."""
         about, kv = self._session.description, self._engine._kv
-        target, counters, draft = self._target, self._engine._counters, self._drafter._draft
+        target, counters, draft = self._target, self._engine._counters, self._drafter._steps.draft
         geometry = target.math.geometry
         if not arm.overlap:
             source = LayerSource(geometry.layers, target._source.resident, self._waiting)
@@ -193,7 +194,13 @@ class Laboratory:
             fixed=fixed,
             shadow_rows=SHADOW_ROWS if arm.shadow else 0,
         )
-        drafter = Drafter(draft, kv, schedule, eos_ids=self._drafter._eos_ids, sharpening=arm.sharpening)
+        drafter = Drafter(
+            DirectSteps(draft, kv),
+            kv,
+            schedule,
+            eos_ids=self._drafter._shared.eos_ids,
+            sharpening=arm.sharpening,
+        )
         engine = Engine(target, kv, drafter, schedule, counters=counters)
         self._session._parts = replace(self._session._parts, speculative=engine)
 

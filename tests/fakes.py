@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +21,7 @@ from subspec_cli.decoding.choose import Chooser, GreedyChooser, Row, choose, mak
 from subspec_cli.decoding.drafter import Proposal
 from subspec_cli.decoding.engine import Engine, Request, StepOutput
 from subspec_cli.decoding.schedule import FixedShape, Schedule, TreeLimits
+from subspec_cli.decoding.steps import DirectSteps, Found
 from subspec_cli.decoding.tree import TokenTree
 from subspec_cli.decoding.verify import VerifyResult
 from subspec_cli.modeling.decoder import DraftLogits
@@ -152,6 +153,39 @@ class FakeDraft(FakeModel):
     def forward(self, batch: TokenBatch, kv: KVCache) -> DraftLogits:
         assert len(batch.token_ids) == len(batch.positions) == batch.rows
         return DraftLogits(self.table_rows(self.prefixes(batch, kv, DRAFT_MADE)))
+
+
+class LateSteps(DirectSteps):
+    """Steps read one later, as on a card: a row may take the token that the step before has found."""
+
+    ahead = 1
+
+    def __init__(self, draft: FakeDraft, kv: KVCache) -> None:
+        super().__init__(draft, kv)
+        self.unread: list[Found] = []
+        self.fed = 0
+
+    def start(self, batch: TokenBatch, feeds: Sequence[tuple[int, int] | None], chooser: Chooser) -> None:
+        assert len(self.unread) <= self.ahead
+        tokens = batch.token_ids.tolist()
+        for row, feed in enumerate(feeds):
+            if feed is not None:
+                assert self.unread, "the step before was read, so nothing had to be foreseen"
+                tokens[row] = int(self.unread[-1].token_ids[feed])
+                self.fed += 1
+        super().start(replace(batch, token_ids=torch.tensor(tokens)), [None] * len(feeds), chooser)
+        self.unread.append(super().read())
+
+    def read(self) -> Found:
+        return self.unread.pop(0)
+
+    def drop(self) -> None:
+        self.unread.clear()
+
+
+def steps_of(draft: FakeDraft, kv: KVCache, ahead: int) -> DirectSteps:
+    """Steps that are read at once, or one later."""
+    return LateSteps(draft, kv) if ahead else DirectSteps(draft, kv)
 
 
 def fake_cache(context: int = 64, scratch: int = 64) -> KVCache:

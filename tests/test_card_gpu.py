@@ -6,19 +6,22 @@ import mmap
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import test_session_fakes
 import tiny_models
 import torch
 from fake_card import make_layers
-from test_modeling_captured import step
+from fakes import LateSteps
+from test_decoding_captured import CHOOSERS, SIZES, step
 from test_modeling_substitute import layer_tensors
 from test_session_fakes import Shelf, answer_to, open_tiny
-from tiny_models import Tiny
+from tiny_models import VOCAB, Tiny
 
+from subspec_cli.decoding.captured import draft_steps
+from subspec_cli.decoding.steps import Found
 from subspec_cli.errors import ResourceError
 from subspec_cli.modeling.attention import fast_attention
-from subspec_cli.modeling.captured import launched
 from subspec_cli.modeling.decoder import DraftDecoder, Head
 from subspec_cli.modeling.embedding import table_embedding
 from subspec_cli.modeling.kv_cache import KVCache
@@ -28,7 +31,7 @@ from subspec_cli.modeling.rope import RopeTable
 from subspec_cli.modeling.substitute import load_substitute
 from subspec_cli.placement.card_layers import read_resident_layer
 from subspec_cli.placement.card_streamer import open_card_streamer
-from subspec_cli.placement.pinned import PinnedBuffer, PinRefusedError, card_view
+from subspec_cli.placement.pinned import PinnedBuffer, PinRefusedError, card_view, pin
 from subspec_cli.placement.plan_lines import CUDA_CONTEXT_BYTES
 from subspec_cli.session.building import cap_allocator
 from subspec_cli.store.manifest import SubstituteSettings
@@ -120,19 +123,35 @@ def test_kernels_read_pinned_memory_where_it_lies(dtype: torch.dtype) -> None:
     assert (seen.long() == 7).all().item()
 
 
-def test_captured_draft_steps_are_the_steps_themselves(tiny: Callable[..., Tiny]) -> None:
+@pytest.mark.parametrize("kind", CHOOSERS)
+def test_captured_draft_steps_are_the_steps_themselves(tiny: Callable[..., Tiny], kind: str) -> None:
     """Sizes come back, so that steps are replayed and not only captured; rounding is all that may differ."""
-    model, notes = tiny("qwen2"), []
+    model, notes, chooser = tiny("qwen2"), [], CHOOSERS[kind]()
     draft, (plain, kept) = on_card(model), (card_cache(model), card_cache(model))
-    captured = launched(draft, kept, most_rows=4, device=CUDA, notify=notes.append)
+    late = draft_steps(draft, kept, most_rows=4, vocab=VOCAB, device=CUDA, notify=notes.append)
     assert not notes
-    first = 0
-    for seed, rows in enumerate([1, 2, 1, 4, 2, 1, 1]):
-        batch = step(seed, plain, rows, first)
-        wanted = draft.forward(batch, plain).logits.float()
-        found = captured.forward(batch, kept).logits.float()
-        torch.testing.assert_close(found, wanted, atol=0.1, rtol=0.02)
+    direct, first = LateSteps(draft, plain), 0
+    for number, (rows, feeds) in enumerate(SIZES):
+        batch = step(number, plain, rows, first)
+        for steps in (direct, late):
+            steps.start(batch, feeds, chooser)
+        if number:
+            check_scores(late.read(), direct.read())
         first += rows
+    check_scores(late.read(), direct.read())
+
+
+def check_scores(ours: Found, theirs: Found) -> None:
+    """The best scores of each row; of tokens that are all but equally likely, another may be the best."""
+    np.testing.assert_allclose(ours.scores[:, 0], theirs.scores[:, 0], atol=0.1, rtol=0.02)
+
+
+def test_a_table_in_host_memory_is_gathered_by_the_card() -> None:
+    table = torch.arange(60_000).bfloat16().view(2000, 30)
+    unpin = pin(table, CUDA)
+    ids = torch.tensor([3, 1999, 0], device=CUDA)
+    assert torch.equal(table_embedding(card_view(table, CUDA))(ids).cpu(), table[ids.cpu()])
+    unpin()
 
 
 def on_card(model: Tiny) -> DraftDecoder:
@@ -158,7 +177,7 @@ def card_cache(model: Tiny) -> KVCache:
         kv_heads=geometry.kv_heads,
         head_dim=geometry.head_dim,
         context=0,
-        scratch=32,
+        scratch=64,
         dtype=model.dtype,
         device=CUDA,
     )

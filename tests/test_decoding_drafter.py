@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from subspec_cli.decoding.batches import prompt_batch
 from subspec_cli.decoding.choose import choose
 from subspec_cli.decoding.drafter import Drafter, RootOnly
 from subspec_cli.decoding.ranking import likeliest, rank
+from subspec_cli.decoding.steps import DirectSteps, sampling_of
 from subspec_cli.modeling.decoder import DraftLogits
 
 PROMPT = (1, 2, 3)
@@ -36,7 +38,7 @@ def grown(table, schedule, *, chooser=None, wanted=99, eos_ids=()):
     target.forward(prompt_batch(PROMPT, 0, target.rules), kv)
     kv.commit(range(len(PROMPT)), PROMPT)
     draft = FakeDraft(table)
-    drafter = Drafter(draft, kv, schedule, eos_ids=eos_ids)
+    drafter = Drafter(DirectSteps(draft, kv), kv, schedule, eos_ids=eos_ids)
     tree = drafter.grow(ROOT, chooser or GreedyChooser(), wanted).tree
     assert kv.token_ids == PROMPT
     return tree, draft.calls
@@ -236,34 +238,47 @@ def test_draft_logits_may_be_of_any_float_dtype():
 
     kv = fake_cache()
     draft = HalfDraft(random_table(1))
-    drafter = Drafter(draft, kv, free_schedule(3, 2, 9), eos_ids=())
+    drafter = Drafter(DirectSteps(draft, kv), kv, free_schedule(3, 2, 9), eos_ids=())
     assert drafter.grow(ROOT, sampled(1), 9).tree.depth == 3
 
 
-@pytest.mark.parametrize("chooser", [GreedyChooser(), sampled(1), sampled(2, temperature=0.3)])
+FILTERS = [{"top_k": 3}, {"top_p": 0.6}, {"top_k": 300, "top_p": 0.9}, {"top_k": 5, "top_p": 0.7}]
+
+
+def ranked(logits, chooser, positions):
+    """What the drafter makes of draft rows, by way of the steps' own sampling rule."""
+    batch = SimpleNamespace(positions=torch.tensor(positions) - 1)
+    ids, scores = rank(DraftLogits(logits), sampling_of(chooser, batch, logits))
+    return [likeliest(*row) for row in zip(ids.numpy(), scores.double().numpy(), strict=True)]
+
+
+@pytest.mark.parametrize(
+    "chooser",
+    [
+        GreedyChooser(),
+        sampled(1),
+        sampled(2, temperature=0.3),
+        sampled(2, temperature=1e-300),
+        *(sampled(1, **filters) for filters in FILTERS),
+        *(sampled(3, temperature=0.6, **filters) for filters in FILTERS),
+    ],
+)
 def test_ranking_where_the_logits_are_agrees_with_ranking_whole_rows(chooser):
-    logits = torch.randn((5, 400), generator=torch.Generator().manual_seed(0))
+    logits = torch.randn((5, 400), generator=torch.Generator().manual_seed(0)) * 3
     positions = [7, 8, 8, 9, 30]
-    for row, (ids, scores), position in zip(
-        logits, rank(DraftLogits(logits), chooser, positions), positions, strict=True
-    ):
+    for row, found, position in zip(logits, ranked(logits, chooser, positions), positions, strict=True):
+        scaled = row.double().numpy() / chooser.temperature
         whole = chooser.scores(row.double().numpy(), position)
-        best = np.argsort(-whole)[:8]
-        found = likeliest(ids, scores)
-        assert [token for token, _ in found] == best.tolist()
-        wanted = likeliest(best, whole[best])
-        assert [share for _, share in found] == pytest.approx([share for _, share in wanted], abs=1e-4)
-
-
-@pytest.mark.parametrize("filters", [{"top_k": 3}, {"top_p": 0.6}])
-def test_with_a_filter_whole_rows_decide(filters):
-    chooser = sampled(1, **filters)
-    logits = torch.randn((2, 400), generator=torch.Generator().manual_seed(0)) * 3
-    assert chooser.guessed_scores(logits, [1, 2]) is None
-    for row, (ids, scores), position in zip(
-        logits, rank(DraftLogits(logits), chooser, [1, 2]), (1, 2), strict=True
-    ):
-        whole = chooser.scores(row.double().numpy(), position)
-        allowed = set(np.flatnonzero(np.isfinite(whole)).tolist())
-        found = [token for token, _ in likeliest(ids, scores)]
-        assert found == [int(token) for token in np.argsort(-whole)[:8] if int(token) in allowed]
+        kept = np.flatnonzero(np.isfinite(whole))
+        # A token that is all but as likely as the last one that a filter keeps may slip in.
+        slipped = [token for token, _ in found if token not in kept]
+        assert all(scaled[token] > scaled[kept].min() - 1 / 32 for token in slipped)
+        best = [int(token) for token in np.argsort(-whole)[:8] if token in kept]
+        assert [token for token, _ in found if token in kept] == best[: len(found) - len(slipped)]
+        if slipped:
+            continue
+        shares, exact = (
+            [math.exp(share) for _, share in pairs]
+            for pairs in (found, likeliest(np.array(best), whole[best]))
+        )
+        assert shares == pytest.approx(exact, abs=1e-4)

@@ -24,6 +24,7 @@ from fakes import (
     sampled,
     schedule,
     scripted,
+    steps_of,
     tree_of,
 )
 from test_decoding_text import CASES, EOS, ids
@@ -56,12 +57,12 @@ DRAFTS = {
 }
 
 
-def machine(draft_table=None, *, table=TABLE, eos_ids=(), plan=None, context=64):
+def machine(draft_table=None, *, table=TABLE, eos_ids=(), plan=None, context=64, ahead=0):
     """(engine, target, kv): plain without a draft table, else with the real drafter."""
     kv, target, plan = fake_cache(context, scratch=128), FakeTarget(table), plan or free_schedule(6, 3, 24)
     grower = RootOnly()
     if draft_table is not None:
-        grower = Drafter(FakeDraft(draft_table), kv, plan, eos_ids=eos_ids)
+        grower = Drafter(steps_of(FakeDraft(draft_table), kv, ahead), kv, plan, eos_ids=eos_ids)
     return fake_engine(target, kv, grower, plan), target, kv
 
 
@@ -74,10 +75,11 @@ def check_cache(kv, prompt, tokens):
     "chooser", [GreedyChooser(), sampled(1), sampled(2, temperature=0.7, top_p=0.8, top_k=5)]
 )
 @pytest.mark.parametrize("draft", DRAFTS)
-def test_speculation_changes_no_token(draft, chooser):
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_speculation_changes_no_token(ahead, draft, chooser):
     expected = plain_answer(TABLE, PROMPT, 40, chooser)
     for plan in (None, schedule(9, 4, 30), schedule(9, 4, 30, shadow_rows=40), free_schedule(3, 2, 9)):
-        engine, _, kv = machine(plan and DRAFTS[draft], plan=plan)
+        engine, _, kv = machine(plan and DRAFTS[draft], plan=plan, ahead=ahead)
         outputs = list(engine.generate(request_for(PROMPT, 40, chooser=chooser)))
         assert emitted(outputs) == expected
         assert [output.finish_reason for output in outputs] == [None] * (len(outputs) - 1) + ["length"]

@@ -18,19 +18,21 @@ from fakes import (
     request_for,
     sampled,
     schedule,
+    steps_of,
 )
 
 from subspec_cli.decoding.drafter import Drafter
+from subspec_cli.decoding.steps import DirectSteps
 from subspec_cli.modeling.kv_cache import KVCache
 
 TABLE = random_table(1)
 PROMPT = (3, 1, 4, 1, 5)
 
 
-def answered(draft_table, plan, *, limit=40, chooser=None, eos_ids=()):
+def answered(draft_table, plan, *, limit=40, chooser=None, eos_ids=(), ahead=0):
     """(tokens, stats, draft, target) of one answer."""
     kv, target, draft = fake_cache(96, scratch=160), FakeTarget(TABLE), FakeDraft(draft_table)
-    drafter = Drafter(draft, kv, plan, eos_ids=eos_ids)
+    drafter = Drafter(steps_of(draft, kv, ahead), kv, plan, eos_ids=eos_ids)
     engine = fake_engine(target, kv, drafter, plan)
     outputs = list(engine.generate(request_for(PROMPT, limit, chooser=chooser, eos_ids=eos_ids)))
     return emitted(outputs), outputs[-1].stats, draft, target
@@ -47,25 +49,28 @@ def test_a_draft_that_is_always_right_needs_serial_steps_only_once():
 @pytest.mark.parametrize("chooser", [None, sampled(3), sampled(4, temperature=0.7, top_p=0.9)])
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 1.0])
 @pytest.mark.parametrize("seed", range(4))
-def test_no_token_changes_however_right_the_draft_is(seed, share, chooser):
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_no_token_changes_however_right_the_draft_is(ahead, seed, share, chooser):
     draft = blended(TABLE, random_table(seed + 10), share)
     plan = schedule(6, 4, 20, shadow_rows=30)
-    tokens, stats, _, _ = answered(draft, plan, chooser=chooser)
+    tokens, stats, _, _ = answered(draft, plan, chooser=chooser, ahead=ahead)
     assert tokens == plain_answer(TABLE, PROMPT, 40, chooser)
     assert stats.shadow_steps > 0
 
 
-def test_a_hit_saves_steps_and_costs_no_acceptance():
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_hit_saves_steps_and_costs_no_acceptance(ahead):
     draft = blended(TABLE, random_table(7), 0.15)
-    with_shadow = answered(draft, free_schedule(4, 3, 14, shadow_rows=60), limit=80)[1]
-    without = answered(draft, free_schedule(4, 3, 14), limit=80)[1]
+    with_shadow = answered(draft, free_schedule(4, 3, 14, shadow_rows=60), limit=80, ahead=ahead)[1]
+    without = answered(draft, free_schedule(4, 3, 14), limit=80, ahead=ahead)[1]
     assert 0 < with_shadow.shadow_hits <= with_shadow.passes
     assert with_shadow.draft_steps < without.draft_steps
     assert without.shadow_steps == without.shadow_hits == 0
     assert with_shadow.tau > 0.8 * without.tau
 
 
-def test_shadow_rows_lie_behind_the_tree_and_within_bounds():
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_shadow_rows_lie_behind_the_tree_and_within_bounds(ahead):
     """Trap 6: the target never sees them, and they never reach into its rows."""
     log, kv = [], fake_cache(96, scratch=160)
     write = kv.write
@@ -77,7 +82,7 @@ def test_shadow_rows_lie_behind_the_tree_and_within_bounds():
     kv.write = logged
     target, plan = FakeTarget(TABLE), schedule(6, 4, 20, shadow_rows=12)
     draft = FakeDraft(blended(TABLE, random_table(7), 0.3))
-    engine = fake_engine(target, kv, Drafter(draft, kv, plan, eos_ids=()), plan)
+    engine = fake_engine(target, kv, Drafter(steps_of(draft, kv, ahead), kv, plan, eos_ids=()), plan)
     list(engine.generate(request_for(PROMPT, 40)))
     verified, in_shadow = (-1, 0), 0
     for maker, committed, start, end in log:
@@ -91,21 +96,24 @@ def test_shadow_rows_lie_behind_the_tree_and_within_bounds():
     assert in_shadow > 5
 
 
-def test_steps_are_the_same_in_every_run():
-    runs = [
-        answered(blended(TABLE, random_table(5), 0.3), schedule(9, 4, 24, shadow_rows=40)) for _ in range(2)
-    ]
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_steps_are_the_same_in_every_run(ahead):
+    draft = blended(TABLE, random_table(5), 0.3)
+    runs = [answered(draft, schedule(9, 4, 24, shadow_rows=40), ahead=ahead) for _ in range(2)]
     for first, second in zip(runs[0][2].calls, runs[1][2].calls, strict=True):
         assert first.prefixes == second.prefixes
         assert first.batch.start == second.batch.start
     assert len(runs[0][3].calls) == len(runs[1][3].calls)
 
 
-def test_no_findings_are_taken_into_another_answer():
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_no_findings_are_taken_into_another_answer(ahead):
     """State of an answer that was left early must not reach into the next one."""
     kv, target = fake_cache(96, scratch=160), FakeTarget(TABLE)
     plan = schedule(4, 3, 14, shadow_rows=30)
-    engine = fake_engine(target, kv, Drafter(FakeDraft(TABLE), kv, plan, eos_ids=()), plan)
+    engine = fake_engine(
+        target, kv, Drafter(steps_of(FakeDraft(TABLE), kv, ahead), kv, plan, eos_ids=()), plan
+    )
     steps = engine.generate(request_for(PROMPT, 40))
     for _ in range(3):
         next(steps)
@@ -115,8 +123,9 @@ def test_no_findings_are_taken_into_another_answer():
 
 
 @pytest.mark.parametrize("limit", range(1, 14))
-def test_nothing_is_foreseen_beyond_the_last_wanted_token(limit):
-    tokens, _, draft, _ = answered(TABLE, free_schedule(3, 2, 9, shadow_rows=30), limit=limit)
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_nothing_is_foreseen_beyond_the_last_wanted_token(ahead, limit):
+    tokens, _, draft, _ = answered(TABLE, free_schedule(3, 2, 9, shadow_rows=30), limit=limit, ahead=ahead)
     assert tokens == plain_answer(TABLE, PROMPT, limit)
     positions = [int(position) for call in draft.calls for position in call.batch.positions]
     assert all(position < len(PROMPT) + limit for position in positions)
@@ -140,7 +149,7 @@ def test_a_guess_of_the_lookup_makes_several_nodes_in_one_step():
     def run(width):
         kv, target, draft = fake_cache(96, scratch=160), FakeTarget(circle), FakeDraft(circle)
         plan = free_schedule(8, width, 9)
-        drafter = Drafter(draft, kv, plan, eos_ids=())
+        drafter = Drafter(DirectSteps(draft, kv), kv, plan, eos_ids=())
         engine = fake_engine(target, kv, drafter, plan)
         outputs = list(engine.generate(request_for((0, 1, 2, 3, 0, 1, 2, 3), 36)))
         assert emitted(outputs) == plain_answer(circle, (0, 1, 2, 3, 0, 1, 2, 3), 36)
@@ -156,7 +165,7 @@ def test_wrong_guesses_change_no_token_and_leave_no_rows():
     prompt = (1, 2, 3) * 6
     kv, target, draft = fake_cache(96, scratch=160), FakeTarget(TABLE), FakeDraft(TABLE)
     plan = free_schedule(6, 4, 20, shadow_rows=30)
-    engine = fake_engine(target, kv, Drafter(draft, kv, plan, eos_ids=()), plan)
+    engine = fake_engine(target, kv, Drafter(DirectSteps(draft, kv), kv, plan, eos_ids=()), plan)
     assert emitted(list(engine.generate(request_for(prompt, 40)))) == plain_answer(TABLE, prompt, 40)
 
 

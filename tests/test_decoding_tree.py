@@ -47,6 +47,13 @@ def test_a_parent_comes_before_its_child(parents):
 NO_END = frozenset()
 
 
+def expand(tree, number):
+    """Give an open node the next row."""
+    node = tree.nodes[number]
+    parent_row = tree.nodes[node.parent].row if node.parent >= 0 else -1
+    tree.seat(number, tree.take_row(parent_row, node.depth))
+
+
 def grown_at_random(seed, nodes=40):
     """A growing tree whose nodes were expanded in random order, and the numbers in the order of their rows."""
     generator = np.random.default_rng(seed)
@@ -54,7 +61,7 @@ def grown_at_random(seed, nodes=40):
     while len(tree.nodes) < nodes:
         able = tree.best_open(99, max_depth=99, eos_ids=NO_END)
         number = able[int(generator.integers(len(able)))]
-        tree.expand([number])
+        expand(tree, number)
         order.append(number)
         for token in range(int(generator.integers(1, 4))):
             chance = tree.nodes[number].chance * float(generator.random())
@@ -90,9 +97,9 @@ def test_rows_taken_after_freezing_lie_behind_the_tree_and_see_their_ancestors(s
     growing, _ = grown_at_random(seed)
     leaves = growing.best_open(5, max_depth=99, eos_ids=NO_END)
     size = len(growing.freeze(leaves))
-    growing.expand([leaves[0]])
+    expand(growing, leaves[0])
     child = growing.add(leaves[0], 3, -1.0, 0.5)
-    growing.expand([child])
+    expand(growing, child)
     assert [growing.nodes[leaves[0]].row, growing.nodes[child].row] == [size, size + 1]
     above, number = {size + 1}, growing.nodes[child].parent
     while number >= 0:
@@ -101,14 +108,48 @@ def test_rows_taken_after_freezing_lie_behind_the_tree_and_see_their_ancestors(s
     assert set(torch.nonzero(growing.mask[size + 1]).flatten().tolist()) == above
 
 
-def test_a_row_tried_for_a_guess_leaves_nothing_behind():
+def test_a_row_that_no_node_took_leaves_nothing_behind():
     growing = GrowingTree(7, capacity=8)
-    growing.expand([0])
-    growing.try_row(1, 0)
-    growing.try_row(2, 1)
+    expand(growing, 0)
+    growing.take_row(growing.take_row(0, 1), 2)
+    growing.give_back()
+    assert growing.rows == growing.expanded == 1
     first, second = growing.add(0, 1, -1.0, 0.5), growing.add(0, 2, -2.0, 0.3)
-    growing.expand([first, second])
+    expand(growing, first)
+    expand(growing, second)
     assert growing.mask[2, :3].tolist() == [True, False, True]
+
+
+def test_rows_of_a_frozen_tree_are_not_given_back():
+    growing = GrowingTree(7, capacity=8)
+    expand(growing, 0)
+    growing.freeze([growing.add(0, token, -1.0, 0.5) for token in range(3)])
+    growing.take_row(0, 1)
+    growing.give_back()
+    assert growing.rows == 4
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_gaps_are_closed_and_nothing_else_changes(seed):
+    """Void rows strewn among those of nodes, against the tree without them."""
+    generator = np.random.default_rng(seed)
+    plain, order = grown_at_random(seed)
+    gappy, rows = GrowingTree(7, capacity=96), []
+    for number in order:
+        for _ in range(int(generator.integers(3))):
+            gappy.take_row(int(generator.integers(-1, gappy.rows)), 5)
+        rows.append(gappy.rows)
+        expand(gappy, number)
+        for child in plain.nodes[number].children:
+            old = plain.nodes[child]
+            assert gappy.add(number, old.token_id, old.log_prob, old.chance) == child
+    assert gappy.expanded == len(order) < gappy.rows
+    assert gappy.compact() == rows
+    assert gappy.compact() == []
+    assert gappy.row_depths == plain.row_depths
+    assert [node.row for node in gappy.nodes] == [node.row for node in plain.nodes]
+    assert gappy.mask[: gappy.rows].equal(plain.mask[: plain.rows])
+    assert gappy.freeze([]) == plain.freeze([])
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -144,7 +185,7 @@ def test_a_subtree_is_what_was_found_below_a_node(seed, most_rows):
 def test_a_subtree_is_cut_at_a_depth():
     growing, number = GrowingTree(7, capacity=16), 0
     for token in range(6):
-        growing.expand([number])
+        expand(growing, number)
         number = growing.add(number, token, -1.0, 0.5)
     tree, rows = growing.subtree(1, most_rows=99, max_depth=3)
     assert rows == [1, 2, 3]
@@ -153,9 +194,9 @@ def test_a_subtree_is_cut_at_a_depth():
 
 def test_the_outcome_of_a_pass_is_found_by_its_token():
     growing = GrowingTree(7, capacity=16)
-    growing.expand([0])
+    expand(growing, 0)
     first, second = growing.add(0, 1, -0.1, 0.9), growing.add(0, 2, -2.0, 0.1)
-    growing.expand([first])
+    expand(growing, first)
     third = growing.add(first, 5, -1.0, 0.5)
     growing.freeze([])
     assert growing.outcome(0, 2) == second
@@ -189,12 +230,10 @@ def test_a_whole_tree_sees_prefix_ancestors_and_self():
 @pytest.mark.parametrize("seed", range(4))
 def test_a_draft_step_is_a_cut_of_the_whole_tree(seed):
     growing, order = grown_at_random(seed)
-    nodes = [growing.nodes[number] for number in order]
     whole = tree_batch(growing.freeze([]), 3, RowRules(1))
-    first, count = len(order) - 4, 3
-    tokens = [node.token_id for node in nodes[first : first + count]]
-    depths = [node.depth for node in nodes[first : first + count]]
-    step = draft_batch(growing, tokens, depths, first, 3)
+    first, count = len(order) - 3, 3
+    tokens = [growing.nodes[number].token_id for number in order[first:]]
+    step = draft_batch(growing, tokens, 3)
     assert (step.rows, step.start) == (count, 3 + first)
     assert step.token_ids.equal(whole.token_ids[first : first + count])
     assert step.positions.equal(whole.positions[first : first + count])

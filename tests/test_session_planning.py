@@ -15,6 +15,7 @@ from subspec_cli.config import resolve_config
 from subspec_cli.errors import ResourceError
 from subspec_cli.placement.assumed import assumed_costs
 from subspec_cli.placement.costs import RowTimes
+from subspec_cli.placement.pinned import PinRefusedError
 from subspec_cli.placement.plan import fastest_plan
 from subspec_cli.placement.plan_lines import BARE_PROCESS_BYTES
 from subspec_cli.session import building, loading, planning
@@ -121,18 +122,29 @@ def test_of_the_sets_that_stand_side_by_side_the_fastest_is_loaded(tmp_path, mon
         assert session.description.plan.substitute_bits == 8
 
 
-def test_an_embedding_in_host_memory_gives_the_same_rows(shelf, monkeypatch):
+@pytest.mark.parametrize("refused", [False, True])
+def test_an_embedding_in_host_memory_gives_the_same_rows(shelf, monkeypatch, refused):
     model = shelf.model("qwen2", tied=False)
-    expected = plain_answer(model)
+    expected, unpinned = plain_answer(model), []
 
     def on_the_host(requests):
         number, plan = fastest_plan(requests)
         assert plan.embedding == "disk"
         return number, dataclasses.replace(plan, embedding="host")
 
+    def pin(table, device):
+        if refused:
+            raise PinRefusedError("CUDA error 2")
+        return lambda: unpinned.append(table.shape)
+
     monkeypatch.setattr(building, "fastest_plan", on_the_host)
+    monkeypatch.setattr(loading, "pin", pin)
     with open_tiny(model, draft={"depth": 4}) as session:
         assert answer_to(session, "Hello", 16).outcome == expected
+        notes = session.description.notes
+    told = ["the embedding could not be pinned, so draft steps wait for the host: CUDA error 2"]
+    assert [note for note in notes if "embedding" in note] == (told if refused else [])
+    assert len(unpinned) == (0 if refused else 1)
 
 
 def test_a_bound_on_host_memory_lowers_the_budget_on_the_cpu(shelf):

@@ -2,6 +2,7 @@
 
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import test_session_fakes
@@ -12,6 +13,7 @@ from test_session_fakes import answer_to, open_tiny
 from subspec_cli.config import SamplingConfig
 from subspec_cli.decoding.choose import make_chooser
 from subspec_cli.decoding.ranking import likeliest, rank
+from subspec_cli.decoding.steps import sampling_of
 from subspec_cli.modeling.decoder import DraftLogits, Head
 from subspec_cli.modeling.substitute import Int4Linear, LowBitHead, low_bit_table
 from subspec_cli.placement.costs import quantised
@@ -220,11 +222,16 @@ def test_a_low_bit_head_ranks_as_the_head_does(sampling):
     chooser = make_chooser(SamplingConfig(**sampling, seed=1), 1, 0)
 
     def best(found):
-        return [likeliest(*row)[0][0] for row in rank(found, chooser, range(40))]
+        batch = SimpleNamespace(positions=torch.arange(40))
+        ids, scores = rank(found, sampling_of(chooser, batch, found.logits))
+        return [likeliest(*row)[0][0] for row in zip(ids.numpy(), scores.double().numpy(), strict=True)]
 
-    wanted = best(head.guess(rows))
-    assert best(rough.guess(rows)) == wanted
-    assert best(DraftLogits(rough.guess(rows).logits)) != wanted  # four bits alone do not do it
+    def same(found):
+        return sum(a == b for a, b in zip(best(found), best(head.guess(rows)), strict=True))
+
+    # Where four bits put a token beyond a filter, scoring it again does not bring it back.
+    assert same(rough.guess(rows)) >= (38 if "top_p" in sampling else 40)
+    assert same(DraftLogits(rough.guess(rows).logits)) < 36  # four bits alone do not do it
 
 
 def test_tables_are_quantized_alike_in_pieces(monkeypatch):
@@ -260,7 +267,7 @@ def test_the_plans_choice_of_head_is_loaded(shelf, monkeypatch, home):
         monkeypatch.setattr(building, "fastest_plan", chosen)
         with open_tiny(model, draft={"depth": 3}) as session:
             heads[bits] = (
-                type(session._parts.speculative._grower._draft._head),
+                type(session._parts.speculative._grower._steps.draft._head),
                 answer_to(session, "Hello", 20),
             )
     assert [kind for kind, _ in heads.values()] == [Head, LowBitHead]

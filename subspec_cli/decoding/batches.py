@@ -32,17 +32,14 @@ def tree_batch(tree: TokenTree, committed: int, rules: RowRules) -> TokenBatch:
 def draft_batch(
     tree: GrowingTree,
     token_ids: Sequence[int],
-    depths: Sequence[int],
-    first: int,
     committed: int,
 ) -> TokenBatch:
-    """Tokens in rows from `first` on, whose masks the tree holds, for one unpadded draft step."""
-    end = first + len(token_ids)
-    allowed = _after_prefix(tree.mask[first:end, :end], committed)
-    positions = torch.tensor(depths) + committed
-    before = torch.tensor(tree.row_depths[:first], dtype=positions.dtype) + committed
-    key_positions = torch.cat((torch.arange(committed), before, positions))
-    return _batch(token_ids, positions, committed + first, allowed, key_positions, len(token_ids))
+    """Tokens in the last rows that a tree has taken, for one unpadded draft step."""
+    first = tree.rows - len(token_ids)
+    allowed = _after_prefix(tree.mask[first : tree.rows, : tree.rows], committed)
+    depths = torch.tensor(tree.row_depths) + committed
+    key_positions = torch.cat((torch.arange(committed), depths))
+    return _batch(token_ids, depths[first:], committed + first, allowed, key_positions, len(token_ids))
 
 
 def _after_prefix(mask: Tensor, committed: int) -> Tensor:

@@ -9,21 +9,26 @@ logits to guess the target's draw ("coupling without communication", Daliri et a
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from subspec_cli.config import SamplingConfig
-from subspec_cli.placement.pinned import shared_with_card
 
 Row = NDArray[np.float64]
 _NOISE_ROWS_KEPT: Final = 128
 _LEAST_TEMPERATURE: Final = 1e-200
 """Divides any float32 logit without overflow, and leaves the noise no say between logits that differ."""
+
+
+@dataclass(frozen=True, slots=True)
+class Filters:
+    """Top-k, then top-p of what it left; 0 and 1 leave all."""
+
+    top_k: int
+    top_p: float
 
 
 class Chooser(Protocol):
@@ -34,15 +39,17 @@ class Chooser(Protocol):
         """What scores divide logits by; 1 where they are the logits."""
         ...
 
+    @property
+    def filters(self) -> Filters | None:
+        """Which tokens may be drawn at all; None where all may."""
+        ...
+
     def scores(self, logits: Row, position: int) -> Row:
         """`[V]` scores whose argmax is the choice; -inf where a filter forbids the token."""
         ...
 
-    def guessed_scores(self, logits: Tensor, positions: Sequence[int]) -> Tensor | None:
-        """`[N, V]` float32 scores of draft rows for these positions, where the logits are, to rank them there.
-
-        None if a filter is in force, which has to see a whole row in order.
-        """
+    def noise(self, position: int, vocab: int) -> Row | None:
+        """What is added to the scaled logits `[V]` of a position; None where nothing is."""
         ...
 
 
@@ -55,14 +62,15 @@ class GreedyChooser:
     """The most likely token; of equals, the lowest id."""
 
     temperature = 1.0
+    filters = None
 
     def scores(self, logits: Row, position: int) -> Row:  # noqa: ARG002
         """The logits themselves."""
         return logits
 
-    def guessed_scores(self, logits: Tensor, positions: Sequence[int]) -> Tensor | None:  # noqa: ARG002
-        """The logits themselves."""
-        return logits.float()
+    def noise(self, position: int, vocab: int) -> Row | None:  # noqa: ARG002
+        """None."""
+        return None
 
 
 class GumbelChooser:
@@ -70,27 +78,24 @@ class GumbelChooser:
 
     def __init__(self, sampling: SamplingConfig, seed: int, request: int) -> None:
         assert sampling.temperature > 0
-        self._sampling = sampling
         self.temperature = max(sampling.temperature, _LEAST_TEMPERATURE)
+        self.filters = (
+            Filters(sampling.top_k, sampling.top_p) if sampling.top_k or sampling.top_p < 1.0 else None
+        )
         self._seed = seed
         self._request = request
         self._noise: OrderedDict[int, Row] = OrderedDict()
 
     def scores(self, logits: Row, position: int) -> Row:
         """Filtered logits / temperature + the noise of `position`."""
-        scaled = logits / self.temperature
-        keep = allowed_tokens(scaled, self._sampling.top_k, self._sampling.top_p)
-        return np.where(keep, scaled + self._gumbel(position, len(logits)), -np.inf)
+        scores = logits / self.temperature + self.noise(position, len(logits))
+        if self.filters is None:
+            return scores
+        keep = allowed_tokens(logits / self.temperature, self.filters.top_k, self.filters.top_p)
+        return np.where(keep, scores, -np.inf)
 
-    def guessed_scores(self, logits: Tensor, positions: Sequence[int]) -> Tensor | None:
-        """Logits / temperature + noise; None with top-k or top-p."""
-        if self._sampling.top_k or self._sampling.top_p < 1.0:
-            return None
-        rows = np.stack([self._gumbel(position, logits.shape[1]) for position in positions])
-        noise = shared_with_card(torch.from_numpy(rows).float(), logits.device)
-        return logits.float() / self.temperature + noise
-
-    def _gumbel(self, position: int, vocab: int) -> Row:
+    def noise(self, position: int, vocab: int) -> Row:
+        """Standard Gumbel noise; that of the last positions asked for is kept."""
         if position not in self._noise:
             self._noise[position] = gumbel_noise(self._seed, self._request, position, vocab)
             if len(self._noise) > _NOISE_ROWS_KEPT:

@@ -8,24 +8,19 @@ foreseen, what was found out below it is the beginning of the next tree.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Protocol
 
-from subspec_cli.decoding.batches import draft_batch
-from subspec_cli.decoding.choose import Chooser, Row
-from subspec_cli.decoding.lookup import LONGEST, ContinuationLookup, Guess
-from subspec_cli.decoding.ranking import SHARPENING, Ids, likeliest, rank
+from subspec_cli.decoding.choose import Chooser
+from subspec_cli.decoding.frontier import Candidate, Drafting, Frontier
+from subspec_cli.decoding.lookup import ContinuationLookup
+from subspec_cli.decoding.ranking import SHARPENING
 from subspec_cli.decoding.schedule import LEAST_CHANCE, MOST_ROWS, Schedule, TreeLimits
+from subspec_cli.decoding.steps import DraftSteps
 from subspec_cli.decoding.tree import GrowingTree, TokenTree
 from subspec_cli.decoding.verify import VerifyResult
-from subspec_cli.modeling.decoder import DraftLogits
 from subspec_cli.modeling.kv_cache import KVCache
-from subspec_cli.modeling.layers import TokenBatch
-
-_GUESSES: Final = 4
-"""Most guesses of the lookup that are tried in one draft step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +34,6 @@ class Proposal:
     """Nodes that the shadow of the last pass had expanded already."""
     cost_s: float = 0.0
     """What the serial steps cost by the schedule's prices."""
-
-
-class Draft(Protocol):
-    """The model that guesses."""
-
-    def forward(self, batch: TokenBatch, kv: KVCache) -> DraftLogits:
-        """One draft step over unpadded rows; what it returns lasts until the next."""
-        ...
 
 
 class TreeGrower(Protocol):
@@ -88,23 +75,22 @@ class RootOnly:
 
 
 class Drafter:
-    """Grows trees with the draft model under a schedule."""
+    """Grows trees with draft steps under a schedule."""
 
     def __init__(
         self,
-        draft: Draft,
+        steps: DraftSteps,
         kv: KVCache,
         schedule: Schedule,
         *,
         eos_ids: Collection[int],
         sharpening: float = SHARPENING,
     ) -> None:
-        self._draft = draft
+        self._steps = steps
         self._kv = kv
         self._schedule = schedule
-        self._eos_ids = frozenset(eos_ids)
-        self._sharpening = sharpening
         self._lookup = ContinuationLookup()
+        self._shared = Drafting(steps, kv, schedule, self._lookup, frozenset(eos_ids), sharpening)
         self._ready: GrowingTree | None = None
         self._pass: _Pass | None = None
 
@@ -115,14 +101,17 @@ class Drafter:
         assert tree.nodes[0].token_id == root_token
         self._ready = None
         ready, steps, cost_s = tree.rows, 0, 0.0
+        frontier = Frontier(tree, self._shared)
         self._lookup.learn([*self._kv.token_ids, root_token])
-        while step := self._next_serial(tree, limits, cost_s):
-            steps += 1
-            cost_s += self._schedule.step_s(step.rows)
-            if not self._expand(tree, step, chooser):
-                break
+        while (rows := self._next_serial(frontier, limits, cost_s)) or not frontier.is_settled:
+            if rows:
+                steps += 1
+                cost_s += self._schedule.step_s(len(rows))
+                frontier.start(rows, chooser)
+            frontier.settle(self._steps.ahead if rows else 0)
+        self._kv.move_scratch(tree.compact())
         proposed = tree.freeze(self._leaves(tree, limits, cost_s))
-        self._pass = _Pass(tree, chooser, max_depth=max(0, tokens_wanted - 1), nodes=len(proposed))
+        self._pass = _Pass(frontier, chooser, max_depth=max(0, tokens_wanted - 1), nodes=len(proposed))
         return Proposal(proposed, steps, ready, cost_s)
 
     def work_in_shadow(self, layer: int) -> int:
@@ -131,17 +120,17 @@ class Drafter:
         if now is None or not self._schedule.most_shadow_rows:
             return 0
         while True:
-            room = now.nodes + self._schedule.most_shadow_rows - now.tree.rows
+            room = now.nodes + self._schedule.most_shadow_rows - now.frontier.tree.rows
             room = min(MOST_ROWS, room)
-            able = now.tree.best_open(room, max_depth=now.max_depth, eos_ids=self._eos_ids)
-            rows = self._rows(now.tree, able, room, now.max_depth)
+            rows = now.frontier.candidates(room, room, now.max_depth)
             count = self._schedule.shadow_step(
                 [row.chance for row in rows], layer=layer, nodes=now.nodes, spent_s=now.spent_s
             )
             if not count:
                 return steps
             now.spent_s += self._schedule.step_s(count)
-            self._expand(now.tree, _step_of(rows[:count]), now.chooser)
+            now.frontier.start(rows[:count], now.chooser)
+            now.frontier.settle(self._steps.ahead)
             steps += 1
 
     def follow(self, result: VerifyResult) -> None:
@@ -150,114 +139,45 @@ class Drafter:
         self._pass = None
         if now is None:
             return
-        outcome = now.tree.outcome(result.accepted_nodes[-1], result.token_ids[-1])
+        now.frontier.settle()
+        tree = now.frontier.tree
+        outcome = tree.outcome(result.accepted_nodes[-1], result.token_ids[-1])
         if outcome is None:
             return
         wanted = now.max_depth + 1 - len(result.token_ids)
         limits = self._schedule.limits(wanted)
-        self._ready, rows = now.tree.subtree(outcome, most_rows=limits.nodes - 1, max_depth=limits.depth)
+        self._ready, rows = tree.subtree(outcome, most_rows=limits.nodes - 1, max_depth=limits.depth)
         # Rows were counted from where the cache ended before this pass was committed.
         self._kv.move_scratch([row - len(result.token_ids) for row in rows])
 
     def forget(self) -> None:
         """Drop tree and findings: their rows belong to another answer."""
+        self._steps.drop()
         self._ready = self._pass = None
         self._lookup.forget()
 
-    def _next_serial(self, tree: GrowingTree, limits: TreeLimits, cost_s: float) -> _Step | None:
-        """What to expand next; None when the tree is as large as it pays."""
-        fixed = self._schedule.fixed
-        free = room = limits.nodes - tree.rows - 1
-        if fixed.depth is not None:
-            tip = tree.tip()
+    def _next_serial(self, frontier: Frontier, limits: TreeLimits, cost_s: float) -> list[Candidate]:
+        """What to expand next; nothing when the tree is as large as it pays."""
+        schedule, tree, tip = self._schedule, frontier.tree, None
+        free = min(limits.nodes - 1 - frontier.nodes_at_most, tree.capacity - tree.rows)
+        room = min(free, limits.width)
+        if schedule.fixed.depth is not None:
+            tip = frontier.tip(limits.depth)
             # The chain goes to its depth; others share its steps, as far as the rest of the chain leaves room.
-            if not self._may_expand(tree, tip, limits.depth):
-                return None
-            room = max(1, room - (limits.depth - tree.nodes[tip].depth - 1))
-        room = min(room, limits.width)
-        if room < 1:
-            return None
-        able = tree.best_open(room, max_depth=limits.depth, eos_ids=self._eos_ids)
-        if fixed.depth is not None:
-            able = [tip, *(number for number in able if number != tip)][:room]
-        rows = self._rows(tree, able, min(free, limits.width), limits.depth)
-        nodes, expected = tree.likely(LEAST_CHANCE)
-        count = self._schedule.serial_rows(
+            if tip is None:
+                return []
+            room = min(max(1, free - (limits.depth - tip.depth - 1)), limits.width)
+        if min(room, free) < 1:
+            return []
+        rows = frontier.candidates(room, min(free, limits.width), limits.depth, first=tip)
+        nodes, expected = frontier.outlook()
+        count = schedule.serial_rows(
             [row.chance for row in rows],
             expected_tokens=expected,
             nodes=min(nodes, limits.nodes),
             spent_s=cost_s,
         )
-        return _step_of(rows[:count]) if count else None
-
-    def _rows(self, tree: GrowingTree, able: Sequence[int], room: int, max_depth: int) -> list[_Row]:
-        """Up to `room` open nodes and guesses below the first, likeliest first: what a draft step may take."""
-        rows = [_Row(number, None, tree.nodes[number].chance) for number in able]
-        if not able or self._schedule.fixed.width is not None:
-            return rows
-        first = tree.nodes[able[0]]
-        most = min(_GUESSES, room - 1, max_depth - first.depth - 1)
-        context = tree.path_tokens(able[0], LONGEST)
-        if len(context) < LONGEST:
-            context = [*self._kv.token_ids[len(context) - LONGEST :], *context]
-        agreed = 1.0
-        for guess in self._lookup.guesses(context, most):
-            agreed *= guess.chance
-            if guess.token_id in self._eos_ids or not self._schedule.guess_pays(agreed, len(rows)):
-                break
-            rows.append(_Row(able[0], guess, first.chance * agreed))
-        # The first stays the first, and guesses stay in their order: none is likelier than the one before.
-        return [rows[0], *sorted(rows[1:], key=lambda row: -row.chance)][:room]
-
-    def _may_expand(self, tree: GrowingTree, number: int, max_depth: int) -> bool:
-        node = tree.nodes[number]
-        is_end = number > 0 and node.token_id in self._eos_ids
-        return node.row < 0 and node.depth < max_depth and not is_end
-
-    def _expand(self, tree: GrowingTree, step: _Step, chooser: Chooser) -> bool:
-        """One draft forward over open nodes and guesses, which finds their children; whether it found any."""
-        first, below = tree.rows, tree.nodes[step.numbers[-1]]
-        tree.expand(step.numbers)
-        committed = self._kv.committed
-        tokens = [tree.nodes[number].token_id for number in step.numbers]
-        depths = [tree.nodes[number].depth for number in step.numbers]
-        for place, guess in enumerate(step.guesses):
-            tree.try_row(tree.rows + place, tree.rows + place - 1)
-            tokens.append(guess.token_id)
-            depths.append(below.depth + place + 1)
-        batch = draft_batch(tree, tokens, depths, first, committed)
-        found = self._draft.forward(batch, self._kv)
-        ranked = rank(found, chooser, [committed + depth + 1 for depth in depths])
-        numbers, guesses = list(step.numbers), iter(step.guesses)
-        expanded = gained = 0.0
-        for row, (token_ids, scores) in enumerate(ranked):
-            if row == len(numbers):
-                child = self._agreed(tree, numbers[-1], next(guesses))
-                if child is None:
-                    break
-                tree.expand([child])
-                numbers.append(child)
-            expanded += tree.nodes[numbers[row]].chance
-            gained += self._add_children(tree, numbers[row], token_ids, scores)
-        if expanded > 0:
-            self._schedule.learn_yield(gained / expanded)
-        return any(tree.nodes[number].children for number in numbers)
-
-    def _agreed(self, tree: GrowingTree, number: int, guess: Guess) -> int | None:
-        """The child that a guess foresaw, if it is the one that the draft finds likeliest too."""
-        best = next(iter(tree.nodes[number].children or ()), None)
-        is_right = best is not None and tree.nodes[best].token_id == guess.token_id
-        self._lookup.observe(guess, right=is_right)
-        return best if is_right else None
-
-    def _add_children(self, tree: GrowingTree, number: int, token_ids: Ids, scores: Row) -> float:
-        """The likeliest children of a node just expanded; returns the chance they add."""
-        node, gained = tree.nodes[number], 0.0
-        for token_id, log_prob in likeliest(token_ids, scores, self._sharpening):
-            chance = node.chance * self._schedule.calibration.probability(math.exp(log_prob))
-            gained += chance if chance >= LEAST_CHANCE else 0.0
-            tree.add(number, token_id, node.log_prob + log_prob, chance)
-        return gained
+        return rows[:count]
 
     def _leaves(self, tree: GrowingTree, limits: TreeLimits, cost_s: float) -> list[int]:
         """Open nodes worth verifying: they cost no draft step. The end of the chain is always among them."""
@@ -275,39 +195,11 @@ class Drafter:
         return [*chosen, *others][:room]
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """A candidate for a draft step: an open node, or a guess below one."""
-
-    number: int
-    guess: Guess | None
-    chance: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """One draft forward: open nodes, and a chain of guesses below the last of them."""
-
-    numbers: tuple[int, ...]
-    guesses: tuple[Guess, ...]
-
-    @property
-    def rows(self) -> int:
-        """Rows in all."""
-        return len(self.numbers) + len(self.guesses)
-
-
-def _step_of(rows: Sequence[_Row]) -> _Step:
-    """The likeliest node comes last, so that the rows of guesses that prove right go on from its own."""
-    numbers = [row.number for row in rows if row.guess is None]
-    return _Step((*numbers[1:], numbers[0]), tuple(row.guess for row in rows if row.guess is not None))
-
-
 @dataclass(slots=True)
 class _Pass:
     """The tree under verification, and what its shadow has done."""
 
-    tree: GrowingTree
+    frontier: Frontier
     chooser: Chooser
     max_depth: int
     """Depth of the last token that is still wanted, less the bonus token."""

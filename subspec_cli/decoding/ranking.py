@@ -1,57 +1,94 @@
 """The draft's likeliest tokens, ranked where its logits are, and what it gives them.
 
-A few numbers and not whole rows are brought to the host; ties go to the lowest id, as in `choose`.
+Ranking is a guess of what `choose` would say: operations of fixed sizes that wait for nothing, so that a card
+holds them in one graph with the step that makes the logits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from subspec_cli.decoding.choose import Chooser, Row
+from subspec_cli.decoding.choose import Row
 from subspec_cli.modeling.decoder import DraftLogits
 
 Ids = NDArray[np.int64]
 SHARPENING: Final = 0.2
 """Temperature of the draft's guess: low, so that side paths do not crowd out the likely one (SubSpec, 2509.18344)."""
-_RANKED: Final = 8
+RANKED: Final = 8
 """Children looked at per node."""
 _CANDIDATES: Final = 32
 """Tokens that a rough head picks for the 16-bit one to score."""
+_TOP_K: Final = 256
+"""Largest top-k that is looked at."""
+_FARTHEST: Final = 32.0
+"""Logits below the best one; what lies farther below weighs nothing."""
+_PLACES: Final = 1024
+_WHOLE: Final = float(1 << 40)
+"""The best token's share, counted in whole numbers."""
+_LEAST_TEMPERATURE: Final = 1e-30
+"""Divides any logit in float32 without overflow."""
 
 
-def rank(found: DraftLogits, chooser: Chooser, positions: Sequence[int]) -> list[tuple[Ids, Row]]:
-    """For each draft row, the ids and scores of its best few tokens, in no order.
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How `N` draft rows are sampled: tensors, so that a captured step takes other numbers later."""
 
-    Ranked where the logits are, so that a few numbers and not whole rows are brought to the host; with a filter,
-    which has to see whole rows, on the host. Of rough logits the best are candidates, scored again by the
-    16-bit head: what four bits lose at the head alone would cost a fifth of the accepted tokens.
+    noise: Tensor
+    """`[N, V]` float32."""
+    temperature: Tensor
+    top_k: Tensor | None = None
+    """As many as there are where only `top_p` filters; None for both where nothing does."""
+    top_p: Tensor | None = None
+
+
+def rank(found: DraftLogits, sampling: Sampling | None) -> tuple[Tensor, Tensor]:
+    """Ids `[N, K]` and float32 scores of the best few tokens of each draft row, best first; K <= RANKED.
+
+    Without `sampling` greedy. Of rough logits the best are candidates, scored again by the 16-bit head: what
+    four bits lose at the head alone would cost a fifth of the accepted tokens. What is not finite is left to
+    `likeliest`.
     """
-    scores = chooser.guessed_scores(found.logits, positions)
-    if scores is None:
-        return _ranked_on_host(found, chooser, positions)
-    values, ids = scores.topk(min(_CANDIDATES if found.is_rough else _RANKED, scores.shape[1]), dim=-1)
+    scaled = _scaled(found.logits.float(), sampling)
+    count = min(_CANDIDATES if found.is_rough else RANKED, scaled.shape[1])
+    scores = scaled if sampling is None else scaled + sampling.noise
+    if sampling is not None and sampling.top_p is not None:
+        scores = scores.masked_fill(~_kept(scaled, sampling), -torch.inf)
+    values, ids = scores.topk(count, dim=-1)
     if found.is_rough:
-        values = values + (found.rescored(ids) - found.logits.gather(1, ids).float()) / chooser.temperature
-        values, places = values.topk(min(_RANKED, scores.shape[1]), dim=-1)
+        gained = found.rescored(ids) - found.logits.gather(1, ids).float()
+        values, places = (values + _scaled(gained, sampling)).topk(min(RANKED, values.shape[1]), dim=-1)
         ids = ids.gather(1, places)
-    return list(zip(ids.cpu().numpy(), values.double().cpu().numpy(), strict=True))
+    return ids, values
 
 
-def _ranked_on_host(found: DraftLogits, chooser: Chooser, positions: Sequence[int]) -> list[tuple[Ids, Row]]:
-    logits, count = found.logits, min(_RANKED, found.logits.shape[1])
-    if found.is_rough:
-        ids = logits.topk(min(_CANDIDATES, logits.shape[1]), dim=-1).indices
-        logits = logits.scatter(1, ids, found.rescored(ids).to(logits.dtype))
-    ranked = []
-    for position, row in zip(positions, logits.double().cpu().numpy(), strict=True):
-        whole = chooser.scores(row, position)
-        best = np.argpartition(whole, -count)[-count:]
-        ranked.append((best, whole[best]))
-    return ranked
+def _scaled(logits: Tensor, sampling: Sampling | None) -> Tensor:
+    return logits if sampling is None else logits / sampling.temperature.clamp_min(_LEAST_TEMPERATURE)
+
+
+def _kept(scaled: Tensor, sampling: Sampling) -> Tensor:
+    """Mask `[N, V]` of what top-k and top-p leave, nearly: tokens a thirty-second of a logit apart count as equal.
+
+    Sorting whole rows would take longer than the step. Shares are summed as whole numbers, by their distance from
+    the best, which comes to the same in any order. A top-k larger than `_TOP_K` is left to top-p.
+    """
+    assert sampling.top_k is not None
+    assert sampling.top_p is not None
+    best = scaled.topk(min(_TOP_K, scaled.shape[1]), dim=-1).values
+    last = best.index_select(1, (sampling.top_k.long() - 1).clamp(0, best.shape[1] - 1).view(1))
+    within = (scaled >= last) | (sampling.top_k > best.shape[1])
+    below = (best[:, :1] - scaled).nan_to_num(nan=torch.inf).clamp(0, _FARTHEST)
+    places = (below * (_PLACES / _FARTHEST)).long().clamp_max(_PLACES - 1)
+    shares = ((-below).exp() * within).double().mul(_WHOLE).long()
+    mass = torch.zeros((len(scaled), _PLACES), dtype=torch.long, device=scaled.device)
+    mass.scatter_add_(1, places, shares)
+    open_places = mass.cumsum(1) - mass < sampling.top_p * mass.sum(1, keepdim=True)
+    return within & open_places.gather(1, places)
 
 
 def likeliest(token_ids: Ids, scores: Row, sharpening: float = SHARPENING) -> list[tuple[int, float]]:

@@ -27,6 +27,9 @@ _MEMORY: Final = 0.98
 """Weight that older observations keep when a new one of their bin comes in."""
 _RATE_MEMORY: Final = 0.8
 """Weight that tokens and time of earlier passes keep when a new one comes in."""
+_YIELD_STEP: Final = 0.1
+_SHARE_STEP: Final = 0.02
+"""Weight of a new observation of what a draft step adds, and of the chances of a node's children."""
 _PROBE_EVERY: Final = 24
 """Passes without a draft before speculation is tried again."""
 MOST_ROWS: Final = 8
@@ -97,6 +100,8 @@ class Schedule:
         self.most_shadow_rows = shadow_rows
         """Rows that the shadow of one pass may take; 0 switches it off."""
         self.calibration = Calibration()
+        self.child_shares: tuple[float, ...] = (0.8, 0.1, 0.05)
+        """Mean chance of a node's best, second and third child, where the node is on the target's path."""
         self._yield = 0.9
         self._recent_tokens = 0.0
         self._recent_s = 0.0
@@ -159,9 +164,20 @@ class Schedule:
         rows = max(range(len(rates)), key=lambda index: (rates[index], -index)) + 1
         return rows if self.step_s(rows) <= allowed_s else 0
 
+    def gain(self, chance: float) -> float:
+        """Tokens that expanding nodes of this chance in all is likely to add."""
+        return self._yield * chance
+
+    def learn_child_shares(self, shares: Sequence[float]) -> None:
+        """Record the chances of a node's children, best first, given the node."""
+        found = (*shares, 0.0, 0.0, 0.0)
+        self.child_shares = tuple(
+            mean + _SHARE_STEP * (share - mean) for mean, share in zip(self.child_shares, found, strict=False)
+        )
+
     def learn_yield(self, gained: float) -> None:
         """Record what a draft step added, per chance of the nodes it expanded."""
-        self._yield += 0.1 * (min(gained, 1.0) - self._yield)
+        self._yield += _YIELD_STEP * (min(gained, 1.0) - self._yield)
 
     def observe(self, tree: TokenTree, result: VerifyResult, spent_s: float) -> None:
         """Learn from a verified tree: every child of a node on the target's path was taken or not."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 import torch
@@ -65,16 +65,17 @@ class DraftNode:
     """Calibrated probability that the target's path goes through it."""
     row: int = -1
     """Scratch row of its draft-made keys and values; -1 until it is expanded."""
-    children: list[int] | None = None
-    """Likeliest first; None until it is expanded."""
+    children: list[int] = field(default_factory=list)
+    """Likeliest first; none until the draft has found them."""
 
 
 class GrowingTree:
     """All that the draft has proposed under a root: the tree to be verified, and what lies beyond it.
 
     A node is *expanded* when the draft computes its row and so finds its children, else it is *open*. Rows are
-    handed out in the order of expansion. `freeze` turns the likely part into a `TokenTree`; nodes expanded
-    after that take rows behind the tree's, so that a pass over the tree and the draft do not meet.
+    taken in the order of draft steps, before it is known which node some of them will hold: a row that proves to
+    hold none is void. `freeze` turns the likely part into a `TokenTree`; nodes expanded after that take rows
+    behind the tree's, so that a pass over the tree and the draft do not meet.
     """
 
     def __init__(self, root_token: int, capacity: int) -> None:
@@ -82,7 +83,9 @@ class GrowingTree:
         self.mask = torch.zeros((capacity, capacity), dtype=torch.bool)
         """`[capacity, capacity]`: rows that the node of a row attends to, its ancestors' and its own."""
         self.row_depths: list[int] = []
-        """Depth of the node in each row handed out so far."""
+        """Depth of the node in each row taken so far."""
+        self._in_rows: list[int] = []
+        """Number of the node in each row; -1 where there is none, or none yet."""
         self._open = {0}
         self._frozen: list[int] = []
 
@@ -93,8 +96,13 @@ class GrowingTree:
 
     @property
     def rows(self) -> int:
-        """Rows handed out so far."""
+        """Rows taken so far."""
         return len(self.row_depths)
+
+    @property
+    def expanded(self) -> int:
+        """Nodes that have a row."""
+        return sum(number >= 0 for number in self._in_rows)
 
     def likely(self, least: float) -> tuple[int, float]:
         """Number of nodes of at least this chance, and the tokens expected of a pass over them."""
@@ -118,15 +126,42 @@ class GrowingTree:
         )
         return heapq.nsmallest(count, able, key=lambda number: (-self.nodes[number].chance, number))
 
-    def expand(self, numbers: Sequence[int]) -> None:
-        """Give open nodes the next rows; their children are added after."""
-        for number in numbers:
-            node = self.nodes[number]
-            node.row, node.children = self.rows, []
-            self.mask[node.row] = self.mask[self.nodes[node.parent].row] if node.parent >= 0 else False
-            self.mask[node.row, node.row] = True
-            self.row_depths.append(node.depth)
-            self._open.remove(number)
+    def take_row(self, parent_row: int, depth: int) -> int:
+        """The next row, for a node at `depth` whose parent's row is `parent_row`; -1 for the root."""
+        row = self.rows
+        self.mask[row] = self.mask[parent_row] if parent_row >= 0 else False
+        self.mask[row, row] = True
+        self.row_depths.append(depth)
+        self._in_rows.append(-1)
+        return row
+
+    def seat(self, number: int, row: int) -> None:
+        """Let an open node have a row that was taken for it."""
+        node = self.nodes[number]
+        assert node.row < 0 > self._in_rows[row]
+        assert node.depth == self.row_depths[row]
+        node.row = row
+        self._in_rows[row] = number
+        self._open.remove(number)
+
+    def give_back(self) -> None:
+        """Return the void rows at the end, when no step is under way that may still fill them."""
+        while self.rows > len(self._frozen) and self._in_rows[-1] < 0:
+            self._in_rows.pop()
+            self.row_depths.pop()
+
+    def compact(self) -> list[int]:
+        """Close the gaps that void rows leave; returns the rows to move to the front, none if they are there."""
+        kept = [row for row, number in enumerate(self._in_rows) if number >= 0]
+        if len(kept) == self.rows:
+            return []
+        self.mask[: len(kept), : len(kept)] = self.mask[kept][:, kept]
+        self.mask[: len(kept), len(kept) :] = False
+        self.row_depths = [self.row_depths[row] for row in kept]
+        self._in_rows = [self._in_rows[row] for row in kept]
+        for row, number in enumerate(self._in_rows):
+            self.nodes[number].row = row
+        return kept
 
     def path_tokens(self, number: int, count: int) -> list[int]:
         """The last `count` tokens, or fewer, on the way from the root to a node, itself included."""
@@ -136,15 +171,10 @@ class GrowingTree:
             number = self.nodes[number].parent
         return tokens[::-1]
 
-    def try_row(self, row: int, parent_row: int) -> None:
-        """Let a row see what another sees, and itself: a guess, which takes the row only if it proves right."""
-        self.mask[row] = self.mask[parent_row]
-        self.mask[row, row] = True
-
     def add(self, parent: int, token_id: int, log_prob: float, chance: float) -> int:
         """Append a child of an expanded node, with cumulative figures; returns its number."""
         above = self.nodes[parent]
-        assert above.children is not None
+        assert above.row >= 0
         number = len(self.nodes)
         self.nodes.append(DraftNode(token_id, parent, above.depth + 1, log_prob, chance))
         above.children.append(number)
@@ -152,12 +182,17 @@ class GrowingTree:
         return number
 
     def freeze(self, leaves: Sequence[int]) -> TokenTree:
-        """The expanded nodes and the given open ones as a tree to verify; rows from its length on are free."""
-        expanded = sorted((node.row, number) for number, node in enumerate(self.nodes) if node.row >= 0)
-        self._frozen = [*(number for _, number in expanded), *leaves]
+        """The expanded nodes and the given open ones as a tree to verify; rows from its length on are free.
+
+        There must be no gaps.
+        """
+        assert self.expanded == self.rows
+        self._frozen = [*self._in_rows, *leaves]
         index = {number: place for place, number in enumerate(self._frozen)}
         chosen = [self.nodes[number] for number in self._frozen]
+        # The leaves' rows are the target's alone: if the draft expands one, it takes another row.
         self.row_depths.extend(self.nodes[number].depth for number in leaves)
+        self._in_rows.extend(-1 for _ in leaves)
         return TokenTree(
             tuple(node.token_id for node in chosen),
             tuple(index[node.parent] if node.parent >= 0 else -1 for node in chosen),
@@ -167,7 +202,7 @@ class GrowingTree:
 
     def outcome(self, last_node: int, bonus_token: int) -> int | None:
         """The proposal that a verified path ends with: child `bonus_token` of the frozen tree's `last_node`."""
-        children = self.nodes[self._frozen[last_node]].children or ()
+        children = self.nodes[self._frozen[last_node]].children
         return next((child for child in children if self.nodes[child].token_id == bonus_token), None)
 
     def subtree(self, number: int, *, most_rows: int, max_depth: int) -> tuple[Self, list[int]]:
@@ -190,8 +225,10 @@ class GrowingTree:
         tree = type(self)(root.token_id, self.capacity)
         moved = {number: 0}
         for child in kept:
-            tree.expand([moved[child]])
-            for below in self.nodes[child].children or ():
+            above = tree.nodes[moved[child]]
+            parent_row = tree.nodes[above.parent].row if above.parent >= 0 else -1
+            tree.seat(moved[child], tree.take_row(parent_row, above.depth))
+            for below in self.nodes[child].children:
                 node = self.nodes[below]
                 moved[below] = tree.add(
                     moved[child],

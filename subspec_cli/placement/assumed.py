@@ -72,7 +72,7 @@ _CUDA: Final = _Rates(
     fast_ops=80e12,
     low_bit_ops=40e12,
     layer_s=0.03e-3,
-    step_s=1e-3,
+    step_s=0.3e-3,
 )
 
 

@@ -29,6 +29,25 @@ class PinRefusedError(Exception):
     """The system gives no more memory, or does not let it be pinned."""
 
 
+def pin(memory: Tensor, device: torch.device) -> Callable[[], None]:
+    """Pin host memory where it lies, until what is returned is called; nobody may use it on the card by then.
+
+    Raises PinRefusedError.
+    """
+    address, size_bytes = memory.data_ptr(), memory.numel() * memory.element_size()
+    code = int(torch.cuda.cudart().cudaHostRegister(address, size_bytes, _PORTABLE))
+    if code:
+        _forget_last_error(device)
+        raise PinRefusedError(f"CUDA error {code}")
+
+    def unpin() -> None:
+        code = int(torch.cuda.cudart().cudaHostUnregister(address))
+        if code:
+            raise RuntimeError(f"pinned memory was not given back: CUDA error {code}")
+
+    return unpin
+
+
 class PinnedBuffer:
     """Page-aligned host memory that copies to a card leave from at full speed and without the host.
 
@@ -44,16 +63,11 @@ class PinnedBuffer:
         self.view = memoryview(memory)
         self.tensor = torch.frombuffer(memory, dtype=torch.uint8, count=size_bytes)
         """The memory as `[size_bytes]` of uint8."""
-        code = int(torch.cuda.cudart().cudaHostRegister(self.tensor.data_ptr(), size_bytes, _PORTABLE))
-        if code:
-            _forget_last_error(device)
-            raise PinRefusedError(f"CUDA error {code}")
+        self._unpin = pin(self.tensor, device)
 
     def release(self) -> None:
         """Unpin the memory and give it back; no copy may be under way."""
-        code = int(torch.cuda.cudart().cudaHostUnregister(self.tensor.data_ptr()))
-        if code:
-            raise RuntimeError(f"pinned memory was not given back: CUDA error {code}")
+        self._unpin()
         self.view, self.tensor = memoryview(b""), torch.empty(0, dtype=torch.uint8)
 
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from subspec_cli.decoding.captured import draft_steps
+from subspec_cli.decoding.steps import DraftSteps
 from subspec_cli.modeling.attention import exact_attention, fast_attention
-from subspec_cli.modeling.captured import CapturedDraft, launched
 from subspec_cli.modeling.decoder import DraftDecoder, DraftHead, Embedding, Head, TargetDecoder
 from subspec_cli.modeling.embedding import DiskEmbedding, table_embedding
 from subspec_cli.modeling.kv_cache import KVCache
@@ -30,6 +31,7 @@ from subspec_cli.placement.card_layers import LayerLayout, layout_layer, read_re
 from subspec_cli.placement.card_streamer import CardStreamer, open_card_streamer
 from subspec_cli.placement.geometry import LAYER_MATRICES, ModelGeometry
 from subspec_cli.placement.memory import available_bytes
+from subspec_cli.placement.pinned import PinRefusedError, card_view, pin
 from subspec_cli.placement.plan import OffloadPlan
 from subspec_cli.placement.streamer import DTYPES, DiskStreamer, StreamCounters, Streamer, read_resident
 from subspec_cli.store.checkpoint import Checkpoint, check_unchanged
@@ -48,7 +50,7 @@ class LoadedModel:
     """Target, draft and cache in memory."""
 
     target: Callable[[RowRules], TargetDecoder]
-    draft: DraftDecoder | CapturedDraft | None
+    draft: DraftSteps | None
     head: Head
     source: LayerSource
     kv: KVCache
@@ -94,8 +96,6 @@ class Loader:
         self._progress = progress
         self._dtype = DTYPES[geometry.dtype]
         self._notes: list[str] = []
-        self._host_gather: Embedding | None = None
-        """Rows of a table that stays in host memory."""
 
     def load(self, *, with_draft: bool) -> LoadedModel:
         """Read and place everything, the draft only if asked for; if a part fails, what was opened is closed."""
@@ -124,12 +124,12 @@ class Loader:
                     for layer in plan.shared
                 }
                 layers = [(held | substitutes)[layer] for layer in range(geometry.layers)]
-                draft = launched(
+                draft = draft_steps(
                     DraftDecoder(draft_math, embed, self._draft_head(head), layers),
                     kv,
                     most_rows=self._draft_rows,
+                    vocab=geometry.vocab,
                     device=self._device,
-                    gather=self._host_gather,
                     notify=self._notes.append,
                 )
             return LoadedModel(
@@ -205,16 +205,23 @@ class Loader:
         if table in loaded:
             return table_embedding(loaded[table]), head
         if place == "host":
-            return self._host_embedding(table), head
+            return self._host_embedding(table, opened), head
         rows = DiskEmbedding(self._checkpoint.tensors[table])
         opened.callback(rows.close)
         return rows, head
 
-    def _host_embedding(self, name: str) -> Embedding:
-        """Rows gathered in host memory: the table's place on the card is worth two or three layers."""
-        gather = table_embedding(read_tensors([self._checkpoint.tensors[name]])[name])
-        self._host_gather = gather
-        return lambda token_ids: gather(token_ids).to(self._device)
+    def _host_embedding(self, name: str, opened: ExitStack) -> Embedding:
+        """A table in host memory, whose rows the card reads there: its place is worth two or three layers."""
+        table = read_tensors([self._checkpoint.tensors[name]])[name]
+        try:
+            opened.callback(pin(table, self._device))
+        except PinRefusedError as error:
+            self._notes.append(
+                f"the embedding could not be pinned, so draft steps wait for the host: {error}"
+            )
+            gather = table_embedding(table)
+            return lambda token_ids: gather(token_ids).to(self._device)
+        return table_embedding(card_view(table, self._device))
 
     def _source(self, opened: ExitStack) -> LayerSource:
         held = {}

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
+from functools import partial
+from types import MappingProxyType
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from subspec_cli.decoding.choose import GreedyChooser
-from subspec_cli.decoding.ranking import likeliest, rank
+from subspec_cli.decoding.captured import CudaGraphs
+from subspec_cli.decoding.ranking import rank
 from subspec_cli.modeling.attention import exact_attention, fast_attention
-from subspec_cli.modeling.captured import launched
 from subspec_cli.modeling.decoder import Block, DraftDecoder, DraftHead, DraftLogits, Head, TargetDecoder
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.layers import LayerMath, RowRules, TokenBatch
@@ -45,8 +46,9 @@ _TARGET_ROWS: Final = (1, 8, 16, 32, 48, 64, 128)
 _DRAFT_ROWS: Final = (1, 2, 3, 4, 6, 8)
 _DISK_LAYERS: Final = 4
 """Layers whose files are read to time the disk, spread over the model."""
-_TREE_S: Final = 0.4e-3
-"""Batch and tree of a draft step, the same on any machine within what it matters."""
+_TREE_S: Final = MappingProxyType({"cpu": 0.5e-3, "cuda": 0.1e-3})
+"""Batch and tree of a draft step, the same on any machine within what it matters; beside a card the host does
+this while the step before is under way."""
 
 
 def probe_machine(
@@ -80,7 +82,7 @@ def probe_machine(
         shared_layer=bench.shared_layer().quantised(),
         draft_head=bench.draft_head(16).quantised(),
         low_bit_head=bench.draft_head(4).quantised(),
-        step_overhead_s=quantised(_TREE_S),
+        step_overhead_s=quantised(_TREE_S[device.type]),
         origin="measured",
     )
 
@@ -184,27 +186,38 @@ class _Bench:
         if table is not None:
             head = LowBitHead(whole.norm_weight, table, whole.weight, whole.eps)
 
-        def run(rows: int) -> None:
-            found = head.guess(self._ones(rows, self._sizes.hidden))
-            for token_ids, scores in rank(found, GreedyChooser(), [0] * rows):
-                likeliest(token_ids, scores)
+        def run(states: Tensor) -> None:
+            rank(head.guess(states), None)
 
-        return time_rows(run, _DRAFT_ROWS, finish=self._finish)
+        steps = {
+            rows: self._launched(partial(run, self._ones(rows, self._sizes.hidden))) for rows in _DRAFT_ROWS
+        }
+        return time_rows(lambda rows: steps[rows](), _DRAFT_ROWS, finish=self._finish)
 
     def _head(self) -> Head:
         return Head(self._ones(self._sizes.hidden), self._ones(self._sizes.vocab, self._sizes.hidden), 1e-6)
 
     def _draft(self, math: LayerMath, layers: list[SubstituteLayer]) -> RowTimes:
         kv = self._cache(len(layers))
-        draft = launched(
-            DraftDecoder(math, self._states, _NoHead(), layers),
-            kv,
-            most_rows=max(_DRAFT_ROWS),
-            device=self._device,
-        )
-        return self._per_layer(
-            lambda rows: draft.forward(self._batch(rows, rows), kv), _DRAFT_ROWS, len(layers)
-        )
+        draft = DraftDecoder(math, self._states, _NoHead(), layers)
+
+        def run(batch: TokenBatch) -> None:
+            draft.run(self._states(batch.positions), batch, kv)
+
+        batches = {rows: self._batch(rows, rows).to(self._device) for rows in _DRAFT_ROWS}
+        steps = {rows: self._launched(partial(run, batch)) for rows, batch in batches.items()}
+        return self._per_layer(lambda rows: steps[rows](), _DRAFT_ROWS, len(layers))
+
+    def _launched(self, run: Callable[[], None]) -> Callable[[], object]:
+        """As a session launches draft steps: on a card captured, if it can be."""
+        if self._device.type == "cpu":
+            return run
+        try:
+            return CudaGraphs(self._device).capture(torch.inference_mode()(run))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            return run  # a session finds out by itself, and says so
 
     def _per_layer(self, run: Callable[[int], object], row_counts: tuple[int, ...], layers: int) -> RowTimes:
         times = time_rows(run, row_counts, finish=self._finish)
