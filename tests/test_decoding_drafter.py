@@ -12,12 +12,15 @@ from fakes import (
     FakeDraft,
     FakeTarget,
     GreedyChooser,
+    LateSteps,
     fake_cache,
     free_schedule,
     plain_answer,
+    plan_costs,
     random_table,
     sampled,
     schedule,
+    steps_of,
 )
 
 from subspec_cli.decoding.batches import prompt_batch
@@ -31,14 +34,14 @@ PROMPT = (1, 2, 3)
 ROOT = 4
 
 
-def grown(table, schedule, *, chooser=None, wanted=99, eos_ids=()):
+def grown(table, schedule, *, chooser=None, wanted=99, eos_ids=(), ahead=0):
     """A tree under ROOT after PROMPT, and the calls that made it."""
     kv = fake_cache()
     target = FakeTarget(random_table(0))
     target.forward(prompt_batch(PROMPT, 0, target.rules), kv)
     kv.commit(range(len(PROMPT)), PROMPT)
     draft = FakeDraft(table)
-    drafter = Drafter(DirectSteps(draft, kv), kv, schedule, eos_ids=eos_ids)
+    drafter = Drafter(steps_of(draft, kv, ahead), kv, schedule, eos_ids=eos_ids)
     tree = drafter.grow(ROOT, chooser or GreedyChooser(), wanted).tree
     assert kv.token_ids == PROMPT
     return tree, draft.calls
@@ -74,21 +77,31 @@ SHAPES = [
 
 @pytest.mark.parametrize("fixed_width", [False, True])
 @pytest.mark.parametrize(("depth", "width", "nodes"), SHAPES)
-def test_a_tree_holds_its_own_chain_within_its_bounds(depth, width, nodes, fixed_width):
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_tree_holds_its_own_chain_within_its_bounds(ahead, depth, width, nodes, fixed_width):
     """A tree must never lose to the chain it could have been, however few nodes there are."""
     for seed in range(12):
         table = random_table(seed, spread=(0.3, 1.0, 4.0)[seed % 3])
         chooser = sampled(seed) if seed % 2 else GreedyChooser()
         schedule = free_schedule(depth, width, nodes, fixed_width=fixed_width)
-        tree, calls = grown(table, schedule, chooser=chooser)
+        tree, calls = grown(table, schedule, chooser=chooser, ahead=ahead)
         length = min(depth, nodes - 1)
         assert chain(table, length, chooser) in paths(tree)
         assert max(tree.depths) == length
         assert len(tree) <= nodes
-        assert len(calls) <= length
         assert all(call.batch.rows <= width for call in calls)
+        assert len(calls) <= length
         if width == 1:
             assert len(calls) == length
+
+
+def test_a_draft_read_late_takes_no_more_steps_for_its_chain():
+    """Every step but the first takes the token that the one before has found."""
+    table = random_table(3, spread=20.0)
+    for width in (1, 3):
+        tree, calls = grown(table, free_schedule(9, width, 40), ahead=1)
+        assert len(calls) == max(tree.depths) == 9
+        assert chain(table, 9) in paths(tree)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -282,3 +295,32 @@ def test_ranking_where_the_logits_are_agrees_with_ranking_whole_rows(chooser):
             for pairs in (found, likeliest(np.array(best), whole[best]))
         )
         assert shares == pytest.approx(exact, abs=1e-4)
+
+
+def circle(prefix):
+    """A text that goes round in four tokens, all but one of its turns certain."""
+    return np.eye(VOCAB)[(prefix[-1] + 1) % 4] * 20
+
+
+def test_rows_of_a_tree_read_late_hold_what_its_nodes_say():
+    """Guesses and children foreseen leave gaps; what the pass gets has none, and every row its node's path."""
+    gaps = 0
+    for seed in range(20):
+        table = circle if seed % 2 else random_table(seed, spread=1.5)
+        kv = fake_cache(scratch=200)
+        target, steps = FakeTarget(random_table(0)), LateSteps(FakeDraft(table), kv)
+        target.forward(prompt_batch((0, 1, 2, 3, 0, 1, 2, 3, 0), 0, target.rules), kv)
+        kv.commit(range(9), (0, 1, 2, 3, 0, 1, 2, 3, 0))
+        # Room for void rows beside those of the tree.
+        plan = schedule(12, 6, 40, costs=plan_costs(0.001, row_s=1e-6), shadow_rows=60)
+        tree = Drafter(steps, kv, plan, eos_ids=()).grow(1, GreedyChooser(), 99).tree
+        taken = sum(call.batch.rows for call in steps.draft.calls)
+        inner = set(tree.parents[1:])
+        gaps += taken > len(tree)
+        assert steps.fed
+        keys = kv.read(0, kv.capacity)[0][0, 9:]
+        mask = tree.ancestor_mask()
+        for node in sorted(inner):
+            assert keys[node].tolist() == [tree.token_ids[node], 9 + tree.depths[node]]
+            assert mask[node].sum() == tree.depths[node] + 1
+    assert gaps > 3

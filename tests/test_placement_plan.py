@@ -30,6 +30,7 @@ from subspec_cli.placement.plan_lines import (
     CUDA_LIBRARY_BYTES,
     Ledger,
 )
+from subspec_cli.placement.plan_request import NOISE_ROWS
 from subspec_cli.placement.plan_search import Weigher
 from subspec_cli.placement.plan_shelf import Shelf
 from subspec_cli.placement.predict import plan_costs
@@ -138,6 +139,7 @@ def requests(draw: st.DrawFn, **changes: Any) -> PlanRequest:
         shadow_rows=draw(st.sampled_from([0, 64])),
         context=draw(CONTEXTS),
         tree_nodes=draw(st.integers(1, 300)),
+        samples=draw(st.booleans()),
         tokenizer_bytes=draw(st.integers(0, 20 * MIB)),
     )
     if draw(st.booleans()):
@@ -204,13 +206,18 @@ def test_every_byte_that_grows_has_a_line(request: PlanRequest) -> None:
     tables = 2 if plan.embedding == "device" else 1
     assert line_bytes(plan, "embedding and head") + line_bytes(plan, "head") == tables * geometry.table_bytes
     assert (plan.embedding == "tied") == geometry.tied_head
+    noise_bytes = NOISE_ROWS * geometry.vocab * 8 * request.samples
+    assert line_bytes(plan, "sampling noise") == (0 if on_card else noise_bytes)
+    held = {line.label: line.size_bytes for line in plan.host_lines}
+    assert held.get("sampling noise", 0) == (2 * noise_bytes if on_card else 0)
     assert line_bytes(plan, "CUDA context") == on_card * CUDA_CONTEXT_BYTES
     assert line_bytes(plan, "library workspaces") == on_card * CUDA_LIBRARY_BYTES
 
 
 LABELS = {
     "embedding and head", "head", "draft head", "norms and biases", "resident layers", "substitutes",
-    "stream slots", "KV cache", "workspace", "CUDA context", "library workspaces", "allocator rounding", "margin",
+    "stream slots", "KV cache", "workspace", "sampling noise", "CUDA context", "library workspaces",
+    "allocator rounding", "margin",
 }  # fmt: skip
 
 

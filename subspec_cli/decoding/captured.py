@@ -24,6 +24,7 @@ from subspec_cli.modeling.decoder import DraftDecoder
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.layers import TokenBatch
 from subspec_cli.placement.pinned import card_view
+from subspec_cli.placement.plan_request import NOISE_ROWS
 
 Run = Callable[[], object]
 Kind = Literal["greedy", "sampled", "filtered"]
@@ -31,8 +32,8 @@ _COLUMNS: Final = 1024
 """Cache rows in view grow by so many at a time; those beyond the real ones are masked."""
 _TURNS: Final = 2
 """Sets of inputs and results: one for the step under way, one for the step that the host fills or reads."""
-_NOISE_ROWS: Final = 128
-"""Positions whose noise a card sees: more than one tree has levels."""
+_NOISE_PLACES: Final = 2 * NOISE_ROWS
+"""Positions whose noise a card sees, in half as many bytes each."""
 
 
 class Graphs(Protocol):
@@ -120,6 +121,7 @@ class CapturedSteps:
         self._rule = _Shared((_TURNS, 3), torch.float32, device)
         self._noise: _Shared | None = None
         self._noise_of: tuple[Chooser | None, dict[int, int]] = (None, {})
+        self._noise_read: list[int] = []
         self._ids = _Shared((_TURNS, most_rows, self._ranked), torch.int32, device)
         self._scores = _Shared((_TURNS, most_rows, self._ranked), torch.float32, device)
         # The card counts turns by itself: a graph finds its inputs though its numbers are frozen.
@@ -190,16 +192,19 @@ class CapturedSteps:
             self._noise_of = (chooser, {})
         held, rows = self._noise_of[1], []
         for position in (position + 1 for position in positions):
-            row = position % _NOISE_ROWS
+            row = position % _NOISE_PLACES
             if held.get(row) != position:
+                if row in self._noise_read:
+                    self._graphs.mark()()  # by a step under way, many levels away
                 noise = chooser.noise(position, self._vocab)
                 if noise is None:
                     return None
                 if self._noise is None:
-                    self._noise = _Shared((_NOISE_ROWS, self._vocab), torch.float32, self._device)
+                    self._noise = _Shared((_NOISE_PLACES, self._vocab), torch.float32, self._device)
                 self._noise.host[row] = torch.from_numpy(noise)
                 held[row] = position
             rows.append(row)
+        self._noise_read = rows
         return rows
 
     @torch.inference_mode()

@@ -121,8 +121,11 @@ def _rows_keep_bits(
             return False
     for count in _REVERSED_COUNTS:
         padded = min(rules.padded(count), len(reference))
-        if not torch.equal(run(states[:padded].flip(0)).flip(0), reference[:padded]):
+        turned = run(states[:padded].flip(0))
+        # Row by row: to turn a head's results back would take as much memory as a whole tree's.
+        if not all(torch.equal(turned[padded - 1 - row], reference[row]) for row in range(padded)):
             return False
+        del turned
     sizes = sorted({rules.padded(count) for count in counts})
     return all(_windows_keep_bits(run, states, reference, size) for size in sizes)
 

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from subspec_cli.config import SamplingConfig
+from subspec_cli.placement.plan_request import NOISE_ROWS
 
 Row = NDArray[np.float64]
-_NOISE_ROWS_KEPT: Final = 128
 _LEAST_TEMPERATURE: Final = 1e-200
 """Divides any float32 logit without overflow, and leaves the noise no say between logits that differ."""
 
@@ -98,7 +98,7 @@ class GumbelChooser:
         """Standard Gumbel noise; that of the last positions asked for is kept."""
         if position not in self._noise:
             self._noise[position] = gumbel_noise(self._seed, self._request, position, vocab)
-            if len(self._noise) > _NOISE_ROWS_KEPT:
+            if len(self._noise) > NOISE_ROWS:
                 self._noise.popitem(last=False)
         return self._noise[position]
 

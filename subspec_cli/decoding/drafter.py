@@ -103,13 +103,18 @@ class Drafter:
         ready, steps, cost_s = tree.rows, 0, 0.0
         frontier = Frontier(tree, self._shared)
         self._lookup.learn([*self._kv.token_ids, root_token])
-        while (rows := self._next_serial(frontier, limits, cost_s)) or not frontier.is_settled:
-            if rows:
+        while True:
+            if rows := self._next_serial(frontier, limits, cost_s):
                 steps += 1
                 cost_s += self._schedule.step_s(len(rows))
                 frontier.start(rows, chooser)
-            frontier.settle(self._steps.ahead if rows else 0)
-        self._kv.move_scratch(tree.compact())
+                frontier.settle(self._steps.ahead)
+            elif not frontier.is_settled:
+                frontier.settle()  # and decide again, knowing all
+            elif gaps := tree.compact():
+                self._kv.move_scratch(gaps)  # which may leave room for more
+            else:
+                break
         proposed = tree.freeze(self._leaves(tree, limits, cost_s))
         self._pass = _Pass(frontier, chooser, max_depth=max(0, tokens_wanted - 1), nodes=len(proposed))
         return Proposal(proposed, steps, ready, cost_s)

@@ -31,6 +31,8 @@ _FARTHEST: Final = 32.0
 _PLACES: Final = 1024
 _WHOLE: Final = float(1 << 40)
 """The best token's share, counted in whole numbers."""
+_TIE: Final = 2.0**-45
+"""What an id weighs beside a score: less, for all ids together, than two scores near 1 can differ by."""
 _LEAST_TEMPERATURE: Final = 1e-30
 """Divides any logit in float32 without overflow."""
 
@@ -64,7 +66,9 @@ def rank(found: DraftLogits, sampling: Sampling | None) -> tuple[Tensor, Tensor]
         gained = found.rescored(ids) - found.logits.gather(1, ids).float()
         values, places = (values + _scaled(gained, sampling)).topk(min(RANKED, values.shape[1]), dim=-1)
         ids = ids.gather(1, places)
-    return ids, values
+    # Of equals the lowest id comes first, as it does for `choose`; 16-bit logits are often equal.
+    order = (values.double() - ids.double() * _TIE).argsort(dim=-1, descending=True)
+    return ids.gather(1, order), values.gather(1, order)
 
 
 def _scaled(logits: Tensor, sampling: Sampling | None) -> Tensor:
@@ -84,7 +88,7 @@ def _kept(scaled: Tensor, sampling: Sampling) -> Tensor:
     within = (scaled >= last) | (sampling.top_k > best.shape[1])
     below = (best[:, :1] - scaled).nan_to_num(nan=torch.inf).clamp(0, _FARTHEST)
     places = (below * (_PLACES / _FARTHEST)).long().clamp_max(_PLACES - 1)
-    shares = ((-below).exp() * within).double().mul(_WHOLE).long()
+    shares = (below.neg_().exp_().mul_(within) * _WHOLE).long()
     mass = torch.zeros((len(scaled), _PLACES), dtype=torch.long, device=scaled.device)
     mass.scatter_add_(1, places, shares)
     open_places = mass.cumsum(1) - mass < sampling.top_p * mass.sum(1, keepdim=True)

@@ -24,7 +24,10 @@ from subspec_cli.store.manifest import SubstituteSettings
 
 _INNER_K_TILES: Final = 2
 _PACK_ROWS: Final = 512
-_TABLE_ROWS: Final = 4096
+_PACK_BLOCK: Final = 64
+"""Rows that a kernel's layout keeps together, or a multiple of them."""
+_TABLE_ELEMENTS: Final = 1 << 19
+"""Of a table, quantized at a time."""
 
 
 class Linear(Protocol):
@@ -234,19 +237,32 @@ def _kernel_layout(part: _StoredMatrix) -> tuple[Tensor, Tensor]:
 
 
 def low_bit_table(weight: Tensor) -> Int4Linear | None:
-    """A table `[V, hidden]` in 4 bits, scaled by the extremes of its groups; None if no kernel takes its shape."""
+    """A table `[V, hidden]` in 4 bits, scaled by the extremes of its groups; None if no kernel takes its shape.
+
+    Made a few rows at a time, so that it takes hardly more memory than it will hold.
+    """
     group_size = group_size_for(tuple(weight.shape))
     if group_size is None:
         return None
-    codes, pairs = [], []
-    for rows in weight.split(_TABLE_ROWS):
+    vocab, hidden = weight.shape
+    scales_and_zeros = weight.new_empty((hidden // group_size, vocab, 2), dtype=torch.bfloat16)
+    packed, done = torch.empty(0), 0
+    for rows in weight.split(max(1, _TABLE_ELEMENTS // hidden // _PACK_BLOCK) * _PACK_BLOCK):
         groups = rows.float().view(len(rows), -1, group_size)
         low, high = groups.amin(-1), groups.amax(-1)
         scale = ((high - low) / 15).clamp_min(torch.finfo(torch.bfloat16).tiny)
         # The kernel sees codes around 8: weight = (code - 8) * scale + zero.
-        codes.append(((groups - low[..., None]) / scale[..., None]).round_().to(torch.uint8).view(rows.shape))
-        pairs.append(torch.stack((scale, low + 8 * scale), dim=-1).to(torch.bfloat16).transpose(0, 1))
-    return Int4Linear(_pack(torch.cat(codes)), torch.cat(pairs, dim=1).contiguous(), group_size, None)
+        codes = ((groups - low[..., None]) / scale[..., None]).round_().to(torch.uint8).view(rows.shape)
+        pairs = torch.stack((scale, low + 8 * scale), dim=-1)
+        scales_and_zeros[:, done : done + len(rows)] = pairs.transpose(0, 1)
+        # Packed tables are sequences of packed pieces, whose first dimension counts rows or blocks of them.
+        piece = _pack(codes)
+        if not done:
+            packed = piece.new_empty((len(piece) * vocab // len(rows), *piece.shape[1:]))
+        first = done * len(packed) // vocab
+        packed[first : first + len(piece)] = piece
+        done += len(rows)
+    return Int4Linear(packed, scales_and_zeros, group_size, None)
 
 
 def made_up_substitute(name: str, shape: tuple[int, ...], bits: int, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from typing import Final
 
 from subspec_cli.placement.assumed import low_bit_table_bytes
 from subspec_cli.placement.geometry import LAYER_BLOCKS, LAYER_MATRICES
-from subspec_cli.placement.plan_request import Choice, PlanRequest
+from subspec_cli.placement.plan_request import NOISE_ROWS, Choice, PlanRequest
 from subspec_cli.units import GIB, MIB, format_bytes
 
 ATTENTION_TILE_BYTES: Final = 4 * MIB
@@ -30,6 +30,12 @@ RING_SLOTS: Final = 3
 _LEAST_RING_SLOTS: Final = 2
 _MARGIN_BYTES: Final = 64 * MIB
 """Interpreter growth, thread stacks, kernel scratch and the allocator's own waste."""
+_NOISE_BYTES: Final = 8
+"""Noise of one token, float64 as `choose` adds it."""
+_DRAFT_ROWS: Final = 8
+_RANKED_BYTES: Final = 8
+_SAMPLED_BYTES: Final = 40
+"""Of a draft row's logit, with all that ranking makes of it: noise, shares and places of the filters."""
 _PAGE_BYTES: Final = 4096
 _ROUNDING_BYTES: Final = MIB
 """Lost per large tensor on a card: the allocator rounds it up to 2 MiB, by half of that on average."""
@@ -69,12 +75,14 @@ class Ledger:
             geometry.layers * geometry.layer_small_bytes + geometry.hidden * geometry.element_bytes
         )
         self._work_bytes = _workspace_bytes(request)
+        self._noise_bytes = NOISE_ROWS * geometry.vocab * _NOISE_BYTES if request.samples else 0
         self._libraries_bytes = CUDA_CONTEXT_BYTES + CUDA_LIBRARY_BYTES if self._on_card else 0
         self._rounding_bytes = len(LAYER_MATRICES) * _ROUNDING_BYTES if self._on_card else 0
         self._fixed_bytes = (
             geometry.table_bytes
             + self._small_bytes
             + self._work_bytes
+            + (0 if self._on_card else self._noise_bytes)
             + self._libraries_bytes
             + _MARGIN_BYTES
             + request.scratch_rows * self.row_bytes
@@ -114,6 +122,7 @@ class Ledger:
                      f"{choice.slots} x {format_bytes(self.slot_bytes)}"),
             PlanLine("KV cache", rows * geometry.kv_row_bytes, f"{rows} rows"),
             PlanLine("workspace", self._work_bytes + rows * (self.row_bytes - geometry.kv_row_bytes)),
+            PlanLine("sampling noise", 0 if self._on_card else self._noise_bytes, f"{NOISE_ROWS} positions"),
             PlanLine("CUDA context", CUDA_CONTEXT_BYTES if self._on_card else 0, "outside the allocator"),
             PlanLine("library workspaces", CUDA_LIBRARY_BYTES if self._on_card else 0),
             PlanLine("allocator rounding", (choice.resident + substitutes) * self._rounding_bytes),
@@ -147,6 +156,7 @@ class Ledger:
             PlanLine("bare process", CUDA_PROCESS_BYTES),
             PlanLine("tokenizer", self._tokenizer_bytes),
             PlanLine("embedding", self._request.geometry.table_bytes if choice.embedding == "host" else 0),
+            PlanLine("sampling noise", self._pinned_noise_bytes, f"{NOISE_ROWS} positions"),
             PlanLine("pinned layers", pinned * self.layer_bytes, f"{pinned} of {streamed} streamed"),
             PlanLine("pinned ring", ring * self.layer_bytes, f"{streamed - pinned} layers pass from disk"),
         )
@@ -154,11 +164,17 @@ class Ledger:
 
     def least_host_bytes(self) -> int:
         """Host memory without which nothing runs on a card: a ring, and no table beside it."""
-        return CUDA_PROCESS_BYTES + self._tokenizer_bytes + _LEAST_RING_SLOTS * self.layer_bytes
+        ring_bytes = _LEAST_RING_SLOTS * self.layer_bytes
+        return CUDA_PROCESS_BYTES + self._tokenizer_bytes + self._pinned_noise_bytes + ring_bytes
 
     def _host_bytes(self, choice: Choice) -> int:
         table_bytes = self._request.geometry.table_bytes if choice.embedding == "host" else 0
-        return CUDA_PROCESS_BYTES + self._tokenizer_bytes + table_bytes
+        return CUDA_PROCESS_BYTES + self._tokenizer_bytes + self._pinned_noise_bytes + table_bytes
+
+    @property
+    def _pinned_noise_bytes(self) -> int:
+        """Noise on the host of a card, which sees twice as many positions in half as many bytes."""
+        return self._noise_bytes * 2 if self._on_card else 0
 
     def _resident_note(self, choice: Choice) -> str:
         note = f"{choice.resident} of {self.layers}"
@@ -178,6 +194,9 @@ def _workspace_bytes(request: PlanRequest) -> int:
     width = 4 * geometry.hidden + 3 * geometry.feed_forward + 3 * geometry.heads * geometry.head_dim
     activations = request.prefill_rows * width * max(geometry.element_bytes, 4)
     tiles = 3 * ATTENTION_TILE_BYTES
-    logits = request.tree_nodes * geometry.vocab * geometry.element_bytes + 8 * geometry.vocab * 8
+    drafted = _DRAFT_ROWS * geometry.vocab * (_SAMPLED_BYTES if request.samples else _RANKED_BYTES)
+    verified = request.tree_nodes * geometry.vocab * geometry.element_bytes
+    # A tree is drafted while the last one's logits are there; the self-check compares those of two trees.
+    logits = verified + max(verified, drafted)
     tokenizer = _TOKENIZER_FACTOR * request.tokenizer_bytes if request.device == "cpu" else 0
     return activations + tiles + logits + tokenizer

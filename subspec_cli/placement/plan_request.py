@@ -15,6 +15,8 @@ PREFILL_CHUNK: Final = 256
 LEAST_CONTEXT: Final = 512
 SHADOW_ROWS: Final = 128
 """Cache rows for what is drafted while the target's weights arrive."""
+NOISE_ROWS: Final = 64
+"""Positions whose sampling noise is kept: as many as a tree and its shadow have levels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,8 @@ class PlanRequest:
     """Cache rows for drafting in the shadow of the stream; 0 switches it off."""
     least_context: int = LEAST_CONTEXT
     """Context that is not given away for speed."""
+    samples: bool = False
+    """Whether tokens are drawn at a temperature, which takes noise for every token of the vocabulary."""
     fixed_depth: int | None = None
     """Depth of the draft tree, as the user said."""
 

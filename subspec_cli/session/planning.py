@@ -56,6 +56,7 @@ def plan_request(
         costs=costs,
         survival=survival,
         ram_bytes=ram_bytes,
+        samples=not config.sampling.is_greedy,
         fixed_depth=config.draft.depth,
         shadow_rows=most_shadow_rows(config),
     )
