@@ -208,6 +208,31 @@ def test_one_graph_serves_other_numbers_of_the_same_rule(tiny: Callable[..., Tin
     assert (graphs.captures, graphs.replays) == (1, 3)
 
 
+def test_noise_of_far_positions_takes_turns_in_the_same_place(
+    tiny: Callable[..., Tiny], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A place that a step under way still reads is written to when that is done."""
+    monkeypatch.setattr(module, "_NOISE_PLACES", 2)
+    model = tiny("qwen2", dtype=torch.float32)
+    draft, graphs, chooser = draft_of(model), FakeGraphs(), sampled(1)
+    plain, kept = model.kv(), model.kv()
+    direct, late = LateSteps(draft, plain), captured_steps(draft, kept, graphs)
+    for first in range(8):
+        for steps in (direct, late):
+            steps.start(chain_step(plain, first), [None], chooser)
+        if first:
+            check_found(late, direct, rows=1)
+    check_found(late, direct, rows=1)
+
+
+def chain_step(kv: KVCache, first: int) -> TokenBatch:
+    """One row whose position is two places on from that of the row before."""
+    position = torch.tensor([2 * first])
+    keys = 2 * torch.arange(first + 1)
+    allowed = torch.ones((1, first + 1), dtype=torch.bool)
+    return TokenBatch(torch.tensor([first]), position, 1, kv.committed + first, allowed, keys)
+
+
 def test_after_a_step_that_was_interrupted_turns_agree_again(tiny: Callable[..., Tiny]) -> None:
     """The card has counted a turn that the host has not."""
     model = tiny("qwen2", dtype=torch.float32)

@@ -165,9 +165,10 @@ def test_one_wanted_token_needs_no_draft():
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_nothing_hangs_below_an_end_token(seed):
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_nothing_hangs_below_an_end_token(ahead, seed):
     table, eos_ids = random_table(seed, spread=0.8), (0, 5, 7)
-    tree, _ = grown(table, free_schedule(9, 3, 50), eos_ids=eos_ids)
+    tree, _ = grown(table, free_schedule(9, 3, 50), eos_ids=eos_ids, ahead=ahead)
     assert all(tree.token_ids[parent] not in eos_ids for parent in tree.parents[1:] if parent)
     assert chain(table, 9, eos_ids=eos_ids) in paths(tree)
 
@@ -272,6 +273,7 @@ def ranked(logits, chooser, positions):
         sampled(1),
         sampled(2, temperature=0.3),
         sampled(2, temperature=1e-300),
+        sampled(4, temperature=50.0, top_k=399),
         *(sampled(1, **filters) for filters in FILTERS),
         *(sampled(3, temperature=0.6, **filters) for filters in FILTERS),
     ],
@@ -305,22 +307,32 @@ def circle(prefix):
 def test_rows_of_a_tree_read_late_hold_what_its_nodes_say():
     """Guesses and children foreseen leave gaps; what the pass gets has none, and every row its node's path."""
     gaps = 0
-    for seed in range(20):
+    for seed, nodes in itertools.product(range(12), (7, 16, 40)):
         table = circle if seed % 2 else random_table(seed, spread=1.5)
         kv = fake_cache(scratch=200)
         target, steps = FakeTarget(random_table(0)), LateSteps(FakeDraft(table), kv)
         target.forward(prompt_batch((0, 1, 2, 3, 0, 1, 2, 3, 0), 0, target.rules), kv)
         kv.commit(range(9), (0, 1, 2, 3, 0, 1, 2, 3, 0))
         # Room for void rows beside those of the tree.
-        plan = schedule(12, 6, 40, costs=plan_costs(0.001, row_s=1e-6), shadow_rows=60)
+        make = free_schedule if seed % 3 else schedule
+        plan = make(30, 6, nodes, costs=plan_costs(0.001, row_s=1e-6), shadow_rows=60)
         tree = Drafter(steps, kv, plan, eos_ids=()).grow(1, GreedyChooser(), 99).tree
         taken = sum(call.batch.rows for call in steps.draft.calls)
         inner = set(tree.parents[1:])
         gaps += taken > len(tree)
         assert steps.fed
+        assert len(tree) <= nodes
         keys = kv.read(0, kv.capacity)[0][0, 9:]
         mask = tree.ancestor_mask()
         for node in sorted(inner):
             assert keys[node].tolist() == [tree.token_ids[node], 9 + tree.depths[node]]
             assert mask[node].sum() == tree.depths[node] + 1
     assert gaps > 3
+
+
+def test_what_cannot_have_children_is_not_looked_below():
+    """An end token may be foreseen, and its row computed in vain; once it is known, nothing below it is."""
+    plan = schedule(8, 3, 30, costs=plan_costs(1e-6, row_s=1e-9))
+    _, calls = grown(lambda prefix: np.eye(VOCAB)[5] * 90, plan, eos_ids=(5,), ahead=1)
+    assert len(calls) > 1
+    assert all(5 not in prefix[:-1] for call in calls for prefix in call.prefixes)

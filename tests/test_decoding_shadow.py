@@ -8,6 +8,7 @@ from fakes import (
     TARGET_MADE,
     FakeDraft,
     FakeTarget,
+    LateSteps,
     blended,
     emitted,
     fake_cache,
@@ -122,6 +123,28 @@ def test_no_findings_are_taken_into_another_answer(ahead):
     assert emitted(list(engine.generate(request_for(other, 30)))) == plain_answer(TABLE, other, 30)
 
 
+def test_a_step_under_way_when_the_user_interrupts_is_forgotten():
+    class Interrupted(LateSteps):
+        count = 0
+
+        def start(self, batch, feeds, chooser):
+            super().start(batch, feeds, chooser)
+            self.count += 1
+            if self.count == 5:
+                raise KeyboardInterrupt
+
+    kv, target, draft = fake_cache(96, scratch=160), FakeTarget(TABLE), FakeDraft(TABLE)
+    plan, steps = schedule(4, 3, 14, shadow_rows=30), Interrupted(draft, kv)
+    engine = fake_engine(target, kv, Drafter(steps, kv, plan, eos_ids=()), plan)
+    with pytest.raises(KeyboardInterrupt):
+        list(engine.generate(request_for(PROMPT, 40)))
+    assert steps.unread
+    other = (9, 8, 7)
+    outputs = list(engine.generate(request_for(other, 30)))
+    assert emitted(outputs) == plain_answer(TABLE, other, 30)
+    assert outputs[-1].stats.tau > 3
+
+
 @pytest.mark.parametrize("limit", range(1, 14))
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_nothing_is_foreseen_beyond_the_last_wanted_token(ahead, limit):
@@ -131,7 +154,8 @@ def test_nothing_is_foreseen_beyond_the_last_wanted_token(ahead, limit):
     assert all(position < len(PROMPT) + limit for position in positions)
 
 
-def test_nothing_is_foreseen_below_an_end_token():
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_nothing_is_foreseen_below_an_end_token(ahead):
     table = random_table(2)
     end = plain_answer(TABLE, PROMPT, 9)[8]
     _, _, draft, _ = answered(blended(TABLE, table, 0.2), schedule(5, 4, 16, shadow_rows=30), eos_ids=(end,))

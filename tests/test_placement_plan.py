@@ -489,7 +489,7 @@ def test_layers_used_by_the_target_alone_keep_their_substitutes() -> None:
 
 
 def test_layers_are_shared_where_the_link_is_so_slow_that_every_byte_counts() -> None:
-    slow = replace(assumed_costs(make_geometry(), "cpu"), link_bytes_per_s=5e7, disk_bytes_per_s=5e7)
+    slow = replace(assumed_costs(make_geometry(), "cpu"), link_bytes_per_s=1e7, disk_bytes_per_s=1e7)
     plan = make_plan(make_request(costs=slow))
     assert plan.shared == plan.resident
     assert "the draft runs them too" in plan.reason

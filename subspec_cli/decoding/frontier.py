@@ -235,7 +235,7 @@ class Frontier:
         is_right = best >= 0 and self.tree.nodes[best].token_id == guess.token_id
         if self.tree.nodes[above].token_id == step.rows[row].after:
             self._shared.lookup.observe(guess, right=is_right)
-        if not is_right or self.tree.nodes[best].row >= 0:
+        if not is_right:
             return -1
         self.tree.seat(best, step.first + row)
         return best

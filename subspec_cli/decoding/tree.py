@@ -156,7 +156,6 @@ class GrowingTree:
         if len(kept) == self.rows:
             return []
         self.mask[: len(kept), : len(kept)] = self.mask[kept][:, kept]
-        self.mask[: len(kept), len(kept) :] = False
         self.row_depths = [self.row_depths[row] for row in kept]
         self._in_rows = [self._in_rows[row] for row in kept]
         for row, number in enumerate(self._in_rows):
