@@ -185,7 +185,7 @@ class Machine:
         return card
 
     def host_register(self, address: int, size_bytes: int, flags: int) -> int:
-        assert flags == 1
+        assert flags == 3
         assert address % PAGE_BYTES == 0
         assert address not in self.pinned
         if sum(self.pinned.values()) + size_bytes > self.pinnable_bytes:

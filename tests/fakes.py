@@ -164,6 +164,8 @@ class LateSteps(DirectSteps):
         super().__init__(draft, kv)
         self.unread: list[Found] = []
         self.fed = 0
+        self.behind: list[int] = []
+        """At each reading, how many steps were started after the one that is read."""
 
     def start(self, batch: TokenBatch, feeds: Sequence[tuple[int, int] | None], chooser: Chooser) -> None:
         assert len(self.unread) <= self.ahead
@@ -177,6 +179,7 @@ class LateSteps(DirectSteps):
         self.unread.append(super().read())
 
     def read(self) -> Found:
+        self.behind.append(len(self.unread) - 1)
         return self.unread.pop(0)
 
     def drop(self) -> None:

@@ -7,6 +7,7 @@ import json
 import pytest
 from test_session_fakes import shelf as shelf
 
+from subspec_cli.bench import runner
 from subspec_cli.bench.report import AnswerPair, ArmAnswer
 from subspec_cli.bench.runner import run_bench
 from subspec_cli.bench.suites import load_suite, read_questions
@@ -25,10 +26,10 @@ def questions(tmp_path):
     return path
 
 
-def bench(shelf, questions, progress=lambda state: None, **lengths):
+def bench(shelf, questions, progress=lambda state: None, *, memory=None, **lengths):
     flags = {
         "model": {"model": str(shelf.model("qwen2"))},
-        "memory": {"vram_gb": 1.0, "device": "cpu", "resident_layers": 0},
+        "memory": {"vram_gb": 1.0, "device": "cpu", "resident_layers": 0} | (memory or {}),
         "sampling": {"seed": 3},
         "bench": {"questions": str(questions), "limit": 2, "max_new_tokens": 10} | lengths,
     }
@@ -73,6 +74,19 @@ def test_a_shortened_plain_arm_stays_comparable(shelf, questions):
     for pair in report.pairs:
         assert pair.plain.stats.prompt_tokens == pair.speculative.stats.prompt_tokens
     assert report.rows[-1].identical == 4
+
+
+def test_a_machine_that_is_to_be_timed_anew_is_timed_once(shelf, questions, monkeypatch):
+    """Both arms go by the same costs; what was timed last would be kept for later runs, too."""
+    asked, open_session = [], runner.open_session
+
+    def logged(config, **how):
+        asked.append(config.memory.reprobe)
+        return open_session(config, **how)
+
+    monkeypatch.setattr(runner, "open_session", logged)
+    bench(shelf, questions, memory={"reprobe": True}, limit=1)
+    assert asked == [True, False]
 
 
 def test_ctrl_c_keeps_what_is_done(shelf, questions):

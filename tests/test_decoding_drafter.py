@@ -34,13 +34,17 @@ PROMPT = (1, 2, 3)
 ROOT = 4
 
 
-def grown(table, schedule, *, chooser=None, wanted=99, eos_ids=(), ahead=0):
-    """A tree under ROOT after PROMPT, and the calls that made it."""
-    kv = fake_cache()
-    target = FakeTarget(random_table(0))
+def prompted_cache(**size):
+    """A cache with the prompt's rows."""
+    kv, target = fake_cache(**size), FakeTarget(random_table(0))
     target.forward(prompt_batch(PROMPT, 0, target.rules), kv)
     kv.commit(range(len(PROMPT)), PROMPT)
-    draft = FakeDraft(table)
+    return kv
+
+
+def grown(table, schedule, *, chooser=None, wanted=99, eos_ids=(), ahead=0):
+    """A tree under ROOT after PROMPT, and the calls that made it."""
+    kv, draft = prompted_cache(), FakeDraft(table)
     drafter = Drafter(steps_of(draft, kv, ahead), kv, schedule, eos_ids=eos_ids)
     tree = drafter.grow(ROOT, chooser or GreedyChooser(), wanted).tree
     assert kv.token_ids == PROMPT
@@ -96,11 +100,16 @@ def test_a_tree_holds_its_own_chain_within_its_bounds(ahead, depth, width, nodes
 
 
 def test_a_draft_read_late_takes_no_more_steps_for_its_chain():
-    """Every step but the first takes the token that the one before has found."""
+    """Every step but the first takes the token that the one before has found, and none waits to be started."""
     table = random_table(3, spread=20.0)
     for width in (1, 3):
-        tree, calls = grown(table, free_schedule(9, width, 40), ahead=1)
-        assert len(calls) == max(tree.depths) == 9
+        kv = prompted_cache()
+        steps = LateSteps(FakeDraft(table), kv)
+        tree = (
+            Drafter(steps, kv, free_schedule(9, width, 40), eos_ids=()).grow(ROOT, GreedyChooser(), 99).tree
+        )
+        assert steps.behind == [1] * 8 + [0]
+        assert max(tree.depths) == 9
         assert chain(table, 9) in paths(tree)
 
 

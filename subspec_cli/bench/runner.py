@@ -84,7 +84,11 @@ class _Run:
             self._config,
             draft=dataclasses.replace(self._config.draft, no_speculation=True),
             memory=dataclasses.replace(
-                self._config.memory, resident_layers=None, context=self._context_tokens
+                # By the costs that the speculative arm went by, even if these were to be timed anew.
+                self._config.memory,
+                resident_layers=None,
+                context=self._context_tokens,
+                reprobe=False,
             ),
         )
         with open_session(config, progress=self._say) as session:

@@ -21,8 +21,8 @@ from subspec_cli.placement.plan import spread
 from subspec_cli.store.direct_io import PAGE_BYTES, allocate_buffer
 from subspec_cli.units import format_bytes
 
-_PORTABLE: Final = 1
-"""cudaHostRegisterPortable: pinned for every context of the process."""
+_PORTABLE_AND_MAPPED: Final = 3
+"""cudaHostRegisterPortable and -Mapped: for every context of the process, and read by kernels where it lies."""
 
 
 class PinRefusedError(Exception):
@@ -35,7 +35,7 @@ def pin(memory: Tensor, device: torch.device) -> Callable[[], None]:
     Raises PinRefusedError.
     """
     address, size_bytes = memory.data_ptr(), memory.numel() * memory.element_size()
-    code = int(torch.cuda.cudart().cudaHostRegister(address, size_bytes, _PORTABLE))
+    code = int(torch.cuda.cudart().cudaHostRegister(address, size_bytes, _PORTABLE_AND_MAPPED))
     if code:
         _forget_last_error(device)
         raise PinRefusedError(f"CUDA error {code}")

@@ -26,8 +26,8 @@ _SHADOW_SHARE: Final = 0.9
 """Share of the link's spare time that is planned for drafting."""
 _HIT_SHARE: Final = 0.95
 """Chance that the token after a tree that was taken whole is the one drafted meanwhile."""
-_HOST_GATHER_S: Final = 50e-6
-"""Fetching embedding rows from host memory within a draft step on a card."""
+_HOST_GATHER_S: Final = 10e-6
+"""What it takes a card to read a draft step's embedding rows, some kilobytes each, in host memory."""
 
 
 @dataclass(frozen=True, slots=True)
