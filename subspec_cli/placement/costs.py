@@ -82,7 +82,7 @@ class MachineCosts:
     low_bit_head: RowTimes
     """A 4-bit head as the draft runs it."""
     step_overhead_s: float
-    """Batch, ranking and tree of one draft step."""
+    """Batch and tree of one draft step, as far as it waits for the host."""
     origin: str
     """`measured` or `assumed`."""
 
