@@ -178,7 +178,7 @@ class Laboratory:
     def use(self, arm: Arm) -> None:
         """Put the arm's engine into the session."""
         about, kv = self._session.description, self._engine._kv
-        target, counters, draft = self._target, self._engine._counters, self._drafter._steps.draft
+        target, counters, draft = self._target, self._engine._counters, self._drafter._shared.steps.draft
         geometry = target.math.geometry
         if not arm.overlap:
             source = LayerSource(geometry.layers, target._source.resident, self._waiting)

@@ -47,13 +47,6 @@ def test_a_parent_comes_before_its_child(parents):
 NO_END = frozenset()
 
 
-def expand(tree, number):
-    """Give an open node the next row."""
-    node = tree.nodes[number]
-    parent_row = tree.nodes[node.parent].row if node.parent >= 0 else -1
-    tree.seat(number, tree.take_row(parent_row, node.depth))
-
-
 def grown_at_random(seed, nodes=40):
     """A growing tree whose nodes were expanded in random order, and the numbers in the order of their rows."""
     generator = np.random.default_rng(seed)
@@ -61,7 +54,7 @@ def grown_at_random(seed, nodes=40):
     while len(tree.nodes) < nodes:
         able = tree.best_open(99, max_depth=99, eos_ids=NO_END)
         number = able[int(generator.integers(len(able)))]
-        expand(tree, number)
+        tree.expand(number)
         order.append(number)
         for token in range(int(generator.integers(1, 4))):
             chance = tree.nodes[number].chance * float(generator.random())
@@ -97,9 +90,9 @@ def test_rows_taken_after_freezing_lie_behind_the_tree_and_see_their_ancestors(s
     growing, _ = grown_at_random(seed)
     leaves = growing.best_open(5, max_depth=99, eos_ids=NO_END)
     size = len(growing.freeze(leaves))
-    expand(growing, leaves[0])
+    growing.expand(leaves[0])
     child = growing.add(leaves[0], 3, -1.0, 0.5)
-    expand(growing, child)
+    growing.expand(child)
     assert [growing.nodes[leaves[0]].row, growing.nodes[child].row] == [size, size + 1]
     above, number = {size + 1}, growing.nodes[child].parent
     while number >= 0:
@@ -110,19 +103,19 @@ def test_rows_taken_after_freezing_lie_behind_the_tree_and_see_their_ancestors(s
 
 def test_a_row_that_no_node_took_leaves_nothing_behind():
     growing = GrowingTree(7, capacity=8)
-    expand(growing, 0)
+    growing.expand(0)
     growing.take_row(growing.take_row(0, 1), 2)
     growing.give_back()
     assert growing.rows == growing.expanded == 1
     first, second = growing.add(0, 1, -1.0, 0.5), growing.add(0, 2, -2.0, 0.3)
-    expand(growing, first)
-    expand(growing, second)
+    growing.expand(first)
+    growing.expand(second)
     assert growing.mask[2, :3].tolist() == [True, False, True]
 
 
 def test_rows_of_a_frozen_tree_are_not_given_back():
     growing = GrowingTree(7, capacity=8)
-    expand(growing, 0)
+    growing.expand(0)
     growing.freeze([growing.add(0, token, -1.0, 0.5) for token in range(3)])
     growing.take_row(0, 1)
     growing.give_back()
@@ -139,7 +132,7 @@ def test_gaps_are_closed_and_nothing_else_changes(seed):
         for _ in range(int(generator.integers(3))):
             gappy.take_row(int(generator.integers(-1, gappy.rows)), 5)
         rows.append(gappy.rows)
-        expand(gappy, number)
+        gappy.expand(number)
         for child in plain.nodes[number].children:
             old = plain.nodes[child]
             assert gappy.add(number, old.token_id, old.log_prob, old.chance) == child
@@ -185,7 +178,7 @@ def test_a_subtree_is_what_was_found_below_a_node(seed, most_rows):
 def test_a_subtree_is_cut_at_a_depth():
     growing, number = GrowingTree(7, capacity=16), 0
     for token in range(6):
-        expand(growing, number)
+        growing.expand(number)
         number = growing.add(number, token, -1.0, 0.5)
     tree, rows = growing.subtree(1, most_rows=99, max_depth=3)
     assert rows == [1, 2, 3]
@@ -194,9 +187,9 @@ def test_a_subtree_is_cut_at_a_depth():
 
 def test_the_outcome_of_a_pass_is_found_by_its_token():
     growing = GrowingTree(7, capacity=16)
-    expand(growing, 0)
+    growing.expand(0)
     first, second = growing.add(0, 1, -0.1, 0.9), growing.add(0, 2, -2.0, 0.1)
-    expand(growing, first)
+    growing.expand(first)
     third = growing.add(first, 5, -1.0, 0.5)
     growing.freeze([])
     assert growing.outcome(0, 2) == second

@@ -289,7 +289,7 @@ def test_the_plans_choice_of_head_is_loaded(shelf, monkeypatch, home):
         monkeypatch.setattr(building, "fastest_plan", chosen)
         with open_tiny(model, draft={"depth": 3}) as session:
             heads[bits] = (
-                type(session._parts.speculative._grower._steps.draft._head),
+                type(session._parts.speculative._grower._shared.steps.draft._head),
                 answer_to(session, "Hello", 20),
             )
     assert [kind for kind, _ in heads.values()] == [Head, LowBitHead]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from subspec_cli.decoding.choose import Chooser, GreedyChooser
-from subspec_cli.decoding.ranking import RANKED, Sampling, rank
+from subspec_cli.decoding.ranking import RANKED, Sampling, rank, sampling_rule
 from subspec_cli.decoding.steps import DirectSteps, DraftSteps, Found
 from subspec_cli.modeling.decoder import DraftDecoder
 from subspec_cli.modeling.kv_cache import KVCache
@@ -117,10 +117,10 @@ class CapturedSteps:
         self._numbers = _Shared((_TURNS, 5, most_rows), torch.int32, device)
         self._allowed = _Shared((_TURNS, most_rows, kv.capacity), torch.uint8, device)
         self._key_positions = _Shared((_TURNS, kv.capacity), torch.int32, device)
-        # Temperature, top-k and top-p.
         self._rule = _Shared((_TURNS, 3), torch.float32, device)
         self._noise: _Shared | None = None
-        self._noise_of: tuple[Chooser | None, dict[int, int]] = (None, {})
+        self._noise_of: Chooser | None = None
+        self._noise_held: dict[int, int] = {}
         self._noise_read: list[int] = []
         self._ids = _Shared((_TURNS, most_rows, self._ranked), torch.int32, device)
         self._scores = _Shared((_TURNS, most_rows, self._ranked), torch.float32, device)
@@ -181,16 +181,15 @@ class CapturedSteps:
         if noise_rows is None:
             return "greedy"
         numbers[4] = torch.tensor(noise_rows)
-        filters = chooser.filters
-        top_k, top_p = (filters.top_k or self._vocab, filters.top_p) if filters else (self._vocab, 1.0)
-        self._rule.host[turn] = torch.tensor([chooser.temperature, top_k, top_p])
-        return "filtered" if filters else "sampled"
+        self._rule.host[turn] = sampling_rule(chooser, self._vocab)
+        return "filtered" if chooser.filters else "sampled"
 
     def _noise_rows(self, positions: Sequence[int], chooser: Chooser) -> list[int] | None:
         """Where the noise of the positions' children lies, put there if it is not yet; None without noise."""
-        if chooser is not self._noise_of[0]:
-            self._noise_of = (chooser, {})
-        held, rows = self._noise_of[1], []
+        if chooser is not self._noise_of:
+            self._noise_of = chooser
+            self._noise_held.clear()
+        held, rows = self._noise_held, []
         for position in (position + 1 for position in positions):
             row = position % _NOISE_PLACES
             if held.get(row) != position:
@@ -233,11 +232,8 @@ class CapturedSteps:
         if kind == "greedy":
             return None
         assert self._noise is not None
-        temperature, top_k, top_p = self._rule.card.index_select(0, turn)[0]
         noise = self._noise.card.index_select(0, noise_rows)
-        return (
-            Sampling(noise, temperature, top_k, top_p) if kind == "filtered" else Sampling(noise, temperature)
-        )
+        return Sampling(noise, self._rule.card.index_select(0, turn)[0], kind == "filtered")
 
 
 def draft_steps(

@@ -121,13 +121,16 @@ def _rows_keep_bits(
             return False
     for count in _REVERSED_COUNTS:
         padded = min(rules.padded(count), len(reference))
-        turned = run(states[:padded].flip(0))
-        # Row by row: to turn a head's results back would take as much memory as a whole tree's.
-        if not all(torch.equal(turned[padded - 1 - row], reference[row]) for row in range(padded)):
+        if not _equal_turned(run(states[:padded].flip(0)), reference[:padded]):
             return False
-        del turned
     sizes = sorted({rules.padded(count) for count in counts})
     return all(_windows_keep_bits(run, states, reference, size) for size in sizes)
+
+
+def _equal_turned(found: Tensor, reference: Tensor) -> bool:
+    """Row by row: to turn a head's results back would take as much memory as those of a whole tree."""
+    last = len(found) - 1
+    return all(torch.equal(found[last - row], reference[row]) for row in range(len(found)))
 
 
 def _windows_keep_bits(run: Callable[[Tensor], Tensor], states: Tensor, reference: Tensor, size: int) -> bool:

@@ -88,10 +88,11 @@ class GumbelChooser:
 
     def scores(self, logits: Row, position: int) -> Row:
         """Filtered logits / temperature + the noise of `position`."""
-        scores = logits / self.temperature + self.noise(position, len(logits))
+        scaled = logits / self.temperature
+        scores = scaled + self.noise(position, len(logits))
         if self.filters is None:
             return scores
-        keep = allowed_tokens(logits / self.temperature, self.filters.top_k, self.filters.top_p)
+        keep = allowed_tokens(scaled, self.filters.top_k, self.filters.top_p)
         return np.where(keep, scores, -np.inf)
 
     def noise(self, position: int, vocab: int) -> Row:

@@ -86,11 +86,9 @@ class Drafter:
         eos_ids: Collection[int],
         sharpening: float = SHARPENING,
     ) -> None:
-        self._steps = steps
         self._kv = kv
         self._schedule = schedule
-        self._lookup = ContinuationLookup()
-        self._shared = Drafting(steps, kv, schedule, self._lookup, frozenset(eos_ids), sharpening)
+        self._shared = Drafting(steps, kv, schedule, ContinuationLookup(), frozenset(eos_ids), sharpening)
         self._ready: GrowingTree | None = None
         self._pass: _Pass | None = None
 
@@ -102,13 +100,12 @@ class Drafter:
         self._ready = None
         ready, steps, cost_s = tree.rows, 0, 0.0
         frontier = Frontier(tree, self._shared)
-        self._lookup.learn([*self._kv.token_ids, root_token])
+        self._shared.lookup.learn([*self._kv.token_ids, root_token])
         while True:
             if rows := self._next_serial(frontier, limits, cost_s):
                 steps += 1
                 cost_s += self._schedule.step_s(len(rows))
                 frontier.start(rows, chooser)
-                frontier.settle(self._steps.ahead)
             elif not frontier.is_settled:
                 frontier.settle()  # and decide again, knowing all
             elif gaps := tree.compact():
@@ -135,7 +132,6 @@ class Drafter:
                 return steps
             now.spent_s += self._schedule.step_s(count)
             now.frontier.start(rows[:count], now.chooser)
-            now.frontier.settle(self._steps.ahead)
             steps += 1
 
     def follow(self, result: VerifyResult) -> None:
@@ -157,9 +153,9 @@ class Drafter:
 
     def forget(self) -> None:
         """Drop tree and findings: their rows belong to another answer."""
-        self._steps.drop()
+        self._shared.steps.drop()
         self._ready = self._pass = None
-        self._lookup.forget()
+        self._shared.lookup.forget()
 
     def _next_serial(self, frontier: Frontier, limits: TreeLimits, cost_s: float) -> list[Candidate]:
         """What to expand next; nothing when the tree is as large as it pays."""

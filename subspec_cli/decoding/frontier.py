@@ -127,22 +127,28 @@ class Frontier:
         return [able[0], *sorted(others, key=lambda candidate: -candidate.chance)][:most_rows]
 
     def start(self, rows: Sequence[Candidate], chooser: Chooser) -> None:
-        """Start a draft step over candidates, the first of which guesses hang on."""
+        """Start a draft step over candidates, the first of which guesses hang on, and read those before it."""
         nodes, guesses = [c for c in rows if c.guess is None], [c for c in rows if c.guess is not None]
         # The likeliest comes last of its kind, so that rows of guesses that prove right go on from its own.
         ordered = (*nodes[1:], nodes[0], *guesses)
         step = _Step(ordered, self.tree.rows, [candidate.number for candidate in ordered])
         for candidate in ordered:
-            row = self.tree.take_row(self._parent_row(candidate), candidate.depth)
             if candidate.number >= 0:
-                self.tree.seat(candidate.number, row)
+                self.tree.expand(candidate.number)
+            else:
+                self.tree.take_row(self._parent_row(candidate), candidate.depth)
         tokens = [self._token(candidate) for candidate in ordered]
         batch = draft_batch(self.tree, tokens, self._shared.kv.committed)
         self._shared.steps.start(batch, [candidate.feed for candidate in ordered], chooser)
         self._under_way.append(step)
+        self._read_all_but(self._shared.steps.ahead)
 
-    def settle(self, ahead: int = 0) -> None:
-        """Read all steps but the last `ahead`, and add what they found to the tree."""
+    def settle(self) -> None:
+        """Read all steps that are under way."""
+        self._read_all_but(0)
+
+    def _read_all_but(self, ahead: int) -> None:
+        """Read steps, the oldest first, and add what they found to the tree."""
         while len(self._under_way) > ahead:
             step = self._under_way.popleft()
             found = self._shared.steps.read()
@@ -168,12 +174,10 @@ class Frontier:
         return self.tree.nodes[max(candidate.number, 0)].token_id
 
     def _parent_row(self, candidate: Candidate) -> int:
-        if candidate.guess is not None:
+        """Of a guess the row before its own, of a child foreseen a row of the step under way."""
+        if candidate.feed is None:
             return self.tree.rows - 1
-        if candidate.feed is not None:
-            return self._under_way[-1].first + candidate.feed[0]
-        parent = self.tree.nodes[candidate.number].parent
-        return self.tree.nodes[parent].row if parent >= 0 else -1
+        return self._under_way[-1].first + candidate.feed[0]
 
     def _is_end(self, number: int) -> bool:
         return number > 0 and self.tree.nodes[number].token_id in self._shared.eos_ids
@@ -243,13 +247,14 @@ class Frontier:
     def _seat_foreseen(self, step: _Step, before: _Step, token_ids: Ids) -> None:
         """Find the nodes of a step whose tokens the one before it has found."""
         for row, candidate in enumerate(step.rows):
-            if candidate.feed is None or before.numbers[candidate.feed[0]] < 0:
+            parent = -1 if candidate.feed is None else before.numbers[candidate.feed[0]]
+            if parent < 0:
                 continue
-            token_id = int(token_ids[candidate.feed])
-            for child in self.tree.nodes[before.numbers[candidate.feed[0]]].children:
-                if self.tree.nodes[child].token_id == token_id and self.tree.nodes[child].row < 0:
-                    self.tree.seat(child, step.first + row)
-                    step.numbers[row] = child
+            child = self.tree.child(parent, int(token_ids[candidate.feed]))
+            # A guess that proved right may have given it a row already.
+            if child is not None and self.tree.nodes[child].row < 0:
+                self.tree.seat(child, step.first + row)
+                step.numbers[row] = child
 
     def _add_children(self, number: int, token_ids: Ids, scores: Row) -> float:
         """The likeliest children of a node just expanded; returns the chance they add."""

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from subspec_cli.decoding.choose import Row
+from subspec_cli.decoding.choose import Chooser, Filters, Row
 from subspec_cli.modeling.decoder import DraftLogits
 
 Ids = NDArray[np.int64]
@@ -43,10 +43,15 @@ class Sampling:
 
     noise: Tensor
     """`[N, V]` float32."""
-    temperature: Tensor
-    top_k: Tensor | None = None
-    """As many as there are where only `top_p` filters; None for both where nothing does."""
-    top_p: Tensor | None = None
+    rule: Tensor
+    """`[3]` float32: temperature, top-k (as many as there are where it filters nothing), top-p."""
+    is_filtered: bool
+
+
+def sampling_rule(chooser: Chooser, vocab: int) -> Tensor:
+    """The numbers of a chooser's rule, on the host."""
+    filters = chooser.filters or Filters(0, 1.0)
+    return torch.tensor([chooser.temperature, filters.top_k or vocab, filters.top_p])
 
 
 def rank(found: DraftLogits, sampling: Sampling | None) -> tuple[Tensor, Tensor]:
@@ -59,7 +64,7 @@ def rank(found: DraftLogits, sampling: Sampling | None) -> tuple[Tensor, Tensor]
     scaled = _scaled(found.logits.float(), sampling)
     count = min(_CANDIDATES if found.is_rough else RANKED, scaled.shape[1])
     scores = scaled if sampling is None else scaled + sampling.noise
-    if sampling is not None and sampling.top_p is not None:
+    if sampling is not None and sampling.is_filtered:
         scores = scores.masked_fill(~_kept(scaled, sampling), -torch.inf)
     values, ids = scores.topk(count, dim=-1)
     if found.is_rough:
@@ -72,7 +77,7 @@ def rank(found: DraftLogits, sampling: Sampling | None) -> tuple[Tensor, Tensor]
 
 
 def _scaled(logits: Tensor, sampling: Sampling | None) -> Tensor:
-    return logits if sampling is None else logits / sampling.temperature.clamp_min(_LEAST_TEMPERATURE)
+    return logits if sampling is None else logits / sampling.rule[0].clamp_min(_LEAST_TEMPERATURE)
 
 
 def _kept(scaled: Tensor, sampling: Sampling) -> Tensor:
@@ -81,17 +86,16 @@ def _kept(scaled: Tensor, sampling: Sampling) -> Tensor:
     Sorting whole rows would take longer than the step. Shares are summed as whole numbers, by their distance from
     the best, which comes to the same in any order. A top-k larger than `_TOP_K` is left to top-p.
     """
-    assert sampling.top_k is not None
-    assert sampling.top_p is not None
+    top_k, top_p = sampling.rule[1], sampling.rule[2]
     best = scaled.topk(min(_TOP_K, scaled.shape[1]), dim=-1).values
-    last = best.index_select(1, (sampling.top_k.long() - 1).clamp(0, best.shape[1] - 1).view(1))
-    within = (scaled >= last) | (sampling.top_k > best.shape[1])
+    last = best.index_select(1, (top_k.long() - 1).clamp(0, best.shape[1] - 1).view(1))
+    within = (scaled >= last) | (top_k > best.shape[1])
     below = (best[:, :1] - scaled).nan_to_num(nan=torch.inf).clamp(0, _FARTHEST)
     places = (below * (_PLACES / _FARTHEST)).long().clamp_max(_PLACES - 1)
     shares = (below.neg_().exp_().mul_(within) * _WHOLE).long()
     mass = torch.zeros((len(scaled), _PLACES), dtype=torch.long, device=scaled.device)
     mass.scatter_add_(1, places, shares)
-    open_places = mass.cumsum(1) - mass < sampling.top_p * mass.sum(1, keepdim=True)
+    open_places = mass.cumsum(1) - mass < top_p * mass.sum(1, keepdim=True)
     return within & open_places.gather(1, places)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from subspec_cli.decoding.choose import Chooser, Row
-from subspec_cli.decoding.ranking import Ids, Sampling, rank
+from subspec_cli.decoding.ranking import Ids, Sampling, rank, sampling_rule
 from subspec_cli.modeling.decoder import DraftLogits
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.layers import TokenBatch
@@ -98,14 +98,9 @@ def sampling_of(chooser: Chooser, batch: TokenBatch, logits: Tensor) -> Sampling
     noise = [row for row in rows if row is not None]
     if not noise:
         return None
-    device, filters = logits.device, chooser.filters
-
-    def number(value: float) -> Tensor:
-        return torch.tensor(value, device=device)
-
+    device = logits.device
     return Sampling(
         shared_with_card(torch.from_numpy(np.stack(noise)).float(), device),
-        number(chooser.temperature).float(),
-        number(filters.top_k or logits.shape[1]) if filters else None,
-        number(filters.top_p) if filters else None,
+        sampling_rule(chooser, logits.shape[1]).to(device),
+        chooser.filters is not None,
     )

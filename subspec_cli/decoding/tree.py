@@ -126,6 +126,12 @@ class GrowingTree:
         )
         return heapq.nsmallest(count, able, key=lambda number: (-self.nodes[number].chance, number))
 
+    def expand(self, number: int) -> None:
+        """Give an open node the next row; its children are added after."""
+        node = self.nodes[number]
+        parent_row = self.nodes[node.parent].row if node.parent >= 0 else -1
+        self.seat(number, self.take_row(parent_row, node.depth))
+
     def take_row(self, parent_row: int, depth: int) -> int:
         """The next row, for a node at `depth` whose parent's row is `parent_row`; -1 for the root."""
         row = self.rows
@@ -180,6 +186,11 @@ class GrowingTree:
         self._open.add(number)
         return number
 
+    def child(self, number: int, token_id: int) -> int | None:
+        """The child of a node that has this token, if one was found."""
+        children = self.nodes[number].children
+        return next((child for child in children if self.nodes[child].token_id == token_id), None)
+
     def freeze(self, leaves: Sequence[int]) -> TokenTree:
         """The expanded nodes and the given open ones as a tree to verify; rows from its length on are free.
 
@@ -201,8 +212,7 @@ class GrowingTree:
 
     def outcome(self, last_node: int, bonus_token: int) -> int | None:
         """The proposal that a verified path ends with: child `bonus_token` of the frozen tree's `last_node`."""
-        children = self.nodes[self._frozen[last_node]].children
-        return next((child for child in children if self.nodes[child].token_id == bonus_token), None)
+        return self.child(self._frozen[last_node], bonus_token)
 
     def subtree(self, number: int, *, most_rows: int, max_depth: int) -> tuple[Self, list[int]]:
         """What was found out below a node, as a tree of its own, and the old rows of its expanded nodes.
@@ -224,9 +234,7 @@ class GrowingTree:
         tree = type(self)(root.token_id, self.capacity)
         moved = {number: 0}
         for child in kept:
-            above = tree.nodes[moved[child]]
-            parent_row = tree.nodes[above.parent].row if above.parent >= 0 else -1
-            tree.seat(moved[child], tree.take_row(parent_row, above.depth))
+            tree.expand(moved[child])
             for below in self.nodes[child].children:
                 node = self.nodes[below]
                 moved[below] = tree.add(

@@ -15,7 +15,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from subspec_cli.decoding.captured import CudaGraphs
+from subspec_cli.decoding.captured import CudaGraphs, Run
 from subspec_cli.decoding.ranking import rank
 from subspec_cli.modeling.attention import exact_attention, fast_attention
 from subspec_cli.modeling.decoder import Block, DraftDecoder, DraftHead, DraftLogits, Head, TargetDecoder
@@ -189,10 +189,8 @@ class _Bench:
         def run(states: Tensor) -> None:
             rank(head.guess(states), None)
 
-        steps = {
-            rows: self._launched(partial(run, self._ones(rows, self._sizes.hidden))) for rows in _DRAFT_ROWS
-        }
-        return time_rows(lambda rows: steps[rows](), _DRAFT_ROWS, finish=self._finish)
+        steps = self._launched(lambda rows: partial(run, self._ones(rows, self._sizes.hidden)))
+        return time_rows(steps, _DRAFT_ROWS, finish=self._finish)
 
     def _head(self) -> Head:
         return Head(self._ones(self._sizes.hidden), self._ones(self._sizes.vocab, self._sizes.hidden), 1e-6)
@@ -204,20 +202,24 @@ class _Bench:
         def run(batch: TokenBatch) -> None:
             draft.run(self._states(batch.positions), batch, kv)
 
-        batches = {rows: self._batch(rows, rows).to(self._device) for rows in _DRAFT_ROWS}
-        steps = {rows: self._launched(partial(run, batch)) for rows, batch in batches.items()}
-        return self._per_layer(lambda rows: steps[rows](), _DRAFT_ROWS, len(layers))
+        steps = self._launched(lambda rows: partial(run, self._batch(rows, rows).to(self._device)))
+        return self._per_layer(steps, _DRAFT_ROWS, len(layers))
 
-    def _launched(self, run: Callable[[], None]) -> Callable[[], object]:
-        """As a session launches draft steps: on a card captured, if it can be."""
-        if self._device.type == "cpu":
-            return run
+    def _launched(self, step_of: Callable[[int], Run]) -> Callable[[int], object]:
+        """Draft steps by their rows, as a session launches them: on a card captured, if they can be."""
+        steps = {rows: step_of(rows) for rows in _DRAFT_ROWS}
+        if self._device.type == "cuda":
+            steps = self._captured(steps)
+        return lambda rows: steps[rows]()
+
+    def _captured(self, steps: dict[int, Run]) -> dict[int, Run]:
+        graphs = CudaGraphs(self._device)
         try:
-            return CudaGraphs(self._device).capture(torch.inference_mode()(run))
+            return {rows: graphs.capture(torch.inference_mode()(run)) for rows, run in steps.items()}
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:
-            return run  # a session finds out by itself, and says so
+            return steps  # a session finds out by itself, and says so
 
     def _per_layer(self, run: Callable[[int], object], row_counts: tuple[int, ...], layers: int) -> RowTimes:
         times = time_rows(run, row_counts, finish=self._finish)
