@@ -1,0 +1,195 @@
+"""Tokens, tau, draft steps and price of a suite at fixed costs. No clock is read, so equal code prints equal figures.
+
+A small model answers, and its trees are grown and priced by the costs of a large one: those of the surrogate in
+`scripts/price_costs.json`, or of any record that `subspec run --json` or `subspec bench --json` printed.
+A pass of n nodes costs max(link, compute(n)), a serial draft step of r rows costs step(r), and a draft step in the
+shadow of a pass costs nothing, since it is planned into time that the link leaves idle.
+
+    python scripts/price.py MODEL --questions mt_bench.jsonl
+    python scripts/price.py MODEL --questions mt_bench.jsonl --temperature 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from subspec_cli.bench.suites import load_suite
+from subspec_cli.config import Config, DraftConfig, MemoryConfig, ModelConfig, SamplingConfig
+from subspec_cli.decoding.drafter import Drafter
+from subspec_cli.decoding.engine import Engine
+from subspec_cli.decoding.schedule import MOST_ROWS, Schedule, TreeLimits
+from subspec_cli.errors import SubspecError
+from subspec_cli.metrics import GenerationStats
+from subspec_cli.placement.assumed import assumed_costs
+from subspec_cli.placement.costs import MachineCosts, PlanCosts, RowTimes
+from subspec_cli.placement.plan import SHADOW_ROWS
+from subspec_cli.session import building, open_session
+from subspec_cli.session.session import Session, TextDelta
+from subspec_cli.session.source import ModelSource
+from subspec_cli.store.prepared import PreparedModel
+
+COSTS: Final = Path(__file__).with_name("price_costs.json")
+TREE_NODES: Final = 64
+MOST_DEPTH: Final = 48
+
+
+@dataclass
+class Bill:
+    """Totals over all answers."""
+
+    answers: int = 0
+    tokens: int = 0
+    """All new tokens, the first ones included, which no pass of the decode loop pays for."""
+    passes: int = 0
+    draft_steps: int = 0
+    shadow_steps: int = 0
+    shadow_hits: int = 0
+    drafted: int = 0
+    price_s: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, with the ratios."""
+        decoded = self.tokens - self.answers
+        return {
+            **vars(self),
+            "tau": decoded / self.passes,
+            "draft_steps_per_pass": self.draft_steps / self.passes,
+            "tok_per_s": decoded / self.price_s,
+        }
+
+
+def main() -> int:
+    """Answer, price and print; figures as a table or as one JSON document."""
+    options = read_options()
+    config = Config(
+        model=ModelConfig(model=options.model),
+        memory=MemoryConfig(vram_gb=options.memory_gb, device="cpu", resident_layers=0),
+        # A fixed width makes room for the largest tree, whatever the small model's own costs say.
+        draft=DraftConfig(width=1),
+        sampling=SamplingConfig(temperature=options.temperature, top_p=options.top_p, seed=options.seed),
+    )
+    costs = read_costs(options.costs)
+    building._costs = assume  # the small model's plan must not depend on a clock either
+    try:
+        with open_session(config, progress=lambda text: print(text, file=sys.stderr)) as session:
+            use_costs(session, costs, shadow=not options.no_shadow)
+            figures = price(session, costs, options)
+    except SubspecError as error:
+        print(f"error: {error.message}\nhint: {error.hint}", file=sys.stderr)
+        return error.exit_code
+    if options.json:
+        print(json.dumps(figures))
+    else:
+        for name, value in figures.items():
+            print(f"{name:22} {value:.4f}" if isinstance(value, float) else f"{name:22} {value}")
+    return 0
+
+
+def read_options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="a prepared model that fits memory")
+    parser.add_argument("--costs", type=Path, default=COSTS, help="JSON record that holds a plan's costs")
+    parser.add_argument("--questions", help="questions as JSON lines; default: the shipped sample")
+    parser.add_argument("--limit", type=int, help="most questions")
+    parser.add_argument("--max-new-tokens", type=int, default=48, help="most tokens of an answer")
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--memory-gb", type=float, default=1.0)
+    parser.add_argument("--no-shadow", action="store_true", help="no draft steps while a pass runs")
+    parser.add_argument("--json", action="store_true", help="one JSON document")
+    return parser.parse_args()
+
+
+def assume(_config: Config, source: ModelSource, prepared: PreparedModel, *_: object) -> MachineCosts:
+    """Costs of the small model that nobody timed."""
+    return assumed_costs(source.geometry, "cpu", settings=prepared.manifest.settings)
+
+
+def read_costs(path: Path) -> PlanCosts:
+    """The costs of a record, or of a file that holds nothing else."""
+    record = json.loads(path.read_text())
+    values: Mapping[str, Any] = record.get("costs", record)
+
+    def times(name: str) -> RowTimes:
+        return RowTimes(tuple(values[name]["rows"]), tuple(values[name]["seconds"]))
+
+    return PlanCosts(link_s=values["link_s"], compute=times("compute"), step=times("step"))
+
+
+def use_costs(session: Session, costs: PlanCosts, *, shadow: bool) -> None:
+    """Let the session's draft go by these costs."""
+    engine = session._parts.speculative
+    drafter = engine._grower
+    schedule = Schedule(
+        limits=TreeLimits(MOST_DEPTH, MOST_ROWS, TREE_NODES),
+        costs=costs,
+        layers=len(session.description.plan.streamed),
+        shadow_rows=SHADOW_ROWS if shadow else 0,
+    )
+    shared = drafter._shared
+    priced = Engine(
+        engine._target,
+        engine._kv,
+        Drafter(shared.steps, engine._kv, schedule, eos_ids=shared.eos_ids),
+        schedule,
+        counters=engine._counters,
+    )
+    session._parts = replace(session._parts, speculative=priced)
+
+
+def price(session: Session, costs: PlanCosts, options: argparse.Namespace) -> dict[str, Any]:
+    """Both turns of every question, from an empty cache each."""
+    bill, digest = Bill(), hashlib.sha256()
+    questions = load_suite("sample", options.questions, options.limit)
+    for number, question in enumerate(questions):
+        session.reset()
+        chat = session.chat(None)
+        for turn, text in enumerate(question.turns):
+            deltas = chat.ask(text, max_new_tokens=options.max_new_tokens, stop=(), request=2 * number + turn)
+            before = GenerationStats()
+            for delta in deltas:
+                digest.update(repr(delta.token_ids).encode())
+                bill.price_s += pass_price_s(before, delta, costs)
+                before = delta.stats
+            add(bill, before)
+        if sys.stderr.isatty():
+            print(f"\r{number + 1}/{len(questions)} questions", end="", file=sys.stderr)
+    plan = session.description.plan
+    return {**bill.as_dict(), "draft_head_bits": plan.draft_head_bits, "token_ids_sha256": digest.hexdigest()}
+
+
+def pass_price_s(before: GenerationStats, delta: TextDelta, costs: PlanCosts) -> float:
+    """What one pass and the serial draft steps before it cost; the prefill is free."""
+    now = delta.stats
+    if now.passes == before.passes:
+        return 0.0
+    nodes = now.drafted_tokens - before.drafted_tokens + 1
+    return costs.pass_s(nodes) + now.draft_cost_s - before.draft_cost_s
+
+
+def add(bill: Bill, stats: GenerationStats) -> None:
+    """Take in one answer's totals."""
+    bill.answers += 1
+    bill.tokens += stats.new_tokens
+    bill.passes += stats.passes
+    bill.draft_steps += stats.draft_steps
+    bill.shadow_steps += stats.shadow_steps
+    bill.shadow_hits += stats.shadow_hits
+    bill.drafted += stats.drafted_tokens
+
+
+if __name__ == "__main__":
+    sys.exit(main())
