@@ -26,21 +26,24 @@ from torch import Tensor
 from subspec_cli.bench.suites import load_suite
 from subspec_cli.config import Config, MemoryConfig, ModelConfig, SamplingConfig
 from subspec_cli.decoding.batches import prompt_batch
-from subspec_cli.decoding.drafter import Drafter
 from subspec_cli.decoding.engine import Engine, common_prefix
-from subspec_cli.decoding.ranking import SHARPENING
-from subspec_cli.decoding.schedule import MOST_ROWS, FixedShape, Schedule, TreeLimits
-from subspec_cli.decoding.steps import DirectSteps
+from subspec_cli.drafting.draft_steps import DirectSteps
+from subspec_cli.drafting.drafter import Drafter
+from subspec_cli.drafting.ranking import SHARPENING
+from subspec_cli.drafting.schedule import FixedShape, Schedule, TreeLimits
+from subspec_cli.files.direct_io import DirectReader, allocate_buffer
+from subspec_cli.limits import MOST_ROWS
 from subspec_cli.metrics import GenerationStats, rate_of_totals, tau_of_totals
 from subspec_cli.modeling.decoder import DraftDecoder, DraftLogits, TargetDecoder
 from subspec_cli.modeling.kv_cache import KVCache
+from subspec_cli.modeling.layer_source import LayerSource
 from subspec_cli.modeling.layers import RowRules, TokenBatch
-from subspec_cli.modeling.source import LayerSource
-from subspec_cli.placement.plan import SHADOW_ROWS
-from subspec_cli.placement.streamer import StreamCounters, block_tensors
+from subspec_cli.planning.plan import SHADOW_ROWS
 from subspec_cli.session import open_session
 from subspec_cli.session.session import Session
-from subspec_cli.store.direct_io import BlockLayout, DirectReader, allocate_buffer
+from subspec_cli.streaming.disk_streamer import block_tensors
+from subspec_cli.streaming.layout import BlockLayout
+from subspec_cli.streaming.streamer import StreamCounters
 
 QUESTIONS: Final = 4
 NEW_TOKENS: Final = 48
@@ -122,7 +125,7 @@ class WaitingStreamer:
         """One pass."""
         for layout in self._layouts:
             started = time.perf_counter()
-            self._reader.read_block(layout, self._buffer)
+            self._reader.read_extents(layout.extents, self._buffer)
             took_s, old = time.perf_counter() - started, self._counters
             self._counters = StreamCounters(
                 old.wait_time_s + took_s, old.streamed_bytes + layout.tensor_bytes, old.read_time_s + took_s
@@ -201,7 +204,7 @@ class Laboratory:
             eos_ids=self._drafter._shared.eos_ids,
             sharpening=arm.sharpening,
         )
-        engine = Engine(target, kv, drafter, schedule, counters=counters)
+        engine = Engine(target, kv, drafter, counters=counters)
         self._session._parts = replace(self._session._parts, speculative=engine)
 
     def run(self, *, plain: bool, tokens: int) -> tuple[list[GenerationStats], list[int]]:

@@ -9,8 +9,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "subspec_cli"
-ROOMS = ("ground", "store", "placement", "modeling", "decoding", "session", "bench", "cli")
-GROUND = {"__init__", "errors", "units", "metrics", "config", "versions"}
+ROOMS = (
+    "ground",
+    "files",
+    "checkpoint",
+    "hub",
+    "substitutes",
+    "planning",
+    "streaming",
+    "modeling",
+    "decoding",
+    "drafting",
+    "probe",
+    "session",
+    "bench",
+    "cli",
+)
+GROUND = {"__init__", "errors", "units", "metrics", "config", "versions", "limits"}
 TOP_LEVEL = {"pyproject.toml", "subspec_cli", "configs", "tests", "scripts", "README.md", "LICENSE"}
 MOST_MEDIAN_LINES = 150
 MOST_FILE_LINES = 400

@@ -188,7 +188,7 @@ def add(check: Check, what: str, figure: str, good: bool) -> bool:
 
 def reserved_bytes(device: str) -> int:
     """Part of the budget that PyTorch's count of its memory leaves out."""
-    from subspec_cli.placement.plan_lines import CUDA_CONTEXT_BYTES
+    from subspec_cli.planning.memory import CUDA_CONTEXT_BYTES
 
     return CUDA_CONTEXT_BYTES if device == "cuda" else 0
 
@@ -207,7 +207,7 @@ def card_link_gb_per_s() -> float:
     """The best of some copies of one pinned buffer to the card."""
     import torch
 
-    from subspec_cli.placement.pinned import PinnedBuffer
+    from subspec_cli.streaming.pinned_memory import PinnedBuffer
 
     device = torch.device("cuda")
     buffer = PinnedBuffer(LINK_BYTES, device)
@@ -228,15 +228,16 @@ def card_link_gb_per_s() -> float:
 
 def disk_link_gb_per_s(model: Path) -> float:
     """One read of the largest weight file, a gigabyte of it at most."""
-    from subspec_cli.store.direct_io import DirectReader, allocate_buffer, layout_block
-    from subspec_cli.store.safetensors_header import TensorEntry
+    from subspec_cli.checkpoint.safetensors_header import TensorEntry
+    from subspec_cli.files.direct_io import DirectReader, allocate_buffer
+    from subspec_cli.streaming.layout import layout_block
 
     path = max(model.glob("*.safetensors"), key=lambda file: file.stat().st_size)
     size_bytes = min(path.stat().st_size, LINK_BYTES)
     layout = layout_block([TensorEntry("all", "U8", (size_bytes,), path, 0, size_bytes)])
     buffer, reader = memoryview(allocate_buffer(layout.buffer_bytes)), DirectReader()
     started = time.perf_counter()
-    reader.read_block(layout, buffer)
+    reader.read_extents(layout.extents, buffer)
     seconds = time.perf_counter() - started
     reader.close()
     return size_bytes / seconds / 1e9

@@ -24,18 +24,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from subspec_cli.bench.suites import load_suite
 from subspec_cli.config import Config, DraftConfig, MemoryConfig, ModelConfig, SamplingConfig
-from subspec_cli.decoding.drafter import Drafter
 from subspec_cli.decoding.engine import Engine
-from subspec_cli.decoding.schedule import MOST_ROWS, Schedule, TreeLimits
+from subspec_cli.drafting.drafter import Drafter
+from subspec_cli.drafting.schedule import Schedule, TreeLimits
 from subspec_cli.errors import SubspecError
+from subspec_cli.limits import MOST_ROWS
 from subspec_cli.metrics import GenerationStats
-from subspec_cli.placement.assumed import assumed_costs
-from subspec_cli.placement.costs import MachineCosts, PlanCosts, RowTimes
-from subspec_cli.placement.plan import SHADOW_ROWS
-from subspec_cli.session import building, open_session
+from subspec_cli.planning.assumed_costs import assumed_costs
+from subspec_cli.planning.costs import MachineCosts, PlanCosts, RowTimes
+from subspec_cli.planning.plan import SHADOW_ROWS
+from subspec_cli.session import build, open_session
+from subspec_cli.session.found_model import ModelSource
 from subspec_cli.session.session import Session, TextDelta
-from subspec_cli.session.source import ModelSource
-from subspec_cli.store.prepared import PreparedModel
+from subspec_cli.substitutes.prepared_model import PreparedModel
 
 COSTS: Final = Path(__file__).with_name("price_costs.json")
 TREE_NODES: Final = 64
@@ -78,7 +79,7 @@ def main() -> int:
         sampling=SamplingConfig(temperature=options.temperature, top_p=options.top_p, seed=options.seed),
     )
     costs = read_costs(options.costs)
-    building._costs = assume  # the small model's plan must not depend on a clock either
+    build._costs = assume  # the small model's plan must not depend on a clock either
     try:
         with open_session(config, progress=lambda text: print(text, file=sys.stderr)) as session:
             use_costs(session, costs, shadow=not options.no_shadow)
@@ -144,7 +145,6 @@ def use_costs(session: Session, costs: PlanCosts, *, shadow: bool) -> None:
         engine._target,
         engine._kv,
         Drafter(shared.steps, engine._kv, schedule, eos_ids=shared.eos_ids),
-        schedule,
         counters=engine._counters,
     )
     session._parts = replace(session._parts, speculative=priced)

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from subspec_cli.placement.geometry import ModelGeometry, read_geometry
-from subspec_cli.store.checkpoint import open_checkpoint
+from subspec_cli.checkpoint.checkpoint import open_checkpoint
+from subspec_cli.checkpoint.geometry import ModelGeometry, read_geometry
 
 RawTensor = tuple[str, tuple[int, ...], bytes]
 """dtype in the safetensors words, shape, data."""

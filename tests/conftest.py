@@ -1,10 +1,13 @@
-"""Fixtures of several test files: an empty hub cache, and a hub of our own that fills it."""
+"""Fixtures of several test files: tiny models, an empty hub cache, and a hub of our own that fills it."""
 
 from __future__ import annotations
 
 import pytest
 from checkpoints import geometry_in, write_checkpoint
 from fake_hub import FakeHub, running
+from fakes_session import shelf as shelf
+from tiny_models import one_thread as one_thread
+from tiny_models import tiny as tiny
 
 
 @pytest.fixture(autouse=True)
@@ -12,13 +15,13 @@ def assumed_machine(request, monkeypatch):
     """Sessions in the tests' own process take assumed costs, the same on every machine; `probed` ones do not."""
     if "probed" in request.keywords:
         return
-    from subspec_cli.placement.assumed import assumed_costs
+    from subspec_cli.planning.assumed_costs import assumed_costs
 
     def assume(directory, settings, device, progress):
         # So slow a link that drafting pays even for models of a few kilobytes.
         return assumed_costs(geometry_in(directory), device.type, link_gb_per_s=0.001, settings=settings)
 
-    monkeypatch.setattr("subspec_cli.session.building.probe_apart", assume)
+    monkeypatch.setattr("subspec_cli.session.build.probe_apart", assume)
 
 
 @pytest.fixture

@@ -17,18 +17,18 @@ import torch
 from torch import Tensor
 
 from subspec_cli.config import SamplingConfig
-from subspec_cli.decoding.choose import Chooser, GreedyChooser, Row, choose, make_chooser
 from subspec_cli.decoding.drafter import Proposal
 from subspec_cli.decoding.engine import Engine, Request, StepOutput
-from subspec_cli.decoding.schedule import FixedShape, Schedule, TreeLimits
-from subspec_cli.decoding.steps import DirectSteps, Found
+from subspec_cli.decoding.sampler import Chooser, GreedyChooser, Row, choose, make_chooser
 from subspec_cli.decoding.tree import TokenTree
-from subspec_cli.decoding.verify import VerifyResult
+from subspec_cli.decoding.verification import VerifyResult
+from subspec_cli.drafting.draft_steps import DirectSteps, Found
+from subspec_cli.drafting.schedule import FixedShape, Schedule, TreeLimits
 from subspec_cli.modeling.decoder import DraftLogits
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.layers import RowRules, TokenBatch
-from subspec_cli.placement.costs import PlanCosts, RowTimes
-from subspec_cli.placement.streamer import StreamCounters
+from subspec_cli.planning.costs import PlanCosts, RowTimes
+from subspec_cli.streaming.streamer import StreamCounters
 
 CPU = torch.device("cpu")
 VOCAB = 12
@@ -245,7 +245,7 @@ class ScriptedGrower:
     def work_in_shadow(self, layer: int) -> int:
         return 0
 
-    def follow(self, result: VerifyResult) -> None:
+    def learn(self, result: VerifyResult, *, ends: bool) -> None:
         pass
 
     def forget(self) -> None:
@@ -296,9 +296,9 @@ class CountdownStop:
         return "length" if self._left == 0 else None
 
 
-def fake_engine(target: FakeTarget, kv: KVCache, grower: object, schedule: Schedule | None = None) -> Engine:
+def fake_engine(target: FakeTarget, kv: KVCache, grower: object) -> Engine:
     """The real loop over fakes."""
-    return Engine(target, kv, grower, schedule or free_schedule(), counters=target.counters)
+    return Engine(target, kv, grower, counters=target.counters)
 
 
 def request_for(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-from test_session_fakes import shelf as shelf
 
 from subspec_cli.bench import runner
 from subspec_cli.bench.report import AnswerPair, ArmAnswer

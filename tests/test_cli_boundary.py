@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_cli_fakes import FakeSession, use_session
+from fakes_cli import FakeSession, use_session
 
 from subspec_cli import __version__
 from subspec_cli.__main__ import main
@@ -219,7 +219,7 @@ def test_sigterm_outside_an_answer(capsys, monkeypatch):
 
 ENDLESS = """
 import sys
-from test_cli_fakes import FakeSession, module
+from fakes_cli import FakeSession, module
 session = FakeSession(["line of text\\n"] * 20000)
 name = "subspec_cli.session"
 sys.modules[name] = module(name, open_session=lambda config, progress: session)

@@ -1,7 +1,7 @@
 """The chat: commands, Ctrl-C, and errors that end no conversation."""
 
 import pytest
-from test_cli_fakes import FakeSession, on_terminal, use_session
+from fakes_cli import FakeSession, on_terminal, use_session
 
 from subspec_cli.__main__ import main
 from subspec_cli.cli.output import Output

@@ -9,10 +9,10 @@ import shutil
 import numpy as np
 import pytest
 from checkpoints import bf16, framed, tiny_tensors, write_checkpoint, write_weights
-from test_store_fakes import LAYERS, resolve_model, run
+from fakes_store import LAYERS, resolve_model, run
 
 from subspec_cli.__main__ import main
-from subspec_cli.store.manifest import MANIFEST_NAME, read_manifest, write_manifest
+from subspec_cli.substitutes.manifest import MANIFEST_NAME, read_manifest, write_manifest
 
 SINGLE, INDEX, SECOND = (
     "model.safetensors",

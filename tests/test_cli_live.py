@@ -3,7 +3,7 @@
 import io
 
 import pytest
-from test_cli_fakes import FakeSession, Terminal, on_terminal, use_session
+from fakes_cli import FakeSession, Terminal, on_terminal, use_session
 
 from subspec_cli.__main__ import main
 from subspec_cli.cli.live import LiveView, sparkline, statistics_lines

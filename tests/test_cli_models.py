@@ -9,13 +9,13 @@ import sys
 
 import pytest
 from checkpoints import write_checkpoint
-from test_cli_fakes import on_terminal
-from test_store_fakes import LAYERS, Quantizer, content, resolve_model, run
+from fakes_cli import on_terminal
+from fakes_store import LAYERS, Quantizer, content, resolve_model, run
 
 from subspec_cli.__main__ import main
 from subspec_cli.errors import ExitCode
-from subspec_cli.store.lock import directory_lock
-from subspec_cli.store.manifest import MANIFEST_NAME, layer_file_name
+from subspec_cli.files.lock import directory_lock
+from subspec_cli.substitutes.manifest import MANIFEST_NAME, layer_file_name
 
 
 @pytest.fixture(autouse=True)

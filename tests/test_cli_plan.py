@@ -15,8 +15,8 @@ from fake_hub import MODEL
 import subspec_cli
 from subspec_cli.__main__ import main
 from subspec_cli.errors import ExitCode
-from subspec_cli.placement import host
-from subspec_cli.session import forecasting
+from subspec_cli.session import forecast
+from subspec_cli.streaming import host_memory
 from subspec_cli.units import GIB, MIB
 
 
@@ -139,7 +139,7 @@ def test_a_card_is_planned_for_without_one(capsys, model, monkeypatch):
     status, _, err = plan(capsys, model, "--device", "cuda")
     assert (status, "--vram-gb 8" in err) == (ExitCode.RESOURCE, True)
     for is_there, device in ((True, "cuda"), (False, "cpu")):
-        monkeypatch.setattr(forecasting, "has_card", lambda is_there=is_there: is_there)
+        monkeypatch.setattr(forecast, "has_card", lambda is_there=is_there: is_there)
         assert document(capsys, model, "--vram-gb", 1)["device"] == device
 
 
@@ -158,11 +158,11 @@ def test_layers_that_ram_does_not_hold_are_drawn_as_from_disk(capsys, model):
 def test_a_hidden_card_is_no_card(monkeypatch, tmp_path):
     driver = tmp_path / "version"
     driver.write_text("NVRM")
-    monkeypatch.setattr(host, "_DRIVER", driver)
+    monkeypatch.setattr(host_memory, "_DRIVER", driver)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert host.has_card()
+    assert host_memory.has_card()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert not host.has_card()
+    assert not host_memory.has_card()
 
 
 def test_a_model_on_the_hub_costs_kilobytes_and_leaves_nothing_behind(capsys, server, cache):

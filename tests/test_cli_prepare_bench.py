@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_cli_fakes import (
+from fakes_cli import (
     FakeBenchProgress,
     FakeBenchReport,
     FakeDownload,
@@ -40,7 +40,7 @@ def preparing(monkeypatch):
             return report
 
         monkeypatch.setitem(
-            sys.modules, "subspec_cli.session", module("subspec_cli.session", prepare=prepare)
+            sys.modules, "subspec_cli.session.prepare", module("subspec_cli.session.prepare", prepare=prepare)
         )
         return calls
 
@@ -150,7 +150,7 @@ def benching(monkeypatch):
         def atomic_write(path, content):
             Path(path).write_bytes(content)
 
-        runner, files = "subspec_cli.bench.runner", "subspec_cli.store.files"
+        runner, files = "subspec_cli.bench.runner", "subspec_cli.files.safe_io"
         monkeypatch.setitem(sys.modules, runner, module(runner, run_bench=run_bench))
         monkeypatch.setitem(sys.modules, files, module(files, atomic_write=atomic_write))
         return calls

@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from test_cli_fakes import FakeDescription, FakeSession, on_terminal, pipe_in, use_session
+from fakes_cli import FakeDescription, FakeSession, on_terminal, pipe_in, use_session
 
 from subspec_cli.__main__ import main
 

@@ -29,9 +29,10 @@ from fakes import (
 )
 from test_decoding_text import CASES, EOS, ids
 
-from subspec_cli.decoding.drafter import Drafter, RootOnly
+from subspec_cli.decoding.drafter import RootOnly
 from subspec_cli.decoding.engine import Request, common_prefix
 from subspec_cli.decoding.text import AnswerText
+from subspec_cli.drafting.drafter import Drafter
 from subspec_cli.errors import IntegrityError
 
 TABLE = random_table(1)
@@ -63,7 +64,7 @@ def machine(draft_table=None, *, table=TABLE, eos_ids=(), plan=None, context=64,
     grower = RootOnly()
     if draft_table is not None:
         grower = Drafter(steps_of(FakeDraft(draft_table), kv, ahead), kv, plan, eos_ids=eos_ids)
-    return fake_engine(target, kv, grower, plan), target, kv
+    return fake_engine(target, kv, grower), target, kv
 
 
 def check_cache(kv, prompt, tokens):

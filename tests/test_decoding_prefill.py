@@ -19,7 +19,7 @@ from fakes import (
 from test_decoding_engine import BOTH, DRAFTS, PROMPT, TABLE, check_cache, check_next_turn, machine
 
 from subspec_cli.decoding.engine import PREFILL_CHUNK, common_prefix
-from subspec_cli.decoding.schedule import FixedShape, Schedule, TreeLimits
+from subspec_cli.drafting.schedule import FixedShape, Schedule, TreeLimits
 from subspec_cli.errors import UsageError
 
 

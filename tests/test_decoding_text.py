@@ -7,7 +7,7 @@ from fakes import ByteTokenizer
 from tiny_models import SPECIAL_TOKENS, VOCAB, write_tiny_tokenizer
 
 from subspec_cli.decoding.text import AnswerText, Detokenizer
-from subspec_cli.modeling.families import ModelTokenizer
+from subspec_cli.modeling.pretrained import ModelTokenizer
 
 BYTES = ByteTokenizer([bytes([value]) for value in range(256)])
 EOS = 256

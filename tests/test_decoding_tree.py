@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 from fakes import tree_of
-from test_decoding_verify import random_tree
+from test_decoding_verification import random_tree
 
-from subspec_cli.decoding.batches import draft_batch, prompt_batch, tree_batch
-from subspec_cli.decoding.tree import GrowingTree, TokenTree
+from subspec_cli.decoding.batches import prompt_batch, tree_batch
+from subspec_cli.decoding.tree import TokenTree
+from subspec_cli.drafting.growing_tree import GrowingTree, draft_batch
 from subspec_cli.modeling.layers import RowRules
 
 CPU = torch.device("cpu")

@@ -12,10 +12,14 @@ TESTS = Path(__file__).parent
 README = TESTS.parent / "README.md"
 
 BOUNDARY, RUN, CONFIG = "test_cli_boundary", "test_cli_run", "test_config"
-DOWNLOAD = "test_store_download"
-HUB, HEADER, CHECKPOINT = "test_store_hub", "test_store_safetensors_header", "test_store_checkpoint"
-FAULTS, PREPARED, FILES = "test_store_prepare_faults", "test_store_prepared", "test_store_files"
-ENGINE, TRUST, OPENING = "test_decoding_engine", "test_session_trust", "test_session_opening"
+DOWNLOAD = "test_hub_download"
+HUB, HEADER, CHECKPOINT = "test_hub_snapshot", "test_checkpoint_safetensors_header", "test_checkpoint"
+FAULTS, PREPARED, FILES = (
+    "test_substitutes_preparation_faults",
+    "test_substitutes_prepared_model",
+    "test_files_safe_io",
+)
+ENGINE, TRUST, OPENING = "test_decoding_engine", "test_session_trust", "test_session_open"
 REFUSED = "test_cli_failures::test_a_bad_model_is_refused_in_one_line_and_leaves_nothing"
 
 COVERED = [
@@ -29,7 +33,7 @@ COVERED = [
     ("F06", f"{RUN}::test_bad_piped_prompt"),
     ("F06", f"{RUN}::test_bad_prompt_argument"),
     ("F07", "test_session_answers::test_a_prompt_without_room_is_refused"),
-    ("F08", "test_store_model_name::test_names"),
+    ("F08", "test_hub_model_name::test_names"),
     ("F10", f"{HUB}::test_unknown_model_and_revision"),
     ("F11", f"{HUB}::test_unknown_model_and_revision"),
     ("F12", f"{HUB}::test_models_that_cannot_be_run_cost_no_download"),
@@ -68,25 +72,25 @@ COVERED = [
     ("F36", f"{HEADER}::test_bombs_cost_little"),
     ("F37", f"{FAULTS}::test_weights_that_are_not_finite"),
     ("F37", REFUSED),
-    ("F38", "test_store_confinement::test_index_cannot_lead_out"),
+    ("F38", "test_checkpoint_confinement::test_index_cannot_lead_out"),
     ("F38", REFUSED),
-    ("F39", "test_store_confinement::test_links_out_of_a_directory_are_refused"),
-    ("F39", "test_store_confinement::test_hub_cache_links_to_its_own_blobs_only"),
+    ("F39", "test_checkpoint_confinement::test_links_out_of_a_directory_are_refused"),
+    ("F39", "test_checkpoint_confinement::test_hub_cache_links_to_its_own_blobs_only"),
     ("F39", REFUSED),
     ("F40", f"{FILES}::test_special_files_are_refused_without_waiting"),
     ("F40", REFUSED),
-    ("F41", "test_placement_geometry::test_tensors_that_do_not_fit_are_named"),
+    ("F41", "test_checkpoint_geometry::test_tensors_that_do_not_fit_are_named"),
     ("F41", REFUSED),
-    ("F42", "test_placement_geometry::test_tensors_that_do_not_fit_are_named"),
+    ("F42", "test_checkpoint_geometry::test_tensors_that_do_not_fit_are_named"),
     ("F42", REFUSED),
     ("F43", f"{CHECKPOINT}::test_config_that_rules_the_model_out"),
     ("F43", REFUSED),
-    ("F44", "test_placement_geometry::test_mixtures_of_experts_are_refused_as_such"),
+    ("F44", "test_checkpoint_geometry::test_mixtures_of_experts_are_refused_as_such"),
     ("F44", f"{OPENING}::test_a_model_of_another_kind_is_refused_before_anything_is_written"),
     ("F44", REFUSED),
-    ("F45", "test_modeling_families::test_code_in_a_models_directory_is_never_run"),
+    ("F45", "test_modeling_pretrained::test_code_in_a_models_directory_is_never_run"),
     ("F45", REFUSED),
-    ("F46", "test_modeling_families::test_more_tokens_than_rows_of_the_head_are_refused"),
+    ("F46", "test_modeling_pretrained::test_more_tokens_than_rows_of_the_head_are_refused"),
     ("F46", REFUSED),
     ("F47", f"{CHECKPOINT}::test_config_that_rules_the_model_out"),
     ("F47", REFUSED),
@@ -103,7 +107,7 @@ COVERED = [
     ("F57", f"{PREPARED}::test_damaged_layer_names_file_hashes_and_repair"),
     ("F57", f"{TRUST}::test_a_damaged_substitute_is_repaired_to_the_same_bytes_and_nothing_else_is_made"),
     ("F58", "test_cli_failures::test_a_set_moved_to_another_models_place_is_not_taken_for_it"),
-    ("F59", "test_store_manifest::test_manifest_is_strict"),
+    ("F59", "test_substitutes_manifest::test_manifest_is_strict"),
     ("F59", "test_cli_failures::test_a_bad_manifest_is_refused_before_anything_is_loaded"),
     ("F60", "test_cli_failures::test_a_source_that_changed_is_never_paired_with_old_substitutes"),
     ("F60", f"{OPENING}::test_weights_written_again_are_not_paired_with_old_substitutes"),
@@ -115,10 +119,10 @@ COVERED = [
     ("F63", f"{TRUST}::test_a_target_file_that_changes_while_loading_gives_no_session"),
     ("F64", f"{TRUST}::test_a_disk_that_fails_while_streaming_is_named"),
     ("F70", f"{OPENING}::test_a_budget_too_small_names_one_that_works"),
-    ("F72", "test_session_shortage::test_opening_tells_a_shortage"),
-    ("F72", "test_session_shortage::test_answering_tells_a_shortage_and_the_session_lives_on"),
+    ("F72", "test_session_oom::test_opening_tells_a_shortage"),
+    ("F72", "test_session_oom::test_answering_tells_a_shortage_and_the_session_lives_on"),
     ("F73", f"{OPENING}::test_memory_stays_within_the_budget"),
-    ("F74", "test_session_shortage::test_for_a_card_layers_are_pinned_as_far_as_host_memory_goes"),
+    ("F74", "test_session_oom::test_for_a_card_layers_are_pinned_as_far_as_host_memory_goes"),
     ("F74", "test_cli_run::test_what_did_not_go_as_planned_stays_on_the_screen"),
     ("F76", f"{OPENING}::test_a_card_that_is_not_there_is_not_replaced_silently"),
     ("F80", f"{ENGINE}::test_nothing_comes_after_an_end_token_wherever_it_falls"),

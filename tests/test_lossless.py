@@ -4,19 +4,15 @@ import math
 from dataclasses import replace
 
 import pytest
-import test_session_fakes
-import tiny_models
 import torch
-from test_session_fakes import Answer, answer_to, open_tiny
+from fakes_session import Answer, answer_to, open_tiny
 from tiny_models import FAMILIES, Tiny
 
 from subspec_cli.modeling.attention import fast_attention
 from subspec_cli.modeling.layers import RowRules
 from subspec_cli.modeling.substitute import resident_layer
-from subspec_cli.session import loading
+from subspec_cli.session import load
 
-shelf = test_session_fakes.shelf
-one_thread = tiny_models.one_thread
 SAMPLINGS = {
     "greedy": {},
     "cool": {"temperature": 0.7, "top_p": 0.95, "top_k": 20, "seed": 5},
@@ -163,10 +159,10 @@ def test_a_cache_that_is_reused_changes_no_token(shelf):
 def draft_of(matrices_of, monkeypatch):
     """Put plain layers of given matrices in the place of the substitutes."""
 
-    def load(math, layer, stored, bits, device):
+    def plain(math, layer, stored, bits, device):
         return resident_layer(math, layer, matrices_of(layer))
 
-    monkeypatch.setattr(loading, "load_substitute", load)
+    monkeypatch.setattr(load, "load_substitute", plain)
 
 
 def own_matrices(tiny, layer):
@@ -243,12 +239,12 @@ def test_a_damaged_draft_changes_no_token(shelf, monkeypatch):
 def test_ordinary_kernels_do_not_pass_and_are_not_called_exact(shelf, monkeypatch):
     """The inverse: with the draft's attention and unpadded rows in the target, tokens differ and it is said."""
 
-    class Ordinary(loading.LayerMath):
+    class Ordinary(load.LayerMath):
         def __new__(cls, geometry, small, rope, attend):
             return replace(loading_math(geometry, small, rope, attend), attend=fast_attention)
 
-    loading_math = loading.LayerMath
-    monkeypatch.setattr(loading, "LayerMath", Ordinary)
+    loading_math = load.LayerMath
+    monkeypatch.setattr(load, "LayerMath", Ordinary)
     monkeypatch.setattr(RowRules, "padded", lambda self, rows: rows)
     disagreements = 0
     with open_tiny(model_of(shelf, "llama"), sampling={"temperature": 1.0, "seed": 1}) as session:

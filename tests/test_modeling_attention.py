@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import tiny_models
 import torch
 from torch import Tensor
 
@@ -11,7 +10,6 @@ from subspec_cli.modeling import attention
 from subspec_cli.modeling.attention import exact_attention, fast_attention
 from subspec_cli.modeling.layers import Attention
 
-one_thread = tiny_models.one_thread
 DRAWS = 200
 
 

@@ -19,12 +19,10 @@ from subspec_cli.decoding.tree import TokenTree
 from subspec_cli.modeling.attention import exact_attention, fast_attention
 from subspec_cli.modeling.decoder import DraftDecoder, TargetDecoder
 from subspec_cli.modeling.kv_cache import KVCache
+from subspec_cli.modeling.layer_source import LayerSource
 from subspec_cli.modeling.layers import RowRules, TokenBatch
-from subspec_cli.modeling.source import LayerSource
 from subspec_cli.modeling.substitute import resident_layer
 
-one_thread = tiny_models.one_thread
-tiny = tiny_models.tiny
 MakeTiny = Callable[..., Tiny]
 
 WINDOWED = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}

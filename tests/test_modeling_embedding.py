@@ -8,14 +8,12 @@ from contextlib import closing
 from dataclasses import replace
 
 import pytest
-import tiny_models
 import torch
 from tiny_models import VOCAB, Tiny
 
 from subspec_cli.errors import IntegrityError
 from subspec_cli.modeling.embedding import DiskEmbedding, table_embedding
 
-tiny = tiny_models.tiny
 MakeTiny = Callable[..., Tiny]
 TABLE = "model.embed_tokens.weight"
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import tiny_models
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from subspec_cli.modeling.layers import RowRules, rms_norm, rotate
 
-one_thread = tiny_models.one_thread
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

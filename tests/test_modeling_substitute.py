@@ -14,14 +14,14 @@ import torch
 from tiny_models import CPU, Tiny
 from torch import Tensor
 
+from subspec_cli.checkpoint.layer_tensors import LAYER_MATRICES, layer_prefix
 from subspec_cli.decoding.batches import prompt_batch
-from subspec_cli.modeling import quantize as quantize_module
+from subspec_cli.modeling import quantization as quantize_module
 from subspec_cli.modeling import substitute
 from subspec_cli.modeling.attention import fast_attention
 from subspec_cli.modeling.decoder import DraftDecoder
 from subspec_cli.modeling.layers import LayerMath, RowRules
-from subspec_cli.modeling.quantize import QuantizedLayer, quantize_layer
-from subspec_cli.modeling.source import LAYER_PREFIX
+from subspec_cli.modeling.quantization import QuantizedLayer, quantize_layer
 from subspec_cli.modeling.substitute import (
     Int4Linear,
     Int8Linear,
@@ -31,12 +31,9 @@ from subspec_cli.modeling.substitute import (
     resident_layer,
     unpack_codes,
 )
-from subspec_cli.placement.geometry import LAYER_MATRICES, group_size_for, substitute_layer_bytes
-from subspec_cli.store.manifest import SubstituteSettings
-from subspec_cli.store.quality import matrix_kind, summed
+from subspec_cli.substitutes.quality import matrix_kind, summed
+from subspec_cli.substitutes.settings import SubstituteSettings, group_size_for, substitute_layer_bytes
 
-one_thread = tiny_models.one_thread
-tiny = tiny_models.tiny
 MakeTiny = Callable[..., Tiny]
 
 SETTINGS = [(8, "minmax"), (4, "minmax"), (4, "hqq"), (2, "minmax"), (2, "hqq")]
@@ -53,7 +50,7 @@ def sqnr_db(signal: Tensor, found: Tensor) -> float:
 
 def layer_tensors(model: Tiny, layer: int = 1) -> dict[str, Tensor]:
     """A layer's tensors by the name inside the layer."""
-    prefix = LAYER_PREFIX.format(layer=layer)
+    prefix = layer_prefix(layer)
     return {
         name.removeprefix(prefix): tensor for name, tensor in model.weights.items() if name.startswith(prefix)
     }

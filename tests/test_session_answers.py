@@ -3,17 +3,13 @@
 import shutil
 
 import pytest
-import test_session_fakes
-import tiny_models
 import torch
 from fakes import collect
-from test_session_fakes import Answer, answer_to, open_tiny, prepare_quietly
+from fakes_session import Answer, answer_to, open_tiny, prepare_quietly
 from tiny_models import EOS_ID
 
 from subspec_cli.errors import ExitCode, IntegrityError, UsageError
 
-shelf = test_session_fakes.shelf
-one_thread = tiny_models.one_thread
 TALKATIVE = {"temperature": 1.5, "seed": 3}
 PROMPT = "Tell me of rivers"
 

@@ -9,17 +9,17 @@ from contextlib import closing
 
 import pytest
 from checkpoints import as_hub_snapshot
-from test_session_fakes import answer_to, open_tiny, prepare_quietly
+from fakes_session import answer_to, open_tiny, prepare_quietly
 from tiny_models import make_tiny_model, one_thread  # noqa: F401 - a fixture
 
 from subspec_cli.__main__ import main
 from subspec_cli.errors import ExitCode, IntegrityError
-from subspec_cli.session import prepare
-from subspec_cli.store import direct_io
-from subspec_cli.store.manifest import layer_file_name
-from subspec_cli.store.models import list_stored
-from subspec_cli.store.prepared import find_prepared
-from subspec_cli.store.usage import LAST_USED_NAME
+from subspec_cli.files import direct_io
+from subspec_cli.session.prepare import prepare
+from subspec_cli.substitutes.inventory import list_stored
+from subspec_cli.substitutes.manifest import layer_file_name
+from subspec_cli.substitutes.prepared_model import find_prepared
+from subspec_cli.substitutes.usage import LAST_USED_NAME
 
 COMMIT = "a" * 40
 
@@ -89,15 +89,15 @@ def test_a_model_held_in_memory_does_not_care_what_becomes_of_its_files(own):
 
 
 def test_a_target_file_that_changes_while_loading_gives_no_session(own, monkeypatch):
-    from subspec_cli.session import loading
+    from subspec_cli.session import load
 
-    original = loading.read_resident
+    original = load.read_resident
 
     def meddle(layouts):
         overwrite(shard_of(own))
         return original(layouts)
 
-    monkeypatch.setattr(loading, "read_resident", meddle)
+    monkeypatch.setattr(load, "read_resident", meddle)
     with pytest.raises(IntegrityError, match="changed while it was in use"):
         open_tiny(own, memory={"resident_layers": 1})
 
@@ -176,8 +176,6 @@ def test_a_damaged_file_of_the_hubs_cache_is_dropped_and_fetched_again(pristine,
 
     from huggingface_hub import constants
 
-    from subspec_cli.session import repairing
-
     cache = tmp_path / "cache"
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     snapshot = as_hub_snapshot(shutil.copytree(pristine, tmp_path / "copy"), cache, COMMIT)
@@ -195,6 +193,6 @@ def test_a_damaged_file_of_the_hubs_cache_is_dropped_and_fetched_again(pristine,
         blob.write_bytes(good)
         shard.symlink_to(blob)
 
-    monkeypatch.setattr(repairing, "prepare", fetch)
+    monkeypatch.setattr("subspec_cli.session.prepare.prepare", fetch)
     assert main(["models", "verify", "org/tiny", "--repair"]) == 0
     assert asked == [("org/tiny", COMMIT, False, False)]

@@ -8,17 +8,41 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "subspec_cli"
-ROOMS = ("ground", "store", "placement", "modeling", "decoding", "session", "bench", "cli")
-GROUND = {"__init__", "errors", "units", "metrics", "config", "versions"}
+ROOMS = (
+    "ground",
+    "files",
+    "checkpoint",
+    "hub",
+    "substitutes",
+    "planning",
+    "streaming",
+    "modeling",
+    "decoding",
+    "drafting",
+    "probe",
+    "session",
+    "bench",
+    "cli",
+)
+GROUND = {"__init__", "errors", "units", "metrics", "config", "versions", "limits"}
 DOORS = {
-    "transformers": ("modeling/families.py", "modeling/rope.py", "session/loading.py"),
-    "optimum": ("modeling/quantize.py",),
-    "huggingface_hub": ("store/*",),
-    "safetensors": ("store/*",),
+    "transformers": ("modeling/pretrained.py", "modeling/rope.py", "session/load.py"),
+    "optimum": ("modeling/quantization.py",),
+    "huggingface_hub": ("hub/*", "substitutes/*"),
+    "safetensors": ("checkpoint/*", "substitutes/*"),
     "typer": ("cli/*",),
     "rich": ("cli/output*.py", "cli/live.py"),
-    "torch": ("store/*", "placement/*", "modeling/*", "decoding/*", "session/*"),
-    "numpy": ("decoding/*", "modeling/*", "store/*"),
+    "torch": (
+        "checkpoint/*",
+        "substitutes/*",
+        "streaming/*",
+        "modeling/*",
+        "decoding/*",
+        "drafting/*",
+        "probe/*",
+        "session/*",
+    ),
+    "numpy": ("decoding/*", "drafting/*", "modeling/*"),
     "click": (),
     "tokenizers": (),
     "accelerate": (),
@@ -140,12 +164,12 @@ def test_no_other_libraries_are_used():
 @pytest.mark.parametrize(
     ("module", "text"),
     [
-        ("subspec_cli.units", "from subspec_cli.store import home"),
-        ("subspec_cli.store.home", "def f():\n    from subspec_cli.decoding.tree import TokenTree"),
-        ("subspec_cli.modeling.rope", "import subspec_cli.session.opening"),
-        ("subspec_cli.modeling.rope", "from ..session.opening import x"),
+        ("subspec_cli.units", "from subspec_cli.files import home"),
+        ("subspec_cli.files.home", "def f():\n    from subspec_cli.decoding.tree import TokenTree"),
+        ("subspec_cli.modeling.rope", "import subspec_cli.session.open"),
+        ("subspec_cli.modeling.rope", "from ..session.open import x"),
         ("subspec_cli.modeling.rope", "if TYPE_CHECKING:\n    import subspec_cli.bench"),
-        ("subspec_cli.session.loading", "from subspec_cli import cli"),
+        ("subspec_cli.session.load", "from subspec_cli import cli"),
     ],
 )
 def test_the_walk_sees_an_import_that_goes_up(module, text):
@@ -155,10 +179,10 @@ def test_the_walk_sees_an_import_that_goes_up(module, text):
 
 def test_the_walk_sees_a_circle():
     planted = dict.fromkeys(source_files(), "") | {
-        "subspec_cli.store.home": "from subspec_cli.store import lock",
-        "subspec_cli.store.lock": "def f():\n    from .files import x",
-        "subspec_cli.store.files": "import subspec_cli.store.home",
+        "subspec_cli.files.home": "from subspec_cli.files import lock",
+        "subspec_cli.files.lock": "def f():\n    from .safe_io import x",
+        "subspec_cli.files.safe_io": "import subspec_cli.files.home",
     }
     assert cycle(import_graph(planted)) is not None
-    planted["subspec_cli.store.files"] = "if TYPE_CHECKING:\n    import subspec_cli.store.home"
+    planted["subspec_cli.files.safe_io"] = "if TYPE_CHECKING:\n    import subspec_cli.files.home"
     assert cycle(import_graph(planted, typing_too=False)) is None

@@ -19,21 +19,23 @@ from checkpoints import write_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
+from subspec_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from subspec_cli.checkpoint.geometry import ModelGeometry, read_geometry
+from subspec_cli.checkpoint.layer_tensors import LAYER_MATRICES, block_entries, layer_prefix
+from subspec_cli.checkpoint.tensors import read_tensors
 from subspec_cli.decoding.batches import prompt_batch
-from subspec_cli.decoding.certify import certify
 from subspec_cli.modeling.attention import exact_attention
 from subspec_cli.modeling.decoder import Head, TargetDecoder
 from subspec_cli.modeling.embedding import table_embedding
-from subspec_cli.modeling.families import load_config
 from subspec_cli.modeling.kv_cache import KVCache
+from subspec_cli.modeling.layer_source import LayerSource
 from subspec_cli.modeling.layers import Attention, LayerMath, RowRules
+from subspec_cli.modeling.pretrained import load_config
 from subspec_cli.modeling.rope import build_rope_table
-from subspec_cli.modeling.source import LAYER_PREFIX, LayerSource, block_entries
-from subspec_cli.placement.geometry import LAYER_MATRICES, ModelGeometry, read_geometry
-from subspec_cli.placement.streamer import DTYPES, DiskStreamer, Streamer, read_resident
-from subspec_cli.store.checkpoint import Checkpoint, open_checkpoint
-from subspec_cli.store.direct_io import BlockLayout, layout_block
-from subspec_cli.store.tensors import read_tensors
+from subspec_cli.modeling.self_check import certify
+from subspec_cli.streaming.disk_streamer import DiskStreamer, read_resident
+from subspec_cli.streaming.layout import BlockLayout, layout_block
+from subspec_cli.streaming.streamer import DTYPES, Streamer
 
 CPU = torch.device("cpu")
 AUTO: Any = AutoModelForCausalLM  # its methods are not annotated
@@ -187,7 +189,7 @@ class Tiny:
     def small(self) -> tuple[dict[str, Tensor], ...]:
         """Norms and biases of each layer by the name inside the layer."""
         names = [name for name in self.geometry.layer_shapes() if name not in LAYER_MATRICES]
-        prefixes = [LAYER_PREFIX.format(layer=layer) for layer in range(self.geometry.layers)]
+        prefixes = [layer_prefix(layer) for layer in range(self.geometry.layers)]
         return tuple({name: self.weights[prefix + name] for name in names} for prefix in prefixes)
 
     @cached_property

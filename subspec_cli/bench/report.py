@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from subspec_cli.metrics import GenerationStats, rate_of_totals, tau_of_totals
-from subspec_cli.placement.comparison import Comparison, compare
-from subspec_cli.placement.predict import Prediction
+from subspec_cli.planning.comparison import Comparison, compare
+from subspec_cli.planning.timing import Prediction
 
 
 @dataclass(frozen=True, slots=True)

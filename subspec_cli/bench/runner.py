@@ -17,13 +17,13 @@ from subspec_cli.bench.report import AnswerPair, ArmAnswer, BenchReport, BenchRo
 from subspec_cli.bench.suites import Question, load_suite
 from subspec_cli.config import Config
 from subspec_cli.metrics import GenerationStats
-from subspec_cli.placement.memory import disk_read_bytes
-from subspec_cli.placement.predict import Prediction
+from subspec_cli.planning.timing import Prediction
 from subspec_cli.session import open_session
+from subspec_cli.streaming.memory_meter import disk_read_bytes
 
 if TYPE_CHECKING:
-    from subspec_cli.placement.streamer import StreamCounters
     from subspec_cli.session import Session
+    from subspec_cli.streaming.streamer import StreamCounters
 
 __all__ = ["BenchProgress", "BenchReport", "BenchRow", "run_bench"]
 

@@ -15,8 +15,8 @@ from subspec_cli.units import format_bytes
 if TYPE_CHECKING:
     from subspec_cli.cli.output import Output
     from subspec_cli.cli.output_progress import ProgressLine
-    from subspec_cli.store.models import StoredModel
-    from subspec_cli.store.verify import Finding, Verifier, VerifyProgress
+    from subspec_cli.substitutes.integrity import Finding, Verifier, VerifyProgress
+    from subspec_cli.substitutes.inventory import StoredModel
 
 models = typer.Typer(name="models", help="List, verify, find and remove what [bold]prepare[/bold] wrote.")
 _HEADERS = ("model", "revision", "substitutes", "state", "target", "size", "last used")
@@ -36,7 +36,7 @@ SomeModelArg = Annotated[
 def list_models(as_json: JsonOpt = False, _debug: opt.DebugOpt = False) -> None:
     """Show every prepared model: which, how, how large, complete or not, and when it was last used."""
     from subspec_cli.cli.output import Output
-    from subspec_cli.store.models import list_stored
+    from subspec_cli.substitutes.inventory import list_stored
 
     output, stored = Output(), list_stored()
     if as_json:
@@ -52,7 +52,7 @@ def list_models(as_json: JsonOpt = False, _debug: opt.DebugOpt = False) -> None:
 def path(model: ModelArg, as_json: JsonOpt = False, _debug: opt.DebugOpt = False) -> None:
     """Write the directory of MODEL's substitutes, the one that run takes."""
     from subspec_cli.cli.output import Output
-    from subspec_cli.store.prepared import find_prepared
+    from subspec_cli.substitutes.prepared_model import find_prepared
 
     found = find_prepared(model)
     if as_json:
@@ -77,9 +77,9 @@ def verify(
     """Hash every prepared file and the 16-bit layers again, and name each one that is damaged."""
     from subspec_cli.cli.output import Output
     from subspec_cli.cli.output_progress import ProgressLine
-    from subspec_cli.store.model_name import repair_command
-    from subspec_cli.store.models import list_stored, stored_of
-    from subspec_cli.store.verify import Verifier
+    from subspec_cli.hub.model_name import repair_command
+    from subspec_cli.substitutes.integrity import Verifier
+    from subspec_cli.substitutes.inventory import list_stored, stored_of
 
     output = Output()
     stored = list_stored() if model is None else stored_of(model)
@@ -111,8 +111,8 @@ def remove(
 ) -> None:
     """Delete MODEL's substitutes, after asking; its 16-bit weights are never touched."""
     from subspec_cli.cli.output import Output
-    from subspec_cli.store.models import all_but_latest as older
-    from subspec_cli.store.models import remove_stored, stored_of
+    from subspec_cli.substitutes.inventory import all_but_latest as older
+    from subspec_cli.substitutes.inventory import remove_stored, stored_of
 
     output = Output()
     stored = stored_of(model)
@@ -183,9 +183,9 @@ def _verified(
         return stored, findings
     progress.update(f"repairing {stored.model_id}: loading the quantizer")
     from subspec_cli.cli.prepare import progress_text as repair_text
-    from subspec_cli.session import repair as repair_set
-    from subspec_cli.store.models import reread
-    from subspec_cli.store.verify import Verifier
+    from subspec_cli.session.prepare import repair as repair_set
+    from subspec_cli.substitutes.integrity import Verifier
+    from subspec_cli.substitutes.inventory import reread
 
     repair_set(stored, findings, lambda state: progress.update(repair_text(state)))
     again = reread(stored)

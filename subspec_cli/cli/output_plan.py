@@ -11,9 +11,9 @@ from subspec_cli.units import format_bytes, format_seconds, printable
 
 if TYPE_CHECKING:
     from subspec_cli.cli.output import Output
-    from subspec_cli.placement.plan import OffloadPlan
-    from subspec_cli.placement.plan_lines import PlanLine
-    from subspec_cli.session import Forecast
+    from subspec_cli.planning.memory import PlanLine
+    from subspec_cli.planning.plan import OffloadPlan
+    from subspec_cli.session.forecast import Forecast
 
 _BAR_CELLS: Final = 76
 _LINE_CELLS: Final = 12

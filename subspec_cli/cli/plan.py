@@ -13,8 +13,7 @@ from subspec_cli.units import GIB
 
 if TYPE_CHECKING:
     from subspec_cli.cli.output import Output
-    from subspec_cli.session import Forecast
-    from subspec_cli.session.forecasting import BudgetRow
+    from subspec_cli.session.forecast import BudgetRow, Forecast
 
 _HEADERS = ("GiB", "resident", "context", "plain tok/s", "subspec tok/s", "speedup", "RAM")
 
@@ -78,7 +77,7 @@ def plan(
         raise UsageError(f"--link-gb-per-s {link_gb_per_s:g} is no rate", "give 1e9 bytes per second: 24")
     compared = budgets(compare)
     from subspec_cli.cli.output import Output
-    from subspec_cli.session.forecasting import forecast
+    from subspec_cli.session.forecast import forecast
 
     output = Output(plain=config.run.plain)
     found = forecast(

@@ -15,9 +15,9 @@ from subspec_cli.errors import UsageError
 from subspec_cli.units import GIB, format_bytes, format_seconds
 
 if TYPE_CHECKING:
-    from subspec_cli.session import PrepareReport
-    from subspec_cli.store.incoming import DownloadProgress
-    from subspec_cli.store.prepare import PrepareProgress
+    from subspec_cli.hub.incoming import DownloadProgress
+    from subspec_cli.session.prepare import PrepareReport
+    from subspec_cli.substitutes.preparation import PrepareProgress
 
 _DEFAULT_BITS = 4
 _HEADERS = ("matrix", "bits", "bits/weight", "SQNR")
@@ -72,7 +72,7 @@ def prepare(
     output.note(f"preparing {model} …" if file is None else f"preparing {model} with {file} …")
     with ProgressLine(output, spins=True, plain_interval_s=2.0) as progress:
         progress.update(f"preparing {model}: reading the checkpoint, loading the quantizer")
-        from subspec_cli.session import prepare as prepare_model
+        from subspec_cli.session.prepare import prepare as prepare_model
 
         report = prepare_model(
             model,

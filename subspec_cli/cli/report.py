@@ -11,7 +11,7 @@ from subspec_cli import __version__
 from subspec_cli.cli.live import View
 from subspec_cli.config import Config
 from subspec_cli.metrics import GenerationStats
-from subspec_cli.placement.comparison import Comparison, compare
+from subspec_cli.planning.comparison import Comparison, compare
 from subspec_cli.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:

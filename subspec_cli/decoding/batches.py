@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from subspec_cli.decoding.tree import GrowingTree, TokenTree
+from subspec_cli.decoding.tree import TokenTree
 from subspec_cli.modeling.layers import RowRules, TokenBatch
 
 
@@ -18,35 +18,22 @@ def prompt_batch(token_ids: Sequence[int], start: int, rules: RowRules) -> Token
     positions = torch.arange(start, start + n)
     key_positions = torch.arange(start + n)
     allowed = key_positions[None, :] <= positions[:, None]
-    return _batch(token_ids, positions, start, allowed, key_positions, rules.padded(n))
+    return batch_of(token_ids, positions, start, allowed, key_positions, rules.padded(n))
 
 
 def tree_batch(tree: TokenTree, committed: int, rules: RowRules) -> TokenBatch:
     """All nodes of a tree in scratch rows from `committed` on: each sees the prefix, its ancestors, itself."""
     positions = torch.tensor(tree.depths) + committed
-    allowed = _after_prefix(tree.ancestor_mask(), committed)
+    allowed = after_prefix(tree.ancestor_mask(), committed)
     key_positions = torch.cat((torch.arange(committed), positions))
-    return _batch(tree.token_ids, positions, committed, allowed, key_positions, rules.padded(len(tree)))
+    return batch_of(tree.token_ids, positions, committed, allowed, key_positions, rules.padded(len(tree)))
 
 
-def draft_batch(
-    tree: GrowingTree,
-    token_ids: Sequence[int],
-    committed: int,
-) -> TokenBatch:
-    """Tokens in the last rows that a tree has taken, for one unpadded draft step."""
-    first = tree.rows - len(token_ids)
-    allowed = _after_prefix(tree.mask[first : tree.rows, : tree.rows], committed)
-    depths = torch.tensor(tree.row_depths) + committed
-    key_positions = torch.cat((torch.arange(committed), depths))
-    return _batch(token_ids, depths[first:], committed + first, allowed, key_positions, len(token_ids))
-
-
-def _after_prefix(mask: Tensor, committed: int) -> Tensor:
+def after_prefix(mask: Tensor, committed: int) -> Tensor:
     return F.pad(mask, (committed, 0), value=True)
 
 
-def _batch(
+def batch_of(
     token_ids: Sequence[int],
     positions: Tensor,
     start: int,

@@ -15,18 +15,17 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from subspec_cli.decoding.batches import prompt_batch, tree_batch
-from subspec_cli.decoding.choose import Chooser, choose
 from subspec_cli.decoding.drafter import TreeGrower
-from subspec_cli.decoding.schedule import Schedule
+from subspec_cli.decoding.sampler import Chooser, choose
 from subspec_cli.decoding.text import StopRule
 from subspec_cli.decoding.tree import TokenTree
-from subspec_cli.decoding.verify import host_row, verify
+from subspec_cli.decoding.verification import host_row, verify
 from subspec_cli.errors import UsageError
+from subspec_cli.limits import PREFILL_CHUNK
 from subspec_cli.metrics import GenerationStats, StepStats
 from subspec_cli.modeling.decoder import TargetDecoder
 from subspec_cli.modeling.kv_cache import KVCache
-from subspec_cli.placement.plan_request import PREFILL_CHUNK
-from subspec_cli.placement.streamer import StreamCounters
+from subspec_cli.streaming.streamer import StreamCounters
 
 __all__ = ["PREFILL_CHUNK", "Engine", "Request", "StepOutput", "common_prefix"]
 
@@ -68,14 +67,12 @@ class Engine:
         target: TargetDecoder,
         kv: KVCache,
         grower: TreeGrower,
-        schedule: Schedule,
         *,
         counters: Callable[[], StreamCounters],
     ) -> None:
         self._target = target
         self._kv = kv
         self._grower = grower
-        self._schedule = schedule
         self._counters = counters
 
     def generate(self, request: Request) -> Iterator[StepOutput]:
@@ -98,9 +95,7 @@ class Engine:
             token_ids, finish = _clip(result.token_ids, request.stop)
             kept = result.accepted_nodes[: len(token_ids)]
             self._kv.commit(kept, [tree.token_ids[node] for node in kept])
-            self._schedule.observe(tree, result, proposal.cost_s)
-            if finish is None:
-                self._grower.follow(result)
+            self._grower.learn(result, ends=finish is not None)
             token = token_ids[-1]
             moved = self._counters().since(link)
             step = StepStats(

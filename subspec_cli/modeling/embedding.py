@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from subspec_cli.checkpoint.safetensors_header import TensorEntry
 from subspec_cli.errors import IntegrityError
-from subspec_cli.placement.streamer import DTYPES
-from subspec_cli.store.safetensors_header import TensorEntry
+from subspec_cli.streaming.streamer import DTYPES
 from subspec_cli.units import printable
 
 

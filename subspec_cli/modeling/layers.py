@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from subspec_cli.checkpoint.geometry import ModelGeometry
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.rope import RopeTable, Rotation
-from subspec_cli.placement.geometry import ModelGeometry
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 _ROW_SIZES: Final = (8, 16, 32, 48, 64)

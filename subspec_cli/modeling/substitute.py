@@ -19,8 +19,7 @@ from torch import Tensor
 
 from subspec_cli.modeling.decoder import DraftLogits
 from subspec_cli.modeling.layers import LayerMath, rms_norm
-from subspec_cli.placement.geometry import group_size_for
-from subspec_cli.store.manifest import SubstituteSettings
+from subspec_cli.substitutes.settings import SubstituteSettings, group_size_for
 
 _INNER_K_TILES: Final = 2
 _PACK_ROWS: Final = 512

@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from subspec_cli.config import SamplingConfig
-from subspec_cli.decoding.choose import make_chooser
 from subspec_cli.decoding.engine import Engine, Request, StepOutput
+from subspec_cli.decoding.sampler import make_chooser
 from subspec_cli.decoding.text import AnswerText
 from subspec_cli.errors import IntegrityError, UsageError
 from subspec_cli.metrics import GenerationStats
-from subspec_cli.modeling.families import ModelTokenizer
 from subspec_cli.modeling.kv_cache import KVCache
-from subspec_cli.placement.costs import PlanCosts
-from subspec_cli.placement.memory import MemoryMeter
-from subspec_cli.placement.plan import OffloadPlan
-from subspec_cli.placement.streamer import StreamCounters
-from subspec_cli.session.shortage import shortage_told
+from subspec_cli.modeling.pretrained import ModelTokenizer
+from subspec_cli.planning.costs import PlanCosts
+from subspec_cli.planning.plan import OffloadPlan
+from subspec_cli.session.oom import shortage_told
+from subspec_cli.streaming.memory_meter import MemoryMeter
+from subspec_cli.streaming.streamer import StreamCounters
 
 
 @dataclass(frozen=True, slots=True)

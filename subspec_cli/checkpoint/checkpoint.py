@@ -1,0 +1,208 @@
+"""A 16-bit model in the Hugging Face layout: its config, where its tensors lie, and what identifies it."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from subspec_cli.checkpoint.layer_tensors import layer_prefix
+from subspec_cli.checkpoint.safetensors_header import BegunFile, SafetensorsHeader, TensorEntry, read_header
+from subspec_cli.checkpoint.source_directory import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    WeightIndex,
+    confine,
+    has_tokenizer,
+    no_tokenizer_error,
+    no_weights_error,
+    read_config,
+    read_index,
+)
+from subspec_cli.checkpoint.tensors import in_read_order
+from subspec_cli.errors import IntegrityError, UsageError
+from subspec_cli.files.safe_io import read_error
+from subspec_cli.units import printable
+
+_NONE_BEGUN: Mapping[str, BegunFile] = MappingProxyType({})
+_LAYER_NAME = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,5})\.(.+)")
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A weight file as it was when the checkpoint was opened."""
+
+    name: str
+    size_bytes: int
+    mtime_ns: int
+    inode: int
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A model's directory, checked: every tensor's place is known and no file reaches outside."""
+
+    directory: Path
+    config: dict[str, Any]
+    """config.json as it stands."""
+    tensors: Mapping[str, TensorEntry]
+    files: tuple[SourceFile, ...]
+    """The safetensors files, by name."""
+    fingerprint: str
+    """40 hex digits over config.json, the index and all raw headers; weights with equal headers share it."""
+
+    @property
+    def stamp(self) -> str:
+        """16 hex digits over names, sizes and modification times: whether the files were written again."""
+        text = "\n".join(f"{file.name} {file.size_bytes} {file.mtime_ns}" for file in self.files)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def open_checkpoint(directory: Path, begun: Mapping[str, BegunFile] = _NONE_BEGUN) -> Checkpoint:
+    """Check a model's directory by its small files and headers; no weight is read.
+
+    Args:
+        directory: the model's.
+        begun: weight files that are still on their way, by name; they are not among the result's `files`.
+
+    Raises:
+        UsageError: no such directory.
+        UnsupportedModelError: no config, tokenizer or safetensors; remote code; already quantized.
+        IntegrityError: a damaged, missing or misplaced file.
+        ResourceError: a file cannot be read.
+    """
+    if not directory.is_dir():
+        raise UsageError(f"no such directory: {printable(str(directory))}")
+    directory = directory.resolve()
+    config_bytes, config = read_config(directory)
+    names, index = _weight_files(directory, begun)
+    if not has_tokenizer(directory):
+        raise no_tokenizer_error(printable(str(directory)))
+    headers = {name: read_header(confine(directory, name), begun.get(name)) for name in names}
+    if index is not None:
+        check_index(directory, index, {name: header.entries for name, header in headers.items()})
+    digest = hashlib.sha256()
+    for part in (config_bytes, index.raw if index else b"", *(header.raw for header in headers.values())):
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return Checkpoint(
+        directory=directory,
+        config=config,
+        tensors={entry.name: entry for header in headers.values() for entry in header.entries},
+        files=tuple(_source_file(name, header) for name, header in headers.items() if name not in begun),
+        fingerprint=digest.hexdigest()[:40],
+    )
+
+
+def check_unchanged(checkpoint: Checkpoint) -> None:
+    """See that the weight files are still those that were opened.
+
+    Raises:
+        IntegrityError: a file has another size, modification time or inode, or is gone.
+    """
+    for file in checkpoint.files:
+        path = checkpoint.directory / file.name
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise read_error(error, path) from error
+        if (status.st_size, status.st_mtime_ns, status.st_ino) != (
+            file.size_bytes,
+            file.mtime_ns,
+            file.inode,
+        ):
+            raise IntegrityError(
+                f"{printable(str(path))} changed while it was in use "
+                f"({file.size_bytes} bytes then, {status.st_size} now)",
+                "let the other program finish, then run the command again",
+            )
+
+
+def check_headers(checkpoint: Checkpoint) -> None:
+    """See that the files, all there by now, begin with the headers that the checkpoint was opened by.
+
+    Raises:
+        IntegrityError: they do not.
+    """
+    if open_checkpoint(checkpoint.directory).fingerprint != checkpoint.fingerprint:
+        raise IntegrityError(
+            f"the headers in {printable(str(checkpoint.directory))} changed during the download",
+            "run the command again",
+        )
+
+
+def layer_entries(checkpoint: Checkpoint, layer: int) -> tuple[TensorEntry, ...]:
+    """The tensors of one decoder layer, `in_read_order`.
+
+    Raises:
+        IntegrityError: the checkpoint has no tensor of that layer.
+    """
+    prefix = layer_prefix(layer)
+    found = [entry for name, entry in checkpoint.tensors.items() if name.startswith(prefix)]
+    if not found:
+        raise IntegrityError(f"{printable(str(checkpoint.directory))} holds no tensor of layer {layer}")
+    return tuple(in_read_order(found))
+
+
+def layer_count_in_tensors(checkpoint: Checkpoint) -> int:
+    """One more than the largest layer number among the tensor names; 0 without any."""
+    matches = (_LAYER_NAME.fullmatch(name) for name in checkpoint.tensors)
+    return max((int(match.group(1)) + 1 for match in matches if match), default=0)
+
+
+def _weight_files(
+    directory: Path, begun: Mapping[str, BegunFile]
+) -> tuple[tuple[str, ...], WeightIndex | None]:
+    if SINGLE_NAME in begun or confine(directory, SINGLE_NAME).exists():
+        return (SINGLE_NAME,), None
+    index = read_index(directory)
+    if index is None:
+        names = sorted(path.name for path in directory.iterdir())
+        if any(name.endswith(".safetensors") for name in names):
+            raise IntegrityError(
+                f"{printable(str(directory))} has safetensors files, but neither {SINGLE_NAME} "
+                f"nor {INDEX_NAME}",
+                f"fetch {INDEX_NAME} too",
+            )
+        raise no_weights_error(names, printable(str(directory)))
+    missing = [n for n in index.file_names if n not in begun and not confine(directory, n).exists()]
+    if missing:
+        raise IntegrityError(
+            f"{printable(str(directory))} lacks {len(missing)} of the {len(index.file_names)} files "
+            f"that {INDEX_NAME} names: {printable(', '.join(missing[:4]))}",
+            "fetch them, or download the model again",
+        )
+    return index.file_names, index
+
+
+def check_index(directory: Path, index: WeightIndex, entries: Mapping[str, Iterable[TensorEntry]]) -> None:
+    """See that index and files agree on where each tensor is; raises IntegrityError."""
+    held = {name: {entry.name for entry in found} for name, found in entries.items()}
+    for tensor, name in index.file_of.items():
+        if tensor not in held[name]:
+            raise IntegrityError(
+                f"{printable(str(directory / name))} lacks the tensor {ascii(tensor)[:120]}, "
+                f"which {INDEX_NAME} puts there",
+                "download the file again",
+            )
+    for name, tensors in held.items():
+        for tensor in tensors:
+            if index.file_of.get(tensor) != name:
+                raise IntegrityError(
+                    f"{printable(str(directory / name))} holds the tensor {tensor}, "
+                    f"which {INDEX_NAME} puts into {printable(str(index.file_of.get(tensor, 'no file')))}",
+                    "download the model again",
+                )
+
+
+def _source_file(name: str, header: SafetensorsHeader) -> SourceFile:
+    status = header.status
+    return SourceFile(name, status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+def tokenizer_bytes_in(directory: Path) -> int:
+    """Size of the tokenizer's files in a model's directory."""
+    return sum(path.stat().st_size for path in directory.glob("tokenizer*") if path.is_file())

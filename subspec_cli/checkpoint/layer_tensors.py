@@ -1,0 +1,38 @@
+"""The tensors of one decoder layer: their names, the blocks in which they are streamed, layers chosen evenly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from subspec_cli.checkpoint.safetensors_header import TensorEntry
+
+LAYER_BLOCKS: Final[Mapping[str, tuple[str, ...]]] = {
+    "attention": (
+        "self_attn.q_proj.weight",
+        "self_attn.k_proj.weight",
+        "self_attn.v_proj.weight",
+        "self_attn.o_proj.weight",
+    ),
+    "gate": ("mlp.gate_proj.weight",),
+    "up": ("mlp.up_proj.weight",),
+    "down": ("mlp.down_proj.weight",),
+}
+"""The units in which a layer is streamed, in the order of their use; only matrices, the rest is resident."""
+LAYER_MATRICES: Final = tuple(name for names in LAYER_BLOCKS.values() for name in names)
+
+
+def block_entries(tensors: Mapping[str, TensorEntry], layer: int) -> list[list[TensorEntry]]:
+    """The tensor entries of each block of a layer, in the order of use."""
+    prefix = layer_prefix(layer)
+    return [[tensors[prefix + name] for name in names] for names in LAYER_BLOCKS.values()]
+
+
+def layer_prefix(layer: int) -> str:
+    """What the names of a decoder layer's tensors begin with."""
+    return f"model.layers.{layer}."
+
+
+def spread(count: int, layers: int) -> tuple[int, ...]:
+    """`count` of `layers` layer numbers, evenly spread: the link works on while resident layers compute."""
+    return tuple(sorted({(2 * i + 1) * layers // (2 * count) for i in range(count)})) if count else ()

@@ -1,0 +1,187 @@
+"""A model's directory before its weights are read: which files belong to it, and what rules it out."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from subspec_cli.errors import IntegrityError, UnsupportedModelError
+from subspec_cli.files.json_object import parse_json_object
+from subspec_cli.files.safe_io import read_small_file
+from subspec_cli.units import printable
+
+CONFIG_NAME = "config.json"
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+TOKENIZER_CHOICES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
+"""Any one of these sets of files makes a tokenizer."""
+
+MAX_CONFIG_BYTES = 8 << 20
+MAX_INDEX_BYTES = 64 << 20
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+_DRIVE = re.compile(r"[A-Za-z]:")
+
+
+@dataclass(frozen=True, slots=True)
+class WeightIndex:
+    """Content of model.safetensors.index.json."""
+
+    raw: bytes
+    file_of: Mapping[str, str]
+    """Tensor name to file name."""
+
+    @property
+    def file_names(self) -> tuple[str, ...]:
+        """The weight files, each once, sorted."""
+        return tuple(sorted(set(self.file_of.values())))
+
+
+def confine(directory: Path, name: str) -> Path:
+    """Path of the file `name` of a model in `directory`; it need not exist.
+
+    Raises:
+        IntegrityError: the name or a link leads out of the directory. The hub cache's own links from a
+            snapshot to its `blobs` are let through.
+    """
+    if not is_inside_name(name):
+        raise IntegrityError(
+            f"{ascii(name)[:200]} is outside the model directory {printable(str(directory))}"
+        )
+    root = directory.resolve()
+    target = (root / name).resolve()
+    if target.is_relative_to(root):
+        return directory / name
+    if root.parent.name == "snapshots" and target.parent == (root.parent.parent / "blobs").resolve():
+        return directory / name
+    raise IntegrityError(
+        f"{printable(name)} in {printable(str(directory))} is a link to {printable(str(target))}, "
+        "outside the model directory",
+        "put the file itself there",
+    )
+
+
+def is_inside_name(name: str) -> bool:
+    """Whether a name from foreign data is a relative path that goes nowhere but down."""
+    if not name or "\0" in name or "\\" in name or _DRIVE.match(name):
+        return False
+    return all(part not in ("", ".", "..") for part in name.split("/"))
+
+
+def read_config(directory: Path) -> tuple[bytes, dict[str, Any]]:
+    """Bytes and content of config.json, checked by `check_config`.
+
+    Raises:
+        UnsupportedModelError: missing, too large, not a JSON object, or a kind that is not run.
+        IntegrityError: a link out of the directory, or not a regular file.
+    """
+    path = confine(directory, CONFIG_NAME)
+    shown = printable(str(directory / CONFIG_NAME))
+    if not path.exists():
+        raise UnsupportedModelError(f"no {CONFIG_NAME} in {printable(str(directory))}: it holds no model")
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise UnsupportedModelError(
+            f"{shown} has {path.stat().st_size} bytes, at most {MAX_CONFIG_BYTES} are read"
+        )
+    raw = read_small_file(path, MAX_CONFIG_BYTES)
+    return raw, parse_config(raw, shown)
+
+
+def parse_config(raw: bytes, shown: str) -> dict[str, Any]:
+    """Content of config.json, checked by `check_config`; raises UnsupportedModelError."""
+    config = parse_json_object(raw, shown, UnsupportedModelError)
+    check_config(config)
+    return config
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Refuse what no family could run, from config.json alone.
+
+    Raises:
+        UnsupportedModelError: remote code, or weights that are quantized already.
+    """
+    if config.get("auto_map"):
+        raise UnsupportedModelError("the model needs remote code, which is not run (auto_map in config.json)")
+    quantization = config.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        raise UnsupportedModelError(
+            f"the model is already quantized ({ascii(method or 'unknown method').strip(chr(39))[:40]})",
+            "give the 16-bit original",
+        )
+
+
+def read_index(directory: Path) -> WeightIndex | None:
+    """The index of a model in several files; None when there is none.
+
+    Raises:
+        IntegrityError: too large, not JSON, or naming a file outside the directory.
+        ResourceError: unreadable.
+    """
+    path = confine(directory, INDEX_NAME)
+    if not path.exists():
+        return None
+    shown = printable(str(directory / INDEX_NAME))
+    return parse_index(read_small_file(path, MAX_INDEX_BYTES), shown)
+
+
+def parse_index(raw: bytes, shown: str) -> WeightIndex:
+    """The index in these bytes; raises IntegrityError as `read_index`."""
+    file_of = parse_json_object(raw, shown, IntegrityError, "download the file again").get("weight_map")
+    if not isinstance(file_of, dict) or not file_of:
+        raise IntegrityError(f"{shown} has no weight_map", "download the file again")
+    for tensor, name in file_of.items():
+        if not isinstance(name, str) or not name.endswith(".safetensors") or not is_inside_name(name):
+            raise IntegrityError(
+                f"{shown} puts {ascii(tensor)[:100]} into {ascii(name)[:200]}, "
+                "which is no safetensors file inside the model directory"
+            )
+    return WeightIndex(raw, file_of)
+
+
+def first_missing_file(directory: Path) -> str | None:
+    """Name of the first file that a model in `directory` lacks; None when it is complete.
+
+    Raises:
+        IntegrityError: as `confine` and `read_index`.
+    """
+    if not confine(directory, CONFIG_NAME).exists():
+        return CONFIG_NAME
+    if not has_tokenizer(directory):
+        return "tokenizer.json"
+    if confine(directory, SINGLE_NAME).exists():
+        return None
+    index = read_index(directory)
+    if index is None:
+        return SINGLE_NAME
+    return next((name for name in index.file_names if not confine(directory, name).exists()), None)
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether the files of a tokenizer are there; raises IntegrityError as `confine`."""
+    return any(all(confine(directory, name).exists() for name in names) for names in TOKENIZER_CHOICES)
+
+
+def no_tokenizer_error(where: str) -> UnsupportedModelError:
+    """The error for a model without tokenizer; `where` is the place that it is missed in."""
+    return UnsupportedModelError(
+        f"no tokenizer in {where}: expected tokenizer.json, tokenizer.model, or vocab.json with merges.txt"
+    )
+
+
+def no_weights_error(names: list[str], where: str) -> UnsupportedModelError:
+    """The error for a model without safetensors: `names` are its files, `where` is the place they are in."""
+    pickles = sorted(name for name in names if os.path.basename(name).endswith(_PICKLE_SUFFIXES))
+    if pickles:
+        more = f" and {len(pickles) - 4} more" if len(pickles) > 4 else ""
+        shown = printable(", ".join(pickles[:4])) + more
+        return UnsupportedModelError(
+            f"{where} has only pickle weights ({shown}); subspec reads safetensors",
+            "look for a revision or a copy of the model with .safetensors files",
+        )
+    return UnsupportedModelError(
+        f"{where} has neither {SINGLE_NAME} nor {INDEX_NAME}; subspec reads safetensors"
+    )

@@ -1,0 +1,151 @@
+"""One rule picks tokens, greedy or sampled: `choose(logits_row, position) -> token`, a pure function.
+
+Sampling is Gumbel-max: filtered logits / temperature + Gumbel noise, then argmax, which is an exact draw from
+the filtered softmax. The noise is a counter-based function of (seed, request, position), so plain and
+speculative decoding draw the same token from the same logits, and the draft can add the same noise to its own
+logits to guess the target's draw ("coupling without communication", Daliri et al.).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from subspec_cli.config import SamplingConfig
+from subspec_cli.limits import NOISE_ROWS
+
+Row = NDArray[np.float64]
+_LEAST_TEMPERATURE: Final = 1e-200
+"""Divides any float32 logit without overflow, and leaves the noise no say between logits that differ."""
+
+
+@dataclass(frozen=True, slots=True)
+class Filters:
+    """Top-k, then top-p of what it left; 0 and 1 leave all."""
+
+    top_k: int
+    top_p: float
+
+
+class Chooser(Protocol):
+    """Picks the token for a position from one row of target logits."""
+
+    @property
+    def temperature(self) -> float:
+        """What scores divide logits by; 1 where they are the logits."""
+        ...
+
+    @property
+    def filters(self) -> Filters | None:
+        """Which tokens may be drawn at all; None where all may."""
+        ...
+
+    def scores(self, logits: Row, position: int) -> Row:
+        """`[V]` scores whose argmax is the choice; -inf where a filter forbids the token."""
+        ...
+
+    def noise(self, position: int, vocab: int) -> Row | None:
+        """What is added to the scaled logits `[V]` of a position; None where nothing is."""
+        ...
+
+
+def choose(chooser: Chooser, logits: Row, position: int) -> int:
+    """The token for `position`: the first argmax of the scores."""
+    return int(np.argmax(chooser.scores(logits, position)))
+
+
+class GreedyChooser:
+    """The most likely token; of equals, the lowest id."""
+
+    temperature = 1.0
+    filters = None
+
+    def scores(self, logits: Row, position: int) -> Row:  # noqa: ARG002
+        """The logits themselves."""
+        return logits
+
+    def noise(self, position: int, vocab: int) -> Row | None:  # noqa: ARG002
+        """None."""
+        return None
+
+
+class GumbelChooser:
+    """Exact sampling at a temperature, with top-k and top-p, coupled by position."""
+
+    def __init__(self, sampling: SamplingConfig, seed: int, request: int) -> None:
+        assert sampling.temperature > 0
+        self.temperature = max(sampling.temperature, _LEAST_TEMPERATURE)
+        self.filters = (
+            Filters(sampling.top_k, sampling.top_p) if sampling.top_k or sampling.top_p < 1.0 else None
+        )
+        self._seed = seed
+        self._request = request
+        self._noise: OrderedDict[int, Row] = OrderedDict()
+
+    def scores(self, logits: Row, position: int) -> Row:
+        """Filtered logits / temperature + the noise of `position`."""
+        scaled = logits / self.temperature
+        scores = scaled + self.noise(position, len(logits))
+        if self.filters is None:
+            return scores
+        keep = allowed_tokens(scaled, self.filters.top_k, self.filters.top_p)
+        return np.where(keep, scores, -np.inf)
+
+    def noise(self, position: int, vocab: int) -> Row:
+        """Standard Gumbel noise; that of the last positions asked for is kept."""
+        if position not in self._noise:
+            self._noise[position] = gumbel_noise(self._seed, self._request, position, vocab)
+            if len(self._noise) > NOISE_ROWS:
+                self._noise.popitem(last=False)
+        return self._noise[position]
+
+
+def make_chooser(sampling: SamplingConfig, seed: int, request: int) -> Chooser:
+    """The rule for one request (an answer, or a chat turn); `request` keeps reused positions apart."""
+    return GreedyChooser() if sampling.is_greedy else GumbelChooser(sampling, seed, request)
+
+
+def gumbel_noise(seed: int, request: int, position: int, vocab: int) -> Row:
+    """Standard Gumbel noise `[vocab]` of one position, the same on every machine.
+
+    Philox with key = seed and counter from (request, position): distinct counters never share a block, since
+    the generator moves only the lowest of the four counter words.
+    """
+    bits = np.random.Philox(key=seed, counter=[0, position, request, 0])
+    uniform = np.random.Generator(bits).random(vocab)
+    # random() may return 0; the smallest positive double stands in, far below any that can be drawn.
+    return -np.log(-np.log(np.maximum(uniform, np.finfo(np.float64).tiny)))
+
+
+def allowed_tokens(scaled: Row, top_k: int, top_p: float) -> NDArray[np.bool_]:
+    """Mask `[V]` of tokens that top-k, then top-p keep; ties in the order (-logit, token id).
+
+    top-p keeps the shortest prefix of that order whose probability reaches `top_p`, of what top-k left. Decided
+    on one float64 row, so it does not depend on where or beside what the row was computed.
+    """
+    keep = np.ones(len(scaled), dtype=np.bool_)
+    if 0 < top_k < len(scaled):
+        keep = _most_likely(scaled, top_k)
+    if top_p < 1.0:
+        with np.errstate(invalid="ignore"):  # of a damaged draft row nothing is kept
+            weights = np.where(keep, np.exp(scaled - scaled.max()), 0.0)
+            probabilities = weights / weights.sum()
+        # Tokens below this bound weigh less than 1 - top_p together: never in the prefix, so never sorted.
+        candidates = np.flatnonzero(probabilities >= (1.0 - top_p) / len(scaled))
+        order = candidates[np.lexsort((candidates, -scaled[candidates]))]
+        reached = int(np.searchsorted(np.cumsum(probabilities[order]), top_p))
+        keep = np.zeros(len(scaled), dtype=np.bool_)
+        keep[order[: reached + 1]] = True
+    return keep
+
+
+def _most_likely(scaled: Row, count: int) -> NDArray[np.bool_]:
+    threshold = np.partition(scaled, -count)[-count]
+    keep: NDArray[np.bool_] = scaled > threshold
+    ties = np.flatnonzero(scaled == threshold)
+    keep[ties[: count - int(keep.sum())]] = True
+    return keep

@@ -1,0 +1,55 @@
+"""Walking a drafted tree by the target's own choices. Exact whatever the draft proposed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from subspec_cli.decoding.sampler import Chooser, Row, choose
+from subspec_cli.decoding.tree import TokenTree
+from subspec_cli.errors import IntegrityError
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyResult:
+    """What one target pass gave."""
+
+    accepted_nodes: tuple[int, ...]
+    """Nodes on the target's path, root first: the rows to commit."""
+    token_ids: tuple[int, ...]
+    """New tokens, one per accepted node, bonus token last."""
+
+    @property
+    def accepted(self) -> int:
+        """Drafted tokens that were accepted."""
+        return len(self.accepted_nodes) - 1
+
+
+def verify(tree: TokenTree, logits: Tensor, chooser: Chooser, root_position: int) -> VerifyResult:
+    """Follow the target's choices from the root until one is not in the tree.
+
+    logits `[N, V]` of the tree's nodes, of which only rows on the path are brought to the host;
+    `root_position` is the root's absolute position. Raises IntegrityError if such a row is not finite.
+    """
+    children = tree.children()
+    node, nodes, token_ids = 0, [0], []
+    while True:
+        position = root_position + tree.depths[node]
+        token = choose(chooser, host_row(logits[node], position), position + 1)
+        token_ids.append(token)
+        if token not in children[node]:
+            return VerifyResult(tuple(nodes), tuple(token_ids))
+        node = children[node][token]
+        nodes.append(node)
+
+
+def host_row(logits: Tensor, position: int) -> Row:
+    """One row of logits `[V]` as float64 on the host; IntegrityError if it holds NaN or infinity."""
+    row: Row = logits.double().cpu().numpy()
+    if not np.isfinite(row).all():
+        raise IntegrityError(
+            f"the model's logits at position {position} are not finite: weights or cache are damaged"
+        )
+    return row

@@ -1,0 +1,114 @@
+"""Reading files past the page cache: aligned extents into aligned buffers."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from subspec_cli.errors import IntegrityError
+from subspec_cli.units import printable
+
+PAGE_BYTES: Final = 4096
+_REQUEST_BYTES: Final = 2 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A contiguous run of tensors in one file, and where it lands in a buffer."""
+
+    path: Path
+    first_byte: int
+    """Page-aligned offset in the file."""
+    size_bytes: int
+    """Bytes from `first_byte` to the end of the last tensor."""
+    buffer_offset: int
+    """Page-aligned offset in the buffer."""
+
+
+def allocate_buffer(size_bytes: int) -> mmap.mmap:
+    """Page-aligned anonymous memory, zero until written, returned to the system when collected."""
+    return mmap.mmap(-1, max(page_ceil(size_bytes), PAGE_BYTES))
+
+
+class DirectReader:
+    """Reads extents with O_DIRECT; where the file system refuses it, buffered and dropped from the cache after.
+
+    Not thread-safe: one reader per thread.
+    """
+
+    def __init__(self) -> None:
+        self._files: dict[Path, tuple[int, bool]] = {}
+
+    def read_extents(self, extents: Iterable[Extent], buffer: memoryview) -> None:
+        """Fill `buffer` with the extents; raises IntegrityError naming file, offset and bytes when it cannot."""
+        for extent in extents:
+            self._read_extent(extent, buffer)
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether every file opened so far is read past the page cache."""
+        return all(direct for _, direct in list(self._files.values()))
+
+    def close(self) -> None:
+        """Close the files."""
+        for descriptor, _ in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+
+    def _read_extent(self, extent: Extent, buffer: memoryview) -> None:
+        descriptor, direct = self._open(extent.path)
+        done = 0
+        whole = page_ceil(extent.size_bytes)
+        while done < extent.size_bytes:
+            size = min(_REQUEST_BYTES, whole - done)
+            start = extent.buffer_offset + done
+            try:
+                got = os.preadv(descriptor, [buffer[start : start + size]], extent.first_byte + done)
+            except OSError as error:
+                raise _unreadable(extent, done, os.strerror(error.errno or 0)) from error
+            if got == 0:
+                raise _unreadable(extent, done, "the file ends early")
+            done += got
+        if not direct and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, extent.first_byte, whole, os.POSIX_FADV_DONTNEED)
+
+    def _open(self, path: Path) -> tuple[int, bool]:
+        if path not in self._files:
+            self._files[path] = _open_direct(path)
+        return self._files[path]
+
+
+def _open_direct(path: Path) -> tuple[int, bool]:
+    flag = getattr(os, "O_DIRECT", 0)
+    if flag:
+        descriptor = -1
+        try:
+            descriptor = os.open(path, os.O_RDONLY | flag)
+            os.preadv(descriptor, [allocate_buffer(PAGE_BYTES)], 0)
+        except OSError:
+            # tmpfs and some network file systems refuse direct I/O, at once or at the first read
+            if descriptor >= 0:
+                os.close(descriptor)
+        else:
+            return descriptor, True
+    try:
+        return os.open(path, os.O_RDONLY), False
+    except OSError as error:
+        raise IntegrityError(f"cannot open {printable(str(path))}: {error.strerror}") from error
+
+
+def _unreadable(extent: Extent, done: int, why: str) -> IntegrityError:
+    wanted = extent.first_byte + extent.size_bytes
+    return IntegrityError(
+        f"{printable(str(extent.path))}: {why} at byte {extent.first_byte + done}, expected {wanted} bytes"
+    )
+
+
+def page_ceil(size_bytes: int) -> int:
+    """The size rounded up to whole pages."""
+    """The size in whole pages."""
+    return -(-size_bytes // PAGE_BYTES) * PAGE_BYTES

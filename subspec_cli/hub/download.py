@@ -1,0 +1,191 @@
+"""One file on its way into the hub's cache: continued where it stopped, and verified before it counts."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from subspec_cli.checkpoint.safetensors_header import BegunFile, header_length
+from subspec_cli.errors import IntegrityError, NetworkError
+from subspec_cli.files.safe_io import has_size, open_regular
+from subspec_cli.hub.cache import RepoCache
+from subspec_cli.hub.errors import explain_hub_error
+from subspec_cli.hub.partial_file import Appender, ContentDigest
+from subspec_cli.hub.retry import Attempts, Patience, patiently
+from subspec_cli.hub.transfer import RemoteFile, look_up, open_body
+from subspec_cli.hub.workers import Messages
+from subspec_cli.units import format_bytes, printable
+
+_FIRST_BYTES = 256 << 10  # of a weight file: they hold the header, nearly always
+
+
+@dataclass(frozen=True, slots=True)
+class DownloadContext:
+    """What the downloads of one commit have in common."""
+
+    model_id: str
+    commit: str
+    cache: RepoCache
+    patience: Patience
+    messages: Messages
+
+    def attempts(self) -> Attempts:
+        """A count for one thing to try."""
+        return Attempts(self.patience, self.messages.pause, self.messages.tell, self.model_id)
+
+
+class Download:
+    """A file that the cache lacks, and what is there of it already."""
+
+    def __init__(self, context: DownloadContext, remote: RemoteFile, attempts: Attempts) -> None:
+        self._context = context
+        self._remote = remote
+        self._attempts = attempts
+        self._partial = context.cache.partial(remote.etag, remote.name)
+        self._digest = ContentDigest(remote.etag, remote.size_bytes)
+        self.have_bytes = 0
+        """How much of it is on disk."""
+        self.received_bytes = 0
+        """What came over the network for it."""
+        self.is_done = False
+        if has_size(context.cache.blob(remote.etag), remote.size_bytes):
+            self._arrive()
+            return
+        with contextlib.suppress(FileNotFoundError):
+            self.have_bytes = self._partial.lstat().st_size
+        if self.have_bytes > remote.size_bytes:
+            self._restart()
+        self._most_bytes = self.have_bytes
+        self._is_inherited = self.have_bytes > 0
+
+    @property
+    def name(self) -> str:
+        """The file's, in its repository."""
+        return self._remote.name
+
+    @property
+    def size_bytes(self) -> int:
+        """Its whole size, as the hub announces it."""
+        return self._remote.size_bytes
+
+    @property
+    def begun(self) -> BegunFile:
+        """Where its beginning is."""
+        return BegunFile(self._partial, self.size_bytes)
+
+    def fetch_header(self) -> None:
+        """Fetch the beginning of a safetensors file, up to where its header ends; errors as `finish`."""
+        if self.is_done:
+            return
+        try:
+            self._fetch(min(_FIRST_BYTES, self.size_bytes))
+            with open_regular(self._partial) as file:
+                start = file.read(512)
+            self._fetch(8 + header_length(start, Path(self.name), self.size_bytes))
+        except IntegrityError:
+            self._restart()
+            raise
+
+    def finish(self) -> None:
+        """Fetch the rest, verify the whole and give it its place in the cache.
+
+        Raises:
+            IntegrityError: the content is not the announced one; nothing of it is kept.
+            NetworkError: the hub failed too often, with how much is there.
+            AccessError: the hub refuses.
+            ResourceError: the disk cannot be written.
+        """
+        if self.is_done:
+            return
+        if self.have_bytes:
+            self._digest.catch_up(self._partial)
+        found = self._fetch_whole()
+        if found != self._remote.etag and self._is_inherited:
+            self._context.messages.tell(f"what was there of {self.name} is damaged: fetching it anew")
+            self._restart()
+            found = self._fetch_whole()
+        if found != self._remote.etag:
+            self._restart()
+            raise IntegrityError(
+                f"{printable(self.name)} arrived with the {self._digest.label} {found}, "
+                f"the hub announced {self._remote.etag}",
+                "run the command again; if it stays so, the hub or a proxy is at fault",
+            )
+        self._context.cache.keep(self._partial, self._remote.etag)
+        self._arrive()
+
+    def _arrive(self) -> None:
+        self._context.cache.point(self._context.commit, self.name, self._remote.etag)
+        self.have_bytes = self.size_bytes
+        self.is_done = True
+
+    def _fetch_whole(self) -> str:
+        if not self.size_bytes:
+            with Appender(self._partial):  # nothing is sent of an empty file, but it is there
+                pass
+        self._fetch(self.size_bytes)
+        return self._digest.of(self._partial)
+
+    def _fetch(self, until: int) -> None:
+        """Have the first `until` bytes on disk."""
+        while self.have_bytes < until:
+            patiently(lambda: self._receive(until), self._attempts, self._explained)
+
+    def _receive(self, until: int) -> None:
+        stall_s = self._context.patience.stall_s
+        with (
+            open_body(self._remote, self.have_bytes, until, stall_s) as body,
+            Appender(self._partial) as appender,
+        ):
+            if body.start != self.have_bytes:
+                appender.cut(body.start)
+                self.have_bytes = body.start
+            for piece in body.pieces:
+                self._context.messages.check()
+                wanted = piece[: until - self.have_bytes]
+                appender.append(wanted, self.size_bytes - self.have_bytes)
+                self._digest.follow(wanted, self.have_bytes)
+                self.have_bytes += len(wanted)
+                self.received_bytes += len(piece)
+                if self.have_bytes > self._most_bytes:
+                    self._most_bytes = self.have_bytes
+                    self._attempts.progressed()
+                if self.have_bytes >= until:
+                    return
+        raise ConnectionError("the answer ended early")
+
+    def _explained(self, error: Exception) -> Exception:
+        failure = explain_hub_error(error, self._context.model_id, self._context.commit)
+        if not isinstance(failure, NetworkError):
+            return failure or error
+        there = f"{format_bytes(self.have_bytes)} of {format_bytes(self.size_bytes)}"
+        return NetworkError(
+            f"{failure.message}; {there} of {printable(self.name)} are here",
+            "run the same command again: it continues there",
+        )
+
+    def _restart(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._partial.unlink()
+        self._digest.reset()
+        self.have_bytes = self._most_bytes = 0
+        self._is_inherited = False
+
+
+def begin_download(context: DownloadContext, name: str) -> Download:
+    """Ask what a file is, and see what an earlier run left of it.
+
+    Raises:
+        NetworkError, AccessError: the hub cannot be reached, or refuses.
+        IntegrityError: the hub contradicts itself.
+    """
+    attempts = context.attempts()
+
+    def explained(error: Exception) -> Exception:
+        return explain_hub_error(error, context.model_id, context.commit) or error
+
+    remote = patiently(
+        lambda: look_up(context.model_id, context.commit, name, context.patience.stall_s), attempts, explained
+    )
+    return Download(context, remote, attempts)

@@ -1,0 +1,102 @@
+"""The weight files of a model that are still being downloaded, while others are already at work."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from subspec_cli.hub.download import Download, DownloadContext, begin_download
+from subspec_cli.hub.workers import Messages, Workers, run_all
+
+_POLL_S = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class DownloadProgress:
+    """How far the weight files are."""
+
+    done_files: int
+    total_files: int
+    done_bytes: int
+    total_bytes: int
+    received_bytes: int
+    """Of the done ones, what came in this run."""
+    elapsed_s: float
+
+
+class Incoming:
+    """What is missing of a model; nothing of it is fetched before `start`, but for headers."""
+
+    def __init__(self, directory: Path, downloads: Sequence[Download], messages: Messages) -> None:
+        self.directory = directory
+        """The cache's, for the disk that is needed."""
+        self._downloads = {download.name: download for download in downloads}
+        self._there_bytes = sum(download.have_bytes - download.received_bytes for download in downloads)
+        self._workers = Workers([download.finish for download in downloads], messages)
+        self._started_s = time.monotonic()
+
+    @property
+    def missing_bytes(self) -> int:
+        """What is still to come."""
+        return sum(download.size_bytes - download.have_bytes for download in self._downloads.values())
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every file is there, verified."""
+        return self.has(self._downloads)
+
+    def has(self, names: Iterable[str]) -> bool:
+        """Whether these files are there; those that were never missing are."""
+        return all(name not in self._downloads or self._downloads[name].is_done for name in names)
+
+    def start(self) -> None:
+        """Begin to download, the first files first."""
+        self._started_s = time.monotonic()
+        self._workers.start()
+
+    def wait(self) -> None:
+        """Return when a file has arrived, or a moment later; raises what a download failed with."""
+        self._workers.wait(_POLL_S)
+
+    def progress(self) -> DownloadProgress | None:
+        """How far it is; None when there is nothing to download."""
+        if not self._downloads:
+            return None
+        downloads = self._downloads.values()
+        done_bytes = sum(download.have_bytes for download in downloads)
+        return DownloadProgress(
+            done_files=sum(download.is_done for download in downloads),
+            total_files=len(downloads),
+            done_bytes=done_bytes,
+            total_bytes=sum(download.size_bytes for download in downloads),
+            received_bytes=max(0, done_bytes - self._there_bytes),
+            elapsed_s=time.monotonic() - self._started_s,
+        )
+
+    def close(self) -> None:
+        """Stop what is running; what has come stays for the next run."""
+        self._workers.close()
+
+
+def begin_all(context: DownloadContext, names: Sequence[str]) -> list[Download]:
+    """Look up weight files and fetch their headers, a few at a time; errors as `Download.finish`."""
+    begun: dict[str, Download] = {}
+
+    def begin(name: str) -> None:
+        begun[name] = begin_download(context, name)
+        begun[name].fetch_header()
+
+    run_all([partial(begin, name) for name in names], context.messages)
+    return [begun[name] for name in names]
+
+
+def fetch_all(context: DownloadContext, names: Sequence[str]) -> None:
+    """Fetch small files, a few at a time; errors as `Download.finish`."""
+
+    def fetch(name: str) -> None:
+        begin_download(context, name).finish()
+
+    run_all([partial(fetch, name) for name in names], context.messages)

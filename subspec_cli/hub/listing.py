@@ -1,0 +1,154 @@
+"""Which commit is meant and which of its files are needed: from the hub, or from the cache if need be."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from subspec_cli.checkpoint.source_directory import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    SINGLE_NAME,
+    WeightIndex,
+    confine,
+    first_missing_file,
+    no_weights_error,
+    read_index,
+)
+from subspec_cli.errors import IntegrityError, NetworkError, UnsupportedModelError
+from subspec_cli.files.safe_io import has_size
+from subspec_cli.hub.cache import cached_snapshot
+from subspec_cli.hub.errors import explain_hub_error, not_a_hub
+from subspec_cli.hub.retry import Attempts, Patience, patiently
+from subspec_cli.hub.workers import Messages, run_all
+from subspec_cli.units import printable
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelInfo
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_TIMEOUT_S = 20.0
+_SMALL_FILES = (
+    "generation_config.json",
+    "tokenizer*.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """The files of one commit."""
+
+    commit: str
+    sizes: Mapping[str, int | None]
+    """Bytes by name; None where the hub does not say, empty where the cache stands in for the hub."""
+
+    @property
+    def small_files(self) -> list[str]:
+        """What is needed beside config.json and the weights themselves."""
+        wanted = [name for name in self.sizes if any(fnmatchcase(name, like) for like in _SMALL_FILES)]
+        index = [INDEX_NAME] if INDEX_NAME in self.sizes and SINGLE_NAME not in self.sizes else []
+        return [*index, *(name for name in sorted(wanted) if "/" not in name)]
+
+    def weights(self, snapshot: Path) -> tuple[str, ...]:
+        """The weight files, by the index that is in the cache.
+
+        Raises:
+            IntegrityError: the index is damaged, or names a file that the commit does not hold.
+        """
+        if SINGLE_NAME in self.sizes or (not self.sizes and confine(snapshot, SINGLE_NAME).exists()):
+            return (SINGLE_NAME,)
+        index = read_index(snapshot)
+        if index is None:
+            return ()
+        self.check_names(index)
+        return index.file_names
+
+    def check_names(self, index: WeightIndex) -> None:
+        """See that the files of an index are there; raises IntegrityError as `weights`."""
+        unknown = [name for name in index.file_names if name not in self.sizes] if self.sizes else []
+        if unknown:
+            raise IntegrityError(
+                f"{INDEX_NAME} names {printable(unknown[0])[:200]}, which is not among the model's files",
+                "the model is damaged on the hub: try another revision",
+            )
+
+    def is_there(self, snapshot: Path, name: str) -> bool:
+        """Whether a file is in the cache, with the size that the hub tells.
+
+        Raises:
+            IntegrityError: the name, or a link in its place, leads out of the cache.
+        """
+        path, size_bytes = confine(snapshot, name), self.sizes.get(name)
+        return path.exists() if size_bytes is None else has_size(path, size_bytes)
+
+    def is_complete(self, snapshot: Path) -> bool:
+        """Whether nothing must be fetched; errors as `is_there` and `weights`."""
+        if first_missing_file(snapshot) is not None:
+            return False
+        needed = (CONFIG_NAME, *self.small_files, *self.weights(snapshot))
+        return all(self.is_there(snapshot, name) for name in needed)
+
+
+def find_listing(
+    model_id: str, revision: str | None, patience: Patience, notify: Callable[[str], None]
+) -> Listing:
+    """The commit that a revision stands for now; by the cache where that is complete and the hub not reached.
+
+    Raises:
+        UsageError: no such revision.
+        UnsupportedModelError: the model has no config or no safetensors.
+        AccessError, NetworkError: the hub refuses or cannot be reached.
+        IntegrityError: a damaged index in the cache.
+    """
+    snapshot = cached_snapshot(model_id, revision)
+    lacks = CONFIG_NAME if snapshot is None else first_missing_file(snapshot)
+    here = None if snapshot is None or lacks is not None else Listing(snapshot.name, {})
+    if here is not None and revision == here.commit:  # a commit does not change
+        return here
+    try:
+        return _ask(model_id, revision, replace(patience, tries=1) if here else patience, notify)
+    except NetworkError as error:
+        if here is None:
+            raise NetworkError(
+                f"{error.message}; the cache lacks {printable(str(lacks))}", error.hint
+            ) from error
+        notify(f"{error.message}; using commit {here.commit[:8]} from the cache")
+        return here
+
+
+def _ask(model_id: str, revision: str | None, patience: Patience, notify: Callable[[str], None]) -> Listing:
+    from huggingface_hub import HfApi
+
+    found: list[ModelInfo] = []
+    messages = Messages(notify)
+    attempts = Attempts(patience, messages.pause, messages.tell, model_id)
+
+    def ask() -> ModelInfo:
+        timeout_s = patience.stall_s or _TIMEOUT_S
+        return HfApi().model_info(model_id, revision=revision, timeout=timeout_s, files_metadata=True)
+
+    def explained(error: Exception) -> Exception:
+        if isinstance(error, (TypeError, KeyError, AttributeError)):  # JSON, but of something else
+            return not_a_hub()
+        return explain_hub_error(error, model_id, revision) or error
+
+    run_all([lambda: found.append(patiently(ask, attempts, explained))], messages)
+    commit = found[0].sha
+    sizes = {sibling.rfilename: sibling.size for sibling in found[0].siblings or ()}
+    if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
+        raise not_a_hub()
+    if SINGLE_NAME not in sizes and INDEX_NAME not in sizes:
+        raise no_weights_error(list(sizes), model_id)
+    if CONFIG_NAME not in sizes:
+        raise UnsupportedModelError(f"{model_id} has no {CONFIG_NAME}: it holds no model")
+    return Listing(commit, sizes)

@@ -1,0 +1,219 @@
+"""What a model is made of, before any of its weights is here: config, index and headers by range requests.
+
+A few kilobytes are read for a model of gigabytes, and nothing is written: the cache stays as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+from subspec_cli.checkpoint.checkpoint import check_index, open_checkpoint
+from subspec_cli.checkpoint.safetensors_header import TensorEntry, header_length, parse_entries
+from subspec_cli.checkpoint.source_directory import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    MAX_CONFIG_BYTES,
+    MAX_INDEX_BYTES,
+    SINGLE_NAME,
+    TOKENIZER_CHOICES,
+    first_missing_file,
+    no_tokenizer_error,
+    parse_config,
+    parse_index,
+)
+from subspec_cli.errors import IntegrityError
+from subspec_cli.hub.cache import cached_snapshot, repo_cache
+from subspec_cli.hub.download import DownloadContext
+from subspec_cli.hub.errors import explain_hub_error
+from subspec_cli.hub.listing import Listing, find_listing
+from subspec_cli.hub.model_name import check_revision, parse_model_name
+from subspec_cli.hub.retry import PATIENCE, Patience, patiently
+from subspec_cli.hub.transfer import RemoteFile, look_up, open_body
+from subspec_cli.hub.workers import Messages, run_all
+from subspec_cli.units import printable
+
+_FIRST_BYTES: Final = 32 << 10
+"""Of a weight file: they hold the header of most."""
+_START_BYTES: Final = 512
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOutline:
+    """A model without its weights."""
+
+    model_id: str
+    commit: str
+    """The hub's commit; for a directory and the demo, the checkpoint's fingerprint."""
+    config: dict[str, Any]
+    tensors: Mapping[str, TensorEntry]
+    tokenizer_bytes: int
+    missing_bytes: int
+    """What `prepare` would download."""
+    received_bytes: int
+    """What came over the network for this outline."""
+    directory: Path | None = None
+    """Where the model lies, if it is here whole."""
+
+
+def outline_model(
+    model: str,
+    revision: str | None = None,
+    *,
+    accept_config: Callable[[Mapping[str, Any]], None],
+    notify: Callable[[str], None],
+    patience: Patience = PATIENCE,
+) -> ModelOutline:
+    """Outline a model; the network is asked only for what is on the hub and not whole in the cache.
+
+    Arguments and errors are those of `store.hub.open_model`.
+    """
+    name = parse_model_name(model)
+    check_revision(name, revision)
+    directory = name.directory or _cached(name.model_id, revision)
+    if directory is not None:
+        return _outline_here(name.model_id, directory, accept_config, is_hub=name.directory is None)
+    listing = find_listing(name.model_id, revision, patience, notify)
+    messages = Messages(notify)
+    context = DownloadContext(name.model_id, listing.commit, repo_cache(name.model_id), patience, messages)
+    reader = _Reader(context)
+    config: list[dict[str, Any]] = []
+    run_all([lambda: config.append(_read_config(reader, accept_config))], messages)
+    if not any(all(file in listing.sizes for file in names) for names in TOKENIZER_CHOICES):
+        raise no_tokenizer_error(printable(name.model_id))
+    tensors, weights = _read_headers(reader, listing, messages)
+    snapshot = context.cache.snapshot(listing.commit)
+    needed = (CONFIG_NAME, *listing.small_files, *weights)
+    return ModelOutline(
+        model_id=name.model_id,
+        commit=listing.commit,
+        config=config[0],
+        tensors=tensors,
+        tokenizer_bytes=sum(
+            size or 0 for file, size in listing.sizes.items() if fnmatchcase(file, "tokenizer*")
+        ),
+        missing_bytes=sum(
+            listing.sizes[file] or 0 for file in needed if not listing.is_there(snapshot, file)
+        ),
+        received_bytes=reader.received_bytes,
+    )
+
+
+def _cached(model_id: str, revision: str | None) -> Path | None:
+    """Directory of a model that is whole in the cache."""
+    snapshot = cached_snapshot(model_id, revision)
+    return snapshot if snapshot is not None and first_missing_file(snapshot) is None else None
+
+
+def _outline_here(
+    model_id: str, directory: Path, accept_config: Callable[[Mapping[str, Any]], None], *, is_hub: bool
+) -> ModelOutline:
+    checkpoint = open_checkpoint(directory)
+    accept_config(checkpoint.config)
+    return ModelOutline(
+        model_id=model_id,
+        commit=directory.name if is_hub else checkpoint.fingerprint,
+        config=checkpoint.config,
+        tensors=checkpoint.tensors,
+        tokenizer_bytes=sum(path.stat().st_size for path in directory.glob("tokenizer*") if path.is_file()),
+        missing_bytes=0,
+        received_bytes=0,
+        directory=checkpoint.directory,
+    )
+
+
+def _read_config(reader: _Reader, accept_config: Callable[[Mapping[str, Any]], None]) -> dict[str, Any]:
+    config = parse_config(reader.whole(CONFIG_NAME, MAX_CONFIG_BYTES), CONFIG_NAME)
+    accept_config(config)
+    return config
+
+
+def _read_headers(
+    reader: _Reader, listing: Listing, messages: Messages
+) -> tuple[dict[str, TensorEntry], tuple[str, ...]]:
+    """The tensors of all weight files, and the files' names."""
+    entries: dict[str, tuple[TensorEntry, ...]] = {}
+
+    def read(name: str) -> None:
+        entries[name] = reader.header(name)
+
+    if SINGLE_NAME in listing.sizes:
+        run_all([partial(read, SINGLE_NAME)], messages)
+        return {entry.name: entry for entry in entries[SINGLE_NAME]}, (SINGLE_NAME,)
+    raw: list[bytes] = []
+    run_all([lambda: raw.append(reader.whole(INDEX_NAME, MAX_INDEX_BYTES))], messages)
+    index = parse_index(raw[0], INDEX_NAME)
+    listing.check_names(index)
+    run_all([partial(read, name) for name in index.file_names], messages)
+    check_index(Path(reader.model_id), index, entries)
+    return {entry.name: entry for found in entries.values() for entry in found}, index.file_names
+
+
+class _Reader:
+    """Reads files of one commit into memory, whole or their beginning; from any thread."""
+
+    def __init__(self, context: DownloadContext) -> None:
+        self._context = context
+        self.received_bytes = 0
+
+    @property
+    def model_id(self) -> str:
+        """The model's name on the hub."""
+        return self._context.model_id
+
+    def whole(self, name: str, most_bytes: int) -> bytes:
+        """A small file, verified; raises IntegrityError for a large or another one."""
+        file = self._look_up(name)
+        if file.size_bytes > most_bytes:
+            raise IntegrityError(
+                f"{printable(name)} of {self.model_id} has {file.size_bytes} bytes, at most {most_bytes} are read"
+            )
+        data = self._fetch(file, b"", file.size_bytes)
+        found = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+        if len(file.etag) == len(found) and file.etag != found:
+            raise IntegrityError(
+                f"{printable(name)} arrived with the SHA-1 {found}, the hub announced {file.etag}",
+                "run the command again; if it stays so, the hub or a proxy is at fault",
+            )
+        return data
+
+    def header(self, name: str) -> tuple[TensorEntry, ...]:
+        """The tensors of a weight file; raises IntegrityError as `parse_entries`."""
+        file, path = self._look_up(name), Path(name)
+        data = self._fetch(file, b"", min(_FIRST_BYTES, file.size_bytes))
+        end = 8 + header_length(data[:_START_BYTES], path, file.size_bytes)
+        if end > len(data):
+            data = self._fetch(file, data, end)
+        return parse_entries(data[:end], path, file.size_bytes)
+
+    def _look_up(self, name: str) -> RemoteFile:
+        context = self._context
+        return patiently(
+            lambda: look_up(context.model_id, context.commit, name, context.patience.stall_s),
+            context.attempts(),
+            self._explained,
+        )
+
+    def _fetch(self, file: RemoteFile, have: bytes, until: int) -> bytes:
+        """The first `until` bytes, of which some may be here; a server that sends no parts is left in the middle."""
+
+        def receive() -> bytes:
+            with open_body(file, len(have), until, self._context.patience.stall_s) as body:
+                data = bytearray(have[: body.start])
+                for piece in body.pieces:
+                    self._context.messages.check()
+                    self.received_bytes += len(piece)
+                    data += piece
+                    if len(data) >= until:
+                        return bytes(data[:until])
+            raise ConnectionError("the answer ended early")
+
+        return patiently(receive, self._context.attempts(), self._explained) if until else b""
+
+    def _explained(self, error: Exception) -> Exception:
+        return explain_hub_error(error, self.model_id, self._context.commit) or error

@@ -1,0 +1,104 @@
+"""How often, and after how long a wait, a request that failed is made again."""
+
+from __future__ import annotations
+
+import datetime
+import email.utils
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from subspec_cli.errors import SubspecError
+from subspec_cli.hub.errors import explain_hub_error, is_transfer_error, status_of
+from subspec_cli.units import format_seconds
+
+_Result = TypeVar("_Result")
+
+_WORTH_ANOTHER_TRY = frozenset((408, 425, 429, 500, 502, 503, 504))
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """Bounds of the attempts at one thing; bytes that arrive start the count anew."""
+
+    tries: int = 5
+    first_wait_s: float = 1.0
+    """Doubled after every failure: 15 s in all."""
+    longest_wait_s: float = 300.0
+    """A hub that asks for a longer wait is not waited for."""
+    stall_s: float | None = None
+    """How long a connection may be silent; None is the hub library's own setting."""
+
+
+PATIENCE = Patience()
+
+
+class Attempts:
+    """Counts the failures of one thing that is tried."""
+
+    def __init__(
+        self,
+        patience: Patience,
+        pause: Callable[[float], None],
+        notify: Callable[[str], None],
+        what: str,
+    ) -> None:
+        self._patience = patience
+        self._pause = pause
+        self._notify = notify
+        self._what = what
+        self._failures = 0
+
+    def progressed(self) -> None:
+        """Something has come of it: earlier failures no longer count."""
+        self._failures = 0
+
+    def failed(self, error: Exception) -> None:
+        """Wait before the next attempt; raises `error` if there is to be none."""
+        self._failures += 1
+        if self._failures >= self._patience.tries or not _may_pass(error):
+            raise error
+        wait_s = self._patience.first_wait_s * 2 ** (self._failures - 1)
+        asked_s = _asked_wait(error)
+        if asked_s is not None:
+            if asked_s > self._patience.longest_wait_s:
+                raise error
+            wait_s = max(wait_s, asked_s)
+        failure = explain_hub_error(error, self._what, None)
+        reason = failure.message if failure else type(error).__name__
+        count = f"{self._failures + 1} of {self._patience.tries}"
+        self._notify(f"{reason}; trying again in {format_seconds(wait_s)} (attempt {count})")
+        self._pause(wait_s)
+
+
+def patiently(
+    action: Callable[[], _Result], attempts: Attempts, explained: Callable[[Exception], Exception]
+) -> _Result:
+    """Do it, again after failures that may pass; raises the last one as the error that `explained` makes of it."""
+    while True:
+        try:
+            return action()
+        except SubspecError:
+            raise
+        except Exception as error:
+            try:
+                attempts.failed(error)
+            except Exception as final:
+                raise explained(final) from final
+
+
+def _may_pass(error: Exception) -> bool:
+    return is_transfer_error(error) or status_of(error) in _WORTH_ANOTHER_TRY
+
+
+def _asked_wait(error: Exception) -> float | None:
+    """Seconds by the Retry-After header, which is a number or a date."""
+    response = getattr(error, "response", None)
+    text = response.headers.get("Retry-After", "").strip() if response is not None else ""
+    if text.isdecimal():
+        return float(text)
+    try:
+        until = email.utils.parsedate_to_datetime(text)
+        return max(0.0, (until - datetime.datetime.now(datetime.UTC)).total_seconds())
+    except (ValueError, TypeError):  # TypeError: a date without a time zone
+        return None

@@ -1,0 +1,158 @@
+"""From the name of a model to a local directory of one exact commit, by way of the Hugging Face cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from subspec_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from subspec_cli.checkpoint.source_directory import (
+    CONFIG_NAME,
+    check_config,
+    first_missing_file,
+    read_config,
+)
+from subspec_cli.errors import IntegrityError
+from subspec_cli.files.lock import directory_lock
+from subspec_cli.hub.cache import cached_snapshot, repo_cache
+from subspec_cli.hub.download import Download, DownloadContext
+from subspec_cli.hub.errors import explain_hub_error
+from subspec_cli.hub.incoming import Incoming, begin_all, fetch_all
+from subspec_cli.hub.listing import Listing, find_listing
+from subspec_cli.hub.model_name import check_revision, name_of_id, parse_model_name, prepare_command
+from subspec_cli.hub.retry import PATIENCE, Patience
+from subspec_cli.hub.workers import Messages
+from subspec_cli.units import printable
+
+ConfigCheck = Callable[[Mapping[str, Any]], None]
+"""Raises UnsupportedModelError for a config.json that no family runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedModel:
+    """A model that is on this machine."""
+
+    model_id: str
+    directory: Path
+    commit: str
+    """The hub's commit; for a directory and the demo, the checkpoint's fingerprint."""
+    is_local: bool
+    """Whether it is a directory of the user or the demo, not the hub's."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedModel:
+    """A model whose headers are known; its weights are on this machine, or on their way."""
+
+    resolved: ResolvedModel
+    checkpoint: Checkpoint
+    incoming: Incoming
+
+
+@contextmanager
+def open_model(
+    model: str,
+    revision: str | None = None,
+    *,
+    accept_config: ConfigCheck = check_config,
+    notify: Callable[[str], None],
+    patience: Patience = PATIENCE,
+) -> Iterator[OpenedModel]:
+    """Find a model and open it; of what the cache lacks, only small files and headers are fetched.
+
+    All files are of one commit. The weights come once `incoming` is started, until the context ends.
+
+    Args:
+        model: `demo`, a directory, or a hub id.
+        revision: branch, tag or commit on the hub; None means its main branch.
+        accept_config: called with config.json before any weight is fetched.
+        notify: told of waits and repeated attempts.
+        patience: bounds of the attempts.
+
+    Raises:
+        UsageError: no such directory or revision, or no model name.
+        UnsupportedModelError: no safetensors, or refused by its config.
+        AccessError, NetworkError: the hub refuses or cannot be reached.
+        ResourceError: the cache cannot be written.
+        IntegrityError: a damaged file.
+    """
+    name = parse_model_name(model)
+    check_revision(name, revision)
+    messages = Messages(notify)
+    if name.directory is not None:
+        checkpoint = open_checkpoint(name.directory)
+        accept_config(checkpoint.config)
+        resolved = ResolvedModel(name.model_id, checkpoint.directory, checkpoint.fingerprint, is_local=True)
+        yield OpenedModel(resolved, checkpoint, Incoming(resolved.directory, (), messages))
+        return
+    listing = find_listing(name.model_id, revision, patience, notify)
+    cache = repo_cache(name.model_id)
+    resolved = ResolvedModel(name.model_id, cache.snapshot(listing.commit), listing.commit, is_local=False)
+    with ExitStack() as stack:
+        if not listing.is_complete(resolved.directory):
+            cache.make()
+            stack.enter_context(directory_lock(cache.lock_directory, on_wait=notify))
+        context = DownloadContext(name.model_id, listing.commit, cache, patience, messages)
+        downloads = _begin(context, listing, accept_config)
+        incoming = Incoming(cache.directory, downloads, messages)
+        stack.callback(incoming.close)
+        begun = {download.name: download.begun for download in downloads if not download.is_done}
+        yield OpenedModel(resolved, open_checkpoint(resolved.directory, begun), incoming)
+        incoming.close()
+        if incoming.is_complete:
+            cache.remember(revision or "main", listing.commit)
+            if downloads:
+                cache.sweep()
+
+
+def _begin(context: DownloadContext, listing: Listing, accept_config: ConfigCheck) -> list[Download]:
+    """Fetch the small files that are missing, and begin the weights; what can refuse the model comes first."""
+    snapshot = context.cache.snapshot(context.commit)
+
+    def missing(names: Iterable[str]) -> list[str]:
+        return [name for name in names if not listing.is_there(snapshot, name)]
+
+    fetch_all(context, missing([CONFIG_NAME]))
+    accept_config(read_config(snapshot)[1])
+    fetch_all(context, missing(listing.small_files))
+    return begin_all(context, missing(listing.weights(snapshot)))
+
+
+def find_local(model_id: str, revision: str | None = None) -> Path:
+    """Directory of a model that has been resolved before; the network is never used.
+
+    Args:
+        model_id: as in a manifest: `demo`, an absolute path or a hub id.
+        revision: for a hub id, the commit in the manifest.
+
+    Raises:
+        UsageError: no such directory, or no model name.
+        IntegrityError: the hub's cache no longer holds the commit whole.
+    """
+    name = name_of_id(model_id)
+    if name.directory is not None:
+        return name.directory
+    directory = cached_snapshot(name.model_id, revision)
+    if directory is None:
+        lack = "is not in the cache"
+    elif missing := first_missing_file(directory):
+        lack = f"lacks {printable(missing)} in the cache"
+    else:
+        return directory
+    raise IntegrityError(
+        f"the 16-bit weights are gone: {name.model_id} at {printable(revision or 'main')} {lack}",
+        f"fetch them again: {prepare_command(name.model_id, revision=revision)}",
+    )
+
+
+def download_dataset_file(dataset: str, file_name: str) -> Path:
+    """One file of a dataset on the hub, from the cache if it is there; errors as in `resolve_model`."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(dataset, file_name, repo_type="dataset"))
+    except Exception as error:
+        raise explain_hub_error(error, dataset, None) or error from error

@@ -1,0 +1,26 @@
+"""Bounds that plan and run share, each written once. A run may never take more than was planned."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from subspec_cli.units import MIB
+
+MOST_DEPTH: Final = 48
+"""Deepest tree, whatever the costs say."""
+
+
+MOST_ROWS: Final = 8
+"""Most rows of a draft step, whatever the costs say."""
+
+
+ATTENTION_TILE_BYTES: Final = 4 * MIB
+"""Most bytes of one tile of float64 scores; a few such temporaries live at a time."""
+
+
+PREFILL_CHUNK: Final = 256
+"""Prompt rows per pass. Chunks end at absolute multiples of this, whatever the budget or the mode."""
+SHADOW_ROWS: Final = 128
+"""Cache rows for what is drafted while the target's weights arrive."""
+NOISE_ROWS: Final = 64
+"""Positions whose sampling noise is kept: as many as a tree and its shadow have levels."""

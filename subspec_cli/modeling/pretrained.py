@@ -1,0 +1,95 @@
+"""The one door to transformers: a model's configuration, tokenizer and end tokens, loaded without its code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+
+from subspec_cli.errors import IntegrityError, UnsupportedModelError
+from subspec_cli.files.json_object import parse_json_object
+from subspec_cli.files.safe_io import read_small_file
+from subspec_cli.units import printable
+
+_MOST_CONFIG_BYTES: Final = 1 << 20
+
+
+def load_config(directory: Path) -> PreTrainedConfig:
+    """The library's view of `config.json`; remote code is never run."""
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            directory, trust_remote_code=False, local_files_only=True
+        )
+    except Exception as error:  # the library raises whatever its validators raise
+        raise UnsupportedModelError(
+            f"config.json is not understood: {printable(str(error))[:300]}"
+        ) from error
+    return config
+
+
+class ModelTokenizer:
+    """Tokenizer and chat template of a model."""
+
+    def __init__(self, directory: Path, vocab: int) -> None:
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(
+                directory, trust_remote_code=False, local_files_only=True
+            )
+        except Exception as error:  # the library raises whatever its parsers raise
+            raise IntegrityError(
+                f"the tokenizer in {printable(str(directory))} cannot be loaded: {printable(str(error))[:300]}"
+            ) from error
+        if len(self._tokenizer) > vocab:
+            raise UnsupportedModelError(
+                f"the tokenizer has {len(self._tokenizer)} tokens, the model's head only {vocab} rows"
+            )
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether messages can be laid out as the model was trained on."""
+        return bool(self._tokenizer.chat_template)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of bare text, with the special tokens the tokenizer adds by itself."""
+        return list(self._tokenizer.encode(text))
+
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation, up to where the assistant begins to speak."""
+        try:
+            text = self._tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # templates are programs and raise anything
+            raise UnsupportedModelError(
+                f"the chat template refuses this conversation: {printable(str(error))[:300]}",
+                "--raw completes the bare text, without the template",
+            ) from error
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of tokens; special tokens are left out, spaces stay as they are."""
+        return str(
+            self._tokenizer.decode(
+                list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        )
+
+    @property
+    def eos_id(self) -> int | None:
+        """The tokenizer's own end token."""
+        found: int | None = self._tokenizer.eos_token_id
+        return found
+
+
+def end_token_ids(directory: Path, config: PreTrainedConfig, tokenizer: ModelTokenizer) -> frozenset[int]:
+    """Every token that ends an answer: the generation config's, else the model config's, and the tokenizer's."""
+    named = config.eos_token_id
+    path = directory / "generation_config.json"
+    if path.is_file():
+        content = read_small_file(path, _MOST_CONFIG_BYTES)
+        generation = parse_json_object(content, printable(str(path)), IntegrityError)
+        named = generation.get("eos_token_id", named)
+    found = named if isinstance(named, list) else [named]
+    return frozenset(token for token in (*found, tokenizer.eos_id) if isinstance(token, int))

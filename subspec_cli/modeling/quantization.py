@@ -1,0 +1,128 @@
+"""Quantizing the layers of a model into substitutes, and what that loses. The one door to quanto."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from subspec_cli.checkpoint.layer_tensors import LAYER_MATRICES
+from subspec_cli.modeling.substitute import unpack_codes
+from subspec_cli.substitutes.quality import MatrixQuality, matrix_kind, rounded_power
+from subspec_cli.substitutes.settings import SubstituteSettings, group_size_for
+
+_POWER_ELEMENTS: Final = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedLayer:
+    """Tensors to store for one layer, and how well they stand for the original."""
+
+    tensors: dict[str, Tensor]
+    quality: dict[str, MatrixQuality]
+    """By the kind of matrix."""
+
+
+@dataclass(frozen=True, slots=True)
+class _QuantizedMatrix:
+    """One matrix as it is stored, and its weights as `codes * scale - shift` to tell what was lost."""
+
+    stored: dict[str, Tensor]
+    codes: Tensor
+    """`[groups, group]`, one a byte."""
+    scale: Tensor
+    shift: Tensor | None
+
+    def restore(self, rows: slice) -> Tensor:
+        """Some groups in float32."""
+        found = self.codes[rows].float() * self.scale[rows].float()
+        return found if self.shift is None else found - self.shift[rows].float()
+
+
+def quantize_layer(tensors: Mapping[str, Tensor], settings: SubstituteSettings) -> QuantizedLayer:
+    """Quantize the matrices of one layer with quanto; norms and biases are left out, the target's serve both.
+
+    `tensors` by name inside the layer. The optimizer, `minmax` or `hqq`, has no effect at 8 bits, where quanto
+    scales by the largest magnitude.
+    """
+    quantizers = {bits: _quantizer(bits, settings.optimizer) for bits in sorted(settings.widths)}
+    stored: dict[str, Tensor] = {}
+    quality = {}
+    for name in LAYER_MATRICES:
+        original = tensors[name]
+        weight = original.to(torch.bfloat16)
+        group_size = group_size_for(tuple(weight.shape))
+        if group_size is None:
+            made, noise = {name: weight}, _difference_power(original, weight.__getitem__)
+        else:
+            matrix = quantizers[settings.bits_of(name)](weight, group_size)
+            made = {f"{name}.{part}": tensor for part, tensor in matrix.stored.items()}
+            noise = _difference_power(original.reshape(matrix.codes.shape), matrix.restore)
+        stored |= made
+        quality[matrix_kind(name)] = MatrixQuality(
+            weights=original.numel(),
+            stored_bytes=sum(tensor.nbytes for tensor in made.values()),
+            signal=rounded_power(_difference_power(original, None)),
+            noise=rounded_power(noise),
+        )
+    return QuantizedLayer(stored, quality)
+
+
+def _difference_power(original: Tensor, restore: Callable[[slice], Tensor] | None) -> float:
+    """Sum of squared differences (of squares, without `restore`) in float64, some rows at a time."""
+    step = max(1, _POWER_ELEMENTS // original.shape[1])
+    total = 0.0
+    for start in range(0, len(original), step):
+        rows = slice(start, start + step)
+        difference = original[rows].double()
+        if restore is not None:
+            difference -= restore(rows).double()
+        total += float(difference.square().sum())
+    return total
+
+
+def _quantizer(bits: int, optimizer: str) -> Callable[[Tensor, int], _QuantizedMatrix]:
+    from optimum.quanto import (
+        AbsmaxOptimizer,
+        HqqOptimizer,
+        MaxOptimizer,
+        qint2,
+        qint4,
+        qint8,
+        quantize_weight,
+    )
+
+    def to_8_bits(weight: Tensor, _group_size: int) -> _QuantizedMatrix:
+        scale = AbsmaxOptimizer()(weight, qint8, axis=0)
+        quantized: Any = quantize_weight(weight, qint8, 0, scale, optimized=False)
+        codes, scale = quantized._data, quantized._scale
+        return _QuantizedMatrix({"codes": codes, "scale": scale}, codes, scale, None)
+
+    def to_low_bits(weight: Tensor, group_size: int) -> _QuantizedMatrix:
+        qtype = {2: qint2, 4: qint4}[bits]
+        search = HqqOptimizer() if optimizer == "hqq" else MaxOptimizer()
+        with _unpacking_without_compiler():
+            scale, shift = search(weight, qtype, axis=0, group_size=group_size)
+        quantized: Any = quantize_weight(weight, qtype, 0, scale, shift, group_size, optimized=False)
+        packed, scale, shift = quantized._data._data, quantized._scale, quantized._shift
+        stored = {"codes": packed, "scale": scale, "shift": shift}
+        return _QuantizedMatrix(stored, unpack_codes(packed, bits)[: len(scale)], scale, shift)
+
+    return to_8_bits if bits == 8 else to_low_bits
+
+
+@contextmanager
+def _unpacking_without_compiler() -> Iterator[None]:
+    """Quanto unpacks through a C++ extension that it compiles at first use; not every machine can compile."""
+    from optimum.quanto.tensor.packed import PackedTensor
+
+    def unpack(self: Any) -> Tensor:  # noqa: ANN401 - quanto has no types
+        return unpack_codes(self._data, self._bits)[: self.shape[0]]
+
+    with mock.patch.object(PackedTensor, "unpack", unpack):
+        yield

@@ -1,0 +1,203 @@
+"""The self-check at load: are a row's bits free of its neighbours, on this machine, for this model's shapes?
+
+Runs the blocks of one whole layer, as they stream by, and the head, on rows of random states: alone, beside
+others, in other places, at every row count the session can use. The smallest row block for which every row
+keeps its bits is taken; if none does, the run is `numeric` and says why. Nothing claims `exact` unchecked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from subspec_cli.checkpoint.geometry import ModelGeometry
+from subspec_cli.checkpoint.layer_tensors import LAYER_BLOCKS
+from subspec_cli.modeling.decoder import Block, BlockSource, Head, TargetDecoder
+from subspec_cli.modeling.kv_cache import KVCache
+from subspec_cli.modeling.layers import RowRules, TokenBatch
+
+_ROW_BLOCKS: Final = (2, 4, 8, 16, 32, 64)
+_DEVICE_ROW_BLOCK: Final = 64
+"""Fixed rows per linear call off the CPU, where kernels change with the shape."""
+_REVERSED_COUNTS: Final = (2, 3, 5, 8, 17, 33, 64)
+_CAUSAL_ROWS: Final = 24
+_SAMPLED_ELEMENTS: Final = 1 << 15
+"""Results to compare at each row size: kernels that round otherwise were seen to differ in 1 of 4000."""
+_MOST_SAMPLED_ROWS: Final = 192
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """Outcome of the self-check."""
+
+    exactness: str
+    """`exact` or `numeric`."""
+    reason: str
+    rules: RowRules
+    threads: int
+
+
+def candidate_rules(device: torch.device) -> Iterator[RowRules]:
+    """Row rules to try, cheapest first."""
+    if device.type != "cpu":
+        yield RowRules(_DEVICE_ROW_BLOCK, fixed_rows=True)
+        return
+    for row_block in _ROW_BLOCKS:
+        yield RowRules(row_block)
+        yield RowRules(row_block, tile_elementwise=True)
+
+
+@torch.inference_mode()
+def certify(
+    decoder_for: Callable[[RowRules], TargetDecoder],
+    head: Head,
+    source: BlockSource,
+    geometry: ModelGeometry,
+    *,
+    most_nodes: int,
+    prefill_rows: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Certificate:
+    """Find the row rules under which rows keep their bits; `decoder_for` builds the target under given rules."""
+    counts = row_counts(most_nodes, prefill_rows)
+    states = _random_states(geometry.hidden, max(counts), dtype, device)
+    threads = torch.get_num_threads()
+    failure = ""
+    for rules in candidate_rules(device):
+        failure = _first_failure(decoder_for(rules), head, source, states, counts, most_nodes)
+        if not failure and dtype in (torch.bfloat16, torch.float16):
+            return Certificate("exact", f"rows checked in blocks of {rules.row_block}", rules, threads)
+        if not failure:
+            name = str(dtype).removeprefix("torch.")
+            return Certificate("numeric", f"{name} sums can round by the order of keys", rules, threads)
+    return Certificate("numeric", f"{failure} lets a row's bits depend on its neighbours", rules, threads)
+
+
+def row_counts(most_nodes: int, prefill_rows: int) -> tuple[int, ...]:
+    """Row counts to check: all small ones, then the sizes in use and their neighbours, up to the largest."""
+    most = max(most_nodes, prefill_rows)
+    counts = {*range(1, 18), 24, 31, 32, 33, 48, 49, *range(64, most, 64), 65, most - 1, most, most_nodes}
+    return tuple(sorted(n for n in counts if 1 <= n <= most))
+
+
+def _first_failure(
+    decoder: TargetDecoder,
+    head: Head,
+    source: BlockSource,
+    states: Tensor,
+    counts: Sequence[int],
+    most_nodes: int,
+) -> str:
+    """Name of the first part whose rows do not keep their bits; empty if all do."""
+    with closing(source.blocks()) as blocks:
+        for block in islice(blocks, len(LAYER_BLOCKS)):
+            if not _rows_keep_bits(partial(_run_block, decoder, block), decoder.rules, states, counts):
+                return f"the {block.kind} block"
+            if block.kind == "attention" and not _decode_equals_prefill(decoder, block, states):
+                return "attention over the cache"
+    # Prefill only ever asks for the last row's logits, so whole chunks need not be tried at the head.
+    few = [count for count in counts if count <= most_nodes]
+    if not _rows_keep_bits(lambda rows: head.logits(rows, decoder.rules), decoder.rules, states, few):
+        return "the head"
+    return ""
+
+
+def _rows_keep_bits(
+    run: Callable[[Tensor], Tensor], rules: RowRules, states: Tensor, counts: Sequence[int]
+) -> bool:
+    """Whether each row's result is the same at every count, beside other rows and in reversed order."""
+    reference = run(states[: rules.padded(counts[-1])])
+    for count in counts:
+        padding = states[-1:].expand(rules.padded(count) - count, -1)
+        if not torch.equal(run(torch.cat((states[:count], padding)))[:count], reference[:count]):
+            return False
+    for count in _REVERSED_COUNTS:
+        padded = min(rules.padded(count), len(reference))
+        if not _equal_turned(run(states[:padded].flip(0)), reference[:padded]):
+            return False
+    sizes = sorted({rules.padded(count) for count in counts})
+    return all(_windows_keep_bits(run, states, reference, size) for size in sizes)
+
+
+def _equal_turned(found: Tensor, reference: Tensor) -> bool:
+    """Row by row: to turn a head's results back would take as much memory as those of a whole tree."""
+    last = len(found) - 1
+    return all(torch.equal(found[last - row], reference[row]) for row in range(len(found)))
+
+
+def _windows_keep_bits(run: Callable[[Tensor], Tensor], states: Tensor, reference: Tensor, size: int) -> bool:
+    """Whether rows in calls of `size` are those of the reference, for enough rows that a rare rounding shows."""
+    rows = min(_MOST_SAMPLED_ROWS, _SAMPLED_ELEMENTS // reference.shape[1] + 1, len(reference) - size + 1)
+    return all(
+        torch.equal(run(states[start : start + size]), reference[start : start + size])
+        for start in range(0, rows, size)
+    )
+
+
+def _run_block(decoder: TargetDecoder, block: Block, rows: Tensor) -> Tensor:
+    """One block on `[P, hidden]` rows, each at position 0 and seeing only itself: its neighbours must not show."""
+    zeros = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
+    alone = torch.eye(len(rows), dtype=torch.bool, device=rows.device)
+    batch = TokenBatch(zeros, zeros, len(rows), 0, alone, zeros)
+    # The residual is made small, or adding it would hide how the rest was rounded; norms do not mind.
+    flow = decoder.start(rows / 256, batch, _one_layer_cache(decoder, rows))
+    flow.normed = rows
+    flow.inner = _widened(rows, decoder.math.geometry.feed_forward)
+    decoder.run_block(block, flow)
+    return flow.hidden if block.kind in ("attention", "down") else flow.inner
+
+
+def _decode_equals_prefill(decoder: TargetDecoder, block: Block, states: Tensor) -> bool:
+    """Whether causal rows computed one by one over the cache equal the same rows computed together."""
+    rows = states[:_CAUSAL_ROWS]
+    padded, device = decoder.rules.padded, rows.device
+    kv = _one_layer_cache(decoder, rows)
+
+    def attend(start: int, count: int) -> Tensor:
+        positions = torch.arange(start, start + count, device=device)
+        keys = torch.arange(start + count, device=device)
+        allowed = keys[None, :] <= positions[:, None]
+        extra = padded(count) - count
+        batch = TokenBatch(
+            positions.new_zeros(padded(count)), F.pad(positions, (0, extra)), count, start, allowed, keys
+        )
+        padding = rows[-1:].expand(extra, -1)
+        flow = decoder.start(torch.cat((rows[start : start + count], padding)), batch, kv)
+        decoder.run_block(block, flow)
+        return flow.hidden[:count]
+
+    together = attend(0, len(rows))
+    return all(torch.equal(attend(row, 1)[0], together[row]) for row in range(len(rows)))
+
+
+def _one_layer_cache(decoder: TargetDecoder, rows: Tensor) -> KVCache:
+    geometry = decoder.math.geometry
+    return KVCache(
+        layers=1,
+        kv_heads=geometry.kv_heads,
+        head_dim=geometry.head_dim,
+        context=0,
+        scratch=len(rows),
+        dtype=rows.dtype,
+        device=rows.device,
+    )
+
+
+def _random_states(hidden: int, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    padded = -(-rows // max(_ROW_BLOCKS)) * max(_ROW_BLOCKS)
+    return torch.randn((padded, hidden), generator=generator).to(device, dtype)
+
+
+def _widened(rows: Tensor, width: int) -> Tensor:
+    """Rows repeated along their width to `width` columns, in memory of their own."""
+    return rows.repeat(1, -(-width // rows.shape[1]))[:, :width].contiguous()

@@ -1,0 +1,134 @@
+"""What a machine is taken to be before anything was timed on it: bytes over rates plus operations over rates.
+
+The figures are those of a plain machine of its kind, so a plan made from them is a guess that says so: the link
+rate can be given, everything else is measured at the first run.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final
+
+from subspec_cli.checkpoint.geometry import ModelGeometry
+from subspec_cli.checkpoint.layer_tensors import LAYER_MATRICES
+from subspec_cli.planning.costs import MachineCosts, RowTimes
+from subspec_cli.substitutes.settings import SubstituteSettings, substitute_layer_bytes
+
+ASSUMED: Final = "assumed"
+_ROWS: Final = (1, 2, 4, 8, 16, 32, 64, 128)
+_SURVIVAL: Final = MappingProxyType({8: 0.99, 4: 0.974, 2: 0.75})
+"""Chance that the target agrees with one more level of the draft, by the bits of the substitutes: 4 bit as the
+method's authors measured it on a 7B model, the others from our own runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Rates:
+    """A kind of machine; bytes and operations per second."""
+
+    link: float
+    pageable: float
+    disk: float
+    exact_memory: float
+    """16-bit weights as the target reads them: padded rows, attention in float64."""
+    fast_memory: float
+    """16-bit weights as the draft reads them."""
+    low_bit_memory: float
+    exact_ops: float
+    fast_ops: float
+    low_bit_ops: float
+    layer_s: float
+    """Of any layer, whatever its size: calls, norms, attention over a short prefix."""
+    step_s: float
+    """Of a draft step beside its layers and head."""
+
+
+# Two cores with AVX-512 and one NVMe disk, as measured on a model of 24 layers and 1.4 GB: a draft step of
+# 14 ms for one row and 25 ms for four, a target pass of 0.2 s to 0.25 s for up to 30 rows, 1.3 to 1.7 GB/s.
+_CPU: Final = _Rates(
+    link=1.4e9,
+    pageable=1.4e9,
+    disk=1.4e9,
+    exact_memory=7e9,
+    fast_memory=20e9,
+    low_bit_memory=40e9,
+    exact_ops=0.8e12,
+    fast_ops=0.4e12,
+    low_bit_ops=0.4e12,
+    layer_s=0.2e-3,
+    step_s=0.5e-3,
+)
+# A card with PCIe 4.0 x16 and 1 TB/s of memory, as published for an RTX 4090: a pinned copy reaches 22 to
+# 24 GB/s, one that the driver has to stage about a third of it; kernels read 80 % of the memory's rate; the disk
+# behind it is an NVMe.
+_CUDA: Final = _Rates(
+    link=24e9,
+    pageable=8e9,
+    disk=3e9,
+    exact_memory=600e9,
+    fast_memory=800e9,
+    low_bit_memory=800e9,
+    exact_ops=40e12,
+    fast_ops=80e12,
+    low_bit_ops=40e12,
+    layer_s=0.03e-3,
+    step_s=0.3e-3,
+)
+
+
+def assumed_survival(bits: int) -> float:
+    """Chance that the target agrees with one more level of a draft of substitutes with so many bits."""
+    return _SURVIVAL[bits]
+
+
+def assumed_costs(
+    geometry: ModelGeometry,
+    device: str,
+    link_gb_per_s: float | None = None,
+    settings: SubstituteSettings | None = None,
+) -> MachineCosts:
+    """Costs of a machine that nobody has timed.
+
+    Args:
+        geometry: of the model whose parts are to take time.
+        device: `cpu` or `cuda`.
+        link_gb_per_s: the link's rate in 1e9 bytes per second, where it is known; on `cpu` the disk's.
+        settings: of the substitutes; None means 4 bits.
+    """
+    rates = _CPU if device == "cpu" else _CUDA
+    link = rates.link if link_gb_per_s is None else link_gb_per_s * 1e9
+    substitute_bytes = substitute_layer_bytes(geometry, settings or SubstituteSettings(4, "minmax"))
+    shapes = geometry.layer_shapes()
+    layer_weights = sum(math.prod(shapes[name]) for name in LAYER_MATRICES)
+    head_weights = geometry.vocab * geometry.hidden
+
+    def times(size_bytes: float, weights: int, memory: float, ops: float, fixed_s: float) -> RowTimes:
+        # The first row comes with the reading; more rows cost operations on top of it.
+        seconds = (fixed_s + size_bytes / memory + (rows - 1) * 2 * weights / ops for rows in _ROWS)
+        return RowTimes(_ROWS, tuple(seconds))
+
+    layer_bytes, head_bytes = geometry.layer_matrix_bytes, geometry.table_bytes
+    return MachineCosts(
+        link_bytes_per_s=link,
+        pageable_bytes_per_s=link * rates.pageable / rates.link,
+        disk_bytes_per_s=link if device == "cpu" else rates.disk,
+        target_layer=times(layer_bytes, layer_weights, rates.exact_memory, rates.exact_ops, rates.layer_s),
+        target_head=times(head_bytes, head_weights, rates.exact_memory, rates.exact_ops, 0.0),
+        substitute_layer=times(
+            substitute_bytes, layer_weights, rates.low_bit_memory, rates.low_bit_ops, rates.layer_s
+        ),
+        shared_layer=times(layer_bytes, layer_weights, rates.fast_memory, rates.fast_ops, rates.layer_s),
+        draft_head=times(head_bytes, head_weights, rates.fast_memory, rates.fast_ops, 0.0),
+        low_bit_head=times(
+            low_bit_table_bytes(geometry), head_weights, rates.low_bit_memory, rates.low_bit_ops, 0.0
+        ),
+        step_overhead_s=rates.step_s,
+        origin=ASSUMED,
+    )
+
+
+def low_bit_table_bytes(geometry: ModelGeometry) -> int:
+    """Bytes of a 4-bit copy of the head: half a byte a weight, a scale and a shift per group of 128."""
+    weights = geometry.vocab * geometry.hidden
+    return weights // 2 + weights // 128 * 4

@@ -1,0 +1,272 @@
+"""Timing what a model's passes and draft steps are made of, on stand-ins of its own shapes.
+
+Nothing of the model is loaded but, for the link, blocks of its files: a few layers of made-up weights, more than
+a cache holds, run through the very decoders that a session uses. Takes seconds; the result is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, replace
+from functools import partial
+from types import MappingProxyType
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from subspec_cli.checkpoint.checkpoint import Checkpoint
+from subspec_cli.checkpoint.geometry import ModelGeometry
+from subspec_cli.checkpoint.layer_tensors import LAYER_BLOCKS, LAYER_MATRICES, block_entries
+from subspec_cli.drafting.graph_capture import CudaGraphs, Run
+from subspec_cli.drafting.ranking import rank
+from subspec_cli.modeling.attention import exact_attention, fast_attention
+from subspec_cli.modeling.decoder import Block, DraftDecoder, DraftHead, DraftLogits, Head, TargetDecoder
+from subspec_cli.modeling.kv_cache import KVCache
+from subspec_cli.modeling.layers import LayerMath, RowRules, TokenBatch
+from subspec_cli.modeling.rope import RopeTable
+from subspec_cli.modeling.substitute import (
+    LowBitHead,
+    SubstituteLayer,
+    load_substitute,
+    low_bit_table,
+    made_up_substitute,
+    resident_layer,
+)
+from subspec_cli.planning.costs import MachineCosts, RowTimes, quantised
+from subspec_cli.probe.timers import copy_rate, disk_rate, reading, time_rows
+from subspec_cli.streaming.layout import BlockLayout, layout_block
+from subspec_cli.streaming.streamer import DTYPES
+from subspec_cli.substitutes.settings import SubstituteSettings
+
+_BEYOND_CACHES_BYTES: Final = 160 << 20
+_PREFIX: Final = 256
+"""Committed rows that attention looks back on."""
+_TARGET_ROWS: Final = (1, 8, 16, 32, 48, 64, 128)
+_DRAFT_ROWS: Final = (1, 2, 3, 4, 6, 8)
+_DISK_LAYERS: Final = 4
+"""Layers whose files are read to time the disk, spread over the model."""
+_TREE_S: Final = MappingProxyType({"cpu": 0.5e-3, "cuda": 0.1e-3})
+"""Batch and tree of a draft step, the same on any machine within what it matters; beside a card the host does
+this while the step before is under way."""
+
+
+def probe_machine(
+    geometry: ModelGeometry,
+    settings: SubstituteSettings,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    progress: Callable[[str], None],
+) -> MachineCosts:
+    """Time link, target layers, draft layers and heads; every time is quantised."""
+    layouts = _disk_layouts(geometry, checkpoint)
+    on_cpu = device.type == "cpu"
+    bench = _Bench(geometry, settings, device)
+    progress("link and target")
+    if on_cpu:
+        # A pass and the reader share cores and memory, so each is timed beside the other.
+        with reading(layouts) as beside:
+            target = bench.target_layer()
+        link = pageable = disk = beside.bytes_per_s
+    else:
+        target, disk = bench.target_layer(), disk_rate(layouts)
+        link, pageable = copy_rate(device, pinned=True), copy_rate(device, pinned=False)
+    progress("the draft's layers")
+    return MachineCosts(
+        link_bytes_per_s=link,
+        pageable_bytes_per_s=pageable,
+        disk_bytes_per_s=disk,
+        target_layer=target.quantised(),
+        target_head=bench.target_head().quantised(),
+        substitute_layer=bench.substitute_layer().quantised(),
+        shared_layer=bench.shared_layer().quantised(),
+        draft_head=bench.draft_head(16).quantised(),
+        low_bit_head=bench.draft_head(4).quantised(),
+        step_overhead_s=quantised(_TREE_S[device.type]),
+        origin="measured",
+    )
+
+
+def _disk_layouts(geometry: ModelGeometry, checkpoint: Checkpoint) -> list[BlockLayout]:
+    step = max(1, geometry.layers // _DISK_LAYERS)
+    return [
+        layout_block(entries)
+        for layer in range(0, geometry.layers, step)
+        for entries in block_entries(checkpoint.tensors, layer)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _MadeUpSource:
+    """Blocks of layers that are all in memory."""
+
+    layers: tuple[dict[str, Tensor], ...]
+
+    def blocks(self) -> Generator[Block, None, None]:
+        """One pass."""
+        for number, matrices in enumerate(self.layers):
+            for kind, names in LAYER_BLOCKS.items():
+                yield Block(number, kind, {name: matrices[name] for name in names})
+
+
+class _NoHead:
+    """Leaves the head out."""
+
+    def guess(self, hidden: Tensor) -> DraftLogits:
+        """The hidden states themselves."""
+        return DraftLogits(hidden)
+
+
+class _Bench:
+    """A few layers of made-up weights, and decoders over them."""
+
+    def __init__(self, geometry: ModelGeometry, settings: SubstituteSettings, device: torch.device) -> None:
+        self._sizes, self._settings, self._device = geometry, settings, device
+        self._dtype = DTYPES[geometry.dtype]
+        self.rules = RowRules(2) if device.type == "cpu" else RowRules(64, fixed_rows=True)
+
+    @torch.inference_mode()
+    def target_layer(self) -> RowTimes:
+        """One layer of the target, by rows."""
+        layers = self._matrices(self._count(self._sizes.layer_matrix_bytes))
+        math = self._math(len(layers), exact_attention)
+        head = Head(self._ones(self._sizes.hidden), self._ones(1, self._sizes.hidden), 1e-6)
+        decoder = TargetDecoder(math, self._states, head, _MadeUpSource(layers), self.rules)
+        kv = self._cache(len(layers))
+
+        def run(rows: int) -> None:
+            flow = decoder.begin(self._batch(rows, self.rules.padded(rows)), kv)
+            for _ in decoder.layers(flow):
+                pass
+
+        return self._per_layer(run, _TARGET_ROWS, len(layers))
+
+    @torch.inference_mode()
+    def shared_layer(self) -> RowTimes:
+        """One layer of the draft that is a resident layer of the target, by rows."""
+        matrices = self._matrices(self._count(self._sizes.layer_matrix_bytes))
+        math = self._math(len(matrices), fast_attention)
+        return self._draft(math, [resident_layer(math, number, held) for number, held in enumerate(matrices)])
+
+    @torch.inference_mode()
+    def substitute_layer(self) -> RowTimes:
+        """One layer of the draft made of its substitute, by rows."""
+        shapes = self._sizes.layer_shapes()
+        stored = {
+            name: value
+            for matrix in LAYER_MATRICES
+            for name, value in made_up_substitute(
+                matrix, shapes[matrix], self._settings.bits_of(matrix), self._dtype
+            ).items()
+        }
+        count = self._count(self._sizes.layer_matrix_bytes // 4)
+        math = self._math(count, fast_attention)
+        layers = [load_substitute(math, n, stored, self._settings, self._device) for n in range(count)]
+        return self._draft(math, layers)
+
+    @torch.inference_mode()
+    def target_head(self) -> RowTimes:
+        """The target's head, by rows."""
+        head = self._head()
+        return time_rows(
+            lambda rows: head.logits(self._ones(self.rules.padded(rows), self._sizes.hidden), self.rules),
+            _TARGET_ROWS,
+            finish=self._finish,
+        )
+
+    @torch.inference_mode()
+    def draft_head(self, bits: int) -> RowTimes:
+        """The draft's head of 16 or 4 bits and the ranking of what it finds, by rows.
+
+        Four bits take as long as sixteen where no kernel takes the table's shape.
+        """
+        whole = self._head()
+        table = low_bit_table(whole.weight) if bits == 4 else None
+        head: DraftHead = whole
+        if table is not None:
+            head = LowBitHead(whole.norm_weight, table, whole.weight, whole.eps)
+
+        def run(states: Tensor) -> None:
+            rank(head.guess(states), None)
+
+        steps = self._launched(lambda rows: partial(run, self._ones(rows, self._sizes.hidden)))
+        return time_rows(steps, _DRAFT_ROWS, finish=self._finish)
+
+    def _head(self) -> Head:
+        return Head(self._ones(self._sizes.hidden), self._ones(self._sizes.vocab, self._sizes.hidden), 1e-6)
+
+    def _draft(self, math: LayerMath, layers: list[SubstituteLayer]) -> RowTimes:
+        kv = self._cache(len(layers))
+        draft = DraftDecoder(math, self._states, _NoHead(), layers)
+
+        def run(batch: TokenBatch) -> None:
+            draft.run(self._states(batch.positions), batch, kv)
+
+        steps = self._launched(lambda rows: partial(run, self._batch(rows, rows).to(self._device)))
+        return self._per_layer(steps, _DRAFT_ROWS, len(layers))
+
+    def _launched(self, step_of: Callable[[int], Run]) -> Callable[[int], object]:
+        """Draft steps by their rows, as a session launches them: on a card captured, if they can be."""
+        steps = {rows: step_of(rows) for rows in _DRAFT_ROWS}
+        if self._device.type == "cuda":
+            steps = self._captured(steps)
+        return lambda rows: steps[rows]()
+
+    def _captured(self, steps: dict[int, Run]) -> dict[int, Run]:
+        graphs = CudaGraphs(self._device)
+        try:
+            return {rows: graphs.capture(torch.inference_mode()(run)) for rows, run in steps.items()}
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            return steps  # a session finds out by itself, and says so
+
+    def _per_layer(self, run: Callable[[int], object], row_counts: tuple[int, ...], layers: int) -> RowTimes:
+        times = time_rows(run, row_counts, finish=self._finish)
+        return RowTimes(times.rows, tuple(seconds / layers for seconds in times.seconds))
+
+    def _finish(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def _count(self, layer_bytes: int) -> int:
+        """Layers to run, so that no cache holds them all."""
+        return min(self._sizes.layers, -(-_BEYOND_CACHES_BYTES // layer_bytes))
+
+    def _ones(self, *shape: int) -> Tensor:
+        return torch.ones(shape, dtype=self._dtype, device=self._device)
+
+    def _states(self, token_ids: Tensor) -> Tensor:
+        return self._ones(len(token_ids), self._sizes.hidden)
+
+    def _matrices(self, count: int) -> tuple[dict[str, Tensor], ...]:
+        shapes = self._sizes.layer_shapes()
+        return tuple({name: self._ones(*shapes[name]) for name in LAYER_MATRICES} for _ in range(count))
+
+    def _math(self, layers: int, attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> LayerMath:
+        sizes = replace(self._sizes, layers=layers, windows=self._sizes.windows[:layers])
+        small = {
+            name: self._ones(*s) for name, s in sizes.layer_shapes().items() if name not in LAYER_MATRICES
+        }
+        table = self._ones(_PREFIX + max(_TARGET_ROWS), 1, sizes.head_dim)
+        return LayerMath(sizes, (small,) * layers, RopeTable(table, table), attend)
+
+    def _cache(self, layers: int) -> KVCache:
+        kv = KVCache(
+            layers=layers,
+            kv_heads=self._sizes.kv_heads,
+            head_dim=self._sizes.head_dim,
+            context=_PREFIX,
+            scratch=max(_TARGET_ROWS),
+            dtype=self._dtype,
+            device=self._device,
+        )
+        kv.commit(range(_PREFIX), [0] * _PREFIX)
+        return kv
+
+    def _batch(self, rows: int, padded: int) -> TokenBatch:
+        """Rows of a chain after the prefix."""
+        zeros = torch.zeros(padded, dtype=torch.long)
+        keys = torch.arange(_PREFIX + rows)
+        positions = keys[_PREFIX:]
+        return TokenBatch(zeros, zeros + _PREFIX, rows, _PREFIX, keys[None, :] <= positions[:, None], keys)

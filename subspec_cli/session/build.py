@@ -1,0 +1,295 @@
+"""From a checked model to a ready session: plan first, allocate second, check rows third."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+
+from subspec_cli.checkpoint.checkpoint import check_unchanged, tokenizer_bytes_in
+from subspec_cli.checkpoint.geometry import ModelGeometry
+from subspec_cli.config import Config
+from subspec_cli.decoding.drafter import RootOnly, TreeGrower
+from subspec_cli.decoding.engine import PREFILL_CHUNK, Engine
+from subspec_cli.drafting.drafter import Drafter
+from subspec_cli.drafting.schedule import FixedShape, Schedule, TreeLimits
+from subspec_cli.errors import UnsupportedModelError
+from subspec_cli.limits import MOST_DEPTH, MOST_ROWS
+from subspec_cli.modeling.layers import RowRules
+from subspec_cli.modeling.pretrained import ModelTokenizer, end_token_ids, load_config
+from subspec_cli.modeling.self_check import Certificate, certify
+from subspec_cli.planning.asked import (
+    budget_bytes,
+    most_shadow_rows,
+    most_tree_nodes,
+    plan_request,
+    ram_bytes,
+)
+from subspec_cli.planning.assumed_costs import assumed_costs
+from subspec_cli.planning.costs import MachineCosts, PlanCosts
+from subspec_cli.planning.memory import CUDA_CONTEXT_BYTES
+from subspec_cli.planning.plan import OffloadPlan, fastest_plan
+from subspec_cli.planning.timing import plan_costs
+from subspec_cli.probe.child_process import ProbeFailedError, probe_apart
+from subspec_cli.probe.kept_costs import keep_costs, known_costs, probe_subject
+from subspec_cli.session.found_model import ModelSource
+from subspec_cli.session.load import LoadedModel, Loader
+from subspec_cli.session.oom import shortage_told
+from subspec_cli.session.session import Session, SessionDescription, SessionParts
+from subspec_cli.streaming.memory_meter import (
+    MemoryMeter,
+    allocator_share,
+    available_bytes,
+    return_freed_memory_at_once,
+    total_bytes,
+)
+from subspec_cli.substitutes.prepared_model import PreparedModel
+from subspec_cli.substitutes.usage import mark_used
+from subspec_cli.units import printable
+from subspec_cli.versions import library_versions
+
+
+def build_session(config: Config, source: ModelSource, progress: Callable[[str], None]) -> Session:
+    """Plan, load, check rows. Nothing large is allocated before the plan holds."""
+    device = _device(config.memory.device)
+    return_freed_memory_at_once()
+    notes: list[str] = []
+    source, plan, machine = _plan(config, source, device, progress, notes.append)
+    # Everything is imported by now: what memory grows from here on is the model's.
+    meter = MemoryMeter(device)
+    cap_allocator(plan.budget_bytes, device)
+    with shortage_told("loading the model", budget_bytes=plan.budget_bytes, meter=meter):
+        costs = plan_costs(machine, source.geometry, plan)
+        return _load(config, source, plan, costs, device, meter, progress, notes)
+
+
+def cap_allocator(budget_bytes: int, device: torch.device) -> None:
+    """Let PyTorch refuse to take more of a card than the budget; on the CPU the plan alone keeps it."""
+    if device.type == "cuda":
+        share = allocator_share(budget_bytes, CUDA_CONTEXT_BYTES, total_bytes(device))
+        torch.cuda.set_per_process_memory_fraction(share, device)
+
+
+def _load(
+    config: Config,
+    source: ModelSource,
+    plan: OffloadPlan,
+    costs: PlanCosts,
+    device: torch.device,
+    meter: MemoryMeter,
+    progress: Callable[[str], None],
+    notes: list[str],
+) -> Session:
+    progress("loading the tokenizer")
+    tokenizer = ModelTokenizer(source.checkpoint.directory, source.geometry.vocab)
+    model_config = load_config(source.checkpoint.directory)
+    loaded = Loader(
+        source.prepared,
+        source.checkpoint,
+        source.geometry,
+        plan,
+        model_config,
+        device,
+        _tree_nodes(config, plan) + _shadow_rows(config, plan),
+        max(config.draft.width or 0, MOST_ROWS),
+        progress,
+    ).load(with_draft=plan.drafts)
+    try:
+        # What was read so far came from the files that were opened, or nothing is answered.
+        check_unchanged(source.checkpoint)
+        progress("checking that rows keep their bits")
+        certificate = _certify(loaded, source.geometry, _tree_nodes(config, plan), device)
+        eos_ids = end_token_ids(source.checkpoint.directory, model_config, tokenizer)
+        engines = _engines(config, plan, costs, loaded, certificate.rules, eos_ids)
+        parts = _parts(config, loaded, engines, tokenizer, eos_ids, meter)
+    except BaseException:
+        loaded.close()
+        raise
+    mark_used(source.prepared.directory)
+    notes.extend(loaded.notes)
+    return Session(parts, _describe(config, source, plan, costs, certificate, parts, loaded, device, notes))
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UnsupportedModelError("no CUDA device can be used here", "--device cpu runs from disk and RAM")
+    if name == "cuda":
+        _fix_cuda_arithmetic()
+    return torch.device(name)
+
+
+def _fix_cuda_arithmetic() -> None:
+    """Shortcuts that make a row's bits depend on the kernel of the day are switched off, for the process."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+
+def _plan(
+    config: Config,
+    source: ModelSource,
+    device: torch.device,
+    progress: Callable[[str], None],
+    notify: Callable[[str], None],
+) -> tuple[ModelSource, OffloadPlan, MachineCosts]:
+    """The fastest plan over the sets of substitutes that are there, the source with its set, and the costs."""
+    geometry = source.geometry
+    sets = (source.prepared, *source.others)
+    on_card = device.type == "cuda"
+    host = torch.device("cpu")
+    costs = [_costs(config, source, prepared, device, progress, notify) for prepared in sets]
+    requests = [
+        plan_request(
+            config,
+            geometry,
+            prepared.manifest.settings,
+            known,
+            device=device.type,
+            budget_bytes=budget_bytes(config, device.type, total_bytes(device), available_bytes(device)),
+            ram_bytes=ram_bytes(config, available_bytes(host) if on_card else None),
+            tokenizer_bytes=tokenizer_bytes_in(source.checkpoint.directory),
+        )
+        for prepared, known in zip(sets, costs, strict=True)
+    ]
+    number, plan = fastest_plan(requests)
+    return replace(source, prepared=sets[number]), plan, costs[number]
+
+
+def _costs(
+    config: Config,
+    source: ModelSource,
+    prepared: PreparedModel,
+    device: torch.device,
+    progress: Callable[[str], None],
+    notify: Callable[[str], None],
+) -> MachineCosts:
+    """What was probed before on this machine, else probed now and kept; assumed where that fails."""
+    settings = prepared.manifest.settings
+    subject = probe_subject(source.geometry, settings, device.type, source.checkpoint.directory)
+    known = None if config.memory.reprobe else known_costs(subject)
+    if known is not None:
+        return known
+    try:
+        found = probe_apart(source.checkpoint.directory, settings, device, progress)
+    except ProbeFailedError as error:
+        notify(
+            f"this machine could not be timed, so the plan assumes what it can do: {printable(str(error))}"
+        )
+        return assumed_costs(source.geometry, device.type, settings=settings)
+    keep_costs(subject, found)
+    return found
+
+
+def _tree_nodes(config: Config, plan: OffloadPlan) -> int:
+    """Most nodes of a tree: as many as hide behind the link, or as a fixed shape needs."""
+    is_fixed = config.draft.depth is not None or config.draft.width is not None
+    return most_tree_nodes(config, plan.device) if is_fixed else plan.tree_nodes
+
+
+def _shadow_rows(config: Config, plan: OffloadPlan) -> int:
+    """Rows for drafting in the shadow of a pass; where nothing streams or drafts, there is no shadow."""
+    return most_shadow_rows(config) if plan.streamed and plan.drafts else 0
+
+
+def _certify(
+    loaded: LoadedModel, geometry: ModelGeometry, most_nodes: int, device: torch.device
+) -> Certificate:
+    return certify(
+        loaded.target,
+        loaded.head,
+        loaded.source,
+        geometry,
+        most_nodes=most_nodes,
+        prefill_rows=PREFILL_CHUNK,
+        dtype=loaded.dtype,
+        device=device,
+    )
+
+
+def _engines(
+    config: Config,
+    plan: OffloadPlan,
+    costs: PlanCosts,
+    loaded: LoadedModel,
+    rules: RowRules,
+    eos_ids: frozenset[int],
+) -> tuple[Engine, Engine]:
+    """The speculative engine and the plain one; the same one twice if there is nothing to draft with."""
+    fixed = FixedShape(config.draft.depth, config.draft.width)
+    limits = TreeLimits(fixed.depth or MOST_DEPTH, fixed.width or MOST_ROWS, _tree_nodes(config, plan))
+    layers = len(plan.resident) + len(plan.streamed)
+    target = loaded.target(rules)
+
+    def engine(grower: TreeGrower) -> Engine:
+        return Engine(target, loaded.kv, grower, counters=loaded.counters)
+
+    plain = engine(RootOnly())
+    if loaded.draft is None:
+        return plain, plain
+    schedule = Schedule(
+        limits=limits, costs=costs, layers=layers, fixed=fixed, shadow_rows=_shadow_rows(config, plan)
+    )
+    return engine(Drafter(loaded.draft, loaded.kv, schedule, eos_ids=eos_ids)), plain
+
+
+def _parts(
+    config: Config,
+    loaded: LoadedModel,
+    engines: tuple[Engine, Engine],
+    tokenizer: ModelTokenizer,
+    eos_ids: frozenset[int],
+    meter: MemoryMeter,
+) -> SessionParts:
+    seed = secrets.randbits(63) if config.sampling.seed is None else config.sampling.seed
+    return SessionParts(
+        tokenizer,
+        eos_ids,
+        loaded.kv,
+        *engines,
+        replace(config.sampling, seed=seed),
+        meter,
+        loaded.counters,
+        loaded.close,
+        loaded.check_source,
+    )
+
+
+def _describe(
+    config: Config,
+    source: ModelSource,
+    plan: OffloadPlan,
+    costs: PlanCosts,
+    certificate: Certificate,
+    parts: SessionParts,
+    loaded: LoadedModel,
+    device: torch.device,
+    notes: Sequence[str],
+) -> SessionDescription:
+    assert parts.sampling.seed is not None
+    return SessionDescription(
+        model_id=source.prepared.manifest.model_id,
+        revision=source.prepared.manifest.commit,
+        device=device.type,
+        dtype=source.geometry.dtype.lower(),
+        exactness=certificate.exactness,
+        exactness_reason=certificate.reason,
+        speculation=loaded.draft is not None,
+        fits=plan.fits,
+        seed=parts.sampling.seed,
+        fresh_seed=config.sampling.seed is None,
+        threads=certificate.threads,
+        context_tokens=plan.context,
+        budget_bytes=plan.budget_bytes,
+        plan=plan,
+        costs=costs,
+        versions=library_versions(),
+        has_chat_template=parts.tokenizer.has_chat_template,
+        direct_io=loaded.reads_directly(),
+        notes=tuple(notes),
+    )

@@ -1,0 +1,225 @@
+"""`subspec plan`: what a model would need and give here, before it is downloaded or prepared. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from subspec_cli.checkpoint.geometry import ModelGeometry, read_geometry
+from subspec_cli.config import Config
+from subspec_cli.errors import ResourceError, UsageError
+from subspec_cli.hub.remote_headers import outline_model
+from subspec_cli.planning.advice import advise
+from subspec_cli.planning.asked import budget_bytes, plan_request, ram_bytes
+from subspec_cli.planning.assumed_costs import assumed_costs
+from subspec_cli.planning.costs import MachineCosts
+from subspec_cli.planning.plan import (
+    OffloadPlan,
+    PlanBounds,
+    PlanRequest,
+    bounds_of,
+    fastest_plan,
+    make_plan,
+)
+from subspec_cli.probe.kept_costs import known_costs, probe_subject
+from subspec_cli.session.prepare import accept_config
+from subspec_cli.streaming.host_memory import has_card, host_available_bytes
+from subspec_cli.substitutes.prepared_model import PreparedModel, find_prepared_sets
+from subspec_cli.substitutes.settings import SubstituteSettings, substitute_layer_bytes
+from subspec_cli.units import gib_to_bytes
+
+_DEFAULT_BITS: Final = 4
+_WIDTHS: Final = (2, 4, 8)
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetRow:
+    """One budget of a comparison."""
+
+    budget_bytes: int
+    plan: OffloadPlan | None
+    """None if it is too small."""
+    problem: str
+    """Why, and what works instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """All that can be said of a model on a machine before it runs there."""
+
+    model_id: str
+    commit: str
+    geometry: ModelGeometry
+    device: str
+    device_reason: str
+    is_prepared: bool
+    download_bytes: int
+    """What `prepare` would still fetch."""
+    substitute_disk_bytes: int
+    received_bytes: int
+    """What came over the network for this forecast."""
+    plan: OffloadPlan | None
+    """None if only budgets are compared."""
+    best_plain: OffloadPlan | None
+    """Plain decoding with no substitutes in its way."""
+    bounds: PlanBounds | None
+    advice: str
+    compared: tuple[BudgetRow, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        geometry, bounds = self.geometry, self.bounds
+        return {
+            "model": self.model_id,
+            "revision": self.commit,
+            "layers": geometry.layers,
+            "model_bytes": geometry.model_bytes,
+            "layer_bytes": geometry.layer_matrix_bytes,
+            "dtype": geometry.dtype.lower(),
+            "device": self.device,
+            "device_reason": self.device_reason,
+            "prepared": self.is_prepared,
+            "download_bytes": self.download_bytes,
+            "substitute_disk_bytes": self.substitute_disk_bytes,
+            "received_bytes": self.received_bytes,
+            "plan": None if self.plan is None else self.plan.as_dict(),
+            "best_plain_plan": None if self.best_plain is None else self.best_plain.as_dict(),
+            "least_budget_bytes": bounds.least_budget_bytes if bounds else None,
+            "least_budget_context": bounds.least_context if bounds else None,
+            "largest_context": bounds.largest_context if bounds else None,
+            "advice": self.advice,
+            "compared": [
+                {
+                    "budget_bytes": row.budget_bytes,
+                    "plan": None if row.plan is None else row.plan.as_dict(),
+                    "problem": row.problem,
+                }
+                for row in self.compared
+            ],
+        }
+
+
+def forecast(
+    model: str,
+    config: Config,
+    *,
+    link_gb_per_s: float | None,
+    compare_gib: Sequence[float],
+    notify: Callable[[str], None],
+) -> Forecast:
+    """Plan a model that need not be here: its config and headers are enough.
+
+    Without a budget, but with budgets to compare, only those are planned. Raises what `outline_model` and
+    `make_plan` raise, and UsageError for a bad budget.
+    """
+    device, device_reason = _device(config.memory.device)
+    outline = outline_model(model, config.model.revision, accept_config=accept_config, notify=notify)
+    geometry = read_geometry(outline.config, outline.tensors)
+    prepared = _prepared(model, config)
+    chosen = [item.manifest.settings for item in prepared] or [_settings(config)]
+    compare_bytes = [gib_to_bytes(gib, "--compare") for gib in compare_gib]
+    wants_one = config.memory.vram_gb is not None or not compare_bytes
+    budget = budget_bytes(config, device, None, _free_bytes(device)) if wants_one else compare_bytes[0]
+
+    def request_for(settings: SubstituteSettings) -> PlanRequest:
+        return plan_request(
+            config,
+            geometry,
+            settings,
+            _costs(geometry, settings, device, outline.directory, link_gb_per_s),
+            device=device,
+            budget_bytes=budget,
+            ram_bytes=ram_bytes(config, None),
+            tokenizer_bytes=outline.tokenizer_bytes,
+        )
+
+    requests = [request_for(settings) for settings in chosen]
+    number, plan = fastest_plan(requests) if wants_one else (0, None)
+    request = requests[number]
+    untried = () if config.model.bits else tuple(set(_WIDTHS) - {item.bits for item in chosen})
+    others = tuple(request_for(SubstituteSettings(bits, "minmax")) for bits in sorted(untried))
+    return Forecast(
+        model_id=outline.model_id,
+        commit=outline.commit,
+        geometry=geometry,
+        device=device,
+        device_reason=device_reason,
+        is_prepared=bool(prepared),
+        download_bytes=outline.missing_bytes,
+        substitute_disk_bytes=_disk_bytes(geometry, prepared, chosen[number]),
+        received_bytes=outline.received_bytes,
+        plan=plan,
+        best_plain=None if plan is None else _best_plain(request, plan),
+        bounds=bounds_of(request) if wants_one else None,
+        advice=advise(request, plan, others if request.substitute_bytes else ()) if plan else "",
+        compared=tuple(_row(requests, size) for size in compare_bytes),
+    )
+
+
+def _costs(
+    geometry: ModelGeometry,
+    settings: SubstituteSettings,
+    device: str,
+    directory: Path | None,
+    link_gb_per_s: float | None,
+) -> MachineCosts:
+    """What a run has measured of this model here, unless a link's rate is given; else what is assumed."""
+    if directory is not None and link_gb_per_s is None:
+        known = known_costs(probe_subject(geometry, settings, device, directory))
+        if known is not None:
+            return known
+    return assumed_costs(geometry, device, link_gb_per_s, settings)
+
+
+def _device(name: str) -> tuple[str, str]:
+    """Where to plan for, and why: torch, which alone knows, would take seconds to ask."""
+    if name != "auto":
+        return name, "as asked for"
+    if has_card():
+        return "cuda", "an NVIDIA driver is loaded"
+    return "cpu", "no NVIDIA driver is loaded; --device cuda plans for a card"
+
+
+def _free_bytes(device: str) -> int | None:
+    return host_available_bytes() if device == "cpu" else None
+
+
+def _prepared(model: str, config: Config) -> tuple[PreparedModel, ...]:
+    """The sets of substitutes that are there; none is no error."""
+    try:
+        return find_prepared_sets(model, config.model.bits)
+    except UsageError:
+        return ()
+
+
+def _settings(config: Config) -> SubstituteSettings:
+    bits = config.model.bits or config.substitute.bits or _DEFAULT_BITS
+    return SubstituteSettings(bits, config.substitute.optimizer)
+
+
+def _disk_bytes(
+    geometry: ModelGeometry, prepared: Sequence[PreparedModel], settings: SubstituteSettings
+) -> int:
+    """Of the substitutes' files: as they are, or about as large as they will be."""
+    for item in prepared:
+        if item.manifest.settings == settings:
+            return sum(file.size_bytes for file in item.manifest.layers)
+    return geometry.layers * substitute_layer_bytes(geometry, settings)
+
+
+def _best_plain(request: PlanRequest, plan: OffloadPlan) -> OffloadPlan | None:
+    """Plain decoding's own best plan in the same context; None where even that does not fit."""
+    try:
+        return make_plan(replace(request, substitute_bytes=None, context=plan.context))
+    except ResourceError:
+        return None
+
+
+def _row(requests: Sequence[PlanRequest], size_bytes: int) -> BudgetRow:
+    try:
+        plan = fastest_plan([replace(request, budget_bytes=size_bytes) for request in requests])[1]
+    except ResourceError as error:
+        return BudgetRow(size_bytes, None, error.hint)
+    return BudgetRow(size_bytes, plan, "")

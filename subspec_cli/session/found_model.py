@@ -1,0 +1,65 @@
+"""The model that was asked for: found, checked and refused, if it must be, without any heavy library."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from subspec_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from subspec_cli.checkpoint.geometry import ModelGeometry, read_geometry
+from subspec_cli.config import Config
+from subspec_cli.errors import IntegrityError, SubspecError, UsageError
+from subspec_cli.hub.model_name import check_revision, name_of_id, prepare_command
+from subspec_cli.hub.snapshot import find_local
+from subspec_cli.substitutes.manifest import Manifest
+from subspec_cli.substitutes.prepared_model import PreparedModel, check_source, find_prepared_sets
+from subspec_cli.units import printable
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """The model that was asked for, found and checked."""
+
+    prepared: PreparedModel
+    checkpoint: Checkpoint
+    geometry: ModelGeometry
+    others: tuple[PreparedModel, ...] = ()
+    """Substitutes of other widths for the same weights, where the user named none: the plan may take them."""
+
+
+def find_source(config: Config) -> ModelSource:
+    """The prepared model of the settings, or the latest one, with its checked 16-bit checkpoint."""
+    prepared, *others = find_prepared_sets(config.model.model, config.model.bits)
+    manifest = prepared.manifest
+    _check_prepared_revision(manifest, config.model.revision)
+    checkpoint = open_checkpoint(find_local(manifest.model_id, manifest.commit))
+    check_source(prepared, checkpoint)
+    geometry = read_geometry(checkpoint.config, checkpoint.tensors)
+    return ModelSource(
+        prepared, checkpoint, geometry, tuple(item for item in others if _fits(item, checkpoint))
+    )
+
+
+def _fits(prepared: PreparedModel, checkpoint: Checkpoint) -> bool:
+    """Whether a set that nobody asked for by name may be used."""
+    try:
+        check_source(prepared, checkpoint)
+    except SubspecError:
+        return False
+    return True
+
+
+def _check_prepared_revision(manifest: Manifest, revision: str | None) -> None:
+    """Refuse a revision other than the one prepared; a branch or tag is what the hub's cache last saw of it."""
+    check_revision(name_of_id(manifest.model_id), revision)
+    if revision is None or revision == manifest.commit:
+        return
+    try:
+        commit = find_local(manifest.model_id, revision).name
+    except IntegrityError:
+        commit = "not in the cache"
+    if commit != manifest.commit:
+        raise UsageError(
+            f"{printable(manifest.model_id)} is prepared at commit {printable(manifest.commit)}, "
+            f"not at {revision} ({commit})",
+            prepare_command(manifest.model_id, revision=revision, bits=manifest.settings.bits),
+        )

@@ -1,0 +1,205 @@
+"""`subspec prepare`: from a model's name to substitutes on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from subspec_cli.checkpoint.geometry import ModelGeometry, geometry_from_config, read_geometry
+from subspec_cli.checkpoint.layer_tensors import LAYER_MATRICES
+from subspec_cli.checkpoint.source_directory import check_config
+from subspec_cli.errors import UsageError
+from subspec_cli.hub.model_name import name_of_id
+from subspec_cli.hub.snapshot import open_model
+from subspec_cli.substitutes.integrity import Finding
+from subspec_cli.substitutes.inventory import StoredModel
+from subspec_cli.substitutes.preparation import PrepareProgress, Quantizer, prepare_model
+from subspec_cli.substitutes.prepared_model import PreparedModel
+from subspec_cli.substitutes.quality import MatrixQuality, by_kind, matrix_kind, summed
+from subspec_cli.substitutes.repair import drop_damaged
+from subspec_cli.substitutes.settings import GROUP_SIZES, SubstituteSettings
+from subspec_cli.versions import library_versions
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_ASSUMED_DTYPE: Final = "BF16"
+
+
+@dataclass(frozen=True, slots=True)
+class KindReport:
+    """What the substitutes of one kind of matrix are like, over all layers."""
+
+    kind: str
+    bits: int
+    bits_per_weight: float
+    """Scales included."""
+    sqnr_db: float | None
+    """Signal-to-quantization-noise ratio; None if nothing was lost."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareReport:
+    """What a preparation made."""
+
+    model_id: str
+    commit: str
+    directory: Path
+    layers: int
+    bits: int
+    optimizer: str
+    source_bytes: int
+    """16-bit bytes of the layers."""
+    substitute_bytes: int
+    """Bytes on disk."""
+    kinds: tuple[KindReport, ...]
+    """Each kind of matrix, in the order of use."""
+    bits_per_weight: float
+    """Of all matrices, scales included."""
+    sqnr_db: float | None
+    """Signal-to-quantization-noise ratio of all matrices; None if nothing was lost."""
+    elapsed_s: float
+    already_prepared: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {**dataclasses.asdict(self), "directory": str(self.directory)}
+
+
+def _ignore(_text: str) -> None:
+    """What becomes of messages that nobody asked for."""
+
+
+def prepare(
+    model: str,
+    *,
+    bits: int,
+    optimizer: str,
+    overrides: Iterable[tuple[str, int]] = (),
+    revision: str | None,
+    force: bool,
+    progress: Callable[[PrepareProgress], None],
+    notify: Callable[[str], None] = _ignore,
+) -> PrepareReport:
+    """Download what is missing and write the substitutes of every layer; what is there is kept.
+
+    `overrides` are other bits by name pattern, as in the settings' [substitute.overrides]; `notify` is told of
+    waits and of attempts that are repeated. Raises what `open_model` and `prepare_model` raise, and UsageError
+    for a pattern that matches nothing.
+    """
+    started = time.perf_counter()
+    settings = SubstituteSettings(bits, optimizer, _matching(overrides, bits))
+    latest: list[PrepareProgress] = []
+
+    def watch(state: PrepareProgress) -> None:
+        latest[:] = [state]
+        progress(state)
+
+    with open_model(model, revision, accept_config=accept_config, notify=notify) as opened:
+        geometry = read_geometry(opened.checkpoint.config, opened.checkpoint.tensors)
+        prepared = prepare_model(
+            opened,
+            settings,
+            _quantizer(settings),
+            layer_count=geometry.layers,
+            dtype=geometry.dtype,
+            group_size=0 if settings.widths == {8} else GROUP_SIZES[0],
+            versions={name: version for name, version in library_versions().items() if name in _QUANTIZERS},
+            force=force,
+            progress=watch,
+            notify=notify,
+        )
+    return _report(
+        prepared,
+        geometry,
+        already_prepared=not latest or latest[0].reused_layers == geometry.layers,
+        elapsed_s=time.perf_counter() - started,
+    )
+
+
+def repair(
+    stored: StoredModel, findings: Sequence[Finding], progress: Callable[[PrepareProgress], None]
+) -> None:
+    """Make the damaged files of a prepared model again, and nothing else of it.
+
+    Raises what `drop_damaged` and `prepare` raise.
+    """
+    manifest = drop_damaged(stored, findings)
+    is_on_hub = name_of_id(manifest.model_id).directory is None
+    prepare(
+        manifest.model_id,
+        bits=manifest.settings.bits,
+        optimizer=manifest.settings.optimizer,
+        overrides=manifest.settings.overrides,
+        revision=manifest.commit if is_on_hub else None,
+        force=False,
+        progress=progress,
+    )
+
+
+def _report(
+    prepared: PreparedModel, geometry: ModelGeometry, *, already_prepared: bool, elapsed_s: float
+) -> PrepareReport:
+    """Told by the manifest alone, so that a rerun which finds everything done reports the same."""
+    manifest = prepared.manifest
+    kinds = by_kind(file.quality for file in manifest.layers)
+    total = summed(kinds.values())
+    bits = {matrix_kind(name): manifest.settings.bits_of(name) for name in LAYER_MATRICES}
+    return PrepareReport(
+        model_id=manifest.model_id,
+        commit=manifest.commit,
+        directory=prepared.directory,
+        layers=geometry.layers,
+        bits=manifest.settings.bits,
+        optimizer=manifest.settings.optimizer,
+        source_bytes=geometry.layers * geometry.layer_matrix_bytes,
+        substitute_bytes=sum(file.size_bytes for file in manifest.layers),
+        kinds=tuple(
+            KindReport(kind, bits[kind], item.bits_per_weight, item.sqnr_db) for kind, item in kinds.items()
+        ),
+        bits_per_weight=total.bits_per_weight if total else 0.0,
+        sqnr_db=total.sqnr_db if total else None,
+        elapsed_s=elapsed_s,
+        already_prepared=already_prepared,
+    )
+
+
+def _quantizer(settings: SubstituteSettings) -> Quantizer:
+    def quantize(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, MatrixQuality]]:
+        from subspec_cli.modeling.quantization import quantize_layer
+
+        made = quantize_layer(tensors, settings)
+        return made.tensors, made.quality
+
+    return quantize
+
+
+def _matching(overrides: Iterable[tuple[str, int]], bits: int) -> tuple[tuple[str, int], ...]:
+    """The matrices of another width than `bits`, sorted; equal choices make equal settings."""
+    names = sorted(name.removesuffix(".weight") for name in LAYER_MATRICES)
+    chosen: dict[str, int] = {}
+    for pattern, wanted in overrides:
+        found = [name for name in names if fnmatchcase(name, pattern)]
+        if not found:
+            raise UsageError(
+                f"[substitute.overrides] {ascii(pattern)[:80]} matches no matrix of a layer",
+                f"the matrices: {' '.join(names)}",
+            )
+        for name in found:
+            chosen.setdefault(name, wanted)
+    return tuple((name, chosen[name]) for name in names if chosen.get(name, bits) != bits)
+
+
+_QUANTIZERS: Final = ("torch", "optimum-quanto")
+"""Libraries that decide the substitutes' bytes."""
+
+
+def accept_config(config: Mapping[str, Any]) -> None:
+    """Refuse a model that is not run before any of its weights is fetched."""
+    check_config(config)
+    geometry_from_config(config, _ASSUMED_DTYPE)

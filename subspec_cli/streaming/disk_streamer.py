@@ -1,0 +1,129 @@
+"""Streaming from disk to RAM: a reader thread fills slots ahead of the decoder."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from subspec_cli.files.direct_io import DirectReader, allocate_buffer
+from subspec_cli.streaming.layout import BlockLayout
+from subspec_cli.streaming.read_ahead import ReadAhead
+from subspec_cli.streaming.streamer import DTYPES, StreamCounters
+
+
+def block_tensors(layout: BlockLayout, buffer: memoryview) -> dict[str, Tensor]:
+    """Tensors of a block as views of its buffer, by full name."""
+    return {
+        item.entry.name: torch.frombuffer(
+            buffer,
+            dtype=DTYPES[item.entry.dtype],
+            count=item.entry.size_bytes // DTYPES[item.entry.dtype].itemsize,
+            offset=item.buffer_offset,
+        ).view(item.entry.shape)
+        for item in layout.placements
+    }
+
+
+def read_resident(layouts: Sequence[BlockLayout]) -> list[dict[str, Tensor]]:
+    """Read blocks to stay, each in memory of its own, by the same path as streamed ones."""
+    reader = DirectReader()
+    try:
+        held = []
+        for layout in layouts:
+            buffer = memoryview(allocate_buffer(layout.buffer_bytes))
+            reader.read_extents(layout.extents, buffer)
+            held.append(block_tensors(layout, buffer))
+        return held
+    finally:
+        reader.close()
+
+
+class _ArrivingBlock(Mapping[str, Tensor]):
+    """A block by name, waited for when it is first looked at."""
+
+    def __init__(self, layout: BlockLayout, wait: Callable[[], memoryview]) -> None:
+        self._layout = layout
+        self._wait = wait
+        self._tensors: dict[str, Tensor] | None = None
+
+    def wait(self) -> dict[str, Tensor]:
+        """The tensors, once they are there."""
+        if self._tensors is None:
+            self._tensors = block_tensors(self._layout, self._wait())
+        return self._tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.wait()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.wait())
+
+    def __len__(self) -> int:
+        return len(self._layout.placements)
+
+
+class DiskStreamer:
+    """Streams from the checkpoint's files into `slots` buffers of main memory.
+
+    A block keeps its buffer until the consumer asks for the next one.
+    """
+
+    def __init__(self, layouts: Sequence[BlockLayout], slots: int) -> None:
+        assert slots >= 2
+        assert layouts
+        self._layouts = tuple(layouts)
+        size_bytes = max(layout.buffer_bytes for layout in layouts)
+        self._buffers = [memoryview(allocate_buffer(size_bytes)) for _ in range(slots)]
+        self._wait_time_s = 0.0
+        self._streamed_bytes = 0
+        self._changed = threading.Condition()
+        self._ahead = ReadAhead(layouts, slots, self._changed, self._buffers.__getitem__)
+        self._ahead.start()
+
+    def blocks(self) -> Generator[Mapping[str, Tensor], None, None]:
+        """One pass over all blocks; leaving early makes the next pass start at the first block again."""
+        finished = 0
+        try:
+            for layout in self._layouts:
+                block = _ArrivingBlock(layout, self._wait_for_block)
+                yield block
+                block.wait()
+                finished += 1
+                self._let_go(layout.tensor_bytes)
+        finally:
+            if finished < len(self._layouts):
+                with self._changed:
+                    self._ahead.restart()
+
+    def counters(self) -> StreamCounters:
+        """Totals so far."""
+        with self._changed:
+            return StreamCounters(self._wait_time_s, self._streamed_bytes, self._ahead.read_time_s)
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether files are read past the page cache; waits for the first block, which tells."""
+        return self._ahead.is_direct()
+
+    def close(self) -> None:
+        """Stop the reader and give the buffers back."""
+        self._ahead.close()
+        self._buffers.clear()
+
+    def _wait_for_block(self) -> memoryview:
+        started = time.perf_counter()
+        with self._changed:
+            self._changed.wait_for(lambda: self._ahead.has_block or self._ahead.failure is not None)
+            if self._ahead.failure is not None:
+                raise self._ahead.failure
+            self._wait_time_s += time.perf_counter() - started
+            return self._buffers[self._ahead.next_buffer]
+
+    def _let_go(self, tensor_bytes: int) -> None:
+        with self._changed:
+            self._ahead.let_go()
+            self._streamed_bytes += tensor_bytes

@@ -1,0 +1,67 @@
+"""Layers on a card: all blocks of a layer in one run of memory, so that one copy brings the layer.
+
+A tensor keeps its file offset modulo 4096 in host memory and on the card, resident or streamed: kernels that
+choose their code by a pointer's alignment see the same one wherever a layer lives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from subspec_cli.checkpoint.safetensors_header import TensorEntry
+from subspec_cli.files.direct_io import PAGE_BYTES, DirectReader, allocate_buffer
+from subspec_cli.streaming.layout import BlockLayout, Placement, layout_block
+from subspec_cli.streaming.streamer import DTYPES
+
+
+@dataclass(frozen=True, slots=True)
+class LayerLayout:
+    """How a whole layer lies in memory, and which of its tensors each block is made of."""
+
+    whole: BlockLayout
+    blocks: tuple[tuple[Placement, ...], ...]
+    """In the order of use."""
+
+
+def layout_layer(blocks: Sequence[Sequence[TensorEntry]]) -> LayerLayout:
+    """Lay the blocks of one layer out together."""
+    whole = layout_block(entry for block in blocks for entry in block)
+    placed = {item.entry.name: item for item in whole.placements}
+    return LayerLayout(whole, tuple(tuple(placed[entry.name] for entry in block) for block in blocks))
+
+
+def tensors_in(memory: Tensor, placements: Iterable[Placement]) -> dict[str, Tensor]:
+    """Tensors by full name as views of `memory`, `[bytes]` of uint8 that holds their layer."""
+    return {
+        item.entry.name: memory[item.buffer_offset : item.buffer_offset + item.entry.size_bytes]
+        .view(DTYPES[item.entry.dtype])
+        .view(item.entry.shape)
+        for item in placements
+    }
+
+
+def page_aligned_memory(pieces: int, piece_bytes: int, device: torch.device) -> list[Tensor]:
+    """Memory of the card, `[piece_bytes]` of uint8 each, whose addresses are multiples of the page size.
+
+    `piece_bytes` is a multiple of the page size. It is one allocation of a page more than the pieces' bytes.
+    """
+    whole = torch.empty(pieces * piece_bytes + PAGE_BYTES, dtype=torch.uint8, device=device)
+    first = -whole.data_ptr() % PAGE_BYTES
+    return [whole[first + n * piece_bytes : first + (n + 1) * piece_bytes] for n in range(pieces)]
+
+
+def read_resident_layer(layout: LayerLayout, device: torch.device) -> list[dict[str, Tensor]]:
+    """Read a layer to stay on the card: the tensors of each block, all in one allocation."""
+    reader = DirectReader()
+    try:
+        buffer = memoryview(allocate_buffer(layout.whole.buffer_bytes))
+        reader.read_extents(layout.whole.extents, buffer)
+    finally:
+        reader.close()
+    (memory,) = page_aligned_memory(1, layout.whole.buffer_bytes, device)
+    memory.copy_(torch.frombuffer(buffer, dtype=torch.uint8, count=layout.whole.buffer_bytes))
+    return [tensors_in(memory, block) for block in layout.blocks]

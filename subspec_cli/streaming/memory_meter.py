@@ -1,0 +1,109 @@
+"""How much memory there is, and how much this process takes beyond its bare start."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from subspec_cli.errors import ResourceError
+from subspec_cli.streaming.host_memory import host_available_bytes, host_total_bytes, kib_field
+from subspec_cli.units import format_bytes
+
+_STATUS: Final = Path("/proc/self/status")
+_M_TRIM_THRESHOLD: Final = -1
+_M_MMAP_THRESHOLD: Final = -3
+_IO: Final = Path("/proc/self/io")
+_CLEAR_REFS: Final = Path("/proc/self/clear_refs")
+_RESET_PEAK: Final = "5"
+
+
+def total_bytes(device: torch.device) -> int:
+    """Memory of the device as a whole: a card's, or the machine's RAM."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return host_total_bytes()
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that could be taken now without pushing others out."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return host_available_bytes()
+
+
+def allocator_share(budget_bytes: int, context_bytes: int, device_bytes: int) -> float:
+    """Share of a card that PyTorch's allocator may reserve, so that the process as a whole keeps to its budget.
+
+    The allocator's cap counts tensors only; the context's bytes are taken off first. Raises ResourceError if
+    nothing would be left.
+    """
+    if budget_bytes <= context_bytes:
+        raise ResourceError(
+            f"a budget of {format_bytes(budget_bytes)} is no more than the {format_bytes(context_bytes)} "
+            "that CUDA takes for itself",
+            f"--vram-gb {2 * context_bytes / (1 << 30):g} is the least that can hold anything",
+        )
+    return min(1.0, (budget_bytes - context_bytes) / device_bytes)
+
+
+def return_freed_memory_at_once() -> None:
+    """Let the C library give large freed blocks back to the system instead of keeping them for later.
+
+    glibc raises its thresholds as large blocks come and go, until what a load needed for a moment stays in the
+    resident set for good: a fifth of a small budget.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return  # another C library, which has habits of its own
+    mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+    mallopt(_M_TRIM_THRESHOLD, 4 << 20)
+
+
+class MemoryMeter:
+    """Memory taken since it was made: resident set on the CPU, the allocator's reserve on a card."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._bare_bytes = 0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            return
+        self._bare_bytes = _status_bytes("VmRSS")
+        try:
+            # Importing the libraries may have peaked above what stayed; that peak is not ours.
+            _CLEAR_REFS.write_text(_RESET_PEAK)
+        except OSError:
+            self._bare_bytes = max(self._bare_bytes, _status_bytes("VmHWM"))
+
+    def current_bytes(self) -> int:
+        """Taken now."""
+        if self._device.type == "cuda":
+            return int(torch.cuda.memory_reserved(self._device))
+        return max(0, _status_bytes("VmRSS") - self._bare_bytes)
+
+    def peak_bytes(self) -> int:
+        """Most taken at any time."""
+        if self._device.type == "cuda":
+            return int(torch.cuda.max_memory_reserved(self._device))
+        return max(0, _status_bytes("VmHWM") - self._bare_bytes)
+
+
+def disk_read_bytes() -> int | None:
+    """Bytes that storage delivered for this process so far; None where the system does not tell.
+
+    Reads served from the page cache do not count, so this tells a cold read from a warm one.
+    """
+    try:
+        lines = _IO.read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) for line in lines if line.startswith("read_bytes:")), None)
+
+
+def _status_bytes(field: str) -> int:
+    """A `kB` field of /proc/self/status; 0 where there is no such file."""
+    return kib_field(_STATUS, field)

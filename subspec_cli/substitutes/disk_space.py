@@ -1,0 +1,62 @@
+"""Whether the disk has room for a preparation, before its first large write."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from subspec_cli.checkpoint.checkpoint import Checkpoint, layer_entries
+from subspec_cli.checkpoint.layer_tensors import layer_prefix
+from subspec_cli.files.free_space import check_free_space, on_one_disk
+from subspec_cli.hub.incoming import Incoming
+from subspec_cli.substitutes.manifest import Manifest, layer_file_name
+from subspec_cli.substitutes.settings import SubstituteSettings
+from subspec_cli.units import format_bytes, printable
+
+_SLACK_BYTES = 16 << 20  # manifest, journal, file system
+
+
+def check_room(
+    goal: Manifest, checkpoint: Checkpoint, incoming: Incoming, directory: Path, layers: Sequence[int]
+) -> None:
+    """Refuse when the disks cannot take what is still to come; files that are replaced count as free.
+
+    Args:
+        goal: what is prepared.
+        checkpoint: its source.
+        incoming: the weights still to be downloaded.
+        directory: where the substitutes go.
+        layers: the ones still to be made.
+
+    Raises:
+        ResourceError: with the bytes needed, of which kind, and free.
+    """
+    what = f"preparing {printable(goal.model_id)}"
+    missing_bytes, need_bytes = incoming.missing_bytes, 0
+    if layers:
+        estimates = [estimate_file_bytes(checkpoint, n, goal.settings, goal.group_size) for n in layers]
+        paths = [directory / layer_file_name(layer) for layer in layers]
+        replaced_bytes = sum(path.stat().st_size for path in paths if path.is_file())
+        # Old and new file of one layer stand side by side for a moment.
+        need_bytes = max(sum(estimates) - replaced_bytes, max(estimates)) + _SLACK_BYTES
+    if missing_bytes and need_bytes and on_one_disk(incoming.directory, directory):
+        shares = f"download {format_bytes(missing_bytes)}, substitutes {format_bytes(need_bytes)}"
+        check_free_space(directory, missing_bytes + need_bytes, f"{what} ({shares})")
+        return
+    if missing_bytes:
+        check_free_space(incoming.directory, missing_bytes, f"downloading for {what}")
+    if need_bytes:
+        check_free_space(directory, need_bytes, what)
+
+
+def estimate_file_bytes(
+    checkpoint: Checkpoint, layer: int, settings: SubstituteSettings, group_size: int
+) -> int:
+    """Upper estimate of one substitute file: codes, a 16-bit scale and shift per group, 5 % for the rest."""
+    prefix, scale_bits = layer_prefix(layer), 32 / group_size if group_size else 0
+    bits = sum(
+        math.prod(entry.shape) * (settings.bits_of(entry.name.removeprefix(prefix)) + scale_bits)
+        for entry in layer_entries(checkpoint, layer)
+    )
+    return int(bits / 8 * 1.05)

@@ -1,0 +1,228 @@
+"""Hashing what is prepared again, and the 16-bit weights it was prepared from, against what was recorded."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from subspec_cli.checkpoint.checkpoint import (
+    Checkpoint,
+    layer_count_in_tensors,
+    layer_entries,
+    open_checkpoint,
+)
+from subspec_cli.checkpoint.source_directory import confine
+from subspec_cli.errors import SubspecError
+from subspec_cli.files.safe_io import open_regular, read_error
+from subspec_cli.hub.model_name import prepare_command
+from subspec_cli.hub.snapshot import find_local
+from subspec_cli.substitutes.inventory import UNREADABLE, StoredModel
+from subspec_cli.substitutes.manifest import MANIFEST_NAME, LayerFile, Manifest
+
+_PIECE_BYTES: Final = 8 << 20
+_BLOB_NAME = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A file that is not what it was, or a set that its source has outgrown."""
+
+    path: Path
+    what: str
+    """What is wrong, in words."""
+    expected: str = ""
+    found: str = ""
+    is_damage: bool = True
+    """False: the bytes are sound, but belong to another version."""
+
+    @property
+    def text(self) -> str:
+        """One line for the user."""
+        figures = f": expected {self.expected}, found {self.found}" if self.expected else ""
+        return f"{self.path}: {self.what}{figures}"
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyProgress:
+    """How far the hashing is."""
+
+    model_id: str
+    done_bytes: int
+    total_bytes: int
+    elapsed_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _TargetHashes:
+    """What the weight files of a target hold now."""
+
+    layer_sha256: tuple[str, ...]
+    findings: tuple[Finding, ...]
+    """Files of the hub's cache whose bytes are not those that their names tell."""
+
+
+class Verifier:
+    """Verifies sets one after another; a target that several of them share is read once."""
+
+    def __init__(self, stored: Sequence[StoredModel], progress: Callable[[VerifyProgress], None]) -> None:
+        self._progress = progress
+        self._started_s = time.monotonic()
+        self._done_bytes = 0
+        self._model_id = ""
+        self._targets: dict[tuple[str, str], Checkpoint | SubspecError] = {}
+        self._hashes: dict[Path, _TargetHashes] = {}
+        manifests = [item.manifest for item in stored if item.manifest is not None]
+        for manifest in manifests:
+            self._targets.setdefault((manifest.model_id, manifest.commit), _open_target(manifest))
+        opened = {item.directory: item for item in self._targets.values() if isinstance(item, Checkpoint)}
+        self._total_bytes = sum(file.size_bytes for manifest in manifests for file in manifest.layers)
+        self._total_bytes += sum(file.size_bytes for item in opened.values() for file in item.files)
+
+    def verify(self, stored: StoredModel) -> list[Finding]:
+        """Everything that is wrong with one of the sets; what cannot be read is a finding too."""
+        manifest = stored.manifest
+        if manifest is None:
+            is_bad = stored.state == UNREADABLE
+            return [Finding(stored.directory / MANIFEST_NAME, stored.problem)] if is_bad else []
+        self._model_id = manifest.model_id
+        findings = [self._verify_file(stored.directory, file) for file in manifest.layers]
+        return [*(item for item in findings if item), *self._verify_target(manifest)]
+
+    def _verify_file(self, directory: Path, file: LayerFile) -> Finding | None:
+        path = directory / file.name
+        try:
+            confine(directory, file.name)
+            size_bytes = path.stat().st_size
+        except SubspecError as error:
+            return Finding(path, error.message)
+        except FileNotFoundError:
+            return Finding(path, "missing")
+        if size_bytes != file.size_bytes:
+            return Finding(path, "wrong size", f"{file.size_bytes} bytes", f"{size_bytes} bytes")
+        try:
+            sha256 = self._hash_spans(path, [(0, size_bytes)], {})
+        except SubspecError as error:
+            return Finding(path, error.message)
+        return None if sha256 == file.sha256 else Finding(path, "wrong SHA-256", file.sha256, sha256)
+
+    def _verify_target(self, manifest: Manifest) -> list[Finding]:
+        """The layers that were quantized, and where the hub's cache names files by their hash, all else too."""
+        target = self._targets[manifest.model_id, manifest.commit]
+        directory = Path(manifest.source_directory)
+        if isinstance(target, SubspecError):
+            blobs = [self._blob_finding(path) for path in sorted(directory.glob("*.safetensors"))]
+            return [item for item in blobs if item] or [Finding(directory, target.message)]
+        if manifest.fingerprint != target.fingerprint or manifest.source_stamp not in ("", target.stamp):
+            again = prepare_command(manifest.model_id, bits=manifest.settings.bits)
+            what = f"the weights were written again since they were prepared; to follow them: {again}"
+            return [Finding(target.directory, what, is_damage=False)]
+        if target.directory not in self._hashes:
+            self._hashes[target.directory] = self._hash_target(target)
+        found = self._hashes[target.directory]
+        findings = list(found.findings)
+        for file, sha256 in zip(manifest.layers, found.layer_sha256, strict=False):
+            if sha256 != file.source_sha256:
+                paths = sorted({entry.path for entry in layer_entries(target, file.layer)})
+                what = f"wrong SHA-256 of the 16-bit layer {file.layer}"
+                findings += [Finding(path, what, file.source_sha256, sha256) for path in paths]
+        return findings
+
+    def _hash_target(self, target: Checkpoint) -> _TargetHashes:
+        """One forward pass over all files: each layer's digest gets its bytes in reading order."""
+        layer_count = layer_count_in_tensors(target)
+        layers = [hashlib.sha256() for _ in range(layer_count)]
+        taker_of = {
+            (entry.path.name, entry.offset_bytes): layers[layer].update
+            for layer in range(layer_count)
+            for entry in layer_entries(target, layer)
+        }
+        findings = []
+        for file in target.files:
+            entries = [entry for entry in target.tensors.values() if entry.path.name == Path(file.name).name]
+            spans = sorted((entry.offset_bytes, entry.size_bytes) for entry in entries)
+            header_bytes = spans[0][0] if spans else file.size_bytes
+            path = target.directory / file.name
+            takers = {
+                start: taker_of[path.name, start] for start, _ in spans if (path.name, start) in taker_of
+            }
+            findings.append(_blob_mismatch(path, self._hash_spans(path, [(0, header_bytes), *spans], takers)))
+        sha256 = tuple(digest.hexdigest() for digest in layers)
+        return _TargetHashes(sha256, tuple(item for item in findings if item))
+
+    def _hash_spans(
+        self, path: Path, spans: Sequence[tuple[int, int]], takers: Mapping[int, Callable[[memoryview], None]]
+    ) -> str:
+        """SHA-256 of all spans together; a span's own taker, by its start, is handed its bytes too."""
+        whole = hashlib.sha256()
+
+        def take(start: int, piece: memoryview) -> None:
+            whole.update(piece)
+            if start in takers:
+                takers[start](piece)
+
+        self._read(path, spans, take)
+        return whole.hexdigest()
+
+    def _blob_finding(self, path: Path) -> Finding | None:
+        try:
+            size_bytes = path.stat().st_size
+            return _blob_mismatch(path, self._hash_spans(path, [(0, size_bytes)], {}))
+        except SubspecError as error:
+            return Finding(path, error.message)
+        except FileNotFoundError:
+            return Finding(path, "missing")
+
+    def _read(
+        self, path: Path, spans: Sequence[tuple[int, int]], take: Callable[[int, memoryview], None]
+    ) -> None:
+        """Hand over each span's bytes in pieces, with the span's start; a short file is what its hash tells."""
+        buffer = memoryview(bytearray(_PIECE_BYTES))
+        with open_regular(path) as file:
+            for start, size_bytes in spans:
+                file.seek(start)
+                left = size_bytes
+                while left:
+                    try:
+                        count = file.readinto(buffer[: min(left, _PIECE_BYTES)])
+                    except OSError as error:
+                        raise read_error(error, path) from error
+                    if not count:
+                        break
+                    take(start, buffer[:count])
+                    left -= count
+                    self._advance(count)
+                if hasattr(os, "posix_fadvise"):
+                    # Read once: left alone, a model larger than memory would push everything else out.
+                    os.posix_fadvise(file.fileno(), start, size_bytes, os.POSIX_FADV_DONTNEED)
+
+    def _advance(self, count: int) -> None:
+        self._done_bytes += count
+        elapsed_s = time.monotonic() - self._started_s
+        self._progress(VerifyProgress(self._model_id, self._done_bytes, self._total_bytes, elapsed_s))
+
+
+def blob_of(path: Path) -> Path | None:
+    """The file of the hub's cache that is named by its SHA-256 and that `path` is a link to; None for others."""
+    target = path.resolve()
+    is_blob = path.is_symlink() and target.parent.name == "blobs" and _BLOB_NAME.fullmatch(target.name)
+    return target if is_blob else None
+
+
+def _blob_mismatch(path: Path, sha256: str) -> Finding | None:
+    blob = blob_of(path)
+    if blob is None or blob.name == sha256:
+        return None
+    return Finding(path, "wrong SHA-256", blob.name, sha256)
+
+
+def _open_target(manifest: Manifest) -> Checkpoint | SubspecError:
+    try:
+        return open_checkpoint(find_local(manifest.model_id, manifest.commit))
+    except SubspecError as error:
+        return error

@@ -1,0 +1,163 @@
+"""The prepared models on this machine: listing, choosing and removing them. Plain file work."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from subspec_cli.checkpoint.checkpoint import open_checkpoint
+from subspec_cli.errors import SubspecError, UsageError
+from subspec_cli.files.home import prepared_root
+from subspec_cli.files.lock import LOCK_NAME, directory_lock
+from subspec_cli.files.safe_io import is_temp_name, read_error, write_error
+from subspec_cli.hub.model_name import parse_model_name
+from subspec_cli.hub.snapshot import find_local
+from subspec_cli.substitutes.manifest import JOURNAL_NAME, MANIFEST_NAME, Manifest, read_manifest
+from subspec_cli.substitutes.prepared_model import directory_slug
+from subspec_cli.substitutes.usage import LAST_USED_NAME, last_used_s
+from subspec_cli.units import printable
+
+COMPLETE: Final = "complete"
+PARTIAL: Final = "partial"
+UNREADABLE: Final = "unreadable"
+_LAYER_NAME = re.compile(r"layer-[0-9]{5,6}\.safetensors")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredModel:
+    """One set of substitutes on disk, in whatever state it is."""
+
+    directory: Path
+    state: str
+    """complete, partial (a preparation that has not ended) or unreadable."""
+    manifest: Manifest | None
+    """Of a partial set, its journal; None if unreadable."""
+    problem: str
+    """Why it is unreadable."""
+    changed_ns: int
+    """When its manifest or journal was written or found complete last."""
+
+    @property
+    def model_id(self) -> str:
+        """The model's name; of an unreadable set, the directory's."""
+        return self.directory.name if self.manifest is None else self.manifest.model_id
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the files that removing it frees."""
+        return sum(path.lstat().st_size for path in own_files(self.directory))
+
+    @property
+    def last_used_s(self) -> float | None:
+        """Unix time of the last run with it; None for never."""
+        return last_used_s(self.directory)
+
+    def target_bytes(self) -> int | None:
+        """Bytes of the 16-bit weight files; None if they are gone or damaged."""
+        if self.manifest is None:
+            return None
+        try:
+            checkpoint = open_checkpoint(find_local(self.manifest.model_id, self.manifest.commit))
+        except SubspecError:
+            return None
+        return sum(file.size_bytes for file in checkpoint.files)
+
+
+def list_stored() -> list[StoredModel]:
+    """Everything under the home, the most recently prepared first.
+
+    Raises:
+        ResourceError: the directory of prepared models cannot be read.
+    """
+    root = prepared_root()
+    try:
+        directories = [path for path in root.iterdir() if path.is_dir()] if root.exists() else []
+    except OSError as error:
+        raise read_error(error, root) from error
+    found = [stored for path in directories if (stored := _stored(path)) is not None]
+    return sorted(found, key=lambda stored: (-stored.changed_ns, stored.directory.name))
+
+
+def stored_of(model: str) -> list[StoredModel]:
+    """The sets of one model, the most recent first; it need not be on this machine any more.
+
+    Raises:
+        UsageError: there is none.
+        ResourceError: the directory of prepared models cannot be read.
+    """
+    names = {model, str(Path(model).expanduser().absolute())}
+    with contextlib.suppress(UsageError):  # a directory that is gone may still have substitutes
+        names.add(parse_model_name(model).model_id)
+    slugs = tuple(f"{directory_slug(name)}--" for name in names)
+    found = [
+        stored
+        for stored in list_stored()
+        if stored.model_id in names or (stored.manifest is None and stored.directory.name.startswith(slugs))
+    ]
+    if not found:
+        raise UsageError(f"{printable(model)} is not prepared", "subspec models list shows what is")
+    return found
+
+
+def reread(stored: StoredModel) -> StoredModel:
+    """The same set as it is now."""
+    return _stored(stored.directory) or stored
+
+
+def all_but_latest(stored: list[StoredModel]) -> list[StoredModel]:
+    """Without the one that `run` would take; with none complete, without the most recent."""
+    complete = [item for item in stored if item.state == COMPLETE]
+    kept = (complete or stored)[0]
+    return [item for item in stored if item is not kept]
+
+
+def remove_stored(stored: StoredModel) -> int:
+    """Delete the files of one set and nothing else; the 16-bit weights stay. Gives the bytes freed.
+
+    Raises:
+        BusyError: it is being prepared.
+        ResourceError: a file cannot be deleted.
+    """
+    directory = stored.directory
+    size_bytes = stored.size_bytes
+    with directory_lock(directory):
+        # The manifest goes first: what is half removed is no prepared model.
+        last = directory / LOCK_NAME
+        paths = sorted(own_files(directory), key=lambda path: (path == last, path.name != MANIFEST_NAME))
+        for path in paths:
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise write_error(error, path) from error
+        with contextlib.suppress(OSError):  # files of others in it stay, and so does it
+            directory.rmdir()
+    return size_bytes
+
+
+def own_files(directory: Path) -> list[Path]:
+    """The files of a set that this program made."""
+    known = {MANIFEST_NAME, JOURNAL_NAME, LOCK_NAME, LAST_USED_NAME}
+    names = sorted(os.listdir(directory))
+    own = [name for name in names if name in known or _LAYER_NAME.fullmatch(name) or is_temp_name(name)]
+    return [directory / name for name in own if not (directory / name).is_dir()]
+
+
+def _stored(directory: Path) -> StoredModel | None:
+    """What lies in a directory; None if it is no preparation."""
+    manifest, journal = directory / MANIFEST_NAME, directory / JOURNAL_NAME
+    path = manifest if manifest.exists() else journal
+    if not path.exists():
+        if not own_files(directory):
+            return None
+        return StoredModel(directory, PARTIAL, None, "nothing is recorded yet", directory.stat().st_mtime_ns)
+    changed_ns = path.stat().st_mtime_ns
+    try:
+        found = read_manifest(path)
+    except SubspecError as error:
+        return StoredModel(directory, UNREADABLE, None, error.message, changed_ns)
+    is_whole = not journal.exists() and all((directory / file.name).exists() for file in found.layers)
+    return StoredModel(directory, COMPLETE if is_whole else PARTIAL, found, "", changed_ns)

@@ -1,0 +1,225 @@
+"""manifest.json: what a prepared model was made from and what its files must be. Strict, no timestamps."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from subspec_cli.errors import IntegrityError, UnsupportedModelError
+from subspec_cli.files.json_object import parse_json_object
+from subspec_cli.files.safe_io import atomic_write, read_small_file
+from subspec_cli.hub.model_name import prepare_command
+from subspec_cli.substitutes.quality import MATRIX_KINDS, MatrixQuality, matrix_kind
+from subspec_cli.substitutes.settings import SubstituteSettings
+from subspec_cli.units import printable
+
+FORMAT_VERSION = 2
+MANIFEST_NAME = "manifest.json"
+JOURNAL_NAME = "manifest.partial.json"
+"""The same, of a preparation that has not ended: only the layers that are done."""
+
+_MAX_MANIFEST_BYTES = 16 << 20
+_AGAIN = "prepare the model again: subspec prepare MODEL --force"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_WORD = re.compile(r"[A-Za-z0-9._-]{1,40}")
+_MANIFEST_FIELDS = {
+    "format_version": int,
+    "model_id": str,
+    "source_directory": str,
+    "commit": str,
+    "fingerprint": str,
+    "source_stamp": str,
+    "dtype": str,
+    "settings": dict,
+    "group_size": int,
+    "layers": list,
+    "tool_version": str,
+    "library_versions": dict,
+}
+_SETTINGS_FIELDS = {"bits": int, "optimizer": str, "overrides": list}
+_LAYER_FIELDS = {
+    "name": str,
+    "layer": int,
+    "size_bytes": int,
+    "sha256": str,
+    "source_sha256": str,
+    "quality": dict,
+}
+_QUALITY_FIELDS = {"weights": int, "stored_bytes": int, "signal": float, "noise": float}
+_WIDTHS = (2, 4, 8)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFile:
+    """One file of substitutes."""
+
+    name: str
+    layer: int
+    size_bytes: int
+    sha256: str
+    source_sha256: str
+    """Of the layer's 16-bit bytes, in reading order."""
+    quality: Mapping[str, MatrixQuality] = field(default_factory=dict)
+    """What quantizing lost, by the kind of matrix."""
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A prepared model, and all it takes to know whether it fits its source."""
+
+    model_id: str
+    source_directory: str
+    commit: str
+    fingerprint: str
+    """Of the checkpoint it was made from (`Checkpoint.fingerprint`)."""
+    source_stamp: str
+    """`Checkpoint.stamp` for a directory; empty for the hub, whose commits do not change."""
+    dtype: str
+    settings: SubstituteSettings
+    group_size: int
+    layers: tuple[LayerFile, ...]
+    tool_version: str
+    library_versions: Mapping[str, str]
+    format_version: int = FORMAT_VERSION
+
+    def is_of(self, other: Manifest) -> bool:
+        """Whether both describe the same substitutes of the same model, but for the weights' content."""
+        return self._identity() == other._identity()
+
+    def is_made_like(self, other: Manifest) -> bool:
+        """Whether layers of both may stand in one directory: `is_of`, by the same program and libraries."""
+        return (
+            self.is_of(other)
+            and self.tool_version == other.tool_version
+            and self.library_versions == other.library_versions
+        )
+
+    def _identity(self) -> tuple[object, ...]:
+        return (self.model_id, self.commit, self.fingerprint, self.dtype, self.settings, self.group_size)
+
+
+def layer_file_name(layer: int) -> str:
+    """layer-00017.safetensors."""
+    return f"layer-{layer:05d}.safetensors"
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Write atomically; equal manifests give equal bytes. Raises ResourceError."""
+    atomic_write(path, (json.dumps(asdict(manifest), indent=1, sort_keys=True) + "\n").encode())
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read a manifest or a journal.
+
+    Raises:
+        UnsupportedModelError: written by a newer version, or by one from before the present format.
+        IntegrityError: missing, damaged, or with names that are not its own.
+        ResourceError: unreadable.
+    """
+    shown = printable(str(path))
+    found = parse_json_object(read_small_file(path, _MAX_MANIFEST_BYTES), shown, IntegrityError, _AGAIN)
+    version = found.get("format_version")
+    if type(version) is int and version > FORMAT_VERSION:
+        raise UnsupportedModelError(
+            f"{shown} has format {version}, this version of subspec reads format {FORMAT_VERSION}",
+            "update subspec, or prepare the model again with --force",
+        )
+    if type(version) is int and 1 <= version < FORMAT_VERSION:
+        raise UnsupportedModelError(
+            f"{shown} has the old format {version}, this version of subspec reads format {FORMAT_VERSION}",
+            f"prepare the model again: {_command_for(found)}",
+        )
+    if version != FORMAT_VERSION:
+        raise _damaged(shown, f"has the format version {ascii(version)[:40]}, expected {FORMAT_VERSION}")
+    _checked(found, _MANIFEST_FIELDS, shown)
+    layers = tuple(_read_layer(item, shown) for item in found["layers"])
+    if [item.layer for item in layers] != sorted({item.layer for item in layers}):
+        raise _damaged(shown, "lists its layers twice or out of order")
+    if not all(isinstance(text, str) for text in found["library_versions"].values()):
+        raise _damaged(shown, "has library_versions that are not texts")
+    return Manifest(**{**found, "settings": _read_settings(found["settings"], shown), "layers": layers})
+
+
+def _read_settings(found: object, shown: str) -> SubstituteSettings:
+    fields = _checked(found, _SETTINGS_FIELDS, f"{shown}: settings")
+    overrides = tuple(tuple(pair) if isinstance(pair, list) else pair for pair in fields["overrides"])
+    settings = SubstituteSettings(**{**fields, "overrides": overrides})
+    if (
+        settings.bits not in _WIDTHS
+        or not _WORD.fullmatch(settings.optimizer)
+        or not all(_is_override(pair) for pair in overrides)
+        or [name for name, _ in overrides] != sorted({name for name, _ in overrides})
+    ):
+        raise _damaged(shown, f"has settings that cannot be: {ascii(found)[:100]}")
+    return settings
+
+
+def _is_override(pair: object) -> bool:
+    if not isinstance(pair, tuple) or [type(item) for item in pair] != [str, int]:
+        return False
+    return bool(_WORD.fullmatch(pair[0])) and matrix_kind(pair[0]) in MATRIX_KINDS and pair[1] in _WIDTHS
+
+
+def _read_quality(found: Mapping[str, object], shown: str) -> dict[str, MatrixQuality]:
+    if unknown := sorted(found.keys() - set(MATRIX_KINDS)):
+        raise _damaged(shown, f"has the quality of unknown matrices: {ascii(', '.join(unknown))[:100]}")
+    quality = {
+        kind: MatrixQuality(**_checked(item, _QUALITY_FIELDS, f"{shown}: quality"))
+        for kind, item in found.items()
+    }
+    for kind, item in quality.items():
+        powers = (item.signal, item.noise)
+        if item.weights <= 0 or item.stored_bytes <= 0 or not all(0 <= p < math.inf for p in powers):
+            raise _damaged(shown, f"has a quality that cannot be, of {kind}")
+    return quality
+
+
+def _command_for(found: Mapping[str, Any]) -> str:
+    """The command that makes anew what an older manifest describes, as far as it can be read."""
+    model_id, settings = found.get("model_id"), found.get("settings")
+    if not isinstance(model_id, str) or not isinstance(settings, dict):
+        return "subspec prepare MODEL --force"
+    optimizer = settings.get("optimizer")
+    return prepare_command(
+        model_id,
+        bits=settings["bits"] if settings.get("bits") in _WIDTHS else None,
+        optimizer="hqq" if optimizer == "hqq" else None,
+        force=True,
+    )
+
+
+def _read_layer(found: object, shown: str) -> LayerFile:
+    fields = _checked(found, _LAYER_FIELDS, f"{shown}: layers")
+    file = LayerFile(**{**fields, "quality": _read_quality(fields["quality"], shown)})
+    # The only name ever opened is the one made from the number, so a manifest cannot lead elsewhere.
+    if file.layer < 0 or file.name != layer_file_name(file.layer):
+        raise _damaged(shown, f"names {ascii(file.name)[:100]} as the file of layer {file.layer}")
+    if (
+        file.size_bytes <= 0
+        or not _SHA256.fullmatch(file.sha256)
+        or not _SHA256.fullmatch(file.source_sha256)
+    ):
+        raise _damaged(shown, f"has a size or a hash that cannot be, at layer {file.layer}")
+    return file
+
+
+def _checked(found: object, fields: Mapping[str, type], shown: str) -> dict[str, Any]:
+    if not isinstance(found, dict):
+        raise _damaged(shown, f"holds a {type(found).__name__}, expected an object")
+    if unknown := sorted(found.keys() - fields.keys()):
+        raise _damaged(shown, f"has unknown keys: {ascii(', '.join(unknown))[:100]}")
+    if missing := sorted(fields.keys() - found.keys()):
+        raise _damaged(shown, f"lacks the keys: {', '.join(missing)}")
+    for key, kind in fields.items():
+        if type(found[key]) is not kind:
+            raise _damaged(shown, f"has a {type(found[key]).__name__} at {key}, expected {kind.__name__}")
+    return found
+
+
+def _damaged(shown: str, text: str) -> IntegrityError:
+    return IntegrityError(f"{shown} {text}", _AGAIN)

@@ -1,0 +1,253 @@
+"""Writing substitutes: layer by layer, about one layer in memory, safe to kill and run again at any moment.
+
+A layer file counts once the journal lists it; that is written after each layer, and removed at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from subspec_cli import __version__
+from subspec_cli.checkpoint.checkpoint import (
+    Checkpoint,
+    check_headers,
+    check_unchanged,
+    layer_count_in_tensors,
+    layer_entries,
+)
+from subspec_cli.checkpoint.layer_tensors import layer_prefix
+from subspec_cli.checkpoint.tensors import check_finite, read_hashed_tensors
+from subspec_cli.errors import IntegrityError
+from subspec_cli.files.home import make_home_directory
+from subspec_cli.files.lock import directory_lock
+from subspec_cli.files.safe_io import (
+    atomic_write,
+    sweep_stale_temps,
+    write_error,
+)
+from subspec_cli.hub.incoming import DownloadProgress, Incoming
+from subspec_cli.hub.snapshot import OpenedModel
+from subspec_cli.substitutes.disk_space import check_room
+from subspec_cli.substitutes.manifest import (
+    JOURNAL_NAME,
+    MANIFEST_NAME,
+    LayerFile,
+    Manifest,
+    layer_file_name,
+    write_manifest,
+)
+from subspec_cli.substitutes.prepared_model import PreparedModel, prepared_directory
+from subspec_cli.substitutes.quality import MatrixQuality
+from subspec_cli.substitutes.reuse import finished_manifest, reusable_layers
+from subspec_cli.substitutes.settings import SubstituteSettings
+from subspec_cli.units import printable
+
+if TYPE_CHECKING:
+    import torch
+
+Quantizer: TypeAlias = (
+    "Callable[[dict[str, torch.Tensor]], tuple[dict[str, torch.Tensor], dict[str, MatrixQuality]]]"
+)
+"""One layer's 16-bit tensors, keyed by the name inside the layer, to the tensors to write and their quality."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareProgress:
+    """How far a preparation is; bytes are those of the 16-bit layers."""
+
+    done_layers: int
+    total_layers: int
+    reused_layers: int
+    """Of the done ones, how many were found finished; all of them: already prepared."""
+    done_bytes: int
+    total_bytes: int
+    elapsed_s: float
+    """Spent on making layers, without waiting for their weights."""
+    download: DownloadProgress | None = None
+    """Of the weights, where they were not all there."""
+
+
+def prepare_model(
+    model: OpenedModel,
+    settings: SubstituteSettings,
+    quantizer: Quantizer,
+    *,
+    layer_count: int,
+    dtype: str,
+    group_size: int,
+    versions: Mapping[str, str],
+    force: bool,
+    progress: Callable[[PrepareProgress], None],
+    notify: Callable[[str], None],
+) -> PreparedModel:
+    """Write the substitutes of every layer, reusing finished ones; `force` makes all of them anew.
+
+    Weights that are missing are downloaded meanwhile: a layer is made as soon as its files are there, verified.
+    While it runs, and if it is killed, an earlier complete set in the same place stays usable. Another process
+    that prepares the same is waited for, which `notify` is told.
+
+    Raises:
+        IntegrityError: a damaged source, weights that are not finite, or a source that changed meanwhile.
+        ResourceError: the disk is too small or cannot be written.
+        NetworkError, AccessError: a download failed.
+        UnsupportedModelError: the place holds a newer version's work (unless `force`).
+    """
+    resolved, checkpoint = model.resolved, model.checkpoint
+    goal = Manifest(
+        model_id=resolved.model_id,
+        source_directory=str(resolved.directory),
+        commit=resolved.commit,
+        fingerprint=checkpoint.fingerprint,
+        source_stamp=checkpoint.stamp if resolved.is_local else "",
+        dtype=dtype,
+        settings=settings,
+        group_size=group_size,
+        layers=(),
+        tool_version=__version__,
+        library_versions=dict(versions),
+    )
+    directory = prepared_directory(resolved.model_id, resolved.commit, settings)
+    layer_bytes = _layer_bytes(checkpoint, layer_count)
+    work = _Work(goal, checkpoint, model.incoming, directory, layer_bytes, progress)
+    if not force and (finished := work.already_prepared()):
+        return finished
+    if not directory.exists():  # a refusal leaves nothing behind
+        work.check_space()
+    make_home_directory(directory)
+    with directory_lock(directory, on_wait=notify) as has_waited:
+        if has_waited and not force and (finished := work.already_prepared()):
+            return finished
+        sweep_stale_temps(directory)
+        return work.run(quantizer, force=force)
+
+
+@dataclass
+class _Work:
+    """One run of `prepare_model`: what is to be made, and which layers of it are done."""
+
+    goal: Manifest
+    checkpoint: Checkpoint
+    incoming: Incoming
+    directory: Path
+    layer_bytes: list[int]
+    progress: Callable[[PrepareProgress], None]
+    making_s: float = 0.0
+    done: dict[int, LayerFile] = field(default_factory=dict)
+    reused_layers: int = 0
+
+    def already_prepared(self) -> PreparedModel | None:
+        """The complete earlier result, whose recency is renewed; None while weights are missing."""
+        if not self.incoming.is_complete:
+            return None
+        found = finished_manifest(self.directory, self.goal, len(self.layer_bytes))
+        if found is None:
+            return None
+        with contextlib.suppress(OSError):  # recency is a convenience; the directory may be read-only
+            os.utime(self.directory / MANIFEST_NAME)
+        for file in found.layers:
+            self.reuse(file)
+        return PreparedModel(self.directory, found)
+
+    def run(self, quantizer: Quantizer, *, force: bool) -> PreparedModel:
+        """Everything that needs the lock."""
+        if not force:
+            for file in reusable_layers(self.directory, self.goal, self.checkpoint):
+                self.reuse(file)
+        self.check_space()
+        if force:  # an empty journal: from here on the earlier set is no longer taken for finished
+            write_manifest(self.directory / JOURNAL_NAME, self.goal)
+        self.incoming.start()
+        waiting = [layer for layer in range(len(self.layer_bytes)) if layer not in self.done]
+        while waiting or not self.incoming.is_complete:
+            ready = next((layer for layer in waiting if self.has_arrived(layer)), None)
+            if ready is None:
+                self.incoming.wait()
+                self._tell_progress()
+            else:
+                self.make_layer(ready, quantizer)
+                waiting.remove(ready)
+        check_unchanged(self.checkpoint)
+        if self.incoming.progress():
+            check_headers(self.checkpoint)
+        return self.finish()
+
+    def has_arrived(self, layer: int) -> bool:
+        """Whether all weights of a layer are on this machine."""
+        root = self.checkpoint.directory
+        entries = layer_entries(self.checkpoint, layer)
+        return self.incoming.has({entry.path.relative_to(root).as_posix() for entry in entries})
+
+    def reuse(self, file: LayerFile) -> None:
+        """Count a layer as done by an earlier run."""
+        self.done[file.layer] = file
+        self.reused_layers += 1
+        self._tell_progress()
+
+    def check_space(self) -> None:
+        """Refuse when there is no room for the layers still to be made and the weights still to come."""
+        left = [layer for layer in range(len(self.layer_bytes)) if layer not in self.done]
+        check_room(self.goal, self.checkpoint, self.incoming, self.directory, left)
+
+    def make_layer(self, layer: int, quantizer: Quantizer) -> None:
+        """Read, quantize and write one layer, then record it."""
+        from safetensors.torch import save
+
+        started_s = time.monotonic()
+        tensors, source_sha256 = read_hashed_tensors(layer_entries(self.checkpoint, layer))
+        check_finite(tensors)
+        prefix = layer_prefix(layer)
+        packed, quality = quantizer({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
+        del tensors  # before the file's bytes take memory in turn
+        data = save({name: packed[name].contiguous() for name in sorted(packed)})
+        name = layer_file_name(layer)
+        atomic_write(self.directory / name, data)
+        sha256 = hashlib.sha256(data).hexdigest()
+        self.done[layer] = LayerFile(name, layer, len(data), sha256, source_sha256, quality)
+        write_manifest(self.directory / JOURNAL_NAME, self._manifest())
+        self.making_s += time.monotonic() - started_s
+        self._tell_progress()
+
+    def finish(self) -> PreparedModel:
+        """Write the manifest, which makes the directory a prepared model, and drop the journal."""
+        manifest = self._manifest()
+        write_manifest(self.directory / MANIFEST_NAME, manifest)
+        journal = self.directory / JOURNAL_NAME
+        try:
+            journal.unlink(missing_ok=True)
+        except OSError as error:
+            raise write_error(error, journal) from error
+        return PreparedModel(self.directory, manifest)
+
+    def _manifest(self) -> Manifest:
+        return replace(self.goal, layers=tuple(self.done[layer] for layer in sorted(self.done)))
+
+    def _tell_progress(self) -> None:
+        self.progress(
+            PrepareProgress(
+                done_layers=len(self.done),
+                total_layers=len(self.layer_bytes),
+                reused_layers=self.reused_layers,
+                done_bytes=sum(self.layer_bytes[layer] for layer in self.done),
+                total_bytes=sum(self.layer_bytes),
+                elapsed_s=self.making_s,
+                download=self.incoming.progress(),
+            )
+        )
+
+
+def _layer_bytes(checkpoint: Checkpoint, layer_count: int) -> list[int]:
+    found = layer_count_in_tensors(checkpoint)
+    if found != layer_count:
+        raise IntegrityError(
+            f"{printable(str(checkpoint.directory))} holds {found} layers, its config says {layer_count}"
+        )
+    return [
+        sum(entry.size_bytes for entry in layer_entries(checkpoint, layer)) for layer in range(layer_count)
+    ]

@@ -1,0 +1,200 @@
+"""Prepared models on this machine: where they lie, which one is meant, and loading their layers checked."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from subspec_cli.checkpoint.checkpoint import Checkpoint, layer_count_in_tensors
+from subspec_cli.checkpoint.safetensors_header import TensorEntry, header_length, parse_entries
+from subspec_cli.checkpoint.source_directory import confine
+from subspec_cli.checkpoint.tensors import read_hashed_file, view_tensor
+from subspec_cli.errors import IntegrityError, SubspecError, UnsupportedModelError, UsageError
+from subspec_cli.files.home import prepared_root
+from subspec_cli.files.safe_io import read_error
+from subspec_cli.hub.model_name import parse_model_name, prepare_command, repair_command
+from subspec_cli.substitutes.manifest import MANIFEST_NAME, LayerFile, Manifest, read_manifest
+from subspec_cli.substitutes.settings import SubstituteSettings
+from subspec_cli.units import printable
+
+if TYPE_CHECKING:
+    import torch
+
+_UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedModel:
+    """A complete set of substitutes on disk."""
+
+    directory: Path
+    manifest: Manifest
+
+
+def prepared_directory(model_id: str, commit: str, settings: SubstituteSettings) -> Path:
+    """The one place for these substitutes of this commit; its name is safe on every filesystem."""
+    digest = hashlib.sha256(f"{model_id}\0{commit}\0{settings.label}".encode()).hexdigest()[:12]
+    return (
+        prepared_root()
+        / f"{directory_slug(model_id)}--{_safe(commit)[:8]}--{_safe(settings.label)}--{digest}"
+    )
+
+
+def find_prepared(model: str | None, bits: int | None = None) -> PreparedModel:
+    """The most recently prepared set of substitutes, of `model` or of all, with `bits` or any.
+
+    Args:
+        model: as the user names it: `demo`, a directory or a hub id.
+        bits: width of the substitutes.
+
+    Raises:
+        UsageError: there is none; the hint is the command that prepares it.
+        IntegrityError, UnsupportedModelError: the one that is meant has a damaged or newer manifest.
+    """
+    model_id = None if model is None else parse_model_name(model).model_id
+    other_labels = set()
+    for path in _manifests_by_recency():
+        try:
+            manifest = read_manifest(path)
+        except SubspecError:
+            # A damaged neighbour is no obstacle, but none falls back to an older set of the same model.
+            if model_id is None or path.parent.name.startswith(f"{directory_slug(model_id)}--"):
+                raise
+            continue
+        if model_id not in (None, manifest.model_id):
+            continue
+        if bits in (None, manifest.settings.bits):
+            return PreparedModel(path.parent, manifest)
+        other_labels.add(manifest.settings.label)
+    raise _not_prepared(model_id, bits, sorted(other_labels))
+
+
+def find_prepared_sets(model: str | None, bits: int | None = None) -> tuple[PreparedModel, ...]:
+    """What `find_prepared` finds, and after it the other widths of the same weights, the latest of each.
+
+    Damaged neighbours do not count; errors as `find_prepared`. With `bits` there is only the one.
+    """
+    latest = find_prepared(model, bits)
+    if bits is not None:
+        return (latest,)
+    sets = {latest.manifest.settings.bits: latest}
+    for path in _manifests_by_recency():
+        with contextlib.suppress(SubspecError):
+            manifest = read_manifest(path)
+            if _is_same_source(manifest, latest.manifest):
+                sets.setdefault(manifest.settings.bits, PreparedModel(path.parent, manifest))
+    return tuple(sets.values())
+
+
+def _is_same_source(manifest: Manifest, other: Manifest) -> bool:
+    return (manifest.model_id, manifest.commit, manifest.fingerprint, manifest.source_stamp) == (
+        other.model_id,
+        other.commit,
+        other.fingerprint,
+        other.source_stamp,
+    )
+
+
+def load_layer(prepared: PreparedModel, layer: int) -> dict[str, torch.Tensor]:
+    """The substitute tensors of a decoder layer, from one read of the whole file, hashed before use.
+
+    Raises:
+        IntegrityError: the file is missing, a link out of its directory, or of another size or hash than the
+            manifest says.
+        ResourceError: it cannot be read.
+    """
+    expected = _layer_file(prepared, layer)
+    hint = repair_command(prepared.manifest.model_id)
+    try:
+        path = confine(prepared.directory, expected.name)
+        data, found_sha256 = read_hashed_file(path, expected.size_bytes)
+        if found_sha256 != expected.sha256:
+            raise IntegrityError(
+                f"{printable(str(path))} has the SHA-256 {found_sha256}, expected {expected.sha256}"
+            )
+        entries = _entries(data, path)
+    except IntegrityError as error:
+        raise IntegrityError(error.message, hint) from error
+    return {
+        entry.name: view_tensor(data[entry.offset_bytes : entry.offset_bytes + entry.size_bytes], entry)
+        for entry in entries
+    }
+
+
+def check_source(prepared: PreparedModel, checkpoint: Checkpoint) -> None:
+    """See that substitutes and 16-bit weights belong together; they are never paired silently.
+
+    Raises:
+        UnsupportedModelError: the weights are of another version than the substitutes.
+        IntegrityError: the manifest does not cover every layer.
+    """
+    manifest = prepared.manifest
+    shown = printable(manifest.model_id)
+    again = prepare_command(manifest.model_id, bits=manifest.settings.bits)
+    if manifest.fingerprint != checkpoint.fingerprint:
+        raise UnsupportedModelError(
+            f"{shown} is another version than the one prepared: fingerprint {checkpoint.fingerprint}, "
+            f"prepared from {manifest.fingerprint} (commit {printable(manifest.commit)})",
+            again,
+        )
+    if manifest.source_stamp not in ("", checkpoint.stamp):
+        raise UnsupportedModelError(
+            f"the weights of {shown} were written again since it was prepared: stamp {checkpoint.stamp}, "
+            f"prepared from {manifest.source_stamp}",
+            again,
+        )
+    layer_count = layer_count_in_tensors(checkpoint)
+    if [file.layer for file in manifest.layers] != list(range(layer_count)):
+        raise IntegrityError(
+            f"{printable(str(prepared.directory / MANIFEST_NAME))} lists {len(manifest.layers)} layers, "
+            f"the model has {layer_count}",
+            repair_command(manifest.model_id),
+        )
+
+
+def _entries(data: torch.Tensor, path: Path) -> tuple[TensorEntry, ...]:
+    start = data[:512].numpy().tobytes()
+    length = header_length(start, path, data.numel())
+    return parse_entries(data[: 8 + length].numpy().tobytes(), path, data.numel())
+
+
+def _layer_file(prepared: PreparedModel, layer: int) -> LayerFile:
+    for file in prepared.manifest.layers:
+        if file.layer == layer:
+            return file
+    raise IntegrityError(
+        f"{printable(str(prepared.directory / MANIFEST_NAME))} lists no layer {layer}",
+        repair_command(prepared.manifest.model_id),
+    )
+
+
+def _manifests_by_recency() -> list[Path]:
+    try:
+        found = [(path.stat().st_mtime_ns, path) for path in prepared_root().glob(f"*/{MANIFEST_NAME}")]
+    except OSError as error:
+        raise read_error(error, prepared_root()) from error
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def _not_prepared(model_id: str | None, bits: int | None, other_labels: list[str]) -> UsageError:
+    if model_id is None:
+        width = f" with {bits}-bit substitutes" if bits else ""
+        return UsageError(f"no model is prepared{width} yet", prepare_command("demo", bits=bits))
+    shown = printable(model_id)
+    if other_labels:
+        text = f"{shown} is prepared with {', '.join(other_labels)}, not with {bits} bits"
+        return UsageError(text, prepare_command(model_id, bits=bits))
+    return UsageError(f"{shown} is not prepared", prepare_command(model_id, bits=bits))
+
+
+def directory_slug(model_id: str) -> str:
+    """What the names of a model's directories begin with, before `--`; other models may share it."""
+    return _safe(model_id.strip("/").replace("/", "--"))[-80:].lstrip(".-")
+
+
+def _safe(text: str) -> str:
+    return _UNSAFE.sub("_", text)

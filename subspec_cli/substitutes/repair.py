@@ -1,0 +1,48 @@
+"""Dropping damaged files of a prepared model, so that the prepare pipeline makes just these again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from subspec_cli.errors import UsageError
+from subspec_cli.files.lock import directory_lock
+from subspec_cli.files.safe_io import write_error
+from subspec_cli.substitutes.integrity import Finding, blob_of
+from subspec_cli.substitutes.inventory import StoredModel
+from subspec_cli.substitutes.manifest import Manifest
+from subspec_cli.units import printable
+
+
+def drop_damaged(stored: StoredModel, findings: Sequence[Finding]) -> Manifest:
+    """Delete what was found damaged and return the manifest by which it can be made again.
+
+    Of the target, only files in the hub's cache that are not what their own names say are deleted; a directory
+    of the user's is never touched. Raises UsageError for a set whose manifest cannot be read, and BusyError while
+    another process prepares it.
+    """
+    manifest = stored.manifest
+    if manifest is None:
+        raise UsageError(
+            f"nothing tells how {printable(str(stored.directory))} was made",
+            "prepare the model again with --force, or remove the directory",
+        )
+    with directory_lock(stored.directory):
+        for finding in findings:
+            if finding.path.parent == stored.directory:
+                _drop(finding.path)
+            elif (
+                finding.found
+                and (blob := blob_of(finding.path)) is not None
+                and blob.name == finding.expected
+            ):
+                _drop(blob)
+                _drop(finding.path)
+    return manifest
+
+
+def _drop(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise write_error(error, path) from error

@@ -1,0 +1,73 @@
+"""What of an earlier preparation still holds, so that a rerun makes only the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from subspec_cli.checkpoint.checkpoint import Checkpoint, layer_count_in_tensors, layer_entries
+from subspec_cli.checkpoint.tensors import read_hashed_tensors
+from subspec_cli.errors import IntegrityError
+from subspec_cli.files.safe_io import has_size, sha256_file
+from subspec_cli.substitutes.manifest import JOURNAL_NAME, MANIFEST_NAME, LayerFile, Manifest, read_manifest
+
+
+def finished_manifest(directory: Path, goal: Manifest, layer_count: int) -> Manifest | None:
+    """The manifest of a complete set like `goal` in `directory`, judged without reading its layers.
+
+    Raises:
+        UnsupportedModelError: the manifest is a newer version's.
+        ResourceError: it cannot be read.
+    """
+    if (directory / JOURNAL_NAME).exists():
+        return None
+    found = _read_usable(directory / MANIFEST_NAME)
+    if found is None or not found.is_of(goal) or found.source_stamp != goal.source_stamp:
+        return None
+    if [file.layer for file in found.layers] != list(range(layer_count)):
+        return None
+    return found if all(_is_there(directory, file) for file in found.layers) else None
+
+
+def reusable_layers(directory: Path, goal: Manifest, checkpoint: Checkpoint) -> Iterator[LayerFile]:
+    """The listed layers, ascending, whose files, and whose source, still hold the same bytes.
+
+    Raises:
+        UnsupportedModelError: a manifest is a newer version's.
+        IntegrityError: the source is damaged.
+        ResourceError: something cannot be read.
+    """
+    listed: dict[int, tuple[LayerFile, bool]] = {}
+    for name in (MANIFEST_NAME, JOURNAL_NAME):  # the journal is the newer one
+        found = _read_usable(directory / name)
+        if found is not None and found.is_made_like(goal):
+            same_stamp = found.source_stamp == goal.source_stamp
+            listed |= {file.layer: (file, same_stamp) for file in found.layers}
+    layer_count = layer_count_in_tensors(checkpoint)
+    for layer, (file, same_stamp) in sorted(listed.items()):
+        if layer >= layer_count or not _is_there(directory, file):
+            continue
+        # Written again is not changed: a copied or restored directory has new times and the same bytes.
+        if not same_stamp and _source_sha256(checkpoint, layer) != file.source_sha256:
+            continue
+        if sha256_file(directory / file.name) == file.sha256:
+            yield file
+
+
+def _read_usable(path: Path) -> Manifest | None:
+    if not path.exists():
+        return None
+    try:
+        return read_manifest(path)
+    except IntegrityError:  # its hashes are worth nothing: what it lists is made anew
+        return None
+
+
+def _is_there(directory: Path, file: LayerFile) -> bool:
+    path = directory / file.name
+    # A link may lead anywhere, and is not opened at load either.
+    return not path.is_symlink() and has_size(path, file.size_bytes)
+
+
+def _source_sha256(checkpoint: Checkpoint, layer: int) -> str:
+    return read_hashed_tensors(layer_entries(checkpoint, layer))[1]

@@ -1,0 +1,63 @@
+"""How substitutes are quantized, and what they take in memory."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+from subspec_cli.checkpoint.geometry import ModelGeometry
+from subspec_cli.checkpoint.layer_tensors import LAYER_MATRICES
+from subspec_cli.substitutes.quality import matrix_kind
+
+GROUP_SIZES: Final = (128, 64, 32)
+"""Input features that share a scale in a substitute; the largest that divides the input is used."""
+_ROW_MULTIPLE: Final = 16
+"""torch's int4 kernel wants the output features in this multiple."""
+
+
+def group_size_for(shape: tuple[int, ...]) -> int | None:
+    """Group size for a matrix `[out, in]`; None if the low-bit kernels take no matrix of this shape."""
+    if shape[0] % _ROW_MULTIPLE:
+        return None
+    return next((size for size in GROUP_SIZES if shape[1] % size == 0), None)
+
+
+def substitute_layer_bytes(geometry: ModelGeometry, settings: SubstituteSettings) -> int:
+    """Bytes of one layer's substitute in memory; two-bit codes are held in the four-bit kernel's layout."""
+    total = 0
+    shapes = geometry.layer_shapes()
+    for name in LAYER_MATRICES:
+        elements, group_size = math.prod(shapes[name]), group_size_for(shapes[name])
+        if group_size is None:
+            total += elements * 2
+        elif settings.bits_of(name) == 8:
+            total += elements + shapes[name][0] * 2
+        else:
+            total += elements // 2 + elements // group_size * 4
+    return total
+
+
+@dataclass(frozen=True, slots=True)
+class SubstituteSettings:
+    """How substitutes are quantized."""
+
+    bits: int
+    optimizer: str
+    overrides: tuple[tuple[str, int], ...] = ()
+    """Matrices of another width: name inside the layer, without `.weight`, and its bits; sorted by name."""
+
+    @property
+    def label(self) -> str:
+        """Short name, also in the directory's: qint4-minmax, qint4-minmax-down8."""
+        special = "".join(f"-{matrix_kind(name)}{bits}" for name, bits in self.overrides)
+        return f"qint{self.bits}-{self.optimizer}{special}"
+
+    @property
+    def widths(self) -> frozenset[int]:
+        """Every number of bits that may be in use."""
+        return frozenset((self.bits, *(bits for _, bits in self.overrides)))
+
+    def bits_of(self, name: str) -> int:
+        """Bits of one matrix, by its name inside the layer."""
+        return dict(self.overrides).get(name.removesuffix(".weight"), self.bits)

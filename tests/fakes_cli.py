@@ -1,0 +1,266 @@
+"""Fakes that the command line tests stand on: a session, a preparation and a benchmark without any model."""
+
+import io
+import sys
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from subspec_cli.metrics import GenerationStats, StepStats
+from subspec_cli.planning.costs import PlanCosts, RowTimes
+from subspec_cli.planning.timing import Prediction
+
+
+@dataclass(frozen=True)
+class FakeDelta:
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str | None
+    stats: GenerationStats
+
+
+@dataclass(frozen=True)
+class FakeLine:
+    label: str
+    size_bytes: int
+    note: str = ""
+
+
+PREDICTION = Prediction(
+    plain_pass_s=0.5,
+    pass_s=0.4,
+    step_s=0.025,
+    depth=4,
+    tau=3.5,
+    plain_tok_per_s=2.0,
+    tok_per_s=7.0,
+    survival=0.974,
+    origin="assumed",
+    assumptions=("link 1.4 GB/s (assumed)",),
+)
+
+
+COSTS = PlanCosts(0.4, RowTimes((1,), (0.1,)), RowTimes((1,), (0.02,)))
+
+
+@dataclass(frozen=True)
+class FakePlan:
+    resident_layers: int = 1
+    streamed_layers: int = 3
+    lines: tuple[FakeLine, ...] = (FakeLine("substitutes", 3 << 20), FakeLine("spare", 0))
+    reason: str = "one layer fits beside the substitutes"
+    prediction: Prediction = PREDICTION
+
+    def as_dict(self):
+        return {"resident_layers": self.resident_layers, "streamed_layers": self.streamed_layers}
+
+
+@dataclass(frozen=True)
+class FakeDescription:
+    model_id: str = "demo"
+    revision: str = "0123abc"
+    device: str = "cpu"
+    dtype: str = "bfloat16"
+    exactness: str = "exact"
+    exactness_reason: str = "rows checked in blocks of 2"
+    speculation: bool = True
+    fits: bool = False
+    seed: int = 77
+    threads: int = 1
+    context_tokens: int = 256
+    budget_bytes: int = 1 << 30
+    plan: FakePlan = FakePlan()
+    versions: dict = field(default_factory=lambda: {"torch": "2"})
+    has_chat_template: bool = True
+    fresh_seed: bool = True
+    costs: PlanCosts = COSTS
+    notes: tuple[str, ...] = ()
+
+
+class FakeSession:
+    """Answers with `pieces`; an exception among them is raised where it stands."""
+
+    def __init__(self, pieces=("Hello ", "world\n", "bye"), description=None):
+        self.pieces = pieces
+        self.description = description or FakeDescription()
+        self.calls = []
+        self.closed = self.stopped = False
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.closed = True
+
+    def memory_bytes(self):
+        return 300 << 20
+
+    def peak_memory_bytes(self):
+        return 400 << 20
+
+    def encode_prompt(self, text, *, system, raw):
+        self.calls.append(("encode", text, system, raw))
+        return list(range(5))
+
+    def generate(self, prompt_ids, *, max_new_tokens, stop):
+        self.calls.append(("generate", len(prompt_ids), max_new_tokens, stop))
+        stats = GenerationStats().after_prefill(prompt_tokens=5, prefilled_tokens=4, ttft_s=0.25)
+        step = StepStats(
+            drafted=4,
+            accepted=2,
+            emitted=3,
+            draft_time_s=0.2,
+            verify_time_s=0.3,
+            wait_time_s=0.1,
+            streamed_bytes=500_000_000,
+        )
+        try:
+            for number, piece in enumerate(self.pieces):
+                if isinstance(piece, BaseException):
+                    raise piece
+                stats = stats.after_step(step, decode_time_s=0.5 * (number + 1)) if number else stats
+                reason = "stop" if number == len(self.pieces) - 1 else None
+                yield FakeDelta(piece, (number, number + 10), reason, stats)
+        finally:
+            self.stopped = True
+
+    def chat(self, system):
+        self.calls.append(("chat", system))
+        return self
+
+    def ask(self, text, *, max_new_tokens, stop):
+        self.calls.append(("ask", text))
+        return self.generate([1], max_new_tokens=max_new_tokens, stop=stop)
+
+    def reset(self):
+        self.calls.append(("reset",))
+
+
+@dataclass(frozen=True)
+class FakeDownload:
+    done_files: int = 2
+    total_files: int = 5
+    done_bytes: int = 6 << 30
+    total_bytes: int = 14 << 30
+    received_bytes: int = 5 << 30
+    elapsed_s: float = 250.0
+
+
+@dataclass(frozen=True)
+class FakePrepareProgress:
+    done_layers: int
+    total_layers: int
+    done_bytes: int
+    total_bytes: int
+    elapsed_s: float
+    download: FakeDownload | None = None
+
+
+@dataclass(frozen=True)
+class FakeKind:
+    kind: str
+    bits: int
+    bits_per_weight: float
+    sqnr_db: float | None
+
+
+@dataclass(frozen=True)
+class FakePrepareReport:
+    model_id: str = "demo"
+    commit: str = "0123abc"
+    directory: Path = Path("/cache/demo-int4")
+    layers: int = 4
+    source_bytes: int = 3 << 30
+    substitute_bytes: int = 800 << 20
+    bits: int = 4
+    kinds: tuple[FakeKind, ...] = (FakeKind("q", 4, 4.25, 21.25), FakeKind("down", 8, 8.01, None))
+    bits_per_weight: float = 4.25
+    sqnr_db: float | None = 21.5
+    elapsed_s: float = 61.0
+    already_prepared: bool = False
+
+    def as_dict(self):
+        return {"model_id": self.model_id, "directory": self.directory, "sqnr_db": float("inf")}
+
+
+@dataclass(frozen=True)
+class FakeRow:
+    category: str
+    answers: int
+    plain_tok_per_s: float | None
+    speculative_tok_per_s: float
+    speedup_same_plan: float | None
+    speedup: float | None
+    tau: float
+    identical: int
+    prefilled_tokens: int
+
+
+@dataclass(frozen=True)
+class FakeBenchProgress:
+    done: int
+    total: int
+    elapsed_s: float
+    status: str
+    report: object = None
+
+
+@dataclass(frozen=True)
+class FakeBenchReport:
+    identical: int = 4
+    exactness: str = "exact"
+    interrupted: bool = False
+    summary_lines: tuple[str, ...] = ("speed-up 6.10x over plain offloading of the same plan",)
+
+    @property
+    def rows(self):
+        row = FakeRow("writing", 4, 1.5, 9.15, 6.1, None, 7.25, self.identical, 90)
+        return (row, FakeRow("all", 4, 1.5, 9.15, 6.1, None, 7.25, self.identical, 90))
+
+    def as_dict(self):
+        return {"interrupted": self.interrupted, "answers": [{"identical": True}]}
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self):
+        return True
+
+
+def module(name, **contents):
+    """A module that an import statement finds in place of the real one."""
+    made = types.ModuleType(name)
+    for key, value in contents.items():
+        setattr(made, key, value)
+    return made
+
+
+def use_session(monkeypatch, session):
+    """Let `run` open `session`; gives the list that the resolved configs are put into."""
+    configs = []
+
+    def open_session(config, *, progress):
+        configs.append(config)
+        progress("loading substitutes 1/4")
+        return session
+
+    fake = module("subspec_cli.session", open_session=open_session)
+    monkeypatch.setitem(sys.modules, "subspec_cli.session", fake)
+    return configs
+
+
+def pipe_in(monkeypatch, content):
+    """Let standard input be a pipe holding these bytes."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
+
+
+def on_terminal(monkeypatch):
+    """Let stdin, stdout and stderr be terminals; gives stdout and stderr."""
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("LINES", "30")
+    return sys.stdout, sys.stderr

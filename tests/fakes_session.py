@@ -1,0 +1,83 @@
+"""Prepared tiny models and sessions over them, for the tests of sessions and of losslessness."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import make_tiny_model
+
+from subspec_cli.config import resolve_config
+from subspec_cli.metrics import GenerationStats
+from subspec_cli.session import open_session
+from subspec_cli.session.prepare import prepare
+from subspec_cli.session.session import Session, TextDelta
+
+
+class Shelf:
+    """Tiny models made and prepared at first use, under one SUBSPEC_HOME."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._made: dict[str, Path] = {}
+
+    def model(self, family: str, *, bits: int = 4, **how: Any) -> Path:
+        """Directory of a prepared model; the same settings give the same one."""
+        key = repr((family, bits, sorted(how.items())))
+        if key not in self._made:
+            directory = make_tiny_model(self._root / str(len(self._made)), family, **how)
+            prepare_quietly(directory, bits=bits)
+            self._made[key] = directory
+        return self._made[key]
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shelf]:
+    """One shelf and one home for a test module."""
+    root = tmp_path_factory.mktemp("models")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SUBSPEC_HOME", str(root / "home"))
+        yield Shelf(root)
+
+
+def prepare_quietly(directory: Path, **how: Any) -> None:
+    """`subspec prepare` with its defaults."""
+    defaults = {"bits": 4, "optimizer": "minmax", "revision": None, "force": False}
+    prepare(str(directory), **(defaults | how), progress=lambda state: None)
+
+
+def open_tiny(directory: Path | None, **flags: Any) -> Session:
+    """A session on the CPU with a budget of 1 GiB, so that layers are streamed only where a test says so."""
+    memory = {"vram_gb": 1.0, "device": "cpu", "resident_layers": 0} | flags.pop("memory", {})
+    name = None if directory is None else str(directory)
+    model = {"model": name} | flags.pop("model", {})
+    progress = flags.pop("progress", lambda text: None)
+    return open_session(resolve_config({"model": model, "memory": memory, **flags}), progress=progress)
+
+
+class Answer:
+    """Everything a generation gave."""
+
+    def __init__(self, deltas: Iterable[TextDelta]) -> None:
+        self.deltas = list(deltas)
+        self.token_ids = [token for delta in self.deltas for token in delta.token_ids]
+        self.text = "".join(delta.text for delta in self.deltas)
+        self.finish_reason = self.deltas[-1].finish_reason
+        self.stats: GenerationStats = self.deltas[-1].stats
+
+    @property
+    def outcome(self) -> tuple[list[int], str, str | None]:
+        """What must not depend on speculation."""
+        return self.token_ids, self.text, self.finish_reason
+
+
+def answer_to(session: Session, prompt: str, limit: int = 40, *, raw: bool = False, **how: Any) -> Answer:
+    """The answer to one prompt, from an empty cache unless told otherwise."""
+    if not how.pop("keep_cache", False):
+        session.reset()
+    ids = session.encode_prompt(prompt, system=None, raw=raw)
+    with closing(session.generate(ids, max_new_tokens=limit, stop=how.pop("stop", ()), **how)) as deltas:
+        return Answer(deltas)

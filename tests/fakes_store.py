@@ -1,0 +1,100 @@
+"""Stand-ins for the store's tests: short waits, a quantizer that counts, ready-made manifests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from subspec_cli.checkpoint.checkpoint import open_checkpoint
+from subspec_cli.hub.incoming import Incoming
+from subspec_cli.hub.retry import Patience
+from subspec_cli.hub.snapshot import OpenedModel, ResolvedModel, open_model
+from subspec_cli.hub.workers import Messages
+from subspec_cli.substitutes import preparation
+from subspec_cli.substitutes.manifest import Manifest
+from subspec_cli.substitutes.prepared_model import prepared_directory
+from subspec_cli.substitutes.quality import MatrixQuality
+from subspec_cli.substitutes.settings import SubstituteSettings
+
+LAYERS = 3
+SETTINGS = SubstituteSettings(4, "minmax")
+HASTE = Patience(tries=4, first_wait_s=0.01, longest_wait_s=1.0, stall_s=0.3)
+SHA256 = "a" * 64
+
+
+class Quantizer:
+    """Keeps the top byte of each bf16; counts its calls, and fails at one of them."""
+
+    def __init__(self, fail_at: int = -1, error: type[BaseException] = KeyboardInterrupt) -> None:
+        self.calls = 0
+        self.fail_at = fail_at
+        self.error = error
+
+    def __call__(self, tensors):
+        import torch
+
+        self.calls += 1
+        if self.calls - 1 == self.fail_at:
+            raise self.error
+        assert "self_attn.q_proj.weight" in tensors
+        assert "input_layernorm.weight" in tensors
+        made = {f"{name}.top": tensor.flatten().view(torch.uint8)[1::2] for name, tensor in tensors.items()}
+        return made, {"q": MatrixQuality(1024, 512, 40.0, 0.25)}
+
+
+def resolve_model(model: str, revision: str | None = None, **how) -> ResolvedModel:
+    """A model with all its weights on this machine."""
+    with opened(model, revision, **how) as found:
+        found.incoming.start()
+        while not found.incoming.is_complete:
+            found.incoming.wait()
+    return found.resolved
+
+
+def opened(model: str, revision: str | None = None, *, notices=None, **how):
+    """`open_model`, as patient as a test can be."""
+    how = {"patience": HASTE} | how
+    return open_model(model, revision, notify=([] if notices is None else notices).append, **how)
+
+
+def run(
+    model: ResolvedModel | str, quantizer=None, *, bits=8, checkpoint=None, seen=None, notices=None, **changes
+):
+    fixed = {
+        "layer_count": LAYERS,
+        "dtype": "bfloat16",
+        "group_size": 128,
+        "versions": {"torch": "2.13.0"},
+        "force": False,
+        "progress": (seen if seen is not None else []).append,
+        "notify": ([] if notices is None else notices).append,
+    }
+    settings, quantizer = SubstituteSettings(bits, "minmax"), quantizer or Quantizer()
+    if isinstance(model, str):
+        patience = changes.pop("patience", HASTE)
+        with opened(model, notices=notices, patience=patience) as found:
+            return preparation.prepare_model(found, settings, quantizer, **(fixed | changes))
+    nothing = Incoming(model.directory, (), Messages(print))
+    found = OpenedModel(model, checkpoint or open_checkpoint(model.directory), nothing)
+    return preparation.prepare_model(found, settings, quantizer, **(fixed | changes))
+
+
+def place_of(model: ResolvedModel, bits=8) -> Path:
+    return prepared_directory(model.model_id, model.commit, SubstituteSettings(bits, "minmax"))
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir()) if path.name != ".lock"}
+
+
+def manifest_of(model_id="org/tiny", *, layers=(), settings=SETTINGS, **more) -> Manifest:
+    fields = {
+        "source_directory": "/models/tiny",
+        "commit": "c" * 40,
+        "fingerprint": "f" * 40,
+        "source_stamp": "",
+        "dtype": "bfloat16",
+        "group_size": 128,
+        "tool_version": "0.1.0",
+        "library_versions": {"torch": "2.13.0"},
+    }
+    return Manifest(model_id=model_id, settings=settings, layers=tuple(layers), **(fields | more))

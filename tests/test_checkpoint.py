@@ -1,0 +1,227 @@
+"""Opening a model's directory: what is taken, what is refused, and that reading gives the very bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import (
+    bf16,
+    safetensors_bytes,
+    tiny_config,
+    tiny_tensors,
+    write_checkpoint,
+    write_weights,
+)
+
+from subspec_cli.checkpoint.checkpoint import (
+    check_unchanged,
+    layer_count_in_tensors,
+    layer_entries,
+    open_checkpoint,
+)
+from subspec_cli.checkpoint.tensors import read_hashed_tensors, read_tensors
+from subspec_cli.errors import ExitCode, IntegrityError, SubspecError, UnsupportedModelError, UsageError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def refused(directory: Path, kind: type[SubspecError], told: str) -> SubspecError:
+    with pytest.raises(kind, match=told) as caught:
+        open_checkpoint(directory)
+    assert "\x1b" not in caught.value.message
+    return caught.value
+
+
+def edit_json(path: Path, change) -> None:
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+@pytest.mark.parametrize("shards", [1, 2, 5])
+def test_single_and_sharded_hold_the_same_tensors(tmp_path, shards):
+    import torch
+
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path / "m", shards=shards))
+    raw = tiny_tensors()
+    assert checkpoint.config == tiny_config()
+    assert set(checkpoint.tensors) == set(raw)
+    assert len(checkpoint.files) == shards
+    assert layer_count_in_tensors(checkpoint) == 3
+    assert len(checkpoint.fingerprint) == 40
+    for name, tensor in read_tensors(checkpoint.tensors.values()).items():
+        assert tensor.dtype == torch.bfloat16
+        assert tuple(tensor.shape) == raw[name][1]
+        assert tensor.flatten().view(torch.uint8).numpy().tobytes() == raw[name][2]
+        assert tensor.data_ptr() % 64 == 0
+
+
+def test_every_dtype_is_read(tmp_path):
+    import torch
+
+    write_checkpoint(tmp_path)
+    tensors = {
+        "i": ("I64", (2,), bytes([1] + [0] * 15)),
+        "f": ("F32", (1,), bytes([0, 0, 128, 63])),
+        "h": ("F16", (1, 1), bytes([0, 60])),
+        "u": ("U8", (3,), b"\x01\x02\x03"),
+        "none": ("F32", (0, 4), b""),
+        "scalar": bf16(np.ones(())),
+    }
+    (tmp_path / SINGLE).write_bytes(safetensors_bytes(tensors))
+    found = read_tensors(open_checkpoint(tmp_path).tensors.values())
+    assert found["i"].tolist() == [1, 0]
+    assert (found["f"].item(), found["h"].item(), found["scalar"].item()) == (1.0, 1.0, 1.0)
+    assert found["u"].tolist() == [1, 2, 3]
+    assert found["none"].shape == (0, 4)
+    assert found["scalar"].dtype == torch.bfloat16
+
+
+def test_layers(tmp_path):
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path, layers=12, shards=4))
+    entries = layer_entries(checkpoint, 1)
+    assert len(entries) == 12
+    assert {entry.name.split(".")[2] for entry in entries} == {"1"}
+    assert [(e.path.name, e.offset_bytes) for e in entries] == sorted(
+        (e.path.name, e.offset_bytes) for e in entries
+    )
+    assert layer_count_in_tensors(checkpoint) == 12
+    with pytest.raises(IntegrityError, match="no tensor of layer 12"):
+        layer_entries(checkpoint, 12)
+
+
+def test_odd_layer_numbers_count_for_nothing(tmp_path):
+    write_checkpoint(tmp_path)
+    tensors = tiny_tensors(layers=1)
+    extra = {f"model.layers.{n}.x": bf16(np.ones(1)) for n in ("007", "9" * 300, "-1", "1e3")}
+    write_weights(tmp_path, tensors | extra)
+    assert layer_count_in_tensors(open_checkpoint(tmp_path)) == 1
+
+
+def test_fingerprint_follows_config_index_and_headers_not_place(tmp_path):
+    first = open_checkpoint(write_checkpoint(tmp_path / "a", shards=2)).fingerprint
+    assert open_checkpoint(write_checkpoint(tmp_path / "b", shards=2, seed=9)).fingerprint == first
+    others = {
+        open_checkpoint(write_checkpoint(tmp_path / "c", shards=3)).fingerprint,
+        open_checkpoint(write_checkpoint(tmp_path / "d", shards=2, eos_token_id=1)).fingerprint,
+        open_checkpoint(write_checkpoint(tmp_path / "e", shards=2, layers=4)).fingerprint,
+        first,
+    }
+    assert len(others) == 4
+
+
+def test_missing_parts(tmp_path):
+    assert refused(tmp_path / "no", UsageError, "no such directory").exit_code == ExitCode.USAGE
+    assert refused(tmp_path, UnsupportedModelError, "no config.json in").exit_code == ExitCode.UNSUPPORTED
+    write_checkpoint(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    refused(tmp_path, UnsupportedModelError, "no tokenizer in")
+    (tmp_path / "vocab.json").write_text("{}")
+    refused(tmp_path, UnsupportedModelError, "no tokenizer in")
+    (tmp_path / "merges.txt").write_text("")
+    open_checkpoint(tmp_path)
+    (tmp_path / SINGLE).unlink()
+    refused(tmp_path, UnsupportedModelError, "neither model.safetensors nor model.safetensors.index.json")
+
+
+def test_only_pickles(tmp_path):
+    write_checkpoint(tmp_path)
+    (tmp_path / SINGLE).unlink()
+    for name in ("pytorch_model.bin", "x\x1b.pt"):
+        (tmp_path / name).write_bytes(b"")
+    error = refused(tmp_path, UnsupportedModelError, r"only pickle weights \(pytorch_model.bin, x\\x1b.pt\)")
+    assert "subspec reads safetensors" in error.message
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "not JSON at byte 0"),
+        ("[1]", "holds a list"),
+        ('{"a": 1, "a": 2}', "the key 'a' twice"),
+        ('{"auto_map": {"AutoModel": "x.Y"}}', "needs remote code, which is not run"),
+        ('{"quantization_config": {"quant_method": "gptq"}}', r"already quantized \(gptq\)"),
+        ('{"quantization_config": {}}', r"already quantized \(unknown method\)"),
+        ('{"quantization_config": {"quant_method": "\\u001b[2J"}}', r"already quantized \(\\x1b"),
+        ('{"a": "' + "x" * (9 << 20) + '"}', "at most 8388608 are read"),
+    ],
+)  # fmt: skip
+def test_config_that_rules_the_model_out(tmp_path, text, told):
+    write_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text(text)
+    assert refused(tmp_path, UnsupportedModelError, told).exit_code == ExitCode.UNSUPPORTED
+
+
+def test_no_quantization_is_no_quantization(tmp_path):
+    open_checkpoint(write_checkpoint(tmp_path, quantization_config=None, auto_map={}))
+
+
+def test_index_and_files_must_agree(tmp_path):
+    write_checkpoint(tmp_path, shards=2)
+    good = (tmp_path / INDEX).read_text()
+    second = "model-00002-of-00002.safetensors"
+
+    def changed(change, told):
+        (tmp_path / INDEX).write_text(good)
+        edit_json(tmp_path / INDEX, change)
+        refused(tmp_path, IntegrityError, told)
+
+    changed(lambda index: index["weight_map"].update({"ghost": second}), f"{second} lacks the tensor 'ghost'")
+    changed(lambda index: index["weight_map"].pop("model.norm.weight"), "model.norm.weight, .* into no file")
+    changed(lambda index: index.update(weight_map={}), "no weight_map")
+    changed(lambda index: index.update(weight_map=[1]), "no weight_map")
+    changed(
+        lambda index: index["weight_map"].update({"model.norm.weight": "model-9.safetensors"}),
+        "lacks 1 of the 3 files that model.safetensors.index.json names: model-9.safetensors",
+    )
+    (tmp_path / INDEX).write_text("{")
+    refused(tmp_path, IntegrityError, "not JSON at byte 1")
+    (tmp_path / INDEX).unlink()
+    refused(tmp_path, IntegrityError, "safetensors files, but neither")
+
+
+def test_damaged_shard_is_named(tmp_path):
+    write_checkpoint(tmp_path, shards=2)
+    shard = tmp_path / "model-00002-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    refused(tmp_path, IntegrityError, "model-00002-of-00002.safetensors should have")
+
+
+def test_changes_after_opening_are_seen(tmp_path):
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path, shards=2))
+    check_unchanged(checkpoint)
+    shard = tmp_path / checkpoint.files[1].name
+    data = shard.read_bytes()
+    stamp = checkpoint.stamp
+    os.utime(shard, ns=(1, 1))
+    with pytest.raises(IntegrityError, match="changed while it was in use"):
+        check_unchanged(checkpoint)
+    assert open_checkpoint(tmp_path).stamp != stamp
+    assert open_checkpoint(tmp_path).fingerprint == checkpoint.fingerprint
+    shard.write_bytes(data[:-2])
+    with pytest.raises(IntegrityError, match=f"{len(data)} bytes then, {len(data) - 2} now"):
+        check_unchanged(checkpoint)
+    with pytest.raises(IntegrityError, match=f"ends at byte {len(data) - 2}, expected 2 bytes more"):
+        read_tensors(checkpoint.tensors.values())
+    shard.unlink()
+    with pytest.raises(IntegrityError, match="ENOENT"):
+        check_unchanged(checkpoint)
+    with pytest.raises(IntegrityError, match="ENOENT"):
+        read_tensors(checkpoint.tensors.values())
+
+
+def test_hash_of_a_layer_is_of_its_bytes_alone(tmp_path):
+    hashes = []
+    for shards, seed in ((1, 0), (5, 0), (1, 1)):
+        checkpoint = open_checkpoint(
+            write_checkpoint(tmp_path / f"{shards}-{seed}", shards=shards, seed=seed)
+        )
+        tensors, digest = read_hashed_tensors(layer_entries(checkpoint, 1))
+        assert len(tensors) == 12
+        hashes.append(digest)
+    assert hashes[0] == hashes[1] != hashes[2]

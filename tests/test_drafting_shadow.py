@@ -1,0 +1,204 @@
+"""Drafting in the shadow of a pass: what is foreseen begins the next tree, and no token changes."""
+
+import numpy as np
+import pytest
+import torch
+from fakes import (
+    CPU,
+    TARGET_MADE,
+    FakeDraft,
+    FakeTarget,
+    LateSteps,
+    blended,
+    emitted,
+    fake_cache,
+    fake_engine,
+    free_schedule,
+    plain_answer,
+    random_table,
+    request_for,
+    sampled,
+    schedule,
+    steps_of,
+)
+
+from subspec_cli.drafting.draft_steps import DirectSteps
+from subspec_cli.drafting.drafter import Drafter
+from subspec_cli.modeling.kv_cache import KVCache
+
+TABLE = random_table(1)
+PROMPT = (3, 1, 4, 1, 5)
+
+
+def answered(draft_table, plan, *, limit=40, chooser=None, eos_ids=(), ahead=0):
+    """(tokens, stats, draft, target) of one answer."""
+    kv, target, draft = fake_cache(96, scratch=160), FakeTarget(TABLE), FakeDraft(draft_table)
+    drafter = Drafter(steps_of(draft, kv, ahead), kv, plan, eos_ids=eos_ids)
+    engine = fake_engine(target, kv, drafter)
+    outputs = list(engine.generate(request_for(PROMPT, limit, chooser=chooser, eos_ids=eos_ids)))
+    return emitted(outputs), outputs[-1].stats, draft, target
+
+
+def test_a_draft_that_is_always_right_needs_serial_steps_only_once():
+    tokens, stats, _, _ = answered(TABLE, schedule(3, 1, 8, fixed_depth=True, shadow_rows=40))
+    assert tokens == plain_answer(TABLE, PROMPT, 40)
+    assert stats.shadow_hits == stats.passes - 1
+    assert stats.draft_steps == 3
+    assert stats.shadow_steps > 0
+
+
+@pytest.mark.parametrize("chooser", [None, sampled(3), sampled(4, temperature=0.7, top_p=0.9)])
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 1.0])
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_no_token_changes_however_right_the_draft_is(ahead, seed, share, chooser):
+    draft = blended(TABLE, random_table(seed + 10), share)
+    plan = schedule(6, 4, 20, shadow_rows=30)
+    tokens, stats, _, _ = answered(draft, plan, chooser=chooser, ahead=ahead)
+    assert tokens == plain_answer(TABLE, PROMPT, 40, chooser)
+    assert stats.shadow_steps > 0
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_hit_saves_steps_and_costs_no_acceptance(ahead):
+    draft = blended(TABLE, random_table(7), 0.15)
+    with_shadow = answered(draft, free_schedule(4, 3, 14, shadow_rows=60), limit=80, ahead=ahead)[1]
+    without = answered(draft, free_schedule(4, 3, 14), limit=80, ahead=ahead)[1]
+    assert 0 < with_shadow.shadow_hits <= with_shadow.passes
+    assert with_shadow.draft_steps < without.draft_steps
+    assert without.shadow_steps == without.shadow_hits == 0
+    assert with_shadow.tau > 0.8 * without.tau
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_shadow_rows_lie_behind_the_tree_and_within_bounds(ahead):
+    """Trap 6: the target never sees them, and they never reach into its rows."""
+    log, kv = [], fake_cache(96, scratch=160)
+    write = kv.write
+
+    def logged(layer, start, keys, values):
+        log.append((values[0, 0, 0].item(), kv.committed, start, start + keys.shape[1]))
+        write(layer, start, keys, values)
+
+    kv.write = logged
+    target, plan = FakeTarget(TABLE), schedule(6, 4, 20, shadow_rows=12)
+    draft = FakeDraft(blended(TABLE, random_table(7), 0.3))
+    engine = fake_engine(target, kv, Drafter(steps_of(draft, kv, ahead), kv, plan, eos_ids=()))
+    list(engine.generate(request_for(PROMPT, 40)))
+    verified, in_shadow = (-1, 0), 0
+    for maker, committed, start, end in log:
+        if maker == TARGET_MADE:
+            verified = (committed, end)
+        elif committed == verified[0]:
+            assert verified[1] <= start < end <= verified[1] + 12
+            in_shadow += 1
+        else:
+            assert committed <= start < end <= committed + 20
+    assert in_shadow > 5
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_steps_are_the_same_in_every_run(ahead):
+    draft = blended(TABLE, random_table(5), 0.3)
+    runs = [answered(draft, schedule(9, 4, 24, shadow_rows=40), ahead=ahead) for _ in range(2)]
+    for first, second in zip(runs[0][2].calls, runs[1][2].calls, strict=True):
+        assert first.prefixes == second.prefixes
+        assert first.batch.start == second.batch.start
+    assert len(runs[0][3].calls) == len(runs[1][3].calls)
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_no_findings_are_taken_into_another_answer(ahead):
+    """State of an answer that was left early must not reach into the next one."""
+    kv, target = fake_cache(96, scratch=160), FakeTarget(TABLE)
+    plan = schedule(4, 3, 14, shadow_rows=30)
+    engine = fake_engine(target, kv, Drafter(steps_of(FakeDraft(TABLE), kv, ahead), kv, plan, eos_ids=()))
+    steps = engine.generate(request_for(PROMPT, 40))
+    for _ in range(3):
+        next(steps)
+    steps.close()
+    other = (9, 8, 7)
+    assert emitted(list(engine.generate(request_for(other, 30)))) == plain_answer(TABLE, other, 30)
+
+
+def test_a_step_under_way_when_the_user_interrupts_is_forgotten():
+    class Interrupted(LateSteps):
+        count = 0
+
+        def start(self, batch, feeds, chooser):
+            super().start(batch, feeds, chooser)
+            self.count += 1
+            if self.count == 5:
+                raise KeyboardInterrupt
+
+    kv, target, draft = fake_cache(96, scratch=160), FakeTarget(TABLE), FakeDraft(TABLE)
+    plan, steps = schedule(4, 3, 14, shadow_rows=30), Interrupted(draft, kv)
+    engine = fake_engine(target, kv, Drafter(steps, kv, plan, eos_ids=()))
+    with pytest.raises(KeyboardInterrupt):
+        list(engine.generate(request_for(PROMPT, 40)))
+    assert steps.unread
+    other = (9, 8, 7)
+    outputs = list(engine.generate(request_for(other, 30)))
+    assert emitted(outputs) == plain_answer(TABLE, other, 30)
+    assert outputs[-1].stats.tau > 3
+
+
+@pytest.mark.parametrize("limit", range(1, 14))
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_nothing_is_foreseen_beyond_the_last_wanted_token(ahead, limit):
+    tokens, _, draft, _ = answered(TABLE, free_schedule(3, 2, 9, shadow_rows=30), limit=limit, ahead=ahead)
+    assert tokens == plain_answer(TABLE, PROMPT, limit)
+    positions = [int(position) for call in draft.calls for position in call.batch.positions]
+    assert all(position < len(PROMPT) + limit for position in positions)
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_nothing_is_foreseen_below_an_end_token(ahead):
+    table = random_table(2)
+    end = plain_answer(TABLE, PROMPT, 9)[8]
+    _, _, draft, _ = answered(blended(TABLE, table, 0.2), schedule(5, 4, 16, shadow_rows=30), eos_ids=(end,))
+    for call in draft.calls:
+        for prefix in call.prefixes:
+            assert end not in prefix[len(PROMPT) + 1 :]
+
+
+def test_a_guess_of_the_lookup_makes_several_nodes_in_one_step():
+    """A text that repeats itself: with guesses fewer steps make the same tree."""
+
+    def circle(prefix):
+        return np.eye(12)[(prefix[-1] + 1) % 4] * 20
+
+    def run(width):
+        kv, target, draft = fake_cache(96, scratch=160), FakeTarget(circle), FakeDraft(circle)
+        plan = free_schedule(8, width, 9)
+        drafter = Drafter(DirectSteps(draft, kv), kv, plan, eos_ids=())
+        engine = fake_engine(target, kv, drafter)
+        outputs = list(engine.generate(request_for((0, 1, 2, 3, 0, 1, 2, 3), 36)))
+        assert emitted(outputs) == plain_answer(circle, (0, 1, 2, 3, 0, 1, 2, 3), 36)
+        return outputs[-1].stats
+
+    alone, guessed = run(1), run(4)
+    assert guessed.tau == alone.tau
+    assert guessed.draft_steps < 0.7 * alone.draft_steps
+
+
+def test_wrong_guesses_change_no_token_and_leave_no_rows():
+    """The prompt promises what the model never says."""
+    prompt = (1, 2, 3) * 6
+    kv, target, draft = fake_cache(96, scratch=160), FakeTarget(TABLE), FakeDraft(TABLE)
+    plan = free_schedule(6, 4, 20, shadow_rows=30)
+    engine = fake_engine(target, kv, Drafter(DirectSteps(draft, kv), kv, plan, eos_ids=()))
+    assert emitted(list(engine.generate(request_for(prompt, 40)))) == plain_answer(TABLE, prompt, 40)
+
+
+def test_scratch_rows_are_moved_in_order():
+    kv = KVCache(layers=2, kv_heads=1, head_dim=2, context=4, scratch=6, dtype=torch.float32, device=CPU)
+    kv.commit([0], [7])
+    for layer in range(2):
+        marks = torch.arange(6.0)[None, :, None].expand(1, 6, 2) + 10 * layer
+        kv.write(layer, 1, marks, -marks)
+    kv.move_scratch([3, 2, 5])
+    for layer in range(2):
+        keys, values = kv.read(layer, 4)
+        assert keys[0, 1:, 0].tolist() == [3 + 10 * layer, 2 + 10 * layer, 5 + 10 * layer]
+        assert values[0, 1:, 1].tolist() == [-3 - 10 * layer, -2 - 10 * layer, -5 - 10 * layer]

@@ -1,0 +1,73 @@
+"""What the MODEL argument may be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import subspec_cli
+from subspec_cli.errors import UsageError
+from subspec_cli.hub.model_name import (
+    DEMO_DIRECTORY,
+    ModelName,
+    check_revision,
+    name_of_id,
+    parse_model_name,
+    prepare_command,
+)
+
+
+def test_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "tiny").mkdir(parents=True)
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "file").write_bytes(b"")
+    parse = parse_model_name
+    assert parse("org/tiny").directory == tmp_path / "org" / "tiny"
+    assert parse("org/tiny/..").model_id == str(tmp_path / "org")
+    assert parse("./demo").directory == tmp_path / "demo"
+    assert parse("demo").directory == DEMO_DIRECTORY
+    for name in ("gpt2", "Qwen/Qwen2.5-7B-Instruct", "a_b/c.d"):
+        assert parse(name) == ModelName(name, None)
+    for name in ("/no", "./no", "../../etc/no", "~/no/such", "~nobody-here"):
+        with pytest.raises(UsageError, match="no such directory"):
+            parse(name)
+    with pytest.raises(UsageError, match="is a file"):
+        parse("file")
+    too_long = "a/" + "b" * 97
+    paths = ("", " ", "a/b/c", "no/", "a b", "a/..", "C:\\x", "https://huggingface.co/a/b")
+    odd = ("a/-b", "-a", "a--b", "a..b", too_long, "a\x1b[2J", "a\nb", "a\0", "\u202eab")
+    for name in (*paths, *odd):
+        with pytest.raises(UsageError, match="neither a directory nor the name") as caught:
+            parse(name)
+        assert caught.value.message.isprintable()
+
+
+@pytest.mark.parametrize("revision", ["", "../x", "a/../b", "-x", "/x", "a b", "x" * 201, "a\x1b"])
+def test_revisions_that_cannot_be(revision):
+    with pytest.raises(UsageError, match="is no revision"):
+        check_revision(ModelName("org/tiny", None), revision)
+
+
+def test_canonical_ids_do_not_depend_on_where_one_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "tiny").mkdir(parents=True)
+    assert name_of_id("org/tiny") == ModelName("org/tiny", None)
+    assert name_of_id("demo").directory == DEMO_DIRECTORY
+    assert name_of_id(str(tmp_path / "org")).directory == tmp_path / "org"
+    with pytest.raises(UsageError, match="no such directory"):
+        name_of_id(str(tmp_path / "gone"))
+    with pytest.raises(UsageError):
+        name_of_id("../../x")
+
+
+def test_prepare_command_is_quoted():
+    command = prepare_command
+    assert command("org/tiny") == "subspec prepare org/tiny"
+    assert command("/my models/x", bits=8, force=True) == "subspec prepare '/my models/x' --force --bits 8"
+
+
+def test_package_demo_is_where_it_is_looked_for():
+    package = Path(subspec_cli.__file__).parent
+    assert package / "demo" == DEMO_DIRECTORY

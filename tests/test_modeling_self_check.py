@@ -1,0 +1,267 @@
+"""The self-check: exact where rows keep their bits, and the name of the part where something is planted."""
+
+import itertools
+
+import pytest
+import torch
+from tiny_models import CPU, FAMILIES, Tiny, make_tiny_model
+
+from subspec_cli.modeling.attention import exact_attention, fast_attention
+from subspec_cli.modeling.decoder import Head, TargetDecoder
+from subspec_cli.modeling.layers import RowRules
+from subspec_cli.modeling.self_check import candidate_rules, certify, row_counts
+
+NODES, PREFILL = 64, 128
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    return Tiny(make_tiny_model(tmp_path_factory.mktemp("qwen"), "qwen2", layers=1))
+
+
+def certificate(tiny, *, attend=exact_attention, nodes=NODES, prefill=PREFILL):
+    source, math = tiny.source(), tiny.math(attend)
+    return certify(
+        lambda rules: tiny.target(source, rules, math),
+        tiny.head,
+        source,
+        tiny.geometry,
+        most_nodes=nodes,
+        prefill_rows=prefill,
+        dtype=tiny.dtype,
+        device=CPU,
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_16_bit_model_is_exact(tmp_path, family, dtype):
+    found = certificate(Tiny(make_tiny_model(tmp_path, family, dtype=dtype, layers=1, tied=False)))
+    assert (found.exactness, found.threads) == ("exact", 1)
+    assert str(found.rules.row_block) in found.reason
+
+
+def test_a_float32_model_is_numeric_and_says_why(tmp_path):
+    found = certificate(Tiny(make_tiny_model(tmp_path, "llama", dtype=torch.float32, layers=1)))
+    assert found.exactness == "numeric"
+    assert "float32" in found.reason or "neighbours" in found.reason
+
+
+def planted(kind, change, monkeypatch):
+    """Let `change` spoil the rows that the blocks of one kind give."""
+    name, place = f"_run_{kind}", "hidden" if kind in ("attention", "down") else "inner"
+    original = getattr(TargetDecoder, name)
+
+    def run(self, block, flow):
+        original(self, block, flow)
+        setattr(flow, place, change(getattr(flow, place)))
+
+    monkeypatch.setattr(TargetDecoder, name, run)
+
+
+def by_count(rows):
+    """A kernel whose rounding depends on how many rows there are."""
+    return rows * (1 + len(rows) / 2**9)
+
+
+def by_one_count(rows):
+    """A kernel that is chosen for one of the sizes in use only, whatever the row block."""
+    return rows * 1.02 if len(rows) == 128 else rows
+
+
+def by_place(rows):
+    """A kernel that treats the rows past the eighth in another loop."""
+    return torch.cat((rows[:8], rows[8:] * 1.02))
+
+
+def by_last_place(rows):
+    """The scalar tail of a vector loop."""
+    return torch.cat((rows[:-1], rows[-1:] * 1.02))
+
+
+def by_parity(rows):
+    """A kernel that takes rows in pairs and rounds the second otherwise."""
+    return torch.where(torch.arange(len(rows))[:, None] % 2 == 1, rows * 1.02, rows)
+
+
+def by_neighbours(rows):
+    """A row that feels what its neighbours hold."""
+    return rows + rows.abs().amax(0) / 64
+
+
+PLANTED = [
+    *itertools.product(["attention", "gate", "up", "down"], [by_count, by_place]),
+    ("attention", by_neighbours),
+    ("gate", by_one_count),
+    ("up", by_last_place),
+    ("down", by_parity),
+]
+
+
+@pytest.mark.parametrize(("kind", "change"), PLANTED)
+def test_a_row_dependent_block_is_named(qwen, monkeypatch, kind, change):
+    planted(kind, change, monkeypatch)
+    found = certificate(qwen)
+    assert found.exactness == "numeric"
+    assert f"the {kind} block" in found.reason
+
+
+@pytest.mark.parametrize("size", [2, 8, 48])
+def test_a_rounding_that_shows_in_few_rows_is_found(qwen, monkeypatch, size):
+    """Kernels that differ were seen to differ in one result of thousands: a handful of rows would not tell."""
+
+    def rarely(rows):
+        odd = (rows[:, :1] > 1.5 * rows[:, :1].std()) & (len(rows) == size)
+        return torch.where(odd, rows * 1.02, rows)
+
+    planted("gate", rarely, monkeypatch)
+    found = certificate(qwen)
+    assert found.exactness == "numeric" or size % found.rules.row_block
+
+
+def test_a_real_kernel_that_rounds_a_lone_row_otherwise_is_found(tmp_path, monkeypatch):
+    """The inverse, with nothing planted: without padding, single rows go to another kernel on many machines."""
+    tiny = Tiny(make_tiny_model(tmp_path, "llama", hidden=256, intermediate_size=2816, layers=1))
+    weight = tiny.weights["model.layers.0.mlp.down_proj.weight"]
+    rows = torch.randn((256, 2816), generator=torch.Generator().manual_seed(1)).bfloat16()
+    together, linear = torch.nn.functional.linear(rows, weight), torch.nn.functional.linear
+    if all(linear(row[None], weight)[0].equal(right) for row, right in zip(rows, together, strict=True)):
+        pytest.skip("a lone row rounds like many on this machine")
+    monkeypatch.setattr(RowRules, "padded", lambda self, rows: rows)
+    monkeypatch.setattr("subspec_cli.modeling.self_check.candidate_rules", lambda device: [RowRules(2)])
+    assert certificate(tiny, prefill=256).exactness == "numeric"
+
+
+def test_a_row_dependent_linear_is_found(qwen, monkeypatch):
+    original = RowRules.linear
+    monkeypatch.setattr(
+        RowRules, "linear", lambda self, rows, weight, bias: by_count(original(self, rows, weight, bias))
+    )
+    found = certificate(qwen)
+    assert found.exactness == "numeric"
+    assert "the attention block" in found.reason
+
+
+@pytest.mark.parametrize("change", [by_count, by_place])
+def test_a_row_dependent_head_is_named(qwen, monkeypatch, change):
+    original = Head.logits
+    monkeypatch.setattr(Head, "logits", lambda self, rows, rules: change(original(self, rows, rules)))
+    found = certificate(qwen, nodes=129)
+    assert found.exactness == "numeric"
+    assert "the head" in found.reason
+
+
+def test_the_head_is_checked_up_to_the_largest_tree(qwen, monkeypatch):
+    """Trap 13: a fixed shape may ask for the logits of far more than 64 nodes."""
+    original = Head.logits
+
+    def large_only(self, rows, rules):
+        return original(self, rows, rules) * (1.02 if len(rows) > 100 else 1)
+
+    monkeypatch.setattr(Head, "logits", large_only)
+    assert certificate(qwen, nodes=64).exactness == "exact"
+    found = certificate(qwen, nodes=129)
+    assert found.exactness == "numeric"
+    assert "the head" in found.reason
+
+
+def test_attention_that_rounds_by_what_is_beside_it_is_named(qwen):
+    """The draft's fast attention in the target's place: what other programs run, and call lossless."""
+    found = certificate(qwen, attend=fast_attention)
+    assert found.exactness == "numeric"
+    assert "attention" in found.reason
+
+
+def test_attention_that_counts_its_rows_is_named(qwen):
+    def counting(query, keys, values, allowed):
+        return exact_attention(query, keys, values, allowed) * (1 + query.shape[1] / 2**9)
+
+    assert "attention" in certificate(qwen, attend=counting).reason
+
+
+def test_attention_that_counts_its_keys_is_named(qwen):
+    """Decode and prefill see the same key among different numbers of masked ones."""
+
+    def counting(query, keys, values, allowed):
+        return exact_attention(query, keys, values, allowed) * (1 + (keys.shape[1] % 8) / 64)
+
+    found = certificate(qwen, attend=counting)
+    assert found.exactness == "numeric"
+    assert "attention" in found.reason
+
+
+def test_the_smallest_row_block_that_holds_is_taken(qwen, monkeypatch):
+    original = RowRules.linear
+
+    def wants_eights(self, rows, weight, bias):
+        return original(self, rows, weight, bias) * (1.02 if len(rows) % 8 else 1)
+
+    monkeypatch.setattr(RowRules, "linear", wants_eights)
+    found = certificate(qwen)
+    assert found.exactness == "exact"
+    assert found.rules.row_block == 8
+
+
+def test_elementwise_tiles_are_taken_where_whole_rows_do_not_hold(qwen, monkeypatch):
+    original = RowRules.gated
+
+    def only_tiles_hold(self, gate, up):
+        given = original(self, gate, up)
+        return given if self.tile_elementwise else by_last_place(given)
+
+    monkeypatch.setattr(RowRules, "gated", only_tiles_hold)
+    found = certificate(qwen)
+    assert found.exactness == "exact"
+    assert found.rules.tile_elementwise
+
+
+@pytest.mark.parametrize(
+    ("nodes", "prefill"), [(64, 256), (2, 256), (65, 256), (129, 256), (513, 256), (513, 64)]
+)
+def test_every_row_size_in_use_is_checked(nodes, prefill):
+    """Trap 13: whatever number of rows a tree or a prompt has, a checked count is padded to the same size."""
+    counts = row_counts(nodes, prefill)
+    assert counts == tuple(sorted(set(counts)))
+    assert max(counts) == max(nodes, prefill)
+    for rules in candidate_rules(CPU):
+        used = {rules.padded(rows) for rows in range(1, max(nodes, prefill) + 1)}
+        assert used == {rules.padded(count) for count in counts}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_rows_are_padded_to_whole_blocks(device):
+    rules_tried = list(candidate_rules(torch.device(device)))
+    assert rules_tried
+    for rules, rows in itertools.product(rules_tried, range(1, 300)):
+        padded = rules.padded(rows)
+        assert padded >= rows
+        assert padded % rules.row_block == 0
+    blocks = [rules.row_block for rules in rules_tried]
+    assert blocks == sorted(blocks)
+
+
+@pytest.mark.parametrize("width", [64, 256, 4096, 11008])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_tiled_elementwise_equals_untiled(width, dtype):
+    generator = torch.Generator().manual_seed(width)
+    gate, up = (torch.randn((48, width), generator=generator).to(dtype) for _ in range(2))
+    given = [RowRules(8, tile_elementwise=tiled).gated(gate.clone(), up) for tiled in (False, True)]
+    assert given[0].equal(given[1])
+    wide = torch.nn.functional.silu(gate.double()) * up.double()
+    assert torch.allclose(given[1].double(), wide, rtol=2e-2, atol=1e-3)
+
+
+def test_fixed_rows_run_in_calls_of_one_size(monkeypatch):
+    sizes, original = [], torch.nn.functional.linear
+
+    def watched(rows, weight, bias=None):
+        sizes.append(len(rows))
+        return original(rows, weight, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", watched)
+    rules, weight = RowRules(16, fixed_rows=True), torch.randn(24, 32)
+    rows = torch.randn(rules.padded(40), 32)
+    assert rules.linear(rows, weight, None).equal(
+        torch.cat([original(part, weight) for part in rows.split(16)])
+    )
+    assert set(sizes) == {16}

@@ -1,0 +1,52 @@
+"""Predicted beside measured: totals, and what is not known."""
+
+from __future__ import annotations
+
+import pytest
+from fakes_cli import PREDICTION
+
+from subspec_cli.metrics import GenerationStats
+from subspec_cli.planning.comparison import compare
+
+
+def stats(**changes):
+    usual = {
+        "new_tokens": 31,
+        "passes": 10,
+        "decode_time_s": 5.0,
+        "draft_time_s": 0.8,
+        "verify_time_s": 4.0,
+        "draft_steps": 40,
+        "draft_cost_s": 1.2,
+    }
+    return GenerationStats(**(usual | changes))
+
+
+def test_times_are_ratios_of_totals():
+    found = compare(PREDICTION, [stats(), stats(passes=30, verify_time_s=20.0)], drafted=True)
+    assert found.pass_s == pytest.approx(24.0 / 40)
+    assert found.step_s == pytest.approx(1.6 / 80)
+    assert found.tok_per_s == pytest.approx(60 / 10.0)
+    assert (found.predicted_pass_s, found.predicted_step_s, found.predicted_tok_per_s) == (0.4, 0.03, 7.0)
+    assert found.predicted_tok_per_s_given_tau == pytest.approx((60 / 40) / (0.4 + 2.4 / 40))
+
+
+def test_the_line_names_both_and_the_costs_origin():
+    line = compare(PREDICTION, [stats()], drafted=True).line
+    assert line == (
+        "predicted (assumed costs) | measured: pass 400 ms | 400 ms · draft step 30 ms | 20 ms · "
+        "tok/s 7.00 | 6.00 · 5.77 predicted for this tau"
+    )
+
+
+def test_plain_decoding_is_set_beside_the_plain_prediction():
+    found = compare(PREDICTION, [stats(draft_steps=0, draft_time_s=0.0)], drafted=False)
+    assert (found.predicted_pass_s, found.predicted_tok_per_s) == (0.5, 2.0)
+    assert (found.step_s, found.predicted_tok_per_s_given_tau) == (None, None)
+    assert "draft step 25 ms | -" in found.line
+
+
+def test_nothing_measured_is_nothing_known():
+    found = compare(PREDICTION, [GenerationStats()], drafted=True)
+    assert (found.pass_s, found.step_s, found.tok_per_s) == (None, None, None)
+    assert found.line.endswith("tok/s 7.00 | -")

@@ -1,0 +1,160 @@
+"""What the plan decides is what is loaded, and no placement changes a token."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from checkpoints import geometry_in
+from fakes_session import answer_to, open_tiny, prepare_quietly
+from tiny_models import make_tiny_model
+
+from subspec_cli.config import resolve_config
+from subspec_cli.errors import ResourceError
+from subspec_cli.planning import asked
+from subspec_cli.planning.assumed_costs import assumed_costs
+from subspec_cli.planning.costs import RowTimes
+from subspec_cli.planning.memory import BARE_PROCESS_BYTES
+from subspec_cli.planning.plan import fastest_plan
+from subspec_cli.session import build, load
+from subspec_cli.streaming.pinned_memory import PinRefusedError
+from subspec_cli.substitutes.prepared_model import find_prepared_sets
+from subspec_cli.units import GIB
+
+FREE, DEAR = RowTimes((1,), (1e-6,)), RowTimes((1,), (1.0,))
+
+
+@pytest.fixture
+def cost(monkeypatch):
+    """Lets a test say what things take; the rest is as assumed."""
+
+    def set_costs(**changes):
+        def costs(directory, settings, device, progress):
+            found = assumed_costs(geometry_in(directory), device.type, settings=settings)
+            return dataclasses.replace(found, **changes)
+
+        monkeypatch.setattr(build, "probe_apart", costs)
+        monkeypatch.setattr(build, "known_costs", lambda subject: None)
+
+    return set_costs
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """The layers whose substitutes are read."""
+    layers = []
+    original = load.load_layer
+
+    def load_layer(prepared, layer):
+        layers.append((prepared.manifest.settings.bits, layer))
+        return original(prepared, layer)
+
+    monkeypatch.setattr(load, "load_layer", load_layer)
+    return layers
+
+
+def plain_answer(model):
+    with open_tiny(model, draft={"no_speculation": True}) as session:
+        return answer_to(session, "Hello", 16).outcome
+
+
+def test_a_layer_for_the_target_alone_keeps_its_substitute(shelf, cost, loaded):
+    cost(shared_layer=DEAR, substitute_layer=FREE)
+    model = shelf.model("qwen2")
+    with open_tiny(model, memory={"resident_layers": 1}, draft={"depth": 4}) as session:
+        plan, answer = session.description.plan, answer_to(session, "Hello", 16)
+    assert (plan.resident, plan.shared) == ((1,), ())
+    assert loaded == [(4, 0), (4, 1), (4, 2)]
+    assert answer.stats.drafted_tokens
+    assert answer.outcome == plain_answer(model)
+
+
+def test_a_shared_layer_needs_no_substitute(shelf, cost, loaded):
+    cost(shared_layer=FREE, substitute_layer=DEAR)
+    model = shelf.model("qwen2")
+    with open_tiny(model, memory={"resident_layers": 1}, draft={"depth": 4}) as session:
+        plan, answer = session.description.plan, answer_to(session, "Hello", 16)
+    assert plan.resident == plan.shared == (1,)
+    assert loaded == [(4, 0), (4, 2)]
+    assert answer.stats.drafted_tokens
+    assert answer.outcome == plain_answer(model)
+
+
+def test_a_model_that_fits_is_drafted_for_where_that_is_predicted_to_pay(shelf, cost, loaded):
+    cost(target_layer=DEAR, substitute_layer=FREE, shared_layer=DEAR, step_overhead_s=1e-6)
+    model = shelf.model("qwen2")
+    with open_tiny(model, memory={"resident_layers": None}, draft={"depth": 4}) as session:
+        about, answer = session.description, answer_to(session, "Hello", 16)
+    assert about.fits
+    assert about.speculation
+    assert about.plan.streamed == ()
+    assert [layer for _, layer in loaded] == [0, 1, 2]
+    assert answer.stats.drafted_tokens
+    assert answer.outcome == plain_answer(model)
+
+
+def test_of_the_sets_that_stand_side_by_side_the_fastest_is_loaded(tmp_path, monkeypatch, loaded):
+    model = make_tiny_model(tmp_path / "model", "qwen2")
+    prepare_quietly(model, bits=8)
+    prepare_quietly(model, bits=4)
+    assert [item.manifest.settings.bits for item in find_prepared_sets(str(model))] == [4, 8]
+    assert [item.manifest.settings.bits for item in find_prepared_sets(str(model), 8)] == [8]
+
+    def fastest(bits):
+        def costs(directory, settings, device, progress):
+            found = assumed_costs(geometry_in(directory), device.type, settings=settings)
+            return dataclasses.replace(found, substitute_layer=FREE if settings.bits == bits else DEAR)
+
+        monkeypatch.setattr(build, "probe_apart", costs)
+
+    expected = plain_answer(model)
+    for bits in (8, 4):
+        fastest(bits)
+        loaded.clear()
+        with open_tiny(model, draft={"depth": 4}, memory={"vram_gb": 1.0, "reprobe": True}) as session:
+            assert session.description.plan.substitute_bits == bits
+            assert answer_to(session, "Hello", 16).outcome == expected
+        assert {found for found, _ in loaded} == {bits}
+    with open_tiny(model, model={"model": str(model), "bits": 8}) as session:
+        assert session.description.plan.substitute_bits == 8
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_an_embedding_in_host_memory_gives_the_same_rows(shelf, monkeypatch, refused):
+    model = shelf.model("qwen2", tied=False)
+    expected, unpinned = plain_answer(model), []
+
+    def on_the_host(requests):
+        number, plan = fastest_plan(requests)
+        assert plan.embedding == "disk"
+        return number, dataclasses.replace(plan, embedding="host")
+
+    def pin(table, device):
+        if refused:
+            raise PinRefusedError("CUDA error 2")
+        return lambda: unpinned.append(table.shape)
+
+    monkeypatch.setattr(build, "fastest_plan", on_the_host)
+    monkeypatch.setattr(load, "pin", pin)
+    with open_tiny(model, draft={"depth": 4}) as session:
+        assert answer_to(session, "Hello", 16).outcome == expected
+        notes = session.description.notes
+    told = ["the embedding could not be pinned, so draft steps wait for the host: CUDA error 2"]
+    assert [note for note in notes if "embedding" in note] == (told if refused else [])
+    assert len(unpinned) == (0 if refused else 1)
+
+
+def test_a_bound_on_host_memory_lowers_the_budget_on_the_cpu(shelf):
+    ram_gb = 0.75
+    with open_tiny(shelf.model("qwen2"), memory={"vram_gb": 1.0, "ram_gb": ram_gb}) as session:
+        assert session.description.plan.budget_bytes == int(ram_gb * GIB) - BARE_PROCESS_BYTES
+
+
+def test_without_a_budget_a_share_of_what_is_free_is_planned_for():
+    config = resolve_config({})
+    assert asked.budget_bytes(config, "cpu", 16 * GIB, 8 * GIB) == 6 * GIB
+    assert asked.ram_bytes(config, 8 * GIB) == 6 * GIB
+    assert asked.ram_bytes(config, None) is None
+    with pytest.raises(ResourceError, match="memory of the cuda device is not known") as caught:
+        asked.budget_bytes(config, "cuda", None, None)
+    assert "--vram-gb" in caught.value.hint

@@ -1,0 +1,201 @@
+"""Out of memory: figures, a hint and an exit status instead of a traceback, whoever ran out and when."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fakes_session
+import pytest
+import torch
+from fake_gpu import Machine, copies_first
+from fakes_session import answer_to, open_tiny
+from tiny_models import CPU
+
+from subspec_cli.checkpoint.checkpoint import open_checkpoint
+from subspec_cli.checkpoint.geometry import read_geometry
+from subspec_cli.errors import ExitCode, IntegrityError, ResourceError
+from subspec_cli.modeling.decoder import TargetDecoder
+from subspec_cli.planning.plan import OffloadPlan
+from subspec_cli.session import build, load
+from subspec_cli.session.load import Loader
+from subspec_cli.session.oom import shortage_told
+from subspec_cli.streaming.gpu_streamer import CardStreamer
+from subspec_cli.streaming.memory_meter import MemoryMeter
+from subspec_cli.units import GIB
+
+CARD_TEXT = (
+    "CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has a total capacity of 79.11 GiB of which "
+    "70.00 GiB is free. 8.00 GiB allowed; "
+)
+
+
+class Meter(MemoryMeter):
+    """A peak of 7.25 GiB."""
+
+    def __init__(self) -> None:
+        super().__init__(CPU)
+
+    def peak_bytes(self) -> int:
+        return 29 * GIB // 4
+
+
+def raising(error: BaseException) -> Callable[..., Any]:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    return fail
+
+
+def told(error: Exception) -> ResourceError:
+    """What becomes of an error."""
+    with pytest.raises(ResourceError) as info:
+        run_out(raising(error))
+    assert info.value.exit_code == ExitCode.RESOURCE
+    return info.value
+
+
+def run_out(work: Callable[[], Any]) -> None:
+    with shortage_told("loading the model", budget_bytes=8 * GIB, meter=Meter()):
+        work()
+
+
+def test_a_full_card_is_told_with_budget_peak_and_what_was_wanted() -> None:
+    found = told(torch.cuda.OutOfMemoryError(CARD_TEXT))
+    assert found.message == (
+        "out of device memory while loading the model (1.50 GiB more were wanted): "
+        "the budget is 8.00 GiB, 7.25 GiB were taken at most"
+    )
+    assert "--context" in found.hint
+    assert "--vram-gb" in found.hint
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ],
+)
+def test_allocations_past_the_allocator_are_told_too(text: str) -> None:
+    assert told(RuntimeError(text)).message.startswith("out of device memory while loading the model: ")
+
+
+def test_the_hosts_own_allocator_is_told_with_its_bytes() -> None:
+    with pytest.raises(
+        ResourceError, match=r"^out of host memory while loading the model \(1024\.0 TiB more"
+    ):
+        run_out(lambda: torch.empty(1 << 50, dtype=torch.uint8))
+    assert told(MemoryError()).message.startswith("out of host memory while loading the model: ")
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shapes differ"), IntegrityError("torn"), KeyboardInterrupt()]
+)
+def test_other_errors_stay_what_they_are(error: BaseException) -> None:
+    with pytest.raises(type(error)) as info:
+        run_out(raising(error))
+    assert info.value is error
+
+
+def test_opening_tells_a_shortage(shelf: fakes_session.Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "KVCache", raising(torch.cuda.OutOfMemoryError(CARD_TEXT)))
+    with pytest.raises(ResourceError, match=r"while loading the model .*budget is 1\.00 GiB"):
+        open_tiny(shelf.model("llama"))
+
+
+def test_answering_tells_a_shortage_and_the_session_lives_on(
+    shelf: fakes_session.Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_tiny(shelf.model("llama")) as session:
+        before = answer_to(session, "Rivers", 8).outcome
+        with monkeypatch.context() as patch:
+            patch.setattr(TargetDecoder, "forward", raising(torch.cuda.OutOfMemoryError(CARD_TEXT)))
+            with pytest.raises(ResourceError, match=r"while answering \(1\.50 GiB more were wanted\)"):
+                answer_to(session, "Rivers", 8)
+        assert answer_to(session, "Rivers", 8).outcome == before
+
+
+def test_the_cards_cap_leaves_out_what_cuda_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 8 GiB on a card of 24, all but the context may be reserved."""
+    capped = {}
+    monkeypatch.setattr(build, "total_bytes", lambda _device: 24 * GIB)
+    monkeypatch.setattr(
+        torch.cuda,
+        "set_per_process_memory_fraction",
+        lambda share, device: capped.update({device.type: share * 24 * GIB}),
+    )
+    build.cap_allocator(8 * GIB, torch.device("cuda"))
+    assert capped["cuda"] == pytest.approx(8 * GIB - build.CUDA_CONTEXT_BYTES)
+    build.cap_allocator(8 * GIB, CPU)
+    assert list(capped) == ["cuda"]
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    """A simulated card for the loader's part in streaming."""
+    return Machine(copies_first).install(monkeypatch)
+
+
+def loader(directory: Path, streamed: tuple[int, ...]) -> Loader:
+    """A loader for a card, of a model of three layers."""
+    checkpoint = open_checkpoint(directory)
+    geometry = read_geometry(checkpoint.config, checkpoint.tensors)
+    resident = tuple(layer for layer in range(geometry.layers) if layer not in streamed)
+    nothing: Any = None
+    plan = OffloadPlan(
+        device="cuda",
+        budget_bytes=GIB,
+        context=64,
+        resident=resident,
+        shared=(),
+        streamed=streamed,
+        pinned_layers=streamed,
+        ring_slots=0,
+        slots=2,
+        drafts=False,
+        substitute_bits=4,
+        draft_head_bits=16,
+        embedding="tied",
+        tree_nodes=16,
+        lines=(),
+        host_lines=(),
+        streamed_bytes_per_pass=0,
+        prediction=nothing,
+        reason="",
+        fits=False,
+    )
+    return Loader(
+        nothing, checkpoint, geometry, plan, nothing, torch.device("cuda"), 1, 8, progress=lambda text: None
+    )
+
+
+@pytest.mark.parametrize("free_layers", [3, 1.5])
+def test_for_a_card_layers_are_pinned_as_far_as_host_memory_goes(
+    shelf: fakes_session.Shelf, card: Machine, monkeypatch: pytest.MonkeyPatch, free_layers: float
+) -> None:
+    """With room for fewer, the files are read on, and whether they changed is asked before every token."""
+    directory = shelf.model("llama")
+    whole = loader(directory, (0, 2))
+    layer_bytes = whole._layer_layout(0).whole.buffer_bytes
+    free_bytes = int(free_layers * (layer_bytes + 2 * 4096) / load._PINNED_SHARE)
+    monkeypatch.setattr(load, "available_bytes", lambda _device: free_bytes)
+    streamer = whole._streamer()
+    assert isinstance(streamer, CardStreamer)
+    assert streamer.reads_files is (free_layers < 2)
+    assert [note.partition(" ")[0] for note in whole._notes] == (["pinned"] if free_layers < 2 else [])
+    assert whole._reads_on(load.LayerSource(3, {}, streamer)) is (free_layers < 2)
+    names = [name for block in streamer.blocks() for name in block]
+    assert names == [
+        entry.name
+        for layer in (0, 2)
+        for block in whole._layer_layout(layer).blocks
+        for entry in _entries(block)
+    ]
+    streamer.close()
+    assert not card.pinned
+
+
+def _entries(block: Any) -> list[Any]:
+    return [item.entry for item in block]

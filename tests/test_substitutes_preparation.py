@@ -1,0 +1,159 @@
+"""The prepare pipeline: what it writes and what a rerun reuses."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import pytest
+from checkpoints import tiny_tensors, write_checkpoint, write_weights
+from fakes_store import LAYERS, Quantizer, content, place_of, resolve_model, run
+
+from subspec_cli.checkpoint.checkpoint import layer_entries, open_checkpoint
+from subspec_cli.checkpoint.tensors import read_hashed_tensors
+from subspec_cli.errors import UnsupportedModelError
+from subspec_cli.hub.snapshot import ResolvedModel
+from subspec_cli.substitutes.disk_space import estimate_file_bytes
+from subspec_cli.substitutes.manifest import JOURNAL_NAME, MANIFEST_NAME, layer_file_name, write_manifest
+from subspec_cli.substitutes.prepared_model import check_source, find_prepared, load_layer
+from subspec_cli.substitutes.settings import SubstituteSettings
+
+FINISHED = [".lock", *(f"layer-{layer:05d}.safetensors" for layer in range(LAYERS)), MANIFEST_NAME]
+
+
+@pytest.fixture(autouse=True)
+def subspec_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("SUBSPEC_HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture
+def model(tmp_path) -> ResolvedModel:
+    return resolve_model(str(write_checkpoint(tmp_path / "model", layers=LAYERS, shards=2)))
+
+
+def test_writes_every_layer_and_a_manifest_that_fits(model):
+    seen = []
+    prepared = run(model, seen=seen)
+    checkpoint = open_checkpoint(model.directory)
+    assert sorted(path.name for path in prepared.directory.iterdir()) == sorted(FINISHED)
+    assert find_prepared(None) == find_prepared(model.model_id, 8) == prepared
+    check_source(prepared, checkpoint)
+    for layer in range(LAYERS):
+        source, digest = read_hashed_tensors(layer_entries(checkpoint, layer))
+        assert prepared.manifest.layers[layer].source_sha256 == digest
+        found = load_layer(prepared, layer)
+        assert len(found) == len(source) == 12
+        name = f"model.layers.{layer}.mlp.up_proj.weight"
+        assert found["mlp.up_proj.weight.top"].numel() == source[name].numel()
+    total = sum(entry.size_bytes for layer in range(LAYERS) for entry in layer_entries(checkpoint, layer))
+    assert [(item.done_layers, item.reused_layers) for item in seen] == [(1, 0), (2, 0), (3, 0)]
+    assert [item.done_bytes for item in seen] == [total // 3, total // 3 * 2, total]
+    assert {(item.total_layers, item.total_bytes) for item in seen} == {(LAYERS, total)}
+    assert prepared.manifest.source_stamp == checkpoint.stamp
+
+
+def test_second_time_returns_at_once_and_becomes_the_most_recent(model):
+    first = run(model)
+    run(model, bits=4)
+    os.utime(first.directory / MANIFEST_NAME, (1, 1))
+    before = content(first.directory)
+    seen, quantizer = [], Quantizer()
+    assert run(model, quantizer, seen=seen) == first
+    assert quantizer.calls == 0
+    assert (seen[-1].done_layers, seen[-1].reused_layers) == (LAYERS, LAYERS)
+    assert content(first.directory) == before
+    assert find_prepared(None) == first
+
+
+def test_force_makes_all_anew_and_an_interrupted_force_is_not_taken_for_done(model):
+    run(model)
+    quantizer = Quantizer()
+    run(model, quantizer, force=True)
+    assert quantizer.calls == LAYERS
+    with pytest.raises(KeyboardInterrupt):
+        run(model, Quantizer(1), force=True)
+    assert JOURNAL_NAME in content(place_of(model))
+    run(model)
+    assert JOURNAL_NAME not in content(place_of(model))
+
+
+def test_only_what_is_damaged_or_missing_is_made_again(model):
+    prepared = run(model)
+    whole = content(prepared.directory)
+    (prepared.directory / "layer-00001.safetensors").unlink()
+    quantizer = Quantizer()
+    run(model, quantizer)
+    assert quantizer.calls == 1
+    moved = (prepared.directory / "layer-00001.safetensors").rename(model.directory / "moved")
+    (prepared.directory / "layer-00001.safetensors").symlink_to(moved)  # which no load would open
+    quantizer = Quantizer()
+    run(model, quantizer)
+    assert quantizer.calls == 1
+    assert not (prepared.directory / "layer-00001.safetensors").is_symlink()
+    path = prepared.directory / "layer-00002.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+    (prepared.directory / "layer-00000.safetensors").write_bytes(b"short")
+    quantizer = Quantizer()
+    run(model, quantizer)
+    assert quantizer.calls == 2
+    assert content(prepared.directory) == whole
+
+
+def test_damaged_manifest_is_made_again_and_a_newer_one_is_not_touched(model):
+    prepared = run(model)
+    path = prepared.directory / MANIFEST_NAME
+    path.write_text("{")
+    quantizer = Quantizer()
+    run(model, quantizer)
+    assert quantizer.calls == LAYERS
+    path.write_text('{"format_version": 3}')
+    with pytest.raises(UnsupportedModelError, match="has format 3"):
+        run(model)
+    assert path.read_text() == '{"format_version": 3}'
+    run(model, force=True)
+
+
+def test_other_libraries_do_not_continue_a_journal_but_accept_a_finished_set(model):
+    with pytest.raises(KeyboardInterrupt):
+        run(model, Quantizer(2))
+    quantizer = Quantizer()
+    run(model, quantizer, versions={"torch": "2.14.0"})
+    assert quantizer.calls == LAYERS
+    quantizer = Quantizer()
+    run(model, quantizer, versions={"torch": "2.15.0"})
+    assert quantizer.calls == 0
+
+
+def test_weights_changed_in_place_are_noticed_layer_by_layer(model):
+    run(model)
+    tensors = tiny_tensors(layers=LAYERS)
+    name = "model.layers.1.mlp.up_proj.weight"
+    dtype, shape, data = tensors[name]
+    write_weights(model.directory, tensors | {name: (dtype, shape, data[2:] + data[:2])}, shards=2)
+    with pytest.raises(UnsupportedModelError, match="written again"):
+        check_source(find_prepared(model.model_id), open_checkpoint(model.directory))
+    quantizer = Quantizer()
+    prepared = run(model, quantizer)
+    assert quantizer.calls == 1
+    check_source(prepared, open_checkpoint(model.directory))
+
+
+def test_manifest_with_layers_beyond_the_model(model):
+    prepared = run(model)
+    extra = replace(prepared.manifest.layers[2], layer=3, name=layer_file_name(3))
+    (prepared.directory / extra.name).write_bytes((prepared.directory / layer_file_name(2)).read_bytes())
+    path = prepared.directory / MANIFEST_NAME
+    write_manifest(path, replace(prepared.manifest, layers=(*prepared.manifest.layers, extra)))
+    assert run(model) == prepared
+
+
+def test_estimate_is_above_quanto_like_sizes(model):
+    checkpoint = open_checkpoint(model.directory)
+    elements = sum(entry.size_bytes // 2 for entry in layer_entries(checkpoint, 0))
+    for bits, group_size in ((2, 128), (4, 128), (8, 0)):
+        packed = elements * (bits + (32 / group_size if group_size else 0)) / 8
+        estimate = estimate_file_bytes(checkpoint, 0, SubstituteSettings(bits, "minmax"), group_size)
+        assert packed <= estimate <= 1.1 * packed
+    wide = SubstituteSettings(2, "minmax", (("mlp.up_proj", 8),))
+    more = estimate_file_bytes(checkpoint, 0, wide, 128)
+    assert more - estimate_file_bytes(checkpoint, 0, SubstituteSettings(2, "minmax"), 128) > 64 * 32 * 0.75
