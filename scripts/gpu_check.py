@@ -1,4 +1,4 @@
-"""Check a card end to end: its tests, then plain and speculative decoding of a model that it cannot hold.
+"""Check a GPU end to end: its tests, then plain and speculative decoding of a model that it cannot hold.
 
 A surrogate of a 7B model's shape is made from the demo model on the spot, prepared and measured under a budget by
 `subspec bench`. One table goes to stdout, everything else to stderr; the exit status is 1 if a row failed.
@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the check and print its table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
-        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu rehearses without a card"
+        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu rehearses without a GPU"
     )
     parser.add_argument("--small", action="store_true", help="a model of megabytes instead of 15 GB")
     parser.add_argument(
@@ -110,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
         work.mkdir(parents=True, exist_ok=True)
         check = Check(options.device, SMALL if options.small else SEVEN_B, work)
         started = time.monotonic()
-        for step in (find_card, run_tests, make_model, prepare_model, measure):
+        for step in (find_gpu, run_tests, make_model, prepare_model, measure):
             if not step(check):
                 break
         check.rows.append(time_row(time.monotonic() - started))
@@ -118,23 +118,23 @@ def main(arguments: list[str] | None = None) -> int:
     return exit_status(check.rows)
 
 
-def find_card(check: Check) -> bool:
-    """Name the card; without one there is nothing to check and nothing to build."""
+def find_gpu(check: Check) -> bool:
+    """Name the GPU; without one there is nothing to check and nothing to build."""
     if check.device == "cpu":
         return True
     import torch
 
     if not torch.cuda.is_available():
-        return add(check, "card", "none can be used here; --device cpu --small rehearses without one", False)
+        return add(check, "GPU", "none can be used here; --device cpu --small rehearses without one", False)
     about = torch.cuda.get_device_properties(0)
-    return add(check, "card", f"{about.name}, {about.total_memory / GIB:.1f} GiB", True)
+    return add(check, "GPU", f"{about.name}, {about.total_memory / GIB:.1f} GiB", True)
 
 
 def run_tests(check: Check) -> bool:
-    """The tests that are marked for a card; on the CPU they are only collected."""
+    """The tests that are marked for a GPU; on the CPU they are only collected."""
     done = check.run("-m", "pytest", "-m", "gpu", "-rs", "tests")
     say(done.stdout)
-    check.rows.append(row_of_tests(done.stdout, done.returncode, wants_card=check.device == "cuda"))
+    check.rows.append(row_of_tests(done.stdout, done.returncode, wants_gpu=check.device == "cuda"))
     return True  # what the measurements say is worth knowing even then
 
 
@@ -200,11 +200,11 @@ def transfer_name(device: str) -> str:
 
 def raw_link_gb_per_s(device: str, model: Path) -> float:
     """Speed of the link with nothing beside it: one big pinned copy, or one big read of the weights."""
-    return card_link_gb_per_s() if device == "cuda" else disk_link_gb_per_s(model)
+    return gpu_link_gb_per_s() if device == "cuda" else disk_link_gb_per_s(model)
 
 
-def card_link_gb_per_s() -> float:
-    """The best of some copies of one pinned buffer to the card."""
+def gpu_link_gb_per_s() -> float:
+    """The best of some copies of one pinned buffer to the GPU."""
     import torch
 
     from subspec_cli.streaming.pinned_memory import PinnedBuffer
@@ -243,14 +243,14 @@ def disk_link_gb_per_s(model: Path) -> float:
     return size_bytes / seconds / 1e9
 
 
-def row_of_tests(output: str, status: int, *, wants_card: bool) -> Row:
-    """How the marked tests went; that all are skipped is a failure only where there should be a card."""
+def row_of_tests(output: str, status: int, *, wants_gpu: bool) -> Row:
+    """How the marked tests went; that all are skipped is a failure only where there should be a GPU."""
     counts = {kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|skipped|error)", output)}
     figure = ", ".join(
         f"{counts[kind]} {kind}" for kind in ("passed", "failed", "error", "skipped") if kind in counts
     )
-    passed = status == 0 and counts.get("passed", 0) > 0 and (not wants_card or "skipped" not in counts)
-    if not wants_card and status == 0:
+    passed = status == 0 and counts.get("passed", 0) > 0 and (not wants_gpu or "skipped" not in counts)
+    if not wants_gpu and status == 0:
         return Row("CUDA tests", figure)
     return Row("CUDA tests", figure or f"exit status {status}", OK if passed else FAILED)
 
@@ -295,7 +295,7 @@ def draft_row(arm: Arm, answers: Sequence[dict[str, Any]]) -> Row:
 
 
 def time_row(seconds: float) -> Row:
-    """How long it all took; being slow is said, and is no failure of the card."""
+    """How long it all took; being slow is said, and is no failure of the GPU."""
     return Row(
         "time", f"{seconds:.0f} s" + ("" if seconds < MOST_SECONDS else f", more than {MOST_SECONDS} s")
     )

@@ -102,7 +102,7 @@ class MemoryConfig:
     context: int | None = _setting(None, _whole(16))
     """Tokens of prompt and answer together; None takes min(the model's, 4096, what the plan holds)."""
     ram_gb: float | None = _setting(None, _number("a number of GiB above 0", lambda gib: 0 < gib <= 1e6))
-    """Host memory in GiB that the process may take beside a card's, or in all on cpu; layers that do not fit are
+    """Host memory in GiB that the process may take beside a GPU's, or in all on cpu; layers that do not fit are
     read from disk. None takes what is free."""
     resident_layers: int | None = _setting(None, _whole(0))
     """Target layers kept in device memory; 0 streams every layer, None lets the plan decide."""

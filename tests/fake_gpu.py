@@ -1,4 +1,4 @@
-"""A simulated card: what runs when is decided by events alone, in the worst order that they allow.
+"""A simulated GPU: what runs when is decided by events alone, in the worst order that they allow.
 
 Every copy and kernel is queued on its stream and runs only when the host waits, in an order that an adversary
 picks among those the events leave open. A missing event then shows as wrong bytes. Time is simulated too, one
@@ -98,7 +98,7 @@ class Stream:
 
     def wait_event(self, event: Event) -> None:
         with self.machine.lock:
-            # As on the card: what is waited for is the latest record at the time of the call, if there is any.
+            # As on the GPU: what is waited for is the latest record at the time of the call, if there is any.
             number = event.recorded
             if number:
                 self.queue.append(Step(lambda: None, 0.0, (event, number)))
@@ -124,7 +124,7 @@ class Stream:
 
 
 class Machine:
-    """A card with streams of pending work; `choose` picks the next stream among those that could go on."""
+    """A GPU with streams of pending work; `choose` picks the next stream among those that could go on."""
 
     def __init__(
         self,
@@ -141,7 +141,7 @@ class Machine:
         self.compute = self.new_stream("compute")
         self.copies: list[int] = []
         """Bytes of each copy, in the order of queueing."""
-        self.card_bytes = 0
+        self.gpu_bytes = 0
         self.pinnable_bytes = pinnable_bytes
         self.pinned: dict[int, int] = {}
         """Bytes by address."""
@@ -173,16 +173,16 @@ class Machine:
         return getattr(self.local, "stream", None) or self.compute
 
     def empty(self, size: int, *, dtype: torch.dtype, device: Any = None) -> Tensor:
-        """Memory of the host, or of the card, where kernels of its last owner may still be pending."""
+        """Memory of the host, or of the GPU, where kernels of its last owner may still be pending."""
         if device is None:
             return torch.empty(size, dtype=dtype)
         # As far off a page's start as the real allocator may put it.
         memory = torch.frombuffer(allocate_buffer(size + PAGE_BYTES), dtype=dtype, count=size, offset=512)
         self.current_stream().add(lambda: memory.fill_(SPOILED))
-        self.card_bytes += size
-        card = memory.as_subclass(CardTensor)
-        card.machine = self
-        return card
+        self.gpu_bytes += size
+        gpu = memory.as_subclass(GpuTensor)
+        gpu.machine = self
+        return gpu
 
     def host_register(self, address: int, size_bytes: int, flags: int) -> int:
         assert flags == 3
@@ -227,24 +227,24 @@ class Machine:
         )
 
     def install(self, patch: pytest.MonkeyPatch) -> Machine:
-        """Take the place of torch in everything that talks to a card."""
+        """Take the place of torch in everything that talks to a GPU."""
         for module in (gpu_clock, gpu_layers, gpu_ring, gpu_streamer, pinned_memory):
             patch.setattr(module, "torch", self.as_torch())
         return self
 
 
-class CardTensor(torch.Tensor):
-    """Memory of the card: a copy into it is queued, not made. What is computed from it are plain tensors."""
+class GpuTensor(torch.Tensor):
+    """Memory of the GPU: a copy into it is queued, not made. What is computed from it are plain tensors."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
     machine: Machine
 
-    def __getitem__(self, index: Any) -> CardTensor:
-        part = super().__getitem__(index).as_subclass(CardTensor)
+    def __getitem__(self, index: Any) -> GpuTensor:
+        part = super().__getitem__(index).as_subclass(GpuTensor)
         part.machine = self.machine
         return part
 
-    def copy_(self, source: Tensor, non_blocking: bool = False) -> CardTensor:
+    def copy_(self, source: Tensor, non_blocking: bool = False) -> GpuTensor:
         target, machine = self.as_subclass(torch.Tensor), self.machine
         assert target.shape == source.shape
         machine.copies.append(source.numel())

@@ -156,7 +156,7 @@ class FakeDraft(FakeModel):
 
 
 class LateSteps(DirectSteps):
-    """Steps read one later, as on a card: a row may take the token that the step before has found."""
+    """Steps read one later, as on a GPU: a row may take the token that the step before has found."""
 
     ahead = 1
 

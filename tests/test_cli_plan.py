@@ -132,7 +132,7 @@ def test_the_links_rate_is_taken_as_given(capsys, model):
     assert slow["plain_tok_per_s"] < fast["plain_tok_per_s"]
 
 
-def test_a_card_is_planned_for_without_one(capsys, model, monkeypatch):
+def test_a_gpu_is_planned_for_without_one(capsys, model, monkeypatch):
     found = document(capsys, model, "--device", "cuda", "--vram-gb", 1, "--ram-gb", 4)
     assert found["plan"]["device"] == "cuda"
     assert {"CUDA context", "library workspaces"} <= {line["label"] for line in found["plan"]["lines"]}
@@ -155,14 +155,14 @@ def test_layers_that_ram_does_not_hold_are_drawn_as_from_disk(capsys, model):
     assert "pinned ring" in out
 
 
-def test_a_hidden_card_is_no_card(monkeypatch, tmp_path):
+def test_a_hidden_gpu_is_no_gpu(monkeypatch, tmp_path):
     driver = tmp_path / "version"
     driver.write_text("NVRM")
     monkeypatch.setattr(host_memory, "_DRIVER", driver)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert host_memory.has_card()
+    assert host_memory.has_gpu()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert not host_memory.has_card()
+    assert not host_memory.has_gpu()
 
 
 def test_a_model_on_the_hub_costs_kilobytes_and_leaves_nothing_behind(capsys, server, cache):

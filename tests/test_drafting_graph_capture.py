@@ -1,6 +1,6 @@
 """Captured draft steps: replays of recorded operations, with numbers frozen as a graph freezes them.
 
-The stand-in for a card is late, too: what is launched runs only when the host waits for it.
+The stand-in for a GPU is late, too: what is launched runs only when the host waits for it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from subspec_cli.session import load
 WINDOWED = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
 PROMPT = [(7 * n + n // 5) % VOCAB for n in range(40)]
 WAITS = ("item", "_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique")
-"""Operations for which a card's host would have to wait, which no graph can hold."""
+"""Operations for which a GPU's host would have to wait, which no graph can hold."""
 CHOOSERS: dict[str, Callable[[], Chooser]] = {
     "greedy": GreedyChooser,
     "sampled": lambda: sampled(3, temperature=0.8),
@@ -50,7 +50,7 @@ class Recorder(TorchDispatchMode):
         self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert not any(name in str(func) for name in WAITS), f"{func} waits for the card"
+        assert not any(name in str(func) for name in WAITS), f"{func} waits for the GPU"
         assert "_to_copy" not in str(func) or "device" not in (kwargs or {}), "a copy to another device"
         made = func(*args, **(kwargs or {}))
         self.calls.append((func, args, kwargs or {}, made))
@@ -229,7 +229,7 @@ def chain_step(kv: KVCache, first: int) -> TokenBatch:
 
 
 def test_after_a_step_that_was_interrupted_turns_agree_again(tiny: Callable[..., Tiny]) -> None:
-    """The card has counted a turn that the host has not."""
+    """The GPU has counted a turn that the host has not."""
     model = tiny("qwen2", dtype=torch.float32)
     draft, graphs = draft_of(model), FakeGraphs()
     plain, kept = model.kv(), model.kv()
@@ -290,8 +290,8 @@ def test_on_the_cpu_nothing_is_captured(tiny: Callable[..., Tiny]) -> None:
 
 
 @pytest.fixture
-def card(monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """A device that is taken for a card, whose memory is the host's."""
+def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """A device that is taken for a GPU, whose memory is the host's."""
     monkeypatch.setattr(module, "_Shared", lambda shape, dtype, _device: SharedOnHost(shape, dtype))
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *shape, device=None, **how: zeros(*shape, **how))
@@ -300,21 +300,17 @@ def card(monkeypatch: pytest.MonkeyPatch) -> torch.device:
 
 class SharedOnHost:
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        self.host = self.card = torch.zeros(shape, dtype=dtype)
+        self.host = self.gpu = torch.zeros(shape, dtype=dtype)
 
 
-def launched(model: Tiny, card: torch.device, notes: list[str]) -> object:
-    return draft_steps(
-        draft_of(model), model.kv(), most_rows=2, vocab=VOCAB, device=card, notify=notes.append
-    )
+def launched(model: Tiny, gpu: torch.device, notes: list[str]) -> object:
+    return draft_steps(draft_of(model), model.kv(), most_rows=2, vocab=VOCAB, device=gpu, notify=notes.append)
 
 
-def test_on_a_card_steps_are_captured(
-    tiny: Callable[..., Tiny], card: torch.device, monkeypatch: Any
-) -> None:
+def test_on_a_gpu_steps_are_captured(tiny: Callable[..., Tiny], gpu: torch.device, monkeypatch: Any) -> None:
     notes: list[str] = []
     monkeypatch.setattr(module, "CudaGraphs", lambda _device: FakeGraphs())
-    assert isinstance(launched(tiny("qwen2"), card, notes), CapturedSteps)
+    assert isinstance(launched(tiny("qwen2"), gpu, notes), CapturedSteps)
     assert not notes
 
 
@@ -327,20 +323,20 @@ class Refusing(FakeGraphs):
         raise self.error
 
 
-def test_a_card_that_cannot_capture_is_told_of(
-    tiny: Callable[..., Tiny], card: torch.device, monkeypatch: pytest.MonkeyPatch
+def test_a_gpu_that_cannot_capture_is_told_of(
+    tiny: Callable[..., Tiny], gpu: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reason, notes = "operation not permitted when stream is capturing", []
     error = RuntimeError(f"{reason}\nsee the manual")
     monkeypatch.setattr(module, "CudaGraphs", lambda _device: Refusing(error))
-    assert isinstance(launched(tiny("qwen2"), card, notes), DirectSteps)
+    assert isinstance(launched(tiny("qwen2"), gpu, notes), DirectSteps)
     assert notes == [f"draft steps are launched kernel by kernel, which is slower: {reason}"]
 
 
-def test_a_full_card_is_not_taken_for_one_that_cannot_capture(
-    tiny: Callable[..., Tiny], card: torch.device, monkeypatch: pytest.MonkeyPatch
+def test_a_full_gpu_is_not_taken_for_one_that_cannot_capture(
+    tiny: Callable[..., Tiny], gpu: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     error = torch.OutOfMemoryError("CUDA out of memory")
     monkeypatch.setattr(module, "CudaGraphs", lambda _device: Refusing(error))
     with pytest.raises(torch.OutOfMemoryError):
-        launched(tiny("qwen2"), card, [])
+        launched(tiny("qwen2"), gpu, [])

@@ -1,4 +1,4 @@
-"""The check of a card: what it makes of results, on made-up ones; the run itself is rehearsed by hand on the CPU."""
+"""The check of a GPU: what it makes of results, on made-up ones; the run itself is rehearsed by hand on the CPU."""
 
 from __future__ import annotations
 
@@ -114,8 +114,8 @@ def test_nothing_drafted_and_nothing_answered_fail() -> None:
         ("", 4, True, FAILED, "exit status 4"),
     ],
 )
-def test_what_the_tests_say(output: str, status: int, wants_card: bool, verdict: str, figure: str) -> None:
-    assert row_of_tests(output, status, wants_card=wants_card) == Row("CUDA tests", figure, verdict)
+def test_what_the_tests_say(output: str, status: int, wants_gpu: bool, verdict: str, figure: str) -> None:
+    assert row_of_tests(output, status, wants_gpu=wants_gpu) == Row("CUDA tests", figure, verdict)
 
 
 def test_the_table_is_in_columns() -> None:
@@ -125,7 +125,7 @@ def test_the_table_is_in_columns() -> None:
     assert lines[2:] == ["a       1 GB/s", "longer  2       FAILED"]
 
 
-def test_without_a_card_nothing_is_built(
+def test_without_a_gpu_nothing_is_built(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)

@@ -191,8 +191,8 @@ def test_every_byte_that_grows_has_a_line(request: PlanRequest) -> None:
     assert line_bytes(plan, "KV cache") == rows * geometry.kv_row_bytes
     assert line_bytes(plan, "resident layers") == len(plan.resident) * geometry.layer_matrix_bytes
     assert plan.streamed_bytes_per_pass == len(plan.streamed) * geometry.layer_matrix_bytes
-    on_card = request.device == "cuda"
-    slot_bytes = geometry.layer_matrix_bytes if on_card else max(geometry.block_bytes.values())
+    on_gpu = request.device == "cuda"
+    slot_bytes = geometry.layer_matrix_bytes if on_gpu else max(geometry.block_bytes.values())
     assert line_bytes(plan, "stream slots") >= plan.slots * slot_bytes
     substitutes = geometry.layers - len(plan.shared) if plan.drafts else 0
     assert line_bytes(plan, "substitutes") == substitutes * (request.substitute_bytes or 0)
@@ -201,11 +201,11 @@ def test_every_byte_that_grows_has_a_line(request: PlanRequest) -> None:
     assert line_bytes(plan, "embedding and head") + line_bytes(plan, "head") == tables * geometry.table_bytes
     assert (plan.embedding == "tied") == geometry.tied_head
     noise_bytes = NOISE_ROWS * geometry.vocab * 8 * request.samples
-    assert line_bytes(plan, "sampling noise") == (0 if on_card else noise_bytes)
+    assert line_bytes(plan, "sampling noise") == (0 if on_gpu else noise_bytes)
     held = {line.label: line.size_bytes for line in plan.host_lines}
-    assert held.get("sampling noise", 0) == (2 * noise_bytes if on_card else 0)
-    assert line_bytes(plan, "CUDA context") == on_card * CUDA_CONTEXT_BYTES
-    assert line_bytes(plan, "library workspaces") == on_card * CUDA_LIBRARY_BYTES
+    assert held.get("sampling noise", 0) == (2 * noise_bytes if on_gpu else 0)
+    assert line_bytes(plan, "CUDA context") == on_gpu * CUDA_CONTEXT_BYTES
+    assert line_bytes(plan, "library workspaces") == on_gpu * CUDA_LIBRARY_BYTES
 
 
 LABELS = {
@@ -490,11 +490,11 @@ def test_layers_are_shared_where_the_link_is_so_slow_that_every_byte_counts() ->
 
 
 def test_layers_that_host_memory_does_not_hold_come_from_disk() -> None:
-    card = make_request(make_geometry(tied=False), device="cuda", budget_bytes=3 * GIB)
-    plan = make_plan(card)
+    gpu = make_request(make_geometry(tied=False), device="cuda", budget_bytes=3 * GIB)
+    plan = make_plan(gpu)
     assert plan.pinned_layers == plan.streamed
     assert plan.ring_slots == 0
-    scarce = make_plan(replace(card, ram_bytes=plan.host_bytes - GIB))
+    scarce = make_plan(replace(gpu, ram_bytes=plan.host_bytes - GIB))
     assert 0 < len(scarce.pinned_layers) < len(scarce.streamed)
     assert scarce.ring_slots >= 2
     assert plan.host_bytes - 2 * GIB < scarce.host_bytes <= plan.host_bytes - GIB
@@ -502,12 +502,12 @@ def test_layers_that_host_memory_does_not_hold_come_from_disk() -> None:
 
 
 def test_too_little_host_memory_names_what_works() -> None:
-    card = make_request(device="cuda", ram_bytes=GIB, budget_bytes=3 * GIB)
+    gpu = make_request(device="cuda", ram_bytes=GIB, budget_bytes=3 * GIB)
     with pytest.raises(ResourceError, match="host memory are too little") as caught:
-        make_plan(card)
+        make_plan(gpu)
     stated = re.match(r"--ram-gb ([0-9.]+) works", caught.value.hint)
     assert stated
-    make_plan(replace(card, ram_bytes=int(float(stated[1]) * GIB)))
+    make_plan(replace(gpu, ram_bytes=int(float(stated[1]) * GIB)))
 
 
 def test_the_untied_embedding_stays_in_host_memory_until_all_layers_are_held() -> None:

@@ -21,7 +21,7 @@ from subspec_cli.planning.plan import OffloadPlan
 from subspec_cli.session import build, load
 from subspec_cli.session.load import Loader
 from subspec_cli.session.oom import shortage_told
-from subspec_cli.streaming.gpu_streamer import CardStreamer
+from subspec_cli.streaming.gpu_streamer import GpuStreamer
 from subspec_cli.streaming.memory_meter import MemoryMeter
 from subspec_cli.units import GIB
 
@@ -61,7 +61,7 @@ def run_out(work: Callable[[], Any]) -> None:
         work()
 
 
-def test_a_full_card_is_told_with_budget_peak_and_what_was_wanted() -> None:
+def test_a_full_gpu_is_told_with_budget_peak_and_what_was_wanted() -> None:
     found = told(torch.cuda.OutOfMemoryError(CARD_TEXT))
     assert found.message == (
         "out of device memory while loading the model (1.50 GiB more were wanted): "
@@ -117,8 +117,8 @@ def test_answering_tells_a_shortage_and_the_session_lives_on(
         assert answer_to(session, "Rivers", 8).outcome == before
 
 
-def test_the_cards_cap_leaves_out_what_cuda_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 8 GiB on a card of 24, all but the context may be reserved."""
+def test_the_gpu_cap_leaves_out_what_cuda_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 8 GiB on a GPU of 24, all but the context may be reserved."""
     capped = {}
     monkeypatch.setattr(build, "total_bytes", lambda _device: 24 * GIB)
     monkeypatch.setattr(
@@ -133,13 +133,13 @@ def test_the_cards_cap_leaves_out_what_cuda_takes(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.fixture
-def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
-    """A simulated card for the loader's part in streaming."""
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    """A simulated GPU for the loader's part in streaming."""
     return Machine(copies_first).install(monkeypatch)
 
 
 def loader(directory: Path, streamed: tuple[int, ...]) -> Loader:
-    """A loader for a card, of a model of three layers."""
+    """A loader for a GPU, of a model of three layers."""
     checkpoint = open_checkpoint(directory)
     geometry = read_geometry(checkpoint.config, checkpoint.tensors)
     resident = tuple(layer for layer in range(geometry.layers) if layer not in streamed)
@@ -172,8 +172,8 @@ def loader(directory: Path, streamed: tuple[int, ...]) -> Loader:
 
 
 @pytest.mark.parametrize("free_layers", [3, 1.5])
-def test_for_a_card_layers_are_pinned_as_far_as_host_memory_goes(
-    shelf: fakes_session.Shelf, card: Machine, monkeypatch: pytest.MonkeyPatch, free_layers: float
+def test_for_a_gpu_layers_are_pinned_as_far_as_host_memory_goes(
+    shelf: fakes_session.Shelf, gpu: Machine, monkeypatch: pytest.MonkeyPatch, free_layers: float
 ) -> None:
     """With room for fewer, the files are read on, and whether they changed is asked before every token."""
     directory = shelf.model("llama")
@@ -182,7 +182,7 @@ def test_for_a_card_layers_are_pinned_as_far_as_host_memory_goes(
     free_bytes = int(free_layers * (layer_bytes + 2 * 4096) / load._PINNED_SHARE)
     monkeypatch.setattr(load, "available_bytes", lambda _device: free_bytes)
     streamer = whole._streamer()
-    assert isinstance(streamer, CardStreamer)
+    assert isinstance(streamer, GpuStreamer)
     assert streamer.reads_files is (free_layers < 2)
     assert [note.partition(" ")[0] for note in whole._notes] == (["pinned"] if free_layers < 2 else [])
     assert whole._reads_on(load.LayerSource(3, {}, streamer)) is (free_layers < 2)
@@ -194,7 +194,7 @@ def test_for_a_card_layers_are_pinned_as_far_as_host_memory_goes(
         for entry in _entries(block)
     ]
     streamer.close()
-    assert not card.pinned
+    assert not gpu.pinned
 
 
 def _entries(block: Any) -> list[Any]:

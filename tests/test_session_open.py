@@ -237,8 +237,8 @@ def test_more_than_the_model_has_is_refused(shelf, memory, told):
         open_tiny(shelf.model("qwen2"), memory=memory)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card here")
-def test_a_card_that_is_not_there_is_not_replaced_silently(shelf):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there_is_not_replaced_silently(shelf):
     with pytest.raises(UnsupportedModelError, match="CUDA"):
         open_tiny(shelf.model("qwen2"), memory={"device": "cuda"})
 

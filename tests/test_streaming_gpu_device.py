@@ -1,4 +1,4 @@
-"""On a real card: streams bring the files' bytes, memory goes back, sessions keep their promise and their budget."""
+"""On a real GPU: streams bring the files' bytes, memory goes back, sessions keep their promise and their budget."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from subspec_cli.modeling.substitute import load_substitute
 from subspec_cli.planning.memory import CUDA_CONTEXT_BYTES
 from subspec_cli.session.build import cap_allocator
 from subspec_cli.streaming.gpu_layers import read_resident_layer
-from subspec_cli.streaming.gpu_streamer import open_card_streamer
-from subspec_cli.streaming.mapped_memory import card_view
+from subspec_cli.streaming.gpu_streamer import open_gpu_streamer
+from subspec_cli.streaming.mapped_memory import gpu_view
 from subspec_cli.streaming.pinned_memory import PinnedBuffer, PinRefusedError, pin
 from subspec_cli.substitutes.settings import SubstituteSettings
 from subspec_cli.units import GIB, MIB
@@ -48,7 +48,7 @@ CUDA = torch.device("cuda")
 def test_every_pass_brings_the_files_content(tmp_path: Path, pinned: int, slots: int) -> None:
     """Kernels that are slow beside copies that are fast, and the other way round: a race would show."""
     layers, values = make_layers(tmp_path, 6, most=400_000)
-    stream = open_card_streamer(
+    stream = open_gpu_streamer(
         layers,
         pinned_layers=pinned,
         ring_slots=2,
@@ -113,7 +113,7 @@ def test_the_cap_holds() -> None:
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bfloat16])
 def test_kernels_read_pinned_memory_where_it_lies(dtype: torch.dtype) -> None:
     memory = torch.arange(12).to(dtype).view(3, 4).pin_memory()
-    seen = card_view(memory, CUDA)
+    seen = gpu_view(memory, CUDA)
     assert seen.device.type == "cuda"
     assert torch.equal(seen.long().cpu(), torch.arange(12).view(3, 4))
     memory.fill_(7)
@@ -124,7 +124,7 @@ def test_kernels_read_pinned_memory_where_it_lies(dtype: torch.dtype) -> None:
 def test_captured_draft_steps_are_the_steps_themselves(tiny: Callable[..., Tiny], kind: str) -> None:
     """Sizes come back, so that steps are replayed and not only captured; rounding is all that may differ."""
     model, notes, chooser = tiny("qwen2"), [], CHOOSERS[kind]()
-    draft, (plain, kept) = on_card(model), (card_cache(model), card_cache(model))
+    draft, (plain, kept) = on_gpu(model), (gpu_cache(model), gpu_cache(model))
     late = draft_steps(draft, kept, most_rows=4, vocab=VOCAB, device=CUDA, notify=notes.append)
     assert not notes
     direct, first = LateSteps(draft, plain), 0
@@ -143,16 +143,16 @@ def check_scores(ours: Found, theirs: Found) -> None:
     np.testing.assert_allclose(ours.scores[:, 0], theirs.scores[:, 0], atol=0.1, rtol=0.02)
 
 
-def test_a_table_in_host_memory_is_gathered_by_the_card() -> None:
+def test_a_table_in_host_memory_is_gathered_by_the_gpu() -> None:
     table = torch.arange(60_000).bfloat16().view(2000, 30)
     unpin = pin(table, CUDA)
     ids = torch.tensor([3, 1999, 0], device=CUDA)
-    assert torch.equal(table_embedding(card_view(table, CUDA))(ids).cpu(), table[ids.cpu()])
+    assert torch.equal(table_embedding(gpu_view(table, CUDA))(ids).cpu(), table[ids.cpu()])
     unpin()
 
 
-def on_card(model: Tiny) -> DraftDecoder:
-    """A draft of made-up substitutes for a tiny model, on the card."""
+def on_gpu(model: Tiny) -> DraftDecoder:
+    """A draft of made-up substitutes for a tiny model, on the GPU."""
     geometry = model.geometry
     small = tuple({name: tensor.to(CUDA) for name, tensor in layer.items()} for layer in model.math().small)
     rope = RopeTable(model.math().rope.cos.to(CUDA), model.math().rope.sin.to(CUDA))
@@ -167,7 +167,7 @@ def on_card(model: Tiny) -> DraftDecoder:
     return DraftDecoder(math_, table_embedding(table), head, layers)
 
 
-def card_cache(model: Tiny) -> KVCache:
+def gpu_cache(model: Tiny) -> KVCache:
     geometry = model.geometry
     return KVCache(
         layers=geometry.layers,
@@ -194,7 +194,7 @@ def test_a_session_answers_alike_with_and_without_speculation(shelf: Shelf, resi
         assert session.peak_memory_bytes() < 2 * GIB - CUDA_CONTEXT_BYTES
 
 
-def test_a_full_card_is_an_error_with_figures(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_gpu_is_an_error_with_figures(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     def too_large(**_: object) -> torch.Tensor:
         return torch.empty(1 << 50, dtype=torch.uint8, device=CUDA)
 

@@ -1,4 +1,4 @@
-"""Streaming to a card, on a simulated one: right bytes in whatever order the events allow, time, memory, failures."""
+"""Streaming to a GPU, on a simulated one: right bytes in whatever order the events allow, time, memory, failures."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ from subspec_cli.checkpoint.layer_tensors import block_entries
 from subspec_cli.errors import IntegrityError, ResourceError
 from subspec_cli.files.direct_io import PAGE_BYTES, DirectReader, Extent
 from subspec_cli.streaming.gpu_layers import LayerLayout, layout_layer, read_resident_layer
-from subspec_cli.streaming.gpu_streamer import CardStreamer, open_card_streamer
+from subspec_cli.streaming.gpu_streamer import GpuStreamer, open_gpu_streamer
 
 WAIT_S = 20
 
 
 @dataclass
 class Rig:
-    """Layers, a simulated card, and what its kernels saw."""
+    """Layers, a simulated GPU, and what its kernels saw."""
 
     machine: Machine
     layers: list[LayerLayout]
     values: dict[str, Tensor]
     seen: list[tuple[str, Tensor]] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
-    open: list[CardStreamer] = field(default_factory=list)
+    open: list[GpuStreamer] = field(default_factory=list)
 
     @property
     def layer_bytes(self) -> int:
@@ -55,8 +55,8 @@ class Rig:
 
     def stream(
         self, slots: int = 2, pinned: int | None = None, ring: int = 2, most_bytes: int = 1 << 60
-    ) -> CardStreamer:
-        made = open_card_streamer(
+    ) -> GpuStreamer:
+        made = open_gpu_streamer(
             self.layers,
             pinned_layers=len(self.layers) if pinned is None else pinned,
             ring_slots=ring,
@@ -77,7 +77,7 @@ class Rig:
         )
 
     def one_pass(
-        self, stream: CardStreamer, leave_after: int | None = None, cost_ms: Sequence[float] = (0.0,)
+        self, stream: GpuStreamer, leave_after: int | None = None, cost_ms: Sequence[float] = (0.0,)
     ) -> None:
         """All blocks of all layers, or the first few; a kernel of layer n takes `cost_ms[n]` per block."""
         with closing(stream.blocks()) as arriving:
@@ -103,7 +103,7 @@ class Rig:
 
 @pytest.fixture(params=ORDERS)
 def rig(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
-    """Five layers on a card that takes every order in turn."""
+    """Five layers on a GPU that takes every order in turn."""
     made = Rig(Machine(ORDERS[request.param]()).install(monkeypatch), *make_layers(tmp_path, 5))
     yield made
     made.close()
@@ -131,7 +131,7 @@ def test_kernels_see_their_own_layer_whatever_runs_first(rig: Rig, slots: int) -
     stream = rig.stream(slots)
     for _ in range(3):
         rig.one_pass(stream)
-    assert not rig.seen, "the host waited for the card"
+    assert not rig.seen, "the host waited for the GPU"
     rig.assert_kernels_saw(rig.names() * 3)
 
 
@@ -225,7 +225,7 @@ def expected_times(
 
 @pytest.mark.parametrize("slots", [2, 3])
 @pytest.mark.parametrize("cost_ms", [(0.5,), (50.0,), (1.0, 30.0, 0.0, 6.0, 2.0)])
-def test_time_is_the_cards_own(rig: Rig, slots: int, cost_ms: tuple[float, ...]) -> None:
+def test_time_is_the_gpu_own(rig: Rig, slots: int, cost_ms: tuple[float, ...]) -> None:
     """Busy link and standing kernels, by events: the host runs ahead and has nothing to tell."""
     stream, layers = rig.stream(slots), len(rig.layers)
     assert stream.counters().read_time_s == 0
@@ -242,7 +242,7 @@ def test_time_is_the_cards_own(rig: Rig, slots: int, cost_ms: tuple[float, ...])
     assert found.streamed_bytes == 2 * sum(layer.whole.tensor_bytes for layer in rig.layers)
 
 
-def test_counting_never_waits_for_the_card(plain_rig: Rig) -> None:
+def test_counting_never_waits_for_the_gpu(plain_rig: Rig) -> None:
     stream = plain_rig.stream()
     plain_rig.one_pass(stream)
     before = stream.counters()
@@ -281,7 +281,7 @@ def test_closing_waits_for_copies_and_gives_everything_back(plain_rig: Rig, pinn
 
 def test_memory_taken_is_what_is_documented(plain_rig: Rig) -> None:
     plain_rig.stream(3, 1, 2)
-    assert plain_rig.machine.card_bytes == 3 * plain_rig.layer_bytes + PAGE_BYTES
+    assert plain_rig.machine.gpu_bytes == 3 * plain_rig.layer_bytes + PAGE_BYTES
     assert list(plain_rig.machine.pinned.values()) == [plain_rig.layer_bytes] * 3
 
 
@@ -409,7 +409,7 @@ def test_a_model_computes_the_same_over_either_streamer(
         expected = model.prefill(model.target(model.source((1,), from_disk)), model.kv(), prompt)
     # Kernels run on the host here, so the host waits for every layer.
     Machine(copies_first, host_waits=True).install(monkeypatch)
-    over_card = open_card_streamer(
+    over_gpu = open_gpu_streamer(
         [layout_layer(block_entries(model.checkpoint.tensors, layer)) for layer in (0, 2)],
         pinned_layers=pinned,
         ring_slots=1,
@@ -419,15 +419,15 @@ def test_a_model_computes_the_same_over_either_streamer(
         progress=lambda text: None,
         notify=lambda text: None,
     )
-    with closing(over_card):
-        found = model.prefill(model.target(model.source((1,), over_card)), model.kv(), prompt)
+    with closing(over_gpu):
+        found = model.prefill(model.target(model.source((1,), over_gpu)), model.kv(), prompt)
     assert torch.equal(found.as_subclass(torch.Tensor), expected)
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_bytes_are_right_in_every_layout_mix_and_order(tmp_path: Path, data: st.DataObject) -> None:
-    """Random layers, memory limits, slots, rings, passes left early and orders of the card's work."""
+    """Random layers, memory limits, slots, rings, passes left early and orders of the GPU's work."""
     # All is drawn first: a draw may end an example, and a stream that is open by then would stay open.
     count, file = data.draw(st.integers(1, 7), "layers"), data.draw(st.integers(0, 5), "file")
     order = data.draw(st.sampled_from([copies_first, kernels_first, None]), "order")

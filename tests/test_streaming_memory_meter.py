@@ -81,7 +81,7 @@ def test_disk_reads_are_those_that_storage_delivered(monkeypatch: pytest.MonkeyP
 def test_the_allocators_share_and_the_context_make_the_budget() -> None:
     assert allocator_share(8 * GIB, GIB // 2, 24 * GIB) * 24 * GIB + GIB // 2 == pytest.approx(8 * GIB)
     assert allocator_share(24 * GIB, 0, 24 * GIB) == 1.0
-    # A budget beyond the card is no share that PyTorch would take.
+    # A budget beyond the GPU is no share that PyTorch would take.
     assert allocator_share(40 * GIB, GIB, 24 * GIB) == 1.0
 
 

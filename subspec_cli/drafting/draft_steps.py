@@ -1,7 +1,7 @@
 """Draft steps as the drafter starts them: several may be under way before the first is read.
 
-Where a step takes the host's own time, each is read at once. On a card the host would stand still for it, and the
-card for the host: so the next step is started before the last one is read, and may hold children that the host
+Where a step takes the host's own time, each is read at once. On a GPU the host would stand still for it, and the
+GPU for the host: so the next step is started before the last one is read, and may hold children that the host
 does not know yet (`captured`).
 """
 
@@ -20,7 +20,7 @@ from subspec_cli.drafting.ranking import Ids, Sampling, rank, sampling_rule
 from subspec_cli.modeling.decoder import DraftLogits
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.layers import TokenBatch
-from subspec_cli.streaming.mapped_memory import shared_with_card
+from subspec_cli.streaming.mapped_memory import shared_with_gpu
 
 
 class Draft(Protocol):
@@ -100,7 +100,7 @@ def sampling_of(chooser: Chooser, batch: TokenBatch, logits: Tensor) -> Sampling
         return None
     device = logits.device
     return Sampling(
-        shared_with_card(torch.from_numpy(np.stack(noise)).float(), device),
+        shared_with_gpu(torch.from_numpy(np.stack(noise)).float(), device),
         sampling_rule(chooser, logits.shape[1]).to(device),
         chooser.filters is not None,
     )

@@ -1,10 +1,10 @@
-"""Draft steps on a card: a CUDA graph for each number of rows, the next one started before the last is read.
+"""Draft steps on a GPU: a CUDA graph for each number of rows, the next one started before the last is read.
 
 A step is some hundred kernels of microseconds each, which would take longer to launch than to run: mask, forward,
 noise, ranking and the record of what was found are one graph. Its inputs stay in host memory, for a copy of them to
-the card would stand in line behind the layer that is being streamed: kernels read those few kilobytes from pinned
+the GPU would stand in line behind the layer that is being streamed: kernels read those few kilobytes from pinned
 memory where they lie, and write the few numbers that the host wants to where it reads them. A row may take its
-token from what the step before has found, which never leaves the card: so the card does not wait for the host.
+token from what the step before has found, which never leaves the GPU: so the GPU does not wait for the host.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from subspec_cli.limits import NOISE_ROWS
 from subspec_cli.modeling.decoder import DraftDecoder
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.layers import TokenBatch
-from subspec_cli.streaming.mapped_memory import card_view
+from subspec_cli.streaming.mapped_memory import gpu_view
 
 Run = Callable[[], object]
 Kind = Literal["greedy", "sampled", "filtered"]
@@ -33,11 +33,11 @@ _COLUMNS: Final = 1024
 _TURNS: Final = 2
 """Sets of inputs and results: one for the step under way, one for the step that the host fills or reads."""
 _NOISE_PLACES: Final = 2 * NOISE_ROWS
-"""Positions whose noise a card sees, in half as many bytes each."""
+"""Positions whose noise a GPU sees, in half as many bytes each."""
 
 
 class Graphs(Protocol):
-    """What turns work on a card into one launch."""
+    """What turns work on a GPU into one launch."""
 
     def capture(self, run: Run, *, keep: Sequence[Tensor] = ()) -> Run:
         """What does as `run` did, on whatever its tensors hold by then.
@@ -124,7 +124,7 @@ class CapturedSteps:
         self._noise_read: list[int] = []
         self._ids = _Shared((_TURNS, most_rows, self._ranked), torch.int32, device)
         self._scores = _Shared((_TURNS, most_rows, self._ranked), torch.float32, device)
-        # The card counts turns by itself: a graph finds its inputs though its numbers are frozen.
+        # The GPU counts turns by itself: a graph finds its inputs though its numbers are frozen.
         self._turn = torch.zeros(1, dtype=torch.long, device=device)
         self._host_turn = 0
         self._last_found = torch.zeros(most_rows * self._ranked, dtype=torch.long, device=device)
@@ -210,7 +210,7 @@ class CapturedSteps:
     def _run(self, rows: int, columns: int, kind: Kind) -> None:
         """One step over whatever the inputs hold: its sizes are fixed, and nothing in it waits for the host."""
         turn = self._turn
-        numbers = self._numbers.card[:, :, :rows].index_select(0, turn)[0].long()
+        numbers = self._numbers.gpu[:, :, :rows].index_select(0, turn)[0].long()
         given, places, positions, cache_rows, noise_rows = numbers
         token_ids = torch.where(places >= 0, self._last_found[places.clamp_min(0)], given)
         batch = TokenBatch(
@@ -218,22 +218,22 @@ class CapturedSteps:
             positions,
             rows,
             cache_rows,
-            self._allowed.card[:, :rows, :columns].index_select(0, turn)[0] != 0,
-            self._key_positions.card[:, :columns].index_select(0, turn)[0].long(),
+            self._allowed.gpu[:, :rows, :columns].index_select(0, turn)[0] != 0,
+            self._key_positions.gpu[:, :columns].index_select(0, turn)[0].long(),
         )
         found = self.draft.run(self.draft.embed(token_ids), batch, self._kv)
         ids, scores = rank(found, self._sampling(kind, turn, noise_rows))
         self._last_found[: ids.numel()] = ids.flatten()
-        self._ids.card[:, :rows].index_copy_(0, turn, ids[None].int())
-        self._scores.card[:, :rows].index_copy_(0, turn, scores[None])
+        self._ids.gpu[:, :rows].index_copy_(0, turn, ids[None].int())
+        self._scores.gpu[:, :rows].index_copy_(0, turn, scores[None])
         turn.add_(1).remainder_(_TURNS)
 
     def _sampling(self, kind: Kind, turn: Tensor, noise_rows: Tensor) -> Sampling | None:
         if kind == "greedy":
             return None
         assert self._noise is not None
-        noise = self._noise.card.index_select(0, noise_rows)
-        return Sampling(noise, self._rule.card.index_select(0, turn)[0], kind == "filtered")
+        noise = self._noise.gpu.index_select(0, noise_rows)
+        return Sampling(noise, self._rule.gpu.index_select(0, turn)[0], kind == "filtered")
 
 
 def draft_steps(
@@ -245,7 +245,7 @@ def draft_steps(
     device: torch.device,
     notify: Callable[[str], None],
 ) -> DraftSteps:
-    """The steps of a draft: on a card captured, after a first one has shown that this works.
+    """The steps of a draft: on a GPU captured, after a first one has shown that this works.
 
     `notify` is told why where it does not; running out of memory is raised.
     """
@@ -268,8 +268,8 @@ def draft_steps(
 
 
 class _Shared:
-    """Host memory, and the card's view of it."""
+    """Host memory, and the GPU's view of it."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         self.host: Tensor = torch.zeros(shape, dtype=dtype, pin_memory=device.type == "cuda")
-        self.card = card_view(self.host, device)
+        self.gpu = gpu_view(self.host, device)

@@ -1,6 +1,6 @@
 """The draft's likeliest tokens, ranked where its logits are, and what it gives them.
 
-Ranking is a guess of what `choose` would say: operations of fixed sizes that wait for nothing, so that a card
+Ranking is a guess of what `choose` would say: operations of fixed sizes that wait for nothing, so that a GPU
 holds them in one graph with the step that makes the logits.
 """
 

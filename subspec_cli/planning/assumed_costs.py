@@ -59,7 +59,7 @@ _CPU: Final = _Rates(
     layer_s=0.2e-3,
     step_s=0.5e-3,
 )
-# A card with PCIe 4.0 x16 and 1 TB/s of memory, as published for an RTX 4090: a pinned copy reaches 22 to
+# A GPU with PCIe 4.0 x16 and 1 TB/s of memory, as published for an RTX 4090: a pinned copy reaches 22 to
 # 24 GB/s, one that the driver has to stage about a third of it; kernels read 80 % of the memory's rate; the disk
 # behind it is an NVMe.
 _CUDA: Final = _Rates(

@@ -65,9 +65,9 @@ class MachineCosts:
     """What the parts of a pass and of a draft step take on one machine for one model's shapes."""
 
     link_bytes_per_s: float
-    """Rate at which streamed weights reach a slot: from disk on the CPU, from pinned memory on a card."""
+    """Rate at which streamed weights reach a slot: from disk on the CPU, from pinned memory on a GPU."""
     pageable_bytes_per_s: float
-    """Rate of copies to a card from memory that is not pinned; on the CPU, where nothing is copied, the link's."""
+    """Rate of copies to a GPU from memory that is not pinned; on the CPU, where nothing is copied, the link's."""
     disk_bytes_per_s: float
     """Rate of direct reads; on the CPU the link itself."""
     target_layer: RowTimes

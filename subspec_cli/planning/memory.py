@@ -19,9 +19,9 @@ BARE_PROCESS_BYTES: Final = 448 * MIB
 """Resident set of the interpreter with all libraries imported and no model: 250 MiB measured, and what they grow
 by while a model is loaded. On the CPU it comes on top of the budget, which counts from there."""
 CUDA_PROCESS_BYTES: Final = 2 * GIB
-"""The same beside a card, whose driver and kernels live in host memory too."""
+"""The same beside a GPU, whose driver and kernels live in host memory too."""
 CUDA_CONTEXT_BYTES: Final = 512 * MIB
-"""Taken of a card by the driver's context and the loaded kernels, outside the allocator."""
+"""Taken of a GPU by the driver's context and the loaded kernels, outside the allocator."""
 CUDA_LIBRARY_BYTES: Final = 96 * MIB
 """cuBLAS workspaces as they are configured (8 x 4 MiB for each of two streams), and the graph of a draft step."""
 RING_SLOTS: Final = 3
@@ -37,7 +37,7 @@ _SAMPLED_BYTES: Final = 40
 """Of a draft row's logit, with all that ranking makes of it: noise, shares and places of the filters."""
 _PAGE_BYTES: Final = 4096
 _ROUNDING_BYTES: Final = MIB
-"""Lost per large tensor on a card: the allocator rounds it up to 2 MiB, by half of that on average."""
+"""Lost per large tensor on a GPU: the allocator rounds it up to 2 MiB, by half of that on average."""
 _TOKENIZER_FACTOR: Final = 8
 """Memory of a loaded tokenizer by the bytes of its files."""
 
@@ -57,14 +57,14 @@ class Ledger:
     def __init__(self, request: PlanRequest) -> None:
         geometry = request.geometry
         self._request = request
-        self._on_card = request.device == "cuda"
+        self._on_gpu = request.device == "cuda"
         self.layers = geometry.layers
         self.layer_bytes = geometry.layer_matrix_bytes
         self.block_bytes = max(geometry.block_bytes.values())
-        self.slot_bytes = (self.layer_bytes if self._on_card else self.block_bytes) + (
-            (32 if self._on_card else 8) * _PAGE_BYTES
+        self.slot_bytes = (self.layer_bytes if self._on_gpu else self.block_bytes) + (
+            (32 if self._on_gpu else 8) * _PAGE_BYTES
         )
-        self.ahead_bytes = self.layer_bytes // (1 if self._on_card else len(LAYER_BLOCKS))
+        self.ahead_bytes = self.layer_bytes // (1 if self._on_gpu else len(LAYER_BLOCKS))
         """What a slot holds on average."""
         self.row_bytes = geometry.kv_row_bytes + 3 * geometry.kv_heads * geometry.head_dim * 8
         """Bytes that one more row of context costs: keys and values, and a layer of them in float64."""
@@ -75,13 +75,13 @@ class Ledger:
         )
         self._work_bytes = _workspace_bytes(request)
         self._noise_bytes = NOISE_ROWS * geometry.vocab * _NOISE_BYTES if request.samples else 0
-        self._libraries_bytes = CUDA_CONTEXT_BYTES + CUDA_LIBRARY_BYTES if self._on_card else 0
-        self._rounding_bytes = len(LAYER_MATRICES) * _ROUNDING_BYTES if self._on_card else 0
+        self._libraries_bytes = CUDA_CONTEXT_BYTES + CUDA_LIBRARY_BYTES if self._on_gpu else 0
+        self._rounding_bytes = len(LAYER_MATRICES) * _ROUNDING_BYTES if self._on_gpu else 0
         self._fixed_bytes = (
             geometry.table_bytes
             + self._small_bytes
             + self._work_bytes
-            + (0 if self._on_card else self._noise_bytes)
+            + (0 if self._on_gpu else self._noise_bytes)
             + self._libraries_bytes
             + _MARGIN_BYTES
             + request.scratch_rows * self.row_bytes
@@ -121,9 +121,9 @@ class Ledger:
                      f"{choice.slots} x {format_bytes(self.slot_bytes)}"),
             PlanLine("KV cache", rows * geometry.kv_row_bytes, f"{rows} rows"),
             PlanLine("workspace", self._work_bytes + rows * (self.row_bytes - geometry.kv_row_bytes)),
-            PlanLine("sampling noise", 0 if self._on_card else self._noise_bytes, f"{NOISE_ROWS} positions"),
-            PlanLine("CUDA context", CUDA_CONTEXT_BYTES if self._on_card else 0, "outside the allocator"),
-            PlanLine("library workspaces", CUDA_LIBRARY_BYTES if self._on_card else 0),
+            PlanLine("sampling noise", 0 if self._on_gpu else self._noise_bytes, f"{NOISE_ROWS} positions"),
+            PlanLine("CUDA context", CUDA_CONTEXT_BYTES if self._on_gpu else 0, "outside the allocator"),
+            PlanLine("library workspaces", CUDA_LIBRARY_BYTES if self._on_gpu else 0),
             PlanLine("allocator rounding", (choice.resident + substitutes) * self._rounding_bytes),
             PlanLine("margin", _MARGIN_BYTES),
         )  # fmt: skip
@@ -134,7 +134,7 @@ class Ledger:
 
         None where the bound on host memory holds not even a ring; on the CPU nothing is pinned.
         """
-        if not self._on_card:
+        if not self._on_gpu:
             return 0, 0
         streamed, ram_bytes = self.layers - choice.resident, self._request.ram_bytes
         if ram_bytes is None:
@@ -147,7 +147,7 @@ class Ledger:
 
     def host_lines(self, choice: Choice) -> tuple[PlanLine, ...]:
         """What lies in the host's memory beside the budget."""
-        if not self._on_card:
+        if not self._on_gpu:
             return (PlanLine("bare process", BARE_PROCESS_BYTES, "beside the budget"),)
         pinned, ring = self.pinned(choice) or (0, 0)
         streamed = self.layers - choice.resident
@@ -162,7 +162,7 @@ class Ledger:
         return tuple(line for line in found if line.size_bytes)
 
     def least_host_bytes(self) -> int:
-        """Host memory without which nothing runs on a card: a ring, and no table beside it."""
+        """Host memory without which nothing runs on a GPU: a ring, and no table beside it."""
         ring_bytes = _LEAST_RING_SLOTS * self.layer_bytes
         return CUDA_PROCESS_BYTES + self._tokenizer_bytes + self._pinned_noise_bytes + ring_bytes
 
@@ -172,8 +172,8 @@ class Ledger:
 
     @property
     def _pinned_noise_bytes(self) -> int:
-        """Noise on the host of a card, which sees twice as many positions in half as many bytes."""
-        return self._noise_bytes * 2 if self._on_card else 0
+        """Noise on the host of a GPU, which sees twice as many positions in half as many bytes."""
+        return self._noise_bytes * 2 if self._on_gpu else 0
 
     def _resident_note(self, choice: Choice) -> str:
         note = f"{choice.resident} of {self.layers}"

@@ -58,9 +58,9 @@ class OffloadPlan:
     pinned_layers: tuple[int, ...]
     """Streamed layers that wait in pinned host memory; the other streamed ones are read from disk."""
     ring_slots: int
-    """Pinned buffers of a layer each, through which layers from disk pass on their way to a card."""
+    """Pinned buffers of a layer each, through which layers from disk pass on their way to a GPU."""
     slots: int
-    """Buffers of the stream on the device: of a block on the CPU, of a layer on a card."""
+    """Buffers of the stream on the device: of a block on the CPU, of a layer on a GPU."""
     drafts: bool
     """Whether there are substitutes, so that tokens can be drafted."""
     substitute_bits: int

@@ -40,7 +40,7 @@ class PlanRequest:
     survival: float | None = None
     """Measured chance that one more level of the draft holds; None assumes it from the bits."""
     ram_bytes: int | None = None
-    """Host memory that the process may take on a card; None is no bound."""
+    """Host memory that the process may take on a GPU; None is no bound."""
     shadow_rows: int = SHADOW_ROWS
     """Cache rows for drafting in the shadow of the stream; 0 switches it off."""
     least_context: int = LEAST_CONTEXT

@@ -88,8 +88,8 @@ class Weigher:
     def _cycle(self, choice: Choice, step: Step, pinned: int, ring_slots: int) -> Cycle:
         request, ledger = self._request, self._ledger
         streamed = ledger.layers - choice.resident
-        on_card = request.device == "cuda"
-        time_s = link_s(request.costs, ledger.layer_bytes, streamed, streamed - pinned if on_card else 0)
+        on_gpu = request.device == "cuda"
+        time_s = link_s(request.costs, ledger.layer_bytes, streamed, streamed - pinned if on_gpu else 0)
         if choice.slots == self._slots[0]:
             time_s *= _TWO_SLOTS_LOSS
         if ring_slots:

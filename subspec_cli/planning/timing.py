@@ -27,7 +27,7 @@ _SHADOW_SHARE: Final = 0.9
 _HIT_SHARE: Final = 0.95
 """Chance that the token after a tree that was taken whole is the one drafted meanwhile."""
 _HOST_GATHER_S: Final = 10e-6
-"""What it takes a card to read a draft step's embedding rows, some kilobytes each, in host memory."""
+"""What it takes a GPU to read a draft step's embedding rows, some kilobytes each, in host memory."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Timing the machine in a process of its own.
 
 What stand-ins and kernels leave behind ends with that process, so that the budget of the run that follows is the
-model's alone, on the CPU as on a card.
+model's alone, on the CPU as on a GPU.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ _DRAFT_ROWS: Final = (1, 2, 3, 4, 6, 8)
 _DISK_LAYERS: Final = 4
 """Layers whose files are read to time the disk, spread over the model."""
 _TREE_S: Final = MappingProxyType({"cpu": 0.5e-3, "cuda": 0.1e-3})
-"""Batch and tree of a draft step, the same on any machine within what it matters; beside a card the host does
+"""Batch and tree of a draft step, the same on any machine within what it matters; beside a GPU the host does
 this while the step before is under way."""
 
 
@@ -206,7 +206,7 @@ class _Bench:
         return self._per_layer(steps, _DRAFT_ROWS, len(layers))
 
     def _launched(self, step_of: Callable[[int], Run]) -> Callable[[int], object]:
-        """Draft steps by their rows, as a session launches them: on a card captured, if they can be."""
+        """Draft steps by their rows, as a session launches them: on a GPU captured, if they can be."""
         steps = {rows: step_of(rows) for rows in _DRAFT_ROWS}
         if self._device.type == "cuda":
             steps = self._captured(steps)

@@ -111,7 +111,7 @@ def reading(layouts: Sequence[BlockLayout]) -> Iterator[Reading]:
 
 
 def copy_rate(device: torch.device, *, pinned: bool) -> float:
-    """Bytes per second of copies from host memory to a card, quantised."""
+    """Bytes per second of copies from host memory to a GPU, quantised."""
     source = torch.ones(_COPY_BYTES, dtype=torch.uint8, pin_memory=pinned)
     target = torch.empty(_COPY_BYTES, dtype=torch.uint8, device=device)
 

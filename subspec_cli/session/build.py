@@ -67,7 +67,7 @@ def build_session(config: Config, source: ModelSource, progress: Callable[[str],
 
 
 def cap_allocator(budget_bytes: int, device: torch.device) -> None:
-    """Let PyTorch refuse to take more of a card than the budget; on the CPU the plan alone keeps it."""
+    """Let PyTorch refuse to take more of a GPU than the budget; on the CPU the plan alone keeps it."""
     if device.type == "cuda":
         share = allocator_share(budget_bytes, CUDA_CONTEXT_BYTES, total_bytes(device))
         torch.cuda.set_per_process_memory_fraction(share, device)
@@ -141,7 +141,7 @@ def _plan(
     """The fastest plan over the sets of substitutes that are there, the source with its set, and the costs."""
     geometry = source.geometry
     sets = (source.prepared, *source.others)
-    on_card = device.type == "cuda"
+    on_gpu = device.type == "cuda"
     host = torch.device("cpu")
     costs = [_costs(config, source, prepared, device, progress, notify) for prepared in sets]
     requests = [
@@ -152,7 +152,7 @@ def _plan(
             known,
             device=device.type,
             budget_bytes=budget_bytes(config, device.type, total_bytes(device), available_bytes(device)),
-            ram_bytes=ram_bytes(config, available_bytes(host) if on_card else None),
+            ram_bytes=ram_bytes(config, available_bytes(host) if on_gpu else None),
             tokenizer_bytes=tokenizer_bytes_in(source.checkpoint.directory),
         )
         for prepared, known in zip(sets, costs, strict=True)

@@ -25,7 +25,7 @@ from subspec_cli.planning.plan import (
 )
 from subspec_cli.probe.kept_costs import known_costs, probe_subject
 from subspec_cli.session.prepare import accept_config
-from subspec_cli.streaming.host_memory import has_card, host_available_bytes
+from subspec_cli.streaming.host_memory import has_gpu, host_available_bytes
 from subspec_cli.substitutes.prepared_model import PreparedModel, find_prepared_sets
 from subspec_cli.substitutes.settings import SubstituteSettings, substitute_layer_bytes
 from subspec_cli.units import gib_to_bytes
@@ -177,9 +177,9 @@ def _device(name: str) -> tuple[str, str]:
     """Where to plan for, and why: torch, which alone knows, would take seconds to ask."""
     if name != "auto":
         return name, "as asked for"
-    if has_card():
+    if has_gpu():
         return "cuda", "an NVIDIA driver is loaded"
-    return "cpu", "no NVIDIA driver is loaded; --device cuda plans for a card"
+    return "cpu", "no NVIDIA driver is loaded; --device cuda plans for a GPU"
 
 
 def _free_bytes(device: str) -> int | None:

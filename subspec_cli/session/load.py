@@ -34,16 +34,16 @@ from subspec_cli.modeling.substitute import (
 from subspec_cli.planning.plan import OffloadPlan
 from subspec_cli.streaming.disk_streamer import DiskStreamer, read_resident
 from subspec_cli.streaming.gpu_layers import LayerLayout, layout_layer, read_resident_layer
-from subspec_cli.streaming.gpu_streamer import CardStreamer, open_card_streamer
+from subspec_cli.streaming.gpu_streamer import GpuStreamer, open_gpu_streamer
 from subspec_cli.streaming.layout import BlockLayout, layout_block
-from subspec_cli.streaming.mapped_memory import card_view
+from subspec_cli.streaming.mapped_memory import gpu_view
 from subspec_cli.streaming.memory_meter import available_bytes
 from subspec_cli.streaming.pinned_memory import PinRefusedError, pin
 from subspec_cli.streaming.streamer import DTYPES, StreamCounters, Streamer
 from subspec_cli.substitutes.prepared_model import PreparedModel, load_layer
 
 _RING_SLOTS: Final = 2
-"""Pinned layers that others pass through on their way from disk to a card, where not all can be pinned."""
+"""Pinned layers that others pass through on their way from disk to a GPU, where not all can be pinned."""
 _PINNED_SHARE: Final = 0.9
 """Most of the free host memory to pin: what is pinned is lost to everybody else."""
 
@@ -156,10 +156,10 @@ class Loader:
         return head if table is None else LowBitHead(head.norm_weight, table, head.weight, head.eps)
 
     def _reads_on(self, source: LayerSource) -> bool:
-        """Whether files are read after loading: for a card, all that could be pinned has been copied by then."""
+        """Whether files are read after loading: for a GPU, all that could be pinned has been copied by then."""
         if self._device.type == "cpu":
             return bool(self._plan.streamed) or not self._geometry.tied_head
-        return isinstance(source.streamer, CardStreamer) and source.streamer.reads_files
+        return isinstance(source.streamer, GpuStreamer) and source.streamer.reads_files
 
     def _check_source(self) -> None:
         check_unchanged(self._checkpoint)
@@ -214,7 +214,7 @@ class Loader:
         return rows, head
 
     def _host_embedding(self, name: str, opened: ExitStack) -> Embedding:
-        """A table in host memory, whose rows the card reads there: its place is worth two or three layers."""
+        """A table in host memory, whose rows the GPU reads there: its place is worth two or three layers."""
         table = read_tensors([self._checkpoint.tensors[name]])[name]
         try:
             opened.callback(pin(table, self._device))
@@ -224,7 +224,7 @@ class Loader:
             )
             gather = table_embedding(table)
             return lambda token_ids: gather(token_ids).to(self._device)
-        return table_embedding(card_view(table, self._device))
+        return table_embedding(gpu_view(table, self._device))
 
     def _source(self, opened: ExitStack) -> LayerSource:
         held = {}
@@ -248,7 +248,7 @@ class Loader:
         if self._device.type == "cpu":
             layouts = [layout for layer in streamed for layout in self._layouts(layer)]
             return DiskStreamer(layouts, self._plan.slots)
-        return open_card_streamer(
+        return open_gpu_streamer(
             [self._layer_layout(layer) for layer in streamed],
             pinned_layers=len(self._plan.pinned_layers),
             ring_slots=max(self._plan.ring_slots, _RING_SLOTS),

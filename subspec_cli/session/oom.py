@@ -13,7 +13,7 @@ from subspec_cli.errors import ResourceError
 from subspec_cli.streaming.memory_meter import MemoryMeter
 from subspec_cli.units import format_bytes
 
-_CARD_SIGNS: Final = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_GPU_SIGNS: Final = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 """In errors that have no type of their own: allocations that libraries make past PyTorch's allocator."""
 _HOST_SIGNS: Final = ("can't allocate memory",)
 _WANTED: Final = re.compile(r"tried to allocate ([\d.]+) ?(bytes|[KMGT]iB)", re.IGNORECASE)
@@ -22,7 +22,7 @@ _UNITS: Final = {"bytes": 0, "kib": 1, "mib": 2, "gib": 3, "tib": 4}
 
 @contextmanager
 def shortage_told(doing: str, *, budget_bytes: int, meter: MemoryMeter) -> Iterator[None]:
-    """Raise ResourceError where the code within runs out of memory, of the card or of the host."""
+    """Raise ResourceError where the code within runs out of memory, of the GPU or of the host."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -40,7 +40,7 @@ def shortage_told(doing: str, *, budget_bytes: int, meter: MemoryMeter) -> Itera
 def _place(error: BaseException) -> str | None:
     """Whose memory is short, None if the error means something else."""
     text = str(error)
-    if isinstance(error, torch.cuda.OutOfMemoryError) or any(sign in text for sign in _CARD_SIGNS):
+    if isinstance(error, torch.cuda.OutOfMemoryError) or any(sign in text for sign in _GPU_SIGNS):
         return "device"
     if isinstance(error, MemoryError) or any(sign in text for sign in _HOST_SIGNS):
         return "host"
@@ -58,4 +58,4 @@ def _wanted(error: BaseException) -> str:
 def _hint(place: str) -> str:
     if place == "host":
         return "give a smaller --vram-gb or --context, or close what else takes memory"
-    return "give a smaller --context, a larger --vram-gb if the card has it, or close what else uses the card"
+    return "give a smaller --context, a larger --vram-gb if the GPU has it, or close what else uses the GPU"

@@ -1,4 +1,4 @@
-"""Time that passes on a card, measured by the card itself: the host never waits to know it."""
+"""Time that passes on a GPU, measured by the GPU itself: the host never waits to know it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections import deque
 import torch
 
 
-class CardClock:
-    """Adds up intervals between two points of a stream, once the card is past the second one."""
+class GpuClock:
+    """Adds up intervals between two points of a stream, once the GPU is past the second one."""
 
     def __init__(self) -> None:
         self._spare: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []

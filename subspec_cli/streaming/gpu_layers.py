@@ -1,6 +1,6 @@
-"""Layers on a card: all blocks of a layer in one run of memory, so that one copy brings the layer.
+"""Layers on a GPU: all blocks of a layer in one run of memory, so that one copy brings the layer.
 
-A tensor keeps its file offset modulo 4096 in host memory and on the card, resident or streamed: kernels that
+A tensor keeps its file offset modulo 4096 in host memory and on the GPU, resident or streamed: kernels that
 choose their code by a pointer's alignment see the same one wherever a layer lives.
 """
 
@@ -45,7 +45,7 @@ def tensors_in(memory: Tensor, placements: Iterable[Placement]) -> dict[str, Ten
 
 
 def page_aligned_memory(pieces: int, piece_bytes: int, device: torch.device) -> list[Tensor]:
-    """Memory of the card, `[piece_bytes]` of uint8 each, whose addresses are multiples of the page size.
+    """Memory of the GPU, `[piece_bytes]` of uint8 each, whose addresses are multiples of the page size.
 
     `piece_bytes` is a multiple of the page size. It is one allocation of a page more than the pieces' bytes.
     """
@@ -55,7 +55,7 @@ def page_aligned_memory(pieces: int, piece_bytes: int, device: torch.device) -> 
 
 
 def read_resident_layer(layout: LayerLayout, device: torch.device) -> list[dict[str, Tensor]]:
-    """Read a layer to stay on the card: the tensors of each block, all in one allocation."""
+    """Read a layer to stay on the GPU: the tensors of each block, all in one allocation."""
     reader = DirectReader()
     try:
         buffer = memoryview(allocate_buffer(layout.whole.buffer_bytes))

@@ -1,4 +1,4 @@
-"""Layers that stay on disk, read into a few pinned buffers in turn, ahead of the copies to the card."""
+"""Layers that stay on disk, read into a few pinned buffers in turn, ahead of the copies to the GPU."""
 
 from __future__ import annotations
 

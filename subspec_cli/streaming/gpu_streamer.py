@@ -1,4 +1,4 @@
-"""Streaming layers to a card: one copy per layer on a stream of its own, out of pinned memory.
+"""Streaming layers to a GPU: one copy per layer on a stream of its own, out of pinned memory.
 
 Two events per slot keep copies and kernels apart: *ready* (the copy is done, kernels may read) and *free* (the
 last kernel that read the slot is done, the next copy may overwrite it). A layer that host memory has no room
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from subspec_cli.files.direct_io import DirectReader
-from subspec_cli.streaming.gpu_clock import CardClock
+from subspec_cli.streaming.gpu_clock import GpuClock
 from subspec_cli.streaming.gpu_layers import LayerLayout, page_aligned_memory, tensors_in
 from subspec_cli.streaming.gpu_ring import DiskRing
 from subspec_cli.streaming.pinned_memory import PinnedMemory, take_pinned
@@ -24,15 +24,15 @@ from subspec_cli.streaming.streamer import StreamCounters
 
 @dataclass(frozen=True, slots=True)
 class _Slot:
-    """Memory of the card for one layer."""
+    """Memory of the GPU for one layer."""
 
     memory: Tensor
     ready: torch.cuda.Event = field(default_factory=lambda: torch.cuda.Event())
     free: torch.cuda.Event = field(default_factory=lambda: torch.cuda.Event())
 
 
-class CardStreamer:
-    """Streams layers through `slots` slots on the card; closing it gives the pinned memory back.
+class GpuStreamer:
+    """Streams layers through `slots` slots on the GPU; closing it gives the pinned memory back.
 
     The n-th layer ever queued goes to slot n modulo `slots`. `_queued` counts layers whose copy has been
     queued, `_used` those the consumer has let go of; `_queued - _used <= slots` always. Copies are queued by
@@ -51,8 +51,8 @@ class CardStreamer:
         self._queued = 0
         self._used = 0
         self._streamed_bytes = 0
-        self._copies = CardClock()
-        self._stalls = CardClock()
+        self._copies = GpuClock()
+        self._stalls = GpuClock()
         size_bytes = max(layer.whole.buffer_bytes for layer in layers)
         self._slots = [_Slot(piece) for piece in page_aligned_memory(slots, size_bytes, device)]
         self._copy_stream = torch.cuda.Stream(device)
@@ -93,10 +93,10 @@ class CardStreamer:
         return self._ring is None or self._ring.ahead.is_direct()
 
     def counters(self) -> StreamCounters:
-        """Totals so far, of what the card got done.
+        """Totals so far, of what the GPU got done.
 
         `wait_time_s` is how long the stream of kernels stood still for layers to arrive, `read_time_s` how long
-        the busier of the two ways was busy: to the card, and from disk if layers are read from there.
+        the busier of the two ways was busy: to the GPU, and from disk if layers are read from there.
         """
         with self._changed:
             disk_time_s = 0.0 if self._ring is None else self._ring.ahead.read_time_s
@@ -174,7 +174,7 @@ class CardStreamer:
             self._fill()
 
 
-def open_card_streamer(
+def open_gpu_streamer(
     layers: Sequence[LayerLayout],
     *,
     pinned_layers: int,
@@ -184,7 +184,7 @@ def open_card_streamer(
     device: torch.device,
     progress: Callable[[str], None],
     notify: Callable[[str], None],
-) -> CardStreamer:
+) -> GpuStreamer:
     """Pin memory as far as it goes, read the layers that stay in it, and begin to stream.
 
     At most `most_bytes` of host memory are pinned; `notify` is told if that is less than was wanted. Raises
@@ -205,7 +205,7 @@ def open_card_streamer(
         for done, (number, slab) in enumerate(memory.slabs.items(), start=1):
             progress(f"copying streamed layers to pinned memory {done}/{len(memory.slabs)}")
             reader.read_extents(layers[number].whole.extents, slab.view)
-        return CardStreamer(layers, memory, slots=slots, device=device)
+        return GpuStreamer(layers, memory, slots=slots, device=device)
     except BaseException:
         memory.release()
         raise

@@ -1,4 +1,4 @@
-"""What the system tells of this machine without any library: host memory, and whether there is a card."""
+"""What the system tells of this machine without any library: host memory, and whether there is a GPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Final
 _MEMORY: Final = Path("/proc/meminfo")
 _DRIVER: Final = Path("/proc/driver/nvidia/version")
 _WINDOWS_DRIVER: Final = Path("/dev/dxg")
-"""Where Windows lends its card to Linux, there is no driver of Linux's own."""
+"""Where Windows lends its GPU to Linux, there is no driver of Linux's own."""
 _ORDINARY_BYTES: Final = 8 << 30
 """Off Linux an ordinary laptop is assumed."""
 
@@ -24,7 +24,7 @@ def host_available_bytes() -> int:
     return kib_field(_MEMORY, "MemAvailable") or _ORDINARY_BYTES
 
 
-def has_card() -> bool:
+def has_gpu() -> bool:
     """Whether a CUDA driver is loaded and not hidden; whether it is of use, only torch can tell."""
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
         return False

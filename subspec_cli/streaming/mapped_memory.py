@@ -6,21 +6,21 @@ import torch
 from torch import Tensor
 
 
-def card_view(memory: Tensor, device: torch.device) -> Tensor:
-    """Pinned memory as a tensor of the card, whose kernels read it where it lies; on the CPU it is one already."""
+def gpu_view(memory: Tensor, device: torch.device) -> Tensor:
+    """Pinned memory as a tensor of the GPU, whose kernels read it where it lies; on the CPU it is one already."""
     if device.type == "cpu":
         return memory
-    found: Tensor = torch.as_tensor(_CardArray(memory), device=device)
+    found: Tensor = torch.as_tensor(_GpuArray(memory), device=device)
     return found.view(memory.dtype)
 
 
-def shared_with_card(memory: Tensor, device: torch.device) -> Tensor:
-    """Host memory as the card reads it, without a copy that would stand in line behind a streamed layer."""
-    return memory if device.type == "cpu" else card_view(memory.pin_memory(), device)
+def shared_with_gpu(memory: Tensor, device: torch.device) -> Tensor:
+    """Host memory as the GPU reads it, without a copy that would stand in line behind a streamed layer."""
+    return memory if device.type == "cpu" else gpu_view(memory.pin_memory(), device)
 
 
-class _CardArray:
-    """Pinned memory for whoever takes arrays of a card: host and card share its addresses."""
+class _GpuArray:
+    """Pinned memory for whoever takes arrays of a GPU: host and GPU share its addresses."""
 
     def __init__(self, memory: Tensor) -> None:
         assert memory.is_contiguous()

@@ -21,7 +21,7 @@ _RESET_PEAK: Final = "5"
 
 
 def total_bytes(device: torch.device) -> int:
-    """Memory of the device as a whole: a card's, or the machine's RAM."""
+    """Memory of the device as a whole: a GPU's, or the machine's RAM."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return host_total_bytes()
@@ -35,7 +35,7 @@ def available_bytes(device: torch.device) -> int:
 
 
 def allocator_share(budget_bytes: int, context_bytes: int, device_bytes: int) -> float:
-    """Share of a card that PyTorch's allocator may reserve, so that the process as a whole keeps to its budget.
+    """Share of a GPU that PyTorch's allocator may reserve, so that the process as a whole keeps to its budget.
 
     The allocator's cap counts tensors only; the context's bytes are taken off first. Raises ResourceError if
     nothing would be left.
@@ -64,7 +64,7 @@ def return_freed_memory_at_once() -> None:
 
 
 class MemoryMeter:
-    """Memory taken since it was made: resident set on the CPU, the allocator's reserve on a card."""
+    """Memory taken since it was made: resident set on the CPU, the allocator's reserve on a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

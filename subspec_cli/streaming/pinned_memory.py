@@ -1,4 +1,4 @@
-"""Host memory that a card reads by itself, and how much of it there is: found by asking.
+"""Host memory that a GPU reads by itself, and how much of it there is: found by asking.
 
 PyTorch's own pinned allocator rounds up to powers of two and keeps what it once had; here memory is mapped
 first and registered with CUDA afterwards, so that a layer takes its own size and is given back when closed.
@@ -30,7 +30,7 @@ class PinRefusedError(Exception):
 
 
 def pin(memory: Tensor, device: torch.device) -> Callable[[], None]:
-    """Pin host memory where it lies, until what is returned is called; nobody may use it on the card by then.
+    """Pin host memory where it lies, until what is returned is called; nobody may use it on the GPU by then.
 
     Raises PinRefusedError.
     """
@@ -49,7 +49,7 @@ def pin(memory: Tensor, device: torch.device) -> Callable[[], None]:
 
 
 class PinnedBuffer:
-    """Page-aligned host memory that copies to a card leave from at full speed and without the host.
+    """Page-aligned host memory that copies to a GPU leave from at full speed and without the host.
 
     Raises PinRefusedError when the system does not give it.
     """
@@ -131,7 +131,7 @@ def take_pinned(
 
 
 def _map(size_bytes: int) -> mmap.mmap:
-    """Anonymous memory, in huge pages where the system has them: fewer entries for the card to walk."""
+    """Anonymous memory, in huge pages where the system has them: fewer entries for the GPU to walk."""
     if sys.platform == "win32":
         return allocate_buffer(size_bytes)
     memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
