@@ -124,7 +124,7 @@ class Stream:
 
 
 class Machine:
-    """A GPU with streams of pending work; `choose` picks the next stream among those that could go on."""
+    """A GPU with streams of pending work; `sample` picks the next stream among those that could go on."""
 
     def __init__(
         self,

@@ -19,7 +19,7 @@ from torch import Tensor
 from subspec_cli.config import SamplingConfig
 from subspec_cli.decoding.drafter import Proposal
 from subspec_cli.decoding.engine import Engine, Request, StepOutput
-from subspec_cli.decoding.sampler import Chooser, GreedyChooser, Row, choose, make_chooser
+from subspec_cli.decoding.sampler import GreedySampler, Row, Sampler, make_sampler, sample_token
 from subspec_cli.decoding.tree import TokenTree
 from subspec_cli.decoding.verification import VerifyResult
 from subspec_cli.drafting.draft_steps import DirectSteps, Found
@@ -167,7 +167,7 @@ class LateSteps(DirectSteps):
         self.behind: list[int] = []
         """At each reading, how many steps were started after the one that is read."""
 
-    def start(self, batch: TokenBatch, feeds: Sequence[tuple[int, int] | None], chooser: Chooser) -> None:
+    def start(self, batch: TokenBatch, feeds: Sequence[tuple[int, int] | None], sampler: Sampler) -> None:
         assert len(self.unread) <= self.ahead
         tokens = batch.token_ids.tolist()
         for row, feed in enumerate(feeds):
@@ -175,7 +175,7 @@ class LateSteps(DirectSteps):
                 assert self.unread, "the step before was read, so nothing had to be foreseen"
                 tokens[row] = int(self.unread[-1].token_ids[feed])
                 self.fed += 1
-        super().start(replace(batch, token_ids=torch.tensor(tokens)), [None] * len(feeds), chooser)
+        super().start(replace(batch, token_ids=torch.tensor(tokens)), [None] * len(feeds), sampler)
         self.unread.append(super().read())
 
     def read(self) -> Found:
@@ -238,7 +238,7 @@ class ScriptedGrower:
     propose: Callable[[int, int], TokenTree]
     wanted: list[int] = field(default_factory=list)
 
-    def grow(self, root_token: int, chooser: Chooser, tokens_wanted: int) -> Proposal:
+    def grow(self, root_token: int, sampler: Sampler, tokens_wanted: int) -> Proposal:
         self.wanted.append(tokens_wanted)
         return Proposal(self.propose(root_token, tokens_wanted))
 
@@ -267,19 +267,19 @@ def chain_of(token_ids: Sequence[int]) -> TokenTree:
 
 
 def plain_answer(
-    table: Table, prompt: Sequence[int], count: int, chooser: Chooser | None = None
+    table: Table, prompt: Sequence[int], count: int, sampler: Sampler | None = None
 ) -> list[int]:
     """The oracle: one token at a time from the table, no cache and no tree."""
-    chooser = chooser or GreedyChooser()
+    sampler = sampler or GreedySampler()
     prefix = list(prompt)
     for _ in range(count):
-        prefix.append(choose(chooser, table(tuple(prefix)), len(prefix)))
+        prefix.append(sample_token(sampler, table(tuple(prefix)), len(prefix)))
     return prefix[len(prompt) :]
 
 
-def sampled(seed: int = 0, request: int = 0, **settings: float) -> Chooser:
+def sampled(seed: int = 0, request: int = 0, **settings: float) -> Sampler:
     """A sampling rule; temperature 1 unless given."""
-    return make_chooser(SamplingConfig(**({"temperature": 1.0} | settings)), seed, request)
+    return make_sampler(SamplingConfig(**({"temperature": 1.0} | settings)), seed, request)
 
 
 class CountdownStop:
@@ -302,10 +302,10 @@ def fake_engine(target: FakeTarget, kv: KVCache, grower: object) -> Engine:
 
 
 def request_for(
-    prompt: Sequence[int], limit: int, *, eos_ids: Sequence[int] = (), chooser: Chooser | None = None
+    prompt: Sequence[int], limit: int, *, eos_ids: Sequence[int] = (), sampler: Sampler | None = None
 ) -> Request:
     """A request without text."""
-    return Request(tuple(prompt), chooser or GreedyChooser(), limit, CountdownStop(limit, eos_ids))
+    return Request(tuple(prompt), sampler or GreedySampler(), limit, CountdownStop(limit, eos_ids))
 
 
 def emitted(outputs: Iterable[StepOutput]) -> list[int]:

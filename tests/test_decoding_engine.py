@@ -9,7 +9,7 @@ from fakes import (
     ByteTokenizer,
     FakeDraft,
     FakeTarget,
-    GreedyChooser,
+    GreedySampler,
     ScriptedGrower,
     blended,
     chain_of,
@@ -73,15 +73,15 @@ def check_cache(kv, prompt, tokens):
 
 
 @pytest.mark.parametrize(
-    "chooser", [GreedyChooser(), sampled(1), sampled(2, temperature=0.7, top_p=0.8, top_k=5)]
+    "sampler", [GreedySampler(), sampled(1), sampled(2, temperature=0.7, top_p=0.8, top_k=5)]
 )
 @pytest.mark.parametrize("draft", DRAFTS)
 @pytest.mark.parametrize("ahead", [0, 1])
-def test_speculation_changes_no_token(ahead, draft, chooser):
-    expected = plain_answer(TABLE, PROMPT, 40, chooser)
+def test_speculation_changes_no_token(ahead, draft, sampler):
+    expected = plain_answer(TABLE, PROMPT, 40, sampler)
     for plan in (None, schedule(9, 4, 30), schedule(9, 4, 30, shadow_rows=40), free_schedule(3, 2, 9)):
         engine, _, kv = machine(plan and DRAFTS[draft], plan=plan, ahead=ahead)
-        outputs = list(engine.generate(request_for(PROMPT, 40, chooser=chooser)))
+        outputs = list(engine.generate(request_for(PROMPT, 40, sampler=sampler)))
         assert emitted(outputs) == expected
         assert [output.finish_reason for output in outputs] == [None] * (len(outputs) - 1) + ["length"]
         check_cache(kv, PROMPT, expected)
@@ -187,7 +187,7 @@ def test_the_table_of_endings_holds_with_and_without_a_draft(name, arm):
     engine, _, kv = machine(table if plan else None, table=table, eos_ids=(EOS,), plan=plan)
     answer = AnswerText(BYTES, eos_ids={EOS}, stop=stop, max_new_tokens=limit)
     outputs, shown = [], ""
-    for output in engine.generate(Request(PROMPT, GreedyChooser(), limit, answer)):
+    for output in engine.generate(Request(PROMPT, GreedySampler(), limit, answer)):
         outputs.append(output)
         shown += answer.take()
     assert (shown, outputs[-1].finish_reason, len(emitted(outputs))) == (expected, finish, count)

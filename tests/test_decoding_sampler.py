@@ -6,12 +6,12 @@ from fakes import sampled
 
 from subspec_cli.config import SamplingConfig
 from subspec_cli.decoding.sampler import (
-    GreedyChooser,
-    GumbelChooser,
+    GreedySampler,
+    GumbelSampler,
     allowed_tokens,
-    choose,
     gumbel_noise,
-    make_chooser,
+    make_sampler,
+    sample_token,
 )
 
 GOLDEN_NOISE = {
@@ -41,10 +41,10 @@ def kept(scaled, top_k=0, top_p=1.0):
 
 
 def test_greedy_takes_the_lowest_id_of_equals():
-    rule = make_chooser(SamplingConfig(), seed=0, request=0)
-    assert isinstance(rule, GreedyChooser)
-    assert choose(rule, np.array([1.0, 7.0, 3.0, 7.0, 7.0]), 5) == 1
-    assert choose(rule, np.zeros(4), 0) == 0
+    rule = make_sampler(SamplingConfig(), seed=0, request=0)
+    assert isinstance(rule, GreedySampler)
+    assert sample_token(rule, np.array([1.0, 7.0, 3.0, 7.0, 7.0]), 5) == 1
+    assert sample_token(rule, np.zeros(4), 0) == 0
 
 
 def test_top_k_breaks_ties_by_token_id():
@@ -106,17 +106,17 @@ def test_filters_equal_a_full_sort(top_k, top_p):
 
 def test_sampling_never_takes_a_forbidden_token():
     row = np.array([3.0, 3.0, 3.0, 1.0, 0.0])
-    drawn = {choose(sampled(request=n, top_k=2), row, n) for n in range(200)}
+    drawn = {sample_token(sampled(request=n, top_k=2), row, n) for n in range(200)}
     assert drawn == {0, 1}
-    assert {choose(sampled(request=n, top_k=1), row, n) for n in range(50)} == {0}
-    assert {choose(sampled(request=n, top_p=1e-9), row, n) for n in range(50)} == {0}
+    assert {sample_token(sampled(request=n, top_k=1), row, n) for n in range(50)} == {0}
+    assert {sample_token(sampled(request=n, top_p=1e-9), row, n) for n in range(50)} == {0}
 
 
 @pytest.mark.parametrize("settings", [{}, {"top_p": 0.9}, {"top_k": 3}, {"top_k": 3, "top_p": 0.9}])
 def test_a_temperature_near_zero_is_greedy(settings):
     row = np.array([-60.0, 1.0, 5.0, 5.5, 5.0])
     for temperature in (1e-9, 1e-300, 5e-324):
-        assert choose(sampled(temperature=temperature, **settings), row, 3) == 3
+        assert sample_token(sampled(temperature=temperature, **settings), row, 3) == 3
 
 
 def test_scores_do_not_depend_on_what_was_asked_before():
@@ -182,6 +182,6 @@ def test_noise_has_the_gumbel_distribution():
 
 
 def test_only_a_temperature_makes_a_sampler():
-    assert isinstance(make_chooser(SamplingConfig(temperature=0.5), 0, 0), GumbelChooser)
+    assert isinstance(make_sampler(SamplingConfig(temperature=0.5), 0, 0), GumbelSampler)
     with pytest.raises(AssertionError):
-        GumbelChooser(SamplingConfig(temperature=0.0), 0, 0)
+        GumbelSampler(SamplingConfig(temperature=0.0), 0, 0)

@@ -6,9 +6,9 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from fakes import GreedyChooser, chain_of, random_table, sampled, tree_of
+from fakes import GreedySampler, chain_of, random_table, sampled, tree_of
 
-from subspec_cli.decoding.sampler import choose
+from subspec_cli.decoding.sampler import sample_token
 from subspec_cli.decoding.tree import TokenTree
 from subspec_cli.decoding.verification import host_row, verify
 from subspec_cli.errors import ExitCode, IntegrityError
@@ -36,7 +36,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_the_path_and_the_bonus_token(name):
     tree, logits, nodes, token_ids = CASES[name]
-    result = verify(tree, logits, GreedyChooser(), root_position=9)
+    result = verify(tree, logits, GreedySampler(), root_position=9)
     assert result.accepted_nodes == nodes
     assert result.token_ids == token_ids
     assert result.accepted == len(nodes) - 1
@@ -60,7 +60,7 @@ def random_tree(generator, nodes, vocab):
 
 def walk(tree: TokenTree, node, logits, rule, position):
     """The definition, naively: choose, look for a child with that token, go on there."""
-    token = choose(rule, logits[node].double().numpy(), position + 1)
+    token = sample_token(rule, logits[node].double().numpy(), position + 1)
     child = [n for n in range(len(tree)) if tree.parents[n] == node and tree.token_ids[n] == token]
     if not child:
         return [node], [token]
@@ -68,7 +68,7 @@ def walk(tree: TokenTree, node, logits, rule, position):
     return [node, *nodes], [token, *tokens]
 
 
-@pytest.mark.parametrize("rule", [GreedyChooser(), sampled(4), sampled(5, temperature=0.6, top_p=0.9)])
+@pytest.mark.parametrize("rule", [GreedySampler(), sampled(4), sampled(5, temperature=0.6, top_p=0.9)])
 def test_equals_a_naive_walk_on_random_trees(rule):
     generator = np.random.default_rng(1)
     lengths = set()
@@ -87,14 +87,14 @@ def test_a_row_on_the_path_that_is_not_finite_is_an_integrity_error(bad):
     logits = picks(1, 2, 3)
     logits[1, 6] = bad
     with pytest.raises(IntegrityError, match="position 41") as caught:
-        verify(chain_of([0, 1, 2]), logits, GreedyChooser(), root_position=40)
+        verify(chain_of([0, 1, 2]), logits, GreedySampler(), root_position=40)
     assert caught.value.exit_code == ExitCode.INTEGRITY
 
 
 def test_a_row_off_the_path_may_hold_anything():
     logits = picks(2, 0, 3, 5)
     logits[1] = torch.nan
-    result = verify(tree_of([0, 1, 2, 3], [-1, 0, 0, 2]), logits, GreedyChooser(), root_position=0)
+    result = verify(tree_of([0, 1, 2, 3], [-1, 0, 0, 2]), logits, GreedySampler(), root_position=0)
     assert result.token_ids == (2, 3, 5)
 
 
@@ -124,8 +124,8 @@ def law(prefix, temperature, top_p):
 
 def good_draft(root, rule, position):
     """The tree's tokens are the target's own draws, two deep."""
-    first = choose(rule, TABLE((*PROMPT, root)), position + 1)
-    return chain_of([root, first, choose(rule, TABLE((*PROMPT, root, first)), position + 2)])
+    first = sample_token(rule, TABLE((*PROMPT, root)), position + 1)
+    return chain_of([root, first, sample_token(rule, TABLE((*PROMPT, root, first)), position + 2)])
 
 
 def wrong_draft(root, rule, position):

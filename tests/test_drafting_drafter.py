@@ -11,7 +11,7 @@ from fakes import (
     VOCAB,
     FakeDraft,
     FakeTarget,
-    GreedyChooser,
+    GreedySampler,
     LateSteps,
     fake_cache,
     free_schedule,
@@ -25,7 +25,7 @@ from fakes import (
 
 from subspec_cli.decoding.batches import prompt_batch
 from subspec_cli.decoding.drafter import RootOnly
-from subspec_cli.decoding.sampler import choose
+from subspec_cli.decoding.sampler import sample_token
 from subspec_cli.drafting.draft_steps import DirectSteps, sampling_of
 from subspec_cli.drafting.drafter import Drafter
 from subspec_cli.drafting.ranking import likeliest, rank
@@ -43,11 +43,11 @@ def prompted_cache(**size):
     return kv
 
 
-def grown(table, schedule, *, chooser=None, wanted=99, eos_ids=(), ahead=0):
+def grown(table, schedule, *, sampler=None, wanted=99, eos_ids=(), ahead=0):
     """A tree under ROOT after PROMPT, and the calls that made it."""
     kv, draft = prompted_cache(), FakeDraft(table)
     drafter = Drafter(steps_of(draft, kv, ahead), kv, schedule, eos_ids=eos_ids)
-    tree = drafter.grow(ROOT, chooser or GreedyChooser(), wanted).tree
+    tree = drafter.grow(ROOT, sampler or GreedySampler(), wanted).tree
     assert kv.token_ids == PROMPT
     return tree, draft.calls
 
@@ -60,9 +60,9 @@ def paths(tree):
     return {tokens_of(tree, node) for node in range(len(tree))}
 
 
-def chain(table, length, chooser=None, eos_ids=()):
+def chain(table, length, sampler=None, eos_ids=()):
     """What the draft alone would answer, up to an end token."""
-    tokens = plain_answer(table, (*PROMPT, ROOT), length, chooser)
+    tokens = plain_answer(table, (*PROMPT, ROOT), length, sampler)
     ends = [n for n, token in enumerate(tokens, start=1) if token in eos_ids]
     return (ROOT, *tokens[: ends[0] if ends else length])
 
@@ -87,11 +87,11 @@ def test_a_tree_holds_its_own_chain_within_its_bounds(ahead, depth, width, nodes
     """A tree must never lose to the chain it could have been, however few nodes there are."""
     for seed in range(12):
         table = random_table(seed, spread=(0.3, 1.0, 4.0)[seed % 3])
-        chooser = sampled(seed) if seed % 2 else GreedyChooser()
+        sampler = sampled(seed) if seed % 2 else GreedySampler()
         schedule = free_schedule(depth, width, nodes, fixed_width=fixed_width)
-        tree, calls = grown(table, schedule, chooser=chooser, ahead=ahead)
+        tree, calls = grown(table, schedule, sampler=sampler, ahead=ahead)
         length = min(depth, nodes - 1)
-        assert chain(table, length, chooser) in paths(tree)
+        assert chain(table, length, sampler) in paths(tree)
         assert max(tree.depths) == length
         assert len(tree) <= nodes
         assert all(call.batch.rows <= width for call in calls)
@@ -107,7 +107,7 @@ def test_a_draft_read_late_takes_no_more_steps_for_its_chain():
         kv = prompted_cache()
         steps = LateSteps(FakeDraft(table), kv)
         tree = (
-            Drafter(steps, kv, free_schedule(9, width, 40), eos_ids=()).grow(ROOT, GreedyChooser(), 99).tree
+            Drafter(steps, kv, free_schedule(9, width, 40), eos_ids=()).grow(ROOT, GreedySampler(), 99).tree
         )
         assert steps.behind == [1] * 8 + [0]
         assert max(tree.depths) == 9
@@ -170,7 +170,7 @@ def test_never_deeper_than_tokens_still_wanted(wanted):
 
 def test_one_wanted_token_needs_no_draft():
     tree, calls = grown(random_table(1), free_schedule(), wanted=1)
-    assert tree == RootOnly().grow(ROOT, GreedyChooser(), 1).tree
+    assert tree == RootOnly().grow(ROOT, GreedySampler(), 1).tree
     assert not calls
 
 
@@ -195,10 +195,10 @@ def test_a_draft_that_only_ends_gives_one_level():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize(
-    "chooser", [GreedyChooser(), sampled(1), sampled(1, top_p=0.9), sampled(1, top_k=3, top_p=0.9)]
+    "sampler", [GreedySampler(), sampled(1), sampled(1, top_p=0.9), sampled(1, top_k=3, top_p=0.9)]
 )
-def test_a_damaged_draft_proposes_nothing(chooser, bad):
-    tree, calls = grown(lambda prefix: np.full(VOCAB, bad), free_schedule(), chooser=chooser)
+def test_a_damaged_draft_proposes_nothing(sampler, bad):
+    tree, calls = grown(lambda prefix: np.full(VOCAB, bad), free_schedule(), sampler=sampler)
     assert len(tree) == 1
     assert len(calls) == 1
 
@@ -218,17 +218,17 @@ def test_a_damaged_row_ends_its_branch_only(bad):
 def test_tokens_that_a_filter_forbids_are_not_drafted():
     table = random_table(5, spread=1.0)
     shape = free_schedule(5, 3, 40, fixed_width=True)
-    tree, _ = grown(table, shape, chooser=sampled(2, top_k=1))
+    tree, _ = grown(table, shape, sampler=sampled(2, top_k=1))
     assert tree.token_ids == (ROOT, *plain_answer(table, (*PROMPT, ROOT), 5))
 
 
 def test_the_noise_of_the_next_position_decides_the_ranking():
     """The child of a node at position p is the token of position p + 1, so it is ranked with that noise."""
     table = random_table(6, spread=1.0)
-    chooser = sampled(8, request=2)
-    tree, _ = grown(table, free_schedule(1, 1, 2), chooser=chooser)
+    sampler = sampled(8, request=2)
+    tree, _ = grown(table, free_schedule(1, 1, 2), sampler=sampler)
     row = table((*PROMPT, ROOT))
-    assert tree.token_ids[1] == choose(chooser, row, len(PROMPT) + 1)
+    assert tree.token_ids[1] == sample_token(sampler, row, len(PROMPT) + 1)
 
 
 def test_a_fixed_shape_is_kept_whatever_the_draft_thinks():
@@ -251,7 +251,7 @@ def test_a_sure_draft_is_not_branched():
 
 
 def test_the_root_alone_is_plain_decoding():
-    tree = RootOnly().grow(7, GreedyChooser(), 100).tree
+    tree = RootOnly().grow(7, GreedySampler(), 100).tree
     assert (tree.token_ids, tree.parents, tree.depths, tree.log_probs) == ((7,), (-1,), (0,), (0.0,))
 
 
@@ -269,17 +269,17 @@ def test_draft_logits_may_be_of_any_float_dtype():
 FILTERS = [{"top_k": 3}, {"top_p": 0.6}, {"top_k": 300, "top_p": 0.9}, {"top_k": 5, "top_p": 0.7}]
 
 
-def ranked(logits, chooser, positions):
+def ranked(logits, sampler, positions):
     """What the drafter makes of draft rows, by way of the steps' own sampling rule."""
     batch = SimpleNamespace(positions=torch.tensor(positions) - 1)
-    ids, scores = rank(DraftLogits(logits), sampling_of(chooser, batch, logits))
+    ids, scores = rank(DraftLogits(logits), sampling_of(sampler, batch, logits))
     return [likeliest(*row) for row in zip(ids.numpy(), scores.double().numpy(), strict=True)]
 
 
 @pytest.mark.parametrize(
-    "chooser",
+    "sampler",
     [
-        GreedyChooser(),
+        GreedySampler(),
         sampled(1),
         sampled(2, temperature=0.3),
         sampled(2, temperature=1e-300),
@@ -288,12 +288,12 @@ def ranked(logits, chooser, positions):
         *(sampled(3, temperature=0.6, **filters) for filters in FILTERS),
     ],
 )
-def test_ranking_where_the_logits_are_agrees_with_ranking_whole_rows(chooser):
+def test_ranking_where_the_logits_are_agrees_with_ranking_whole_rows(sampler):
     logits = torch.randn((5, 400), generator=torch.Generator().manual_seed(0)) * 3
     positions = [7, 8, 8, 9, 30]
-    for row, found, position in zip(logits, ranked(logits, chooser, positions), positions, strict=True):
-        scaled = row.double().numpy() / chooser.temperature
-        whole = chooser.scores(row.double().numpy(), position)
+    for row, found, position in zip(logits, ranked(logits, sampler, positions), positions, strict=True):
+        scaled = row.double().numpy() / sampler.temperature
+        whole = sampler.scores(row.double().numpy(), position)
         kept = np.flatnonzero(np.isfinite(whole))
         # A token that is all but as likely as the last one that a filter keeps may slip in.
         slipped = [token for token, _ in found if token not in kept]
@@ -326,7 +326,7 @@ def test_rows_of_a_tree_read_late_hold_what_its_nodes_say():
         # Room for void rows beside those of the tree.
         make = free_schedule if seed % 3 else schedule
         plan = make(30, 6, nodes, costs=plan_costs(0.001, row_s=1e-6), shadow_rows=60)
-        tree = Drafter(steps, kv, plan, eos_ids=()).grow(1, GreedyChooser(), 99).tree
+        tree = Drafter(steps, kv, plan, eos_ids=()).grow(1, GreedySampler(), 99).tree
         taken = sum(call.batch.rows for call in steps.draft.calls)
         inner = set(tree.parents[1:])
         gaps += taken > len(tree)

@@ -20,7 +20,7 @@ from tiny_models import CPU, VOCAB, Tiny
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from subspec_cli.decoding.sampler import Chooser, GreedyChooser
+from subspec_cli.decoding.sampler import GreedySampler, Sampler
 from subspec_cli.drafting import graph_capture as module
 from subspec_cli.drafting.draft_steps import DirectSteps
 from subspec_cli.drafting.graph_capture import CapturedSteps, draft_steps
@@ -35,8 +35,8 @@ WINDOWED = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers"
 PROMPT = [(7 * n + n // 5) % VOCAB for n in range(40)]
 WAITS = ("item", "_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique")
 """Operations for which a GPU's host would have to wait, which no graph can hold."""
-CHOOSERS: dict[str, Callable[[], Chooser]] = {
-    "greedy": GreedyChooser,
+CHOOSERS: dict[str, Callable[[], Sampler]] = {
+    "greedy": GreedySampler,
     "sampled": lambda: sampled(3, temperature=0.8),
     "filtered": lambda: sampled(3, temperature=0.8, top_p=0.9, top_k=40),
 }
@@ -157,7 +157,7 @@ def test_steps_that_are_replayed_late_are_the_steps_themselves(
 ) -> None:
     """Steps of all sizes at all places, read one late, against a draft that computes each as it comes."""
     monkeypatch.setattr(module, "_COLUMNS", 48)
-    draft, graphs, chooser = draft_of(model), FakeGraphs(), CHOOSERS[kind]()
+    draft, graphs, sampler = draft_of(model), FakeGraphs(), CHOOSERS[kind]()
     plain, kept = model.kv(), model.kv()
     for kv in (plain, kept):
         model.prefill(model.target(), kv, PROMPT)
@@ -168,7 +168,7 @@ def test_steps_that_are_replayed_late_are_the_steps_themselves(
             first = 0
         batch = step(number, plain, rows, first)
         for steps in (direct, late):
-            steps.start(batch, feeds, chooser)
+            steps.start(batch, feeds, sampler)
         if number:
             check_found(late, direct, rows=SIZES[number - 1][0])
         first += rows
@@ -195,10 +195,10 @@ def test_one_graph_serves_other_numbers_of_the_same_rule(tiny: Callable[..., Tin
     plain, kept = model.kv(), model.kv()
     direct, late = LateSteps(draft, plain), captured_steps(draft, kept, graphs)
     for seed, settings in enumerate([{"top_k": 3}, {"top_p": 0.3}, {"top_k": 9, "temperature": 2.0}]):
-        chooser = sampled(seed, **settings)
+        sampler = sampled(seed, **settings)
         for steps in (direct, late):
             steps.drop()
-            steps.start(step(1, plain, 1, 0), [None], chooser)
+            steps.start(step(1, plain, 1, 0), [None], sampler)
         check_found(late, direct, rows=1)
     assert (graphs.captures, graphs.replays) == (1, 3)
 
@@ -209,12 +209,12 @@ def test_noise_of_far_positions_takes_turns_in_the_same_place(
     """A place that a step under way still reads is written to when that is done."""
     monkeypatch.setattr(module, "_NOISE_PLACES", 2)
     model = tiny("qwen2", dtype=torch.float32)
-    draft, graphs, chooser = draft_of(model), FakeGraphs(), sampled(1)
+    draft, graphs, sampler = draft_of(model), FakeGraphs(), sampled(1)
     plain, kept = model.kv(), model.kv()
     direct, late = LateSteps(draft, plain), captured_steps(draft, kept, graphs)
     for first in range(8):
         for steps in (direct, late):
-            steps.start(chain_step(plain, first), [None], chooser)
+            steps.start(chain_step(plain, first), [None], sampler)
         if first:
             check_found(late, direct, rows=1)
     check_found(late, direct, rows=1)
@@ -234,12 +234,12 @@ def test_after_a_step_that_was_interrupted_turns_agree_again(tiny: Callable[...,
     draft, graphs = draft_of(model), FakeGraphs()
     plain, kept = model.kv(), model.kv()
     direct, late = LateSteps(draft, plain), captured_steps(draft, kept, graphs)
-    late.start(step(0, plain, 2, 0), [None, None], GreedyChooser())
+    late.start(step(0, plain, 2, 0), [None, None], GreedySampler())
     late._host_turn = 0
     for number in range(3):
         for steps in (direct, late):
             steps.drop()
-            steps.start(step(number, plain, 2, 0), [None, None], GreedyChooser())
+            steps.start(step(number, plain, 2, 0), [None, None], GreedySampler())
         check_found(late, direct, rows=2)
 
 
@@ -248,9 +248,9 @@ def test_inputs_of_a_step_under_way_are_left_alone(tiny: Callable[..., Tiny]) ->
     kv = model.kv()
     steps = captured_steps(draft_of(model), kv, FakeGraphs())
     for first in range(2):
-        steps.start(step(0, kv, 1, first), [None], GreedyChooser())
+        steps.start(step(0, kv, 1, first), [None], GreedySampler())
     with pytest.raises(AssertionError, match="inputs are left alone"):
-        steps.start(step(0, kv, 1, 2), [None], GreedyChooser())
+        steps.start(step(0, kv, 1, 2), [None], GreedySampler())
 
 
 def test_the_cache_bounds_what_is_in_view(tiny: Callable[..., Tiny]) -> None:
@@ -258,7 +258,7 @@ def test_the_cache_bounds_what_is_in_view(tiny: Callable[..., Tiny]) -> None:
     kv = model.kv()
     steps = captured_steps(draft_of(model), kv, FakeGraphs())
     assert kv.capacity < module._COLUMNS
-    steps.start(step(0, kv, 2, 0), [None, None], GreedyChooser())
+    steps.start(step(0, kv, 2, 0), [None, None], GreedySampler())
     assert np.isfinite(steps.read().scores).all()
 
 

@@ -30,12 +30,12 @@ TABLE = random_table(1)
 PROMPT = (3, 1, 4, 1, 5)
 
 
-def answered(draft_table, plan, *, limit=40, chooser=None, eos_ids=(), ahead=0):
+def answered(draft_table, plan, *, limit=40, sampler=None, eos_ids=(), ahead=0):
     """(tokens, stats, draft, target) of one answer."""
     kv, target, draft = fake_cache(96, scratch=160), FakeTarget(TABLE), FakeDraft(draft_table)
     drafter = Drafter(steps_of(draft, kv, ahead), kv, plan, eos_ids=eos_ids)
     engine = fake_engine(target, kv, drafter)
-    outputs = list(engine.generate(request_for(PROMPT, limit, chooser=chooser, eos_ids=eos_ids)))
+    outputs = list(engine.generate(request_for(PROMPT, limit, sampler=sampler, eos_ids=eos_ids)))
     return emitted(outputs), outputs[-1].stats, draft, target
 
 
@@ -47,15 +47,15 @@ def test_a_draft_that_is_always_right_needs_serial_steps_only_once():
     assert stats.shadow_steps > 0
 
 
-@pytest.mark.parametrize("chooser", [None, sampled(3), sampled(4, temperature=0.7, top_p=0.9)])
+@pytest.mark.parametrize("sampler", [None, sampled(3), sampled(4, temperature=0.7, top_p=0.9)])
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 1.0])
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("ahead", [0, 1])
-def test_no_token_changes_however_right_the_draft_is(ahead, seed, share, chooser):
+def test_no_token_changes_however_right_the_draft_is(ahead, seed, share, sampler):
     draft = blended(TABLE, random_table(seed + 10), share)
     plan = schedule(6, 4, 20, shadow_rows=30)
-    tokens, stats, _, _ = answered(draft, plan, chooser=chooser, ahead=ahead)
-    assert tokens == plain_answer(TABLE, PROMPT, 40, chooser)
+    tokens, stats, _, _ = answered(draft, plan, sampler=sampler, ahead=ahead)
+    assert tokens == plain_answer(TABLE, PROMPT, 40, sampler)
     assert stats.shadow_steps > 0
 
 
@@ -125,8 +125,8 @@ def test_a_step_under_way_when_the_user_interrupts_is_forgotten():
     class Interrupted(LateSteps):
         count = 0
 
-        def start(self, batch, feeds, chooser):
-            super().start(batch, feeds, chooser)
+        def start(self, batch, feeds, sampler):
+            super().start(batch, feeds, sampler)
             self.count += 1
             if self.count == 5:
                 raise KeyboardInterrupt

@@ -10,7 +10,7 @@ import torch
 from fakes_session import answer_to, open_tiny
 
 from subspec_cli.config import SamplingConfig
-from subspec_cli.decoding.sampler import make_chooser
+from subspec_cli.decoding.sampler import make_sampler
 from subspec_cli.drafting.draft_steps import sampling_of
 from subspec_cli.drafting.ranking import likeliest, rank
 from subspec_cli.modeling.decoder import DraftLogits, Head
@@ -216,11 +216,11 @@ def test_a_low_bit_head_ranks_as_the_head_does(sampling):
     head = Head(torch.ones(256).bfloat16(), weight, 1e-6)
     rough = LowBitHead(head.norm_weight, low_bit_table(weight), weight, 1e-6)
     rows = torch.randn((40, 256), generator=generator).bfloat16()
-    chooser = make_chooser(SamplingConfig(**sampling, seed=1), 1, 0)
+    sampler = make_sampler(SamplingConfig(**sampling, seed=1), 1, 0)
 
     def best(found):
         batch = SimpleNamespace(positions=torch.arange(40))
-        ids, scores = rank(found, sampling_of(chooser, batch, found.logits))
+        ids, scores = rank(found, sampling_of(sampler, batch, found.logits))
         return [likeliest(*row)[0][0] for row in zip(ids.numpy(), scores.double().numpy(), strict=True)]
 
     def same(found):

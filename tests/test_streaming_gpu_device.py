@@ -123,7 +123,7 @@ def test_kernels_read_pinned_memory_where_it_lies(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("kind", CHOOSERS)
 def test_captured_draft_steps_are_the_steps_themselves(tiny: Callable[..., Tiny], kind: str) -> None:
     """Sizes come back, so that steps are replayed and not only captured; rounding is all that may differ."""
-    model, notes, chooser = tiny("qwen2"), [], CHOOSERS[kind]()
+    model, notes, sampler = tiny("qwen2"), [], CHOOSERS[kind]()
     draft, (plain, kept) = on_gpu(model), (gpu_cache(model), gpu_cache(model))
     late = draft_steps(draft, kept, most_rows=4, vocab=VOCAB, device=CUDA, notify=notes.append)
     assert not notes
@@ -131,7 +131,7 @@ def test_captured_draft_steps_are_the_steps_themselves(tiny: Callable[..., Tiny]
     for number, (rows, feeds) in enumerate(SIZES):
         batch = step(number, plain, rows, first)
         for steps in (direct, late):
-            steps.start(batch, feeds, chooser)
+            steps.start(batch, feeds, sampler)
         if number:
             check_scores(late.read(), direct.read())
         first += rows

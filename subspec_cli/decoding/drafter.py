@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from subspec_cli.decoding.sampler import Chooser
+from subspec_cli.decoding.sampler import Sampler
 from subspec_cli.decoding.tree import TokenTree
 from subspec_cli.decoding.verification import VerifyResult
 
@@ -29,7 +29,7 @@ class Proposal:
 class TreeGrower(Protocol):
     """What the engine asks for trees."""
 
-    def grow(self, root_token: int, chooser: Chooser, tokens_wanted: int) -> Proposal:
+    def grow(self, root_token: int, sampler: Sampler, tokens_wanted: int) -> Proposal:
         """A tree under `root_token`, the newest emitted token, with `tokens_wanted` more tokens to come."""
         ...
 
@@ -52,7 +52,7 @@ class TreeGrower(Protocol):
 class RootOnly:
     """Plain decoding: a tree of one node, so one token a pass."""
 
-    def grow(self, root_token: int, chooser: Chooser, tokens_wanted: int) -> Proposal:  # noqa: ARG002
+    def grow(self, root_token: int, sampler: Sampler, tokens_wanted: int) -> Proposal:  # noqa: ARG002
         """The root alone."""
         return Proposal(TokenTree((root_token,), (-1,), (0,), (0.0,)))
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from subspec_cli.decoding.batches import prompt_batch, tree_batch
 from subspec_cli.decoding.drafter import TreeGrower
-from subspec_cli.decoding.sampler import Chooser, choose
+from subspec_cli.decoding.sampler import Sampler, sample_token
 from subspec_cli.decoding.text import StopRule
 from subspec_cli.decoding.tree import TokenTree
 from subspec_cli.decoding.verification import host_row, verify
@@ -35,7 +35,7 @@ class Request:
     """One answer to give."""
 
     prompt_ids: tuple[int, ...]
-    chooser: Chooser
+    sampler: Sampler
     max_new_tokens: int
     stop: StopRule
 
@@ -86,11 +86,11 @@ class Engine:
         yield StepOutput((token,), finish, stats)
         while finish is None:
             started, link = time.perf_counter(), self._counters()
-            proposal = self._grower.grow(token, request.chooser, request.max_new_tokens - stats.new_tokens)
+            proposal = self._grower.grow(token, request.sampler, request.max_new_tokens - stats.new_tokens)
             tree = proposal.tree
             drafted_at = time.perf_counter()
             logits, shadow = self._verify_pass(tree)
-            result = verify(tree, logits, request.chooser, self._kv.committed)
+            result = verify(tree, logits, request.sampler, self._kv.committed)
             verified_at = time.perf_counter()
             token_ids, finish = _clip(result.token_ids, request.stop)
             kept = result.accepted_nodes[: len(token_ids)]
@@ -149,7 +149,7 @@ class Engine:
             logits = self._target.forward(batch, self._kv, logits_from=len(chunk) - 1)
             self._kv.commit(range(len(chunk)), chunk)
             position = end
-        token = choose(request.chooser, host_row(logits[0], len(prompt) - 1), len(prompt))
+        token = sample_token(request.sampler, host_row(logits[0], len(prompt) - 1), len(prompt))
         stats = GenerationStats().after_prefill(
             prompt_tokens=len(prompt),
             prefilled_tokens=len(prompt) - reused,

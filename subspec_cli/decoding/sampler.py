@@ -1,4 +1,4 @@
-"""One rule picks tokens, greedy or sampled: `choose(logits_row, position) -> token`, a pure function.
+"""One rule picks tokens, greedy or sampled: `sample_token(sampler, logits_row, position)`, a pure function.
 
 Sampling is Gumbel-max: filtered logits / temperature + Gumbel noise, then argmax, which is an exact draw from
 the filtered softmax. The noise is a counter-based function of (seed, request, position), so plain and
@@ -31,7 +31,7 @@ class Filters:
     top_p: float
 
 
-class Chooser(Protocol):
+class Sampler(Protocol):
     """Picks the token for a position from one row of target logits."""
 
     @property
@@ -53,12 +53,12 @@ class Chooser(Protocol):
         ...
 
 
-def choose(chooser: Chooser, logits: Row, position: int) -> int:
+def sample_token(sampler: Sampler, logits: Row, position: int) -> int:
     """The token for `position`: the first argmax of the scores."""
-    return int(np.argmax(chooser.scores(logits, position)))
+    return int(np.argmax(sampler.scores(logits, position)))
 
 
-class GreedyChooser:
+class GreedySampler:
     """The most likely token; of equals, the lowest id."""
 
     temperature = 1.0
@@ -73,7 +73,7 @@ class GreedyChooser:
         return None
 
 
-class GumbelChooser:
+class GumbelSampler:
     """Exact sampling at a temperature, with top-k and top-p, coupled by position."""
 
     def __init__(self, sampling: SamplingConfig, seed: int, request: int) -> None:
@@ -104,9 +104,9 @@ class GumbelChooser:
         return self._noise[position]
 
 
-def make_chooser(sampling: SamplingConfig, seed: int, request: int) -> Chooser:
+def make_sampler(sampling: SamplingConfig, seed: int, request: int) -> Sampler:
     """The rule for one request (an answer, or a chat turn); `request` keeps reused positions apart."""
-    return GreedyChooser() if sampling.is_greedy else GumbelChooser(sampling, seed, request)
+    return GreedySampler() if sampling.is_greedy else GumbelSampler(sampling, seed, request)
 
 
 def gumbel_noise(seed: int, request: int, position: int, vocab: int) -> Row:

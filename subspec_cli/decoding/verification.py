@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from subspec_cli.decoding.sampler import Chooser, Row, choose
+from subspec_cli.decoding.sampler import Row, Sampler, sample_token
 from subspec_cli.decoding.tree import TokenTree
 from subspec_cli.errors import IntegrityError
 
@@ -27,7 +27,7 @@ class VerifyResult:
         return len(self.accepted_nodes) - 1
 
 
-def verify(tree: TokenTree, logits: Tensor, chooser: Chooser, root_position: int) -> VerifyResult:
+def verify(tree: TokenTree, logits: Tensor, sampler: Sampler, root_position: int) -> VerifyResult:
     """Follow the target's choices from the root until one is not in the tree.
 
     logits `[N, V]` of the tree's nodes, of which only rows on the path are brought to the host;
@@ -37,7 +37,7 @@ def verify(tree: TokenTree, logits: Tensor, chooser: Chooser, root_position: int
     node, nodes, token_ids = 0, [0], []
     while True:
         position = root_position + tree.depths[node]
-        token = choose(chooser, host_row(logits[node], position), position + 1)
+        token = sample_token(sampler, host_row(logits[node], position), position + 1)
         token_ids.append(token)
         if token not in children[node]:
             return VerifyResult(tuple(nodes), tuple(token_ids))

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from subspec_cli.decoding.sampler import Chooser, Row
+from subspec_cli.decoding.sampler import Row, Sampler
 from subspec_cli.drafting.ranking import Ids, Sampling, rank, sampling_rule
 from subspec_cli.modeling.decoder import DraftLogits
 from subspec_cli.modeling.kv_cache import KVCache
@@ -49,7 +49,7 @@ class DraftSteps(Protocol):
         """Most steps that may be under way unread when another is started: 0 or 1."""
         ...
 
-    def start(self, batch: TokenBatch, feeds: Sequence[tuple[int, int] | None], chooser: Chooser) -> None:
+    def start(self, batch: TokenBatch, feeds: Sequence[tuple[int, int] | None], sampler: Sampler) -> None:
         """Start a step over a batch on the host, which writes draft-made keys and values to scratch rows.
 
         A row whose feed is (row, rank) takes in place of the batch's token the one that the step before finds
@@ -76,11 +76,11 @@ class DirectSteps:
         self._kv = kv
         self._found: Found | None = None
 
-    def start(self, batch: TokenBatch, feeds: Sequence[tuple[int, int] | None], chooser: Chooser) -> None:
+    def start(self, batch: TokenBatch, feeds: Sequence[tuple[int, int] | None], sampler: Sampler) -> None:
         """Compute it."""
         assert not any(feeds)
         found = self.draft.forward(batch, self._kv)
-        ids, scores = rank(found, sampling_of(chooser, batch, found.logits))
+        ids, scores = rank(found, sampling_of(sampler, batch, found.logits))
         self._found = Found(ids.cpu().numpy(), scores.double().cpu().numpy())
 
     def read(self) -> Found:
@@ -92,15 +92,15 @@ class DirectSteps:
         """Nothing is under way."""
 
 
-def sampling_of(chooser: Chooser, batch: TokenBatch, logits: Tensor) -> Sampling | None:
-    """The chooser's rule for the rows of a batch; their children are the tokens of the next positions."""
-    rows = [chooser.noise(position + 1, logits.shape[1]) for position in batch.positions.tolist()]
+def sampling_of(sampler: Sampler, batch: TokenBatch, logits: Tensor) -> Sampling | None:
+    """The sampler's rule for the rows of a batch; their children are the tokens of the next positions."""
+    rows = [sampler.noise(position + 1, logits.shape[1]) for position in batch.positions.tolist()]
     noise = [row for row in rows if row is not None]
     if not noise:
         return None
     device = logits.device
     return Sampling(
         shared_with_gpu(torch.from_numpy(np.stack(noise)).float(), device),
-        sampling_rule(chooser, logits.shape[1]).to(device),
-        chooser.filters is not None,
+        sampling_rule(sampler, logits.shape[1]).to(device),
+        sampler.filters is not None,
     )

@@ -12,7 +12,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from subspec_cli.decoding.drafter import Proposal
-from subspec_cli.decoding.sampler import Chooser
+from subspec_cli.decoding.sampler import Sampler
 from subspec_cli.decoding.verification import VerifyResult
 from subspec_cli.drafting.draft_steps import DraftSteps
 from subspec_cli.drafting.frontier import Candidate, Drafting, Frontier
@@ -42,7 +42,7 @@ class Drafter:
         self._ready: GrowingTree | None = None
         self._pass: _Pass | None = None
 
-    def grow(self, root_token: int, chooser: Chooser, tokens_wanted: int) -> Proposal:
+    def grow(self, root_token: int, sampler: Sampler, tokens_wanted: int) -> Proposal:
         """A tree under the root; rows `[committed, committed + nodes)` of the cache are scratch to it."""
         limits = self._schedule.limits(tokens_wanted)
         tree = self._ready or GrowingTree(root_token, limits.nodes + self._schedule.most_shadow_rows)
@@ -55,7 +55,7 @@ class Drafter:
             if rows := self._next_serial(frontier, limits, cost_s):
                 steps += 1
                 cost_s += self._schedule.step_s(len(rows))
-                frontier.start(rows, chooser)
+                frontier.start(rows, sampler)
             elif not frontier.is_settled:
                 frontier.settle()  # and decide again, knowing all
             elif gaps := tree.compact():
@@ -64,7 +64,7 @@ class Drafter:
                 break
         proposed = tree.freeze(self._leaves(tree, limits, cost_s))
         proposal = Proposal(proposed, steps, ready, cost_s)
-        self._pass = _Pass(frontier, chooser, proposal, max_depth=max(0, tokens_wanted - 1))
+        self._pass = _Pass(frontier, sampler, proposal, max_depth=max(0, tokens_wanted - 1))
         return proposal
 
     def work_in_shadow(self, layer: int) -> int:
@@ -83,7 +83,7 @@ class Drafter:
             if not count:
                 return steps
             now.spent_s += self._schedule.step_s(count)
-            now.frontier.start(rows[:count], now.chooser)
+            now.frontier.start(rows[:count], now.sampler)
             steps += 1
 
     def learn(self, result: VerifyResult, *, ends: bool) -> None:
@@ -156,7 +156,7 @@ class _Pass:
     """The tree under verification, and what its shadow has done."""
 
     frontier: Frontier
-    chooser: Chooser
+    sampler: Sampler
     proposal: Proposal
     max_depth: int
     """Depth of the last token that is still wanted, less the bonus token."""

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from subspec_cli.decoding.sampler import Chooser, Row
+from subspec_cli.decoding.sampler import Row, Sampler
 from subspec_cli.drafting.draft_steps import DraftSteps
 from subspec_cli.drafting.growing_tree import GrowingTree, draft_batch
 from subspec_cli.drafting.ngram import LONGEST, ContinuationLookup, Guess
@@ -125,7 +125,7 @@ class Frontier:
         others = [*able[1:], *self._guesses(able[0], len(able), most_rows, max_depth)]
         return [able[0], *sorted(others, key=lambda candidate: -candidate.chance)][:most_rows]
 
-    def start(self, rows: Sequence[Candidate], chooser: Chooser) -> None:
+    def start(self, rows: Sequence[Candidate], sampler: Sampler) -> None:
         """Start a draft step over candidates, the first of which guesses hang on, and read those before it."""
         nodes, guesses = [c for c in rows if c.guess is None], [c for c in rows if c.guess is not None]
         # The likeliest comes last of its kind, so that rows of guesses that prove right go on from its own.
@@ -138,7 +138,7 @@ class Frontier:
                 self.tree.take_row(self._parent_row(candidate), candidate.depth)
         tokens = [self._token(candidate) for candidate in ordered]
         batch = draft_batch(self.tree, tokens, self._shared.kv.committed)
-        self._shared.steps.start(batch, [candidate.feed for candidate in ordered], chooser)
+        self._shared.steps.start(batch, [candidate.feed for candidate in ordered], sampler)
         self._under_way.append(step)
         self._read_all_but(self._shared.steps.ahead)
 

@@ -17,7 +17,7 @@ from typing import Final, Literal, Protocol
 import torch
 from torch import Tensor
 
-from subspec_cli.decoding.sampler import Chooser, GreedyChooser
+from subspec_cli.decoding.sampler import GreedySampler, Sampler
 from subspec_cli.drafting.draft_steps import DirectSteps, DraftSteps, Found
 from subspec_cli.drafting.ranking import RANKED, Sampling, rank, sampling_rule
 from subspec_cli.limits import NOISE_ROWS
@@ -119,7 +119,7 @@ class CapturedSteps:
         self._key_positions = _Shared((_TURNS, kv.capacity), torch.int32, device)
         self._rule = _Shared((_TURNS, 3), torch.float32, device)
         self._noise: _Shared | None = None
-        self._noise_of: Chooser | None = None
+        self._noise_of: Sampler | None = None
         self._noise_held: dict[int, int] = {}
         self._noise_read: list[int] = []
         self._ids = _Shared((_TURNS, most_rows, self._ranked), torch.int32, device)
@@ -130,7 +130,7 @@ class CapturedSteps:
         self._last_found = torch.zeros(most_rows * self._ranked, dtype=torch.long, device=device)
         self._unread: deque[tuple[int, int, Callable[[], None]]] = deque()
 
-    def start(self, batch: TokenBatch, feeds: Sequence[tuple[int, int] | None], chooser: Chooser) -> None:
+    def start(self, batch: TokenBatch, feeds: Sequence[tuple[int, int] | None], sampler: Sampler) -> None:
         """Launch it, at once or behind the one under way."""
         assert len(self._unread) < _TURNS, "inputs are left alone until their step is done"
         end = batch.allowed.shape[1]
@@ -139,7 +139,7 @@ class CapturedSteps:
             self._captured.clear()
             self._graphs.forget()
             self._columns = columns
-        kind = self._fill(batch, feeds, chooser, end)
+        kind = self._fill(batch, feeds, sampler, end)
         step = self._captured.get((batch.rows, kind))
         if step is None:
             run = partial(self._run, batch.rows, columns, kind)
@@ -164,12 +164,12 @@ class CapturedSteps:
         self._host_turn = 0
 
     def _fill(
-        self, batch: TokenBatch, feeds: Sequence[tuple[int, int] | None], chooser: Chooser, end: int
+        self, batch: TokenBatch, feeds: Sequence[tuple[int, int] | None], sampler: Sampler, end: int
     ) -> Kind:
         """Inputs of the step whose turn it is, on the host; returns what kind of step they want."""
         turn, rows = self._host_turn, batch.rows
         places = [-1 if feed is None else feed[0] * self._ranked + feed[1] for feed in feeds]
-        noise_rows = self._noise_rows(batch.positions[:rows].tolist(), chooser)
+        noise_rows = self._noise_rows(batch.positions[:rows].tolist(), sampler)
         numbers, allowed = self._numbers.host[turn, :, :rows], self._allowed.host[turn, :rows]
         numbers[0] = batch.token_ids
         numbers[1] = torch.tensor(places)
@@ -181,13 +181,13 @@ class CapturedSteps:
         if noise_rows is None:
             return "greedy"
         numbers[4] = torch.tensor(noise_rows)
-        self._rule.host[turn] = sampling_rule(chooser, self._vocab)
-        return "filtered" if chooser.filters else "sampled"
+        self._rule.host[turn] = sampling_rule(sampler, self._vocab)
+        return "filtered" if sampler.filters else "sampled"
 
-    def _noise_rows(self, positions: Sequence[int], chooser: Chooser) -> list[int] | None:
+    def _noise_rows(self, positions: Sequence[int], sampler: Sampler) -> list[int] | None:
         """Where the noise of the positions' children lies, put there if it is not yet; None without noise."""
-        if chooser is not self._noise_of:
-            self._noise_of = chooser
+        if sampler is not self._noise_of:
+            self._noise_of = sampler
             self._noise_held.clear()
         held, rows = self._noise_held, []
         for position in (position + 1 for position in positions):
@@ -195,7 +195,7 @@ class CapturedSteps:
             if held.get(row) != position:
                 if row in self._noise_read:
                     self._graphs.mark()()  # by a step under way, many levels away
-                noise = chooser.noise(position, self._vocab)
+                noise = sampler.noise(position, self._vocab)
                 if noise is None:
                     return None
                 if self._noise is None:
@@ -256,7 +256,7 @@ def draft_steps(
         steps = CapturedSteps(draft, kv, CudaGraphs(device), most_rows=most_rows, vocab=vocab, device=device)
         zero = torch.zeros(1, dtype=torch.long)
         first = TokenBatch(zero, zero, 1, 0, torch.ones((1, 1), dtype=torch.bool), zero)
-        steps.start(first, [None], GreedyChooser())
+        steps.start(first, [None], GreedySampler())
         steps.read()
     except torch.OutOfMemoryError:
         raise

@@ -1,6 +1,6 @@
 """The draft's likeliest tokens, ranked where its logits are, and what it gives them.
 
-Ranking is a guess of what `choose` would say: operations of fixed sizes that wait for nothing, so that a GPU
+Ranking is a guess of what `sample_token` would say: operations of fixed sizes that wait for nothing, so that a GPU
 holds them in one graph with the step that makes the logits.
 """
 
@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from subspec_cli.decoding.sampler import Chooser, Filters, Row
+from subspec_cli.decoding.sampler import Filters, Row, Sampler
 from subspec_cli.modeling.decoder import DraftLogits
 
 Ids = NDArray[np.int64]
@@ -48,10 +48,10 @@ class Sampling:
     is_filtered: bool
 
 
-def sampling_rule(chooser: Chooser, vocab: int) -> Tensor:
-    """The numbers of a chooser's rule, on the host."""
-    filters = chooser.filters or Filters(0, 1.0)
-    return torch.tensor([chooser.temperature, filters.top_k or vocab, filters.top_p])
+def sampling_rule(sampler: Sampler, vocab: int) -> Tensor:
+    """The numbers of a sampler's rule, on the host."""
+    filters = sampler.filters or Filters(0, 1.0)
+    return torch.tensor([sampler.temperature, filters.top_k or vocab, filters.top_p])
 
 
 def rank(found: DraftLogits, sampling: Sampling | None) -> tuple[Tensor, Tensor]:
@@ -71,7 +71,7 @@ def rank(found: DraftLogits, sampling: Sampling | None) -> tuple[Tensor, Tensor]
         gained = found.rescored(ids) - found.logits.gather(1, ids).float()
         values, places = (values + _scaled(gained, sampling)).topk(min(RANKED, values.shape[1]), dim=-1)
         ids = ids.gather(1, places)
-    # Of equals the lowest id comes first, as it does for `choose`; 16-bit logits are often equal.
+    # Of equals the lowest id comes first, as it does for `sample_token`; 16-bit logits are often equal.
     order = (values.double() - ids.double() * _TIE).argsort(dim=-1, descending=True)
     return ids.gather(1, order), values.gather(1, order)
 

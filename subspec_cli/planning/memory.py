@@ -30,7 +30,7 @@ _LEAST_RING_SLOTS: Final = 2
 _MARGIN_BYTES: Final = 64 * MIB
 """Interpreter growth, thread stacks, kernel scratch and the allocator's own waste."""
 _NOISE_BYTES: Final = 8
-"""Noise of one token, float64 as `choose` adds it."""
+"""Noise of one token, float64 as `sample` adds it."""
 _DRAFT_ROWS: Final = 8
 _RANKED_BYTES: Final = 8
 _SAMPLED_BYTES: Final = 40

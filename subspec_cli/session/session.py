@@ -8,7 +8,7 @@ from types import TracebackType
 
 from subspec_cli.config import SamplingConfig
 from subspec_cli.decoding.engine import Engine, Request, StepOutput
-from subspec_cli.decoding.sampler import make_chooser
+from subspec_cli.decoding.sampler import make_sampler
 from subspec_cli.decoding.text import AnswerText
 from subspec_cli.errors import IntegrityError, UsageError
 from subspec_cli.metrics import GenerationStats
@@ -145,9 +145,9 @@ class Session:
         limit = min(max_new_tokens, room)
         parts = self._parts
         text = AnswerText(parts.tokenizer, eos_ids=parts.eos_ids, stop=stop, max_new_tokens=limit)
-        chooser = make_chooser(parts.sampling, self.description.seed, number)
+        sampler = make_sampler(parts.sampling, self.description.seed, number)
         engine = parts.plain if plain else parts.speculative
-        for step in self._checked(engine.generate(Request(tuple(prompt_ids), chooser, limit, text))):
+        for step in self._checked(engine.generate(Request(tuple(prompt_ids), sampler, limit, text))):
             yield TextDelta(text.take(), step.token_ids, step.finish_reason, step.stats)
 
     def _checked(self, steps: Iterator[StepOutput]) -> Iterator[StepOutput]:
