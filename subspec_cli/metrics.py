@@ -12,7 +12,7 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
-class StepStats:
+class PassStats:
     """One target pass and the drafting before it (for the prefill: all its passes, nothing drafted)."""
 
     drafted: int = 0
@@ -46,7 +46,7 @@ class StepStats:
 
 @dataclass(frozen=True, slots=True)
 class GenerationStats:
-    """Totals of one answer; grows by `after_prefill` and `after_step`."""
+    """Totals of one answer; grows by `after_prefill` and `after_pass`."""
 
     prompt_tokens: int = 0
     prefilled_tokens: int = 0
@@ -130,7 +130,7 @@ class GenerationStats:
             new_tokens=1,
         )
 
-    def after_step(self, step: StepStats, *, decode_time_s: float) -> GenerationStats:
+    def after_pass(self, step: PassStats, *, decode_time_s: float) -> GenerationStats:
         """Totals once one more target pass is done, `decode_time_s` after the first token."""
         histogram = list(self.accepted_histogram)
         histogram.extend([0] * (step.accepted + 1 - len(histogram)))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from subspec_cli.config import SamplingConfig
 from subspec_cli.decoding.drafter import Proposal
-from subspec_cli.decoding.engine import Engine, Request, StepOutput
+from subspec_cli.decoding.engine import Engine, PassOutput, Request
 from subspec_cli.decoding.sampler import GreedySampler, Row, Sampler, make_sampler, sample_token
 from subspec_cli.decoding.tree import TokenTree
 from subspec_cli.decoding.verification import VerifyResult
@@ -308,12 +308,12 @@ def request_for(
     return Request(tuple(prompt), sampler or GreedySampler(), limit, CountdownStop(limit, eos_ids))
 
 
-def emitted(outputs: Iterable[StepOutput]) -> list[int]:
+def emitted(outputs: Iterable[PassOutput]) -> list[int]:
     """All tokens of an answer."""
     return [token for output in outputs for token in output.token_ids]
 
 
-def collect(outputs: Iterable[StepOutput], tokens: list[int]) -> None:
+def collect(outputs: Iterable[PassOutput], tokens: list[int]) -> None:
     """Add an answer's tokens to a list that outlives whatever breaks the answer off."""
     for output in outputs:
         tokens += output.token_ids

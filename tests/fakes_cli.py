@@ -6,7 +6,7 @@ import types
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from subspec_cli.metrics import GenerationStats, StepStats
+from subspec_cli.metrics import GenerationStats, PassStats
 from subspec_cli.planning.costs import PlanCosts, RowTimes
 from subspec_cli.planning.timing import Prediction
 
@@ -105,7 +105,7 @@ class FakeSession:
     def generate(self, prompt_ids, *, max_new_tokens, stop):
         self.calls.append(("generate", len(prompt_ids), max_new_tokens, stop))
         stats = GenerationStats().after_prefill(prompt_tokens=5, prefilled_tokens=4, ttft_s=0.25)
-        step = StepStats(
+        step = PassStats(
             drafted=4,
             accepted=2,
             emitted=3,
@@ -118,7 +118,7 @@ class FakeSession:
             for number, piece in enumerate(self.pieces):
                 if isinstance(piece, BaseException):
                     raise piece
-                stats = stats.after_step(step, decode_time_s=0.5 * (number + 1)) if number else stats
+                stats = stats.after_pass(step, decode_time_s=0.5 * (number + 1)) if number else stats
                 reason = "stop" if number == len(self.pieces) - 1 else None
                 yield FakeDelta(piece, (number, number + 10), reason, stats)
         finally:

@@ -9,7 +9,7 @@ from subspec_cli.__main__ import main
 from subspec_cli.cli.live import LiveView, sparkline, statistics_lines
 from subspec_cli.cli.output import Output, as_json
 from subspec_cli.cli.output_progress import ProgressLine, time_left
-from subspec_cli.metrics import GenerationStats, StepStats
+from subspec_cli.metrics import GenerationStats, PassStats
 
 
 @pytest.fixture(autouse=True)
@@ -34,8 +34,8 @@ def some_stats():
     stats = GenerationStats().after_prefill(prompt_tokens=9, prefilled_tokens=9, ttft_s=0.1)
     times = {"draft_time_s": 0.5, "verify_time_s": 1.5, "wait_time_s": 1.0, "streamed_bytes": 10**9}
     for number, accepted in enumerate((0, 8, 4)):
-        step = StepStats(drafted=8, accepted=accepted, emitted=accepted + 1, **times)
-        stats = stats.after_step(step, decode_time_s=2.0 * (number + 1))
+        step = PassStats(drafted=8, accepted=accepted, emitted=accepted + 1, **times)
+        stats = stats.after_pass(step, decode_time_s=2.0 * (number + 1))
     return stats
 
 
@@ -53,7 +53,7 @@ def test_statistics_fit_the_usual_terminal():
     stats = some_stats()
     for _ in range(60):
         times = {"draft_time_s": 0.5, "verify_time_s": 9.5, "wait_time_s": 9.0, "streamed_bytes": 10**11}
-        stats = stats.after_step(StepStats(drafted=8, accepted=9, emitted=10, **times), decode_time_s=100.0)
+        stats = stats.after_pass(PassStats(drafted=8, accepted=9, emitted=10, **times), decode_time_s=100.0)
     assert max(len(line) for line in statistics_lines(stats, 100 << 30, 111 << 30)) <= 80
 
 

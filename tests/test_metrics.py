@@ -5,13 +5,13 @@ import itertools
 
 import pytest
 
-from subspec_cli.metrics import GenerationStats, StepStats, rate_of_totals, tau_of_totals
+from subspec_cli.metrics import GenerationStats, PassStats, rate_of_totals, tau_of_totals
 
 PREFILLED = GenerationStats().after_prefill(prompt_tokens=20, prefilled_tokens=12, ttft_s=0.5)
 
 
 def step(accepted, emitted=None, drafted=6):
-    return StepStats(
+    return PassStats(
         drafted=drafted,
         accepted=accepted,
         emitted=accepted + 1 if emitted is None else emitted,
@@ -25,7 +25,7 @@ def step(accepted, emitted=None, drafted=6):
 def after(*accepted):
     stats = PREFILLED
     for number, count in enumerate(accepted, start=1):
-        stats = stats.after_step(step(count), decode_time_s=float(number))
+        stats = stats.after_pass(step(count), decode_time_s=float(number))
     return stats
 
 
@@ -64,7 +64,7 @@ def test_rates_are_per_second_after_the_first_token():
 
 
 def test_tokens_cut_by_a_stop_are_not_counted():
-    stats = PREFILLED.after_step(step(5, emitted=2), decode_time_s=1.0)
+    stats = PREFILLED.after_pass(step(5, emitted=2), decode_time_s=1.0)
     assert stats.new_tokens == 3
     assert stats.tau == 2
     assert stats.accepted_histogram == (0, 0, 0, 0, 0, 1)
@@ -78,7 +78,7 @@ def test_the_live_display_gets_the_latest_passes():
 
 def test_stats_are_values():
     before = dataclasses.asdict(PREFILLED)
-    PREFILLED.after_step(step(1), decode_time_s=1.0)
+    PREFILLED.after_pass(step(1), decode_time_s=1.0)
     assert dataclasses.asdict(PREFILLED) == before
     with pytest.raises(dataclasses.FrozenInstanceError):
         PREFILLED.new_tokens = 3
@@ -104,8 +104,8 @@ def test_acceptance_by_depth_counts_passes_that_could_have_gone_on():
     """Of passes that reached a depth and whose tree went deeper, the share whose target went on."""
     stats = GenerationStats(new_tokens=1)
     for depth, accepted in ((3, 3), (3, 1), (2, 0), (5, 2), (0, 0)):
-        step = StepStats(depth=depth, accepted=accepted, emitted=accepted + 1)
-        stats = stats.after_step(step, decode_time_s=1.0)
+        step = PassStats(depth=depth, accepted=accepted, emitted=accepted + 1)
+        stats = stats.after_pass(step, decode_time_s=1.0)
     assert stats.reached_by_depth == (4, 3, 2, 0, 0)
     assert stats.acceptance_by_depth == (3 / 4, 2 / 3, 1 / 2, 0, 0)
 
@@ -113,7 +113,7 @@ def test_acceptance_by_depth_counts_passes_that_could_have_gone_on():
 def test_steps_and_link_time_add_up():
     stats = GenerationStats(new_tokens=1)
     for ready in (0, 4):
-        step = StepStats(
+        step = PassStats(
             emitted=2,
             draft_steps=3,
             ready_nodes=ready,
@@ -122,7 +122,7 @@ def test_steps_and_link_time_add_up():
             shadow_time_s=0.2,
             link_time_s=0.5,
         )
-        stats = stats.after_step(step, decode_time_s=stats.decode_time_s + 1.0)
+        stats = stats.after_pass(step, decode_time_s=stats.decode_time_s + 1.0)
     assert (stats.draft_steps, stats.shadow_steps, stats.shadow_hits) == (6, 10, 1)
     assert (stats.draft_cost_s, stats.shadow_time_s, stats.link_busy_share) == (0.6, 0.4, 0.5)
 

@@ -22,12 +22,12 @@ from subspec_cli.decoding.tree import TokenTree
 from subspec_cli.decoding.verification import host_row, verify
 from subspec_cli.errors import UsageError
 from subspec_cli.limits import PREFILL_CHUNK
-from subspec_cli.metrics import GenerationStats, StepStats
+from subspec_cli.metrics import GenerationStats, PassStats
 from subspec_cli.modeling.decoder import TargetDecoder
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.streaming.streamer import StreamCounters
 
-__all__ = ["PREFILL_CHUNK", "Engine", "Request", "StepOutput", "common_prefix"]
+__all__ = ["PREFILL_CHUNK", "Engine", "Request", "PassOutput", "common_prefix"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class StepOutput:
+class PassOutput:
     """What one target pass emitted."""
 
     token_ids: tuple[int, ...]
@@ -75,7 +75,7 @@ class Engine:
         self._grower = grower
         self._counters = counters
 
-    def generate(self, request: Request) -> Iterator[StepOutput]:
+    def generate(self, request: Request) -> Iterator[PassOutput]:
         """Prefill, then decode until the stop rule or the limit ends the answer.
 
         Afterwards, and also if the consumer leaves early, the cache holds prompt + emitted - 1 rows.
@@ -83,7 +83,7 @@ class Engine:
         self._grower.forget()
         stats, token = self._prefill(request)
         finish = request.stop.feed(token)
-        yield StepOutput((token,), finish, stats)
+        yield PassOutput((token,), finish, stats)
         while finish is None:
             started, link = time.perf_counter(), self._counters()
             proposal = self._grower.grow(token, request.sampler, request.max_new_tokens - stats.new_tokens)
@@ -98,7 +98,7 @@ class Engine:
             self._grower.learn(result, ends=finish is not None)
             token = token_ids[-1]
             moved = self._counters().since(link)
-            step = StepStats(
+            step = PassStats(
                 drafted=len(tree) - 1,
                 accepted=result.accepted,
                 emitted=len(token_ids),
@@ -114,8 +114,8 @@ class Engine:
                 link_time_s=moved.read_time_s,
                 streamed_bytes=moved.streamed_bytes,
             )
-            stats = stats.after_step(step, decode_time_s=stats.decode_time_s + time.perf_counter() - started)
-            yield StepOutput(token_ids, finish, stats)
+            stats = stats.after_pass(step, decode_time_s=stats.decode_time_s + time.perf_counter() - started)
+            yield PassOutput(token_ids, finish, stats)
 
     def _verify_pass(self, tree: TokenTree) -> tuple[Tensor, _Shadow]:
         """The target's logits `[N, V]` of a tree's nodes, and what was drafted meanwhile."""

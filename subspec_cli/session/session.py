@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from subspec_cli.config import SamplingConfig
-from subspec_cli.decoding.engine import Engine, Request, StepOutput
+from subspec_cli.decoding.engine import Engine, PassOutput, Request
 from subspec_cli.decoding.sampler import make_sampler
 from subspec_cli.decoding.text import AnswerText
 from subspec_cli.errors import IntegrityError, UsageError
@@ -150,7 +150,7 @@ class Session:
         for step in self._checked(engine.generate(Request(tuple(prompt_ids), sampler, limit, text))):
             yield TextDelta(text.take(), step.token_ids, step.finish_reason, step.stats)
 
-    def _checked(self, steps: Iterator[StepOutput]) -> Iterator[StepOutput]:
+    def _checked(self, steps: Iterator[PassOutput]) -> Iterator[PassOutput]:
         """The same steps, each once it is certain that the files its weights were read from are the same.
 
         Raises ResourceError where memory runs out.
