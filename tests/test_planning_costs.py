@@ -1,4 +1,4 @@
-"""Costs: quantised so that noise decides nothing, and read back as they were written."""
+"""Costs: snapped to the grid so that noise decides nothing, and read back as they were written."""
 
 import json
 
@@ -8,21 +8,21 @@ from hypothesis import strategies as st
 from test_planning_plan import make_geometry
 
 from subspec_cli.planning.assumed_costs import assumed_costs
-from subspec_cli.planning.costs import MachineCosts, PlanCosts, RowTimes, quantised, weighted_sum
+from subspec_cli.planning.costs import MachineCosts, PlanCosts, RowTimes, snapped, weighted_sum
 
 GEOMETRY = make_geometry()
 
 
 @given(st.floats(1e-9, 1e12))
 def test_quantised_values_lie_on_a_grid_of_a_few_per_cent(value):
-    found = quantised(value)
+    found = snapped(value)
     assert abs(found / value - 1) < 0.023
-    assert quantised(found) == found
+    assert snapped(found) == found
 
 
 def test_small_noise_decides_nothing():
-    assert len({quantised(0.01632 * (1 + noise)) for noise in (-0.005, 0.0, 0.005)}) == 1
-    assert quantised(0.0) == quantised(-1.0) == 0.0
+    assert len({snapped(0.01632 * (1 + noise)) for noise in (-0.005, 0.0, 0.005)}) == 1
+    assert snapped(0.0) == snapped(-1.0) == 0.0
 
 
 def test_times_lie_on_straight_lines_between_what_was_timed():
@@ -33,7 +33,7 @@ def test_times_lie_on_straight_lines_between_what_was_timed():
 
 
 def test_more_rows_never_take_less():
-    assert RowTimes((1, 2, 3), (2.0, 1.0, 4.0)).quantised().seconds == (2.0, 2.0, 4.0)
+    assert RowTimes((1, 2, 3), (2.0, 1.0, 4.0)).snapped().seconds == (2.0, 2.0, 4.0)
 
 
 def test_pieces_one_after_another_add_up():

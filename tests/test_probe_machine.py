@@ -15,7 +15,7 @@ from subspec_cli.drafting.draft_steps import sampling_of
 from subspec_cli.drafting.ranking import likeliest, rank
 from subspec_cli.modeling.decoder import DraftLogits, Head
 from subspec_cli.modeling.substitute import Int4Linear, LowBitHead, low_bit_table
-from subspec_cli.planning.costs import quantised
+from subspec_cli.planning.costs import snapped
 from subspec_cli.planning.timing import plan_costs
 from subspec_cli.probe import kept_costs
 from subspec_cli.probe.kept_costs import read_probe, write_probe
@@ -62,7 +62,7 @@ def test_every_part_is_timed_on_stand_ins_of_the_models_shapes(shelf, home, prob
     ):
         times = getattr(found, name)
         assert all(0 < a <= b for a, b in zip(times.seconds, times.seconds[1:], strict=False)), name
-        assert all(quantised(seconds) == seconds for seconds in times.seconds), name
+        assert all(snapped(seconds) == seconds for seconds in times.seconds), name
     assert about.plan.prediction.origin == "measured"
     assert about.costs.as_dict()["step"]["rows"] == (1, 2, 3, 4, 6, 8)
 

@@ -1,6 +1,6 @@
 """What to draft next: how deep, how wide, and how much in the shadow of a pass.
 
-Decided from costs that were probed, quantised and recorded (`PlanCosts`), from calibrated chances, and from
+Decided from costs that were probed, snapped to the grid and recorded (`PlanCosts`), from calibrated chances, and from
 nothing else: no clock is read, so two runs grow the same trees. One rule serves all: a draft step is worth its
 time while it adds more expected tokens than the run makes in that time. With E expected tokens of the tree so
 far and A those of recent passes, over the time s of this tree and B of those passes, the run makes

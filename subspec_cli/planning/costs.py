@@ -1,6 +1,6 @@
 """What things take on a machine: rates and seconds that were probed, or are assumed and say so.
 
-Times are quantised when they are taken, so that small noise between two probes decides nothing: two runs with
+Times are snapped to the grid when they are taken, so that small noise between two probes decides nothing: two runs with
 the same cached costs plan and draft alike.
 """
 
@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 _STEPS_PER_DOUBLING: Final = 16
-"""Steps of the grid of quantised values: neighbours differ by 4.4 %."""
+"""Steps of the grid of snapped to the grid values: neighbours differ by 4.4 %."""
 
 
-def quantised(value: float) -> float:
+def snapped(value: float) -> float:
     """The nearest value of a geometric grid, printed short; 0 stays 0."""
     if value <= 0:
         return 0.0
@@ -46,11 +46,11 @@ class RowTimes:
         share = (rows - low) / (high - low)
         return self.seconds[right - 1] + share * (self.seconds[right] - self.seconds[right - 1])
 
-    def quantised(self) -> RowTimes:
+    def snapped(self) -> RowTimes:
         """The same on the grid, and never falling with more rows."""
         seconds: list[float] = []
         for value in self.seconds:
-            seconds.append(max(quantised(value), seconds[-1] if seconds else 0.0))
+            seconds.append(max(snapped(value), seconds[-1] if seconds else 0.0))
         return RowTimes(self.rows, tuple(seconds))
 
 

@@ -33,7 +33,7 @@ from subspec_cli.modeling.substitute import (
     made_up_substitute,
     resident_layer,
 )
-from subspec_cli.planning.costs import MachineCosts, RowTimes, quantised
+from subspec_cli.planning.costs import MachineCosts, RowTimes, snapped
 from subspec_cli.probe.timers import copy_rate, disk_rate, reading, time_rows
 from subspec_cli.streaming.layout import BlockLayout, layout_block
 from subspec_cli.streaming.streamer import DTYPES
@@ -58,7 +58,7 @@ def probe_machine(
     device: torch.device,
     progress: Callable[[str], None],
 ) -> MachineCosts:
-    """Time link, target layers, draft layers and heads; every time is quantised."""
+    """Time link, target layers, draft layers and heads; every time is snapped to the grid."""
     layouts = _disk_layouts(geometry, checkpoint)
     on_cpu = device.type == "cpu"
     bench = _Bench(geometry, settings, device)
@@ -76,13 +76,13 @@ def probe_machine(
         link_bytes_per_s=link,
         pageable_bytes_per_s=pageable,
         disk_bytes_per_s=disk,
-        target_layer=target.quantised(),
-        target_head=bench.target_head().quantised(),
-        substitute_layer=bench.substitute_layer().quantised(),
-        shared_layer=bench.shared_layer().quantised(),
-        draft_head=bench.draft_head(16).quantised(),
-        low_bit_head=bench.draft_head(4).quantised(),
-        step_overhead_s=quantised(_TREE_S[device.type]),
+        target_layer=target.snapped(),
+        target_head=bench.target_head().snapped(),
+        substitute_layer=bench.substitute_layer().snapped(),
+        shared_layer=bench.shared_layer().snapped(),
+        draft_head=bench.draft_head(16).snapped(),
+        low_bit_head=bench.draft_head(4).snapped(),
+        step_overhead_s=snapped(_TREE_S[device.type]),
         origin="measured",
     )
 

@@ -13,7 +13,7 @@ from typing import Final
 import torch
 
 from subspec_cli.files.direct_io import DirectReader, allocate_buffer
-from subspec_cli.planning.costs import RowTimes, quantised
+from subspec_cli.planning.costs import RowTimes, snapped
 from subspec_cli.streaming.layout import BlockLayout
 
 _LINK_S: Final = 0.7
@@ -58,7 +58,7 @@ def disk_rate(layouts: Sequence[BlockLayout], *, seconds: float = _LINK_S) -> fl
             done_bytes += layout.tensor_bytes
             if time.perf_counter() - started >= seconds:
                 break
-        return quantised(done_bytes / (time.perf_counter() - started))
+        return snapped(done_bytes / (time.perf_counter() - started))
     finally:
         reader.close()
 
@@ -75,7 +75,7 @@ class Reading:
     @property
     def bytes_per_s(self) -> float:
         """Rate so far; 0 before the first block."""
-        return quantised(self._done_bytes / self._busy_s) if self._busy_s else 0.0
+        return snapped(self._done_bytes / self._busy_s) if self._busy_s else 0.0
 
     def run(self) -> None:
         """Read until told to stop; at least one block."""
@@ -111,7 +111,7 @@ def reading(layouts: Sequence[BlockLayout]) -> Iterator[Reading]:
 
 
 def copy_rate(device: torch.device, *, pinned: bool) -> float:
-    """Bytes per second of copies from host memory to a GPU, quantised."""
+    """Bytes per second of copies from host memory to a GPU, snapped to the grid."""
     source = torch.ones(_COPY_BYTES, dtype=torch.uint8, pin_memory=pinned)
     target = torch.empty(_COPY_BYTES, dtype=torch.uint8, device=device)
 
@@ -119,4 +119,4 @@ def copy_rate(device: torch.device, *, pinned: bool) -> float:
         torch.cuda.synchronize(device)
 
     copies = time_rows(lambda _rows: target.copy_(source, non_blocking=True), (1,), finish=finish)
-    return quantised(_COPY_BYTES / copies.seconds[0])
+    return snapped(_COPY_BYTES / copies.seconds[0])
