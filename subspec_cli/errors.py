@@ -76,6 +76,6 @@ class BusyError(SubspecError):
 
 
 class NotIdenticalError(SubspecError):
-    """Speculative and plain decoding differed where exactness was certified."""
+    """Speculative and plain decoding differed where exactness was checked."""
 
     exit_code = ExitCode.NOT_IDENTICAL

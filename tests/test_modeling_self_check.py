@@ -9,7 +9,7 @@ from tiny_models import CPU, FAMILIES, Tiny, make_tiny_model
 from subspec_cli.modeling.attention import exact_attention, fast_attention
 from subspec_cli.modeling.decoder import Head, TargetDecoder
 from subspec_cli.modeling.layers import RowRules
-from subspec_cli.modeling.self_check import candidate_rules, certify, row_counts
+from subspec_cli.modeling.self_check import candidate_rules, check_batch_invariance, row_counts
 
 NODES, PREFILL = 64, 128
 
@@ -19,9 +19,9 @@ def qwen(tmp_path_factory):
     return Tiny(make_tiny_model(tmp_path_factory.mktemp("qwen"), "qwen2", layers=1))
 
 
-def certificate(tiny, *, attend=exact_attention, nodes=NODES, prefill=PREFILL):
+def self_check(tiny, *, attend=exact_attention, nodes=NODES, prefill=PREFILL):
     source, math = tiny.source(), tiny.math(attend)
-    return certify(
+    return check_batch_invariance(
         lambda rules: tiny.target(source, rules, math),
         tiny.head,
         source,
@@ -36,13 +36,13 @@ def certificate(tiny, *, attend=exact_attention, nodes=NODES, prefill=PREFILL):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_16_bit_model_is_exact(tmp_path, family, dtype):
-    found = certificate(Tiny(make_tiny_model(tmp_path, family, dtype=dtype, layers=1, tied=False)))
+    found = self_check(Tiny(make_tiny_model(tmp_path, family, dtype=dtype, layers=1, tied=False)))
     assert (found.exactness, found.threads) == ("exact", 1)
     assert str(found.rules.row_block) in found.reason
 
 
 def test_a_float32_model_is_numeric_and_says_why(tmp_path):
-    found = certificate(Tiny(make_tiny_model(tmp_path, "llama", dtype=torch.float32, layers=1)))
+    found = self_check(Tiny(make_tiny_model(tmp_path, "llama", dtype=torch.float32, layers=1)))
     assert found.exactness == "numeric"
     assert "float32" in found.reason or "neighbours" in found.reason
 
@@ -101,7 +101,7 @@ PLANTED = [
 @pytest.mark.parametrize(("kind", "change"), PLANTED)
 def test_a_row_dependent_block_is_named(qwen, monkeypatch, kind, change):
     planted(kind, change, monkeypatch)
-    found = certificate(qwen)
+    found = self_check(qwen)
     assert found.exactness == "numeric"
     assert f"the {kind} block" in found.reason
 
@@ -115,7 +115,7 @@ def test_a_rounding_that_shows_in_few_rows_is_found(qwen, monkeypatch, size):
         return torch.where(odd, rows * 1.02, rows)
 
     planted("gate", rarely, monkeypatch)
-    found = certificate(qwen)
+    found = self_check(qwen)
     assert found.exactness == "numeric" or size % found.rules.row_block
 
 
@@ -129,7 +129,7 @@ def test_a_real_kernel_that_rounds_a_lone_row_otherwise_is_found(tmp_path, monke
         pytest.skip("a lone row rounds like many on this machine")
     monkeypatch.setattr(RowRules, "padded", lambda self, rows: rows)
     monkeypatch.setattr("subspec_cli.modeling.self_check.candidate_rules", lambda device: [RowRules(2)])
-    assert certificate(tiny, prefill=256).exactness == "numeric"
+    assert self_check(tiny, prefill=256).exactness == "numeric"
 
 
 def test_a_row_dependent_linear_is_found(qwen, monkeypatch):
@@ -137,7 +137,7 @@ def test_a_row_dependent_linear_is_found(qwen, monkeypatch):
     monkeypatch.setattr(
         RowRules, "linear", lambda self, rows, weight, bias: by_count(original(self, rows, weight, bias))
     )
-    found = certificate(qwen)
+    found = self_check(qwen)
     assert found.exactness == "numeric"
     assert "the attention block" in found.reason
 
@@ -146,7 +146,7 @@ def test_a_row_dependent_linear_is_found(qwen, monkeypatch):
 def test_a_row_dependent_head_is_named(qwen, monkeypatch, change):
     original = Head.logits
     monkeypatch.setattr(Head, "logits", lambda self, rows, rules: change(original(self, rows, rules)))
-    found = certificate(qwen, nodes=129)
+    found = self_check(qwen, nodes=129)
     assert found.exactness == "numeric"
     assert "the head" in found.reason
 
@@ -159,15 +159,15 @@ def test_the_head_is_checked_up_to_the_largest_tree(qwen, monkeypatch):
         return original(self, rows, rules) * (1.02 if len(rows) > 100 else 1)
 
     monkeypatch.setattr(Head, "logits", large_only)
-    assert certificate(qwen, nodes=64).exactness == "exact"
-    found = certificate(qwen, nodes=129)
+    assert self_check(qwen, nodes=64).exactness == "exact"
+    found = self_check(qwen, nodes=129)
     assert found.exactness == "numeric"
     assert "the head" in found.reason
 
 
 def test_attention_that_rounds_by_what_is_beside_it_is_named(qwen):
     """The draft's fast attention in the target's place: what other programs run, and call lossless."""
-    found = certificate(qwen, attend=fast_attention)
+    found = self_check(qwen, attend=fast_attention)
     assert found.exactness == "numeric"
     assert "attention" in found.reason
 
@@ -176,7 +176,7 @@ def test_attention_that_counts_its_rows_is_named(qwen):
     def counting(query, keys, values, allowed):
         return exact_attention(query, keys, values, allowed) * (1 + query.shape[1] / 2**9)
 
-    assert "attention" in certificate(qwen, attend=counting).reason
+    assert "attention" in self_check(qwen, attend=counting).reason
 
 
 def test_attention_that_counts_its_keys_is_named(qwen):
@@ -185,7 +185,7 @@ def test_attention_that_counts_its_keys_is_named(qwen):
     def counting(query, keys, values, allowed):
         return exact_attention(query, keys, values, allowed) * (1 + (keys.shape[1] % 8) / 64)
 
-    found = certificate(qwen, attend=counting)
+    found = self_check(qwen, attend=counting)
     assert found.exactness == "numeric"
     assert "attention" in found.reason
 
@@ -197,7 +197,7 @@ def test_the_smallest_row_block_that_holds_is_taken(qwen, monkeypatch):
         return original(self, rows, weight, bias) * (1.02 if len(rows) % 8 else 1)
 
     monkeypatch.setattr(RowRules, "linear", wants_eights)
-    found = certificate(qwen)
+    found = self_check(qwen)
     assert found.exactness == "exact"
     assert found.rules.row_block == 8
 
@@ -210,7 +210,7 @@ def test_elementwise_tiles_are_taken_where_whole_rows_do_not_hold(qwen, monkeypa
         return given if self.tile_elementwise else by_last_place(given)
 
     monkeypatch.setattr(RowRules, "gated", only_tiles_hold)
-    found = certificate(qwen)
+    found = self_check(qwen)
     assert found.exactness == "exact"
     assert found.rules.tile_elementwise
 

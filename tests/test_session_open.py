@@ -142,7 +142,7 @@ def test_leaving_the_context_closes_also_after_an_error(shelf):
     assert not readers()
 
 
-@pytest.mark.parametrize("step", ["certify", "end_token_ids"])
+@pytest.mark.parametrize("step", ["check_batch_invariance", "end_token_ids"])
 def test_an_opening_that_fails_late_stops_the_reader(shelf, monkeypatch, step):
     def fails(*args, **how):
         raise KeyboardInterrupt

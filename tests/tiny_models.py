@@ -32,7 +32,7 @@ from subspec_cli.modeling.layer_source import LayerSource
 from subspec_cli.modeling.layers import Attention, LayerMath, RowRules
 from subspec_cli.modeling.pretrained import load_config
 from subspec_cli.modeling.rope import build_rope_table
-from subspec_cli.modeling.self_check import certify
+from subspec_cli.modeling.self_check import check_batch_invariance
 from subspec_cli.streaming.disk_streamer import DiskStreamer, read_resident
 from subspec_cli.streaming.layout import BlockLayout, layout_block
 from subspec_cli.streaming.streamer import DTYPES, Streamer
@@ -237,7 +237,7 @@ class Tiny:
     def exact_rules(self) -> RowRules:
         """The row rules that the self-check finds on this machine; skips the test where there are none."""
         source = self.source()
-        found = certify(
+        found = check_batch_invariance(
             lambda rules: self.target(source, rules),
             self.head,
             source,

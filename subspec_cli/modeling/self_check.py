@@ -35,7 +35,7 @@ _MOST_SAMPLED_ROWS: Final = 192
 
 
 @dataclass(frozen=True, slots=True)
-class Certificate:
+class SelfCheck:
     """Outcome of the self-check."""
 
     exactness: str
@@ -56,7 +56,7 @@ def candidate_rules(device: torch.device) -> Iterator[RowRules]:
 
 
 @torch.inference_mode()
-def certify(
+def check_batch_invariance(
     decoder_for: Callable[[RowRules], TargetDecoder],
     head: Head,
     source: BlockSource,
@@ -66,7 +66,7 @@ def certify(
     prefill_rows: int,
     dtype: torch.dtype,
     device: torch.device,
-) -> Certificate:
+) -> SelfCheck:
     """Find the row rules under which rows keep their bits; `decoder_for` builds the target under given rules."""
     counts = row_counts(most_nodes, prefill_rows)
     states = _random_states(geometry.hidden, max(counts), dtype, device)
@@ -75,11 +75,11 @@ def certify(
     for rules in candidate_rules(device):
         failure = _first_failure(decoder_for(rules), head, source, states, counts, most_nodes)
         if not failure and dtype in (torch.bfloat16, torch.float16):
-            return Certificate("exact", f"rows checked in blocks of {rules.row_block}", rules, threads)
+            return SelfCheck("exact", f"rows checked in blocks of {rules.row_block}", rules, threads)
         if not failure:
             name = str(dtype).removeprefix("torch.")
-            return Certificate("numeric", f"{name} sums can round by the order of keys", rules, threads)
-    return Certificate("numeric", f"{failure} lets a row's bits depend on its neighbours", rules, threads)
+            return SelfCheck("numeric", f"{name} sums can round by the order of keys", rules, threads)
+    return SelfCheck("numeric", f"{failure} lets a row's bits depend on its neighbours", rules, threads)
 
 
 def row_counts(most_nodes: int, prefill_rows: int) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ from subspec_cli.errors import UnsupportedModelError
 from subspec_cli.limits import MOST_DEPTH, MOST_ROWS
 from subspec_cli.modeling.layers import RowRules
 from subspec_cli.modeling.pretrained import ModelTokenizer, end_token_ids, load_config
-from subspec_cli.modeling.self_check import Certificate, certify
+from subspec_cli.modeling.self_check import SelfCheck, check_batch_invariance
 from subspec_cli.planning.asked import (
     budget_bytes,
     most_shadow_rows,
@@ -101,16 +101,16 @@ def _load(
         # What was read so far came from the files that were opened, or nothing is answered.
         check_unchanged(source.checkpoint)
         progress("checking that rows keep their bits")
-        certificate = _certify(loaded, source.geometry, _tree_nodes(config, plan), device)
+        self_check = _check_batch_invariance(loaded, source.geometry, _tree_nodes(config, plan), device)
         eos_ids = end_token_ids(source.checkpoint.directory, model_config, tokenizer)
-        engines = _engines(config, plan, costs, loaded, certificate.rules, eos_ids)
+        engines = _engines(config, plan, costs, loaded, self_check.rules, eos_ids)
         parts = _parts(config, loaded, engines, tokenizer, eos_ids, meter)
     except BaseException:
         loaded.close()
         raise
     mark_used(source.prepared.directory)
     notes.extend(loaded.notes)
-    return Session(parts, _describe(config, source, plan, costs, certificate, parts, loaded, device, notes))
+    return Session(parts, _describe(config, source, plan, costs, self_check, parts, loaded, device, notes))
 
 
 def _device(name: str) -> torch.device:
@@ -197,10 +197,10 @@ def _shadow_rows(config: Config, plan: OffloadPlan) -> int:
     return most_shadow_rows(config) if plan.streamed and plan.drafts else 0
 
 
-def _certify(
+def _check_batch_invariance(
     loaded: LoadedModel, geometry: ModelGeometry, most_nodes: int, device: torch.device
-) -> Certificate:
-    return certify(
+) -> SelfCheck:
+    return check_batch_invariance(
         loaded.target,
         loaded.head,
         loaded.source,
@@ -265,7 +265,7 @@ def _describe(
     source: ModelSource,
     plan: OffloadPlan,
     costs: PlanCosts,
-    certificate: Certificate,
+    self_check: SelfCheck,
     parts: SessionParts,
     loaded: LoadedModel,
     device: torch.device,
@@ -277,13 +277,13 @@ def _describe(
         revision=source.prepared.manifest.commit,
         device=device.type,
         dtype=source.geometry.dtype.lower(),
-        exactness=certificate.exactness,
-        exactness_reason=certificate.reason,
+        exactness=self_check.exactness,
+        exactness_reason=self_check.reason,
         speculation=loaded.draft is not None,
         fits=plan.fits,
         seed=parts.sampling.seed,
         fresh_seed=config.sampling.seed is None,
-        threads=certificate.threads,
+        threads=self_check.threads,
         context_tokens=plan.context,
         budget_bytes=plan.budget_bytes,
         plan=plan,
