@@ -6,7 +6,7 @@ from pathlib import Path
 
 from subspec_cli.checkpoint.checkpoint import open_checkpoint
 from subspec_cli.hub.incoming import Incoming
-from subspec_cli.hub.retry import Patience
+from subspec_cli.hub.retry import RetryPolicy
 from subspec_cli.hub.snapshot import OpenedModel, ResolvedModel, open_model
 from subspec_cli.hub.workers import Messages
 from subspec_cli.substitutes import preparation
@@ -17,7 +17,7 @@ from subspec_cli.substitutes.settings import SubstituteSettings
 
 LAYERS = 3
 SETTINGS = SubstituteSettings(4, "minmax")
-HASTE = Patience(tries=4, first_wait_s=0.01, longest_wait_s=1.0, stall_s=0.3)
+HASTE = RetryPolicy(tries=4, first_wait_s=0.01, longest_wait_s=1.0, stall_s=0.3)
 SHA256 = "a" * 64
 
 
@@ -52,7 +52,7 @@ def resolve_model(model: str, revision: str | None = None, **how) -> ResolvedMod
 
 def opened(model: str, revision: str | None = None, *, notices=None, **how):
     """`open_model`, as patient as a test can be."""
-    how = {"patience": HASTE} | how
+    how = {"retry policy": HASTE} | how
     return open_model(model, revision, notify=([] if notices is None else notices).append, **how)
 
 
@@ -70,8 +70,8 @@ def run(
     }
     settings, quantizer = SubstituteSettings(bits, "minmax"), quantizer or Quantizer()
     if isinstance(model, str):
-        patience = changes.pop("patience", HASTE)
-        with opened(model, notices=notices, patience=patience) as found:
+        retry_policy = changes.pop("retry policy", HASTE)
+        with opened(model, notices=notices, retry_policy=retry_policy) as found:
             return preparation.prepare_model(found, settings, quantizer, **(fixed | changes))
     nothing = Incoming(model.directory, (), Messages(print))
     found = OpenedModel(model, checkpoint or open_checkpoint(model.directory), nothing)

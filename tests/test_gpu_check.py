@@ -1,4 +1,4 @@
-"""The check of a GPU: what it makes of results, on made-up ones; the run itself is rehearsed by hand on the CPU."""
+"""The check of a GPU: what it makes of results, on dummy ones; the run itself is rehearsed by hand on the CPU."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from subspec_cli.checkpoint.checkpoint import open_checkpoint
 from subspec_cli.errors import AccessError, ExitCode, IntegrityError, NetworkError, ResourceError
 from subspec_cli.files.safe_io import sha256_file
 from subspec_cli.hub import snapshot
-from subspec_cli.hub.retry import Patience
+from subspec_cli.hub.retry import RetryPolicy
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
@@ -444,7 +444,7 @@ def test_layers_are_made_while_others_are_still_on_their_way(large):
             made.set()
 
     large.on_get = hold
-    prepared = run(MODEL, progress=watch, patience=Patience(stall_s=20))
+    prepared = run(MODEL, progress=watch, retry_policy=RetryPolicy(stall_s=20))
     assert len(prepared.manifest.layers) == LAYERS
     assert (1, 1) in seen
     assert seen[-1] == (LAYERS, 2)
@@ -506,7 +506,7 @@ def test_ctrl_c_leaves_at_once_although_the_hub_is_silent(large):
     with opened(MODEL):
         pass
     large.faults = {TWO: Fault(times=99, after_bytes=0, stall_s=3)}
-    with opened(MODEL, patience=Patience(stall_s=30)) as found:
+    with opened(MODEL, retry_policy=RetryPolicy(stall_s=30)) as found:
         found.incoming.start()
         found.incoming.wait()
         started_s = time.monotonic()

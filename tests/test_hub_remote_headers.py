@@ -14,16 +14,16 @@ from subspec_cli.checkpoint.source_directory import check_config
 from subspec_cli.errors import AccessError, IntegrityError, NetworkError, UnsupportedModelError, UsageError
 from subspec_cli.hub import remote_headers
 from subspec_cli.hub.remote_headers import outline_model
-from subspec_cli.hub.retry import Patience
+from subspec_cli.hub.retry import RetryPolicy
 
-HASTY = Patience(tries=2, first_wait_s=0.01, stall_s=2.0)
+HASTY = RetryPolicy(tries=2, first_wait_s=0.01, stall_s=2.0)
 SHARD = "model-00001-of-00002.safetensors"
 SINGLE = "model.safetensors"
 
 
 def outline(model=MODEL, revision=None):
     return outline_model(
-        model, revision, accept_config=check_config, notify=lambda text: None, patience=HASTY
+        model, revision, accept_config=check_config, notify=lambda text: None, retry_policy=HASTY
     )
 
 

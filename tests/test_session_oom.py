@@ -20,7 +20,7 @@ from subspec_cli.modeling.decoder import TargetDecoder
 from subspec_cli.planning.plan import OffloadPlan
 from subspec_cli.session import build, load
 from subspec_cli.session.load import Loader
-from subspec_cli.session.oom import shortage_told
+from subspec_cli.session.oom import oom_as_error
 from subspec_cli.streaming.gpu_streamer import GpuStreamer
 from subspec_cli.streaming.memory_meter import MemoryMeter
 from subspec_cli.units import GIB
@@ -57,7 +57,7 @@ def told(error: Exception) -> ResourceError:
 
 
 def run_out(work: Callable[[], Any]) -> None:
-    with shortage_told("loading the model", budget_bytes=8 * GIB, meter=Meter()):
+    with oom_as_error("loading the model", budget_bytes=8 * GIB, meter=Meter()):
         work()
 
 

@@ -152,7 +152,7 @@ def test_a_table_in_host_memory_is_gathered_by_the_gpu() -> None:
 
 
 def on_gpu(model: Tiny) -> DraftDecoder:
-    """A draft of made-up substitutes for a tiny model, on the GPU."""
+    """A draft of dummy substitutes for a tiny model, on the GPU."""
     geometry = model.geometry
     small = tuple({name: tensor.to(CUDA) for name, tensor in layer.items()} for layer in model.math().small)
     rope = RopeTable(model.math().rope.cos.to(CUDA), model.math().rope.sin.to(CUDA))

@@ -12,7 +12,7 @@ from subspec_cli.files.safe_io import has_size, open_regular
 from subspec_cli.hub.cache import RepoCache
 from subspec_cli.hub.errors import explain_hub_error
 from subspec_cli.hub.partial_file import Appender, ContentDigest
-from subspec_cli.hub.retry import Attempts, Patience, patiently
+from subspec_cli.hub.retry import Attempts, RetryPolicy, with_retries
 from subspec_cli.hub.transfer import RemoteFile, look_up, open_body
 from subspec_cli.hub.workers import Messages
 from subspec_cli.units import format_bytes, printable
@@ -27,12 +27,12 @@ class DownloadContext:
     model_id: str
     commit: str
     cache: RepoCache
-    patience: Patience
+    retry_policy: RetryPolicy
     messages: Messages
 
     def attempts(self) -> Attempts:
         """A count for one thing to try."""
-        return Attempts(self.patience, self.messages.pause, self.messages.tell, self.model_id)
+        return Attempts(self.retry_policy, self.messages.pause, self.messages.tell, self.model_id)
 
 
 class Download:
@@ -130,10 +130,10 @@ class Download:
     def _fetch(self, until: int) -> None:
         """Have the first `until` bytes on disk."""
         while self.have_bytes < until:
-            patiently(lambda: self._receive(until), self._attempts, self._explained)
+            with_retries(lambda: self._receive(until), self._attempts, self._explained)
 
     def _receive(self, until: int) -> None:
-        stall_s = self._context.patience.stall_s
+        stall_s = self._context.retry_policy.stall_s
         with (
             open_body(self._remote, self.have_bytes, until, stall_s) as body,
             Appender(self._partial) as appender,
@@ -185,7 +185,9 @@ def begin_download(context: DownloadContext, name: str) -> Download:
     def explained(error: Exception) -> Exception:
         return explain_hub_error(error, context.model_id, context.commit) or error
 
-    remote = patiently(
-        lambda: look_up(context.model_id, context.commit, name, context.patience.stall_s), attempts, explained
+    remote = with_retries(
+        lambda: look_up(context.model_id, context.commit, name, context.retry_policy.stall_s),
+        attempts,
+        explained,
     )
     return Download(context, remote, attempts)

@@ -23,7 +23,7 @@ from subspec_cli.errors import IntegrityError, NetworkError, UnsupportedModelErr
 from subspec_cli.files.safe_io import has_size
 from subspec_cli.hub.cache import cached_snapshot
 from subspec_cli.hub.errors import explain_hub_error, not_a_hub
-from subspec_cli.hub.retry import Attempts, Patience, patiently
+from subspec_cli.hub.retry import Attempts, RetryPolicy, with_retries
 from subspec_cli.hub.workers import Messages, run_all
 from subspec_cli.units import printable
 
@@ -100,7 +100,7 @@ class Listing:
 
 
 def find_listing(
-    model_id: str, revision: str | None, patience: Patience, notify: Callable[[str], None]
+    model_id: str, revision: str | None, retry_policy: RetryPolicy, notify: Callable[[str], None]
 ) -> Listing:
     """The commit that a revision stands for now; by the cache where that is complete and the hub not reached.
 
@@ -116,7 +116,7 @@ def find_listing(
     if here is not None and revision == here.commit:  # a commit does not change
         return here
     try:
-        return _ask(model_id, revision, replace(patience, tries=1) if here else patience, notify)
+        return _ask(model_id, revision, replace(retry_policy, tries=1) if here else retry_policy, notify)
     except NetworkError as error:
         if here is None:
             raise NetworkError(
@@ -126,15 +126,17 @@ def find_listing(
         return here
 
 
-def _ask(model_id: str, revision: str | None, patience: Patience, notify: Callable[[str], None]) -> Listing:
+def _ask(
+    model_id: str, revision: str | None, retry_policy: RetryPolicy, notify: Callable[[str], None]
+) -> Listing:
     from huggingface_hub import HfApi
 
     found: list[ModelInfo] = []
     messages = Messages(notify)
-    attempts = Attempts(patience, messages.pause, messages.tell, model_id)
+    attempts = Attempts(retry_policy, messages.pause, messages.tell, model_id)
 
     def ask() -> ModelInfo:
-        timeout_s = patience.stall_s or _TIMEOUT_S
+        timeout_s = retry_policy.stall_s or _TIMEOUT_S
         return HfApi().model_info(model_id, revision=revision, timeout=timeout_s, files_metadata=True)
 
     def explained(error: Exception) -> Exception:
@@ -142,7 +144,7 @@ def _ask(model_id: str, revision: str | None, patience: Patience, notify: Callab
             return not_a_hub()
         return explain_hub_error(error, model_id, revision) or error
 
-    run_all([lambda: found.append(patiently(ask, attempts, explained))], messages)
+    run_all([lambda: found.append(with_retries(ask, attempts, explained))], messages)
     commit = found[0].sha
     sizes = {sibling.rfilename: sibling.size for sibling in found[0].siblings or ()}
     if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):

@@ -33,7 +33,7 @@ from subspec_cli.hub.download import DownloadContext
 from subspec_cli.hub.errors import explain_hub_error
 from subspec_cli.hub.listing import Listing, find_listing
 from subspec_cli.hub.model_name import check_revision, parse_model_name
-from subspec_cli.hub.retry import PATIENCE, Patience, patiently
+from subspec_cli.hub.retry import RETRY_POLICY, RetryPolicy, with_retries
 from subspec_cli.hub.transfer import RemoteFile, look_up, open_body
 from subspec_cli.hub.workers import Messages, run_all
 from subspec_cli.units import printable
@@ -67,7 +67,7 @@ def outline_model(
     *,
     accept_config: Callable[[Mapping[str, Any]], None],
     notify: Callable[[str], None],
-    patience: Patience = PATIENCE,
+    retry_policy: RetryPolicy = RETRY_POLICY,
 ) -> ModelOutline:
     """Outline a model; the network is asked only for what is on the hub and not whole in the cache.
 
@@ -78,9 +78,11 @@ def outline_model(
     directory = name.directory or _cached(name.model_id, revision)
     if directory is not None:
         return _outline_here(name.model_id, directory, accept_config, is_hub=name.directory is None)
-    listing = find_listing(name.model_id, revision, patience, notify)
+    listing = find_listing(name.model_id, revision, retry_policy, notify)
     messages = Messages(notify)
-    context = DownloadContext(name.model_id, listing.commit, repo_cache(name.model_id), patience, messages)
+    context = DownloadContext(
+        name.model_id, listing.commit, repo_cache(name.model_id), retry_policy, messages
+    )
     reader = _Reader(context)
     config: list[dict[str, Any]] = []
     run_all([lambda: config.append(_read_config(reader, accept_config))], messages)
@@ -193,8 +195,8 @@ class _Reader:
 
     def _look_up(self, name: str) -> RemoteFile:
         context = self._context
-        return patiently(
-            lambda: look_up(context.model_id, context.commit, name, context.patience.stall_s),
+        return with_retries(
+            lambda: look_up(context.model_id, context.commit, name, context.retry_policy.stall_s),
             context.attempts(),
             self._explained,
         )
@@ -203,7 +205,7 @@ class _Reader:
         """The first `until` bytes, of which some may be here; a server that sends no parts is left in the middle."""
 
         def receive() -> bytes:
-            with open_body(file, len(have), until, self._context.patience.stall_s) as body:
+            with open_body(file, len(have), until, self._context.retry_policy.stall_s) as body:
                 data = bytearray(have[: body.start])
                 for piece in body.pieces:
                     self._context.messages.check()
@@ -213,7 +215,7 @@ class _Reader:
                         return bytes(data[:until])
             raise ConnectionError("the answer ended early")
 
-        return patiently(receive, self._context.attempts(), self._explained) if until else b""
+        return with_retries(receive, self._context.attempts(), self._explained) if until else b""
 
     def _explained(self, error: Exception) -> Exception:
         return explain_hub_error(error, self.model_id, self._context.commit) or error

@@ -18,7 +18,7 @@ _WORTH_ANOTHER_TRY = frozenset((408, 425, 429, 500, 502, 503, 504))
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class RetryPolicy:
     """Bounds of the attempts at one thing; bytes that arrive start the count anew."""
 
     tries: int = 5
@@ -30,7 +30,7 @@ class Patience:
     """How long a connection may be silent; None is the hub library's own setting."""
 
 
-PATIENCE = Patience()
+RETRY_POLICY = RetryPolicy()
 
 
 class Attempts:
@@ -38,12 +38,12 @@ class Attempts:
 
     def __init__(
         self,
-        patience: Patience,
+        retry_policy: RetryPolicy,
         pause: Callable[[float], None],
         notify: Callable[[str], None],
         what: str,
     ) -> None:
-        self._patience = patience
+        self._patience = retry_policy
         self._pause = pause
         self._notify = notify
         self._what = what
@@ -71,7 +71,7 @@ class Attempts:
         self._pause(wait_s)
 
 
-def patiently(
+def with_retries(
     action: Callable[[], _Result], attempts: Attempts, explained: Callable[[Exception], Exception]
 ) -> _Result:
     """Do it, again after failures that may pass; raises the last one as the error that `explained` makes of it."""

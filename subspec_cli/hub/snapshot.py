@@ -23,7 +23,7 @@ from subspec_cli.hub.errors import explain_hub_error
 from subspec_cli.hub.incoming import Incoming, begin_all, fetch_all
 from subspec_cli.hub.listing import Listing, find_listing
 from subspec_cli.hub.model_name import check_revision, name_of_id, parse_model_name, prepare_command
-from subspec_cli.hub.retry import PATIENCE, Patience
+from subspec_cli.hub.retry import RETRY_POLICY, RetryPolicy
 from subspec_cli.hub.workers import Messages
 from subspec_cli.units import printable
 
@@ -59,7 +59,7 @@ def open_model(
     *,
     accept_config: ConfigCheck = check_config,
     notify: Callable[[str], None],
-    patience: Patience = PATIENCE,
+    retry_policy: RetryPolicy = RETRY_POLICY,
 ) -> Iterator[OpenedModel]:
     """Find a model and open it; of what the cache lacks, only small files and headers are fetched.
 
@@ -70,7 +70,7 @@ def open_model(
         revision: branch, tag or commit on the hub; None means its main branch.
         accept_config: called with config.json before any weight is fetched.
         notify: told of waits and repeated attempts.
-        patience: bounds of the attempts.
+        retry policy: bounds of the attempts.
 
     Raises:
         UsageError: no such directory or revision, or no model name.
@@ -88,14 +88,14 @@ def open_model(
         resolved = ResolvedModel(name.model_id, checkpoint.directory, checkpoint.fingerprint, is_local=True)
         yield OpenedModel(resolved, checkpoint, Incoming(resolved.directory, (), messages))
         return
-    listing = find_listing(name.model_id, revision, patience, notify)
+    listing = find_listing(name.model_id, revision, retry_policy, notify)
     cache = repo_cache(name.model_id)
     resolved = ResolvedModel(name.model_id, cache.snapshot(listing.commit), listing.commit, is_local=False)
     with ExitStack() as stack:
         if not listing.is_complete(resolved.directory):
             cache.make()
             stack.enter_context(directory_lock(cache.lock_directory, on_wait=notify))
-        context = DownloadContext(name.model_id, listing.commit, cache, patience, messages)
+        context = DownloadContext(name.model_id, listing.commit, cache, retry_policy, messages)
         downloads = _begin(context, listing, accept_config)
         incoming = Incoming(cache.directory, downloads, messages)
         stack.callback(incoming.close)

@@ -264,7 +264,7 @@ def low_bit_table(weight: Tensor) -> Int4Linear | None:
     return Int4Linear(packed, scales_and_zeros, group_size, None)
 
 
-def made_up_substitute(name: str, shape: tuple[int, ...], bits: int, dtype: torch.dtype) -> dict[str, Tensor]:
+def dummy_substitute(name: str, shape: tuple[int, ...], bits: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """Stored tensors of a matrix that nobody quantized, in the right shapes: for timing."""
     group_size, elements = group_size_for(shape), math.prod(shape)
     if group_size is None:

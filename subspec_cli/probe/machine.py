@@ -1,6 +1,6 @@
 """Timing what a model's passes and draft steps are made of, on stand-ins of its own shapes.
 
-Nothing of the model is loaded but, for the link, blocks of its files: a few layers of made-up weights, more than
+Nothing of the model is loaded but, for the link, blocks of its files: a few layers of dummy weights, more than
 a cache holds, run through the very decoders that a session uses. Takes seconds; the result is kept.
 """
 
@@ -28,9 +28,9 @@ from subspec_cli.modeling.rope import RopeTable
 from subspec_cli.modeling.substitute import (
     LowBitHead,
     SubstituteLayer,
+    dummy_substitute,
     load_substitute,
     low_bit_table,
-    made_up_substitute,
     resident_layer,
 )
 from subspec_cli.planning.costs import MachineCosts, RowTimes, snapped
@@ -97,7 +97,7 @@ def _disk_layouts(geometry: ModelGeometry, checkpoint: Checkpoint) -> list[Block
 
 
 @dataclass(frozen=True, slots=True)
-class _MadeUpSource:
+class _DummyBlocks:
     """Blocks of layers that are all in memory."""
 
     layers: tuple[dict[str, Tensor], ...]
@@ -118,7 +118,7 @@ class _NoHead:
 
 
 class _Bench:
-    """A few layers of made-up weights, and decoders over them."""
+    """A few layers of dummy weights, and decoders over them."""
 
     def __init__(self, geometry: ModelGeometry, settings: SubstituteSettings, device: torch.device) -> None:
         self._sizes, self._settings, self._device = geometry, settings, device
@@ -131,7 +131,7 @@ class _Bench:
         layers = self._matrices(self._count(self._sizes.layer_matrix_bytes))
         math = self._math(len(layers), exact_attention)
         head = Head(self._ones(self._sizes.hidden), self._ones(1, self._sizes.hidden), 1e-6)
-        decoder = TargetDecoder(math, self._states, head, _MadeUpSource(layers), self.rules)
+        decoder = TargetDecoder(math, self._states, head, _DummyBlocks(layers), self.rules)
         kv = self._cache(len(layers))
 
         def run(rows: int) -> None:
@@ -155,7 +155,7 @@ class _Bench:
         stored = {
             name: value
             for matrix in LAYER_MATRICES
-            for name, value in made_up_substitute(
+            for name, value in dummy_substitute(
                 matrix, shapes[matrix], self._settings.bits_of(matrix), self._dtype
             ).items()
         }

@@ -37,7 +37,7 @@ from subspec_cli.probe.child_process import ProbeFailedError, probe_apart
 from subspec_cli.probe.kept_costs import keep_costs, known_costs, probe_subject
 from subspec_cli.session.found_model import ModelSource
 from subspec_cli.session.load import LoadedModel, Loader
-from subspec_cli.session.oom import shortage_told
+from subspec_cli.session.oom import oom_as_error
 from subspec_cli.session.session import Session, SessionDescription, SessionParts
 from subspec_cli.streaming.memory_meter import (
     MemoryMeter,
@@ -61,7 +61,7 @@ def build_session(config: Config, source: ModelSource, progress: Callable[[str],
     # Everything is imported by now: what memory grows from here on is the model's.
     meter = MemoryMeter(device)
     cap_allocator(plan.budget_bytes, device)
-    with shortage_told("loading the model", budget_bytes=plan.budget_bytes, meter=meter):
+    with oom_as_error("loading the model", budget_bytes=plan.budget_bytes, meter=meter):
         costs = plan_costs(machine, source.geometry, plan)
         return _load(config, source, plan, costs, device, meter, progress, notes)
 

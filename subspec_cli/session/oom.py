@@ -21,7 +21,7 @@ _UNITS: Final = {"bytes": 0, "kib": 1, "mib": 2, "gib": 3, "tib": 4}
 
 
 @contextmanager
-def shortage_told(doing: str, *, budget_bytes: int, meter: MemoryMeter) -> Iterator[None]:
+def oom_as_error(doing: str, *, budget_bytes: int, meter: MemoryMeter) -> Iterator[None]:
     """Raise ResourceError where the code within runs out of memory, of the GPU or of the host."""
     try:
         yield

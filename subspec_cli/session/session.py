@@ -16,7 +16,7 @@ from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.pretrained import ModelTokenizer
 from subspec_cli.planning.costs import PlanCosts
 from subspec_cli.planning.plan import OffloadPlan
-from subspec_cli.session.oom import shortage_told
+from subspec_cli.session.oom import oom_as_error
 from subspec_cli.streaming.memory_meter import MemoryMeter
 from subspec_cli.streaming.streamer import StreamCounters
 
@@ -156,7 +156,7 @@ class Session:
         Raises ResourceError where memory runs out.
         """
         try:
-            with shortage_told(
+            with oom_as_error(
                 "answering", budget_bytes=self.description.budget_bytes, meter=self._parts.meter
             ):
                 for step in steps:
