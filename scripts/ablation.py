@@ -36,8 +36,8 @@ from subspec_cli.limits import MOST_ROWS
 from subspec_cli.metrics import GenerationStats, rate_of_totals, tau_of_totals
 from subspec_cli.modeling.decoder import DraftDecoder, DraftLogits, TargetDecoder
 from subspec_cli.modeling.kv_cache import KVCache
-from subspec_cli.modeling.layer_source import LayerSource
 from subspec_cli.modeling.layers import RowRules, TokenBatch
+from subspec_cli.modeling.target_blocks import TargetBlocks
 from subspec_cli.planning.plan import SHADOW_ROWS
 from subspec_cli.session import open_session
 from subspec_cli.session.session import Session
@@ -176,7 +176,7 @@ class Laboratory:
         self._engine = session._parts.speculative
         self._drafter = self._engine._grower
         self._target = self._engine._target
-        self._waiting = WaitingStreamer(self._target._source.streamer._layouts)
+        self._waiting = WaitingStreamer(self._target._stream.streamer._layouts)
 
     def use(self, arm: Arm) -> None:
         """Put the arm's engine into the session."""
@@ -184,7 +184,7 @@ class Laboratory:
         target, counters, draft = self._target, self._engine._counters, self._drafter._shared.steps.draft
         geometry = target.math.geometry
         if not arm.overlap:
-            source = LayerSource(geometry.layers, target._source.resident, self._waiting)
+            source = TargetBlocks(geometry.layers, target._stream.resident, self._waiting)
             target = TargetDecoder(target.math, target._embed, target._head, source, target.rules)
             counters = self._waiting.counters
         if not arm.shared_cache:
@@ -214,7 +214,7 @@ class Laboratory:
             self._session.reset()
             deltas = list(
                 self._session.chat(None).ask(
-                    question.turns[0], max_new_tokens=tokens, stop=(), plain=plain, request=2 * number
+                    question.turns[0], max_new_tokens=tokens, stop=(), plain=plain, noise_stream=2 * number
                 )
             )
             found += [token for delta in deltas for token in delta.token_ids]

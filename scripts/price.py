@@ -34,7 +34,7 @@ from subspec_cli.planning.assumed_costs import assumed_costs
 from subspec_cli.planning.costs import MachineCosts, PlanCosts, RowTimes
 from subspec_cli.planning.plan import SHADOW_ROWS
 from subspec_cli.session import build, open_session
-from subspec_cli.session.found_model import ModelSource
+from subspec_cli.session.found_model import FoundModel
 from subspec_cli.session.session import Session, TextDelta
 from subspec_cli.substitutes.prepared_model import PreparedModel
 
@@ -114,7 +114,7 @@ def read_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def assume(_config: Config, source: ModelSource, prepared: PreparedModel, *_: object) -> MachineCosts:
+def assume(_config: Config, source: FoundModel, prepared: PreparedModel, *_: object) -> MachineCosts:
     """Costs of the small model that nobody timed."""
     return assumed_costs(source.geometry, "cpu", settings=prepared.manifest.settings)
 
@@ -158,7 +158,9 @@ def price(session: Session, costs: PlanCosts, options: argparse.Namespace) -> di
         session.reset()
         chat = session.chat(None)
         for turn, text in enumerate(question.turns):
-            deltas = chat.ask(text, max_new_tokens=options.max_new_tokens, stop=(), request=2 * number + turn)
+            deltas = chat.ask(
+                text, max_new_tokens=options.max_new_tokens, stop=(), noise_stream=2 * number + turn
+            )
             before = GenerationStats()
             for delta in deltas:
                 digest.update(repr(delta.token_ids).encode())

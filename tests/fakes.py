@@ -121,7 +121,7 @@ class FakeTarget(FakeModel):
     fails_at: int | None = None
     """Number of the forward that writes half its work and raises."""
 
-    def begin(self, batch: TokenBatch, kv: KVCache) -> SimpleNamespace:
+    def begin_tokens(self, batch: TokenBatch, kv: KVCache) -> SimpleNamespace:
         assert len(batch.token_ids) == len(batch.positions) == self.rules.padded(batch.rows)
         return SimpleNamespace(batch=batch, kv=kv, prefixes=[])
 
@@ -137,7 +137,7 @@ class FakeTarget(FakeModel):
         return self.table_rows(flow.prefixes[logits_from:])
 
     def forward(self, batch: TokenBatch, kv: KVCache, *, logits_from: int = 0) -> Tensor:
-        flow = self.begin(batch, kv)
+        flow = self.begin_tokens(batch, kv)
         for _ in self.layers(flow):
             pass
         return self.logits(flow, logits_from=logits_from)
@@ -277,9 +277,9 @@ def plain_answer(
     return prefix[len(prompt) :]
 
 
-def sampled(seed: int = 0, request: int = 0, **settings: float) -> Sampler:
+def sampled(seed: int = 0, noise_stream: int = 0, **settings: float) -> Sampler:
     """A sampling rule; temperature 1 unless given."""
-    return make_sampler(SamplingConfig(**({"temperature": 1.0} | settings)), seed, request)
+    return make_sampler(SamplingConfig(**({"temperature": 1.0} | settings)), seed, noise_stream)
 
 
 class CountdownStop:

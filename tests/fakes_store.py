@@ -52,7 +52,7 @@ def resolve_model(model: str, revision: str | None = None, **how) -> ResolvedMod
 
 def opened(model: str, revision: str | None = None, *, notices=None, **how):
     """`open_model`, as patient as a test can be."""
-    how = {"retry policy": HASTE} | how
+    how = {"retry_policy": HASTE} | how
     return open_model(model, revision, notify=([] if notices is None else notices).append, **how)
 
 
@@ -70,7 +70,7 @@ def run(
     }
     settings, quantizer = SubstituteSettings(bits, "minmax"), quantizer or Quantizer()
     if isinstance(model, str):
-        retry_policy = changes.pop("retry policy", HASTE)
+        retry_policy = changes.pop("retry_policy", HASTE)
         with opened(model, notices=notices, retry_policy=retry_policy) as found:
             return preparation.prepare_model(found, settings, quantizer, **(fixed | changes))
     nothing = Incoming(model.directory, (), Messages(print))

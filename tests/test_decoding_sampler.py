@@ -41,7 +41,7 @@ def kept(scaled, top_k=0, top_p=1.0):
 
 
 def test_greedy_takes_the_lowest_id_of_equals():
-    rule = make_sampler(SamplingConfig(), seed=0, request=0)
+    rule = make_sampler(SamplingConfig(), seed=0, noise_stream=0)
     assert isinstance(rule, GreedySampler)
     assert sample_token(rule, np.array([1.0, 7.0, 3.0, 7.0, 7.0]), 5) == 1
     assert sample_token(rule, np.zeros(4), 0) == 0
@@ -106,10 +106,10 @@ def test_filters_equal_a_full_sort(top_k, top_p):
 
 def test_sampling_never_takes_a_forbidden_token():
     row = np.array([3.0, 3.0, 3.0, 1.0, 0.0])
-    drawn = {sample_token(sampled(request=n, top_k=2), row, n) for n in range(200)}
+    drawn = {sample_token(sampled(noise_stream=n, top_k=2), row, n) for n in range(200)}
     assert drawn == {0, 1}
-    assert {sample_token(sampled(request=n, top_k=1), row, n) for n in range(50)} == {0}
-    assert {sample_token(sampled(request=n, top_p=1e-9), row, n) for n in range(50)} == {0}
+    assert {sample_token(sampled(noise_stream=n, top_k=1), row, n) for n in range(50)} == {0}
+    assert {sample_token(sampled(noise_stream=n, top_p=1e-9), row, n) for n in range(50)} == {0}
 
 
 @pytest.mark.parametrize("settings", [{}, {"top_p": 0.9}, {"top_k": 3}, {"top_k": 3, "top_p": 0.9}])
@@ -121,7 +121,7 @@ def test_a_temperature_near_zero_is_greedy(settings):
 
 def test_scores_do_not_depend_on_what_was_asked_before():
     """Whatever rows of noise are kept, each position gets its own."""
-    rule, row = sampled(seed=3, request=2), np.zeros(6)
+    rule, row = sampled(seed=3, noise_stream=2), np.zeros(6)
     for position in (*range(400), *range(0, 400, 7)):
         assert rule.scores(row, position).tolist() == gumbel_noise(3, 2, position, 6).tolist()
     assert row.tolist() == [0.0] * 6

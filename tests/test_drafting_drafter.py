@@ -225,7 +225,7 @@ def test_tokens_that_a_filter_forbids_are_not_drafted():
 def test_the_noise_of_the_next_position_decides_the_ranking():
     """The child of a node at position p is the token of position p + 1, so it is ranked with that noise."""
     table = random_table(6, spread=1.0)
-    sampler = sampled(8, request=2)
+    sampler = sampled(8, noise_stream=2)
     tree, _ = grown(table, free_schedule(1, 1, 2), sampler=sampler)
     row = table((*PROMPT, ROOT))
     assert tree.token_ids[1] == sample_token(sampler, row, len(PROMPT) + 1)

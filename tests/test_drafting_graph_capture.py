@@ -277,7 +277,7 @@ def test_a_session_over_captured_steps_answers_as_without_speculation(
     settings = SAMPLINGS.get(sampling, {"temperature": 1.0, "seed": 9})
     with open_tiny(shelf.model(family, tied=True), sampling=settings, draft=draft) as session:
         for prompt in ("Rivers", "Why is the sky blue?"):
-            answers = [answer_to(session, prompt, 40, plain=plain, request=3) for plain in (False, True)]
+            answers = [answer_to(session, prompt, 40, plain=plain, noise_stream=3) for plain in (False, True)]
             assert answers[0].outcome == answers[1].outcome
             check_speculates(session, answers[:1])
     assert graphs.replays > graphs.captures

@@ -66,7 +66,7 @@ def test_speculative_tokens_are_the_plain_ones(shelf, family, dtype, tied):
     for resident, sampling in enumerate(("greedy", "cool")):
         flags = {"sampling": SAMPLINGS[sampling]}
         with open_tiny(model, **flags, memory={"resident_layers": resident}) as session:
-            speculative = [answer_to(session, prompt, 24, request=7) for prompt in PROMPTS]
+            speculative = [answer_to(session, prompt, 24, noise_stream=7) for prompt in PROMPTS]
             check_speculates(session, speculative)
             spoken = conversation(session)
         with open_tiny(
@@ -74,7 +74,7 @@ def test_speculative_tokens_are_the_plain_ones(shelf, family, dtype, tied):
         ) as session:
             assert not session.description.speculation
             for prompt, answer in zip(PROMPTS, speculative, strict=True):
-                assert answer.outcome == answer_to(session, prompt, 24, request=7).outcome
+                assert answer.outcome == answer_to(session, prompt, 24, noise_stream=7).outcome
             assert conversation(session) == spoken
 
 
@@ -84,7 +84,7 @@ def test_both_arms_of_one_session_agree_on_long_texts(shelf, family, sampling):
     """As `bench` compares them, over a prompt of two prefill chunks and far past the window."""
     model = model_of(shelf, family)
     with open_tiny(model, sampling=SAMPLINGS[sampling]) as session:
-        arms = [answer_to(session, LONG_PROMPT, 90, plain=plain, request=1) for plain in (False, True)]
+        arms = [answer_to(session, LONG_PROMPT, 90, plain=plain, noise_stream=1) for plain in (False, True)]
     assert arms[0].outcome == arms[1].outcome
     assert len(arms[0].token_ids) > 60 or arms[0].finish_reason == "stop"
     assert arms[1].stats.drafted_tokens == 0
@@ -99,7 +99,7 @@ def test_the_shape_of_the_tree_changes_no_token(shelf, shape):
     for sampling in ("greedy", "warm"):
         with open_tiny(model, sampling=SAMPLINGS[sampling], draft=shape) as session:
             speculative, plain = (
-                answer_to(session, PROMPTS[1], 60, plain=p, request=2) for p in (False, True)
+                answer_to(session, PROMPTS[1], 60, plain=p, noise_stream=2) for p in (False, True)
             )
         assert speculative.outcome == plain.outcome
         check_speculates(session, [speculative])
@@ -111,7 +111,7 @@ def test_the_bits_of_the_substitutes_change_no_token(shelf, bits):
     for width in (4, bits):
         model = model_of(shelf, "qwen3", bits=width)
         with open_tiny(model, sampling=SAMPLINGS["warm"]) as session:
-            outcomes.append([answer_to(session, prompt, request=3).outcome for prompt in PROMPTS])
+            outcomes.append([answer_to(session, prompt, noise_stream=3).outcome for prompt in PROMPTS])
     assert outcomes[0] == outcomes[1]
 
 
@@ -120,7 +120,7 @@ def test_where_the_layers_live_changes_no_token(shelf):
     for resident in range(4):
         with open_tiny(model, sampling=SAMPLINGS["warm"], memory={"resident_layers": resident}) as session:
             assert session.description.plan.resident_layers == resident
-            outcomes.append([answer_to(session, prompt, 60, request=4).outcome for prompt in PROMPTS])
+            outcomes.append([answer_to(session, prompt, 60, noise_stream=4).outcome for prompt in PROMPTS])
     assert outcomes == [outcomes[0]] * 4
 
 
@@ -130,7 +130,7 @@ def test_layers_wide_enough_to_need_padding_change_no_token(shelf):
     for sampling in SAMPLINGS.values():
         with open_tiny(model, sampling=sampling) as session:
             speculative, plain = (
-                answer_to(session, PROMPTS[1], 60, plain=p, request=2) for p in (False, True)
+                answer_to(session, PROMPTS[1], 60, plain=p, noise_stream=2) for p in (False, True)
             )
             check_speculates(session, [speculative])
         assert speculative.outcome == plain.outcome
@@ -140,7 +140,7 @@ def test_a_cache_that_is_reused_changes_no_token(shelf):
     """Rows made by decoding, by prefill and by an abandoned turn serve the next prompt alike."""
     model = model_of(shelf, "mistral")
     with open_tiny(model) as session:
-        fresh = answer_to(session, PROMPTS[1] + " So?", request=0)
+        fresh = answer_to(session, PROMPTS[1] + " So?", noise_stream=0)
         for taken in (1, 3):
             session.reset()
             ids = session.encode_prompt(PROMPTS[1], system=None, raw=False)
@@ -148,7 +148,7 @@ def test_a_cache_that_is_reused_changes_no_token(shelf):
             for _ in range(taken):
                 next(steps)
             steps.close()
-            again = answer_to(session, PROMPTS[1] + " So?", request=0, keep_cache=True)
+            again = answer_to(session, PROMPTS[1] + " So?", noise_stream=0, keep_cache=True)
             assert again.stats.prefilled_tokens < fresh.stats.prefilled_tokens
             assert again.outcome == fresh.outcome
 
@@ -185,7 +185,9 @@ def test_a_draft_of_noise_changes_no_token_and_gains_nothing(shelf, sampling, mo
     model = model_of(shelf, "qwen3")
     draft_of(lambda layer: noise_matrices(Tiny(model), layer), monkeypatch)
     with open_tiny(model, sampling=SAMPLINGS[sampling], draft={"depth": 3}) as session:
-        speculative, plain = (answer_to(session, PROMPTS[1], 60, plain=p, request=2) for p in (False, True))
+        speculative, plain = (
+            answer_to(session, PROMPTS[1], 60, plain=p, noise_stream=2) for p in (False, True)
+        )
     assert speculative.outcome == plain.outcome
     assert speculative.stats.drafted_tokens > 100
     assert speculative.stats.tau < 1.5
@@ -197,7 +199,9 @@ def test_a_draft_that_is_the_target_is_accepted_whole(shelf, sampling, monkeypat
     model = model_of(shelf, "llama", dtype=torch.float32)
     draft_of(lambda layer: own_matrices(Tiny(model), layer), monkeypatch)
     with open_tiny(model, sampling=SAMPLINGS[sampling], draft={"depth": 4, "width": 1}) as session:
-        speculative, plain = (answer_to(session, PROMPTS[1], 51, plain=p, request=2) for p in (False, True))
+        speculative, plain = (
+            answer_to(session, PROMPTS[1], 51, plain=p, noise_stream=2) for p in (False, True)
+        )
     assert speculative.outcome == plain.outcome
     after_first = len(speculative.token_ids) - 1
     assert after_first > 20
@@ -212,7 +216,9 @@ def test_windows_go_by_position_not_by_slot(shelf, monkeypatch):
     draft_of(lambda layer: own_matrices(Tiny(model), layer), monkeypatch)
     with open_tiny(model, sampling=SAMPLINGS["warm"], draft={"depth": 12, "width": 4}) as session:
         for prompt in PROMPTS:
-            speculative, plain = (answer_to(session, prompt, 60, plain=p, request=2) for p in (False, True))
+            speculative, plain = (
+                answer_to(session, prompt, 60, plain=p, noise_stream=2) for p in (False, True)
+            )
             assert speculative.outcome == plain.outcome
             assert speculative.stats.tau > 5
             assert speculative.stats.drafted_tokens > 20 * speculative.stats.passes
@@ -228,7 +234,9 @@ def test_a_damaged_draft_changes_no_token(shelf, monkeypatch):
     draft_of(damaged, monkeypatch)
     for sampling in SAMPLINGS.values():
         with open_tiny(model, sampling=sampling) as session:
-            speculative, plain = (answer_to(session, PROMPTS[1], plain=p, request=2) for p in (False, True))
+            speculative, plain = (
+                answer_to(session, PROMPTS[1], plain=p, noise_stream=2) for p in (False, True)
+            )
         assert speculative.outcome == plain.outcome
         assert speculative.stats.drafted_tokens == 0
 
@@ -250,6 +258,6 @@ def test_ordinary_kernels_do_not_pass_and_are_not_called_exact(shelf, monkeypatc
     with open_tiny(model_of(shelf, "llama"), sampling={"temperature": 1.0, "seed": 1}) as session:
         assert session.description.exactness == "numeric"
         for prompt in (*PROMPTS, LONG_PROMPT):
-            arms = [answer_to(session, prompt, 90, plain=plain, request=1) for plain in (False, True)]
+            arms = [answer_to(session, prompt, 90, plain=plain, noise_stream=1) for plain in (False, True)]
             disagreements += arms[0].token_ids != arms[1].token_ids
     assert disagreements > 0

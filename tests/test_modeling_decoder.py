@@ -19,9 +19,9 @@ from subspec_cli.decoding.tree import TokenTree
 from subspec_cli.modeling.attention import exact_attention, fast_attention
 from subspec_cli.modeling.decoder import DraftDecoder, TargetDecoder
 from subspec_cli.modeling.kv_cache import KVCache
-from subspec_cli.modeling.layer_source import LayerSource
 from subspec_cli.modeling.layers import RowRules, TokenBatch
 from subspec_cli.modeling.substitute import resident_layer
+from subspec_cli.modeling.target_blocks import TargetBlocks
 
 MakeTiny = Callable[..., Tiny]
 
@@ -162,7 +162,7 @@ def unpadded_batch(tree: TokenTree, kv: KVCache) -> TokenBatch:
     return replace(batch, token_ids=batch.token_ids[: batch.rows], positions=batch.positions[: batch.rows])
 
 
-def resident_draft(model: Tiny, source: LayerSource) -> DraftDecoder:
+def resident_draft(model: Tiny, source: TargetBlocks) -> DraftDecoder:
     math = model.math(fast_attention)
     layers = [
         resident_layer(math, layer, source.resident_matrices(layer)) for layer in range(model.geometry.layers)
@@ -433,15 +433,15 @@ class FakeStreamer:
 
 
 @pytest.fixture
-def streamed_source(tiny: MakeTiny) -> tuple[LayerSource, FakeStreamer]:
+def streamed_source(tiny: MakeTiny) -> tuple[TargetBlocks, FakeStreamer]:
     """Layers 0 and 1 resident, layer 2 streamed."""
     held = tiny("llama").source().resident
     streamer: Any = FakeStreamer(list(held[2]))
-    return LayerSource(3, {0: held[0], 1: held[1]}, streamer), streamer
+    return TargetBlocks(3, {0: held[0], 1: held[1]}, streamer), streamer
 
 
 def test_a_whole_pass_lets_go_of_the_last_slot_too(
-    streamed_source: tuple[LayerSource, FakeStreamer],
+    streamed_source: tuple[TargetBlocks, FakeStreamer],
 ) -> None:
     """Or every pass would count as left early, and what was read ahead for the next one be thrown away."""
     source, streamer = streamed_source
@@ -450,7 +450,7 @@ def test_a_whole_pass_lets_go_of_the_last_slot_too(
     assert (streamer.completed, streamer.left) == (1, 1)
 
 
-def test_leaving_a_pass_leaves_the_stream_at_once(streamed_source: tuple[LayerSource, FakeStreamer]) -> None:
+def test_leaving_a_pass_leaves_the_stream_at_once(streamed_source: tuple[TargetBlocks, FakeStreamer]) -> None:
     source, streamer = streamed_source
     with closing(source.blocks()) as blocks:
         assert [next(blocks).layer for _ in range(10)][-1] == 2
@@ -458,7 +458,7 @@ def test_leaving_a_pass_leaves_the_stream_at_once(streamed_source: tuple[LayerSo
 
 
 def test_a_failing_block_leaves_the_stream_at_once(
-    tiny: MakeTiny, streamed_source: tuple[LayerSource, FakeStreamer]
+    tiny: MakeTiny, streamed_source: tuple[TargetBlocks, FakeStreamer]
 ) -> None:
     """Not when the traceback is dropped: the reader would wait with slots of an abandoned pass."""
     model = tiny("llama")

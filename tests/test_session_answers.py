@@ -50,16 +50,16 @@ def test_each_request_has_noise_of_its_own(sampling):
 
 
 def test_a_named_request_repeats_its_answer(sampling):
-    first = answer_to(sampling, PROMPT, 16, request=5)
-    assert answer_to(sampling, PROMPT, 16, request=6).token_ids != first.token_ids
-    assert answer_to(sampling, PROMPT, 16, request=5).outcome == first.outcome
-    assert answer_to(sampling, PROMPT, 16, request=5, plain=True).outcome == first.outcome
+    first = answer_to(sampling, PROMPT, 16, noise_stream=5)
+    assert answer_to(sampling, PROMPT, 16, noise_stream=6).token_ids != first.token_ids
+    assert answer_to(sampling, PROMPT, 16, noise_stream=5).outcome == first.outcome
+    assert answer_to(sampling, PROMPT, 16, noise_stream=5, plain=True).outcome == first.outcome
 
 
 def test_a_number_that_was_named_is_not_drawn_again(sampling):
-    first = answer_to(sampling, PROMPT, 16, request=9)
-    assert answer_to(sampling, PROMPT, 16).outcome == answer_to(sampling, PROMPT, 16, request=10).outcome
-    assert first.token_ids != answer_to(sampling, PROMPT, 16, request=10).token_ids
+    first = answer_to(sampling, PROMPT, 16, noise_stream=9)
+    assert answer_to(sampling, PROMPT, 16).outcome == answer_to(sampling, PROMPT, 16, noise_stream=10).outcome
+    assert first.token_ids != answer_to(sampling, PROMPT, 16, noise_stream=10).token_ids
 
 
 def test_a_reset_chat_draws_anew(sampling):
@@ -98,18 +98,18 @@ def test_a_fresh_seed_is_shown_and_can_be_given_again(model):
 
 @pytest.mark.parametrize("plain", [False, True])
 def test_a_stop_string_ends_the_answer_and_is_not_shown(sampling, plain):
-    whole = answer_to(sampling, PROMPT, 30, request=1)
+    whole = answer_to(sampling, PROMPT, 30, noise_stream=1)
     assert whole.finish_reason == "length"
     for at in range(2, len(whole.text) - 3, 3):
         stop = whole.text[at : at + 3]
-        answer = answer_to(sampling, PROMPT, 30, request=1, stop=(stop, "never"), plain=plain)
+        answer = answer_to(sampling, PROMPT, 30, noise_stream=1, stop=(stop, "never"), plain=plain)
         assert answer.finish_reason == "stop"
         assert answer.text == whole.text[: whole.text.index(stop)]
         assert answer.token_ids == whole.token_ids[: len(answer.token_ids)]
 
 
 def test_deltas_are_the_text_and_the_tokens(sampling):
-    answer = answer_to(sampling, PROMPT, 30, request=1)
+    answer = answer_to(sampling, PROMPT, 30, noise_stream=1)
     assert len(answer.token_ids) == answer.stats.new_tokens == 30
     assert [delta.finish_reason for delta in answer.deltas[:-1]] == [None] * (len(answer.deltas) - 1)
     assert answer.text == sampling._parts.tokenizer.decode(answer.token_ids)
@@ -257,7 +257,7 @@ def test_both_arms_hold_the_same_conversation(sampling):
         sampling.reset()
         chat = sampling.chat("Be brief.")
         outcomes.append(
-            [asked(chat, text, 20, plain=plain, request=4).outcome for text in ("One", "Two", "Three")]
+            [asked(chat, text, 20, plain=plain, noise_stream=4).outcome for text in ("One", "Two", "Three")]
         )
     assert outcomes[0] == outcomes[1]
 

@@ -185,7 +185,7 @@ def test_for_a_gpu_layers_are_pinned_as_far_as_host_memory_goes(
     assert isinstance(streamer, GpuStreamer)
     assert streamer.reads_files is (free_layers < 2)
     assert [note.partition(" ")[0] for note in whole._notes] == (["pinned"] if free_layers < 2 else [])
-    assert whole._reads_on(load.LayerSource(3, {}, streamer)) is (free_layers < 2)
+    assert whole._reads_on(load.TargetBlocks(3, {}, streamer)) is (free_layers < 2)
     names = [name for block in streamer.blocks() for name in block]
     assert names == [
         entry.name

@@ -17,7 +17,7 @@ from subspec_cli.config import resolve_config
 from subspec_cli.errors import ExitCode, IntegrityError, ResourceError, UnsupportedModelError, UsageError
 from subspec_cli.files import direct_io
 from subspec_cli.session import open_session
-from subspec_cli.session.found_model import find_source
+from subspec_cli.session.found_model import find_model
 from subspec_cli.session.prepare import prepare
 from subspec_cli.substitutes.prepared_model import find_prepared
 from subspec_cli.substitutes.settings import SubstituteSettings
@@ -316,14 +316,14 @@ def from_hub(shelf, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("revision", [None, "main", COMMIT])
 def test_the_prepared_revision_is_opened_by_any_of_its_names(from_hub, revision):
-    source = find_source(resolve_config({"model": {"model": "org/tiny", "revision": revision}}))
+    source = find_model(resolve_config({"model": {"model": "org/tiny", "revision": revision}}))
     assert source.prepared.manifest.commit == COMMIT
 
 
 @pytest.mark.parametrize("revision", ["v2", OTHER, "never-heard-of"])
 def test_another_revision_is_never_replaced_by_the_prepared_one(from_hub, revision):
     with pytest.raises(UsageError, match=f"prepared at commit {COMMIT}, not at {revision}") as caught:
-        find_source(resolve_config({"model": {"model": "org/tiny", "revision": revision}}))
+        find_model(resolve_config({"model": {"model": "org/tiny", "revision": revision}}))
     assert caught.value.hint == f"subspec prepare org/tiny --revision {revision} --bits 4"
 
 
@@ -412,7 +412,7 @@ def test_bits_by_name_pattern_are_another_set_that_is_loaded_and_planned(own):
     assert answer.outcome == expected.outcome
     assert answer.stats.drafted_tokens > 0
     taken = [{line.label: line.size_bytes for line in plan.lines}["substitutes"] for plan in (planned, held)]
-    widened = find_source(resolve_config({"model": {"model": str(own)}})).geometry.layer_shapes()
+    widened = find_model(resolve_config({"model": {"model": str(own)}})).geometry.layer_shapes()
     kv_weights, rows = math.prod(widened["self_attn.v_proj.weight"]), widened["self_attn.v_proj.weight"][0]
     assert taken[1] - taken[0] == 3 * (kv_weights + 2 * rows - kv_weights // 2 - kv_weights // 128 * 4)
 

@@ -28,11 +28,11 @@ from subspec_cli.modeling.attention import exact_attention
 from subspec_cli.modeling.decoder import Head, TargetDecoder
 from subspec_cli.modeling.embedding import table_embedding
 from subspec_cli.modeling.kv_cache import KVCache
-from subspec_cli.modeling.layer_source import LayerSource
 from subspec_cli.modeling.layers import Attention, LayerMath, RowRules
 from subspec_cli.modeling.pretrained import load_config
 from subspec_cli.modeling.rope import build_rope_table
 from subspec_cli.modeling.self_check import check_batch_invariance
+from subspec_cli.modeling.target_blocks import TargetBlocks
 from subspec_cli.streaming.disk_streamer import DiskStreamer, read_resident
 from subspec_cli.streaming.layout import BlockLayout, layout_block
 from subspec_cli.streaming.streamer import DTYPES, Streamer
@@ -216,18 +216,18 @@ class Tiny:
         """A stream of these layers; the caller closes it."""
         return DiskStreamer([layout for layer in layers for layout in self.layouts(layer)], slots)
 
-    def source(self, resident: Iterable[int] | None = None, streamer: Streamer | None = None) -> LayerSource:
+    def source(self, resident: Iterable[int] | None = None, streamer: Streamer | None = None) -> TargetBlocks:
         """Every layer in memory, or these only and the others from the streamer."""
         chosen = range(self.geometry.layers) if resident is None else resident
         held = {layer: read_resident(self.layouts(layer)) for layer in chosen}
-        return LayerSource(self.geometry.layers, held, streamer)
+        return TargetBlocks(self.geometry.layers, held, streamer)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Rows of the table in memory."""
         return table_embedding(self.weights["model.embed_tokens.weight"])(token_ids)
 
     def target(
-        self, source: LayerSource | None = None, rules: RowRules | None = None, math: LayerMath | None = None
+        self, source: TargetBlocks | None = None, rules: RowRules | None = None, math: LayerMath | None = None
     ) -> TargetDecoder:
         """The exact model, everything resident unless a source is given."""
         source = source or self.source()

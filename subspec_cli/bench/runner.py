@@ -1,6 +1,6 @@
 """Replaying a suite: plain and speculative decoding of every question, in turn, in one run.
 
-Both arms share the engine, the plan and the request numbers, so the same seed draws the same noise; each
+Both arms share the engine, the plan and the noise streams, so the same seed draws the same noise; each
 starts every question from an empty cache. Afterwards plain decoding is measured once more under its own best
 plan, which needs no substitutes: what a user would have without speculation.
 """
@@ -189,9 +189,9 @@ def _converse(
         token_ids: list[int] = []
         pieces: list[str] = []
         last = None
-        # Two requests a question: the same numbers in both arms, so the same noise.
-        request = 2 * number + turn
-        for delta in chat.ask(text, max_new_tokens=limit, stop=(), plain=plain, request=request):
+        # Two noise streams a question: the same in both arms, so the same noise.
+        noise_stream = 2 * number + turn
+        for delta in chat.ask(text, max_new_tokens=limit, stop=(), plain=plain, noise_stream=noise_stream):
             token_ids.extend(delta.token_ids)
             pieces.append(delta.text)
             last = delta

@@ -27,7 +27,7 @@ from subspec_cli.modeling.decoder import TargetDecoder
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.streaming.streamer import StreamCounters
 
-__all__ = ["PREFILL_CHUNK", "Engine", "Request", "PassOutput", "common_prefix"]
+__all__ = ["PREFILL_CHUNK", "Engine", "PassOutput", "Request", "common_prefix"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,7 @@ class Engine:
     def _verify_pass(self, tree: TokenTree) -> tuple[Tensor, _Shadow]:
         """The target's logits `[N, V]` of a tree's nodes, and what was drafted meanwhile."""
         batch = tree_batch(tree, self._kv.committed, self._target.rules)
-        flow, steps, shadow_s = self._target.begin(batch, self._kv), 0, 0.0
+        flow, steps, shadow_s = self._target.begin_tokens(batch, self._kv), 0, 0.0
         # Closed at once when a block fails or the user interrupts: the next pass starts at the first block.
         with closing(self._target.layers(flow)) as layers:
             for layer in layers:

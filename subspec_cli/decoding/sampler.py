@@ -1,7 +1,7 @@
 """One rule picks tokens, greedy or sampled: `sample_token(sampler, logits_row, position)`, a pure function.
 
 Sampling is Gumbel-max: filtered logits / temperature + Gumbel noise, then argmax, which is an exact draw from
-the filtered softmax. The noise is a counter-based function of (seed, request, position), so plain and
+the filtered softmax. The noise is a counter-based function of (seed, noise_stream, position), so plain and
 speculative decoding draw the same token from the same logits, and the draft can add the same noise to its own
 logits to guess the target's draw ("coupling without communication", Daliri et al.).
 """
@@ -76,14 +76,14 @@ class GreedySampler:
 class GumbelSampler:
     """Exact sampling at a temperature, with top-k and top-p, coupled by position."""
 
-    def __init__(self, sampling: SamplingConfig, seed: int, request: int) -> None:
+    def __init__(self, sampling: SamplingConfig, seed: int, noise_stream: int) -> None:
         assert sampling.temperature > 0
         self.temperature = max(sampling.temperature, _LEAST_TEMPERATURE)
         self.filters = (
             Filters(sampling.top_k, sampling.top_p) if sampling.top_k or sampling.top_p < 1.0 else None
         )
         self._seed = seed
-        self._request = request
+        self._request = noise_stream
         self._noise: OrderedDict[int, Row] = OrderedDict()
 
     def scores(self, logits: Row, position: int) -> Row:
@@ -104,18 +104,18 @@ class GumbelSampler:
         return self._noise[position]
 
 
-def make_sampler(sampling: SamplingConfig, seed: int, request: int) -> Sampler:
-    """The rule for one request (an answer, or a chat turn); `request` keeps reused positions apart."""
-    return GreedySampler() if sampling.is_greedy else GumbelSampler(sampling, seed, request)
+def make_sampler(sampling: SamplingConfig, seed: int, noise_stream: int) -> Sampler:
+    """The rule for one noise_stream (an answer, or a chat turn); `noise_stream` keeps reused positions apart."""
+    return GreedySampler() if sampling.is_greedy else GumbelSampler(sampling, seed, noise_stream)
 
 
-def gumbel_noise(seed: int, request: int, position: int, vocab: int) -> Row:
+def gumbel_noise(seed: int, noise_stream: int, position: int, vocab: int) -> Row:
     """Standard Gumbel noise `[vocab]` of one position, the same on every machine.
 
-    Philox with key = seed and counter from (request, position): distinct counters never share a block, since
+    Philox with key = seed and counter from (noise_stream, position): distinct counters never share a block, since
     the generator moves only the lowest of the four counter words.
     """
-    bits = np.random.Philox(key=seed, counter=[0, position, request, 0])
+    bits = np.random.Philox(key=seed, counter=[0, position, noise_stream, 0])
     uniform = np.random.Generator(bits).random(vocab)
     # random() may return 0; the smallest positive double stands in, far below any that can be drawn.
     return -np.log(-np.log(np.maximum(uniform, np.finfo(np.float64).tiny)))

@@ -43,7 +43,7 @@ class Attempts:
         notify: Callable[[str], None],
         what: str,
     ) -> None:
-        self._patience = retry_policy
+        self._policy = retry_policy
         self._pause = pause
         self._notify = notify
         self._what = what
@@ -56,17 +56,17 @@ class Attempts:
     def failed(self, error: Exception) -> None:
         """Wait before the next attempt; raises `error` if there is to be none."""
         self._failures += 1
-        if self._failures >= self._patience.tries or not _may_pass(error):
+        if self._failures >= self._policy.tries or not _may_pass(error):
             raise error
-        wait_s = self._patience.first_wait_s * 2 ** (self._failures - 1)
+        wait_s = self._policy.first_wait_s * 2 ** (self._failures - 1)
         asked_s = _asked_wait(error)
         if asked_s is not None:
-            if asked_s > self._patience.longest_wait_s:
+            if asked_s > self._policy.longest_wait_s:
                 raise error
             wait_s = max(wait_s, asked_s)
         failure = explain_hub_error(error, self._what, None)
         reason = failure.message if failure else type(error).__name__
-        count = f"{self._failures + 1} of {self._patience.tries}"
+        count = f"{self._failures + 1} of {self._policy.tries}"
         self._notify(f"{reason}; trying again in {format_seconds(wait_s)} (attempt {count})")
         self._pause(wait_s)
 

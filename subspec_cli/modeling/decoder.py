@@ -32,7 +32,7 @@ class Block:
     matrices: Mapping[str, Tensor]
 
 
-class BlockSource(Protocol):
+class BlockStream(Protocol):
     """Where the target's blocks come from, in the order of use."""
 
     def blocks(self) -> Generator[Block, None, None]:
@@ -98,26 +98,26 @@ class TargetDecoder:
     """The exact model: every linear under the row rules, every block as the source hands it over."""
 
     def __init__(
-        self, math: LayerMath, embed: Embedding, head: Head, source: BlockSource, rules: RowRules
+        self, math: LayerMath, embed: Embedding, head: Head, stream: BlockStream, rules: RowRules
     ) -> None:
         self.math = math
         self.rules = rules
         self._embed = embed
         self._head = head
-        self._source = source
+        self._stream = stream
 
     def forward(self, batch: TokenBatch, kv: KVCache, *, logits_from: int = 0) -> Tensor:
         """Logits `[rows - logits_from, V]` of a padded batch; writes its keys and values to the cache."""
-        flow = self.begin(batch, kv)
+        flow = self.begin_tokens(batch, kv)
         with closing(self.layers(flow)) as layers:
             for _ in layers:
                 pass
         return self.logits(flow, logits_from=logits_from)
 
     @torch.inference_mode()
-    def begin(self, batch: TokenBatch, kv: KVCache) -> Flow:
+    def begin_tokens(self, batch: TokenBatch, kv: KVCache) -> Flow:
         """The first half of a pass: the batch's embeddings, on their way to the layers."""
-        return self.start(self._embed(batch.token_ids), batch, kv)
+        return self.begin_rows(self._embed(batch.token_ids), batch, kv)
 
     @torch.inference_mode()
     def layers(self, flow: Flow) -> Generator[int, None, None]:
@@ -127,7 +127,7 @@ class TargetDecoder:
         fails or the user interrupts: the next pass starts at the first block.
         """
         done = -1
-        with closing(self._source.blocks()) as blocks:
+        with closing(self._stream.blocks()) as blocks:
             for block in blocks:
                 if block.layer != done >= 0:
                     yield done
@@ -142,7 +142,7 @@ class TargetDecoder:
         wanted = self._pad(flow.hidden[logits_from:rows])
         return self._head.logits(wanted, self.rules)[: rows - logits_from]
 
-    def start(self, hidden: Tensor, batch: TokenBatch, kv: KVCache) -> Flow:
+    def begin_rows(self, hidden: Tensor, batch: TokenBatch, kv: KVCache) -> Flow:
         """A flow that begins with `[P, hidden]` rows."""
         batch = batch.to(hidden.device)
         return Flow(hidden, batch, kv, self.math.rope.rows(batch.positions[: batch.rows]))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from subspec_cli.checkpoint.geometry import ModelGeometry
 from subspec_cli.checkpoint.layer_tensors import LAYER_BLOCKS
-from subspec_cli.modeling.decoder import Block, BlockSource, Head, TargetDecoder
+from subspec_cli.modeling.decoder import Block, BlockStream, Head, TargetDecoder
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.layers import RowRules, TokenBatch
 
@@ -59,7 +59,7 @@ def candidate_rules(device: torch.device) -> Iterator[RowRules]:
 def check_batch_invariance(
     decoder_for: Callable[[RowRules], TargetDecoder],
     head: Head,
-    source: BlockSource,
+    stream: BlockStream,
     geometry: ModelGeometry,
     *,
     most_nodes: int,
@@ -73,7 +73,7 @@ def check_batch_invariance(
     threads = torch.get_num_threads()
     failure = ""
     for rules in candidate_rules(device):
-        failure = _first_failure(decoder_for(rules), head, source, states, counts, most_nodes)
+        failure = _first_failure(decoder_for(rules), head, stream, states, counts, most_nodes)
         if not failure and dtype in (torch.bfloat16, torch.float16):
             return SelfCheck("exact", f"rows checked in blocks of {rules.row_block}", rules, threads)
         if not failure:
@@ -92,13 +92,13 @@ def row_counts(most_nodes: int, prefill_rows: int) -> tuple[int, ...]:
 def _first_failure(
     decoder: TargetDecoder,
     head: Head,
-    source: BlockSource,
+    stream: BlockStream,
     states: Tensor,
     counts: Sequence[int],
     most_nodes: int,
 ) -> str:
     """Name of the first part whose rows do not keep their bits; empty if all do."""
-    with closing(source.blocks()) as blocks:
+    with closing(stream.blocks()) as blocks:
         for block in islice(blocks, len(LAYER_BLOCKS)):
             if not _rows_keep_bits(partial(_run_block, decoder, block), decoder.rules, states, counts):
                 return f"the {block.kind} block"
@@ -149,7 +149,7 @@ def _run_block(decoder: TargetDecoder, block: Block, rows: Tensor) -> Tensor:
     alone = torch.eye(len(rows), dtype=torch.bool, device=rows.device)
     batch = TokenBatch(zeros, zeros, len(rows), 0, alone, zeros)
     # The residual is made small, or adding it would hide how the rest was rounded; norms do not mind.
-    flow = decoder.start(rows / 256, batch, _one_layer_cache(decoder, rows))
+    flow = decoder.begin_rows(rows / 256, batch, _one_layer_cache(decoder, rows))
     flow.normed = rows
     flow.inner = _widened(rows, decoder.math.geometry.feed_forward)
     decoder.run_block(block, flow)
@@ -171,7 +171,7 @@ def _decode_equals_prefill(decoder: TargetDecoder, block: Block, states: Tensor)
             positions.new_zeros(padded(count)), F.pad(positions, (0, extra)), count, start, allowed, keys
         )
         padding = rows[-1:].expand(extra, -1)
-        flow = decoder.start(torch.cat((rows[start : start + count], padding)), batch, kv)
+        flow = decoder.begin_rows(torch.cat((rows[start : start + count], padding)), batch, kv)
         decoder.run_block(block, flow)
         return flow.hidden[:count]
 

@@ -1,7 +1,7 @@
 """What things take on a machine: rates and seconds that were probed, or are assumed and say so.
 
-Times are snapped to the grid when they are taken, so that small noise between two probes decides nothing: two runs with
-the same cached costs plan and draft alike.
+Times snap to a geometric grid when they are taken, so that small noise between two probes decides nothing: two
+runs with the same cached costs plan and draft alike.
 """
 
 from __future__ import annotations

@@ -135,7 +135,7 @@ class _Bench:
         kv = self._cache(len(layers))
 
         def run(rows: int) -> None:
-            flow = decoder.begin(self._batch(rows, self.rules.padded(rows)), kv)
+            flow = decoder.begin_tokens(self._batch(rows, self.rules.padded(rows)), kv)
             for _ in decoder.layers(flow):
                 pass
 

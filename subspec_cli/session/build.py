@@ -35,7 +35,7 @@ from subspec_cli.planning.plan import OffloadPlan, fastest_plan
 from subspec_cli.planning.timing import plan_costs
 from subspec_cli.probe.child_process import ProbeFailedError, probe_apart
 from subspec_cli.probe.kept_costs import keep_costs, known_costs, probe_subject
-from subspec_cli.session.found_model import ModelSource
+from subspec_cli.session.found_model import FoundModel
 from subspec_cli.session.load import LoadedModel, Loader
 from subspec_cli.session.oom import oom_as_error
 from subspec_cli.session.session import Session, SessionDescription, SessionParts
@@ -52,18 +52,18 @@ from subspec_cli.units import printable
 from subspec_cli.versions import library_versions
 
 
-def build_session(config: Config, source: ModelSource, progress: Callable[[str], None]) -> Session:
+def build_session(config: Config, found: FoundModel, progress: Callable[[str], None]) -> Session:
     """Plan, load, check rows. Nothing large is allocated before the plan holds."""
     device = _device(config.memory.device)
     return_freed_memory_at_once()
     notes: list[str] = []
-    source, plan, machine = _plan(config, source, device, progress, notes.append)
+    found, plan, machine = _plan(config, found, device, progress, notes.append)
     # Everything is imported by now: what memory grows from here on is the model's.
     meter = MemoryMeter(device)
     cap_allocator(plan.budget_bytes, device)
     with oom_as_error("loading the model", budget_bytes=plan.budget_bytes, meter=meter):
-        costs = plan_costs(machine, source.geometry, plan)
-        return _load(config, source, plan, costs, device, meter, progress, notes)
+        costs = plan_costs(machine, found.geometry, plan)
+        return _load(config, found, plan, costs, device, meter, progress, notes)
 
 
 def cap_allocator(budget_bytes: int, device: torch.device) -> None:
@@ -75,7 +75,7 @@ def cap_allocator(budget_bytes: int, device: torch.device) -> None:
 
 def _load(
     config: Config,
-    source: ModelSource,
+    found: FoundModel,
     plan: OffloadPlan,
     costs: PlanCosts,
     device: torch.device,
@@ -84,12 +84,12 @@ def _load(
     notes: list[str],
 ) -> Session:
     progress("loading the tokenizer")
-    tokenizer = ModelTokenizer(source.checkpoint.directory, source.geometry.vocab)
-    model_config = load_config(source.checkpoint.directory)
+    tokenizer = ModelTokenizer(found.checkpoint.directory, found.geometry.vocab)
+    model_config = load_config(found.checkpoint.directory)
     loaded = Loader(
-        source.prepared,
-        source.checkpoint,
-        source.geometry,
+        found.prepared,
+        found.checkpoint,
+        found.geometry,
         plan,
         model_config,
         device,
@@ -99,18 +99,18 @@ def _load(
     ).load(with_draft=plan.drafts)
     try:
         # What was read so far came from the files that were opened, or nothing is answered.
-        check_unchanged(source.checkpoint)
+        check_unchanged(found.checkpoint)
         progress("checking that rows keep their bits")
-        self_check = _check_batch_invariance(loaded, source.geometry, _tree_nodes(config, plan), device)
-        eos_ids = end_token_ids(source.checkpoint.directory, model_config, tokenizer)
+        self_check = _check_batch_invariance(loaded, found.geometry, _tree_nodes(config, plan), device)
+        eos_ids = end_token_ids(found.checkpoint.directory, model_config, tokenizer)
         engines = _engines(config, plan, costs, loaded, self_check.rules, eos_ids)
         parts = _parts(config, loaded, engines, tokenizer, eos_ids, meter)
     except BaseException:
         loaded.close()
         raise
-    mark_used(source.prepared.directory)
+    mark_used(found.prepared.directory)
     notes.extend(loaded.notes)
-    return Session(parts, _describe(config, source, plan, costs, self_check, parts, loaded, device, notes))
+    return Session(parts, _describe(config, found, plan, costs, self_check, parts, loaded, device, notes))
 
 
 def _device(name: str) -> torch.device:
@@ -133,17 +133,17 @@ def _fix_cuda_arithmetic() -> None:
 
 def _plan(
     config: Config,
-    source: ModelSource,
+    found: FoundModel,
     device: torch.device,
     progress: Callable[[str], None],
     notify: Callable[[str], None],
-) -> tuple[ModelSource, OffloadPlan, MachineCosts]:
-    """The fastest plan over the sets of substitutes that are there, the source with its set, and the costs."""
-    geometry = source.geometry
-    sets = (source.prepared, *source.others)
+) -> tuple[FoundModel, OffloadPlan, MachineCosts]:
+    """The fastest plan over the sets of substitutes that are there, the found with its set, and the costs."""
+    geometry = found.geometry
+    sets = (found.prepared, *found.others)
     on_gpu = device.type == "cuda"
     host = torch.device("cpu")
-    costs = [_costs(config, source, prepared, device, progress, notify) for prepared in sets]
+    costs = [_costs(config, found, prepared, device, progress, notify) for prepared in sets]
     requests = [
         plan_request(
             config,
@@ -153,17 +153,17 @@ def _plan(
             device=device.type,
             budget_bytes=budget_bytes(config, device.type, total_bytes(device), available_bytes(device)),
             ram_bytes=ram_bytes(config, available_bytes(host) if on_gpu else None),
-            tokenizer_bytes=tokenizer_bytes_in(source.checkpoint.directory),
+            tokenizer_bytes=tokenizer_bytes_in(found.checkpoint.directory),
         )
         for prepared, known in zip(sets, costs, strict=True)
     ]
     number, plan = fastest_plan(requests)
-    return replace(source, prepared=sets[number]), plan, costs[number]
+    return replace(found, prepared=sets[number]), plan, costs[number]
 
 
 def _costs(
     config: Config,
-    source: ModelSource,
+    found: FoundModel,
     prepared: PreparedModel,
     device: torch.device,
     progress: Callable[[str], None],
@@ -171,19 +171,19 @@ def _costs(
 ) -> MachineCosts:
     """What was probed before on this machine, else probed now and kept; assumed where that fails."""
     settings = prepared.manifest.settings
-    subject = probe_subject(source.geometry, settings, device.type, source.checkpoint.directory)
+    subject = probe_subject(found.geometry, settings, device.type, found.checkpoint.directory)
     known = None if config.memory.reprobe else known_costs(subject)
     if known is not None:
         return known
     try:
-        found = probe_apart(source.checkpoint.directory, settings, device, progress)
+        probed = probe_apart(found.checkpoint.directory, settings, device, progress)
     except ProbeFailedError as error:
         notify(
             f"this machine could not be timed, so the plan assumes what it can do: {printable(str(error))}"
         )
-        return assumed_costs(source.geometry, device.type, settings=settings)
-    keep_costs(subject, found)
-    return found
+        return assumed_costs(found.geometry, device.type, settings=settings)
+    keep_costs(subject, probed)
+    return probed
 
 
 def _tree_nodes(config: Config, plan: OffloadPlan) -> int:
@@ -203,7 +203,7 @@ def _check_batch_invariance(
     return check_batch_invariance(
         loaded.target,
         loaded.head,
-        loaded.source,
+        loaded.blocks,
         geometry,
         most_nodes=most_nodes,
         prefill_rows=PREFILL_CHUNK,
@@ -262,7 +262,7 @@ def _parts(
 
 def _describe(
     config: Config,
-    source: ModelSource,
+    found: FoundModel,
     plan: OffloadPlan,
     costs: PlanCosts,
     self_check: SelfCheck,
@@ -273,10 +273,10 @@ def _describe(
 ) -> SessionDescription:
     assert parts.sampling.seed is not None
     return SessionDescription(
-        model_id=source.prepared.manifest.model_id,
-        revision=source.prepared.manifest.commit,
+        model_id=found.prepared.manifest.model_id,
+        revision=found.prepared.manifest.commit,
         device=device.type,
-        dtype=source.geometry.dtype.lower(),
+        dtype=found.geometry.dtype.lower(),
         exactness=self_check.exactness,
         exactness_reason=self_check.reason,
         speculation=loaded.draft is not None,

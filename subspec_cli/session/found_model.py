@@ -16,7 +16,7 @@ from subspec_cli.units import printable
 
 
 @dataclass(frozen=True, slots=True)
-class ModelSource:
+class FoundModel:
     """The model that was asked for, found and checked."""
 
     prepared: PreparedModel
@@ -26,7 +26,7 @@ class ModelSource:
     """Substitutes of other widths for the same weights, where the user named none: the plan may take them."""
 
 
-def find_source(config: Config) -> ModelSource:
+def find_model(config: Config) -> FoundModel:
     """The prepared model of the settings, or the latest one, with its checked 16-bit checkpoint."""
     prepared, *others = find_prepared_sets(config.model.model, config.model.bits)
     manifest = prepared.manifest
@@ -34,7 +34,7 @@ def find_source(config: Config) -> ModelSource:
     checkpoint = open_checkpoint(find_local(manifest.model_id, manifest.commit))
     check_source(prepared, checkpoint)
     geometry = read_geometry(checkpoint.config, checkpoint.tensors)
-    return ModelSource(
+    return FoundModel(
         prepared, checkpoint, geometry, tuple(item for item in others if _fits(item, checkpoint))
     )
 

@@ -21,7 +21,6 @@ from subspec_cli.modeling.attention import exact_attention, fast_attention
 from subspec_cli.modeling.decoder import DraftDecoder, DraftHead, Embedding, Head, TargetDecoder
 from subspec_cli.modeling.embedding import DiskEmbedding, table_embedding
 from subspec_cli.modeling.kv_cache import KVCache
-from subspec_cli.modeling.layer_source import LayerSource
 from subspec_cli.modeling.layers import LayerMath, RowRules
 from subspec_cli.modeling.rope import RopeTable, build_rope_table
 from subspec_cli.modeling.substitute import (
@@ -31,6 +30,7 @@ from subspec_cli.modeling.substitute import (
     low_bit_table,
     resident_layer,
 )
+from subspec_cli.modeling.target_blocks import TargetBlocks
 from subspec_cli.planning.plan import OffloadPlan
 from subspec_cli.streaming.disk_streamer import DiskStreamer, read_resident
 from subspec_cli.streaming.gpu_layers import LayerLayout, layout_layer, read_resident_layer
@@ -55,7 +55,7 @@ class LoadedModel:
     target: Callable[[RowRules], TargetDecoder]
     draft: DraftSteps | None
     head: Head
-    source: LayerSource
+    blocks: TargetBlocks
     kv: KVCache
     dtype: torch.dtype
     close: Callable[[], None]
@@ -66,11 +66,11 @@ class LoadedModel:
 
     def counters(self) -> StreamCounters:
         """What the stream has done so far; nothing if everything is resident."""
-        return StreamCounters() if self.source.streamer is None else self.source.streamer.counters()
+        return StreamCounters() if self.blocks.streamer is None else self.blocks.streamer.counters()
 
     def reads_directly(self) -> bool:
         """Whether what has been streamed so far came past the page cache."""
-        return self.source.streamer is None or self.source.streamer.is_direct
+        return self.blocks.streamer is None or self.blocks.streamer.is_direct
 
 
 class Loader:
@@ -110,7 +110,7 @@ class Loader:
         substitutes = self._substitutes(draft_math) if with_draft else {}
         with ExitStack() as opened:
             embed, head = self._tables(opened)
-            source = self._source(opened)
+            blocks = self._blocks(opened)
             kv = KVCache(
                 layers=geometry.layers,
                 kv_heads=geometry.kv_heads,
@@ -123,7 +123,7 @@ class Loader:
             draft = None
             if with_draft:
                 held = {
-                    layer: resident_layer(draft_math, layer, source.resident_matrices(layer))
+                    layer: resident_layer(draft_math, layer, blocks.resident_matrices(layer))
                     for layer in plan.shared
                 }
                 layers = [(held | substitutes)[layer] for layer in range(geometry.layers)]
@@ -136,14 +136,14 @@ class Loader:
                     notify=self._notes.append,
                 )
             return LoadedModel(
-                target=lambda rules: TargetDecoder(math, embed, head, source, rules),
+                target=lambda rules: TargetDecoder(math, embed, head, blocks, rules),
                 draft=draft,
                 head=head,
-                source=source,
+                blocks=blocks,
                 kv=kv,
                 dtype=self._dtype,
                 close=opened.pop_all().close,
-                check_source=self._check_source if self._reads_on(source) else lambda: None,
+                check_source=self._check_source if self._reads_on(blocks) else lambda: None,
                 notes=tuple(self._notes),
             )
 
@@ -155,11 +155,11 @@ class Loader:
         table = low_bit_table(head.weight)
         return head if table is None else LowBitHead(head.norm_weight, table, head.weight, head.eps)
 
-    def _reads_on(self, source: LayerSource) -> bool:
+    def _reads_on(self, blocks: TargetBlocks) -> bool:
         """Whether files are read after loading: for a GPU, all that could be pinned has been copied by then."""
         if self._device.type == "cpu":
             return bool(self._plan.streamed) or not self._geometry.tied_head
-        return isinstance(source.streamer, GpuStreamer) and source.streamer.reads_files
+        return isinstance(blocks.streamer, GpuStreamer) and blocks.streamer.reads_files
 
     def _check_source(self) -> None:
         check_unchanged(self._checkpoint)
@@ -226,7 +226,7 @@ class Loader:
             return lambda token_ids: gather(token_ids).to(self._device)
         return table_embedding(gpu_view(table, self._device))
 
-    def _source(self, opened: ExitStack) -> LayerSource:
+    def _blocks(self, opened: ExitStack) -> TargetBlocks:
         held = {}
         for number, layer in enumerate(self._plan.resident, start=1):
             self._progress(f"loading resident layers {number}/{len(self._plan.resident)}")
@@ -234,7 +234,7 @@ class Loader:
         streamer = self._streamer()
         if streamer is not None:
             opened.callback(streamer.close)
-        return LayerSource(self._geometry.layers, held, streamer)
+        return TargetBlocks(self._geometry.layers, held, streamer)
 
     def _resident_blocks(self, layer: int) -> list[dict[str, Tensor]]:
         if self._device.type == "cpu":

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from subspec_cli.config import Config
-from subspec_cli.session.found_model import find_source
+from subspec_cli.session.found_model import find_model
 
 if TYPE_CHECKING:
     from subspec_cli.session.session import Session
@@ -19,11 +19,11 @@ def open_session(config: Config, *, progress: Callable[[str], None]) -> Session:
     Raises what the rooms below raise: UsageError (not prepared, bad sizes), UnsupportedModelError,
     IntegrityError (damaged or changed files), ResourceError (budget too small, or larger than the machine).
     """
-    source = find_source(config)
+    found = find_model(config)
     progress("loading libraries")
     # Read once, when torch loads OpenMP: threads that wait should spin for microseconds, not for milliseconds,
     # or a draft step takes ten times as long whenever another program wants a core. The user's own value wins.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     from subspec_cli.session.build import build_session
 
-    return build_session(config, source, progress)
+    return build_session(config, found, progress)

@@ -129,9 +129,9 @@ class Session:
         max_new_tokens: int,
         stop: tuple[str, ...],
         plain: bool = False,
-        request: int | None = None,
+        noise_stream: int | None = None,
     ) -> Iterator[TextDelta]:
-        """Answer a prompt. The same seed and `request` number give the same tokens, `plain` or not.
+        """Answer a prompt. The same seed and `noise_stream` number give the same tokens, `plain` or not.
 
         Rows of the cache that hold a prefix of the prompt are reused. Raises UsageError for a prompt that
         leaves no room in the context, IntegrityError when weight files change meanwhile: no token that may come
@@ -140,7 +140,7 @@ class Session:
         room = self.description.context_tokens - len(prompt_ids)
         if not prompt_ids or room < 1:
             raise self._no_room(len(prompt_ids))
-        number = self._requests if request is None else request
+        number = self._requests if noise_stream is None else noise_stream
         self._requests = max(self._requests, number + 1)
         limit = min(max_new_tokens, room)
         parts = self._parts
@@ -199,9 +199,9 @@ class Chat:
         max_new_tokens: int,
         stop: tuple[str, ...],
         plain: bool = False,
-        request: int | None = None,
+        noise_stream: int | None = None,
     ) -> Iterator[TextDelta]:
-        """Answer the next message; `plain` and `request` as in `Session.generate`.
+        """Answer the next message; `plain` and `noise_stream` as in `Session.generate`.
 
         What was answered before an interruption stays in the conversation. A prompt that does not fit leaves
         the conversation as it was.
@@ -214,7 +214,7 @@ class Chat:
             turns = [message["content"] for message in _with_system(self._system, asked)]
             prompt_ids = session.encode_prompt("\n".join(turns) + "\n", system=None, raw=True)
         deltas = session.generate(
-            prompt_ids, max_new_tokens=max_new_tokens, stop=stop, plain=plain, request=request
+            prompt_ids, max_new_tokens=max_new_tokens, stop=stop, plain=plain, noise_stream=noise_stream
         )
         answer: list[str] = []
         began = False

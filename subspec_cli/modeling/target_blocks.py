@@ -14,7 +14,7 @@ from subspec_cli.streaming.streamer import Streamer
 
 
 @dataclass(frozen=True, slots=True)
-class LayerSource:
+class TargetBlocks:
     """One pass is every block of layers `0 .. layers - 1`."""
 
     layers: int
