@@ -27,10 +27,9 @@ from subspec_cli.bench.suites import load_suite
 from subspec_cli.config import Config, MemoryConfig, ModelConfig, SamplingConfig
 from subspec_cli.decoding.batches import prompt_batch
 from subspec_cli.decoding.engine import Engine, common_prefix
-from subspec_cli.drafting.draft_steps import DirectSteps
+from subspec_cli.drafting.draft_steps import SHARPENING, DirectSteps
 from subspec_cli.drafting.drafter import Drafter
-from subspec_cli.drafting.ranking import SHARPENING
-from subspec_cli.drafting.schedule import FixedShape, Schedule, TreeLimits
+from subspec_cli.drafting.policy import DraftPolicy, FixedShape, TreeLimits
 from subspec_cli.files.direct_io import DirectReader, allocate_buffer
 from subspec_cli.limits import MOST_ROWS
 from subspec_cli.metrics import GenerationStats, rate_of_totals, tau_of_totals
@@ -174,7 +173,7 @@ class Laboratory:
         self._session = session
         self._questions = questions
         self._engine = session._parts.speculative
-        self._drafter = self._engine._grower
+        self._drafter = self._engine._drafter
         self._target = self._engine._target
         self._waiting = WaitingStreamer(self._target._stream.streamer._layouts)
 
@@ -190,8 +189,8 @@ class Laboratory:
         if not arm.shared_cache:
             draft = UnsharedDraft(draft, kv, (geometry.layers, geometry.kv_heads, geometry.head_dim))
         fixed = arm.fixed
-        schedule = Schedule(
-            limits=TreeLimits(fixed.depth or 48, fixed.width or MOST_ROWS, about.plan.tree_nodes),
+        policy = DraftPolicy(
+            max_tree=TreeLimits(fixed.depth or 48, fixed.width or MOST_ROWS, about.plan.tree_nodes),
             costs=about.costs,
             layers=geometry.layers,
             fixed=fixed,
@@ -200,7 +199,7 @@ class Laboratory:
         drafter = Drafter(
             DirectSteps(draft, kv),
             kv,
-            schedule,
+            policy,
             eos_ids=self._drafter._shared.eos_ids,
             sharpening=arm.sharpening,
         )

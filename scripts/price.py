@@ -26,7 +26,7 @@ from subspec_cli.bench.suites import load_suite
 from subspec_cli.config import Config, DraftConfig, MemoryConfig, ModelConfig, SamplingConfig
 from subspec_cli.decoding.engine import Engine
 from subspec_cli.drafting.drafter import Drafter
-from subspec_cli.drafting.schedule import Schedule, TreeLimits
+from subspec_cli.drafting.policy import DraftPolicy, TreeLimits
 from subspec_cli.errors import SubspecError
 from subspec_cli.limits import MOST_ROWS
 from subspec_cli.metrics import GenerationStats
@@ -133,9 +133,9 @@ def read_costs(path: Path) -> PlanCosts:
 def use_costs(session: Session, costs: PlanCosts, *, shadow: bool) -> None:
     """Let the session's draft go by these costs."""
     engine = session._parts.speculative
-    drafter = engine._grower
-    schedule = Schedule(
-        limits=TreeLimits(MOST_DEPTH, MOST_ROWS, TREE_NODES),
+    drafter = engine._drafter
+    policy = DraftPolicy(
+        max_tree=TreeLimits(MOST_DEPTH, MOST_ROWS, TREE_NODES),
         costs=costs,
         layers=len(session.description.plan.streamed),
         shadow_rows=SHADOW_ROWS if shadow else 0,
@@ -144,7 +144,7 @@ def use_costs(session: Session, costs: PlanCosts, *, shadow: bool) -> None:
     priced = Engine(
         engine._target,
         engine._kv,
-        Drafter(shared.steps, engine._kv, schedule, eos_ids=shared.eos_ids),
+        Drafter(shared.steps, engine._kv, policy, eos_ids=shared.eos_ids),
         counters=engine._counters,
     )
     session._parts = replace(session._parts, speculative=priced)

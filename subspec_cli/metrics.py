@@ -8,75 +8,72 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Literal
+
+FinishReason = Literal["stop", "length"]
+"""Why an answer ended: at a stop rule, or at its limit of tokens or context."""
 
 
 @dataclass(frozen=True, slots=True)
-class PassStats:
-    """One target pass and the drafting before it (for the prefill: all its passes, nothing drafted)."""
+class RoundTotals:
+    """What rounds took. Every field adds up over the rounds of an answer."""
+
+    decode_time_s: float = 0.0
+    """Wall time of the rounds."""
+    draft_steps: int = 0
+    """Draft forwards before passes."""
+    shadow_steps: int = 0
+    """Draft forwards in the shadow of passes."""
+    draft_cost_s: float = 0.0
+    """Cost of the draft steps before passes, at the prices that the draft policy uses."""
+    draft_time_s: float = 0.0
+    """Wall time of the draft steps before passes."""
+    verify_time_s: float = 0.0
+    """Wall time of target passes, including waits for weights and drafting in their shadow."""
+    shadow_time_s: float = 0.0
+    """Part of the passes spent drafting."""
+    wait_time_s: float = 0.0
+    """Part of the passes spent waiting for weights to arrive."""
+    link_time_s: float = 0.0
+    """Time that the link was busy, also while drafting."""
+    streamed_bytes: int = 0
+    """Weight bytes moved over the link while decoding."""
+
+
+@dataclass(frozen=True, slots=True)
+class PassStats(RoundTotals):
+    """One round: a target pass and the drafting before it."""
 
     drafted: int = 0
-    """Tree nodes proposed, root excluded."""
+    """Tree nodes proposed, without the root."""
     accepted: int = 0
-    """Of these, how many the target took."""
+    """Proposed nodes that the target took."""
     emitted: int = 0
-    """Tokens emitted, bonus token included, after stop rules."""
+    """Tokens emitted after stop rules, including the bonus token."""
     depth: int = 0
     """Levels of the tree below its root."""
-    draft_steps: int = 0
-    """Draft forwards before the pass."""
     ready_nodes: int = 0
-    """Nodes of the tree that the shadow of the pass before had expanded already."""
-    shadow_steps: int = 0
-    """Draft forwards during the pass."""
-    draft_cost_s: float = 0.0
-    """What the draft steps before the pass should take, by the costs that the schedule goes by."""
-    draft_time_s: float = 0.0
-    """Wall time of the draft steps before the pass."""
-    verify_time_s: float = 0.0
-    """Wall time of the target pass, waiting for weights and drafting in its shadow included."""
-    shadow_time_s: float = 0.0
-    """Part of the pass spent drafting."""
-    wait_time_s: float = 0.0
-    """Part of the pass spent waiting for weights to arrive."""
-    link_time_s: float = 0.0
-    """Time that the link was busy, drafting included."""
-    streamed_bytes: int = 0
+    """Nodes of the tree that the shadow of the previous pass had already expanded."""
 
 
 @dataclass(frozen=True, slots=True)
-class GenerationStats:
+class GenerationStats(RoundTotals):
     """Totals of one answer; grows by `after_prefill` and `after_pass`."""
 
     prompt_tokens: int = 0
     prefilled_tokens: int = 0
-    """Prompt tokens really computed; the rest were still in the KV cache."""
+    """Prompt tokens that were computed; the rest were still in the KV cache."""
     new_tokens: int = 0
     ttft_s: float = 0.0
-    decode_time_s: float = 0.0
     passes: int = 0
-    """Decode passes of the target; the prefill is not counted."""
+    """Decode passes of the target, without the prefill."""
     drafted_tokens: int = 0
     accepted_histogram: tuple[int, ...] = ()
     """Entry a: passes in which `a` drafted tokens were accepted."""
     reached_by_depth: tuple[int, ...] = ()
     """Entry d: passes whose tree went deeper than d, and whose target got to depth d."""
-    draft_steps: int = 0
-    """Draft forwards before passes."""
-    shadow_steps: int = 0
-    """Draft forwards in the shadow of passes."""
     shadow_hits: int = 0
-    """Passes whose tree the shadow of the pass before had begun."""
-    draft_cost_s: float = 0.0
-    """What the draft steps before passes should take, by the costs that the schedule goes by."""
-    draft_time_s: float = 0.0
-    verify_time_s: float = 0.0
-    shadow_time_s: float = 0.0
-    wait_time_s: float = 0.0
-    link_time_s: float = 0.0
-    """Time that the link was busy while decoding."""
-    streamed_bytes: int = 0
-    """Weight bytes moved over the link while decoding."""
+    """Passes whose tree began with what the shadow of the previous pass had found."""
     recent_accepted: tuple[int, ...] = field(default=(), repr=False)
     """Accepted counts of the latest passes, oldest first, for the live display."""
 
@@ -130,34 +127,28 @@ class GenerationStats:
             new_tokens=1,
         )
 
-    def after_pass(self, step: PassStats, *, decode_time_s: float) -> GenerationStats:
-        """Totals once one more target pass is done, `decode_time_s` after the first token."""
+    def after_pass(self, last: PassStats) -> GenerationStats:
+        """Totals once one more round is done."""
         histogram = list(self.accepted_histogram)
-        histogram.extend([0] * (step.accepted + 1 - len(histogram)))
-        histogram[step.accepted] += 1
+        histogram.extend([0] * (last.accepted + 1 - len(histogram)))
+        histogram[last.accepted] += 1
         reached = list(self.reached_by_depth)
-        reached.extend([0] * (step.depth - len(reached)))
-        for depth in range(min(step.accepted + 1, step.depth)):
+        reached.extend([0] * (last.depth - len(reached)))
+        for depth in range(min(last.accepted + 1, last.depth)):
             reached[depth] += 1
+        sums = {
+            entry.name: getattr(self, entry.name) + getattr(last, entry.name) for entry in fields(RoundTotals)
+        }
         return replace(
             self,
-            new_tokens=self.new_tokens + step.emitted,
-            decode_time_s=decode_time_s,
+            **sums,
+            new_tokens=self.new_tokens + last.emitted,
             passes=self.passes + 1,
-            drafted_tokens=self.drafted_tokens + step.drafted,
+            drafted_tokens=self.drafted_tokens + last.drafted,
             accepted_histogram=tuple(histogram),
             reached_by_depth=tuple(reached),
-            draft_steps=self.draft_steps + step.draft_steps,
-            shadow_steps=self.shadow_steps + step.shadow_steps,
-            shadow_hits=self.shadow_hits + (step.ready_nodes > 0),
-            draft_cost_s=self.draft_cost_s + step.draft_cost_s,
-            draft_time_s=self.draft_time_s + step.draft_time_s,
-            verify_time_s=self.verify_time_s + step.verify_time_s,
-            shadow_time_s=self.shadow_time_s + step.shadow_time_s,
-            wait_time_s=self.wait_time_s + step.wait_time_s,
-            link_time_s=self.link_time_s + step.link_time_s,
-            streamed_bytes=self.streamed_bytes + step.streamed_bytes,
-            recent_accepted=(*self.recent_accepted, step.accepted)[-40:],
+            shadow_hits=self.shadow_hits + (last.ready_nodes > 0),
+            recent_accepted=(*self.recent_accepted, last.accepted)[-40:],
         )
 
 

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from subspec_cli.config import SamplingConfig
-from subspec_cli.decoding.drafter import Proposal
+from subspec_cli.decoding.drafter import Drafter, Proposal
 from subspec_cli.decoding.engine import Engine, PassOutput, Request
 from subspec_cli.decoding.sampler import GreedySampler, Row, Sampler, make_sampler, sample_token
 from subspec_cli.decoding.tree import TokenTree
 from subspec_cli.decoding.verification import VerifyResult
-from subspec_cli.drafting.draft_steps import DirectSteps, Found
-from subspec_cli.drafting.schedule import FixedShape, Schedule, TreeLimits
+from subspec_cli.drafting.draft_steps import DirectSteps, Feed, Found
+from subspec_cli.drafting.policy import DraftPolicy, FixedShape, TreeLimits
 from subspec_cli.modeling.decoder import DraftLogits
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.layers import RowRules, TokenBatch
@@ -167,23 +167,24 @@ class LateSteps(DirectSteps):
         self.behind: list[int] = []
         """At each reading, how many steps were started after the one that is read."""
 
-    def start(self, batch: TokenBatch, feeds: Sequence[tuple[int, int] | None], sampler: Sampler) -> None:
+    def begin(self, sampler: Sampler) -> None:
+        super().begin(sampler)
+        self.unread.clear()
+
+    def start(self, batch: TokenBatch, feeds: Sequence[Feed | None]) -> None:
         assert len(self.unread) <= self.ahead
         tokens = batch.token_ids.tolist()
         for row, feed in enumerate(feeds):
             if feed is not None:
-                assert self.unread, "the step before was read, so nothing had to be foreseen"
+                assert self.unread, "the step before was read, so no placeholder was needed"
                 tokens[row] = int(self.unread[-1].token_ids[feed])
                 self.fed += 1
-        super().start(replace(batch, token_ids=torch.tensor(tokens)), [None] * len(feeds), sampler)
+        super().start(replace(batch, token_ids=torch.tensor(tokens)), [None] * len(feeds))
         self.unread.append(super().read())
 
     def read(self) -> Found:
         self.behind.append(len(self.unread) - 1)
         return self.unread.pop(0)
-
-    def drop(self) -> None:
-        self.unread.clear()
 
 
 def steps_of(draft: FakeDraft, kv: KVCache, ahead: int) -> DirectSteps:
@@ -206,7 +207,7 @@ def plan_costs(
     return PlanCosts(pass_s, RowTimes((1,), (compute_s,)), step)
 
 
-def schedule(
+def policy(
     depth: int = 8,
     width: int = 3,
     nodes: int = 32,
@@ -215,10 +216,10 @@ def schedule(
     fixed_depth: bool = False,
     fixed_width: bool = False,
     shadow_rows: int = 0,
-) -> Schedule:
-    """A schedule over two layers."""
-    return Schedule(
-        limits=TreeLimits(depth, width, nodes),
+) -> DraftPolicy:
+    """A policy over two layers."""
+    return DraftPolicy(
+        max_tree=TreeLimits(depth, width, nodes),
         costs=costs or plan_costs(),
         layers=2,
         fixed=FixedShape(depth if fixed_depth else None, width if fixed_width else None),
@@ -226,19 +227,22 @@ def schedule(
     )
 
 
-def free_schedule(depth: int = 8, width: int = 3, nodes: int = 32, **more: Any) -> Schedule:
-    """A schedule as deep as its limits say, whatever it costs."""
-    return schedule(depth, width, nodes, fixed_depth=True, **more)
+def free_policy(depth: int = 8, width: int = 3, nodes: int = 32, **more: Any) -> DraftPolicy:
+    """A policy as deep as its limits say, whatever it costs."""
+    return policy(depth, width, nodes, fixed_depth=True, **more)
 
 
 @dataclass
-class ScriptedGrower:
+class ScriptedDrafter:
     """Proposes trees from a function of (root token, tokens wanted): the drafter is whatever a test wants."""
 
     propose: Callable[[int, int], TokenTree]
     wanted: list[int] = field(default_factory=list)
 
-    def grow(self, root_token: int, sampler: Sampler, tokens_wanted: int) -> Proposal:
+    def begin(self, sampler: Sampler) -> ScriptedDrafter:
+        return self
+
+    def grow(self, root_token: int, tokens_wanted: int) -> Proposal:
         self.wanted.append(tokens_wanted)
         return Proposal(self.propose(root_token, tokens_wanted))
 
@@ -246,9 +250,6 @@ class ScriptedGrower:
         return 0
 
     def learn(self, result: VerifyResult, *, ends: bool) -> None:
-        pass
-
-    def forget(self) -> None:
         pass
 
 
@@ -296,9 +297,9 @@ class CountdownStop:
         return "length" if self._left == 0 else None
 
 
-def fake_engine(target: FakeTarget, kv: KVCache, grower: object) -> Engine:
+def fake_engine(target: FakeTarget, kv: KVCache, drafter: Drafter) -> Engine:
     """The real loop over fakes."""
-    return Engine(target, kv, grower, counters=target.counters)
+    return Engine(target, kv, drafter, counters=target.counters)
 
 
 def request_for(

@@ -3,7 +3,7 @@
 import io
 import sys
 import types
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from subspec_cli.metrics import GenerationStats, PassStats
@@ -118,7 +118,8 @@ class FakeSession:
             for number, piece in enumerate(self.pieces):
                 if isinstance(piece, BaseException):
                     raise piece
-                stats = stats.after_pass(step, decode_time_s=0.5 * (number + 1)) if number else stats
+                if number:
+                    stats = stats.after_pass(replace(step, decode_time_s=1.0 if number == 1 else 0.5))
                 reason = "stop" if number == len(self.pieces) - 1 else None
                 yield FakeDelta(piece, (number, number + 10), reason, stats)
         finally:

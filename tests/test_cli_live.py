@@ -33,9 +33,10 @@ def ticking(step_s=1.0):
 def some_stats():
     stats = GenerationStats().after_prefill(prompt_tokens=9, prefilled_tokens=9, ttft_s=0.1)
     times = {"draft_time_s": 0.5, "verify_time_s": 1.5, "wait_time_s": 1.0, "streamed_bytes": 10**9}
-    for number, accepted in enumerate((0, 8, 4)):
+    times["decode_time_s"] = 2.0
+    for accepted in (0, 8, 4):
         step = PassStats(drafted=8, accepted=accepted, emitted=accepted + 1, **times)
-        stats = stats.after_pass(step, decode_time_s=2.0 * (number + 1))
+        stats = stats.after_pass(step)
     return stats
 
 
@@ -53,7 +54,8 @@ def test_statistics_fit_the_usual_terminal():
     stats = some_stats()
     for _ in range(60):
         times = {"draft_time_s": 0.5, "verify_time_s": 9.5, "wait_time_s": 9.0, "streamed_bytes": 10**11}
-        stats = stats.after_pass(PassStats(drafted=8, accepted=9, emitted=10, **times), decode_time_s=100.0)
+        times["decode_time_s"] = 1.5
+        stats = stats.after_pass(PassStats(drafted=8, accepted=9, emitted=10, **times))
     assert max(len(line) for line in statistics_lines(stats, 100 << 30, 111 << 30)) <= 80
 
 

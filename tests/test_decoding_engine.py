@@ -10,26 +10,26 @@ from fakes import (
     FakeDraft,
     FakeTarget,
     GreedySampler,
-    ScriptedGrower,
+    ScriptedDrafter,
     blended,
     chain_of,
     collect,
     emitted,
     fake_cache,
     fake_engine,
-    free_schedule,
+    free_policy,
     plain_answer,
+    policy,
     random_table,
     request_for,
     sampled,
-    schedule,
     scripted,
     steps_of,
     tree_of,
 )
 from test_decoding_text import CASES, EOS, ids
 
-from subspec_cli.decoding.drafter import RootOnly
+from subspec_cli.decoding.drafter import PlainDrafter
 from subspec_cli.decoding.engine import Request, common_prefix
 from subspec_cli.decoding.text import AnswerText
 from subspec_cli.drafting.drafter import Drafter
@@ -60,11 +60,11 @@ DRAFTS = {
 
 def machine(draft_table=None, *, table=TABLE, eos_ids=(), plan=None, context=64, ahead=0):
     """(engine, target, kv): plain without a draft table, else with the real drafter."""
-    kv, target, plan = fake_cache(context, scratch=128), FakeTarget(table), plan or free_schedule(6, 3, 24)
-    grower = RootOnly()
+    kv, target, plan = fake_cache(context, scratch=128), FakeTarget(table), plan or free_policy(6, 3, 24)
+    drafter = PlainDrafter()
     if draft_table is not None:
-        grower = Drafter(steps_of(FakeDraft(draft_table), kv, ahead), kv, plan, eos_ids=eos_ids)
-    return fake_engine(target, kv, grower), target, kv
+        drafter = Drafter(steps_of(FakeDraft(draft_table), kv, ahead), kv, plan, eos_ids=eos_ids)
+    return fake_engine(target, kv, drafter), target, kv
 
 
 def check_cache(kv, prompt, tokens):
@@ -79,7 +79,7 @@ def check_cache(kv, prompt, tokens):
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_speculation_changes_no_token(ahead, draft, sampler):
     expected = plain_answer(TABLE, PROMPT, 40, sampler)
-    for plan in (None, schedule(9, 4, 30), schedule(9, 4, 30, shadow_rows=40), free_schedule(3, 2, 9)):
+    for plan in (None, policy(9, 4, 30), policy(9, 4, 30, shadow_rows=40), free_policy(3, 2, 9)):
         engine, _, kv = machine(plan and DRAFTS[draft], plan=plan, ahead=ahead)
         outputs = list(engine.generate(request_for(PROMPT, 40, sampler=sampler)))
         assert emitted(outputs) == expected
@@ -89,13 +89,13 @@ def test_speculation_changes_no_token(ahead, draft, sampler):
 
 def test_speculation_under_the_cost_rule_changes_no_token():
     for draft in DRAFTS.values():
-        engine, _, _ = machine(draft, plan=schedule(8, 3, 30))
+        engine, _, _ = machine(draft, plan=policy(8, 3, 30))
         assert emitted(list(engine.generate(request_for(PROMPT, 50)))) == plain_answer(TABLE, PROMPT, 50)
 
 
 def test_a_draft_that_is_the_target_is_taken_whole():
     """F88, with tau as it is defined: tokens after the first, per pass."""
-    engine, target, _ = machine(TABLE, plan=free_schedule(4, 1, 5))
+    engine, target, _ = machine(TABLE, plan=free_policy(4, 1, 5))
     last = list(engine.generate(request_for(PROMPT, 31)))[-1].stats
     assert last.passes == 6
     assert last.tau == 5
@@ -104,7 +104,7 @@ def test_a_draft_that_is_the_target_is_taken_whole():
 
 
 def test_a_draft_that_is_always_wrong_gives_one_token_a_pass():
-    engine, _, _ = machine(always_wrong, plan=free_schedule(4, 1, 5))
+    engine, _, _ = machine(always_wrong, plan=free_policy(4, 1, 5))
     last = list(engine.generate(request_for(PROMPT, 10)))[-1].stats
     assert last.tau == 1
     assert last.accepted_histogram == (9,)
@@ -130,7 +130,7 @@ def test_every_acceptance_pattern(pattern, beside):
         wrong = [(coming[0] + 2) % VOCAB, 0, 0]
         return tree_of([root, *wrong, *path], [-1, 0, 1, 2, 0, 4, 5, 6, 7, 8])
 
-    engine = fake_engine(target, kv, ScriptedGrower(propose))
+    engine = fake_engine(target, kv, ScriptedDrafter(propose))
     outputs = list(engine.generate(request_for(PROMPT, 30)))
     assert emitted(outputs) == answer[:30]
     assert [len(output.token_ids) for output in outputs[1:3]] == [accepted + 1 for accepted in pattern]
@@ -142,8 +142,8 @@ def test_the_limit_is_met_exactly_wherever_it_falls(limit):
     """F81: also inside an accepted path longer than what is wanted."""
     answer = plain_answer(TABLE, PROMPT, 40)
     kv, target = fake_cache(), FakeTarget(TABLE)
-    grower = ScriptedGrower(lambda root, wanted: chain_of([root, *answer[kv.committed - 4 :][:7]]))
-    for engine in (fake_engine(target, kv, grower), machine(TABLE)[0], machine()[0]):
+    drafter = ScriptedDrafter(lambda root, wanted: chain_of([root, *answer[kv.committed - 4 :][:7]]))
+    for engine in (fake_engine(target, kv, drafter), machine(TABLE)[0], machine()[0]):
         outputs = list(engine.generate(request_for(PROMPT, limit)))
         assert emitted(outputs) == answer[:limit]
         assert outputs[-1].finish_reason == "length"
@@ -168,12 +168,12 @@ def test_nothing_comes_after_an_end_token_wherever_it_falls(draft, at):
 
 ARMS = {
     "plain": None,
-    "one deep": lambda: free_schedule(1, 1, 2),
-    "two deep": lambda: free_schedule(2, 2, 6),
-    "seven deep": lambda: free_schedule(7, 2, 20),
-    "twenty deep": lambda: free_schedule(20, 1, 24),
-    "in the shadow": lambda: free_schedule(3, 2, 8, shadow_rows=24),
-    "by cost": lambda: schedule(12, 4, 32, shadow_rows=24),
+    "one deep": lambda: free_policy(1, 1, 2),
+    "two deep": lambda: free_policy(2, 2, 6),
+    "seven deep": lambda: free_policy(7, 2, 20),
+    "twenty deep": lambda: free_policy(20, 1, 24),
+    "in the shadow": lambda: free_policy(3, 2, 8, shadow_rows=24),
+    "by cost": lambda: policy(12, 4, 32, shadow_rows=24),
 }
 
 

@@ -6,21 +6,25 @@ import pytest
 from fakes import (
     PASS_BYTES,
     VOCAB,
+    FakeDraft,
     FakeTarget,
-    ScriptedGrower,
+    ScriptedDrafter,
     chain_of,
     emitted,
     fake_cache,
     fake_engine,
+    free_policy,
     plain_answer,
-    plan_costs,
     request_for,
 )
 from test_decoding_engine import BOTH, DRAFTS, PROMPT, TABLE, check_cache, check_next_turn, machine
 
-from subspec_cli.decoding.engine import PREFILL_CHUNK, common_prefix
-from subspec_cli.drafting.schedule import FixedShape, Schedule, TreeLimits
+from subspec_cli.decoding.engine import common_prefix
+from subspec_cli.drafting.draft_steps import DirectSteps
+from subspec_cli.drafting.drafter import Drafter
+from subspec_cli.drafting.history import History
 from subspec_cli.errors import UsageError
+from subspec_cli.limits import PREFILL_CHUNK
 
 
 def spans(target):
@@ -87,10 +91,10 @@ def test_common_prefix():
 # --- accounts ---------------------------------------------------------------------------------------------------
 
 
-def test_the_grower_is_told_how_many_tokens_are_still_wanted():
+def test_the_drafter_is_given_how_many_tokens_are_still_wanted():
     answer = plain_answer(TABLE, PROMPT, 40)
     kv, target = fake_cache(), FakeTarget(TABLE)
-    grower = ScriptedGrower(lambda root, wanted: chain_of([root, *answer[kv.committed - 4 :][:2]]))
+    grower = ScriptedDrafter(lambda root, wanted: chain_of([root, *answer[kv.committed - 4 :][:2]]))
     list(fake_engine(target, kv, grower).generate(request_for(PROMPT, 9)))
     assert grower.wanted == [8, 5, 2]
 
@@ -126,15 +130,14 @@ def test_the_time_that_the_consumer_takes_is_not_decode_time(monkeypatch):
     assert times[-1] < 100
 
 
-def test_the_schedule_learns_from_every_pass():
+def test_the_drafter_learns_from_every_pass():
     seen = []
 
-    class Watching(Schedule):
-        def observe(self, tree, result, spent_s):
+    class Watching(History):
+        def observe(self, tree, result, *, pass_s, drafting_s):
             seen.append((len(tree), len(result.accepted_nodes)))
 
-    shape = FixedShape(depth=4, width=1)
-    plan = Watching(limits=TreeLimits(4, 1, 5), costs=plan_costs(), layers=2, fixed=shape)
-    engine, _, _ = machine(TABLE, plan=plan)
-    list(engine.generate(request_for(PROMPT, 11)))
+    kv, plan = fake_cache(64, scratch=128), free_policy(4, 1, 5, fixed_width=True)
+    drafter = Drafter(DirectSteps(FakeDraft(TABLE), kv), kv, plan, eos_ids=(), history=Watching())
+    list(fake_engine(FakeTarget(TABLE), kv, drafter).generate(request_for(PROMPT, 11)))
     assert seen == [(5, 5), (5, 5)]

@@ -14,21 +14,20 @@ from fakes import (
     GreedySampler,
     LateSteps,
     fake_cache,
-    free_schedule,
+    free_policy,
     plain_answer,
     plan_costs,
+    policy,
     random_table,
     sampled,
-    schedule,
     steps_of,
 )
 
 from subspec_cli.decoding.batches import prompt_batch
-from subspec_cli.decoding.drafter import RootOnly
+from subspec_cli.decoding.drafter import PlainDrafter
 from subspec_cli.decoding.sampler import sample_token
-from subspec_cli.drafting.draft_steps import DirectSteps, sampling_of
+from subspec_cli.drafting.draft_steps import DirectSteps, likeliest, rank, sampling_of
 from subspec_cli.drafting.drafter import Drafter
-from subspec_cli.drafting.ranking import likeliest, rank
 from subspec_cli.modeling.decoder import DraftLogits
 
 PROMPT = (1, 2, 3)
@@ -43,11 +42,11 @@ def prompted_cache(**size):
     return kv
 
 
-def grown(table, schedule, *, sampler=None, wanted=99, eos_ids=(), ahead=0):
+def grown(table, plan, *, sampler=None, wanted=99, eos_ids=(), ahead=0):
     """A tree under ROOT after PROMPT, and the calls that made it."""
     kv, draft = prompted_cache(), FakeDraft(table)
-    drafter = Drafter(steps_of(draft, kv, ahead), kv, schedule, eos_ids=eos_ids)
-    tree = drafter.grow(ROOT, sampler or GreedySampler(), wanted).tree
+    drafter = Drafter(steps_of(draft, kv, ahead), kv, plan, eos_ids=eos_ids)
+    tree = drafter.begin(sampler or GreedySampler()).grow(ROOT, wanted).tree
     assert kv.token_ids == PROMPT
     return tree, draft.calls
 
@@ -88,8 +87,8 @@ def test_a_tree_holds_its_own_chain_within_its_bounds(ahead, depth, width, nodes
     for seed in range(12):
         table = random_table(seed, spread=(0.3, 1.0, 4.0)[seed % 3])
         sampler = sampled(seed) if seed % 2 else GreedySampler()
-        schedule = free_schedule(depth, width, nodes, fixed_width=fixed_width)
-        tree, calls = grown(table, schedule, sampler=sampler, ahead=ahead)
+        plan = free_policy(depth, width, nodes, fixed_width=fixed_width)
+        tree, calls = grown(table, plan, sampler=sampler, ahead=ahead)
         length = min(depth, nodes - 1)
         assert chain(table, length, sampler) in paths(tree)
         assert max(tree.depths) == length
@@ -106,9 +105,8 @@ def test_a_draft_read_late_takes_no_more_steps_for_its_chain():
     for width in (1, 3):
         kv = prompted_cache()
         steps = LateSteps(FakeDraft(table), kv)
-        tree = (
-            Drafter(steps, kv, free_schedule(9, width, 40), eos_ids=()).grow(ROOT, GreedySampler(), 99).tree
-        )
+        drafter = Drafter(steps, kv, free_policy(9, width, 40), eos_ids=())
+        tree = drafter.begin(GreedySampler()).grow(ROOT, 99).tree
         assert steps.behind == [1] * 8 + [0]
         assert max(tree.depths) == 9
         assert chain(table, 9) in paths(tree)
@@ -117,7 +115,7 @@ def test_a_draft_read_late_takes_no_more_steps_for_its_chain():
 @pytest.mark.parametrize("seed", range(6))
 def test_an_expanded_node_lies_in_the_row_of_its_number(seed):
     """Scratch rows, positions and masks: every row sees prompt, ancestors and itself."""
-    tree, calls = grown(random_table(seed, spread=1.0), free_schedule(7, 3, 30))
+    tree, calls = grown(random_table(seed, spread=1.0), free_policy(7, 3, 30))
     assert tree.token_ids[0] == ROOT
     seen = {}
     for call in calls:
@@ -131,7 +129,7 @@ def test_an_expanded_node_lies_in_the_row_of_its_number(seed):
 @pytest.mark.parametrize("seed", range(6))
 def test_siblings_are_the_drafts_best_tokens_each_once(seed):
     table = random_table(seed, spread=1.0)
-    tree, _ = grown(table, free_schedule(6, 3, 40))
+    tree, _ = grown(table, free_policy(6, 3, 40))
     for parent, children in enumerate(tree.children()):
         count = sum(n == parent for n in tree.parents)
         assert len(children) == count, "two siblings with the same token"
@@ -143,7 +141,7 @@ def test_siblings_are_the_drafts_best_tokens_each_once(seed):
 @pytest.mark.parametrize("seed", range(6))
 def test_log_probs_accumulate_along_paths(seed):
     table = random_table(seed, spread=1.0)
-    tree, _ = grown(table, free_schedule(6, 3, 40))
+    tree, _ = grown(table, free_policy(6, 3, 40))
     assert tree.log_probs[0] == 0
     for parent, children in enumerate(tree.children()):
         if not children:
@@ -162,15 +160,15 @@ def test_log_probs_accumulate_along_paths(seed):
 @pytest.mark.parametrize("wanted", [1, 2, 3, 6, 50])
 def test_never_deeper_than_tokens_still_wanted(wanted):
     """Trap 12: the last wanted token is the bonus token, which needs no node."""
-    for limits in (free_schedule(8, 2, 40), schedule(8, 2, 40)):
+    for limits in (free_policy(8, 2, 40), policy(8, 2, 40)):
         tree, calls = grown(random_table(1), limits, wanted=wanted)
         assert max(tree.depths) <= wanted - 1
         assert len(calls) <= wanted - 1
 
 
 def test_one_wanted_token_needs_no_draft():
-    tree, calls = grown(random_table(1), free_schedule(), wanted=1)
-    assert tree == RootOnly().grow(ROOT, GreedySampler(), 1).tree
+    tree, calls = grown(random_table(1), free_policy(), wanted=1)
+    assert tree == PlainDrafter().begin(GreedySampler()).grow(ROOT, 1).tree
     assert not calls
 
 
@@ -178,7 +176,7 @@ def test_one_wanted_token_needs_no_draft():
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_nothing_hangs_below_an_end_token(ahead, seed):
     table, eos_ids = random_table(seed, spread=0.8), (0, 5, 7)
-    tree, _ = grown(table, free_schedule(9, 3, 50), eos_ids=eos_ids, ahead=ahead)
+    tree, _ = grown(table, free_policy(9, 3, 50), eos_ids=eos_ids, ahead=ahead)
     assert all(tree.token_ids[parent] not in eos_ids for parent in tree.parents[1:] if parent)
     assert chain(table, 9, eos_ids=eos_ids) in paths(tree)
 
@@ -187,7 +185,7 @@ def test_a_draft_that_only_ends_gives_one_level():
     def always_ends(prefix):
         return np.eye(VOCAB)[5] * 90
 
-    tree, calls = grown(always_ends, free_schedule(8, 1, 30), eos_ids=(5,))
+    tree, calls = grown(always_ends, free_policy(8, 1, 30), eos_ids=(5,))
     assert (ROOT, 5) in paths(tree)
     assert all(tree.token_ids[parent] != 5 for parent in tree.parents[1:])
     assert len(calls) <= 8
@@ -198,7 +196,7 @@ def test_a_draft_that_only_ends_gives_one_level():
     "sampler", [GreedySampler(), sampled(1), sampled(1, top_p=0.9), sampled(1, top_k=3, top_p=0.9)]
 )
 def test_a_damaged_draft_proposes_nothing(sampler, bad):
-    tree, calls = grown(lambda prefix: np.full(VOCAB, bad), free_schedule(), sampler=sampler)
+    tree, calls = grown(lambda prefix: np.full(VOCAB, bad), free_policy(), sampler=sampler)
     assert len(tree) == 1
     assert len(calls) == 1
 
@@ -210,14 +208,14 @@ def test_a_damaged_row_ends_its_branch_only(bad):
     def partly_bad(prefix):
         return np.full(VOCAB, bad) if len(prefix) > len(PROMPT) + 3 else table(prefix)
 
-    tree, _ = grown(partly_bad, free_schedule(8, 3, 40))
+    tree, _ = grown(partly_bad, free_policy(8, 3, 40))
     assert max(tree.depths) == 3
     assert np.isfinite(tree.log_probs).all()
 
 
 def test_tokens_that_a_filter_forbids_are_not_drafted():
     table = random_table(5, spread=1.0)
-    shape = free_schedule(5, 3, 40, fixed_width=True)
+    shape = free_policy(5, 3, 40, fixed_width=True)
     tree, _ = grown(table, shape, sampler=sampled(2, top_k=1))
     assert tree.token_ids == (ROOT, *plain_answer(table, (*PROMPT, ROOT), 5))
 
@@ -226,14 +224,14 @@ def test_the_noise_of_the_next_position_decides_the_ranking():
     """The child of a node at position p is the token of position p + 1, so it is ranked with that noise."""
     table = random_table(6, spread=1.0)
     sampler = sampled(8, noise_stream=2)
-    tree, _ = grown(table, free_schedule(1, 1, 2), sampler=sampler)
+    tree, _ = grown(table, free_policy(1, 1, 2), sampler=sampler)
     row = table((*PROMPT, ROOT))
     assert tree.token_ids[1] == sample_token(sampler, row, len(PROMPT) + 1)
 
 
 def test_a_fixed_shape_is_kept_whatever_the_draft_thinks():
     for spread in (0.1, 8.0):
-        shape = free_schedule(depth=6, width=2, nodes=40, fixed_width=True)
+        shape = free_policy(depth=6, width=2, nodes=40, fixed_width=True)
         tree, calls = grown(random_table(1, spread=spread), shape)
         assert max(tree.depths) == 6
         assert [call.batch.rows for call in calls] == [1, 2, 2, 2, 2, 2]
@@ -245,13 +243,13 @@ def test_a_sure_draft_is_not_branched():
     def sure(prefix):
         return np.eye(VOCAB)[len(prefix) % VOCAB] * 50
 
-    tree, _ = grown(sure, free_schedule(8, 3, 40))
+    tree, _ = grown(sure, free_policy(8, 3, 40))
     assert len(tree) == 9
     assert list(tree.parents) == list(range(-1, 8))
 
 
 def test_the_root_alone_is_plain_decoding():
-    tree = RootOnly().grow(7, GreedySampler(), 100).tree
+    tree = PlainDrafter().begin(GreedySampler()).grow(7, 100).tree
     assert (tree.token_ids, tree.parents, tree.depths, tree.log_probs) == ((7,), (-1,), (0,), (0.0,))
 
 
@@ -262,8 +260,8 @@ def test_draft_logits_may_be_of_any_float_dtype():
 
     kv = fake_cache()
     draft = HalfDraft(random_table(1))
-    drafter = Drafter(DirectSteps(draft, kv), kv, free_schedule(3, 2, 9), eos_ids=())
-    assert drafter.grow(ROOT, sampled(1), 9).tree.depth == 3
+    drafter = Drafter(DirectSteps(draft, kv), kv, free_policy(3, 2, 9), eos_ids=())
+    assert drafter.begin(sampled(1)).grow(ROOT, 9).tree.depth == 3
 
 
 FILTERS = [{"top_k": 3}, {"top_p": 0.6}, {"top_k": 300, "top_p": 0.9}, {"top_k": 5, "top_p": 0.7}]
@@ -315,7 +313,7 @@ def circle(prefix):
 
 
 def test_rows_of_a_tree_read_late_hold_what_its_nodes_say():
-    """Guesses and children foreseen leave gaps; what the pass gets has none, and every row its node's path."""
+    """N-grams and placeholders leave gaps; what the pass gets has none, and every row its node's path."""
     gaps = 0
     for seed, nodes in itertools.product(range(12), (7, 16, 40)):
         table = circle if seed % 2 else random_table(seed, spread=1.5)
@@ -323,10 +321,10 @@ def test_rows_of_a_tree_read_late_hold_what_its_nodes_say():
         target, steps = FakeTarget(random_table(0)), LateSteps(FakeDraft(table), kv)
         target.forward(prompt_batch((0, 1, 2, 3, 0, 1, 2, 3, 0), 0, target.rules), kv)
         kv.commit(range(9), (0, 1, 2, 3, 0, 1, 2, 3, 0))
-        # Room for void rows beside those of the tree.
-        make = free_schedule if seed % 3 else schedule
+        # Space for unused rows beside those of the tree.
+        make = free_policy if seed % 3 else policy
         plan = make(30, 6, nodes, costs=plan_costs(0.001, row_s=1e-6), shadow_rows=60)
-        tree = Drafter(steps, kv, plan, eos_ids=()).grow(1, GreedySampler(), 99).tree
+        tree = Drafter(steps, kv, plan, eos_ids=()).begin(GreedySampler()).grow(1, 99).tree
         taken = sum(call.batch.rows for call in steps.draft.calls)
         inner = set(tree.parents[1:])
         gaps += taken > len(tree)
@@ -341,8 +339,8 @@ def test_rows_of_a_tree_read_late_hold_what_its_nodes_say():
 
 
 def test_what_cannot_have_children_is_not_looked_below():
-    """An end token may be foreseen, and its row computed in vain; once it is known, nothing below it is."""
-    plan = schedule(8, 3, 30, costs=plan_costs(1e-6, row_s=1e-9))
+    """An end token may be a placeholder, and its row computed in vain; once it is known, nothing below it is."""
+    plan = policy(8, 3, 30, costs=plan_costs(1e-6, row_s=1e-9))
     _, calls = grown(lambda prefix: np.eye(VOCAB)[5] * 90, plan, eos_ids=(5,), ahead=1)
     assert len(calls) > 1
     assert all(5 not in prefix[:-1] for call in calls for prefix in call.prefixes)

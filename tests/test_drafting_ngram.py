@@ -2,7 +2,7 @@
 
 import pytest
 
-from subspec_cli.drafting.ngram import ContinuationLookup
+from subspec_cli.drafting.ngram import NGramLookup
 
 
 def tokens(guesses):
@@ -10,7 +10,7 @@ def tokens(guesses):
 
 
 def learned(*token_ids):
-    lookup = ContinuationLookup()
+    lookup = NGramLookup()
     lookup.learn(token_ids)
     return lookup
 
@@ -33,7 +33,7 @@ def test_guesses_go_on_one_after_another():
 
 
 def test_text_is_taken_in_as_it_grows():
-    grown, whole = ContinuationLookup(), learned(1, 2, 1, 3, 1, 2)
+    grown, whole = NGramLookup(), learned(1, 2, 1, 3, 1, 2)
     for end in (1, 2, 4, 6):
         grown.learn([1, 2, 1, 3, 1, 2][:end])
     for context in ([1], [2, 1], [3, 1], [1, 2, 1]):

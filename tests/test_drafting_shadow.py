@@ -1,4 +1,4 @@
-"""Drafting in the shadow of a pass: what is foreseen begins the next tree, and no token changes."""
+"""Drafting in the shadow of a pass: what was drafted there begins the next tree, and no token changes."""
 
 import numpy as np
 import pytest
@@ -13,12 +13,12 @@ from fakes import (
     emitted,
     fake_cache,
     fake_engine,
-    free_schedule,
+    free_policy,
     plain_answer,
+    policy,
     random_table,
     request_for,
     sampled,
-    schedule,
     steps_of,
 )
 
@@ -40,7 +40,7 @@ def answered(draft_table, plan, *, limit=40, sampler=None, eos_ids=(), ahead=0):
 
 
 def test_a_draft_that_is_always_right_needs_serial_steps_only_once():
-    tokens, stats, _, _ = answered(TABLE, schedule(3, 1, 8, fixed_depth=True, shadow_rows=40))
+    tokens, stats, _, _ = answered(TABLE, policy(3, 1, 8, fixed_depth=True, shadow_rows=40))
     assert tokens == plain_answer(TABLE, PROMPT, 40)
     assert stats.shadow_hits == stats.passes - 1
     assert stats.draft_steps == 3
@@ -53,7 +53,7 @@ def test_a_draft_that_is_always_right_needs_serial_steps_only_once():
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_no_token_changes_however_right_the_draft_is(ahead, seed, share, sampler):
     draft = blended(TABLE, random_table(seed + 10), share)
-    plan = schedule(6, 4, 20, shadow_rows=30)
+    plan = policy(6, 4, 20, shadow_rows=30)
     tokens, stats, _, _ = answered(draft, plan, sampler=sampler, ahead=ahead)
     assert tokens == plain_answer(TABLE, PROMPT, 40, sampler)
     assert stats.shadow_steps > 0
@@ -62,8 +62,8 @@ def test_no_token_changes_however_right_the_draft_is(ahead, seed, share, sampler
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_a_hit_saves_steps_and_costs_no_acceptance(ahead):
     draft = blended(TABLE, random_table(7), 0.15)
-    with_shadow = answered(draft, free_schedule(4, 3, 14, shadow_rows=60), limit=80, ahead=ahead)[1]
-    without = answered(draft, free_schedule(4, 3, 14), limit=80, ahead=ahead)[1]
+    with_shadow = answered(draft, free_policy(4, 3, 14, shadow_rows=60), limit=80, ahead=ahead)[1]
+    without = answered(draft, free_policy(4, 3, 14), limit=80, ahead=ahead)[1]
     assert 0 < with_shadow.shadow_hits <= with_shadow.passes
     assert with_shadow.draft_steps < without.draft_steps
     assert without.shadow_steps == without.shadow_hits == 0
@@ -81,7 +81,7 @@ def test_shadow_rows_lie_behind_the_tree_and_within_bounds(ahead):
         write(layer, start, keys, values)
 
     kv.write = logged
-    target, plan = FakeTarget(TABLE), schedule(6, 4, 20, shadow_rows=12)
+    target, plan = FakeTarget(TABLE), policy(6, 4, 20, shadow_rows=12)
     draft = FakeDraft(blended(TABLE, random_table(7), 0.3))
     engine = fake_engine(target, kv, Drafter(steps_of(draft, kv, ahead), kv, plan, eos_ids=()))
     list(engine.generate(request_for(PROMPT, 40)))
@@ -100,7 +100,7 @@ def test_shadow_rows_lie_behind_the_tree_and_within_bounds(ahead):
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_steps_are_the_same_in_every_run(ahead):
     draft = blended(TABLE, random_table(5), 0.3)
-    runs = [answered(draft, schedule(9, 4, 24, shadow_rows=40), ahead=ahead) for _ in range(2)]
+    runs = [answered(draft, policy(9, 4, 24, shadow_rows=40), ahead=ahead) for _ in range(2)]
     for first, second in zip(runs[0][2].calls, runs[1][2].calls, strict=True):
         assert first.prefixes == second.prefixes
         assert first.batch.start == second.batch.start
@@ -111,7 +111,7 @@ def test_steps_are_the_same_in_every_run(ahead):
 def test_no_findings_are_taken_into_another_answer(ahead):
     """State of an answer that was left early must not reach into the next one."""
     kv, target = fake_cache(96, scratch=160), FakeTarget(TABLE)
-    plan = schedule(4, 3, 14, shadow_rows=30)
+    plan = policy(4, 3, 14, shadow_rows=30)
     engine = fake_engine(target, kv, Drafter(steps_of(FakeDraft(TABLE), kv, ahead), kv, plan, eos_ids=()))
     steps = engine.generate(request_for(PROMPT, 40))
     for _ in range(3):
@@ -121,18 +121,18 @@ def test_no_findings_are_taken_into_another_answer(ahead):
     assert emitted(list(engine.generate(request_for(other, 30)))) == plain_answer(TABLE, other, 30)
 
 
-def test_a_step_under_way_when_the_user_interrupts_is_forgotten():
+def test_a_step_in_flight_when_the_user_interrupts_is_forgotten():
     class Interrupted(LateSteps):
         count = 0
 
-        def start(self, batch, feeds, sampler):
-            super().start(batch, feeds, sampler)
+        def start(self, batch, feeds):
+            super().start(batch, feeds)
             self.count += 1
             if self.count == 5:
                 raise KeyboardInterrupt
 
     kv, target, draft = fake_cache(96, scratch=160), FakeTarget(TABLE), FakeDraft(TABLE)
-    plan, steps = schedule(4, 3, 14, shadow_rows=30), Interrupted(draft, kv)
+    plan, steps = policy(4, 3, 14, shadow_rows=30), Interrupted(draft, kv)
     engine = fake_engine(target, kv, Drafter(steps, kv, plan, eos_ids=()))
     with pytest.raises(KeyboardInterrupt):
         list(engine.generate(request_for(PROMPT, 40)))
@@ -145,18 +145,18 @@ def test_a_step_under_way_when_the_user_interrupts_is_forgotten():
 
 @pytest.mark.parametrize("limit", range(1, 14))
 @pytest.mark.parametrize("ahead", [0, 1])
-def test_nothing_is_foreseen_beyond_the_last_wanted_token(ahead, limit):
-    tokens, _, draft, _ = answered(TABLE, free_schedule(3, 2, 9, shadow_rows=30), limit=limit, ahead=ahead)
+def test_nothing_is_drafted_beyond_the_last_wanted_token(ahead, limit):
+    tokens, _, draft, _ = answered(TABLE, free_policy(3, 2, 9, shadow_rows=30), limit=limit, ahead=ahead)
     assert tokens == plain_answer(TABLE, PROMPT, limit)
     positions = [int(position) for call in draft.calls for position in call.batch.positions]
     assert all(position < len(PROMPT) + limit for position in positions)
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
-def test_nothing_is_foreseen_below_an_end_token(ahead):
+def test_nothing_is_drafted_below_an_end_token(ahead):
     table = random_table(2)
     end = plain_answer(TABLE, PROMPT, 9)[8]
-    _, _, draft, _ = answered(blended(TABLE, table, 0.2), schedule(5, 4, 16, shadow_rows=30), eos_ids=(end,))
+    _, _, draft, _ = answered(blended(TABLE, table, 0.2), policy(5, 4, 16, shadow_rows=30), eos_ids=(end,))
     for call in draft.calls:
         for prefix in call.prefixes:
             assert end not in prefix[len(PROMPT) + 1 :]
@@ -170,7 +170,7 @@ def test_a_guess_of_the_lookup_makes_several_nodes_in_one_step():
 
     def run(width):
         kv, target, draft = fake_cache(96, scratch=160), FakeTarget(circle), FakeDraft(circle)
-        plan = free_schedule(8, width, 9)
+        plan = free_policy(8, width, 9)
         drafter = Drafter(DirectSteps(draft, kv), kv, plan, eos_ids=())
         engine = fake_engine(target, kv, drafter)
         outputs = list(engine.generate(request_for((0, 1, 2, 3, 0, 1, 2, 3), 36)))
@@ -186,7 +186,7 @@ def test_wrong_guesses_change_no_token_and_leave_no_rows():
     """The prompt promises what the model never says."""
     prompt = (1, 2, 3) * 6
     kv, target, draft = fake_cache(96, scratch=160), FakeTarget(TABLE), FakeDraft(TABLE)
-    plan = free_schedule(6, 4, 20, shadow_rows=30)
+    plan = free_policy(6, 4, 20, shadow_rows=30)
     engine = fake_engine(target, kv, Drafter(DirectSteps(draft, kv), kv, plan, eos_ids=()))
     assert emitted(list(engine.generate(request_for(prompt, 40)))) == plain_answer(TABLE, prompt, 40)
 

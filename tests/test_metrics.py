@@ -15,6 +15,7 @@ def step(accepted, emitted=None, drafted=6):
         drafted=drafted,
         accepted=accepted,
         emitted=accepted + 1 if emitted is None else emitted,
+        decode_time_s=1.0,
         draft_time_s=0.25,
         verify_time_s=0.5,
         wait_time_s=0.125,
@@ -24,8 +25,8 @@ def step(accepted, emitted=None, drafted=6):
 
 def after(*accepted):
     stats = PREFILLED
-    for number, count in enumerate(accepted, start=1):
-        stats = stats.after_pass(step(count), decode_time_s=float(number))
+    for count in accepted:
+        stats = stats.after_pass(step(count))
     return stats
 
 
@@ -64,7 +65,7 @@ def test_rates_are_per_second_after_the_first_token():
 
 
 def test_tokens_cut_by_a_stop_are_not_counted():
-    stats = PREFILLED.after_pass(step(5, emitted=2), decode_time_s=1.0)
+    stats = PREFILLED.after_pass(step(5, emitted=2))
     assert stats.new_tokens == 3
     assert stats.tau == 2
     assert stats.accepted_histogram == (0, 0, 0, 0, 0, 1)
@@ -78,7 +79,7 @@ def test_the_live_display_gets_the_latest_passes():
 
 def test_stats_are_values():
     before = dataclasses.asdict(PREFILLED)
-    PREFILLED.after_pass(step(1), decode_time_s=1.0)
+    PREFILLED.after_pass(step(1))
     assert dataclasses.asdict(PREFILLED) == before
     with pytest.raises(dataclasses.FrozenInstanceError):
         PREFILLED.new_tokens = 3
@@ -104,8 +105,7 @@ def test_acceptance_by_depth_counts_passes_that_could_have_gone_on():
     """Of passes that reached a depth and whose tree went deeper, the share whose target went on."""
     stats = GenerationStats(new_tokens=1)
     for depth, accepted in ((3, 3), (3, 1), (2, 0), (5, 2), (0, 0)):
-        step = PassStats(depth=depth, accepted=accepted, emitted=accepted + 1)
-        stats = stats.after_pass(step, decode_time_s=1.0)
+        stats = stats.after_pass(PassStats(depth=depth, accepted=accepted, emitted=accepted + 1))
     assert stats.reached_by_depth == (4, 3, 2, 0, 0)
     assert stats.acceptance_by_depth == (3 / 4, 2 / 3, 1 / 2, 0, 0)
 
@@ -121,8 +121,9 @@ def test_steps_and_link_time_add_up():
             draft_cost_s=0.3,
             shadow_time_s=0.2,
             link_time_s=0.5,
+            decode_time_s=1.0,
         )
-        stats = stats.after_pass(step, decode_time_s=stats.decode_time_s + 1.0)
+        stats = stats.after_pass(step)
     assert (stats.draft_steps, stats.shadow_steps, stats.shadow_hits) == (6, 10, 1)
     assert (stats.draft_cost_s, stats.shadow_time_s, stats.link_busy_share) == (0.6, 0.4, 0.5)
 

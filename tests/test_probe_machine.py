@@ -11,8 +11,7 @@ from fakes_session import answer_to, open_tiny
 
 from subspec_cli.config import SamplingConfig
 from subspec_cli.decoding.sampler import make_sampler
-from subspec_cli.drafting.draft_steps import sampling_of
-from subspec_cli.drafting.ranking import likeliest, rank
+from subspec_cli.drafting.draft_steps import likeliest, rank, sampling_of
 from subspec_cli.modeling.decoder import DraftLogits, Head
 from subspec_cli.modeling.substitute import Int4Linear, LowBitHead, low_bit_table
 from subspec_cli.planning.costs import snapped
@@ -184,12 +183,12 @@ def test_two_runs_with_the_same_costs_grow_the_same_trees(shelf, home):
     assert run() == first
 
 
-def test_the_schedule_goes_by_the_costs_of_its_plan(shelf, home, probes):
+def test_the_policy_goes_by_the_costs_of_its_plan(shelf, home, probes):
     with open_tiny(shelf.model("qwen2")) as session:
         about = session.description
         geometry = session._parts.speculative._target.math.geometry
         assert about.costs == plan_costs(probes[0], geometry, about.plan)
-        assert session._parts.speculative._grower._schedule._costs == about.costs
+        assert session._parts.speculative._drafter._shared.policy.costs == about.costs
 
 
 # --- a head of the draft's own -------------------------------------------------------------------------------
@@ -285,7 +284,7 @@ def test_the_plans_choice_of_head_is_loaded(shelf, monkeypatch, home):
         monkeypatch.setattr(build, "fastest_plan", chosen)
         with open_tiny(model, draft={"depth": 3}) as session:
             heads[bits] = (
-                type(session._parts.speculative._grower._shared.steps.draft._head),
+                type(session._parts.speculative._drafter._shared.steps.draft._head),
                 answer_to(session, "Hello", 20),
             )
     assert [kind for kind, _ in heads.values()] == [Head, LowBitHead]

@@ -12,12 +12,12 @@ import torch
 from fake_gpu import make_layers
 from fakes import LateSteps
 from fakes_session import Shelf, answer_to, open_tiny
-from test_drafting_graph_capture import CHOOSERS, SIZES, step
+from test_drafting_captured_steps import SAMPLERS, SIZES, step
 from test_modeling_substitute import layer_tensors
 from tiny_models import VOCAB, Tiny
 
-from subspec_cli.drafting.draft_steps import Found
-from subspec_cli.drafting.graph_capture import draft_steps
+from subspec_cli.drafting.captured_steps import draft_steps
+from subspec_cli.drafting.draft_steps import Feed, Found
 from subspec_cli.errors import ResourceError
 from subspec_cli.modeling.attention import fast_attention
 from subspec_cli.modeling.decoder import DraftDecoder, Head
@@ -120,18 +120,20 @@ def test_kernels_read_pinned_memory_where_it_lies(dtype: torch.dtype) -> None:
     assert (seen.long() == 7).all().item()
 
 
-@pytest.mark.parametrize("kind", CHOOSERS)
+@pytest.mark.parametrize("kind", SAMPLERS)
 def test_captured_draft_steps_are_the_steps_themselves(tiny: Callable[..., Tiny], kind: str) -> None:
     """Sizes come back, so that steps are replayed and not only captured; rounding is all that may differ."""
-    model, notes, sampler = tiny("qwen2"), [], CHOOSERS[kind]()
+    model, notes, sampler = tiny("qwen2"), [], SAMPLERS[kind]()
     draft, (plain, kept) = on_gpu(model), (gpu_cache(model), gpu_cache(model))
     late = draft_steps(draft, kept, most_rows=4, vocab=VOCAB, device=CUDA, notify=notes.append)
     assert not notes
     direct, first = LateSteps(draft, plain), 0
+    for steps in (direct, late):
+        steps.begin(sampler)
     for number, (rows, feeds) in enumerate(SIZES):
         batch = step(number, plain, rows, first)
         for steps in (direct, late):
-            steps.start(batch, feeds, sampler)
+            steps.start(batch, [feed and Feed(*feed) for feed in feeds])
         if number:
             check_scores(late.read(), direct.read())
         first += rows

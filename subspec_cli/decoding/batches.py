@@ -18,22 +18,22 @@ def prompt_batch(token_ids: Sequence[int], start: int, rules: RowRules) -> Token
     positions = torch.arange(start, start + n)
     key_positions = torch.arange(start + n)
     allowed = key_positions[None, :] <= positions[:, None]
-    return batch_of(token_ids, positions, start, allowed, key_positions, rules.padded(n))
+    return _batch(token_ids, positions, start, allowed, key_positions, rules.padded(n))
 
 
 def tree_batch(tree: TokenTree, committed: int, rules: RowRules) -> TokenBatch:
     """All nodes of a tree in scratch rows from `committed` on: each sees the prefix, its ancestors, itself."""
     positions = torch.tensor(tree.depths) + committed
-    allowed = after_prefix(tree.ancestor_mask(), committed)
+    allowed = _after_prefix(tree.ancestor_mask(), committed)
     key_positions = torch.cat((torch.arange(committed), positions))
-    return batch_of(tree.token_ids, positions, committed, allowed, key_positions, rules.padded(len(tree)))
+    return _batch(tree.token_ids, positions, committed, allowed, key_positions, rules.padded(len(tree)))
 
 
-def after_prefix(mask: Tensor, committed: int) -> Tensor:
+def _after_prefix(mask: Tensor, committed: int) -> Tensor:
     return F.pad(mask, (committed, 0), value=True)
 
 
-def batch_of(
+def _batch(
     token_ids: Sequence[int],
     positions: Tensor,
     start: int,

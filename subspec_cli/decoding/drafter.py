@@ -1,6 +1,7 @@
-"""What the decode loop asks of a drafter, and the drafter that proposes nothing.
+"""What the decode loop asks of a drafter, and the drafter of plain decoding, which proposes nothing.
 
-The heuristics live a room above, in `drafting`; the exact algorithm needs only this protocol.
+The heuristics live one room up, in `drafting`. The exact algorithm needs only these protocols: whatever a drafter
+proposes, the target alone decides which tokens are emitted.
 """
 
 from __future__ import annotations
@@ -15,26 +16,29 @@ from subspec_cli.decoding.verification import VerifyResult
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """A tree to verify, and what it took."""
+    """A tree to verify, and what it took to draft it."""
 
     tree: TokenTree
     draft_steps: int = 0
     """Serial draft steps."""
     ready_nodes: int = 0
-    """Nodes that the shadow of the last pass had expanded already."""
+    """Nodes that the shadow of the last pass had already expanded."""
     cost_s: float = 0.0
-    """What the serial steps cost by the schedule's prices."""
+    """Cost of the serial steps at the policy's prices."""
 
 
-class TreeGrower(Protocol):
-    """What the engine asks for trees."""
+class Draft(Protocol):
+    """The drafting for one answer."""
 
-    def grow(self, root_token: int, sampler: Sampler, tokens_wanted: int) -> Proposal:
-        """A tree under `root_token`, the newest emitted token, with `tokens_wanted` more tokens to come."""
+    def grow(self, root_token: int, tokens_wanted: int) -> Proposal:
+        """Return a tree under `root_token`, the newest emitted token; `tokens_wanted` more tokens may follow it.
+
+        The tree's `N` nodes may write scratch rows `[committed, committed + N)` of the KV cache.
+        """
         ...
 
     def work_in_shadow(self, layer: int) -> int:
-        """Draft steps planned for after this layer of the pass; returns how many there were."""
+        """Run the draft steps that are planned after `layer` of the pass; return how many there were."""
         ...
 
     def learn(self, result: VerifyResult, *, ends: bool) -> None:
@@ -44,24 +48,29 @@ class TreeGrower(Protocol):
         """
         ...
 
-    def forget(self) -> None:
-        """Drop what was found out: another answer begins."""
+
+class Drafter(Protocol):
+    """Whatever drafts for answers."""
+
+    def begin(self, sampler: Sampler) -> Draft:
+        """Begin an answer whose tokens `sampler` picks; the drafting for earlier answers ends."""
         ...
 
 
-class RootOnly:
-    """Plain decoding: a tree of one node, so one token a pass."""
+class PlainDrafter:
+    """Plain decoding: every tree is a root alone, so every pass emits one token."""
 
-    def grow(self, root_token: int, sampler: Sampler, tokens_wanted: int) -> Proposal:  # noqa: ARG002
-        """The root alone."""
+    def begin(self, sampler: Sampler) -> PlainDrafter:  # noqa: ARG002
+        """Return itself: there is no state."""
+        return self
+
+    def grow(self, root_token: int, tokens_wanted: int) -> Proposal:  # noqa: ARG002
+        """Return the root alone."""
         return Proposal(TokenTree((root_token,), (-1,), (0,), (0.0,)))
 
     def work_in_shadow(self, layer: int) -> int:  # noqa: ARG002
-        """Nothing."""
+        """Run no draft step."""
         return 0
 
     def learn(self, result: VerifyResult, *, ends: bool) -> None:
-        """Nothing was drafted."""
-
-    def forget(self) -> None:
-        """Nothing was found out."""
+        """Learn nothing: nothing was drafted."""

@@ -1,8 +1,7 @@
-"""The decode loop: draft a tree, verify it in one target pass, keep the accepted rows, repeat.
+"""The decode loop: draft a tree, verify it in one target pass, commit the accepted rows, emit, repeat.
 
-While the pass waits for weights, planned draft steps look beyond the tree.
-
-Knows tensors, trees and clocks; nothing of files or consoles.
+While the pass waits for weights, planned draft steps look beyond the tree. The engine knows tensors, trees and one
+drafter; it knows nothing of costs, files or consoles.
 """
 
 from __future__ import annotations
@@ -15,19 +14,18 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from subspec_cli.decoding.batches import prompt_batch, tree_batch
-from subspec_cli.decoding.drafter import TreeGrower
+from subspec_cli.decoding.drafter import Draft, Drafter
+from subspec_cli.decoding.meter import RoundMeter
 from subspec_cli.decoding.sampler import Sampler, sample_token
 from subspec_cli.decoding.text import StopRule
 from subspec_cli.decoding.tree import TokenTree
-from subspec_cli.decoding.verification import host_row, verify
+from subspec_cli.decoding.verification import VerifyResult, host_row, verify
 from subspec_cli.errors import UsageError
 from subspec_cli.limits import PREFILL_CHUNK
-from subspec_cli.metrics import GenerationStats, PassStats
+from subspec_cli.metrics import FinishReason, GenerationStats
 from subspec_cli.modeling.decoder import TargetDecoder
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.streaming.streamer import StreamCounters
-
-__all__ = ["PREFILL_CHUNK", "Engine", "PassOutput", "Request", "common_prefix"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,100 +43,101 @@ class PassOutput:
     """What one target pass emitted."""
 
     token_ids: tuple[int, ...]
-    finish_reason: str | None
-    """`stop` or `length` on the last one."""
+    finish_reason: FinishReason | None
+    """Set on the last output only."""
     stats: GenerationStats
     """Totals of the answer so far."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Shadow:
-    """Drafting during one pass."""
+@dataclass(slots=True)
+class _Answer:
+    """An answer in flight. Its newest token is the root of the next tree and is not in the cache yet."""
 
-    steps: int
-    time_s: float
+    request: Request
+    draft: Draft
+    output: PassOutput
+
+    @property
+    def tokens_wanted(self) -> int:
+        return self.request.max_new_tokens - self.output.stats.new_tokens
 
 
 class Engine:
-    """Generates with one target, one cache and one way to grow trees."""
+    """Generates with one target, one KV cache and one drafter."""
 
     def __init__(
         self,
         target: TargetDecoder,
         kv: KVCache,
-        grower: TreeGrower,
+        drafter: Drafter,
         *,
         counters: Callable[[], StreamCounters],
     ) -> None:
         self._target = target
         self._kv = kv
-        self._grower = grower
+        self._drafter = drafter
         self._counters = counters
 
     def generate(self, request: Request) -> Iterator[PassOutput]:
-        """Prefill, then decode until the stop rule or the limit ends the answer.
+        """Prefill, then run rounds until the stop rule or the limit ends the answer.
 
         Afterwards, and also if the consumer leaves early, the cache holds prompt + emitted - 1 rows.
         """
-        self._grower.forget()
-        stats, token = self._prefill(request)
-        finish = request.stop.feed(token)
-        yield PassOutput((token,), finish, stats)
-        while finish is None:
-            started, link = time.perf_counter(), self._counters()
-            proposal = self._grower.grow(token, request.sampler, request.max_new_tokens - stats.new_tokens)
-            tree = proposal.tree
-            drafted_at = time.perf_counter()
-            logits, shadow = self._verify_pass(tree)
-            result = verify(tree, logits, request.sampler, self._kv.committed)
-            verified_at = time.perf_counter()
-            token_ids, finish = _clip(result.token_ids, request.stop)
-            kept = result.accepted_nodes[: len(token_ids)]
-            self._kv.commit(kept, [tree.token_ids[node] for node in kept])
-            self._grower.learn(result, ends=finish is not None)
-            token = token_ids[-1]
-            moved = self._counters().since(link)
-            step = PassStats(
-                drafted=len(tree) - 1,
-                accepted=result.accepted,
-                emitted=len(token_ids),
-                depth=tree.depth,
-                draft_steps=proposal.draft_steps,
-                ready_nodes=proposal.ready_nodes,
-                shadow_steps=shadow.steps,
-                draft_cost_s=proposal.cost_s,
-                draft_time_s=drafted_at - started,
-                verify_time_s=verified_at - drafted_at,
-                shadow_time_s=shadow.time_s,
-                wait_time_s=moved.wait_time_s,
-                link_time_s=moved.read_time_s,
-                streamed_bytes=moved.streamed_bytes,
-            )
-            stats = stats.after_pass(step, decode_time_s=stats.decode_time_s + time.perf_counter() - started)
-            yield PassOutput(token_ids, finish, stats)
+        in_flight = [self._prefill(request)]
+        yield in_flight[0].output
+        while in_flight := [answer for answer in in_flight if answer.output.finish_reason is None]:
+            meter = RoundMeter(self._counters)
+            with meter.timed("draft"):
+                proposals = [
+                    answer.draft.grow(answer.output.token_ids[-1], answer.tokens_wanted)
+                    for answer in in_flight
+                ]
+            with meter.timed("verify"):
+                results = self._verify(in_flight, [proposal.tree for proposal in proposals], meter)
+            for answer, proposal, result in zip(in_flight, proposals, results, strict=True):
+                token_ids, finish_reason = self._commit(proposal.tree, result, answer.request.stop)
+                answer.draft.learn(result, ends=finish_reason is not None)
+                stats = answer.output.stats.after_pass(meter.stats(proposal, result, len(token_ids)))
+                answer.output = PassOutput(token_ids, finish_reason, stats)
+                yield answer.output
 
-    def _verify_pass(self, tree: TokenTree) -> tuple[Tensor, _Shadow]:
-        """The target's logits `[N, V]` of a tree's nodes, and what was drafted meanwhile."""
-        batch = tree_batch(tree, self._kv.committed, self._target.rules)
-        flow, steps, shadow_s = self._target.begin_tokens(batch, self._kv), 0, 0.0
+    def _verify(
+        self, in_flight: Sequence[_Answer], trees: Sequence[TokenTree], meter: RoundMeter
+    ) -> list[VerifyResult]:
+        """Run one pass over the trees of all answers, and draft in its shadow."""
+        (answer,), (tree,) = in_flight, trees  # the cache holds one sequence
+        logits = self._target_pass(tree, answer.draft, meter)
+        return [verify(tree, logits, answer.request.sampler, self._kv.committed)]
+
+    def _target_pass(self, tree: TokenTree, draft: Draft, meter: RoundMeter) -> Tensor:
+        """Return the target's logits `[N, V]` of a tree's `N` nodes."""
+        flow = self._target.begin_tokens(tree_batch(tree, self._kv.committed, self._target.rules), self._kv)
         # Closed at once when a block fails or the user interrupts: the next pass starts at the first block.
         with closing(self._target.layers(flow)) as layers:
             for layer in layers:
-                started = time.perf_counter()
-                steps += self._grower.work_in_shadow(layer)
-                shadow_s += time.perf_counter() - started
-        return self._target.logits(flow), _Shadow(steps, shadow_s)
+                with meter.timed("shadow"):
+                    meter.add_shadow_steps(draft.work_in_shadow(layer))
+        return self._target.logits(flow)
 
-    def _prefill(self, request: Request) -> tuple[GenerationStats, int]:
-        """Compute the prompt rows that the cache lacks; returns the first token, chosen from the last row."""
+    def _commit(
+        self, tree: TokenTree, result: VerifyResult, stop: StopRule
+    ) -> tuple[tuple[int, ...], FinishReason | None]:
+        """Commit the accepted rows up to the token that ends the answer; return the tokens and the reason."""
+        token_ids, finish_reason = _clip(result.token_ids, stop)
+        kept = result.accepted_nodes[: len(token_ids)]
+        self._kv.commit(kept, [tree.token_ids[node] for node in kept])
+        return token_ids, finish_reason
+
+    def _prefill(self, request: Request) -> _Answer:
+        """Compute the prompt rows that the cache lacks; the last row's logits give the first token."""
         started = time.perf_counter()
+        draft = self._drafter.begin(request.sampler)
         prompt = request.prompt_ids
         if len(prompt) + 1 > self._kv.context:
             raise UsageError(
                 f"the prompt has {len(prompt)} tokens, the context holds {self._kv.context}",
                 "shorten the prompt, or raise --context",
             )
-        # The last prompt row is always computed: its logits give the first token.
         reused = min(common_prefix(prompt, self._kv.token_ids), len(prompt) - 1)
         self._kv.rewind(reused)
         position = reused
@@ -155,18 +154,18 @@ class Engine:
             prefilled_tokens=len(prompt) - reused,
             ttft_s=time.perf_counter() - started,
         )
-        return stats, token
+        return _Answer(request, draft, PassOutput((token,), request.stop.feed(token), stats))
 
 
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    """Length of the longest common prefix."""
+    """Return the length of the longest common prefix."""
     return next(
         (n for n, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right))
     )
 
 
-def _clip(token_ids: Sequence[int], stop: StopRule) -> tuple[tuple[int, ...], str | None]:
-    """Tokens up to and including the one that ends the answer, and the finish reason if one does."""
+def _clip(token_ids: Sequence[int], stop: StopRule) -> tuple[tuple[int, ...], FinishReason | None]:
+    """Cut the tokens after the one that ends the answer; the reason is None if none does."""
     for count, token_id in enumerate(token_ids, start=1):
         if reason := stop.feed(token_id):
             return tuple(token_ids[:count]), reason

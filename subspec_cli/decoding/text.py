@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Final, Protocol
 
+from subspec_cli.metrics import FinishReason
+
 _UNFINISHED: Final = "\N{REPLACEMENT CHARACTER}"
 _MOST_HELD_TOKENS: Final = 12
 """Tokens after which an unfinished character is taken to be really invalid and shown as it is."""
@@ -21,7 +23,7 @@ class Tokenizer(Protocol):
 class StopRule(Protocol):
     """Decides token by token whether an answer ends."""
 
-    def feed(self, token_id: int) -> str | None:
+    def feed(self, token_id: int) -> FinishReason | None:
         """Take the next token; returns the finish reason when it is the last."""
         ...
 
@@ -89,7 +91,7 @@ class AnswerText:
         self._held = ""
         self._ready = ""
 
-    def feed(self, token_id: int) -> str | None:
+    def feed(self, token_id: int) -> FinishReason | None:
         """Take the next token; returns `stop` or `length` when it is the last."""
         self._left -= 1
         if token_id in self._eos_ids:
@@ -107,7 +109,7 @@ class AnswerText:
         text, self._ready = self._ready, ""
         return text
 
-    def _finish(self, reason: str) -> str:
+    def _finish(self, reason: FinishReason) -> FinishReason:
         self._held += self._detokenizer.flush()
         if self._cut_at_stop():
             return "stop"

@@ -6,7 +6,7 @@ node's number is the scratch row its keys and values lie in, for the draft as fo
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -47,20 +47,3 @@ class TokenTree:
         for node, parent in enumerate(self.parents[1:], start=1):
             mask[node] |= mask[parent]
         return mask
-
-
-@dataclass(slots=True)
-class DraftNode:
-    """A token the draft has proposed."""
-
-    token_id: int
-    parent: int
-    depth: int
-    log_prob: float
-    """Cumulative, by the draft's own sharpened guess."""
-    chance: float
-    """Calibrated probability that the target's path goes through it."""
-    row: int = -1
-    """Scratch row of its draft-made keys and values; -1 until it is expanded."""
-    children: list[int] = field(default_factory=list)
-    """Likeliest first; none until the draft has found them."""

@@ -1,33 +1,65 @@
-"""Draft steps as the drafter starts them: several may be under way before the first is read.
+"""Draft steps: one forward of the draft model, and the ranking of what it finds.
 
-Where a step takes the host's own time, each is read at once. On a GPU the host would stand still for it, and the
-GPU for the host: so the next step is started before the last one is read, and may hold children that the host
-does not know yet (`captured`).
+Several steps may be in flight before the first is read. On the CPU a step takes the host's own time, so each is
+computed when it is started. On a GPU, reading every step at once would leave host and GPU waiting for each other; so
+the next step is started before the last one is read, and may hold rows whose tokens the host does not know yet
+(`captured_steps`).
+
+Ranking predicts what `sample_token` would pick from the same logits. It consists of operations of fixed sizes that
+wait for nothing, so a GPU holds them in one graph with the forward.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Literal, NamedTuple, NewType, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from subspec_cli.decoding.sampler import Row, Sampler
-from subspec_cli.drafting.ranking import Ids, Sampling, rank, sampling_rule
+from subspec_cli.decoding.sampler import Filters, GreedySampler, Row, Sampler
 from subspec_cli.modeling.decoder import DraftLogits
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.layers import TokenBatch
 from subspec_cli.streaming.mapped_memory import shared_with_gpu
 
+StepRow = NewType("StepRow", int)
+"""Row within one draft step."""
+Ids = NDArray[np.int64]
+SHARPENING: Final = 0.2
+"""Temperature of the draft's guess. It is low, so side paths do not crowd out the likely one (arXiv 2509.18344)."""
+RANKED: Final = 8
+"""Children considered per node."""
+_CANDIDATES: Final = 32
+"""Tokens that a rough head picks for the 16-bit head to score."""
+_TOP_K: Final = 256
+"""Largest top-k that is applied."""
+_FARTHEST: Final = 32.0
+"""Distance below the best logit beyond which a token weighs nothing."""
+_PLACES: Final = 1024
+_WHOLE: Final = float(1 << 40)
+"""The best token's share as a whole number."""
+_TIE: Final = 2.0**-45
+"""Weight of a token id beside a score. All ids together weigh less than the smallest difference of scores near 1."""
+_LEAST_TEMPERATURE: Final = 1e-30
+"""Smallest divisor of a float32 logit that cannot overflow."""
 
-class Draft(Protocol):
-    """The model that guesses."""
+
+class Feed(NamedTuple):
+    """Where a row takes its token from: what the previous step finds for its row `row`, at rank `rank`."""
+
+    row: StepRow
+    rank: int
+
+
+class DraftModel(Protocol):
+    """The model that drafts."""
 
     def forward(self, batch: TokenBatch, kv: KVCache) -> DraftLogits:
-        """One draft step over unpadded rows."""
+        """Run one draft step over unpadded rows."""
         ...
 
 
@@ -42,58 +74,59 @@ class Found:
 
 
 class DraftSteps(Protocol):
-    """What starts draft steps and reads what they found, in turn."""
+    """Starts draft steps and reads what they found, in order."""
 
     @property
-    def ahead(self) -> int:
-        """Most steps that may be under way unread when another is started: 0 or 1."""
+    def ahead(self) -> Literal[0, 1]:
+        """Most steps that may be in flight unread when another is started."""
         ...
 
-    def start(self, batch: TokenBatch, feeds: Sequence[tuple[int, int] | None], sampler: Sampler) -> None:
-        """Start a step over a batch on the host, which writes draft-made keys and values to scratch rows.
+    def begin(self, sampler: Sampler) -> None:
+        """Let the steps to come guess what `sampler` picks; steps that were not read are dropped."""
+        ...
 
-        A row whose feed is (row, rank) takes in place of the batch's token the one that the step before finds
-        for its row, at that rank.
+    def start(self, batch: TokenBatch, feeds: Sequence[Feed | None]) -> None:
+        """Start a step over a batch on the host; it writes draft-made keys and values to scratch rows.
+
+        A row with a feed takes its token from the previous step, in place of the batch's token.
         """
         ...
 
     def read(self) -> Found:
-        """The result of the oldest step that was not read."""
-        ...
-
-    def drop(self) -> None:
-        """Forget the steps that were not read."""
+        """Return the result of the oldest step that was not read."""
         ...
 
 
 class DirectSteps:
-    """Each step is computed when it is started."""
+    """Computes each step when it is started."""
 
-    ahead = 0
+    ahead: Literal[0, 1] = 0
 
-    def __init__(self, draft: Draft, kv: KVCache) -> None:
+    def __init__(self, draft: DraftModel, kv: KVCache) -> None:
         self.draft = draft
         self._kv = kv
+        self._sampler: Sampler = GreedySampler()
         self._found: Found | None = None
 
-    def start(self, batch: TokenBatch, feeds: Sequence[tuple[int, int] | None], sampler: Sampler) -> None:
-        """Compute it."""
+    def begin(self, sampler: Sampler) -> None:
+        """Keep the sampler; no step is in flight."""
+        self._sampler = sampler
+
+    def start(self, batch: TokenBatch, feeds: Sequence[Feed | None]) -> None:
+        """Run the step now."""
         assert not any(feeds)
         found = self.draft.forward(batch, self._kv)
-        ids, scores = rank(found, sampling_of(sampler, batch, found.logits))
+        ids, scores = rank(found, sampling_of(self._sampler, batch, found.logits))
         self._found = Found(ids.cpu().numpy(), scores.double().cpu().numpy())
 
     def read(self) -> Found:
-        """What was computed."""
+        """Return what the last step found."""
         assert self._found is not None
         return self._found
 
-    def drop(self) -> None:
-        """Nothing is under way."""
-
 
 def sampling_of(sampler: Sampler, batch: TokenBatch, logits: Tensor) -> Sampling | None:
-    """The sampler's rule for the rows of a batch; their children are the tokens of the next positions."""
+    """Return the sampler's rule for the rows of a batch; their children are the tokens of the next positions."""
     rows = [sampler.noise(position + 1, logits.shape[1]) for position in batch.positions.tolist()]
     noise = [row for row in rows if row is not None]
     if not noise:
@@ -104,3 +137,82 @@ def sampling_of(sampler: Sampler, batch: TokenBatch, logits: Tensor) -> Sampling
         sampling_rule(sampler, logits.shape[1]).to(device),
         sampler.filters is not None,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How `N` draft rows are sampled, as tensors, so that a captured step can take other numbers later."""
+
+    noise: Tensor
+    """`[N, V]` float32."""
+    rule: Tensor
+    """`[3]` float32: temperature, top-k (the vocabulary's size where it filters nothing), top-p."""
+    is_filtered: bool
+
+
+def sampling_rule(sampler: Sampler, vocab: int) -> Tensor:
+    """Return the numbers of a sampler's rule, `[3]` on the host."""
+    filters = sampler.filters or Filters(0, 1.0)
+    return torch.tensor([sampler.temperature, filters.top_k or vocab, filters.top_p])
+
+
+def rank(found: DraftLogits, sampling: Sampling | None) -> tuple[Tensor, Tensor]:
+    """Return ids `[N, K]` and float32 scores of the best few tokens of each draft row, best first; K <= RANKED.
+
+    Without `sampling` the ranking is greedy. The best of rough logits are scored again by the 16-bit head: the error
+    of a 4-bit head alone would cost a fifth of the accepted tokens. `likeliest` handles values that are not finite.
+    """
+    scaled = _scaled(found.logits.float(), sampling)
+    count = min(_CANDIDATES if found.is_rough else RANKED, scaled.shape[1])
+    scores = scaled if sampling is None else scaled + sampling.noise
+    if sampling is not None and sampling.is_filtered:
+        scores = scores.masked_fill(~_kept(scaled, sampling), -torch.inf)
+    values, ids = scores.topk(count, dim=-1)
+    if found.is_rough:
+        gained = found.rescored(ids) - found.logits.gather(1, ids).float()
+        values, places = (values + _scaled(gained, sampling)).topk(min(RANKED, values.shape[1]), dim=-1)
+        ids = ids.gather(1, places)
+    # Ties go to the lowest id, as in `sample_token`; 16-bit logits are often equal.
+    order = (values.double() - ids.double() * _TIE).argsort(dim=-1, descending=True)
+    return ids.gather(1, order), values.gather(1, order)
+
+
+def _scaled(logits: Tensor, sampling: Sampling | None) -> Tensor:
+    return logits if sampling is None else logits / sampling.rule[0].clamp_min(_LEAST_TEMPERATURE)
+
+
+def _kept(scaled: Tensor, sampling: Sampling) -> Tensor:
+    """Return a mask `[N, V]` of about what top-k and top-p keep: tokens 1/32 of a logit apart count as equal.
+
+    Sorting whole rows would take longer than the step. Shares are summed as whole numbers by their distance from the
+    best, so the order of the sum does not matter. A top-k larger than `_TOP_K` is not applied.
+    """
+    top_k, top_p = sampling.rule[1], sampling.rule[2]
+    best = scaled.topk(min(_TOP_K, scaled.shape[1]), dim=-1).values
+    last = best.index_select(1, (top_k.long() - 1).clamp(0, best.shape[1] - 1).view(1))
+    within = (scaled >= last) | (top_k > best.shape[1])
+    below = (best[:, :1] - scaled).nan_to_num(nan=torch.inf).clamp(0, _FARTHEST)
+    places = (below * (_PLACES / _FARTHEST)).long().clamp_max(_PLACES - 1)
+    shares = (below.neg_().exp_().mul_(within) * _WHOLE).long()
+    mass = torch.zeros((len(scaled), _PLACES), dtype=torch.long, device=scaled.device)
+    mass.scatter_add_(1, places, shares)
+    open_places = mass.cumsum(1) - mass < top_p * mass.sum(1, keepdim=True)
+    return within & open_places.gather(1, places)
+
+
+def likeliest(token_ids: Ids, scores: Row, sharpening: float = SHARPENING) -> list[tuple[int, float]]:
+    """Return (token id, sharpened log-probability) pairs of ranked tokens, best first; ties go to the lowest id.
+
+    Tokens that a filter forbids are left out. A draft row that is not finite proposes nothing.
+    """
+    able = np.isfinite(scores)
+    if not able.any():
+        return []
+    token_ids, scores = token_ids[able], scores[able]
+    order = np.lexsort((token_ids, -scores))
+    # At this sharpness the tokens beyond the ranked ones have no weight that matters.
+    sharp = (scores[order] - scores[order[0]]) / sharpening
+    log_total = float(np.log(np.exp(sharp).sum()))
+    return [
+        (int(token), float(score) - log_total) for token, score in zip(token_ids[order], sharp, strict=True)
+    ]

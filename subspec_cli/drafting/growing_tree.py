@@ -1,37 +1,62 @@
-"""A token tree that is being drafted: nodes, the scratch rows they have taken, and the mask between rows."""
+"""A token tree while it is drafted: its nodes, the scratch rows they have taken, and the mask between rows."""
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from typing import Self
+from dataclasses import dataclass, field
+from typing import NewType, Self
 
 import torch
+import torch.nn.functional as F
 
-from subspec_cli.decoding.batches import after_prefix, batch_of
-from subspec_cli.decoding.tree import DraftNode, TokenTree
+from subspec_cli.decoding.tree import TokenTree
 from subspec_cli.modeling.layers import TokenBatch
+
+NodeId = NewType("NodeId", int)
+"""Index of a node in `GrowingTree.nodes`."""
+ScratchRow = NewType("ScratchRow", int)
+"""Row of the KV cache, counted from where the committed rows end."""
+ROOT = NodeId(0)
+
+
+@dataclass(slots=True)
+class DraftNode:
+    """A token that the draft has proposed."""
+
+    token_id: int
+    parent: NodeId | None
+    """None for the root."""
+    depth: int
+    log_prob: float
+    """Cumulative, by the draft's own sharpened guess."""
+    chance: float
+    """Calibrated probability that the target's path goes through the node."""
+    row: ScratchRow | None = None
+    """Row of its draft-made keys and values; None until the node is expanded."""
+    children: list[NodeId] = field(default_factory=list)
+    """Likeliest first; none until the draft has found them."""
 
 
 class GrowingTree:
     """All that the draft has proposed under a root: the tree to be verified, and what lies beyond it.
 
     A node is *expanded* when the draft computes its row and so finds its children, else it is *open*. Rows are
-    taken in the order of draft steps, before it is known which node some of them will hold: a row that proves to
-    hold none is void. `freeze` turns the likely part into a `TokenTree`; nodes expanded after that take rows
-    behind the tree's, so that a pass over the tree and the draft do not meet.
+    taken in the order of draft steps, before it is known which nodes some of them will hold. A row that turns out to
+    hold no node is unused. `freeze` turns the likely part into a `TokenTree`. Nodes that are expanded later take rows
+    behind the tree's, so the pass over the tree and the draft do not write the same rows.
     """
 
     def __init__(self, root_token: int, capacity: int) -> None:
-        self.nodes = [DraftNode(root_token, -1, 0, 0.0, 1.0)]
+        self.nodes = [DraftNode(root_token, None, 0, 0.0, 1.0)]
         self.mask = torch.zeros((capacity, capacity), dtype=torch.bool)
-        """`[capacity, capacity]`: rows that the node of a row attends to, its ancestors' and its own."""
+        """`[capacity, capacity]`: rows that the node of a row attends to: its ancestors' and its own."""
         self.row_depths: list[int] = []
         """Depth of the node in each row taken so far."""
-        self._in_rows: list[int] = []
-        """Number of the node in each row; -1 where there is none, or none yet."""
-        self._open = {0}
-        self._frozen: list[int] = []
+        self._in_rows: list[NodeId | None] = []
+        """The node in each row; None where there is none, or none yet."""
+        self._open = {ROOT}
+        self._frozen: list[NodeId] = []
 
     @property
     def capacity(self) -> int:
@@ -46,158 +71,195 @@ class GrowingTree:
     @property
     def expanded(self) -> int:
         """Nodes that have a row."""
-        return sum(number >= 0 for number in self._in_rows)
+        return sum(node is not None for node in self._in_rows)
 
     def likely(self, least: float) -> tuple[int, float]:
-        """Number of nodes of at least this chance, and the tokens expected of a pass over them."""
+        """Return the number of nodes of at least this chance, and the tokens expected of a pass over them."""
         chances = [node.chance for node in self.nodes if node.chance >= least]
         return len(chances), sum(chances)
 
-    def tip(self) -> int:
-        """The open end of the draft's own greedy chain."""
-        number = 0
-        while children := self.nodes[number].children:
-            number = children[0]
-        return number
+    def tip(self) -> NodeId:
+        """Return the open end of the draft's own greedy chain."""
+        node = ROOT
+        while children := self.nodes[node].children:
+            node = children[0]
+        return node
 
-    def best_open(self, count: int, *, max_depth: int, eos_ids: frozenset[int]) -> list[int]:
-        """Up to `count` open nodes that may be expanded, likeliest first; ties go to the older one."""
+    def best_open(self, count: int, *, max_depth: int, eos_ids: frozenset[int]) -> list[NodeId]:
+        """Return up to `count` open nodes above `max_depth`, likeliest first; ties go to the older one.
+
+        Nodes whose token ends the answer are left out, except the root.
+        """
         able = (
-            number
-            for number in self._open
-            if self.nodes[number].depth < max_depth
-            and (self.nodes[number].token_id not in eos_ids or number == 0)
+            node
+            for node in self._open
+            if self.nodes[node].depth < max_depth
+            and (self.nodes[node].token_id not in eos_ids or node == ROOT)
         )
-        return heapq.nsmallest(count, able, key=lambda number: (-self.nodes[number].chance, number))
+        return heapq.nsmallest(count, able, key=lambda node: (-self.nodes[node].chance, node))
 
-    def expand(self, number: int) -> None:
-        """Give an open node the next row; its children are added after."""
-        node = self.nodes[number]
-        parent_row = self.nodes[node.parent].row if node.parent >= 0 else -1
-        self.seat(number, self.take_row(parent_row, node.depth))
+    def expand(self, node: NodeId) -> None:
+        """Give an open node the next row; its children are added afterwards."""
+        found = self.nodes[node]
+        parent_row = None if found.parent is None else self.nodes[found.parent].row
+        self.assign(node, self.take_row(parent_row, found.depth))
 
-    def take_row(self, parent_row: int, depth: int) -> int:
-        """The next row, for a node at `depth` whose parent's row is `parent_row`; -1 for the root."""
-        row = self.rows
-        self.mask[row] = self.mask[parent_row] if parent_row >= 0 else False
+    def take_row(self, parent_row: ScratchRow | None, depth: int) -> ScratchRow:
+        """Take the next row for a node at `depth` whose parent is in `parent_row`; the root has no parent."""
+        row = ScratchRow(self.rows)
+        self.mask[row] = False if parent_row is None else self.mask[parent_row]
         self.mask[row, row] = True
         self.row_depths.append(depth)
-        self._in_rows.append(-1)
+        self._in_rows.append(None)
         return row
 
-    def seat(self, number: int, row: int) -> None:
-        """Let an open node have a row that was taken for it."""
-        node = self.nodes[number]
-        assert node.row < 0 > self._in_rows[row]
-        assert node.depth == self.row_depths[row]
-        node.row = row
-        self._in_rows[row] = number
-        self._open.remove(number)
+    def assign(self, node: NodeId, row: ScratchRow) -> None:
+        """Assign an open node to a row that was taken for it."""
+        found = self.nodes[node]
+        assert found.row is None
+        assert self._in_rows[row] is None
+        assert found.depth == self.row_depths[row]
+        found.row = row
+        self._in_rows[row] = node
+        self._open.remove(node)
 
-    def give_back(self) -> None:
-        """Return the void rows at the end, when no step is under way that may still fill them."""
-        while self.rows > len(self._frozen) and self._in_rows[-1] < 0:
+    def release_unused(self) -> None:
+        """Release the unused rows at the end. No step may be in flight that could still fill them."""
+        while self.rows > len(self._frozen) and self._in_rows[-1] is None:
             self._in_rows.pop()
             self.row_depths.pop()
 
-    def compact(self) -> list[int]:
-        """Close the gaps that void rows leave; returns the rows to move to the front, none if they are there."""
-        kept = [row for row, number in enumerate(self._in_rows) if number >= 0]
+    def compact(self) -> list[ScratchRow]:
+        """Close the gaps of unused rows; return the rows to move to the front, none if they are there already."""
+        kept = [ScratchRow(row) for row, node in enumerate(self._in_rows) if node is not None]
         if len(kept) == self.rows:
             return []
         self.mask[: len(kept), : len(kept)] = self.mask[kept][:, kept]
         self.row_depths = [self.row_depths[row] for row in kept]
         self._in_rows = [self._in_rows[row] for row in kept]
-        for row, number in enumerate(self._in_rows):
-            self.nodes[number].row = row
+        for row, node in enumerate(self._in_rows):
+            if node is not None:
+                self.nodes[node].row = ScratchRow(row)
         return kept
 
-    def path_tokens(self, number: int, count: int) -> list[int]:
-        """The last `count` tokens, or fewer, on the way from the root to a node, itself included."""
+    def path_tokens(self, node: NodeId, count: int) -> list[int]:
+        """Return the last `count` tokens, or fewer, of the path from the root to a node, including the node's."""
         tokens: list[int] = []
-        while number >= 0 and len(tokens) < count:
-            tokens.append(self.nodes[number].token_id)
-            number = self.nodes[number].parent
+        above: NodeId | None = node
+        while above is not None and len(tokens) < count:
+            tokens.append(self.nodes[above].token_id)
+            above = self.nodes[above].parent
         return tokens[::-1]
 
-    def add(self, parent: int, token_id: int, log_prob: float, chance: float) -> int:
-        """Append a child of an expanded node, with cumulative figures; returns its number."""
+    def add(self, parent: NodeId, token_id: int, log_prob: float, chance: float) -> NodeId:
+        """Append a child of an expanded node, with cumulative figures."""
         above = self.nodes[parent]
-        assert above.row >= 0
-        number = len(self.nodes)
+        assert above.row is not None
+        node = NodeId(len(self.nodes))
         self.nodes.append(DraftNode(token_id, parent, above.depth + 1, log_prob, chance))
-        above.children.append(number)
-        self._open.add(number)
-        return number
+        above.children.append(node)
+        self._open.add(node)
+        return node
 
-    def child(self, number: int, token_id: int) -> int | None:
-        """The child of a node that has this token, if one was found."""
-        children = self.nodes[number].children
+    def child(self, node: NodeId, token_id: int) -> NodeId | None:
+        """Return the child of a node that has this token, if the draft has found one."""
+        children = self.nodes[node].children
         return next((child for child in children if self.nodes[child].token_id == token_id), None)
 
-    def freeze(self, leaves: Sequence[int]) -> TokenTree:
-        """The expanded nodes and the given open ones as a tree to verify; rows from its length on are free.
+    def freeze(self, leaves: Sequence[NodeId]) -> TokenTree:
+        """Return the expanded nodes and the given open ones as a tree to verify.
 
-        There must be no gaps.
+        Rows from its length on are free. There must be no unused rows.
         """
-        assert self.expanded == self.rows
-        self._frozen = [*self._in_rows, *leaves]
-        index = {number: place for place, number in enumerate(self._frozen)}
-        chosen = [self.nodes[number] for number in self._frozen]
-        # The leaves' rows are the target's alone: if the draft expands one, it takes another row.
-        self.row_depths.extend(self.nodes[number].depth for number in leaves)
-        self._in_rows.extend(-1 for _ in leaves)
+        inner = [node for node in self._in_rows if node is not None]
+        assert len(inner) == self.rows
+        self._frozen = [*inner, *leaves]
+        index = {node: place for place, node in enumerate(self._frozen)}
+        chosen = [self.nodes[node] for node in self._frozen]
+        # The leaves' rows are the target's alone: if the draft expands a leaf, it takes another row.
+        self.row_depths.extend(self.nodes[node].depth for node in leaves)
+        self._in_rows.extend(None for _ in leaves)
         return TokenTree(
             tuple(node.token_id for node in chosen),
-            tuple(index[node.parent] if node.parent >= 0 else -1 for node in chosen),
+            tuple(-1 if node.parent is None else index[node.parent] for node in chosen),
             tuple(node.depth for node in chosen),
             tuple(node.log_prob for node in chosen),
         )
 
-    def outcome(self, last_node: int, bonus_token: int) -> int | None:
-        """The proposal that a verified path ends with: child `bonus_token` of the frozen tree's `last_node`."""
+    def outcome(self, last_node: int, bonus_token: int) -> NodeId | None:
+        """Return the node that a verified path ends with: child `bonus_token` of the frozen tree's `last_node`."""
         return self.child(self._frozen[last_node], bonus_token)
 
-    def subtree(self, number: int, *, most_rows: int, max_depth: int) -> tuple[Self, list[int]]:
-        """What was found out below a node, as a tree of its own, and the old rows of its expanded nodes.
+    def subtree(self, node: NodeId, *, most_rows: int, max_depth: int) -> tuple[Self, list[ScratchRow]]:
+        """Return what was drafted below a node as a tree of its own, and the old rows of its expanded nodes.
 
-        At most `most_rows` of them, the likeliest, and none at `max_depth` or deeper; the rest is open again.
+        It keeps at most `most_rows` of them, the likeliest, and none at `max_depth` or deeper.
+        The rest is open again.
         """
-        root = self.nodes[number]
-        inside = {number}
-        for child, node in enumerate(self.nodes[number + 1 :], start=number + 1):
-            if node.parent in inside:
-                inside.add(child)
-        expanded = [
-            child
-            for child in inside
-            if self.nodes[child].row >= 0 and self.nodes[child].depth - root.depth < max_depth
-        ]
-        expanded.sort(key=lambda child: (-self.nodes[child].chance, child))
-        kept = sorted(expanded[:most_rows], key=lambda child: self.nodes[child].row)
+        root = self.nodes[node]
+        kept = self._kept_below(node, most_rows, max_depth)
         tree = type(self)(root.token_id, self.capacity)
-        moved = {number: 0}
+        moved = {node: ROOT}
         for child in kept:
             tree.expand(moved[child])
             for below in self.nodes[child].children:
-                node = self.nodes[below]
+                found = self.nodes[below]
                 moved[below] = tree.add(
                     moved[child],
-                    node.token_id,
-                    node.log_prob - root.log_prob,
-                    node.chance / root.chance if root.chance > 0 else 0.0,
+                    found.token_id,
+                    found.log_prob - root.log_prob,
+                    found.chance / root.chance if root.chance > 0 else 0.0,
                 )
-        return tree, [self.nodes[child].row for child in kept]
+        return tree, [row for child in kept if (row := self.nodes[child].row) is not None]
+
+    def _kept_below(self, node: NodeId, most_rows: int, max_depth: int) -> list[NodeId]:
+        """Return the likeliest expanded nodes at and below a node, in the order of their rows."""
+        top = self.nodes[node].depth
+        inside = {node}
+        for index, found in enumerate(self.nodes[node + 1 :], start=node + 1):
+            if found.parent in inside:
+                inside.add(NodeId(index))
+        expanded = [
+            (row, child)
+            for child in inside
+            if (row := self.nodes[child].row) is not None and self.nodes[child].depth - top < max_depth
+        ]
+        expanded.sort(key=lambda item: (-self.nodes[item[1]].chance, item[1]))
+        return [child for _, child in sorted(expanded[:most_rows])]
+
+    def check_integrity(self) -> None:
+        """Assert that nodes, rows, the mask and the set of open nodes agree. For tests, after every change."""
+        assert self.rows == len(self._in_rows) <= self.capacity
+        placed = {node: row for row, node in enumerate(self._in_rows) if node is not None}
+        assert len(placed) == self.expanded, "a node is in two rows"
+        for index, node in enumerate(self.nodes):
+            assert node.row == placed.get(NodeId(index))
+            assert (NodeId(index) in self._open) == (node.row is None)
+            assert node.row is not None or not node.children
+            assert (node.parent is None) == (index == ROOT)
+            if node.parent is not None:
+                above = self.nodes[node.parent]
+                assert node.parent < index
+                assert index in above.children
+                assert node.depth == above.depth + 1
+            if node.row is not None:
+                seen = {node.row}
+                while node.parent is not None:
+                    node = self.nodes[node.parent]
+                    assert node.row is not None
+                    seen.add(node.row)
+                assert set(self.mask[placed[NodeId(index)]].nonzero().flatten().tolist()) == seen
 
 
-def draft_batch(
-    tree: GrowingTree,
-    token_ids: Sequence[int],
-    committed: int,
-) -> TokenBatch:
-    """Tokens in the last rows that a tree has taken, for one unpadded draft step."""
+def draft_batch(tree: GrowingTree, token_ids: Sequence[int], committed: int) -> TokenBatch:
+    """Return the tokens of the last rows that a tree has taken, as one unpadded draft step."""
     first = tree.rows - len(token_ids)
-    allowed = after_prefix(tree.mask[first : tree.rows, : tree.rows], committed)
     depths = torch.tensor(tree.row_depths) + committed
-    key_positions = torch.cat((torch.arange(committed), depths))
-    return batch_of(token_ids, depths[first:], committed + first, allowed, key_positions, len(token_ids))
+    return TokenBatch(
+        token_ids=torch.tensor(list(token_ids)),
+        positions=depths[first:],
+        rows=len(token_ids),
+        start=committed + first,
+        allowed=F.pad(tree.mask[first : tree.rows, : tree.rows], (committed, 0), value=True),
+        key_positions=torch.cat((torch.arange(committed), depths)),
+    )

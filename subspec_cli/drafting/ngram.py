@@ -1,9 +1,9 @@
-"""Guesses for the draft itself: what followed the same few tokens before.
+"""N-gram lookup (prompt lookup) for the draft model: what followed the same few tokens before.
 
-A draft step of a few rows costs hardly more than one of a single row, but drafting is a chain: each token waits
-for the one before. So the likeliest node is expanded together with what has followed its last tokens so far
-(in the prompt, in the answer); where the draft agrees, one step has made several. A guess that was wrong costs
-its row, and how often guesses are right is counted, so that they are made where they pay.
+A draft step of a few rows costs hardly more than one of a single row, but drafting is a chain: each token waits for
+the one before. So the likeliest node is expanded together with the tokens that followed its last tokens earlier in
+the prompt or the answer. Where the draft agrees, one step has made several levels. A wrong guess costs its row. How
+often guesses are right is counted, so that they are made only where they pay.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _PRIOR: Final = (0.3, 4.0)
 
 @dataclass(frozen=True, slots=True)
 class Guess:
-    """A token to try, and how likely the draft is to agree, given that it agreed so far."""
+    """A token to try, and the chance that the draft agrees, given that it agreed so far."""
 
     token_id: int
     chance: float
     order: int
-    """Tokens of context that the guess was found by."""
+    """Tokens of context that were matched."""
 
 
-class ContinuationLookup:
-    """The latest continuation of every run of up to three tokens, and the record of guesses."""
+class NGramLookup:
+    """The latest continuation of every run of up to three tokens, and the hit rates of guesses."""
 
     def __init__(self) -> None:
         self._next: dict[tuple[int, ...], int] = {}
@@ -40,19 +40,19 @@ class ContinuationLookup:
         self._right = [_PRIOR[0] * _PRIOR[1]] * (LONGEST + 1)
 
     def forget(self) -> None:
-        """Drop the text, keep the record: another answer begins."""
+        """Drop the text and keep the hit rates: another answer begins."""
         self._next.clear()
         self._learned = 0
 
     def learn(self, token_ids: Sequence[int]) -> None:
-        """Take in what was added to the text since the last call; `token_ids` is the whole of it."""
+        """Index what was added to the text since the last call; `token_ids` is the whole text."""
         for end in range(max(1, self._learned), len(token_ids)):
             for order in range(1, min(LONGEST, end) + 1):
                 self._next[tuple(token_ids[end - order : end])] = token_ids[end]
         self._learned = len(token_ids)
 
     def guesses(self, context: Sequence[int], count: int) -> list[Guess]:
-        """Up to `count` tokens that may follow `context`, one after another."""
+        """Return up to `count` tokens that may follow `context`, one after another."""
         tail: list[int] = list(context[-LONGEST:])
         found: list[Guess] = []
         while len(found) < count and (guess := self._guess(tail)) is not None:

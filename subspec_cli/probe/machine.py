@@ -18,8 +18,8 @@ from torch import Tensor
 from subspec_cli.checkpoint.checkpoint import Checkpoint
 from subspec_cli.checkpoint.geometry import ModelGeometry
 from subspec_cli.checkpoint.layer_tensors import LAYER_BLOCKS, LAYER_MATRICES, block_entries
+from subspec_cli.drafting.draft_steps import rank
 from subspec_cli.drafting.graph_capture import CudaGraphs, Run
-from subspec_cli.drafting.ranking import rank
 from subspec_cli.modeling.attention import exact_attention, fast_attention
 from subspec_cli.modeling.decoder import Block, DraftDecoder, DraftHead, DraftLogits, Head, TargetDecoder
 from subspec_cli.modeling.kv_cache import KVCache

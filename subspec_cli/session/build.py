@@ -12,12 +12,13 @@ import torch
 from subspec_cli.checkpoint.checkpoint import check_unchanged, tokenizer_bytes_in
 from subspec_cli.checkpoint.geometry import ModelGeometry
 from subspec_cli.config import Config
-from subspec_cli.decoding.drafter import RootOnly, TreeGrower
-from subspec_cli.decoding.engine import PREFILL_CHUNK, Engine
+from subspec_cli.decoding.drafter import Drafter as DrafterProtocol
+from subspec_cli.decoding.drafter import PlainDrafter
+from subspec_cli.decoding.engine import Engine
 from subspec_cli.drafting.drafter import Drafter
-from subspec_cli.drafting.schedule import FixedShape, Schedule, TreeLimits
+from subspec_cli.drafting.policy import DraftPolicy, FixedShape, TreeLimits
 from subspec_cli.errors import UnsupportedModelError
-from subspec_cli.limits import MOST_DEPTH, MOST_ROWS
+from subspec_cli.limits import MOST_DEPTH, MOST_ROWS, PREFILL_CHUNK
 from subspec_cli.modeling.layers import RowRules
 from subspec_cli.modeling.pretrained import ModelTokenizer, end_token_ids, load_config
 from subspec_cli.modeling.self_check import SelfCheck, check_batch_invariance
@@ -226,16 +227,14 @@ def _engines(
     layers = len(plan.resident) + len(plan.streamed)
     target = loaded.target(rules)
 
-    def engine(grower: TreeGrower) -> Engine:
-        return Engine(target, loaded.kv, grower, counters=loaded.counters)
+    def engine(drafter: DrafterProtocol) -> Engine:
+        return Engine(target, loaded.kv, drafter, counters=loaded.counters)
 
-    plain = engine(RootOnly())
+    plain = engine(PlainDrafter())
     if loaded.draft is None:
         return plain, plain
-    schedule = Schedule(
-        limits=limits, costs=costs, layers=layers, fixed=fixed, shadow_rows=_shadow_rows(config, plan)
-    )
-    return engine(Drafter(loaded.draft, loaded.kv, schedule, eos_ids=eos_ids)), plain
+    policy = DraftPolicy(limits, costs, layers, fixed, _shadow_rows(config, plan))
+    return engine(Drafter(loaded.draft, loaded.kv, policy, eos_ids=eos_ids)), plain
 
 
 def _parts(

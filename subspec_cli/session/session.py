@@ -11,7 +11,7 @@ from subspec_cli.decoding.engine import Engine, PassOutput, Request
 from subspec_cli.decoding.sampler import make_sampler
 from subspec_cli.decoding.text import AnswerText
 from subspec_cli.errors import IntegrityError, UsageError
-from subspec_cli.metrics import GenerationStats
+from subspec_cli.metrics import FinishReason, GenerationStats
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.pretrained import ModelTokenizer
 from subspec_cli.planning.costs import PlanCosts
@@ -57,7 +57,7 @@ class TextDelta:
 
     text: str
     token_ids: tuple[int, ...]
-    finish_reason: str | None
+    finish_reason: FinishReason | None
     """`stop` or `length` on the last one."""
     stats: GenerationStats
 

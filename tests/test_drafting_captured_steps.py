@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from subspec_cli.decoding.sampler import GreedySampler, Sampler
-from subspec_cli.drafting import graph_capture as module
-from subspec_cli.drafting.draft_steps import DirectSteps
-from subspec_cli.drafting.graph_capture import CapturedSteps, draft_steps
+from subspec_cli.drafting import captured_steps as module
+from subspec_cli.drafting.captured_steps import CapturedSteps, draft_steps
+from subspec_cli.drafting.draft_steps import DirectSteps, Feed
 from subspec_cli.modeling.attention import fast_attention
 from subspec_cli.modeling.decoder import DraftDecoder
 from subspec_cli.modeling.kv_cache import KVCache
@@ -35,7 +35,7 @@ WINDOWED = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers"
 PROMPT = [(7 * n + n // 5) % VOCAB for n in range(40)]
 WAITS = ("item", "_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique")
 """Operations for which a GPU's host would have to wait, which no graph can hold."""
-CHOOSERS: dict[str, Callable[[], Sampler]] = {
+SAMPLERS: dict[str, Callable[[], Sampler]] = {
     "greedy": GreedySampler,
     "sampled": lambda: sampled(3, temperature=0.8),
     "filtered": lambda: sampled(3, temperature=0.8, top_p=0.9, top_k=40),
@@ -136,8 +136,7 @@ def model(request: pytest.FixtureRequest, tiny: Callable[..., Tiny]) -> Tiny:
     return tiny(family, dtype=torch.float32, **(WINDOWED if windowed else {}))
 
 
-Feeds = list[tuple[int, int] | None]
-SIZES: list[tuple[int, Feeds]] = [
+SIZES: list[tuple[int, list[tuple[int, int] | None]]] = [
     (1, [None]),
     (2, [None, (0, 0)]),
     (1, [(1, 2)]),
@@ -151,24 +150,26 @@ SIZES: list[tuple[int, Feeds]] = [
 """Rows of steps, and which of them take the token that the step before has found."""
 
 
-@pytest.mark.parametrize("kind", CHOOSERS)
+@pytest.mark.parametrize("kind", SAMPLERS)
 def test_steps_that_are_replayed_late_are_the_steps_themselves(
     model: Tiny, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Steps of all sizes at all places, read one late, against a draft that computes each as it comes."""
     monkeypatch.setattr(module, "_COLUMNS", 48)
-    draft, graphs, sampler = draft_of(model), FakeGraphs(), CHOOSERS[kind]()
+    draft, graphs, sampler = draft_of(model), FakeGraphs(), SAMPLERS[kind]()
     plain, kept = model.kv(), model.kv()
     for kv in (plain, kept):
         model.prefill(model.target(), kv, PROMPT)
     direct, late = LateSteps(draft, plain), captured_steps(draft, kept, graphs)
+    for steps in (direct, late):
+        steps.begin(sampler)
     first = 0
     for number, (rows, feeds) in enumerate(SIZES):
         if number == 7:  # another tree, in fewer rows than were in view before
             first = 0
         batch = step(number, plain, rows, first)
         for steps in (direct, late):
-            steps.start(batch, feeds, sampler)
+            steps.start(batch, [feed and Feed(*feed) for feed in feeds])
         if number:
             check_found(late, direct, rows=SIZES[number - 1][0])
         first += rows
@@ -197,8 +198,8 @@ def test_one_graph_serves_other_numbers_of_the_same_rule(tiny: Callable[..., Tin
     for seed, settings in enumerate([{"top_k": 3}, {"top_p": 0.3}, {"top_k": 9, "temperature": 2.0}]):
         sampler = sampled(seed, **settings)
         for steps in (direct, late):
-            steps.drop()
-            steps.start(step(1, plain, 1, 0), [None], sampler)
+            steps.begin(sampler)
+            steps.start(step(1, plain, 1, 0), [None])
         check_found(late, direct, rows=1)
     assert (graphs.captures, graphs.replays) == (1, 3)
 
@@ -206,15 +207,17 @@ def test_one_graph_serves_other_numbers_of_the_same_rule(tiny: Callable[..., Tin
 def test_noise_of_far_positions_takes_turns_in_the_same_place(
     tiny: Callable[..., Tiny], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A place that a step under way still reads is written to when that is done."""
+    """A place that a step in flight still reads is written to when the step is done."""
     monkeypatch.setattr(module, "_NOISE_PLACES", 2)
     model = tiny("qwen2", dtype=torch.float32)
     draft, graphs, sampler = draft_of(model), FakeGraphs(), sampled(1)
     plain, kept = model.kv(), model.kv()
     direct, late = LateSteps(draft, plain), captured_steps(draft, kept, graphs)
+    for steps in (direct, late):
+        steps.begin(sampler)
     for first in range(8):
         for steps in (direct, late):
-            steps.start(chain_step(plain, first), [None], sampler)
+            steps.start(chain_step(plain, first), [None])
         if first:
             check_found(late, direct, rows=1)
     check_found(late, direct, rows=1)
@@ -234,23 +237,23 @@ def test_after_a_step_that_was_interrupted_turns_agree_again(tiny: Callable[...,
     draft, graphs = draft_of(model), FakeGraphs()
     plain, kept = model.kv(), model.kv()
     direct, late = LateSteps(draft, plain), captured_steps(draft, kept, graphs)
-    late.start(step(0, plain, 2, 0), [None, None], GreedySampler())
-    late._host_turn = 0
+    late.start(step(0, plain, 2, 0), [None, None])
+    late._buffers.host_turn = 0
     for number in range(3):
         for steps in (direct, late):
-            steps.drop()
-            steps.start(step(number, plain, 2, 0), [None, None], GreedySampler())
+            steps.begin(GreedySampler())
+            steps.start(step(number, plain, 2, 0), [None, None])
         check_found(late, direct, rows=2)
 
 
-def test_inputs_of_a_step_under_way_are_left_alone(tiny: Callable[..., Tiny]) -> None:
+def test_inputs_of_a_step_in_flight_are_left_alone(tiny: Callable[..., Tiny]) -> None:
     model = tiny("qwen2", dtype=torch.float32)
     kv = model.kv()
     steps = captured_steps(draft_of(model), kv, FakeGraphs())
     for first in range(2):
-        steps.start(step(0, kv, 1, first), [None], GreedySampler())
+        steps.start(step(0, kv, 1, first), [None])
     with pytest.raises(AssertionError, match="inputs are left alone"):
-        steps.start(step(0, kv, 1, 2), [None], GreedySampler())
+        steps.start(step(0, kv, 1, 2), [None])
 
 
 def test_the_cache_bounds_what_is_in_view(tiny: Callable[..., Tiny]) -> None:
@@ -258,7 +261,7 @@ def test_the_cache_bounds_what_is_in_view(tiny: Callable[..., Tiny]) -> None:
     kv = model.kv()
     steps = captured_steps(draft_of(model), kv, FakeGraphs())
     assert kv.capacity < module._COLUMNS
-    steps.start(step(0, kv, 2, 0), [None, None], GreedySampler())
+    steps.start(step(0, kv, 2, 0), [None, None])
     assert np.isfinite(steps.read().scores).all()
 
 
@@ -323,7 +326,7 @@ class Refusing(FakeGraphs):
         raise self.error
 
 
-def test_a_gpu_that_cannot_capture_is_told_of(
+def test_a_gpu_that_cannot_capture_is_reported(
     tiny: Callable[..., Tiny], gpu: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reason, notes = "operation not permitted when stream is capturing", []

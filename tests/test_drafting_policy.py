@@ -5,7 +5,8 @@ import pytest
 from fakes import chain_of, plan_costs, tree_of
 
 from subspec_cli.decoding.verification import VerifyResult
-from subspec_cli.drafting.schedule import Calibration, FixedShape, Schedule, TreeLimits
+from subspec_cli.drafting.history import Calibration, History
+from subspec_cli.drafting.policy import DraftPolicy, FixedShape, Outlook, TreeLimits
 from subspec_cli.planning.costs import PlanCosts, RowTimes
 
 LIMITS = TreeLimits(depth=40, width=8, nodes=64)
@@ -13,18 +14,19 @@ ROOT_ALONE = (chain_of([0]), VerifyResult((0,), (1,)))
 
 
 def made(step_s=0.01, pass_s=1.0, *, row_s=0.001, compute_s=0.0, fixed=None, layers=4, shadow_rows=0):
-    """A schedule for these costs."""
+    """A policy for these costs."""
     costs = plan_costs(step_s, pass_s, row_s=row_s, compute_s=compute_s)
-    return Schedule(limits=LIMITS, costs=costs, layers=layers, fixed=fixed, shadow_rows=shadow_rows)
+    return DraftPolicy(LIMITS, costs, layers, fixed or FixedShape(), shadow_rows)
 
 
-def depth_taken(schedule, survival):
+def depth_taken(policy, survival, history=None):
     """Steps of one row until one more does not pay, when every level keeps `survival` of the chance."""
-    schedule._yield = 1.0
+    history = history or History()
+    history.step_yield = 1.0
     expected, chance = 1.0, survival
     for steps in range(LIMITS.depth):
-        spent_s = steps * schedule.step_s(1)
-        if not schedule.serial_rows([chance], expected_tokens=expected, nodes=steps + 1, spent_s=spent_s):
+        outlook = Outlook(expected, steps + 1, steps * policy.step_s(1))
+        if not policy.serial_rows([chance], outlook, history):
             return steps
         expected += chance
         chance *= survival
@@ -57,8 +59,8 @@ def test_a_fixed_depth_ignores_cost():
     assert depth_taken(made(100.0, 0.001, fixed=FixedShape(depth=40)), 0.01) == LIMITS.depth
 
 
-def rows_taken(schedule, chances):
-    return schedule.serial_rows(chances, expected_tokens=4.0, nodes=4, spent_s=0.04)
+def rows_taken(policy, chances):
+    return policy.serial_rows(chances, Outlook(4.0, 4, 0.04), History())
 
 
 def test_rows_are_added_while_each_earns_more_than_it_costs():
@@ -72,8 +74,7 @@ def test_rows_are_added_while_each_earns_more_than_it_costs():
 def test_a_step_dear_beyond_some_rows_is_filled_up_to_them():
     """The CPU's kernels take four rows in hardly more time than one, and five in twice the time."""
     costs = PlanCosts(1.0, RowTimes((1,), (0.1,)), RowTimes((1, 4, 5), (0.010, 0.011, 0.060)))
-    schedule = Schedule(limits=LIMITS, costs=costs, layers=4)
-    assert rows_taken(schedule, [0.9, 0.1, 0.1, 0.1, 0.1, 0.1]) == 4
+    assert rows_taken(DraftPolicy(LIMITS, costs, 4), [0.9, 0.1, 0.1, 0.1, 0.1, 0.1]) == 4
 
 
 def test_a_node_that_is_hardly_possible_is_not_expanded_beside_another():
@@ -81,42 +82,41 @@ def test_a_node_that_is_hardly_possible_is_not_expanded_beside_another():
 
 
 def test_a_fixed_width_is_kept_while_drafting_pays():
-    schedule = made(fixed=FixedShape(width=3))
-    assert rows_taken(schedule, [0.9, 0.001, 0.001, 0.001]) == 3
-    assert rows_taken(schedule, [0.9, 0.5]) == 2
+    policy = made(fixed=FixedShape(width=3))
+    assert rows_taken(policy, [0.9, 0.001, 0.001, 0.001]) == 3
+    assert rows_taken(policy, [0.9, 0.5]) == 2
     assert rows_taken(made(9.0, 0.01, fixed=FixedShape(width=3)), [0.9, 0.5, 0.4]) == 0
 
 
 def test_recent_passes_count_in_the_rate():
     """What earlier passes made in their time is what a step has to beat."""
-    slow, fast = made(0.1, 1.0), made(0.1, 1.0)
+    policy, slow, fast = made(0.1, 1.0), History(), History()
     for _ in range(20):
-        slow.observe(*ROOT_ALONE, 0.0)
-        fast.observe(chain_of([0]), VerifyResult((0,), tuple(range(30))), 0.0)
-    candidates = ([0.3], {"expected_tokens": 1.0, "nodes": 1, "spent_s": 0.0})
-    assert slow.serial_rows(candidates[0], **candidates[1]) == 1
-    assert fast.serial_rows(candidates[0], **candidates[1]) == 0
+        slow.observe(*ROOT_ALONE, pass_s=1.0, drafting_s=0.0)
+        fast.observe(chain_of([0]), VerifyResult((0,), tuple(range(30))), pass_s=1.0, drafting_s=0.0)
+    assert policy.serial_rows([0.3], Outlook(1.0, 1, 0.0), slow) == 1
+    assert policy.serial_rows([0.3], Outlook(1.0, 1, 0.0), fast) == 0
 
 
 @pytest.mark.parametrize(("chance", "rows", "pays"), [(0.2, 1, True), (0.05, 1, False), (0.9, 3, True)])
 def test_a_guess_pays_by_the_step_it_saves(chance, rows, pays):
-    assert made(0.01, row_s=0.001).guess_pays(chance, rows) == pays
+    assert made(0.01, row_s=0.001).ngram_pays(chance, rows) == pays
 
 
 def test_leaves_are_dearer_where_computing_limits_the_pass():
     costs = PlanCosts(0.1, RowTimes((1, 64), (0.1, 0.74)), RowTimes((1,), (0.01,)))
-    limited = Schedule(limits=LIMITS, costs=costs, layers=4)
-    assert made().leaf_chance(expected_tokens=5.0, nodes=20, spent_s=0.0) == pytest.approx(0.02)
-    assert limited.leaf_chance(expected_tokens=5.0, nodes=20, spent_s=0.0) > 0.1
+    limited, outlook = DraftPolicy(LIMITS, costs, 4), Outlook(5.0, 20, 0.0)
+    assert made().least_leaf_chance(outlook, History()) == pytest.approx(0.02)
+    assert limited.least_leaf_chance(outlook, History()) > 0.1
 
 
-def shadow_steps(schedule, chances=(0.5, 0.3), layers=4, nodes=8):
+def shadow_steps(policy, chances=(0.5, 0.3), layers=4, nodes=8):
     """Rows of each step, layer by layer, when the same candidates stay."""
     spent_s, taken = 0.0, []
     for layer in range(layers):
         taken.append([])
-        while rows := schedule.shadow_step(chances, layer=layer, nodes=nodes, spent_s=spent_s):
-            spent_s += schedule.step_s(rows)
+        while rows := policy.shadow_step_rows(chances, layer=layer, nodes=nodes, spent_s=spent_s):
+            spent_s += policy.step_s(rows)
             taken[-1].append(rows)
     return taken, spent_s
 
@@ -133,10 +133,10 @@ def test_there_is_no_shadow_where_computing_takes_all_the_time():
 
 
 def test_a_shadow_step_is_as_wide_as_gives_most_chance_a_second():
-    assert made(0.01, row_s=0.001).shadow_step([0.5, 0.4, 0.3], layer=0, nodes=4, spent_s=0.0) == 3
-    assert made(0.01, row_s=0.02).shadow_step([0.5, 0.4, 0.3], layer=0, nodes=4, spent_s=0.0) == 1
-    assert made(0.01).shadow_step([0.001], layer=0, nodes=4, spent_s=0.0) == 0
-    assert made(0.01).shadow_step([], layer=0, nodes=4, spent_s=0.0) == 0
+    assert made(0.01, row_s=0.001).shadow_step_rows([0.5, 0.4, 0.3], layer=0, nodes=4, spent_s=0.0) == 3
+    assert made(0.01, row_s=0.02).shadow_step_rows([0.5, 0.4, 0.3], layer=0, nodes=4, spent_s=0.0) == 1
+    assert made(0.01).shadow_step_rows([0.001], layer=0, nodes=4, spent_s=0.0) == 0
+    assert made(0.01).shadow_step_rows([], layer=0, nodes=4, spent_s=0.0) == 0
 
 
 @pytest.mark.parametrize(("wanted", "depth"), [(1, 0), (2, 1), (17, 16), (41, 40), (500, 40), (0, 0)])
@@ -147,37 +147,37 @@ def test_the_bonus_token_counts_as_wanted(wanted, depth):
     assert limits.width <= LIMITS.width
 
 
-def first_step_pays(schedule):
-    return schedule.serial_rows([1.0], expected_tokens=1.0, nodes=1, spent_s=0.0) > 0
+def first_step_pays(history):
+    return made(0.1, 0.2).serial_rows([1.0], Outlook(1.0, 1, 0.0), history) > 0
 
 
 def test_speculation_switches_off_when_nothing_is_accepted_and_is_probed_again():
-    schedule = made(0.1, 0.2)
-    assert first_step_pays(schedule)
+    history = History()
+    assert first_step_pays(history)
     for _ in range(60):
-        schedule.learn_yield(0.05)
-    assert not first_step_pays(schedule)
+        history.learn_yield(0.05)
+    assert not first_step_pays(history)
     waits = []
     for _ in range(3):
         passes = 0
-        while not first_step_pays(schedule) and passes < 300:
-            schedule.observe(*ROOT_ALONE, 0.0)
+        while not first_step_pays(history) and passes < 300:
+            history.observe(*ROOT_ALONE, pass_s=0.2, drafting_s=0.0)
             passes += 1
         waits.append(passes)
-        schedule.learn_yield(0.05)
-        schedule.observe(chain_of([0, 1]), VerifyResult((0,), (7,)), 0.1)
-        assert not first_step_pays(schedule), "a probe that failed is not repeated at once"
+        history.learn_yield(0.05)
+        history.observe(chain_of([0, 1]), VerifyResult((0,), (7,)), pass_s=0.2, drafting_s=0.1)
+        assert not first_step_pays(history), "a probe that failed is not repeated at once"
     assert all(1 <= passes < 300 for passes in waits)
 
 
 def test_a_probe_that_succeeds_switches_speculation_on():
-    schedule = made(0.1, 0.2)
+    history = History()
     for _ in range(60):
-        schedule.learn_yield(0.05)
-    assert not first_step_pays(schedule)
+        history.learn_yield(0.05)
+    assert not first_step_pays(history)
     for _ in range(60):
-        schedule.learn_yield(0.95)
-    assert first_step_pays(schedule)
+        history.learn_yield(0.95)
+    assert first_step_pays(history)
 
 
 def test_calibration_starts_by_trusting_the_draft():
@@ -211,10 +211,9 @@ def test_calibration_of_one_guess_leaves_distant_ones_alone():
 
 def observed(tree, nodes):
     """Edges that `observe` records, as (guess, taken)."""
-    schedule = made()
-    seen = []
-    schedule.calibration.observe = lambda guess, *, taken: seen.append((round(guess, 6), taken))
-    schedule.observe(tree, VerifyResult(nodes, (0,) * len(nodes)), 0.0)
+    history, seen = History(), []
+    history.calibration.observe = lambda guess, *, taken: seen.append((round(guess, 6), taken))
+    history.observe(tree, VerifyResult(nodes, (0,) * len(nodes)), pass_s=1.0, drafting_s=0.0)
     return seen
 
 
@@ -228,12 +227,12 @@ def test_only_edges_whose_parent_was_reached_are_evidence():
 
 def test_the_same_costs_and_outcomes_give_the_same_decisions():
     def run():
-        schedule, generator = made(0.02, 0.4), np.random.default_rng(4)
+        policy, history, generator = made(0.02, 0.4), History(), np.random.default_rng(4)
         depths = []
         for _ in range(40):
-            depths.append(depth_taken(schedule, schedule.calibration.probability(0.9)))
-            accepted = int(generator.integers(1, 3))
-            schedule.observe(chain_of([0, 1, 2]), VerifyResult((0, 1)[:accepted], (1,) * accepted), 0.04)
+            depths.append(depth_taken(policy, history.calibration.probability(0.9), history))
+            result = VerifyResult((0, 1)[: (accepted := int(generator.integers(1, 3)))], (1,) * accepted)
+            history.observe(chain_of([0, 1, 2]), result, pass_s=0.4, drafting_s=0.04)
         return depths
 
     assert run() == run()

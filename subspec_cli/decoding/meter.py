@@ -1,0 +1,60 @@
+"""Clocks and link counters of one round. The only part of the decode loop that reads a clock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+from subspec_cli.decoding.drafter import Proposal
+from subspec_cli.decoding.verification import VerifyResult
+from subspec_cli.metrics import PassStats
+from subspec_cli.streaming.streamer import StreamCounters
+
+Phase = Literal["draft", "verify", "shadow"]
+
+
+class RoundMeter:
+    """Measures one round from its creation on."""
+
+    def __init__(self, counters: Callable[[], StreamCounters]) -> None:
+        self._counters = counters
+        self._link = counters()
+        self._started = time.perf_counter()
+        self._spent_s: dict[Phase, float] = {"draft": 0.0, "verify": 0.0, "shadow": 0.0}
+        self._shadow_steps = 0
+
+    @contextmanager
+    def timed(self, phase: Phase) -> Iterator[None]:
+        """Add the wall time of the block to a phase; the shadow is part of the verification."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._spent_s[phase] += time.perf_counter() - started
+
+    def add_shadow_steps(self, count: int) -> None:
+        """Count draft steps that ran while the pass waited for weights."""
+        self._shadow_steps += count
+
+    def stats(self, proposal: Proposal, result: VerifyResult, emitted: int) -> PassStats:
+        """Return the statistics of the round so far, for one answer that emitted `emitted` tokens."""
+        moved = self._counters().since(self._link)
+        return PassStats(
+            drafted=len(proposal.tree) - 1,
+            accepted=result.accepted,
+            emitted=emitted,
+            depth=proposal.tree.depth,
+            ready_nodes=proposal.ready_nodes,
+            decode_time_s=time.perf_counter() - self._started,
+            draft_steps=proposal.draft_steps,
+            shadow_steps=self._shadow_steps,
+            draft_cost_s=proposal.cost_s,
+            draft_time_s=self._spent_s["draft"],
+            verify_time_s=self._spent_s["verify"],
+            shadow_time_s=self._spent_s["shadow"],
+            wait_time_s=moved.wait_time_s,
+            link_time_s=moved.read_time_s,
+            streamed_bytes=moved.streamed_bytes,
+        )

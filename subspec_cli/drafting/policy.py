@@ -1,0 +1,131 @@
+"""How deep and how wide to draft, and how much in the shadow of a pass: a pure function of costs and history.
+
+The costs are probed once, snapped to a grid and recorded (`PlanCosts`). No clock is read, so two runs grow the same
+trees. One rule serves all decisions: a draft step is worth its time while it adds more expected tokens than the run
+makes in that time. Let E be the expected tokens of the tree so far and A the tokens of recent rounds, s the time of
+this round and B the time of those. Then the run makes r = (E + A) / (s + B) tokens a second. A step of n rows that
+takes t(n) and adds g(n) tokens pays while g(n) > r t(n), and its width is the n that gains most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Final
+
+from subspec_cli.drafting.history import History
+from subspec_cli.limits import MOST_ROWS
+from subspec_cli.planning.costs import PlanCosts
+
+LEAST_CHANCE: Final = 0.02
+"""A node less likely than this is neither verified nor expanded."""
+_PROBE_EVERY: Final = 24
+"""Passes without a draft before speculation is tried again."""
+_LINK_MARGIN: Final = 0.75
+"""Share of a pass's link time that computing is planned to fill. A link that is faster than when it was probed must
+not wait: a shadow step that delays the pass costs several times what it can save."""
+
+
+@dataclass(frozen=True, slots=True)
+class TreeLimits:
+    """Hard bounds of one tree."""
+
+    depth: int
+    """Most levels below the root."""
+    width: int
+    """Most nodes expanded per draft step."""
+    nodes: int
+    """Most nodes, including the root."""
+
+
+@dataclass(frozen=True, slots=True)
+class FixedShape:
+    """Depth and width that the user fixed; None leaves one to the costs."""
+
+    depth: int | None = None
+    width: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """A tree as it would be verified now."""
+
+    expected_tokens: float
+    nodes: int
+    spent_s: float
+    """Cost of its draft steps so far."""
+
+
+@dataclass(frozen=True, slots=True)
+class DraftPolicy:
+    """Decides by costs and history; a fixed depth or width is kept whatever it costs."""
+
+    max_tree: TreeLimits
+    costs: PlanCosts
+    layers: int
+    """Layers of the target, over which the shadow of a pass is spread."""
+    fixed: FixedShape = FixedShape()
+    shadow_rows: int = 0
+    """Most cache rows that the shadow of one pass may take; 0 switches it off."""
+
+    def limits(self, tokens_wanted: int) -> TreeLimits:
+        """Return the bounds of a tree if `tokens_wanted` more tokens may be emitted, including the bonus token."""
+        most = self.max_tree
+        return TreeLimits(max(0, min(most.depth, tokens_wanted - 1, most.nodes - 1)), most.width, most.nodes)
+
+    def step_s(self, rows: int) -> float:
+        """Return the cost of a draft step."""
+        return self.costs.step.at(rows)
+
+    def round_s(self, nodes: int, spent_s: float) -> float:
+        """Return the cost of a round: a pass over `nodes` after draft steps that cost `spent_s`."""
+        return self.costs.pass_s(nodes) + spent_s
+
+    def serial_rows(self, chances: Sequence[float], outlook: Outlook, history: History) -> int:
+        """Return the rows of the next draft step before the pass; 0 ends the tree.
+
+        `chances` are those of the candidates, likeliest first.
+        """
+        if not chances:
+            return 0
+        forced = self.fixed.depth is not None or (
+            outlook.spent_s == 0 and history.passes_without_draft >= _PROBE_EVERY
+        )
+        if self.fixed.width is not None and forced:
+            return min(self.fixed.width, len(chances))
+        rate = history.tokens_per_s(outlook.expected_tokens, self.round_s(outlook.nodes, outlook.spent_s))
+        able = [chances[0], *(chance for chance in chances[1:MOST_ROWS] if chance >= LEAST_CHANCE)]
+        gains = [
+            history.gain(chance) - rate * self.step_s(rows)
+            for rows, chance in enumerate(accumulate(able), start=1)
+        ]
+        best = max(range(len(gains)), key=lambda index: (gains[index], -index))
+        if gains[best] <= 0 and not forced:
+            return 0
+        return best + 1 if self.fixed.width is None else min(self.fixed.width, len(chances))
+
+    def ngram_pays(self, chance: float, rows: int) -> bool:
+        """Return whether an n-gram guess of this chance, which saves a step if right, is worth one more row."""
+        return chance * self.step_s(1) > self.step_s(rows + 1) - self.step_s(rows)
+
+    def least_leaf_chance(self, outlook: Outlook, history: History) -> float:
+        """Return the least chance for which an open node is worth a row of the pass."""
+        rate = history.tokens_per_s(outlook.expected_tokens, self.round_s(outlook.nodes, outlook.spent_s))
+        row_s = (self.costs.pass_s(outlook.nodes + 8) - self.costs.pass_s(outlook.nodes)) / 8
+        return max(LEAST_CHANCE, rate * row_s)
+
+    def shadow_step_rows(self, chances: Sequence[float], *, layer: int, nodes: int, spent_s: float) -> int:
+        """Return the rows of the next draft step in the shadow of a pass over `nodes`; 0 waits.
+
+        The time that the link leaves idle is handed out layer by layer, at the costs' own prices. Every row saves a
+        step of the next tree with its chance, so the width is the one with most chance per second.
+        """
+        idle_s = max(0.0, _LINK_MARGIN * self.costs.link_s - self.costs.compute.at(nodes))
+        allowed_s = idle_s * (layer + 1) / self.layers - spent_s
+        likely = [chance for chance in chances[:MOST_ROWS] if chance >= LEAST_CHANCE]
+        rates = [gain / self.step_s(rows) for rows, gain in enumerate(accumulate(likely), start=1)]
+        if not rates:
+            return 0
+        rows = max(range(len(rates)), key=lambda index: (rates[index], -index)) + 1
+        return rows if self.step_s(rows) <= allowed_s else 0
