@@ -1,4 +1,4 @@
-"""Forward batches from prompts, draft steps and whole trees, made on the host. `C` = cache columns in view."""
+"""Forward batches of prompts and trees, made on the host."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from subspec_cli.modeling.layers import RowRules, TokenBatch
 
 
 def prompt_batch(token_ids: Sequence[int], start: int, rules: RowRules) -> TokenBatch:
-    """Causal rows for prompt tokens at positions and cache rows `[start, start + len)`."""
+    """Return causal rows for prompt tokens at positions and cache rows `[start, start + len)`."""
     n = len(token_ids)
     positions = torch.arange(start, start + n)
     key_positions = torch.arange(start + n)
@@ -22,7 +22,7 @@ def prompt_batch(token_ids: Sequence[int], start: int, rules: RowRules) -> Token
 
 
 def tree_batch(tree: TokenTree, committed: int, rules: RowRules) -> TokenBatch:
-    """All nodes of a tree in scratch rows from `committed` on: each sees the prefix, its ancestors, itself."""
+    """Return a tree in scratch rows from `committed` on: each node attends to the prefix, its ancestors and itself."""
     positions = torch.tensor(tree.depths) + committed
     allowed = _after_prefix(tree.ancestor_mask(), committed)
     key_positions = torch.cat((torch.arange(committed), positions))
@@ -42,7 +42,7 @@ def _batch(
     padded: int,
 ) -> TokenBatch:
     n = len(token_ids)
-    # Padding repeats the last token: finite values that nothing reads.
+    # Padding repeats the last token: its values are finite and nothing reads them.
     ids = torch.tensor([*token_ids, *[token_ids[-1]] * (padded - n)])
     return TokenBatch(
         token_ids=ids,

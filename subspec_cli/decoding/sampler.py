@@ -1,9 +1,9 @@
-"""One rule picks tokens, greedy or sampled: `sample_token(sampler, logits_row, position)`, a pure function.
+"""One pure function picks every token, greedy or sampled: `sample_token(sampler, logits_row, position)`.
 
-Sampling is Gumbel-max: filtered logits / temperature + Gumbel noise, then argmax, which is an exact draw from
-the filtered softmax. The noise is a counter-based function of (seed, noise_stream, position), so plain and
-speculative decoding draw the same token from the same logits, and the draft can add the same noise to its own
-logits to guess the target's draw ("coupling without communication", Daliri et al.).
+Sampling uses the Gumbel-max trick: argmax of filtered logits / temperature + Gumbel noise is an exact draw from the
+filtered softmax. The noise is a counter-based function of (seed, noise stream, position), so plain and speculative
+decoding draw the same token from the same logits. The draft adds the same noise to its own logits to predict the
+target's draw ("coupling without communication", Daliri et al.).
 """
 
 from __future__ import annotations
@@ -20,61 +20,61 @@ from subspec_cli.limits import NOISE_ROWS
 
 Row = NDArray[np.float64]
 _LEAST_TEMPERATURE: Final = 1e-200
-"""Divides any float32 logit without overflow, and leaves the noise no say between logits that differ."""
+"""Smallest divisor of a float32 logit that cannot overflow. Logits that differ then always outweigh the noise."""
 
 
 @dataclass(frozen=True, slots=True)
 class Filters:
-    """Top-k, then top-p of what it left; 0 and 1 leave all."""
+    """Top-k, then top-p over the tokens that are left. 0 and 1 switch them off."""
 
     top_k: int
     top_p: float
 
 
 class Sampler(Protocol):
-    """Picks the token for a position from one row of target logits."""
+    """Picks the token for a position from one row of logits. `V` is the size of the vocabulary."""
 
     @property
     def temperature(self) -> float:
-        """What scores divide logits by; 1 where they are the logits."""
+        """Divisor of the logits; 1 if the scores are the logits themselves."""
         ...
 
     @property
     def filters(self) -> Filters | None:
-        """Which tokens may be drawn at all; None where all may."""
+        """Which tokens may be drawn; None if all may."""
         ...
 
     def scores(self, logits: Row, position: int) -> Row:
-        """`[V]` scores whose argmax is the choice; -inf where a filter forbids the token."""
+        """Return `[V]` scores whose argmax is the token; -inf where a filter forbids a token."""
         ...
 
     def noise(self, position: int, vocab: int) -> Row | None:
-        """What is added to the scaled logits `[V]` of a position; None where nothing is."""
+        """Return the noise `[V]` that is added to the scaled logits of a position; None if there is none."""
         ...
 
 
 def sample_token(sampler: Sampler, logits: Row, position: int) -> int:
-    """The token for `position`: the first argmax of the scores."""
+    """Return the token for `position`: the first argmax of the scores."""
     return int(np.argmax(sampler.scores(logits, position)))
 
 
 class GreedySampler:
-    """The most likely token; of equals, the lowest id."""
+    """Picks the most likely token; ties go to the lowest id."""
 
     temperature = 1.0
     filters = None
 
     def scores(self, logits: Row, position: int) -> Row:  # noqa: ARG002
-        """The logits themselves."""
+        """Return the logits themselves."""
         return logits
 
     def noise(self, position: int, vocab: int) -> Row | None:  # noqa: ARG002
-        """None."""
+        """Return None."""
         return None
 
 
 class GumbelSampler:
-    """Exact sampling at a temperature, with top-k and top-p, coupled by position."""
+    """Samples exactly at a temperature, with top-k and top-p."""
 
     def __init__(self, sampling: SamplingConfig, seed: int, noise_stream: int) -> None:
         assert sampling.temperature > 0
@@ -87,7 +87,7 @@ class GumbelSampler:
         self._noise: OrderedDict[int, Row] = OrderedDict()
 
     def scores(self, logits: Row, position: int) -> Row:
-        """Filtered logits / temperature + the noise of `position`."""
+        """Return filtered logits / temperature + the noise of `position`."""
         scaled = logits / self.temperature
         scores = scaled + self.noise(position, len(logits))
         if self.filters is None:
@@ -96,7 +96,7 @@ class GumbelSampler:
         return np.where(keep, scores, -np.inf)
 
     def noise(self, position: int, vocab: int) -> Row:
-        """Standard Gumbel noise; that of the last positions asked for is kept."""
+        """Return standard Gumbel noise `[V]`; the noise of the last positions is cached."""
         if position not in self._noise:
             self._noise[position] = gumbel_noise(self._seed, self._request, position, vocab)
             if len(self._noise) > NOISE_ROWS:
@@ -105,33 +105,33 @@ class GumbelSampler:
 
 
 def make_sampler(sampling: SamplingConfig, seed: int, noise_stream: int) -> Sampler:
-    """The rule for one noise_stream (an answer, or a chat turn); `noise_stream` keeps reused positions apart."""
+    """Return the sampler of one answer; the number `noise_stream` keeps the noise of reused positions distinct."""
     return GreedySampler() if sampling.is_greedy else GumbelSampler(sampling, seed, noise_stream)
 
 
 def gumbel_noise(seed: int, noise_stream: int, position: int, vocab: int) -> Row:
-    """Standard Gumbel noise `[vocab]` of one position, the same on every machine.
+    """Return the standard Gumbel noise `[vocab]` of one position, the same on every machine.
 
-    Philox with key = seed and counter from (noise_stream, position): distinct counters never share a block, since
-    the generator moves only the lowest of the four counter words.
+    Philox with key = seed and counter = (noise stream, position). Distinct counters never share a block, because the
+    generator moves only the lowest of the four counter words.
     """
     bits = np.random.Philox(key=seed, counter=[0, position, noise_stream, 0])
     uniform = np.random.Generator(bits).random(vocab)
-    # random() may return 0; the smallest positive double stands in, far below any that can be drawn.
+    # random() may return 0; the smallest positive double replaces it, far below any value that can be drawn.
     return -np.log(-np.log(np.maximum(uniform, np.finfo(np.float64).tiny)))
 
 
 def allowed_tokens(scaled: Row, top_k: int, top_p: float) -> NDArray[np.bool_]:
-    """Mask `[V]` of tokens that top-k, then top-p keep; ties in the order (-logit, token id).
+    """Return a mask `[V]` of the tokens that top-k, then top-p keep; ties in the order (-logit, token id).
 
-    top-p keeps the shortest prefix of that order whose probability reaches `top_p`, of what top-k left. Decided
-    on one float64 row, so it does not depend on where or beside what the row was computed.
+    Among the tokens that top-k leaves, top-p keeps the shortest prefix of that order whose probability reaches
+    `top_p`. The decision uses one float64 row, so it does not depend on the rows that were computed beside it.
     """
     keep = np.ones(len(scaled), dtype=np.bool_)
     if 0 < top_k < len(scaled):
         keep = _most_likely(scaled, top_k)
     if top_p < 1.0:
-        with np.errstate(invalid="ignore"):  # of a damaged draft row nothing is kept
+        with np.errstate(invalid="ignore"):  # a damaged draft row keeps no token
             weights = np.where(keep, np.exp(scaled - scaled.max()), 0.0)
             probabilities = weights / weights.sum()
         # Tokens below this bound weigh less than 1 - top_p together: never in the prefix, so never sorted.

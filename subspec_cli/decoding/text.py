@@ -1,4 +1,4 @@
-"""From tokens to text: whole characters only, stop strings found across tokens, nothing leaked past a stop."""
+"""From tokens to text: whole characters, stop strings that span tokens, and no text beyond a stop."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from subspec_cli.metrics import FinishReason
 
 _UNFINISHED: Final = "\N{REPLACEMENT CHARACTER}"
 _MOST_HELD_TOKENS: Final = 12
-"""Tokens after which an unfinished character is taken to be really invalid and shown as it is."""
+"""Tokens after which an unfinished character counts as invalid and is shown as it is."""
 
 
 class Tokenizer(Protocol):
-    """The part of a tokenizer that turning tokens into text needs."""
+    """The part of a tokenizer that detokenization needs."""
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of tokens, special ones left out."""
+        """Return the text of tokens without special tokens."""
         ...
 
 
@@ -24,15 +24,15 @@ class StopRule(Protocol):
     """Decides token by token whether an answer ends."""
 
     def feed(self, token_id: int) -> FinishReason | None:
-        """Take the next token; returns the finish reason when it is the last."""
+        """Take the next token; return the finish reason if it is the last."""
         ...
 
 
 class Detokenizer:
-    """Text of a growing token sequence, in pieces that never need to be taken back.
+    """Turns a growing token sequence into pieces of text that never need to be retracted.
 
-    Decodes a short window twice, without and with the new token, since a token's text can depend on its
-    neighbours; holds a piece back while it ends in the middle of a character.
+    It decodes a short window twice, without and with the new token, because a token's text can depend on its
+    neighbours. It holds a piece back while the piece ends in the middle of a character.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -42,7 +42,7 @@ class Detokenizer:
         self._shown = 0
 
     def push(self, token_id: int) -> str:
-        """Text that this token completes, perhaps none."""
+        """Return the text that this token completes, which may be empty."""
         self._ids.append(token_id)
         if not self._piece().endswith(_UNFINISHED):
             return self.flush()
@@ -51,11 +51,11 @@ class Detokenizer:
         return self._show(self._last_border())
 
     def flush(self) -> str:
-        """Whatever is still held back."""
+        """Return the text that is still held back."""
         return self._show(len(self._ids))
 
     def _piece(self, end: int | None = None) -> str:
-        """Text not shown yet of the tokens before `end`."""
+        """Return the text of the tokens before `end` that was not shown yet."""
         before = self._tokenizer.decode(self._ids[self._context : self._shown])
         return self._tokenizer.decode(self._ids[self._context : end])[len(before) :]
 
@@ -65,7 +65,7 @@ class Detokenizer:
         return piece
 
     def _last_border(self) -> int:
-        """A border between characters before the last one, of which at most three tokens have come."""
+        """Return a border between characters before the last one, which has at most three tokens so far."""
         end, whole = len(self._ids), self._piece()
         for border in range(end - 3, end):
             if self._piece(border) + self._tokenizer.decode(self._ids[border:]) == whole:
@@ -76,8 +76,8 @@ class Detokenizer:
 class AnswerText:
     """Stop rule and text of one answer: EOS ids, stop strings, a token limit.
 
-    Fed token by token in plain and in speculative decoding alike, so both end at the same token with the same
-    text. Text that could still turn out to be the start of a stop string is held back.
+    Plain and speculative decoding both feed it token by token, so both end at the same token with the same text. Text
+    that may be the beginning of a stop string is held back.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class AnswerText:
         self._ready = ""
 
     def feed(self, token_id: int) -> FinishReason | None:
-        """Take the next token; returns `stop` or `length` when it is the last."""
+        """Take the next token; return `stop` or `length` if it is the last."""
         self._left -= 1
         if token_id in self._eos_ids:
             return self._finish("stop")
@@ -105,7 +105,7 @@ class AnswerText:
         return None
 
     def take(self) -> str:
-        """Text that became certain since the last call."""
+        """Return the text that became certain since the last call."""
         text, self._ready = self._ready, ""
         return text
 
@@ -133,5 +133,5 @@ class AnswerText:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
+    """Return the length of the longest suffix of `text` that is a prefix of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,7 +1,7 @@
-"""Token trees as flat arrays: node 0 is the root, the newest emitted token; parents come before children.
+"""Token trees as flat arrays of `N` nodes: node 0 is the root, the newest emitted token; parents precede children.
 
-`N` nodes. Nodes whose children the draft has looked for come first, in the order of their draft steps, so that a
-node's number is the scratch row its keys and values lie in, for the draft as for the target.
+Nodes that the draft has expanded come first, in the order of their draft steps. So a node's index is the scratch row
+of its keys and values, for the draft and for the target.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class TokenTree:
-    """A drafted tree. Node i > 0 hangs on `parents[i] < i`; the root's parent is -1."""
+    """A drafted tree. Node i > 0 is a child of node `parents[i] < i`; the root's parent is -1."""
 
     token_ids: tuple[int, ...]
     parents: tuple[int, ...]
@@ -35,14 +35,14 @@ class TokenTree:
         return max(self.depths)
 
     def children(self) -> list[dict[int, int]]:
-        """For each node, its children by token id."""
+        """Return each node's children by token id."""
         found: list[dict[int, int]] = [{} for _ in self.token_ids]
         for node, parent in enumerate(self.parents[1:], start=1):
             found[parent][self.token_ids[node]] = node
         return found
 
     def ancestor_mask(self) -> Tensor:
-        """`[N, N]` bool: row attends to column, ancestors and self."""
+        """Return `[N, N]` bool: each row attends to its ancestors and itself."""
         mask = torch.eye(len(self), dtype=torch.bool)
         for node, parent in enumerate(self.parents[1:], start=1):
             mask[node] |= mask[parent]

@@ -1,4 +1,4 @@
-"""Walking a drafted tree by the target's own choices. Exact whatever the draft proposed."""
+"""Verification: the target's own tokens lead through the drafted tree. Exact whatever the draft proposed."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from subspec_cli.errors import IntegrityError
 
 @dataclass(frozen=True, slots=True)
 class VerifyResult:
-    """What one target pass gave."""
+    """Outcome of one target pass."""
 
     accepted_nodes: tuple[int, ...]
-    """Nodes on the target's path, root first: the rows to commit."""
+    """Nodes on the target's path, root first. Their rows are committed."""
     token_ids: tuple[int, ...]
-    """New tokens, one per accepted node, bonus token last."""
+    """New tokens, one for each accepted node; the bonus token is the last."""
 
     @property
     def accepted(self) -> int:
@@ -28,10 +28,10 @@ class VerifyResult:
 
 
 def verify(tree: TokenTree, logits: Tensor, sampler: Sampler, root_position: int) -> VerifyResult:
-    """Follow the target's choices from the root until one is not in the tree.
+    """Follow the tokens that the target picks from the root until one is not in the tree.
 
-    logits `[N, V]` of the tree's nodes, of which only rows on the path are brought to the host;
-    `root_position` is the root's absolute position. Raises IntegrityError if such a row is not finite.
+    `logits` is `[N, V]` for the tree's `N` nodes; only rows on the path are copied to the host. `root_position` is
+    the root's absolute position. Raises IntegrityError if a row on the path is not finite.
     """
     children = tree.children()
     node, nodes, token_ids = 0, [0], []
@@ -46,7 +46,7 @@ def verify(tree: TokenTree, logits: Tensor, sampler: Sampler, root_position: int
 
 
 def host_row(logits: Tensor, position: int) -> Row:
-    """One row of logits `[V]` as float64 on the host; IntegrityError if it holds NaN or infinity."""
+    """Return one row of logits `[V]` as float64 on the host; raise IntegrityError if it holds NaN or infinity."""
     row: Row = logits.double().cpu().numpy()
     if not np.isfinite(row).all():
         raise IntegrityError(
