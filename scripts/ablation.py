@@ -238,7 +238,7 @@ def main() -> int:
         arms = [*(Arm(f"depth {depth}", fixed=FixedShape(depth=depth)) for depth in depths), Arm("by cost")]
     config = Config(
         model=ModelConfig(model=options.model),
-        memory=MemoryConfig(vram_gb=options.memory_gb, device="cpu", context=options.context),
+        memory=MemoryConfig(memory_gib=options.memory_gb, device="cpu", context=options.context),
         sampling=SamplingConfig(temperature=options.temperature, seed=7),
     )
     with open_session(config, progress=lambda text: print(text, file=sys.stderr)) as session:

@@ -73,7 +73,7 @@ def main() -> int:
     options = read_options()
     config = Config(
         model=ModelConfig(model=options.model),
-        memory=MemoryConfig(vram_gb=options.memory_gb, device="cpu", resident_layers=0),
+        memory=MemoryConfig(memory_gib=options.memory_gb, device="cpu", resident_layers=0),
         # A fixed width makes room for the largest tree, whatever the small model's own costs say.
         draft=DraftConfig(width=1),
         sampling=SamplingConfig(temperature=options.temperature, top_p=options.top_p, seed=options.seed),

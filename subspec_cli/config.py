@@ -34,8 +34,8 @@ class _Rule(NamedTuple):
     has_flag: bool = True
 
 
-def _setting(default: object, rule: _Rule) -> Any:  # noqa: ANN401 - `field` has the type of its default
-    return field(default=default, metadata={"rule": rule})
+def _setting(default: object, rule: _Rule, key: str = "") -> Any:  # noqa: ANN401 - `field` has its default's type
+    return field(default=default, metadata={"rule": rule, "key": key})
 
 
 def _whole(low: int, high: float = math.inf) -> _Rule:
@@ -60,6 +60,7 @@ def _choice(*choices: object) -> _Rule:
     return _Rule(expected, lambda value: type(value) is type(choices[0]) and value in choices)
 
 
+_GIB = _number("a number of GiB above 0", lambda gib: 0 < gib <= 1e6)
 _SWITCH = _Rule("true or false", lambda value: isinstance(value, bool))
 _TEXT = _Rule("a text", lambda value: isinstance(value, str))
 _NAME = _Rule("a text that is not empty", lambda value: isinstance(value, str) and bool(value.strip()))
@@ -95,13 +96,13 @@ class ModelConfig:
 class MemoryConfig:
     """What the target, its substitutes and the caches may occupy."""
 
-    vram_gb: float | None = _setting(None, _number("a number of GiB above 0", lambda gib: 0 < gib <= 1e6))
+    memory_gib: float | None = _setting(None, _GIB, key="vram_gb")
     """Budget in GiB: device memory on cuda, RAM on cpu; None takes what the device has to spare."""
     device: str = _setting("auto", _choice("auto", "cuda", "cpu"))
     """Where the model runs; auto takes cuda where there is one."""
     context: int | None = _setting(None, _whole(16))
     """Tokens of prompt and answer together; None takes min(the model's, 4096, what the plan holds)."""
-    ram_gb: float | None = _setting(None, _number("a number of GiB above 0", lambda gib: 0 < gib <= 1e6))
+    ram_gb: float | None = _setting(None, _GIB)
     """Host memory in GiB that the process may take beside a GPU's, or in all on cpu; layers that do not fit are
     read from disk. None takes what is free."""
     resident_layers: int | None = _setting(None, _whole(0))
@@ -200,7 +201,10 @@ class Config:
 
     def as_dict(self) -> dict[str, Any]:
         """Sections of plain values, for JSON."""
-        values = dataclasses.asdict(self)
+        values = {
+            section: {key: getattr(getattr(self, section), name) for key, name in _names(section).items()}
+            for section in _SECTIONS
+        }
         values["run"]["stop"] = list(self.run.stop)
         values["substitute"]["overrides"] = dict(self.substitute.overrides)
         return values
@@ -211,7 +215,18 @@ _ALIASES = {"memory": {"memory_gb": "vram_gb"}}
 
 
 def _rules(section: str) -> dict[str, _Rule]:
-    return {entry.name: entry.metadata["rule"] for entry in dataclasses.fields(_SECTIONS[section])}
+    """The rule of each key."""
+    return {_key(entry): entry.metadata["rule"] for entry in dataclasses.fields(_SECTIONS[section])}
+
+
+def _names(section: str) -> dict[str, str]:
+    """The field of each key."""
+    return {_key(entry): entry.name for entry in dataclasses.fields(_SECTIONS[section])}
+
+
+def _key(entry: dataclasses.Field[Any]) -> str:
+    """A setting's name in files, flags and records."""
+    return entry.metadata["key"] or entry.name
 
 
 def resolve_config(flags: Mapping[str, Mapping[str, object]], file: Path | None = None) -> Config:
@@ -221,7 +236,8 @@ def resolve_config(flags: Mapping[str, Mapping[str, object]], file: Path | None 
     for section, section_type in _SECTIONS.items():
         given = {key: value for key, value in flags.get(section, {}).items() if value is not None}
         from_flags = _read_section(section, given, path=None)
-        sections[section] = section_type(**{**from_file.get(section, {}), **from_flags})
+        names, found = _names(section), {**from_file.get(section, {}), **from_flags}
+        sections[section] = section_type(**{names[key]: value for key, value in found.items()})
     return Config(**sections)
 
 

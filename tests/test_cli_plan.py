@@ -139,7 +139,7 @@ def test_a_gpu_is_planned_for_without_one(capsys, model, monkeypatch):
     status, _, err = plan(capsys, model, "--device", "cuda")
     assert (status, "--vram-gb 8" in err) == (ExitCode.RESOURCE, True)
     for is_there, device in ((True, "cuda"), (False, "cpu")):
-        monkeypatch.setattr(forecast, "has_card", lambda is_there=is_there: is_there)
+        monkeypatch.setattr(forecast, "has_gpu", lambda is_there=is_there: is_there)
         assert document(capsys, model, "--vram-gb", 1)["device"] == device
 
 

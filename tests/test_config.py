@@ -44,12 +44,12 @@ def test_flag_wins_over_file_and_file_over_default(toml):
     config = resolve_config({"run": {"max_new_tokens": 9, "system": None}}, path)
     assert config.run.max_new_tokens == 9
     assert config.run.stop == ("END",)
-    assert config.memory.vram_gb == 2.0
-    assert isinstance(config.memory.vram_gb, float)
+    assert config.memory.memory_gib == 2.0
+    assert isinstance(config.memory.memory_gib, float)
     assert config.sampling.top_k == 5
     assert config.sampling.top_p == 1.0
     # The alias in the file and the flag's other name are one setting.
-    assert resolve_config({"memory": {"vram_gb": 3.5}}, path).memory.vram_gb == 3.5
+    assert resolve_config({"memory": {"vram_gb": 3.5}}, path).memory.memory_gib == 3.5
     assert resolve_config({"run": {"raw": False}}, toml("[run]\nraw = true\n")).run.raw is False
 
 
@@ -218,7 +218,7 @@ def test_user_config_on_each_platform(monkeypatch, platform, folder):
 def test_preset_loads(path):
     config = resolve_config({}, path)
     assert config.model.model
-    assert config.memory.vram_gb
+    assert config.memory.memory_gib
 
 
 def test_presets_of_the_paper():
@@ -227,4 +227,4 @@ def test_presets_of_the_paper():
     for size, gib in (("7B", 8), ("14B", 12), ("32B", 24)):
         config = found[f"qwen2.5-{size.lower()}-{gib}gb"]
         assert config.model.model == f"Qwen/Qwen2.5-{size}-Instruct"
-        assert (config.memory.device, config.memory.vram_gb, config.memory.context) == ("cuda", gib, 2048)
+        assert (config.memory.device, config.memory.memory_gib, config.memory.context) == ("cuda", gib, 2048)

@@ -80,11 +80,11 @@ def budget_bytes(config: Config, device: str, total_bytes: int | None, available
             knows what is free.
     """
     option = "--memory-gb" if device == "cpu" else "--vram-gb"
-    if config.memory.vram_gb is None:
+    if config.memory.memory_gib is None:
         if available_bytes is None:
             raise ResourceError(f"the memory of the {device} device is not known", f"name it: {option} 8")
         return int(available_bytes * DEFAULT_SHARE)
-    budget = gib_to_bytes(config.memory.vram_gb, option)
+    budget = gib_to_bytes(config.memory.memory_gib, option)
     if total_bytes is not None and budget > total_bytes:
         raise ResourceError(
             f"a budget of {format_bytes(budget)} is more than this machine has: {format_bytes(total_bytes)}",

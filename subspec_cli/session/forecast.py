@@ -120,7 +120,7 @@ def forecast(
     prepared = _prepared(model, config)
     chosen = [item.manifest.settings for item in prepared] or [_settings(config)]
     compare_bytes = [gib_to_bytes(gib, "--compare") for gib in compare_gib]
-    wants_one = config.memory.vram_gb is not None or not compare_bytes
+    wants_one = config.memory.memory_gib is not None or not compare_bytes
     budget = budget_bytes(config, device, None, _free_bytes(device)) if wants_one else compare_bytes[0]
 
     def request_for(settings: SubstituteSettings) -> PlanRequest:
