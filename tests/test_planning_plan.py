@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from subspec_cli.checkpoint.geometry import ModelGeometry
 from subspec_cli.checkpoint.layer_tensors import spread
 from subspec_cli.errors import ResourceError, UsageError
-from subspec_cli.limits import NOISE_ROWS
+from subspec_cli.limits import MOST_ROWS, NOISE_ROWS
 from subspec_cli.planning.assumed_costs import assumed_costs, low_bit_table_bytes
 from subspec_cli.planning.costs import MachineCosts, RowTimes
 from subspec_cli.planning.memory import (
@@ -135,6 +135,7 @@ def requests(draw: st.DrawFn, **changes: Any) -> PlanRequest:
         tree_nodes=draw(st.integers(1, 300)),
         samples=draw(st.booleans()),
         tokenizer_bytes=draw(st.integers(0, 20 * MIB)),
+        fixed_width=draw(st.none() | st.integers(1, 8)),
     )
     if draw(st.booleans()):
         request = replace(request, substitute_bytes=None)
@@ -565,6 +566,26 @@ def test_of_several_sets_of_substitutes_the_fastest_is_taken() -> None:
 
 def test_a_fixed_depth_is_predicted_as_it_is() -> None:
     assert make_plan(make_request(fixed_depth=5)).prediction.depth == 5
+
+
+@FAST
+@given(requests())
+def test_a_plan_decides_the_rows_that_the_cache_has_beside_the_context(request: PlanRequest) -> None:
+    plan = plan_or_none(request)
+    if plan is None:
+        return
+    assert plan.scratch_rows == plan.tree_nodes + plan.shadow_rows <= request.scratch_rows
+    assert plan.shadow_rows == (request.shadow_rows if plan.streamed and plan.drafts else 0)
+    assert plan.draft_rows == MOST_ROWS
+
+
+@pytest.mark.parametrize(
+    "fixed", [{"fixed_depth": 2}, {"fixed_width": 1}, {"fixed_depth": 40, "fixed_width": 2}]
+)
+def test_a_fixed_shape_gets_all_the_nodes_that_were_counted_for_it(fixed: dict[str, int]) -> None:
+    request = make_request(tree_nodes=300)
+    assert make_plan(request).tree_nodes < 300
+    assert make_plan(replace(request, **fixed)).tree_nodes == 300
 
 
 def test_planning_weighs_a_bounded_number_of_choices() -> None:

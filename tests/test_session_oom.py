@@ -159,6 +159,8 @@ def loader(directory: Path, streamed: tuple[int, ...]) -> Loader:
         draft_head_bits=16,
         embedding="tied",
         tree_nodes=16,
+        shadow_rows=0,
+        draft_rows=8,
         lines=(),
         host_lines=(),
         streamed_bytes_per_pass=0,

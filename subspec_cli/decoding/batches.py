@@ -22,7 +22,7 @@ def prompt_batch(token_ids: Sequence[int], start: int, rules: RowRules) -> Token
 
 
 def tree_batch(tree: TokenTree, committed: int, rules: RowRules) -> TokenBatch:
-    """Return a tree in scratch rows from `committed` on: each node attends to the prefix, its ancestors and itself."""
+    """Return a tree in scratch rows from `committed` on; a node attends to the prefix, its ancestors and itself."""
     positions = torch.tensor(tree.depths) + committed
     allowed = _after_prefix(tree.ancestor_mask(), committed)
     key_positions = torch.cat((torch.arange(committed), positions))

@@ -49,7 +49,7 @@ def plan_request(
         context=config.memory.context,
         least_context=max(LEAST_CONTEXT, config.run.max_new_tokens + _PROMPT_TOKENS),
         resident_layers=config.memory.resident_layers,
-        tree_nodes=most_tree_nodes(config, device),
+        tree_nodes=_most_tree_nodes(config, device),
         prefill_rows=PREFILL_CHUNK,
         model_context=geometry.max_positions,
         costs=costs,
@@ -57,19 +57,15 @@ def plan_request(
         ram_bytes=ram_bytes,
         samples=not config.sampling.is_greedy,
         fixed_depth=config.draft.depth,
-        shadow_rows=most_shadow_rows(config),
+        fixed_width=config.draft.width,
+        shadow_rows=0 if config.draft.no_shadow else SHADOW_ROWS,
     )
 
 
-def most_tree_nodes(config: Config, device: str) -> int:
+def _most_tree_nodes(config: Config, device: str) -> int:
     """Most nodes of a tree; a fixed shape may need more than the usual bound."""
     depth, width = config.draft.depth or 0, config.draft.width or 1
     return max(_TREE_NODES[device], depth * width + 1)
-
-
-def most_shadow_rows(config: Config) -> int:
-    """Cache rows for drafting in the shadow of a pass; 0 if the user switched it off."""
-    return 0 if config.draft.no_shadow else SHADOW_ROWS
 
 
 def budget_bytes(config: Config, device: str, total_bytes: int | None, available_bytes: int | None) -> int:

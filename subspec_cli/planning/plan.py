@@ -12,7 +12,7 @@ from typing import Any
 
 from subspec_cli.checkpoint.layer_tensors import spread
 from subspec_cli.errors import ResourceError, UsageError
-from subspec_cli.limits import ATTENTION_TILE_BYTES, SHADOW_ROWS
+from subspec_cli.limits import ATTENTION_TILE_BYTES, MOST_ROWS, SHADOW_ROWS
 from subspec_cli.planning.memory import Ledger, PlanLine
 from subspec_cli.planning.reason import context_reason, main_reason, too_small
 from subspec_cli.planning.request import DEFAULT_CONTEXT, LEAST_CONTEXT, Choice, PlanRequest
@@ -69,7 +69,11 @@ class OffloadPlan:
     embedding: str
     """`tied` to the head, on the `device`, in `host` memory or on `disk`."""
     tree_nodes: int
-    """Nodes of a tree whose verification hides behind the link."""
+    """Most nodes of a draft tree: as many as hide behind the link, or as a fixed depth or width needs."""
+    shadow_rows: int
+    """Cache rows for drafting in the shadow of a pass; 0 where nothing streams or nothing is drafted."""
+    draft_rows: int
+    """Most rows of one draft step."""
     lines: tuple[PlanLine, ...]
     host_lines: tuple[PlanLine, ...]
     """Host memory beside the budget."""
@@ -88,6 +92,11 @@ class OffloadPlan:
     def streamed_layers(self) -> int:
         """Number of streamed layers."""
         return len(self.streamed)
+
+    @property
+    def scratch_rows(self) -> int:
+        """Rows that the KV cache has beside those of the context."""
+        return self.tree_nodes + self.shadow_rows
 
     @property
     def total_bytes(self) -> int:
@@ -217,7 +226,7 @@ def _finish(
         main_reason(request, ledger, shelf, candidate, whole_bytes if fits else None, context),
         context_reason(request, shelf, candidate, context),
     )
-    return OffloadPlan(
+    plan = OffloadPlan(
         device=request.device,
         budget_bytes=request.budget_bytes,
         context=context,
@@ -232,6 +241,8 @@ def _finish(
         draft_head_bits=choice.draft_head_bits,
         embedding=choice.embedding,
         tree_nodes=_tree_nodes(request, candidate),
+        shadow_rows=request.shadow_rows if streamed and choice.drafts else 0,
+        draft_rows=max(request.fixed_width or 0, MOST_ROWS),
         lines=ledger.lines(choice, context),
         host_lines=ledger.host_lines(choice),
         streamed_bytes_per_pass=len(streamed) * geometry.layer_matrix_bytes,
@@ -246,11 +257,15 @@ def _finish(
         reason="; ".join(reason for reason in reasons if reason),
         fits=fits,
     )
+    assert plan.scratch_rows <= request.scratch_rows, (
+        "the run would allocate more cache rows than were counted"
+    )
+    return plan
 
 
 def _tree_nodes(request: PlanRequest, candidate: Candidate) -> int:
     """Nodes that may be verified: as many as hide behind the link, and as many as the best depth wants."""
-    if request.fixed_depth is not None:
+    if request.fixed_depth is not None or request.fixed_width is not None:
         return request.tree_nodes
     compute = pass_compute(request.costs, request.geometry)
     hidden = node_budget(candidate.cycle.link_s, compute, request.tree_nodes)

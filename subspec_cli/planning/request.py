@@ -49,6 +49,8 @@ class PlanRequest:
     """Whether tokens are drawn at a temperature, which takes noise for every token of the vocabulary."""
     fixed_depth: int | None = None
     """Depth of the draft tree, as the user said."""
+    fixed_width: int | None = None
+    """Rows of a draft step, as the user said."""
 
     @property
     def scratch_rows(self) -> int:

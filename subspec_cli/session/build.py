@@ -24,8 +24,6 @@ from subspec_cli.modeling.pretrained import ModelTokenizer, end_token_ids, load_
 from subspec_cli.modeling.self_check import SelfCheck, check_batch_invariance
 from subspec_cli.planning.asked import (
     budget_bytes,
-    most_shadow_rows,
-    most_tree_nodes,
     plan_request,
     ram_bytes,
 )
@@ -94,15 +92,15 @@ def _load(
         plan,
         model_config,
         device,
-        _tree_nodes(config, plan) + _shadow_rows(config, plan),
-        max(config.draft.width or 0, MOST_ROWS),
+        plan.scratch_rows,
+        plan.draft_rows,
         progress,
     ).load(with_draft=plan.drafts)
     try:
         # What was read so far came from the files that were opened, or nothing is answered.
         check_unchanged(found.checkpoint)
         progress("checking that rows keep their bits")
-        self_check = _check_batch_invariance(loaded, found.geometry, _tree_nodes(config, plan), device)
+        self_check = _check_batch_invariance(loaded, found.geometry, plan.tree_nodes, device)
         eos_ids = end_token_ids(found.checkpoint.directory, model_config, tokenizer)
         engines = _engines(config, plan, costs, loaded, self_check.rules, eos_ids)
         parts = _parts(config, loaded, engines, tokenizer, eos_ids, meter)
@@ -187,17 +185,6 @@ def _costs(
     return probed
 
 
-def _tree_nodes(config: Config, plan: OffloadPlan) -> int:
-    """Most nodes of a tree: as many as hide behind the link, or as a fixed shape needs."""
-    is_fixed = config.draft.depth is not None or config.draft.width is not None
-    return most_tree_nodes(config, plan.device) if is_fixed else plan.tree_nodes
-
-
-def _shadow_rows(config: Config, plan: OffloadPlan) -> int:
-    """Rows for drafting in the shadow of a pass; where nothing streams or drafts, there is no shadow."""
-    return most_shadow_rows(config) if plan.streamed and plan.drafts else 0
-
-
 def _check_batch_invariance(
     loaded: LoadedModel, geometry: ModelGeometry, most_nodes: int, device: torch.device
 ) -> SelfCheck:
@@ -223,7 +210,7 @@ def _engines(
 ) -> tuple[Engine, Engine]:
     """The speculative engine and the plain one; the same one twice if there is nothing to draft with."""
     fixed = FixedShape(config.draft.depth, config.draft.width)
-    limits = TreeLimits(fixed.depth or MOST_DEPTH, fixed.width or MOST_ROWS, _tree_nodes(config, plan))
+    limits = TreeLimits(fixed.depth or MOST_DEPTH, fixed.width or MOST_ROWS, plan.tree_nodes)
     layers = len(plan.resident) + len(plan.streamed)
     target = loaded.target(rules)
 
@@ -233,7 +220,7 @@ def _engines(
     plain = engine(PlainDrafter())
     if loaded.draft is None:
         return plain, plain
-    policy = DraftPolicy(limits, costs, layers, fixed, _shadow_rows(config, plan))
+    policy = DraftPolicy(limits, costs, layers, fixed, plan.shadow_rows)
     return engine(Drafter(loaded.draft, loaded.kv, policy, eos_ids=eos_ids)), plain
 
 
