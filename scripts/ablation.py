@@ -38,6 +38,7 @@ from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.layers import RowRules, TokenBatch
 from subspec_cli.modeling.target_blocks import TargetBlocks
 from subspec_cli.planning.plan import SHADOW_ROWS
+from subspec_cli.reporter import Reporter
 from subspec_cli.session import open_session
 from subspec_cli.session.session import Session
 from subspec_cli.streaming.disk_streamer import block_tensors
@@ -241,7 +242,7 @@ def main() -> int:
         memory=MemoryConfig(memory_gib=options.memory_gb, device="cpu", context=options.context),
         sampling=SamplingConfig(temperature=options.temperature, seed=7),
     )
-    with open_session(config, progress=lambda text: print(text, file=sys.stderr)) as session:
+    with open_session(config, Reporter(lambda text: print(text, file=sys.stderr))) as session:
         results = measure(
             Laboratory(session, options.questions),
             arms,

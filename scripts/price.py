@@ -33,6 +33,7 @@ from subspec_cli.metrics import GenerationStats
 from subspec_cli.planning.assumed_costs import assumed_costs
 from subspec_cli.planning.costs import MachineCosts, PlanCosts, RowTimes
 from subspec_cli.planning.plan import SHADOW_ROWS
+from subspec_cli.reporter import Reporter
 from subspec_cli.session import build, open_session
 from subspec_cli.session.found_model import FoundModel
 from subspec_cli.session.session import Session, TextDelta
@@ -81,7 +82,7 @@ def main() -> int:
     costs = read_costs(options.costs)
     build._costs = assume  # the small model's plan must not depend on a clock either
     try:
-        with open_session(config, progress=lambda text: print(text, file=sys.stderr)) as session:
+        with open_session(config, Reporter(lambda text: print(text, file=sys.stderr))) as session:
             use_costs(session, costs, shadow=not options.no_shadow)
             figures = price(session, costs, options)
     except SubspecError as error:

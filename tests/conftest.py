@@ -17,7 +17,7 @@ def assumed_machine(request, monkeypatch):
         return
     from subspec_cli.planning.assumed_costs import assumed_costs
 
-    def assume(directory, settings, device, progress):
+    def assume(directory, settings, device, reporter):
         # So slow a link that drafting pays even for models of a few kilobytes.
         return assumed_costs(geometry_in(directory), device.type, link_gb_per_s=0.001, settings=settings)
 

@@ -241,9 +241,9 @@ def use_session(monkeypatch, session):
     """Let `run` open `session`; gives the list that the resolved configs are put into."""
     configs = []
 
-    def open_session(config, *, progress):
+    def open_session(config, reporter):
         configs.append(config)
-        progress("loading substitutes 1/4")
+        reporter.progress("loading substitutes 1/4")
         return session
 
     fake = module("subspec_cli.session", open_session=open_session)

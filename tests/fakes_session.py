@@ -12,6 +12,7 @@ from tiny_models import make_tiny_model
 
 from subspec_cli.config import resolve_config
 from subspec_cli.metrics import GenerationStats
+from subspec_cli.reporter import Reporter
 from subspec_cli.session import open_session
 from subspec_cli.session.prepare import prepare
 from subspec_cli.session.session import Session, TextDelta
@@ -54,8 +55,8 @@ def open_tiny(directory: Path | None, **flags: Any) -> Session:
     memory = {"vram_gb": 1.0, "device": "cpu", "resident_layers": 0} | flags.pop("memory", {})
     name = None if directory is None else str(directory)
     model = {"model": name} | flags.pop("model", {})
-    progress = flags.pop("progress", lambda text: None)
-    return open_session(resolve_config({"model": model, "memory": memory, **flags}), progress=progress)
+    reporter = flags.pop("reporter", Reporter())
+    return open_session(resolve_config({"model": model, "memory": memory, **flags}), reporter)
 
 
 class Answer:

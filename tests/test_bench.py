@@ -79,9 +79,9 @@ def test_a_machine_that_is_to_be_timed_anew_is_timed_once(shelf, questions, monk
     """Both arms go by the same costs; what was timed last would be kept for later runs, too."""
     asked, open_session = [], runner.open_session
 
-    def logged(config, **how):
+    def logged(config, reporter):
         asked.append(config.memory.reprobe)
-        return open_session(config, **how)
+        return open_session(config, reporter)
 
     monkeypatch.setattr(runner, "open_session", logged)
     bench(shelf, questions, memory={"reprobe": True}, limit=1)

@@ -29,7 +29,7 @@ def cost(monkeypatch):
     """Lets a test say what things take; the rest is as assumed."""
 
     def set_costs(**changes):
-        def costs(directory, settings, device, progress):
+        def costs(directory, settings, device, reporter):
             found = assumed_costs(geometry_in(directory), device.type, settings=settings)
             return dataclasses.replace(found, **changes)
 
@@ -101,7 +101,7 @@ def test_of_the_sets_that_stand_side_by_side_the_fastest_is_loaded(tmp_path, mon
     assert [item.manifest.settings.bits for item in find_prepared_sets(str(model), 8)] == [8]
 
     def fastest(bits):
-        def costs(directory, settings, device, progress):
+        def costs(directory, settings, device, reporter):
             found = assumed_costs(geometry_in(directory), device.type, settings=settings)
             return dataclasses.replace(found, substitute_layer=FREE if settings.bits == bits else DEAR)
 

@@ -18,6 +18,7 @@ from subspec_cli.planning.costs import snapped
 from subspec_cli.planning.timing import plan_costs
 from subspec_cli.probe import kept_costs
 from subspec_cli.probe.kept_costs import read_probe, write_probe
+from subspec_cli.reporter import Reporter
 from subspec_cli.session import build
 
 
@@ -117,7 +118,7 @@ def test_timing_leaves_no_process_and_its_memory_behind(shelf, home, monkeypatch
 
     monkeypatch.setattr(subprocess, "Popen", Remembered)
     doing = []
-    open_tiny(model, progress=doing.append).close()
+    open_tiny(model, reporter=Reporter(doing.append)).close()
     assert "timing this machine: link and target" in doing
 
     def interrupted(text):
@@ -125,7 +126,7 @@ def test_timing_leaves_no_process_and_its_memory_behind(shelf, home, monkeypatch
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        open_tiny(model, memory={"reprobe": True}, progress=interrupted)
+        open_tiny(model, memory={"reprobe": True}, reporter=Reporter(interrupted))
     assert [process.poll() is None for process in started] == [False, False]
 
 

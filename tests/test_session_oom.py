@@ -18,6 +18,7 @@ from subspec_cli.checkpoint.geometry import read_geometry
 from subspec_cli.errors import ExitCode, IntegrityError, ResourceError
 from subspec_cli.modeling.decoder import TargetDecoder
 from subspec_cli.planning.plan import OffloadPlan
+from subspec_cli.reporter import Reporter
 from subspec_cli.session import build, load
 from subspec_cli.session.load import Loader
 from subspec_cli.session.oom import oom_as_error
@@ -138,7 +139,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     return Machine(copies_first).install(monkeypatch)
 
 
-def loader(directory: Path, streamed: tuple[int, ...]) -> Loader:
+def loader(directory: Path, streamed: tuple[int, ...], notes: list[str]) -> Loader:
     """A loader for a GPU, of a model of three layers."""
     checkpoint = open_checkpoint(directory)
     geometry = read_geometry(checkpoint.config, checkpoint.tensors)
@@ -169,7 +170,7 @@ def loader(directory: Path, streamed: tuple[int, ...]) -> Loader:
         fits=False,
     )
     return Loader(
-        nothing, checkpoint, geometry, plan, nothing, torch.device("cuda"), 1, 8, progress=lambda text: None
+        nothing, checkpoint, geometry, plan, nothing, torch.device("cuda"), 1, 8, Reporter(note=notes.append)
     )
 
 
@@ -179,14 +180,15 @@ def test_for_a_gpu_layers_are_pinned_as_far_as_host_memory_goes(
 ) -> None:
     """With room for fewer, the files are read on, and whether they changed is asked before every token."""
     directory = shelf.model("llama")
-    whole = loader(directory, (0, 2))
+    notes: list[str] = []
+    whole = loader(directory, (0, 2), notes)
     layer_bytes = whole._layer_layout(0).whole.buffer_bytes
     free_bytes = int(free_layers * (layer_bytes + 2 * 4096) / load._PINNED_SHARE)
     monkeypatch.setattr(load, "available_bytes", lambda _device: free_bytes)
     streamer = whole._streamer()
     assert isinstance(streamer, GpuStreamer)
     assert streamer.reads_files is (free_layers < 2)
-    assert [note.partition(" ")[0] for note in whole._notes] == (["pinned"] if free_layers < 2 else [])
+    assert [note.partition(" ")[0] for note in notes] == (["pinned"] if free_layers < 2 else [])
     assert whole._reads_on(load.TargetBlocks(3, {}, streamer)) is (free_layers < 2)
     names = [name for block in streamer.blocks() for name in block]
     assert names == [

@@ -16,6 +16,7 @@ from tiny_models import EOS_ID, make_tiny_model
 from subspec_cli.config import resolve_config
 from subspec_cli.errors import ExitCode, IntegrityError, ResourceError, UnsupportedModelError, UsageError
 from subspec_cli.files import direct_io
+from subspec_cli.reporter import Reporter
 from subspec_cli.session import open_session
 from subspec_cli.session.found_model import find_model
 from subspec_cli.session.prepare import prepare
@@ -118,7 +119,7 @@ def test_buffered_reads_are_told(shelf, monkeypatch):
 def test_progress_is_told(shelf):
     told = []
     flags = {"model": {"model": str(shelf.model("qwen2"))}, "memory": {"vram_gb": 1.0, "resident_layers": 1}}
-    open_session(resolve_config(flags), progress=told.append).close()
+    open_session(resolve_config(flags), Reporter(told.append)).close()
     assert any("substitutes 2/2" in text for text in told)
     assert any("rows keep their bits" in text for text in told)
 

@@ -28,6 +28,7 @@ from subspec_cli.modeling.quantization import quantize_layer
 from subspec_cli.modeling.rope import RopeTable
 from subspec_cli.modeling.substitute import load_substitute
 from subspec_cli.planning.memory import CUDA_CONTEXT_BYTES
+from subspec_cli.reporter import Reporter
 from subspec_cli.session.build import cap_allocator
 from subspec_cli.streaming.gpu_layers import read_resident_layer
 from subspec_cli.streaming.gpu_streamer import open_gpu_streamer
@@ -55,8 +56,7 @@ def test_every_pass_brings_the_files_content(tmp_path: Path, pinned: int, slots:
         slots=slots,
         most_bytes=1 << 30,
         device=CUDA,
-        progress=lambda text: None,
-        notify=lambda text: None,
+        reporter=Reporter(),
     )
     slow = torch.ones((2048, 2048), device=CUDA)
     for number in range(20):

@@ -31,6 +31,7 @@ from torch import Tensor
 from subspec_cli.checkpoint.layer_tensors import block_entries
 from subspec_cli.errors import IntegrityError, ResourceError
 from subspec_cli.files.direct_io import PAGE_BYTES, DirectReader, Extent
+from subspec_cli.reporter import Reporter
 from subspec_cli.streaming.gpu_layers import LayerLayout, layout_layer, read_resident_layer
 from subspec_cli.streaming.gpu_streamer import GpuStreamer, open_gpu_streamer
 
@@ -63,8 +64,7 @@ class Rig:
             slots=slots,
             most_bytes=most_bytes,
             device=CPU,
-            progress=self.said.append,
-            notify=self.said.append,
+            reporter=Reporter(self.said.append, self.said.append),
         )
         self.open.append(made)
         return made
@@ -416,8 +416,7 @@ def test_a_model_computes_the_same_over_either_streamer(
         slots=2,
         most_bytes=1 << 30,
         device=CPU,
-        progress=lambda text: None,
-        notify=lambda text: None,
+        reporter=Reporter(),
     )
     with closing(over_gpu):
         found = model.prefill(model.target(model.source((1,), over_gpu)), model.kv(), prompt)

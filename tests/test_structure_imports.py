@@ -24,7 +24,7 @@ ROOMS = (
     "bench",
     "cli",
 )
-GROUND = {"__init__", "errors", "units", "metrics", "config", "versions", "limits"}
+GROUND = {"__init__", "errors", "units", "metrics", "config", "versions", "limits", "reporter"}
 DOORS = {
     "transformers": ("modeling/pretrained.py", "modeling/rope.py", "session/load.py"),
     "optimum": ("modeling/quantization.py",),

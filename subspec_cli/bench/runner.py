@@ -18,6 +18,7 @@ from subspec_cli.bench.suites import Question, load_suite
 from subspec_cli.config import Config
 from subspec_cli.metrics import GenerationStats
 from subspec_cli.planning.timing import Prediction
+from subspec_cli.reporter import Reporter
 from subspec_cli.session import open_session
 from subspec_cli.streaming.memory_meter import disk_read_bytes
 
@@ -68,7 +69,7 @@ class _Run:
 
     def measure_pairs(self) -> None:
         """Both arms over all questions under one plan."""
-        with open_session(self._config, progress=self._say) as session:
+        with open_session(self._config, Reporter(self._say)) as session:
             about = session.description
             self._exactness, self._speculation = about.exactness, about.speculation
             self._context_tokens = about.context_tokens
@@ -91,7 +92,7 @@ class _Run:
                 reprobe=False,
             ),
         )
-        with open_session(config, progress=self._say) as session:
+        with open_session(config, Reporter(self._say)) as session:
             plan = session.description.plan
             self._context["best_plain_plan"] = plan.as_dict()
             for question in self._questions[:_BEST_PLAIN_QUESTIONS]:

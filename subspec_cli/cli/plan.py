@@ -77,11 +77,16 @@ def plan(
         raise UsageError(f"--link-gb-per-s {link_gb_per_s:g} is no rate", "give 1e9 bytes per second: 24")
     compared = budgets(compare)
     from subspec_cli.cli.output import Output
+    from subspec_cli.reporter import Reporter
     from subspec_cli.session.forecast import forecast
 
     output = Output(plain=config.run.plain)
     found = forecast(
-        config.model.model, config, link_gb_per_s=link_gb_per_s, compare_gib=compared, notify=output.note
+        config.model.model,
+        config,
+        link_gb_per_s=link_gb_per_s,
+        compare_gib=compared,
+        reporter=Reporter(note=output.note),
     )
     if as_json:
         output.document(found.as_dict())

@@ -122,9 +122,10 @@ def _load(config: Config, output: Output) -> Session:
 
     with ProgressLine(output) as progress:
         progress.update("loading libraries")
+        from subspec_cli.reporter import Reporter
         from subspec_cli.session import open_session
 
-        session = open_session(config, progress=progress.update)
+        session = open_session(config, Reporter(progress.update))
     for line in session_lines(session, config):
         output.note(line)
     return session

@@ -10,13 +10,13 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from subspec_cli.checkpoint.checkpoint import open_checkpoint
 from subspec_cli.checkpoint.geometry import read_geometry
 from subspec_cli.planning.costs import MachineCosts
+from subspec_cli.reporter import Reporter
 from subspec_cli.substitutes.settings import SubstituteSettings
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def probe_apart(
     directory: Path,
     settings: SubstituteSettings,
     device: torch.device,
-    progress: Callable[[str], None],
+    reporter: Reporter,
 ) -> MachineCosts:
     """Costs of the model in `directory` and substitutes of these settings, measured by another process.
 
@@ -60,7 +60,7 @@ def probe_apart(
             raise ProbeFailedError(str(error)) from error
         with process:
             try:
-                found = _follow(process, json.dumps(order), progress)
+                found = _follow(process, json.dumps(order), reporter)
             except BaseException:
                 process.kill()
                 raise
@@ -71,9 +71,7 @@ def probe_apart(
     return found
 
 
-def _follow(
-    process: subprocess.Popen[str], order: str, progress: Callable[[str], None]
-) -> MachineCosts | None:
+def _follow(process: subprocess.Popen[str], order: str, reporter: Reporter) -> MachineCosts | None:
     """Give the order and read what comes back, a JSON object a line, until the process ends."""
     assert process.stdin is not None
     assert process.stdout is not None
@@ -88,7 +86,7 @@ def _follow(
             continue  # a library's word
         said = json.loads(line)
         if "doing" in said:
-            progress(said["doing"])
+            reporter.progress(said["doing"])
         else:
             found = MachineCosts.from_dict(said["costs"])
     return found
@@ -107,9 +105,8 @@ def main() -> None:
     geometry = read_geometry(checkpoint.config, checkpoint.tensors)
     device = torch.device(order["device"])
     _say({"doing": "timing this machine"})
-    costs = probe_machine(
-        geometry, settings, checkpoint, device, lambda doing: _say({"doing": f"timing this machine: {doing}"})
-    )
+    reporter = Reporter(progress=lambda doing: _say({"doing": f"timing this machine: {doing}"}))
+    costs = probe_machine(geometry, settings, checkpoint, device, reporter)
     _say({"costs": costs.as_dict()})
 
 

@@ -35,6 +35,7 @@ from subspec_cli.modeling.substitute import (
 )
 from subspec_cli.planning.costs import MachineCosts, RowTimes, snapped
 from subspec_cli.probe.timers import copy_rate, disk_rate, reading, time_rows
+from subspec_cli.reporter import Reporter
 from subspec_cli.streaming.layout import BlockLayout, layout_block
 from subspec_cli.streaming.streamer import DTYPES
 from subspec_cli.substitutes.settings import SubstituteSettings
@@ -56,13 +57,13 @@ def probe_machine(
     settings: SubstituteSettings,
     checkpoint: Checkpoint,
     device: torch.device,
-    progress: Callable[[str], None],
+    reporter: Reporter,
 ) -> MachineCosts:
     """Time link, target layers, draft layers and heads; every time is snapped to the grid."""
     layouts = _disk_layouts(geometry, checkpoint)
     on_cpu = device.type == "cpu"
     bench = _Bench(geometry, settings, device)
-    progress("link and target")
+    reporter.progress("link and target")
     if on_cpu:
         # A pass and the reader share cores and memory, so each is timed beside the other.
         with reading(layouts) as beside:
@@ -71,7 +72,7 @@ def probe_machine(
     else:
         target, disk = bench.target_layer(), disk_rate(layouts)
         link, pageable = copy_rate(device, pinned=True), copy_rate(device, pinned=False)
-    progress("the draft's layers")
+    reporter.progress("the draft's layers")
     return MachineCosts(
         link_bytes_per_s=link,
         pageable_bytes_per_s=pageable,

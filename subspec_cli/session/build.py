@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -34,6 +34,7 @@ from subspec_cli.planning.plan import OffloadPlan, fastest_plan
 from subspec_cli.planning.timing import plan_costs
 from subspec_cli.probe.child_process import ProbeFailedError, probe_apart
 from subspec_cli.probe.kept_costs import keep_costs, known_costs, probe_subject
+from subspec_cli.reporter import Reporter
 from subspec_cli.session.found_model import FoundModel
 from subspec_cli.session.load import LoadedModel, Loader
 from subspec_cli.session.oom import oom_as_error
@@ -51,18 +52,19 @@ from subspec_cli.units import printable
 from subspec_cli.versions import library_versions
 
 
-def build_session(config: Config, found: FoundModel, progress: Callable[[str], None]) -> Session:
+def build_session(config: Config, found: FoundModel, reporter: Reporter) -> Session:
     """Plan, load, check rows. Nothing large is allocated before the plan holds."""
     device = _device(config.memory.device)
     return_freed_memory_at_once()
     notes: list[str] = []
-    found, plan, machine = _plan(config, found, device, progress, notes.append)
+    reporter = Reporter(reporter.progress, notes.append)
+    found, plan, machine = _plan(config, found, device, reporter)
     # Everything is imported by now: what memory grows from here on is the model's.
     meter = MemoryMeter(device)
     cap_allocator(plan.budget_bytes, device)
     with oom_as_error("loading the model", budget_bytes=plan.budget_bytes, meter=meter):
         costs = plan_costs(machine, found.geometry, plan)
-        return _load(config, found, plan, costs, device, meter, progress, notes)
+        return _load(config, found, plan, costs, device, meter, reporter, notes)
 
 
 def cap_allocator(budget_bytes: int, device: torch.device) -> None:
@@ -79,10 +81,10 @@ def _load(
     costs: PlanCosts,
     device: torch.device,
     meter: MemoryMeter,
-    progress: Callable[[str], None],
+    reporter: Reporter,
     notes: list[str],
 ) -> Session:
-    progress("loading the tokenizer")
+    reporter.progress("loading the tokenizer")
     tokenizer = ModelTokenizer(found.checkpoint.directory, found.geometry.vocab)
     model_config = load_config(found.checkpoint.directory)
     loaded = Loader(
@@ -94,12 +96,12 @@ def _load(
         device,
         plan.scratch_rows,
         plan.draft_rows,
-        progress,
+        reporter,
     ).load(with_draft=plan.drafts)
     try:
         # What was read so far came from the files that were opened, or nothing is answered.
         check_unchanged(found.checkpoint)
-        progress("checking that rows keep their bits")
+        reporter.progress("checking that rows keep their bits")
         self_check = _check_batch_invariance(loaded, found.geometry, plan.tree_nodes, device)
         eos_ids = end_token_ids(found.checkpoint.directory, model_config, tokenizer)
         engines = _engines(config, plan, costs, loaded, self_check.rules, eos_ids)
@@ -108,7 +110,6 @@ def _load(
         loaded.close()
         raise
     mark_used(found.prepared.directory)
-    notes.extend(loaded.notes)
     return Session(parts, _describe(config, found, plan, costs, self_check, parts, loaded, device, notes))
 
 
@@ -134,15 +135,14 @@ def _plan(
     config: Config,
     found: FoundModel,
     device: torch.device,
-    progress: Callable[[str], None],
-    notify: Callable[[str], None],
+    reporter: Reporter,
 ) -> tuple[FoundModel, OffloadPlan, MachineCosts]:
     """The fastest plan over the sets of substitutes that are there, the found with its set, and the costs."""
     geometry = found.geometry
     sets = (found.prepared, *found.others)
     on_gpu = device.type == "cuda"
     host = torch.device("cpu")
-    costs = [_costs(config, found, prepared, device, progress, notify) for prepared in sets]
+    costs = [_costs(config, found, prepared, device, reporter) for prepared in sets]
     requests = [
         plan_request(
             config,
@@ -165,8 +165,7 @@ def _costs(
     found: FoundModel,
     prepared: PreparedModel,
     device: torch.device,
-    progress: Callable[[str], None],
-    notify: Callable[[str], None],
+    reporter: Reporter,
 ) -> MachineCosts:
     """What was probed before on this machine, else probed now and kept; assumed where that fails."""
     settings = prepared.manifest.settings
@@ -175,9 +174,9 @@ def _costs(
     if known is not None:
         return known
     try:
-        probed = probe_apart(found.checkpoint.directory, settings, device, progress)
+        probed = probe_apart(found.checkpoint.directory, settings, device, reporter)
     except ProbeFailedError as error:
-        notify(
+        reporter.note(
             f"this machine could not be timed, so the plan assumes what it can do: {printable(str(error))}"
         )
         return assumed_costs(found.geometry, device.type, settings=settings)

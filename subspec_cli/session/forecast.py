@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -24,6 +24,7 @@ from subspec_cli.planning.plan import (
     make_plan,
 )
 from subspec_cli.probe.kept_costs import known_costs, probe_subject
+from subspec_cli.reporter import Reporter
 from subspec_cli.session.prepare import accept_config
 from subspec_cli.streaming.host_memory import has_gpu, host_available_bytes
 from subspec_cli.substitutes.prepared_model import PreparedModel, find_prepared_sets
@@ -107,7 +108,7 @@ def forecast(
     *,
     link_gb_per_s: float | None,
     compare_gib: Sequence[float],
-    notify: Callable[[str], None],
+    reporter: Reporter,
 ) -> Forecast:
     """Plan a model that need not be here: its config and headers are enough.
 
@@ -115,7 +116,7 @@ def forecast(
     `make_plan` raise, and UsageError for a bad budget.
     """
     device, device_reason = _device(config.memory.device)
-    outline = outline_model(model, config.model.revision, accept_config=accept_config, notify=notify)
+    outline = outline_model(model, config.model.revision, accept_config=accept_config, notify=reporter.note)
     geometry = read_geometry(outline.config, outline.tensors)
     prepared = _prepared(model, config)
     chosen = [item.manifest.settings for item in prepared] or [_settings(config)]

@@ -32,6 +32,7 @@ from subspec_cli.modeling.substitute import (
 )
 from subspec_cli.modeling.target_blocks import TargetBlocks
 from subspec_cli.planning.plan import OffloadPlan
+from subspec_cli.reporter import Reporter
 from subspec_cli.streaming.disk_streamer import DiskStreamer, read_resident
 from subspec_cli.streaming.gpu_layers import LayerLayout, layout_layer, read_resident_layer
 from subspec_cli.streaming.gpu_streamer import GpuStreamer, open_gpu_streamer
@@ -61,8 +62,6 @@ class LoadedModel:
     close: Callable[[], None]
     check_source: Callable[[], None]
     """Raises IntegrityError if weights that are still read from files changed since they were opened."""
-    notes: tuple[str, ...]
-    """What did not go as planned, and is not fatal."""
 
     def counters(self) -> StreamCounters:
         """What the stream has done so far; nothing if everything is resident."""
@@ -86,7 +85,7 @@ class Loader:
         device: torch.device,
         scratch_rows: int,
         draft_rows: int,
-        progress: Callable[[str], None],
+        reporter: Reporter,
     ) -> None:
         self._prepared = prepared
         self._checkpoint = checkpoint
@@ -96,9 +95,8 @@ class Loader:
         self._device = device
         self._scratch_rows = scratch_rows
         self._draft_rows = draft_rows
-        self._progress = progress
+        self._reporter = reporter
         self._dtype = DTYPES[geometry.dtype]
-        self._notes: list[str] = []
 
     def load(self, *, with_draft: bool) -> LoadedModel:
         """Read and place everything, the draft only if asked for; if a part fails, what was opened is closed."""
@@ -133,7 +131,7 @@ class Loader:
                     most_rows=self._draft_rows,
                     vocab=geometry.vocab,
                     device=self._device,
-                    notify=self._notes.append,
+                    notify=self._reporter.note,
                 )
             return LoadedModel(
                 target=lambda rules: TargetDecoder(math, embed, head, blocks, rules),
@@ -144,14 +142,13 @@ class Loader:
                 dtype=self._dtype,
                 close=opened.pop_all().close,
                 check_source=self._check_source if self._reads_on(blocks) else lambda: None,
-                notes=tuple(self._notes),
             )
 
     def _draft_head(self, head: Head) -> DraftHead:
         """The target's head, or a 4-bit copy where the plan has one and a kernel takes its shape."""
         if self._plan.draft_head_bits == 16:
             return head
-        self._progress("making the draft's head")
+        self._reporter.progress("making the draft's head")
         table = low_bit_table(head.weight)
         return head if table is None else LowBitHead(head.norm_weight, table, head.weight, head.eps)
 
@@ -192,14 +189,14 @@ class Loader:
         # A layer that is resident for the target alone has its substitute too: it drafts faster than 16 bits.
         wanted = [layer for layer in range(self._geometry.layers) if layer not in self._plan.shared]
         for number, layer in enumerate(wanted, start=1):
-            self._progress(f"loading substitutes {number}/{len(wanted)}")
+            self._reporter.progress(f"loading substitutes {number}/{len(wanted)}")
             loaded[layer] = load_substitute(
                 math, layer, load_layer(self._prepared, layer), settings, self._device
             )
         return loaded
 
     def _tables(self, opened: ExitStack) -> tuple[Embedding, Head]:
-        self._progress("loading embedding and head")
+        self._reporter.progress("loading embedding and head")
         place = self._plan.embedding
         table, norm = "model.embed_tokens.weight", "model.norm.weight"
         head_name = table if place == "tied" else "lm_head.weight"
@@ -219,7 +216,7 @@ class Loader:
         try:
             opened.callback(pin(table, self._device))
         except PinRefusedError as error:
-            self._notes.append(
+            self._reporter.note(
                 f"the embedding could not be pinned, so draft steps wait for the host: {error}"
             )
             gather = table_embedding(table)
@@ -229,7 +226,7 @@ class Loader:
     def _blocks(self, opened: ExitStack) -> TargetBlocks:
         held = {}
         for number, layer in enumerate(self._plan.resident, start=1):
-            self._progress(f"loading resident layers {number}/{len(self._plan.resident)}")
+            self._reporter.progress(f"loading resident layers {number}/{len(self._plan.resident)}")
             held[layer] = self._resident_blocks(layer)
         streamer = self._streamer()
         if streamer is not None:
@@ -255,8 +252,7 @@ class Loader:
             slots=self._plan.slots,
             most_bytes=int(available_bytes(torch.device("cpu")) * _PINNED_SHARE),
             device=self._device,
-            progress=self._progress,
-            notify=self._notes.append,
+            reporter=self._reporter,
         )
 
     def _layer_layout(self, layer: int) -> LayerLayout:

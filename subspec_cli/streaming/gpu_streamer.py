@@ -8,13 +8,14 @@ for comes from disk through a ring of pinned buffers; the order of use is the sa
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from subspec_cli.files.direct_io import DirectReader
+from subspec_cli.reporter import Reporter
 from subspec_cli.streaming.gpu_clock import GpuClock
 from subspec_cli.streaming.gpu_layers import LayerLayout, page_aligned_memory, tensors_in
 from subspec_cli.streaming.gpu_ring import DiskRing
@@ -182,12 +183,11 @@ def open_gpu_streamer(
     slots: int,
     most_bytes: int,
     device: torch.device,
-    progress: Callable[[str], None],
-    notify: Callable[[str], None],
+    reporter: Reporter,
 ) -> GpuStreamer:
     """Pin memory as far as it goes, read the layers that stay in it, and begin to stream.
 
-    At most `most_bytes` of host memory are pinned; `notify` is told if that is less than was wanted. Raises
+    At most `most_bytes` of host memory are pinned; a note says if that is less than was wanted. Raises
     ResourceError if none can be, IntegrityError if a file cannot be read; nothing stays pinned then.
     """
     size_bytes = max(layer.whole.buffer_bytes for layer in layers)
@@ -198,12 +198,12 @@ def open_gpu_streamer(
         ring_slots=ring_slots,
         most_bytes=most_bytes,
         device=device,
-        notify=notify,
+        reporter=reporter,
     )
     reader = DirectReader()
     try:
         for done, (number, slab) in enumerate(memory.slabs.items(), start=1):
-            progress(f"copying streamed layers to pinned memory {done}/{len(memory.slabs)}")
+            reporter.progress(f"copying streamed layers to pinned memory {done}/{len(memory.slabs)}")
             reader.read_extents(layers[number].whole.extents, slab.view)
         return GpuStreamer(layers, memory, slots=slots, device=device)
     except BaseException:

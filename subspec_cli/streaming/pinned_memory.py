@@ -19,6 +19,7 @@ from torch import Tensor
 from subspec_cli.checkpoint.layer_tensors import spread
 from subspec_cli.errors import ResourceError
 from subspec_cli.files.direct_io import PAGE_BYTES, allocate_buffer
+from subspec_cli.reporter import Reporter
 from subspec_cli.units import format_bytes
 
 _PORTABLE_AND_MAPPED: Final = 3
@@ -94,12 +95,12 @@ def take_pinned(
     ring_slots: int,
     most_bytes: int,
     device: torch.device,
-    notify: Callable[[str], None],
+    reporter: Reporter,
 ) -> PinnedMemory:
     """Pin memory for `pinned_layers` of `layers` streamed layers and a ring for the rest, buffer by buffer.
 
     When the system refuses, or `most_bytes` are reached, what was obtained is kept: the ring comes first, the
-    rest holds layers, evenly spread among those that are read from disk; `notify` is told once. Raises
+    rest holds layers, evenly spread among those that are read from disk; one note says so. Raises
     ResourceError if not even one layer's bytes can be pinned.
     """
     wanted = pinned_layers + (min(ring_slots, layers) if pinned_layers < layers else 0)
@@ -123,7 +124,7 @@ def take_pinned(
     ring = buffers[:ring_slots]
     slabs = dict(zip(spread(len(buffers) - len(ring), layers), buffers[len(ring) :], strict=True))
     if refusal:
-        notify(
+        reporter.note(
             f"pinned {format_bytes(len(buffers) * layer_bytes)} of {format_bytes(wanted * layer_bytes)} "
             f"({refusal}): {layers - len(slabs)} of {layers} streamed layers are read from disk in every pass"
         )
