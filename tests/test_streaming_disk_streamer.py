@@ -128,6 +128,7 @@ def one_pass(rig: Rig, stream: DiskStreamer, blocks: int = BLOCKS) -> None:
 @pytest.mark.parametrize("blocks", [1, 2, 3, BLOCKS])
 def test_every_pass_hands_over_all_blocks_in_order(rig: Rig, slots: int, blocks: int) -> None:
     stream = rig.stream(slots, blocks)
+    assert stream.reads_files
     for _ in range(4):
         one_pass(rig, stream, blocks)
 

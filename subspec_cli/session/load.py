@@ -35,7 +35,7 @@ from subspec_cli.planning.plan import OffloadPlan
 from subspec_cli.reporter import Reporter
 from subspec_cli.streaming.disk_streamer import DiskStreamer, read_resident
 from subspec_cli.streaming.gpu_layers import LayerLayout, layout_layer, read_resident_layer
-from subspec_cli.streaming.gpu_streamer import GpuStreamer, open_gpu_streamer
+from subspec_cli.streaming.gpu_streamer import open_gpu_streamer
 from subspec_cli.streaming.layout import BlockLayout, layout_block
 from subspec_cli.streaming.mapped_memory import gpu_view
 from subspec_cli.streaming.memory_meter import available_bytes
@@ -156,7 +156,7 @@ class Loader:
         """Whether files are read after loading: for a GPU, all that could be pinned has been copied by then."""
         if self._device.type == "cpu":
             return bool(self._plan.streamed) or not self._geometry.tied_head
-        return isinstance(blocks.streamer, GpuStreamer) and blocks.streamer.reads_files
+        return blocks.streamer is not None and blocks.streamer.reads_files
 
     def _check_source(self) -> None:
         check_unchanged(self._checkpoint)

@@ -105,6 +105,11 @@ class DiskStreamer:
             return StreamCounters(self._wait_time_s, self._streamed_bytes, self._ahead.read_time_s)
 
     @property
+    def reads_files(self) -> bool:
+        """Always: every block is read from a file in every pass."""
+        return True
+
+    @property
     def is_direct(self) -> bool:
         """Whether files are read past the page cache; waits for the first block, which tells."""
         return self._ahead.is_direct()

@@ -44,6 +44,11 @@ class Streamer(Protocol):
     """Whatever moves streamed blocks to the device."""
 
     @property
+    def reads_files(self) -> bool:
+        """Whether blocks are read from files in every pass, and not from host memory alone."""
+        ...
+
+    @property
     def is_direct(self) -> bool:
         """Whether files are read past the page cache."""
         ...
