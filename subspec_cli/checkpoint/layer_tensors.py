@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final
+from dataclasses import replace
+from typing import Final, Literal
 
 from subspec_cli.checkpoint.safetensors_header import TensorEntry
 
-LAYER_BLOCKS: Final[Mapping[str, tuple[str, ...]]] = {
+BlockKind = Literal["attention", "gate", "up", "down"]
+LAYER_BLOCKS: Final[Mapping[BlockKind, tuple[str, ...]]] = {
     "attention": (
         "self_attn.q_proj.weight",
         "self_attn.k_proj.weight",
@@ -23,9 +25,9 @@ LAYER_MATRICES: Final = tuple(name for names in LAYER_BLOCKS.values() for name i
 
 
 def block_entries(tensors: Mapping[str, TensorEntry], layer: int) -> list[list[TensorEntry]]:
-    """The tensor entries of each block of a layer, in the order of use."""
+    """The tensor entries of each block of a layer, in the order of use, with the names inside the layer."""
     prefix = layer_prefix(layer)
-    return [[tensors[prefix + name] for name in names] for names in LAYER_BLOCKS.values()]
+    return [[replace(tensors[prefix + name], name=name) for name in names] for names in LAYER_BLOCKS.values()]
 
 
 def layer_prefix(layer: int) -> str:

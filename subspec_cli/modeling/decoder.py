@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from subspec_cli.checkpoint.layer_tensors import BlockKind
 from subspec_cli.modeling.attention import grouped_mask
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.layers import LayerMath, RowRules, TokenBatch, rms_norm
@@ -28,7 +29,7 @@ class Block:
     """One streamed or resident block: the matrices of `kind` in `layer`, by the name inside the layer."""
 
     layer: int
-    kind: str
+    kind: BlockKind
     matrices: Mapping[str, Tensor]
 
 
@@ -149,7 +150,15 @@ class TargetDecoder:
 
     def run_block(self, block: Block, flow: Flow) -> None:
         """One block's share of its layer; `flow` carries what the next block needs."""
-        getattr(self, f"_run_{block.kind}")(block, flow)
+        match block.kind:
+            case "attention":
+                self._run_attention(block, flow)
+            case "gate":
+                self._run_gate(block, flow)
+            case "up":
+                self._run_up(block, flow)
+            case "down":
+                self._run_down(block, flow)
 
     def _run_attention(self, block: Block, flow: Flow) -> None:
         layer = block.layer

@@ -16,7 +16,7 @@ from subspec_cli.streaming.streamer import DTYPES, StreamCounters
 
 
 def block_tensors(layout: BlockLayout, buffer: memoryview) -> dict[str, Tensor]:
-    """Tensors of a block as views of its buffer, by full name."""
+    """Tensors of a block as views of its buffer, by name."""
     return {
         item.entry.name: torch.frombuffer(
             buffer,

@@ -35,7 +35,7 @@ def layout_layer(blocks: Sequence[Sequence[TensorEntry]]) -> LayerLayout:
 
 
 def tensors_in(memory: Tensor, placements: Iterable[Placement]) -> dict[str, Tensor]:
-    """Tensors by full name as views of `memory`, `[bytes]` of uint8 that holds their layer."""
+    """Tensors by name as views of `memory`, `[bytes]` of uint8 that holds their layer."""
     return {
         item.entry.name: memory[item.buffer_offset : item.buffer_offset + item.entry.size_bytes]
         .view(DTYPES[item.entry.dtype])
