@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from subspec_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from subspec_cli.checkpoint.dtypes import torch_dtype
 from subspec_cli.checkpoint.geometry import ModelGeometry, read_geometry
 from subspec_cli.checkpoint.layer_tensors import LAYER_MATRICES, block_entries, layer_prefix
 from subspec_cli.checkpoint.tensors import read_tensors
@@ -35,7 +36,7 @@ from subspec_cli.modeling.self_check import check_batch_invariance
 from subspec_cli.modeling.target_blocks import TargetBlocks
 from subspec_cli.streaming.disk_streamer import DiskStreamer, read_resident
 from subspec_cli.streaming.layout import BlockLayout, layout_block
-from subspec_cli.streaming.streamer import DTYPES, Streamer
+from subspec_cli.streaming.streamer import Streamer
 
 CPU = torch.device("cpu")
 AUTO: Any = AutoModelForCausalLM  # its methods are not annotated
@@ -178,7 +179,7 @@ class Tiny:
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        return DTYPES[self.geometry.dtype]
+        return torch_dtype(self.geometry.dtype)
 
     @cached_property
     def weights(self) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from subspec_cli.checkpoint.dtypes import DTYPES, WEIGHT_DTYPES
 from subspec_cli.checkpoint.layer_tensors import LAYER_BLOCKS, LAYER_MATRICES
 from subspec_cli.checkpoint.safetensors_header import TensorEntry
 from subspec_cli.errors import IntegrityError, UnsupportedModelError
@@ -22,7 +23,6 @@ SUPPORTED_ARCHITECTURES: Final = (
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
 )
-DTYPE_BYTES: Final = {"BF16": 2, "F16": 2, "F32": 4}
 _ROPE_TYPES: Final = ("default", "linear", "yarn", "longrope", "llama3")
 _LIBRARY_WINDOW: Final = 4096
 """The library's sliding window where config.json names none."""
@@ -55,7 +55,7 @@ class ModelGeometry:
     @property
     def element_bytes(self) -> int:
         """Bytes of one weight."""
-        return DTYPE_BYTES[self.dtype]
+        return DTYPES[self.dtype].size_bytes
 
     @property
     def kv_row_bytes(self) -> int:
@@ -259,7 +259,7 @@ def _windows(architecture: str, config: Mapping[str, Any], layers: int) -> tuple
 
 def _checkpoint_dtype(tensors: Mapping[str, TensorEntry]) -> str:
     dtypes = sorted({entry.dtype for name, entry in tensors.items() if name.endswith("proj.weight")})
-    if len(dtypes) != 1 or dtypes[0] not in DTYPE_BYTES:
+    if len(dtypes) != 1 or dtypes[0] not in WEIGHT_DTYPES:
         raise UnsupportedModelError(
             f"weights of type {', '.join(dtypes) or '(none)'} are not supported",
             "the checkpoint must be in one of BF16, F16, F32",

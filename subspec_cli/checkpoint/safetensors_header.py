@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from subspec_cli.checkpoint.dtypes import DTYPES
 from subspec_cli.errors import IntegrityError
 from subspec_cli.files.json_object import parse_json_object
 from subspec_cli.files.safe_io import open_regular, read_error
@@ -19,22 +20,6 @@ from subspec_cli.units import printable
 MAX_HEADER_BYTES = 25_000_000
 MAX_TENSORS = 200_000
 MAX_DIMENSIONS = 8
-DTYPE_BYTES = {
-    "BOOL": 1,
-    "U8": 1,
-    "I8": 1,
-    "U16": 2,
-    "I16": 2,
-    "F16": 2,
-    "BF16": 2,
-    "U32": 4,
-    "I32": 4,
-    "F32": 4,
-    "U64": 8,
-    "I64": 8,
-    "F64": 8,
-}
-"""Element sizes of the dtypes that are read."""
 
 _START_BYTES = 512  # enough to recognise what is no safetensors file
 _NAME = re.compile(r"[A-Za-z0-9_.\-]{1,512}")
@@ -158,8 +143,8 @@ def _entry(name: str, info: object, path: Path, data_start: int) -> TensorEntry:
     if not isinstance(info, dict) or info.keys() != _FIELDS:
         raise _damaged(path, f"describes {name} otherwise than by dtype, shape and data_offsets")
     dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        known = ", ".join(DTYPE_BYTES)
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        known = ", ".join(DTYPES)
         raise _damaged(path, f"gives {name} the dtype {ascii(dtype)[:40]}, expected one of {known}")
     if not _is_list_of_sizes(shape) or len(shape) > MAX_DIMENSIONS:
         raise _damaged(
@@ -167,7 +152,7 @@ def _entry(name: str, info: object, path: Path, data_start: int) -> TensorEntry:
         )
     if not _is_list_of_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise _damaged(path, f"gives {name} the offsets {ascii(offsets)[:80]}, expected [begin, end]")
-    size_bytes = math.prod(shape) * DTYPE_BYTES[dtype]
+    size_bytes = math.prod(shape) * DTYPES[dtype].size_bytes
     if offsets[1] - offsets[0] != size_bytes:
         needed = f"{dtype} of shape {shape} needs {size_bytes}"
         raise _damaged(path, f"gives {name} {offsets[1] - offsets[0]} bytes, {needed}")

@@ -11,7 +11,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from subspec_cli.checkpoint.safetensors_header import DTYPE_BYTES, TensorEntry
+from subspec_cli.checkpoint.dtypes import DTYPES, torch_dtype
+from subspec_cli.checkpoint.safetensors_header import TensorEntry
 from subspec_cli.errors import IntegrityError
 from subspec_cli.files.safe_io import open_regular, read_error
 from subspec_cli.units import printable
@@ -20,21 +21,6 @@ if TYPE_CHECKING:
     import torch
 
 _PIECE_BYTES = 16 << 20  # a signal is handled between two pieces
-_TORCH_NAMES = {
-    "BOOL": "bool",
-    "U8": "uint8",
-    "I8": "int8",
-    "U16": "uint16",
-    "I16": "int16",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "U32": "uint32",
-    "I32": "int32",
-    "F32": "float32",
-    "U64": "uint64",
-    "I64": "int64",
-    "F64": "float64",
-}
 
 
 def read_tensors(entries: Iterable[TensorEntry]) -> dict[str, torch.Tensor]:
@@ -81,12 +67,9 @@ def in_read_order(entries: Iterable[TensorEntry]) -> list[TensorEntry]:
 
 def view_tensor(data: torch.Tensor, entry: TensorEntry) -> torch.Tensor:
     """One tensor's bytes (uint8, one dimension) in its dtype and shape; copies only to mend alignment."""
-    import torch
-
-    if data.storage_offset() % DTYPE_BYTES[entry.dtype]:
+    if data.storage_offset() % DTYPES[entry.dtype].size_bytes:
         data = data.clone()
-    dtype: torch.dtype = getattr(torch, _TORCH_NAMES[entry.dtype])
-    return data.view(dtype).reshape(entry.shape)
+    return data.view(torch_dtype(entry.dtype)).reshape(entry.shape)
 
 
 def check_finite(tensors: Mapping[str, torch.Tensor]) -> None:

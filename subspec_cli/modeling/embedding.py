@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from subspec_cli.checkpoint.dtypes import torch_dtype
 from subspec_cli.checkpoint.safetensors_header import TensorEntry
 from subspec_cli.errors import IntegrityError
-from subspec_cli.streaming.streamer import DTYPES
 from subspec_cli.units import printable
 
 
@@ -25,7 +25,7 @@ class DiskEmbedding:
 
     def __init__(self, entry: TensorEntry) -> None:
         self._entry = entry
-        self._dtype = DTYPES[entry.dtype]
+        self._dtype = torch_dtype(entry.dtype)
         self._row_bytes = entry.shape[1] * self._dtype.itemsize
         try:
             self._file = os.open(entry.path, os.O_RDONLY)

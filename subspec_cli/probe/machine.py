@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from subspec_cli.checkpoint.checkpoint import Checkpoint
+from subspec_cli.checkpoint.dtypes import torch_dtype
 from subspec_cli.checkpoint.geometry import ModelGeometry
 from subspec_cli.checkpoint.layer_tensors import LAYER_BLOCKS, LAYER_MATRICES, block_entries
 from subspec_cli.drafting.draft_steps import rank
@@ -37,7 +38,6 @@ from subspec_cli.planning.costs import MachineCosts, RowTimes, snapped
 from subspec_cli.probe.timers import copy_rate, disk_rate, reading, time_rows
 from subspec_cli.reporter import Reporter
 from subspec_cli.streaming.layout import BlockLayout, layout_block
-from subspec_cli.streaming.streamer import DTYPES
 from subspec_cli.substitutes.settings import SubstituteSettings
 
 _BEYOND_CACHES_BYTES: Final = 160 << 20
@@ -123,7 +123,7 @@ class _Bench:
 
     def __init__(self, geometry: ModelGeometry, settings: SubstituteSettings, device: torch.device) -> None:
         self._sizes, self._settings, self._device = geometry, settings, device
-        self._dtype = DTYPES[geometry.dtype]
+        self._dtype = torch_dtype(geometry.dtype)
         self.rules = RowRules(2) if device.type == "cpu" else RowRules(64, fixed_rows=True)
 
     @torch.inference_mode()

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from subspec_cli.checkpoint.checkpoint import Checkpoint, check_unchanged
+from subspec_cli.checkpoint.dtypes import torch_dtype
 from subspec_cli.checkpoint.geometry import ModelGeometry
 from subspec_cli.checkpoint.layer_tensors import LAYER_MATRICES, block_entries, layer_prefix
 from subspec_cli.checkpoint.tensors import read_tensors
@@ -40,7 +41,7 @@ from subspec_cli.streaming.layout import BlockLayout, layout_block
 from subspec_cli.streaming.mapped_memory import gpu_view
 from subspec_cli.streaming.memory_meter import available_bytes
 from subspec_cli.streaming.pinned_memory import PinRefusedError, pin
-from subspec_cli.streaming.streamer import DTYPES, StreamCounters, Streamer
+from subspec_cli.streaming.streamer import StreamCounters, Streamer
 from subspec_cli.substitutes.prepared_model import PreparedModel, load_layer
 
 _RING_SLOTS: Final = 2
@@ -96,7 +97,7 @@ class Loader:
         self._scratch_rows = scratch_rows
         self._draft_rows = draft_rows
         self._reporter = reporter
-        self._dtype = DTYPES[geometry.dtype]
+        self._dtype = torch_dtype(geometry.dtype)
 
     def load(self, *, with_draft: bool) -> LoadedModel:
         """Read and place everything, the draft only if asked for; if a part fails, what was opened is closed."""

@@ -9,10 +9,11 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from subspec_cli.checkpoint.dtypes import torch_dtype
 from subspec_cli.files.direct_io import DirectReader, allocate_buffer
 from subspec_cli.streaming.layout import BlockLayout
 from subspec_cli.streaming.read_ahead import ReadAhead
-from subspec_cli.streaming.streamer import DTYPES, StreamCounters
+from subspec_cli.streaming.streamer import StreamCounters
 
 
 def block_tensors(layout: BlockLayout, buffer: memoryview) -> dict[str, Tensor]:
@@ -20,8 +21,8 @@ def block_tensors(layout: BlockLayout, buffer: memoryview) -> dict[str, Tensor]:
     return {
         item.entry.name: torch.frombuffer(
             buffer,
-            dtype=DTYPES[item.entry.dtype],
-            count=item.entry.size_bytes // DTYPES[item.entry.dtype].itemsize,
+            dtype=torch_dtype(item.entry.dtype),
+            count=item.entry.size_bytes // torch_dtype(item.entry.dtype).itemsize,
             offset=item.buffer_offset,
         ).view(item.entry.shape)
         for item in layout.placements

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from subspec_cli.checkpoint.dtypes import torch_dtype
 from subspec_cli.checkpoint.safetensors_header import TensorEntry
 from subspec_cli.files.direct_io import PAGE_BYTES, DirectReader, allocate_buffer
 from subspec_cli.streaming.layout import BlockLayout, Placement, layout_block
-from subspec_cli.streaming.streamer import DTYPES
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ def tensors_in(memory: Tensor, placements: Iterable[Placement]) -> dict[str, Ten
     """Tensors by name as views of `memory`, `[bytes]` of uint8 that holds their layer."""
     return {
         item.entry.name: memory[item.buffer_offset : item.buffer_offset + item.entry.size_bytes]
-        .view(DTYPES[item.entry.dtype])
+        .view(torch_dtype(item.entry.dtype))
         .view(item.entry.shape)
         for item in placements
     }

@@ -8,16 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Protocol
 
-import torch
 from torch import Tensor
-
-DTYPES: Final[Mapping[str, torch.dtype]] = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-}
 
 
 @dataclass(frozen=True, slots=True)
