@@ -94,6 +94,8 @@ class Rig:
         return made
 
     def assert_block(self, number: int, tensors: dict[str, Tensor]) -> None:
+        for stream in self.open:
+            stream._ahead.check_integrity()
         assert list(tensors) == [f"block.{number}"]
         assert torch.equal(tensors[f"block.{number}"], self.values[number]), f"content of block {number}"
 
@@ -122,6 +124,7 @@ def one_pass(rig: Rig, stream: DiskStreamer, blocks: int = BLOCKS) -> None:
         for number, tensors in enumerate(arriving):
             rig.assert_block(number, tensors)
             count += 1
+    stream._ahead.check_integrity()
     assert count == blocks
 
 
@@ -215,6 +218,7 @@ def test_leaving_at_any_moment_never_shows_a_wrong_block(rig: Rig) -> None:
                     time.sleep(0.0005)
                 if number == leave:
                     break
+        stream._ahead.check_integrity()
     one_pass(rig, stream)
 
 
@@ -229,6 +233,7 @@ def test_an_error_in_the_consumer_restarts_the_pass(rig: Rig) -> None:
 
     with pytest.raises(ValueError, match="the block failed"):
         fail_midway()
+    stream._ahead.check_integrity()
     one_pass(rig, stream)
 
 
@@ -239,6 +244,7 @@ def test_a_failing_read_surfaces_in_the_consumer_and_stays(rig: Rig) -> None:
     for _ in range(2):
         with pytest.raises(IntegrityError, match=r"weights: the file ends early at byte \d+"):
             one_pass(rig, stream)
+        stream._ahead.check_integrity()
     assert soon(lambda: rig.reader.closed)
 
 

@@ -83,6 +83,13 @@ class Rig:
         with closing(stream.blocks()) as arriving:
             for number, tensors in enumerate(islice(arriving, leave_after)):
                 self.use(tensors, cost_ms[number // len(BLOCK_NAMES) % len(cost_ms)])
+                self.check_ring(stream)
+        self.check_ring(stream)
+
+    @staticmethod
+    def check_ring(stream: GpuStreamer) -> None:
+        if stream._ring is not None:
+            stream._ring.ahead.check_integrity()
 
     def names(self, blocks: int | None = None) -> list[str]:
         """Tensors in the order of use, of the first blocks or of all."""
@@ -363,6 +370,24 @@ def test_a_failure_of_the_reader_reaches_the_consumer_again_and_again(
     stream = plain_rig.stream(2, 0)
     for _ in range(2):
         with pytest.raises(MemoryError, match="no room"):
+            plain_rig.one_pass(stream)
+
+
+def test_a_copy_that_the_reader_thread_cannot_queue_reaches_the_consumer(
+    plain_rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread queues copies of what it has read; the consumer must not wait for one that never comes."""
+    copy = GpuStreamer._copy
+
+    def failing(self: GpuStreamer, number: int, source: Tensor, slot: object) -> None:
+        if threading.current_thread().name == "weight-reader":
+            raise RuntimeError("no such stream")
+        copy(self, number, source, slot)
+
+    monkeypatch.setattr(GpuStreamer, "_copy", failing)
+    stream = plain_rig.stream(2, 0)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no such stream"):
             plain_rig.one_pass(stream)
 
 

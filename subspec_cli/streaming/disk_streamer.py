@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 
 import torch
@@ -79,10 +77,7 @@ class DiskStreamer:
         self._layouts = tuple(layouts)
         size_bytes = max(layout.buffer_bytes for layout in layouts)
         self._buffers = [memoryview(allocate_buffer(size_bytes)) for _ in range(slots)]
-        self._wait_time_s = 0.0
-        self._streamed_bytes = 0
-        self._changed = threading.Condition()
-        self._ahead = ReadAhead(layouts, slots, self._changed, self._buffers.__getitem__)
+        self._ahead = ReadAhead(layouts, slots, self._buffers.__getitem__)
         self._ahead.start()
 
     def blocks(self) -> Generator[Mapping[str, Tensor], None, None]:
@@ -90,20 +85,18 @@ class DiskStreamer:
         finished = 0
         try:
             for layout in self._layouts:
-                block = _ArrivingBlock(layout, self._wait_for_block)
+                block = _ArrivingBlock(layout, self._take)
                 yield block
                 block.wait()
+                self._ahead.release()
                 finished += 1
-                self._let_go(layout.tensor_bytes)
         finally:
             if finished < len(self._layouts):
-                with self._changed:
-                    self._ahead.restart()
+                self._ahead.restart()
 
     def counters(self) -> StreamCounters:
         """Totals so far."""
-        with self._changed:
-            return StreamCounters(self._wait_time_s, self._streamed_bytes, self._ahead.read_time_s)
+        return self._ahead.counters()
 
     @property
     def reads_files(self) -> bool:
@@ -120,16 +113,5 @@ class DiskStreamer:
         self._ahead.close()
         self._buffers.clear()
 
-    def _wait_for_block(self) -> memoryview:
-        started = time.perf_counter()
-        with self._changed:
-            self._changed.wait_for(lambda: self._ahead.has_block or self._ahead.failure is not None)
-            if self._ahead.failure is not None:
-                raise self._ahead.failure
-            self._wait_time_s += time.perf_counter() - started
-            return self._buffers[self._ahead.next_buffer]
-
-    def _let_go(self, tensor_bytes: int) -> None:
-        with self._changed:
-            self._ahead.let_go()
-            self._streamed_bytes += tensor_bytes
+    def _take(self) -> memoryview:
+        return self._buffers[self._ahead.take()]

@@ -60,7 +60,7 @@ class GpuStreamer:
         # The slots' memory may have had another owner, whose last kernels are still on the current stream.
         self._copy_stream.wait_stream(torch.cuda.current_stream(device))
         on_disk = [layer.whole for number, layer in enumerate(layers) if number not in memory.slabs]
-        self._ring = DiskRing(on_disk, memory.ring, self._changed, self._fill) if on_disk else None
+        self._ring = DiskRing(on_disk, memory.ring, self._on_ring_change) if on_disk else None
         with self._changed:
             self._fill()
         if self._ring is not None:
@@ -100,7 +100,7 @@ class GpuStreamer:
         the busier of the two ways was busy: to the GPU, and from disk if layers are read from there.
         """
         with self._changed:
-            disk_time_s = 0.0 if self._ring is None else self._ring.ahead.read_time_s
+            disk_time_s = 0.0 if self._ring is None else self._ring.ahead.counters().read_time_s
             read_time_s = max(self._copies.total_s(), disk_time_s)
             return StreamCounters(self._stalls.total_s(), self._streamed_bytes, read_time_s)
 
@@ -138,6 +138,13 @@ class GpuStreamer:
     def _failure(self) -> BaseException | None:
         return None if self._ring is None else self._ring.ahead.failure
 
+    def _on_ring_change(self) -> None:
+        """Called by the reader thread: a layer has come in, for which a slot may be free, or reading has failed."""
+        with self._changed:
+            if self._failure is None:
+                self._fill()
+            self._changed.notify_all()
+
     def _fill(self) -> None:
         """Queue copies into every slot that is not in use, as far as their layers are in host memory."""
         while self._queued - self._used < len(self._slots):
@@ -145,10 +152,9 @@ class GpuStreamer:
             number = self._queued % len(self._layers)
             if (slab := self._memory.slabs.get(number)) is not None:
                 self._copy(number, slab.tensor, slot)
-            elif self._ring is not None and self._ring.ahead.has_block:
-                buffer, drained = self._ring.take()
-                self._copy(number, buffer.tensor, slot)
-                drained.record(self._copy_stream)
+            elif self._ring is not None and (arrived := self._ring.poll()) is not None:
+                self._copy(number, arrived, slot)
+                self._ring.release(self._copy_stream)
             else:
                 return
             self._queued += 1

@@ -1,113 +1,170 @@
-"""Reading blocks from disk ahead of their use: a thread that goes round them, through a few buffers in turn."""
+"""Reading blocks from disk ahead of their use: a thread that reads them in a cycle into a few buffers."""
 
 from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 
 from subspec_cli.files.direct_io import DirectReader
 from subspec_cli.streaming.layout import BlockLayout
+from subspec_cli.streaming.streamer import StreamCounters
 
 
 class ReadAhead:
-    """A reader thread. The n-th block ever read goes to buffer n modulo `buffers`, their number.
+    """A reader thread and the places of its buffers, under one lock that nobody else holds.
 
-    `_read` counts blocks in buffers or beyond, `_used` those that were let go of; both only grow but for a
-    restart, and `_read - _used <= buffers` always. What touches them holds `changed`, the owner's condition.
+    Each buffer is free, being read into, or full. The consumer gets full buffers in the order of reading (`take`
+    or `poll`), and a buffer stays full until `release`. One thread at a time may consume.
 
-    `free_buffer` gives the memory of a buffer that was let go of, once it may be overwritten; it may wait, and is
-    called without the condition. `on_read` is called with it held, whenever a block has come in.
+    `writable` returns the memory of a free buffer once it may be overwritten; it may wait. `on_change` is called
+    whenever a block has come in, and when the reading has failed. The reader thread calls both without the lock,
+    so they may take locks of their own and use any method here.
     """
 
     def __init__(
         self,
         layouts: Sequence[BlockLayout],
         buffers: int,
-        changed: threading.Condition,
-        free_buffer: Callable[[int], memoryview],
-        on_read: Callable[[], None] = lambda: None,
+        writable: Callable[[int], memoryview],
+        on_change: Callable[[], None] = lambda: None,
     ) -> None:
         self._layouts = tuple(layouts)
         self._buffers = buffers
-        self._changed = changed
-        self._free_buffer = free_buffer
-        self._on_read = on_read
+        self._writable = writable
+        self._on_change = on_change
+        self._changed = threading.Condition()
+        self._free = deque(range(buffers))
+        self._reading: int | None = None
+        self._full: deque[tuple[int, int]] = deque()
+        """Number of the block and its buffer, oldest first; numbers count on from one pass to the next."""
         self._read = 0
-        self._used = 0
+        """Blocks read since the start or the last restart."""
         self._epoch = 0
         self._closing = False
+        self._failure: BaseException | None = None
+        self._counters = StreamCounters()
         self._reader = DirectReader()
-        self.failure: BaseException | None = None
-        """What ended the thread, for the consumer to raise."""
-        self.read_time_s = 0.0
-        """Time spent reading."""
-        self._thread = threading.Thread(target=self._read_on, name="weight-reader", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="weight-reader", daemon=True)
 
     def start(self) -> None:
-        """Begin to read; the owner is complete by now."""
+        """Begin to read; from now on `writable` and `on_change` are called."""
         self._thread.start()
 
-    @property
-    def has_block(self) -> bool:
-        """Whether the next block has been read."""
-        return self._read > self._used
+    def take(self) -> int:
+        """Wait for the next block and return its buffer; raises what ended the thread, again and again."""
+        started = time.perf_counter()
+        with self._changed:
+            self._changed.wait_for(lambda: bool(self._full) or self._failure is not None)
+            if self._failure is not None:
+                raise self._failure
+            self._counters += StreamCounters(wait_time_s=time.perf_counter() - started)
+            return self._full[0][1]
 
-    @property
-    def next_buffer(self) -> int:
-        """Which buffer the next block is in, or will be."""
-        return self._used % self._buffers
+    def poll(self) -> int | None:
+        """The buffer of the next block; None if the block has not been read yet."""
+        with self._changed:
+            return self._full[0][1] if self._full else None
 
-    def let_go(self) -> None:
-        """The next block is done with: the one after it is next, and its buffer is read into again."""
-        assert self.has_block
-        self._used += 1
-        self._changed.notify_all()
+    def release(self) -> None:
+        """Free the buffer of the next block, which has been used; the block after it is next."""
+        with self._changed:
+            number, at = self._full.popleft()
+            self._free.append(at)
+            self._counters += StreamCounters(streamed_bytes=self._layout(number).tensor_bytes)
+            self._changed.notify_all()
 
     def restart(self) -> None:
-        """Begin at the first block again."""
-        # What lies in the buffers belongs to the abandoned pass; a read under way is dropped by its epoch.
-        self._epoch += 1
-        self._read = self._used = 0
-        self._changed.notify_all()
+        """Drop what has been read for the abandoned pass and read from the first block again."""
+        with self._changed:
+            # A read in flight belongs to the old epoch and is dropped when it ends.
+            self._epoch += 1
+            self._read = 0
+            self._full.clear()
+            # All places are set again, since an interrupt may have come in the middle of a release.
+            self._free = deque(at for at in range(self._buffers) if at != self._reading)
+            self._changed.notify_all()
+
+    def counters(self) -> StreamCounters:
+        """Totals so far: time in `take`, tensor bytes of released blocks, time spent reading."""
+        with self._changed:
+            return self._counters
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What ended the thread."""
+        with self._changed:
+            return self._failure
 
     def is_direct(self) -> bool:
-        """Whether files are read past the page cache; waits for the first block, which tells."""
+        """Whether files are read past the page cache; waits for the first block, which shows it."""
         with self._changed:
-            self._changed.wait_for(lambda: self.read_time_s > 0 or self.failure is not None or self._closing)
+            self._changed.wait_for(
+                lambda: self._counters.read_time_s > 0 or self._failure is not None or self._closing
+            )
         return self._reader.is_direct
 
     def close(self) -> None:
-        """Stop the thread and close the files."""
+        """Stop the thread and close the files; a read in flight is waited for."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
         self._thread.join()
 
-    def _read_on(self) -> None:
+    def check_integrity(self) -> None:
+        """Assert that every buffer is in exactly one place and that full ones hold the latest blocks in order."""
+        with self._changed:
+            reading = [] if self._reading is None else [self._reading]
+            places = [*self._free, *reading, *(at for _, at in self._full)]
+            assert sorted(places) == list(range(self._buffers)), f"buffers are in the places {places}"
+            numbers = [number for number, _ in self._full]
+            latest = list(range(self._read - len(numbers), self._read))
+            assert numbers == latest, f"blocks {numbers} are held, expected {latest}"
+            assert not numbers or numbers[0] >= 0, "more blocks are held than were read"
+            counters = self._counters
+            assert min(counters.wait_time_s, counters.streamed_bytes, counters.read_time_s) >= 0
+
+    def _layout(self, number: int) -> BlockLayout:
+        return self._layouts[number % len(self._layouts)]
+
+    def _run(self) -> None:
         try:
-            while self._read_next():
-                continue
+            while (begun := self._begin()) is not None:
+                number, at, epoch = begun
+                buffer = self._writable(at)
+                started = time.perf_counter()
+                self._reader.read_extents(self._layout(number).extents, buffer)
+                if self._finish(epoch, time.perf_counter() - started):
+                    self._on_change()
         except BaseException as error:  # handed to the consumer, which raises it
             with self._changed:
-                self.failure = error
+                self._failure = error
                 self._changed.notify_all()
+            self._on_change()
         finally:
             self._reader.close()
 
-    def _read_next(self) -> bool:
+    def _begin(self) -> tuple[int, int, int] | None:
+        """Wait for a free buffer: the block to read, the buffer and the epoch; None when closing."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closing or self._read - self._used < self._buffers)
+            self._changed.wait_for(lambda: self._closing or bool(self._free))
             if self._closing:
-                return False
-            number, epoch = self._read, self._epoch
-        buffer = self._free_buffer(number % self._buffers)
-        started = time.perf_counter()
-        self._reader.read_extents(self._layouts[number % len(self._layouts)].extents, buffer)
+                return None
+            self._reading = self._free.popleft()
+            return self._read, self._reading, self._epoch
+
+    def _finish(self, epoch: int, read_time_s: float) -> bool:
+        """Count what was read into the buffer; False if the pass was abandoned meanwhile."""
         with self._changed:
-            self.read_time_s += time.perf_counter() - started
-            if epoch == self._epoch:
+            assert self._reading is not None
+            at, self._reading = self._reading, None
+            self._counters += StreamCounters(read_time_s=read_time_s)
+            kept = epoch == self._epoch
+            if kept:
+                self._full.append((self._read, at))
                 self._read += 1
-                self._on_read()
+            else:
+                self._free.appendleft(at)
             self._changed.notify_all()
-        return True
+            return kept

@@ -24,6 +24,14 @@ class StreamCounters:
     read_time_s: float = 0.0
     """Time the link was busy."""
 
+    def __add__(self, other: StreamCounters) -> StreamCounters:
+        """Sum of both."""
+        return StreamCounters(
+            self.wait_time_s + other.wait_time_s,
+            self.streamed_bytes + other.streamed_bytes,
+            self.read_time_s + other.read_time_s,
+        )
+
     def since(self, earlier: StreamCounters) -> StreamCounters:
         """Difference to an earlier reading."""
         return StreamCounters(
