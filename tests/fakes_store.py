@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from subspec_cli.checkpoint.checkpoint import open_checkpoint
-from subspec_cli.hub.incoming import Incoming
 from subspec_cli.hub.retry import RetryPolicy
-from subspec_cli.hub.snapshot import OpenedModel, ResolvedModel, open_model
-from subspec_cli.hub.workers import Messages
+from subspec_cli.hub.source_model import OpenedModel, ResolvedModel, open_model
+from subspec_cli.hub.weight_downloads import WeightDownloads
+from subspec_cli.hub.workers import WorkerChannel
 from subspec_cli.substitutes import preparation
 from subspec_cli.substitutes.manifest import Manifest
 from subspec_cli.substitutes.prepared_model import prepared_directory
@@ -44,9 +44,9 @@ class Quantizer:
 def resolve_model(model: str, revision: str | None = None, **how) -> ResolvedModel:
     """A model with all its weights on this machine."""
     with opened(model, revision, **how) as found:
-        found.incoming.start()
-        while not found.incoming.is_complete:
-            found.incoming.wait()
+        found.weight_downloads.start()
+        while not found.weight_downloads.is_complete:
+            found.weight_downloads.wait()
     return found.resolved
 
 
@@ -73,7 +73,7 @@ def run(
         retry_policy = changes.pop("retry_policy", HASTE)
         with opened(model, notices=notices, retry_policy=retry_policy) as found:
             return preparation.prepare_model(found, settings, quantizer, **(fixed | changes))
-    nothing = Incoming(model.directory, (), Messages(print))
+    nothing = WeightDownloads(model.directory, (), WorkerChannel(print))
     found = OpenedModel(model, checkpoint or open_checkpoint(model.directory), nothing)
     return preparation.prepare_model(found, settings, quantizer, **(fixed | changes))
 

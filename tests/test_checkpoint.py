@@ -23,7 +23,7 @@ from subspec_cli.checkpoint.checkpoint import (
     layer_entries,
     open_checkpoint,
 )
-from subspec_cli.checkpoint.tensors import read_hashed_tensors, read_tensors
+from subspec_cli.checkpoint.tensor_reader import read_hashed_tensors, read_tensors
 from subspec_cli.errors import ExitCode, IntegrityError, SubspecError, UnsupportedModelError, UsageError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -11,7 +11,7 @@ from checkpoints import as_hub_snapshot, write_checkpoint
 from fake_hub import COMMIT
 
 from subspec_cli.checkpoint.checkpoint import layer_entries, open_checkpoint
-from subspec_cli.checkpoint.tensors import read_tensors
+from subspec_cli.checkpoint.tensor_reader import read_tensors
 from subspec_cli.errors import IntegrityError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -150,7 +150,7 @@ def benching(monkeypatch):
         def atomic_write(path, content):
             Path(path).write_bytes(content)
 
-        runner, files = "subspec_cli.bench.runner", "subspec_cli.files.safe_io"
+        runner, files = "subspec_cli.bench.runner", "subspec_cli.files.atomic_write"
         monkeypatch.setitem(sys.modules, runner, module(runner, run_bench=run_bench))
         monkeypatch.setitem(sys.modules, files, module(files, atomic_write=atomic_write))
         return calls

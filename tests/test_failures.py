@@ -13,11 +13,11 @@ README = TESTS.parent / "README.md"
 
 BOUNDARY, RUN, CONFIG = "test_cli_boundary", "test_cli_run", "test_config"
 DOWNLOAD = "test_hub_download"
-HUB, HEADER, CHECKPOINT = "test_hub_snapshot", "test_checkpoint_safetensors_header", "test_checkpoint"
+HUB, HEADER, CHECKPOINT = "test_hub_source_model", "test_checkpoint_safetensors_header", "test_checkpoint"
 FAULTS, PREPARED, FILES = (
     "test_substitutes_preparation_faults",
     "test_substitutes_prepared_model",
-    "test_files_safe_io",
+    "test_files_atomic_write",
 )
 ENGINE, TRUST, OPENING = "test_decoding_engine", "test_session_trust", "test_session_open"
 REFUSED = "test_cli_failures::test_a_bad_model_is_refused_in_one_line_and_leaves_nothing"
@@ -77,7 +77,7 @@ COVERED = [
     ("F39", "test_checkpoint_confinement::test_links_out_of_a_directory_are_refused"),
     ("F39", "test_checkpoint_confinement::test_hub_cache_links_to_its_own_blobs_only"),
     ("F39", REFUSED),
-    ("F40", f"{FILES}::test_special_files_are_refused_without_waiting"),
+    ("F40", "test_files_regular_file::test_special_files_are_refused_without_waiting"),
     ("F40", REFUSED),
     ("F41", "test_checkpoint_geometry::test_tensors_that_do_not_fit_are_named"),
     ("F41", REFUSED),

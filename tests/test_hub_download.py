@@ -17,8 +17,8 @@ from fakes_store import HASTE, LAYERS, content, opened, resolve_model, run
 
 from subspec_cli.checkpoint.checkpoint import open_checkpoint
 from subspec_cli.errors import AccessError, ExitCode, IntegrityError, NetworkError, ResourceError
-from subspec_cli.files.safe_io import sha256_file
-from subspec_cli.hub import snapshot
+from subspec_cli.files.regular_file import sha256_file
+from subspec_cli.hub import source_model
 from subspec_cli.hub.retry import RetryPolicy
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -123,7 +123,9 @@ def test_f16_to_f18_answers_that_pass(large, cache, status):
 
 def test_f16_retry_after_is_heeded(large, monkeypatch):
     waits = []
-    monkeypatch.setattr("subspec_cli.hub.workers.Messages.pause", lambda self, seconds: waits.append(seconds))
+    monkeypatch.setattr(
+        "subspec_cli.hub.workers.WorkerChannel.pause", lambda self, seconds: waits.append(seconds)
+    )
     large.faults = {ONE: Fault(times=1, status=429, headers={"Retry-After": "1"})}
     resolve_model(MODEL)
     assert waits == [1.0]
@@ -355,12 +357,12 @@ def test_where_links_cannot_be_made_files_are_copied(large, cache, monkeypatch):
     directory = resolve_model(MODEL).directory
     open_checkpoint(directory)
     assert not (directory / ONE).is_symlink()
-    assert snapshot.find_local(MODEL, COMMIT) == directory
+    assert source_model.find_source_directory(MODEL, COMMIT) == directory
 
 
 def test_a_link_in_place_of_a_partial_file_is_not_followed(large, cache, tmp_path):
     with opened(MODEL) as found:
-        assert not found.incoming.is_complete
+        assert not found.weight_downloads.is_complete
     victim = tmp_path / "victim"
     victim.write_bytes(b"mine")
     partial = partials(cache)[0]
@@ -507,7 +509,7 @@ def test_ctrl_c_leaves_at_once_although_the_hub_is_silent(large):
         pass
     large.faults = {TWO: Fault(times=99, after_bytes=0, stall_s=3)}
     with opened(MODEL, retry_policy=RetryPolicy(stall_s=30)) as found:
-        found.incoming.start()
-        found.incoming.wait()
+        found.weight_downloads.start()
+        found.weight_downloads.wait()
         started_s = time.monotonic()
     assert time.monotonic() - started_s < 2

@@ -8,14 +8,8 @@ import pytest
 
 import subspec_cli
 from subspec_cli.errors import UsageError
-from subspec_cli.hub.model_name import (
-    DEMO_DIRECTORY,
-    ModelName,
-    check_revision,
-    name_of_id,
-    parse_model_name,
-    prepare_command,
-)
+from subspec_cli.hub.command_hints import prepare_command
+from subspec_cli.hub.model_name import DEMO_DIRECTORY, ModelName, check_revision, name_of_id, parse_model_name
 
 
 def test_names(tmp_path, monkeypatch):

@@ -17,9 +17,9 @@ from subspec_cli.errors import ExitCode, IntegrityError
 from subspec_cli.files import direct_io
 from subspec_cli.session.prepare import prepare
 from subspec_cli.substitutes.inventory import list_stored
+from subspec_cli.substitutes.last_use import LAST_USED_NAME
 from subspec_cli.substitutes.manifest import layer_file_name
 from subspec_cli.substitutes.prepared_model import find_prepared
-from subspec_cli.substitutes.usage import LAST_USED_NAME
 
 COMMIT = "a" * 40
 

@@ -180,9 +180,9 @@ def test_the_walk_sees_an_import_that_goes_up(module, text):
 def test_the_walk_sees_a_circle():
     planted = dict.fromkeys(source_files(), "") | {
         "subspec_cli.files.home": "from subspec_cli.files import lock",
-        "subspec_cli.files.lock": "def f():\n    from .safe_io import x",
-        "subspec_cli.files.safe_io": "import subspec_cli.files.home",
+        "subspec_cli.files.lock": "def f():\n    from .atomic_write import x",
+        "subspec_cli.files.atomic_write": "import subspec_cli.files.home",
     }
     assert cycle(import_graph(planted)) is not None
-    planted["subspec_cli.files.safe_io"] = "if TYPE_CHECKING:\n    import subspec_cli.files.home"
+    planted["subspec_cli.files.atomic_write"] = "if TYPE_CHECKING:\n    import subspec_cli.files.home"
     assert cycle(import_graph(planted, typing_too=False)) is None

@@ -15,20 +15,20 @@ from fakes_store import LAYERS, Quantizer, content, resolve_model, run
 from subspec_cli.errors import BusyError, UsageError
 from subspec_cli.files.home import prepared_root
 from subspec_cli.files.lock import directory_lock
-from subspec_cli.hub.snapshot import ResolvedModel
+from subspec_cli.hub.source_model import ResolvedModel
 from subspec_cli.substitutes.integrity import Finding, Verifier
 from subspec_cli.substitutes.inventory import (
     COMPLETE,
     PARTIAL,
     UNREADABLE,
     all_but_latest,
+    find_stored,
     list_stored,
     remove_stored,
-    stored_of,
 )
+from subspec_cli.substitutes.last_use import LAST_USED_NAME, last_used_s, mark_used
 from subspec_cli.substitutes.manifest import JOURNAL_NAME, MANIFEST_NAME, layer_file_name, write_manifest
 from subspec_cli.substitutes.prepared_model import find_prepared
-from subspec_cli.substitutes.usage import LAST_USED_NAME, last_used_s, mark_used
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +60,7 @@ def on_hub(tmp_path, monkeypatch) -> ResolvedModel:
 
 
 def findings_of(model: str | None = None) -> list[Finding]:
-    stored = list_stored() if model is None else stored_of(model)
+    stored = list_stored() if model is None else find_stored(model)
     verifier = Verifier(stored, lambda state: None)
     return [finding for item in stored for finding in verifier.verify(item)]
 
@@ -146,18 +146,18 @@ def test_sets_are_found_by_any_name_of_the_model_also_when_it_is_gone(model, mon
     run(model, bits=4)
     monkeypatch.chdir(model.directory.parent)
     for name in (model.model_id, "./model", "model", f"{model.model_id}/../model"):
-        assert len(stored_of(name)) == 2
+        assert len(find_stored(name)) == 2
     shutil.rmtree(model.directory)
-    assert len(stored_of(model.model_id)) == len(stored_of("model")) == 2
+    assert len(find_stored(model.model_id)) == len(find_stored("model")) == 2
     with pytest.raises(UsageError, match="org/other is not prepared") as caught:
-        stored_of("org/other")
+        find_stored("org/other")
     assert caught.value.hint == "subspec models list shows what is"
 
 
 def test_an_unreadable_set_can_be_named_by_its_model(model):
     prepared = run(model)
     write_manifest(prepared.directory / MANIFEST_NAME, replace(prepared.manifest, format_version=1))
-    assert [item.state for item in stored_of(model.model_id)] == [UNREADABLE]
+    assert [item.state for item in find_stored(model.model_id)] == [UNREADABLE]
 
 
 def test_removing_deletes_what_was_written_and_nothing_else(model):
@@ -209,7 +209,7 @@ def test_all_but_the_latest_keeps_the_one_that_run_takes(model):
         run(model, Quantizer(1), bits=2)
     os.utime(places[0] / MANIFEST_NAME, (2_000_000_000,) * 2)
     os.utime(places[1] / MANIFEST_NAME, (1_000_000_000,) * 2)
-    chosen = all_but_latest(stored_of(model.model_id))
+    chosen = all_but_latest(find_stored(model.model_id))
     assert sorted(item.state for item in chosen) == [COMPLETE, PARTIAL]
     for item in chosen:
         remove_stored(item)
@@ -217,7 +217,7 @@ def test_all_but_the_latest_keeps_the_one_that_run_takes(model):
     remove_stored(list_stored()[0])
     with pytest.raises(KeyboardInterrupt):
         run(model, Quantizer(1), bits=2)
-    assert all_but_latest(stored_of(model.model_id)) == []
+    assert all_but_latest(find_stored(model.model_id)) == []
 
 
 # --- verifying --------------------------------------------------------------------------------------------------

@@ -10,12 +10,12 @@ from checkpoints import tiny_tensors, write_checkpoint, write_weights
 from fakes_store import LAYERS, Quantizer, content, place_of, resolve_model, run
 
 from subspec_cli.checkpoint.checkpoint import layer_entries, open_checkpoint
-from subspec_cli.checkpoint.tensors import read_hashed_tensors
+from subspec_cli.checkpoint.tensor_reader import read_hashed_tensors
 from subspec_cli.errors import UnsupportedModelError
-from subspec_cli.hub.snapshot import ResolvedModel
+from subspec_cli.hub.source_model import ResolvedModel
 from subspec_cli.substitutes.disk_space import estimate_file_bytes
 from subspec_cli.substitutes.manifest import JOURNAL_NAME, MANIFEST_NAME, layer_file_name, write_manifest
-from subspec_cli.substitutes.prepared_model import check_source, find_prepared, load_layer
+from subspec_cli.substitutes.prepared_model import check_pairing, find_prepared, load_layer
 from subspec_cli.substitutes.settings import SubstituteSettings
 
 FINISHED = [".lock", *(f"layer-{layer:05d}.safetensors" for layer in range(LAYERS)), MANIFEST_NAME]
@@ -37,7 +37,7 @@ def test_writes_every_layer_and_a_manifest_that_fits(model):
     checkpoint = open_checkpoint(model.directory)
     assert sorted(path.name for path in prepared.directory.iterdir()) == sorted(FINISHED)
     assert find_prepared(None) == find_prepared(model.model_id, 8) == prepared
-    check_source(prepared, checkpoint)
+    check_pairing(prepared, checkpoint)
     for layer in range(LAYERS):
         source, digest = read_hashed_tensors(layer_entries(checkpoint, layer))
         assert prepared.manifest.layers[layer].source_sha256 == digest
@@ -131,11 +131,11 @@ def test_weights_changed_in_place_are_noticed_layer_by_layer(model):
     dtype, shape, data = tensors[name]
     write_weights(model.directory, tensors | {name: (dtype, shape, data[2:] + data[:2])}, shards=2)
     with pytest.raises(UnsupportedModelError, match="written again"):
-        check_source(find_prepared(model.model_id), open_checkpoint(model.directory))
+        check_pairing(find_prepared(model.model_id), open_checkpoint(model.directory))
     quantizer = Quantizer()
     prepared = run(model, quantizer)
     assert quantizer.calls == 1
-    check_source(prepared, open_checkpoint(model.directory))
+    check_pairing(prepared, open_checkpoint(model.directory))
 
 
 def test_manifest_with_layers_beyond_the_model(model):

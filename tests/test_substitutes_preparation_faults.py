@@ -18,7 +18,7 @@ from fakes_store import LAYERS, Quantizer, content, place_of, resolve_model, run
 from subspec_cli.checkpoint.checkpoint import open_checkpoint
 from subspec_cli.errors import BusyError, ExitCode, IntegrityError, ResourceError
 from subspec_cli.files.lock import directory_lock
-from subspec_cli.hub.snapshot import ResolvedModel
+from subspec_cli.hub.source_model import ResolvedModel
 from subspec_cli.substitutes import preparation
 from subspec_cli.substitutes.manifest import (
     JOURNAL_NAME,

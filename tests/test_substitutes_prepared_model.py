@@ -16,7 +16,7 @@ from subspec_cli.files.home import prepared_root
 from subspec_cli.substitutes.manifest import LayerFile, Manifest, layer_file_name, write_manifest
 from subspec_cli.substitutes.prepared_model import (
     PreparedModel,
-    check_source,
+    check_pairing,
     find_prepared,
     load_layer,
     prepared_directory,
@@ -177,13 +177,13 @@ def test_source_must_be_the_one_prepared(tmp_path):
     layers = [LayerFile(layer_file_name(n), n, 1, SHA256, SHA256) for n in range(3)]
     good = manifest_of(fingerprint=checkpoint.fingerprint, source_stamp=checkpoint.stamp, layers=layers)
     here = prepared_directory("org/tiny", "c" * 40, SETTINGS)
-    check_source(PreparedModel(here, good), checkpoint)
-    check_source(PreparedModel(here, replace(good, source_stamp="")), checkpoint)
+    check_pairing(PreparedModel(here, good), checkpoint)
+    check_pairing(PreparedModel(here, replace(good, source_stamp="")), checkpoint)
     with pytest.raises(UnsupportedModelError, match=checkpoint.fingerprint) as caught:
-        check_source(PreparedModel(here, replace(good, fingerprint="0" * 40)), checkpoint)
+        check_pairing(PreparedModel(here, replace(good, fingerprint="0" * 40)), checkpoint)
     assert "0" * 40 in caught.value.message
     assert caught.value.hint == "subspec prepare org/tiny --bits 4"
     with pytest.raises(UnsupportedModelError, match="were written again since it was prepared"):
-        check_source(PreparedModel(here, replace(good, source_stamp="0" * 16)), checkpoint)
+        check_pairing(PreparedModel(here, replace(good, source_stamp="0" * 16)), checkpoint)
     with pytest.raises(IntegrityError, match="lists 2 layers, the model has 3"):
-        check_source(PreparedModel(here, replace(good, layers=tuple(layers[:2]))), checkpoint)
+        check_pairing(PreparedModel(here, replace(good, layers=tuple(layers[:2]))), checkpoint)

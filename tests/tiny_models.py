@@ -23,7 +23,7 @@ from subspec_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from subspec_cli.checkpoint.dtypes import torch_dtype
 from subspec_cli.checkpoint.geometry import ModelGeometry, read_geometry
 from subspec_cli.checkpoint.layer_tensors import LAYER_MATRICES, block_entries, layer_prefix
-from subspec_cli.checkpoint.tensors import read_tensors
+from subspec_cli.checkpoint.tensor_reader import read_tensors
 from subspec_cli.decoding.batches import prompt_batch
 from subspec_cli.modeling.attention import exact_attention
 from subspec_cli.modeling.decoder import Head, TargetDecoder

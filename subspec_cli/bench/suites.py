@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from subspec_cli.errors import IntegrityError, UsageError
-from subspec_cli.files.safe_io import read_small_file
-from subspec_cli.hub.snapshot import download_dataset_file
+from subspec_cli.files.regular_file import read_small_file
+from subspec_cli.hub.dataset import download_dataset_file
 from subspec_cli.units import printable
 
 _SAMPLE: Final = Path(__file__).with_name("sample.jsonl")

@@ -11,7 +11,12 @@ from types import MappingProxyType
 from typing import Any
 
 from subspec_cli.checkpoint.layer_tensors import layer_prefix
-from subspec_cli.checkpoint.safetensors_header import BegunFile, SafetensorsHeader, TensorEntry, read_header
+from subspec_cli.checkpoint.safetensors_header import (
+    IncompleteFile,
+    SafetensorsHeader,
+    TensorEntry,
+    read_header,
+)
 from subspec_cli.checkpoint.source_directory import (
     INDEX_NAME,
     SINGLE_NAME,
@@ -23,12 +28,12 @@ from subspec_cli.checkpoint.source_directory import (
     read_config,
     read_index,
 )
-from subspec_cli.checkpoint.tensors import in_read_order
+from subspec_cli.checkpoint.tensor_reader import in_read_order
 from subspec_cli.errors import IntegrityError, UsageError
-from subspec_cli.files.safe_io import read_error
+from subspec_cli.files.io_errors import read_error
 from subspec_cli.units import printable
 
-_NONE_BEGUN: Mapping[str, BegunFile] = MappingProxyType({})
+_NONE_INCOMPLETE: Mapping[str, IncompleteFile] = MappingProxyType({})
 _LAYER_NAME = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,5})\.(.+)")
 
 
@@ -62,7 +67,9 @@ class Checkpoint:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def open_checkpoint(directory: Path, begun: Mapping[str, BegunFile] = _NONE_BEGUN) -> Checkpoint:
+def open_checkpoint(
+    directory: Path, incomplete: Mapping[str, IncompleteFile] = _NONE_INCOMPLETE
+) -> Checkpoint:
     """Check a model's directory by its small files and headers; no weight is read.
 
     Args:
@@ -79,10 +86,10 @@ def open_checkpoint(directory: Path, begun: Mapping[str, BegunFile] = _NONE_BEGU
         raise UsageError(f"no such directory: {printable(str(directory))}")
     directory = directory.resolve()
     config_bytes, config = read_config(directory)
-    names, index = _weight_files(directory, begun)
+    names, index = _weight_files(directory, incomplete)
     if not has_tokenizer(directory):
         raise no_tokenizer_error(printable(str(directory)))
-    headers = {name: read_header(confine(directory, name), begun.get(name)) for name in names}
+    headers = {name: read_header(confine(directory, name), incomplete.get(name)) for name in names}
     if index is not None:
         check_index(directory, index, {name: header.entries for name, header in headers.items()})
     digest = hashlib.sha256()
@@ -92,7 +99,7 @@ def open_checkpoint(directory: Path, begun: Mapping[str, BegunFile] = _NONE_BEGU
         directory=directory,
         config=config,
         tensors={entry.name: entry for header in headers.values() for entry in header.entries},
-        files=tuple(_source_file(name, header) for name, header in headers.items() if name not in begun),
+        files=tuple(_source_file(name, header) for name, header in headers.items() if name not in incomplete),
         fingerprint=digest.hexdigest()[:40],
     )
 
@@ -121,7 +128,7 @@ def check_unchanged(checkpoint: Checkpoint) -> None:
             )
 
 
-def check_headers(checkpoint: Checkpoint) -> None:
+def check_headers_unchanged(checkpoint: Checkpoint) -> None:
     """See that the files, all there by now, begin with the headers that the checkpoint was opened by.
 
     Raises:
@@ -154,9 +161,9 @@ def layer_count_in_tensors(checkpoint: Checkpoint) -> int:
 
 
 def _weight_files(
-    directory: Path, begun: Mapping[str, BegunFile]
+    directory: Path, incomplete: Mapping[str, IncompleteFile]
 ) -> tuple[tuple[str, ...], WeightIndex | None]:
-    if SINGLE_NAME in begun or confine(directory, SINGLE_NAME).exists():
+    if SINGLE_NAME in incomplete or confine(directory, SINGLE_NAME).exists():
         return (SINGLE_NAME,), None
     index = read_index(directory)
     if index is None:
@@ -168,7 +175,7 @@ def _weight_files(
                 f"fetch {INDEX_NAME} too",
             )
         raise no_weights_error(names, printable(str(directory)))
-    missing = [n for n in index.file_names if n not in begun and not confine(directory, n).exists()]
+    missing = [n for n in index.file_names if n not in incomplete and not confine(directory, n).exists()]
     if missing:
         raise IntegrityError(
             f"{printable(str(directory))} lacks {len(missing)} of the {len(index.file_names)} files "
@@ -201,8 +208,3 @@ def check_index(directory: Path, index: WeightIndex, entries: Mapping[str, Itera
 def _source_file(name: str, header: SafetensorsHeader) -> SourceFile:
     status = header.status
     return SourceFile(name, status.st_size, status.st_mtime_ns, status.st_ino)
-
-
-def tokenizer_bytes_in(directory: Path) -> int:
-    """Size of the tokenizer's files in a model's directory."""
-    return sum(path.stat().st_size for path in directory.glob("tokenizer*") if path.is_file())

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from subspec_cli.checkpoint.dtypes import DTYPES
 from subspec_cli.errors import IntegrityError
+from subspec_cli.files.io_errors import read_error
 from subspec_cli.files.json_object import parse_json_object
-from subspec_cli.files.safe_io import open_regular, read_error
+from subspec_cli.files.regular_file import open_regular
 from subspec_cli.units import printable
 
 MAX_HEADER_BYTES = 25_000_000
@@ -24,7 +25,7 @@ MAX_DIMENSIONS = 8
 _START_BYTES = 512  # enough to recognise what is no safetensors file
 _NAME = re.compile(r"[A-Za-z0-9_.\-]{1,512}")
 _FIELDS = {"dtype", "shape", "data_offsets"}
-_AGAIN = "download the file again"
+_RETRY_HINT = "download the file again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,7 @@ class SafetensorsHeader:
 
 
 @dataclass(frozen=True, slots=True)
-class BegunFile:
+class IncompleteFile:
     """A file whose beginning alone is there, with all of its header."""
 
     partial: Path
@@ -62,7 +63,7 @@ class BegunFile:
     """Of the whole, as announced."""
 
 
-def read_header(path: Path, begun: BegunFile | None = None) -> SafetensorsHeader:
+def read_header(path: Path, incomplete: IncompleteFile | None = None) -> SafetensorsHeader:
     """Read and check the header of a safetensors file; of one that is `begun`, from the part that is there.
 
     Raises:
@@ -70,9 +71,9 @@ def read_header(path: Path, begun: BegunFile | None = None) -> SafetensorsHeader
             expected and found.
         ResourceError: the file cannot be read.
     """
-    with open_regular(begun.partial if begun else path) as file:
+    with open_regular(incomplete.partial if incomplete else path) as file:
         status = os.fstat(file.fileno())
-        file_bytes = begun.size_bytes if begun else status.st_size
+        file_bytes = incomplete.size_bytes if incomplete else status.st_size
         try:
             start = file.read(_START_BYTES)
             length = header_length(start, path, file_bytes)
@@ -117,7 +118,7 @@ def parse_entries(raw: bytes, path: Path, file_bytes: int) -> tuple[TensorEntry,
     Raises:
         IntegrityError: any violation of the format, or a file of another length than described.
     """
-    header = parse_json_object(raw[8:], f"the header of {printable(str(path))}", IntegrityError, _AGAIN)
+    header = parse_json_object(raw[8:], f"the header of {printable(str(path))}", IntegrityError, _RETRY_HINT)
     _check_metadata(header.pop("__metadata__", {}), path)
     if len(header) > MAX_TENSORS:
         raise _damaged(path, f"holds {len(header)} tensors, at most {MAX_TENSORS} are read")
@@ -169,4 +170,4 @@ def _check_metadata(metadata: object, path: Path) -> None:
 
 
 def _damaged(path: Path, text: str) -> IntegrityError:
-    return IntegrityError(f"{printable(str(path))} {text}", _AGAIN)
+    return IntegrityError(f"{printable(str(path))} {text}", _RETRY_HINT)

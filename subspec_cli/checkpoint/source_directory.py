@@ -11,7 +11,7 @@ from typing import Any
 
 from subspec_cli.errors import IntegrityError, UnsupportedModelError
 from subspec_cli.files.json_object import parse_json_object
-from subspec_cli.files.safe_io import read_small_file
+from subspec_cli.files.regular_file import read_small_file
 from subspec_cli.units import printable
 
 CONFIG_NAME = "config.json"
@@ -47,7 +47,7 @@ def confine(directory: Path, name: str) -> Path:
         IntegrityError: the name or a link leads out of the directory. The hub cache's own links from a
             snapshot to its `blobs` are let through.
     """
-    if not is_inside_name(name):
+    if not is_inner_path(name):
         raise IntegrityError(
             f"{ascii(name)[:200]} is outside the model directory {printable(str(directory))}"
         )
@@ -64,7 +64,7 @@ def confine(directory: Path, name: str) -> Path:
     )
 
 
-def is_inside_name(name: str) -> bool:
+def is_inner_path(name: str) -> bool:
     """Whether a name from foreign data is a relative path that goes nowhere but down."""
     if not name or "\0" in name or "\\" in name or _DRIVE.match(name):
         return False
@@ -134,7 +134,7 @@ def parse_index(raw: bytes, shown: str) -> WeightIndex:
     if not isinstance(file_of, dict) or not file_of:
         raise IntegrityError(f"{shown} has no weight_map", "download the file again")
     for tensor, name in file_of.items():
-        if not isinstance(name, str) or not name.endswith(".safetensors") or not is_inside_name(name):
+        if not isinstance(name, str) or not name.endswith(".safetensors") or not is_inner_path(name):
             raise IntegrityError(
                 f"{shown} puts {ascii(tensor)[:100]} into {ascii(name)[:200]}, "
                 "which is no safetensors file inside the model directory"
@@ -185,3 +185,8 @@ def no_weights_error(names: list[str], where: str) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"{where} has neither {SINGLE_NAME} nor {INDEX_NAME}; subspec reads safetensors"
     )
+
+
+def tokenizer_bytes_in(directory: Path) -> int:
+    """Size of the tokenizer's files in a model's directory."""
+    return sum(path.stat().st_size for path in directory.glob("tokenizer*") if path.is_file())

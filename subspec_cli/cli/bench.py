@@ -183,7 +183,7 @@ def _show(report: BenchReport, output: Output, json_file: str | None) -> None:
     if aside:
         output.document(report.as_dict())
     elif json_file is not None:
-        from subspec_cli.files.safe_io import atomic_write
+        from subspec_cli.files.atomic_write import atomic_write
 
         atomic_write(Path(json_file), as_json(report.as_dict(), indent=1).encode() + b"\n")
         output.note(f"written to {json_file}")

@@ -77,12 +77,12 @@ def verify(
     """Hash every prepared file and the 16-bit layers again, and name each one that is damaged."""
     from subspec_cli.cli.output import Output
     from subspec_cli.cli.output_progress import ProgressLine
-    from subspec_cli.hub.model_name import repair_command
+    from subspec_cli.hub.command_hints import repair_command
     from subspec_cli.substitutes.integrity import Verifier
-    from subspec_cli.substitutes.inventory import list_stored, stored_of
+    from subspec_cli.substitutes.inventory import find_stored, list_stored
 
     output = Output()
-    stored = list_stored() if model is None else stored_of(model)
+    stored = list_stored() if model is None else find_stored(model)
     with ProgressLine(output) as progress:
         verifier = Verifier(stored, lambda state: progress.update(progress_text(state), *_done(state)))
         results = [_verified(item, verifier, output, progress, repair=repair) for item in stored]
@@ -112,10 +112,10 @@ def remove(
     """Delete MODEL's substitutes, after asking; its 16-bit weights are never touched."""
     from subspec_cli.cli.output import Output
     from subspec_cli.substitutes.inventory import all_but_latest as older
-    from subspec_cli.substitutes.inventory import remove_stored, stored_of
+    from subspec_cli.substitutes.inventory import find_stored, remove_stored
 
     output = Output()
-    stored = stored_of(model)
+    stored = find_stored(model)
     chosen = older(stored) if all_but_latest else stored
     for item in chosen:
         output.note(f"{item.directory}: {format_bytes(item.size_bytes)}, {_label(item)}, {item.state}")

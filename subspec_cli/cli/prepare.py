@@ -15,7 +15,7 @@ from subspec_cli.errors import UsageError
 from subspec_cli.units import GIB, format_bytes, format_seconds
 
 if TYPE_CHECKING:
-    from subspec_cli.hub.incoming import DownloadProgress
+    from subspec_cli.hub.weight_downloads import DownloadProgress
     from subspec_cli.session.prepare import PrepareReport
     from subspec_cli.substitutes.preparation import PrepareProgress
 

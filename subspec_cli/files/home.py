@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from subspec_cli.errors import ResourceError
-from subspec_cli.files.safe_io import write_error
+from subspec_cli.files.io_errors import write_error
 from subspec_cli.units import printable
 
 

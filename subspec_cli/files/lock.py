@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from subspec_cli.errors import BusyError
-from subspec_cli.files.safe_io import write_error
+from subspec_cli.files.io_errors import write_error
 from subspec_cli.units import printable
 
 LOCK_NAME = ".lock"

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from subspec_cli.checkpoint.source_directory import CONFIG_NAME
-from subspec_cli.files.safe_io import atomic_write, sync_directory, write_error
+from subspec_cli.files.atomic_write import atomic_write, sync_directory
+from subspec_cli.files.io_errors import write_error
 
 _PARTIAL_SUFFIX = ".subspec.incomplete"
 

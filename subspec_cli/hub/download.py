@@ -6,15 +6,15 @@ import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from subspec_cli.checkpoint.safetensors_header import BegunFile, header_length
+from subspec_cli.checkpoint.safetensors_header import IncompleteFile, header_length
 from subspec_cli.errors import IntegrityError, NetworkError
-from subspec_cli.files.safe_io import has_size, open_regular
+from subspec_cli.files.regular_file import has_size, open_regular
 from subspec_cli.hub.cache import RepoCache
-from subspec_cli.hub.errors import explain_hub_error
+from subspec_cli.hub.hub_errors import explain_hub_error
 from subspec_cli.hub.partial_file import Appender, ContentDigest
+from subspec_cli.hub.remote_file import RemoteFile, fetch_metadata, open_body
 from subspec_cli.hub.retry import Attempts, RetryPolicy, with_retries
-from subspec_cli.hub.transfer import RemoteFile, look_up, open_body
-from subspec_cli.hub.workers import Messages
+from subspec_cli.hub.workers import WorkerChannel
 from subspec_cli.units import format_bytes, printable
 
 _FIRST_BYTES = 256 << 10  # of a weight file: they hold the header, nearly always
@@ -28,11 +28,11 @@ class DownloadContext:
     commit: str
     cache: RepoCache
     retry_policy: RetryPolicy
-    messages: Messages
+    channel: WorkerChannel
 
     def attempts(self) -> Attempts:
         """A count for one thing to try."""
-        return Attempts(self.retry_policy, self.messages.pause, self.messages.tell, self.model_id)
+        return Attempts(self.retry_policy, self.channel.pause, self.channel.tell, self.model_id)
 
 
 class Download:
@@ -56,8 +56,8 @@ class Download:
             self.have_bytes = self._partial.lstat().st_size
         if self.have_bytes > remote.size_bytes:
             self._restart()
-        self._most_bytes = self.have_bytes
-        self._is_inherited = self.have_bytes > 0
+        self._peak_bytes = self.have_bytes
+        self._resumes_earlier_run = self.have_bytes > 0
 
     @property
     def name(self) -> str:
@@ -70,9 +70,9 @@ class Download:
         return self._remote.size_bytes
 
     @property
-    def begun(self) -> BegunFile:
+    def incomplete(self) -> IncompleteFile:
         """Where its beginning is."""
-        return BegunFile(self._partial, self.size_bytes)
+        return IncompleteFile(self._partial, self.size_bytes)
 
     def fetch_header(self) -> None:
         """Fetch the beginning of a safetensors file, up to where its header ends; errors as `finish`."""
@@ -101,8 +101,8 @@ class Download:
         if self.have_bytes:
             self._digest.catch_up(self._partial)
         found = self._fetch_whole()
-        if found != self._remote.etag and self._is_inherited:
-            self._context.messages.tell(f"what was there of {self.name} is damaged: fetching it anew")
+        if found != self._remote.etag and self._resumes_earlier_run:
+            self._context.channel.tell(f"what was there of {self.name} is damaged: fetching it anew")
             self._restart()
             found = self._fetch_whole()
         if found != self._remote.etag:
@@ -130,7 +130,7 @@ class Download:
     def _fetch(self, until: int) -> None:
         """Have the first `until` bytes on disk."""
         while self.have_bytes < until:
-            with_retries(lambda: self._receive(until), self._attempts, self._explained)
+            with_retries(lambda: self._receive(until), self._attempts, self._explain)
 
     def _receive(self, until: int) -> None:
         stall_s = self._context.retry_policy.stall_s
@@ -142,20 +142,20 @@ class Download:
                 appender.cut(body.start)
                 self.have_bytes = body.start
             for piece in body.pieces:
-                self._context.messages.check()
+                self._context.channel.check()
                 wanted = piece[: until - self.have_bytes]
                 appender.append(wanted, self.size_bytes - self.have_bytes)
                 self._digest.follow(wanted, self.have_bytes)
                 self.have_bytes += len(wanted)
                 self.received_bytes += len(piece)
-                if self.have_bytes > self._most_bytes:
-                    self._most_bytes = self.have_bytes
-                    self._attempts.progressed()
+                if self.have_bytes > self._peak_bytes:
+                    self._peak_bytes = self.have_bytes
+                    self._attempts.reset_failures()
                 if self.have_bytes >= until:
                     return
         raise ConnectionError("the answer ended early")
 
-    def _explained(self, error: Exception) -> Exception:
+    def _explain(self, error: Exception) -> Exception:
         failure = explain_hub_error(error, self._context.model_id, self._context.commit)
         if not isinstance(failure, NetworkError):
             return failure or error
@@ -169,8 +169,8 @@ class Download:
         with contextlib.suppress(FileNotFoundError):
             self._partial.unlink()
         self._digest.reset()
-        self.have_bytes = self._most_bytes = 0
-        self._is_inherited = False
+        self.have_bytes = self._peak_bytes = 0
+        self._resumes_earlier_run = False
 
 
 def begin_download(context: DownloadContext, name: str) -> Download:
@@ -182,12 +182,12 @@ def begin_download(context: DownloadContext, name: str) -> Download:
     """
     attempts = context.attempts()
 
-    def explained(error: Exception) -> Exception:
+    def explain(error: Exception) -> Exception:
         return explain_hub_error(error, context.model_id, context.commit) or error
 
     remote = with_retries(
-        lambda: look_up(context.model_id, context.commit, name, context.retry_policy.stall_s),
+        lambda: fetch_metadata(context.model_id, context.commit, name, context.retry_policy.stall_s),
         attempts,
-        explained,
+        explain,
     )
     return Download(context, remote, attempts)

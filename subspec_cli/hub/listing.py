@@ -20,11 +20,11 @@ from subspec_cli.checkpoint.source_directory import (
     read_index,
 )
 from subspec_cli.errors import IntegrityError, NetworkError, UnsupportedModelError
-from subspec_cli.files.safe_io import has_size
+from subspec_cli.files.regular_file import has_size
 from subspec_cli.hub.cache import cached_snapshot
-from subspec_cli.hub.errors import explain_hub_error, not_a_hub
+from subspec_cli.hub.hub_errors import explain_hub_error, not_a_hub
 from subspec_cli.hub.retry import Attempts, RetryPolicy, with_retries
-from subspec_cli.hub.workers import Messages, run_all
+from subspec_cli.hub.workers import WorkerChannel, run_all
 from subspec_cli.units import printable
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Listing:
         index = [INDEX_NAME] if INDEX_NAME in self.sizes and SINGLE_NAME not in self.sizes else []
         return [*index, *(name for name in sorted(wanted) if "/" not in name)]
 
-    def weights(self, snapshot: Path) -> tuple[str, ...]:
+    def weight_files(self, snapshot: Path) -> tuple[str, ...]:
         """The weight files, by the index that is in the cache.
 
         Raises:
@@ -70,10 +70,10 @@ class Listing:
         index = read_index(snapshot)
         if index is None:
             return ()
-        self.check_names(index)
+        self.check_index_names(index)
         return index.file_names
 
-    def check_names(self, index: WeightIndex) -> None:
+    def check_index_names(self, index: WeightIndex) -> None:
         """See that the files of an index are there; raises IntegrityError as `weights`."""
         unknown = [name for name in index.file_names if name not in self.sizes] if self.sizes else []
         if unknown:
@@ -82,7 +82,7 @@ class Listing:
                 "the model is damaged on the hub: try another revision",
             )
 
-    def is_there(self, snapshot: Path, name: str) -> bool:
+    def is_cached(self, snapshot: Path, name: str) -> bool:
         """Whether a file is in the cache, with the size that the hub tells.
 
         Raises:
@@ -95,8 +95,8 @@ class Listing:
         """Whether nothing must be fetched; errors as `is_there` and `weights`."""
         if first_missing_file(snapshot) is not None:
             return False
-        needed = (CONFIG_NAME, *self.small_files, *self.weights(snapshot))
-        return all(self.is_there(snapshot, name) for name in needed)
+        needed = (CONFIG_NAME, *self.small_files, *self.weight_files(snapshot))
+        return all(self.is_cached(snapshot, name) for name in needed)
 
 
 def find_listing(
@@ -116,7 +116,9 @@ def find_listing(
     if here is not None and revision == here.commit:  # a commit does not change
         return here
     try:
-        return _ask(model_id, revision, replace(retry_policy, tries=1) if here else retry_policy, notify)
+        return _fetch_listing(
+            model_id, revision, replace(retry_policy, tries=1) if here else retry_policy, notify
+        )
     except NetworkError as error:
         if here is None:
             raise NetworkError(
@@ -126,25 +128,25 @@ def find_listing(
         return here
 
 
-def _ask(
+def _fetch_listing(
     model_id: str, revision: str | None, retry_policy: RetryPolicy, notify: Callable[[str], None]
 ) -> Listing:
     from huggingface_hub import HfApi
 
     found: list[ModelInfo] = []
-    messages = Messages(notify)
-    attempts = Attempts(retry_policy, messages.pause, messages.tell, model_id)
+    channel = WorkerChannel(notify)
+    attempts = Attempts(retry_policy, channel.pause, channel.tell, model_id)
 
     def ask() -> ModelInfo:
         timeout_s = retry_policy.stall_s or _TIMEOUT_S
         return HfApi().model_info(model_id, revision=revision, timeout=timeout_s, files_metadata=True)
 
-    def explained(error: Exception) -> Exception:
+    def explain(error: Exception) -> Exception:
         if isinstance(error, (TypeError, KeyError, AttributeError)):  # JSON, but of something else
             return not_a_hub()
         return explain_hub_error(error, model_id, revision) or error
 
-    run_all([lambda: found.append(with_retries(ask, attempts, explained))], messages)
+    run_all([lambda: found.append(with_retries(ask, attempts, explain))], channel)
     commit = found[0].sha
     sizes = {sibling.rfilename: sibling.size for sibling in found[0].siblings or ()}
     if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,33 +78,6 @@ def check_revision(name: ModelName, revision: str | None) -> None:
         raise UsageError(
             f"{ascii(revision)[:200]} is no revision", "give a branch, a tag or a commit: --revision main"
         )
-
-
-def prepare_command(
-    model_id: str,
-    *,
-    revision: str | None = None,
-    bits: int | None = None,
-    optimizer: str | None = None,
-    force: bool = False,
-) -> str:
-    """The command line that prepares a model, quoted for a shell."""
-    words = ["subspec", "prepare", shlex.quote(printable(model_id))]
-    if force:
-        words.append("--force")
-    if revision is not None:
-        words += ["--revision", revision]
-    if bits is not None:
-        words += ["--bits", str(bits)]
-    if optimizer is not None:
-        words += ["--optimizer", optimizer]
-    return " ".join(words)
-
-
-def repair_command(model_id: str | None) -> str:
-    """The command line that makes damaged files of a prepared model, or of all, anew, quoted for a shell."""
-    words = [] if model_id is None else [shlex.quote(printable(model_id))]
-    return " ".join(["subspec models verify", *words, "--repair"])
 
 
 def _is_hub_id(model: str) -> bool:

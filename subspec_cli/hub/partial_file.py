@@ -9,7 +9,8 @@ from types import TracebackType
 from typing import Self
 
 from subspec_cli.errors import IntegrityError
-from subspec_cli.files.safe_io import open_regular, read_error, write_error
+from subspec_cli.files.io_errors import read_error, write_error
+from subspec_cli.files.regular_file import open_regular
 from subspec_cli.units import printable
 
 _PIECE_BYTES = 4 << 20

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from subspec_cli.errors import SubspecError
-from subspec_cli.hub.errors import explain_hub_error, is_transfer_error, status_of
+from subspec_cli.hub.hub_errors import explain_hub_error, is_transfer_error, status_of
 from subspec_cli.units import format_seconds
 
 _Result = TypeVar("_Result")
 
-_WORTH_ANOTHER_TRY = frozenset((408, 425, 429, 500, 502, 503, 504))
+_RETRYABLE_STATUSES = frozenset((408, 425, 429, 500, 502, 503, 504))
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,17 +49,17 @@ class Attempts:
         self._what = what
         self._failures = 0
 
-    def progressed(self) -> None:
+    def reset_failures(self) -> None:
         """Something has come of it: earlier failures no longer count."""
         self._failures = 0
 
     def failed(self, error: Exception) -> None:
         """Wait before the next attempt; raises `error` if there is to be none."""
         self._failures += 1
-        if self._failures >= self._policy.tries or not _may_pass(error):
+        if self._failures >= self._policy.tries or not _is_retryable(error):
             raise error
         wait_s = self._policy.first_wait_s * 2 ** (self._failures - 1)
-        asked_s = _asked_wait(error)
+        asked_s = _retry_after_s(error)
         if asked_s is not None:
             if asked_s > self._policy.longest_wait_s:
                 raise error
@@ -72,7 +72,7 @@ class Attempts:
 
 
 def with_retries(
-    action: Callable[[], _Result], attempts: Attempts, explained: Callable[[Exception], Exception]
+    action: Callable[[], _Result], attempts: Attempts, explain: Callable[[Exception], Exception]
 ) -> _Result:
     """Do it, again after failures that may pass; raises the last one as the error that `explained` makes of it."""
     while True:
@@ -84,14 +84,14 @@ def with_retries(
             try:
                 attempts.failed(error)
             except Exception as final:
-                raise explained(final) from final
+                raise explain(final) from final
 
 
-def _may_pass(error: Exception) -> bool:
-    return is_transfer_error(error) or status_of(error) in _WORTH_ANOTHER_TRY
+def _is_retryable(error: Exception) -> bool:
+    return is_transfer_error(error) or status_of(error) in _RETRYABLE_STATUSES
 
 
-def _asked_wait(error: Exception) -> float | None:
+def _retry_after_s(error: Exception) -> float | None:
     """Seconds by the Retry-After header, which is a number or a date."""
     response = getattr(error, "response", None)
     text = response.headers.get("Retry-After", "").strip() if response is not None else ""

@@ -7,8 +7,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 
-_MOST_THREADS = 4
-_LONGEST_JOIN_S = 0.5
+_MAX_THREADS = 4
+_MAX_JOIN_S = 0.5
 _POLL_S = 0.2
 
 
@@ -16,7 +16,7 @@ class Stopped(BaseException):
     """The command ends, so its threads do: no error, and caught by their loop alone."""
 
 
-class Messages:
+class WorkerChannel:
     """The line between a main thread and its workers: what they tell, and when they are to stop."""
 
     def __init__(self, show: Callable[[str], None]) -> None:
@@ -51,10 +51,10 @@ class Messages:
 class Workers:
     """Runs jobs in daemon threads: a silent connection keeps no command alive that was told to stop."""
 
-    def __init__(self, jobs: Iterable[Callable[[], None]], messages: Messages) -> None:
+    def __init__(self, jobs: Iterable[Callable[[], None]], channel: WorkerChannel) -> None:
         self._jobs = deque(jobs)
         self._left = len(self._jobs)
-        self._messages = messages
+        self._channel = channel
         self._threads: list[threading.Thread] = []
         self._failure: BaseException | None = None
         self._changed = threading.Condition()
@@ -62,7 +62,7 @@ class Workers:
     def start(self) -> None:
         """Begin, the first jobs first; once."""
         if not self._threads:
-            count = min(_MOST_THREADS, len(self._jobs))
+            count = min(_MAX_THREADS, len(self._jobs))
             self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(count)]
             for thread in self._threads:
                 thread.start()
@@ -72,15 +72,15 @@ class Workers:
         with self._changed:
             if self._failure is None and self._left:
                 self._changed.wait(timeout_s)
-        self._messages.show()
+        self._channel.show()
         if self._failure is not None:
             raise self._failure
         return not self._left
 
     def close(self) -> None:
         """Stop what is running."""
-        self._messages.stop()
-        deadline_s = time.monotonic() + _LONGEST_JOIN_S
+        self._channel.stop()
+        deadline_s = time.monotonic() + _MAX_JOIN_S
         for thread in self._threads:
             thread.join(max(0.0, deadline_s - time.monotonic()))
 
@@ -91,7 +91,7 @@ class Workers:
             except IndexError:
                 return
             try:
-                self._messages.check()
+                self._channel.check()
                 job()
             except Stopped:
                 return
@@ -105,13 +105,13 @@ class Workers:
             self._left -= 1
             if failure is not None:
                 self._failure = self._failure or failure
-                self._messages.stop()
+                self._channel.stop()
             self._changed.notify_all()
 
 
-def run_all(jobs: Iterable[Callable[[], None]], messages: Messages) -> None:
+def run_all(jobs: Iterable[Callable[[], None]], channel: WorkerChannel) -> None:
     """Run jobs to their end, showing what they tell; raises what the first one failed with."""
-    workers = Workers(jobs, messages)
+    workers = Workers(jobs, channel)
     workers.start()
     try:
         while not workers.wait(_POLL_S):

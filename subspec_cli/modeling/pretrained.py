@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from subspec_cli.errors import IntegrityError, UnsupportedModelError
 from subspec_cli.files.json_object import parse_json_object
-from subspec_cli.files.safe_io import read_small_file
+from subspec_cli.files.regular_file import read_small_file
 from subspec_cli.units import printable
 
 _MOST_CONFIG_BYTES: Final = 1 << 20

@@ -14,9 +14,10 @@ from typing import Any, Final
 
 from subspec_cli.checkpoint.geometry import ModelGeometry
 from subspec_cli.errors import IntegrityError, ResourceError, SubspecError
+from subspec_cli.files.atomic_write import atomic_write
 from subspec_cli.files.home import make_home_directory, subspec_home
 from subspec_cli.files.json_object import parse_json_object
-from subspec_cli.files.safe_io import atomic_write, read_small_file
+from subspec_cli.files.regular_file import read_small_file
 from subspec_cli.planning.costs import MachineCosts
 from subspec_cli.substitutes.settings import SubstituteSettings
 from subspec_cli.versions import library_versions

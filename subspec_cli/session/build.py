@@ -9,8 +9,9 @@ from dataclasses import replace
 
 import torch
 
-from subspec_cli.checkpoint.checkpoint import check_unchanged, tokenizer_bytes_in
+from subspec_cli.checkpoint.checkpoint import check_unchanged
 from subspec_cli.checkpoint.geometry import ModelGeometry
+from subspec_cli.checkpoint.source_directory import tokenizer_bytes_in
 from subspec_cli.config import Config
 from subspec_cli.decoding.drafter import Drafter as DrafterProtocol
 from subspec_cli.decoding.drafter import PlainDrafter
@@ -46,8 +47,8 @@ from subspec_cli.streaming.memory_meter import (
     return_freed_memory_at_once,
     total_bytes,
 )
+from subspec_cli.substitutes.last_use import mark_used
 from subspec_cli.substitutes.prepared_model import PreparedModel
-from subspec_cli.substitutes.usage import mark_used
 from subspec_cli.units import printable
 from subspec_cli.versions import library_versions
 

@@ -10,7 +10,7 @@ from typing import Any, Final
 from subspec_cli.checkpoint.geometry import ModelGeometry, read_geometry
 from subspec_cli.config import Config
 from subspec_cli.errors import ResourceError, UsageError
-from subspec_cli.hub.remote_headers import outline_model
+from subspec_cli.hub.model_outline import outline_model
 from subspec_cli.planning.advice import advise
 from subspec_cli.planning.asked import budget_bytes, plan_request, ram_bytes
 from subspec_cli.planning.assumed_costs import assumed_costs

@@ -8,10 +8,11 @@ from subspec_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from subspec_cli.checkpoint.geometry import ModelGeometry, read_geometry
 from subspec_cli.config import Config
 from subspec_cli.errors import IntegrityError, SubspecError, UsageError
-from subspec_cli.hub.model_name import check_revision, name_of_id, prepare_command
-from subspec_cli.hub.snapshot import find_local
+from subspec_cli.hub.command_hints import prepare_command
+from subspec_cli.hub.model_name import check_revision, name_of_id
+from subspec_cli.hub.source_model import find_source_directory
 from subspec_cli.substitutes.manifest import Manifest
-from subspec_cli.substitutes.prepared_model import PreparedModel, check_source, find_prepared_sets
+from subspec_cli.substitutes.prepared_model import PreparedModel, check_pairing, find_prepared_sets
 from subspec_cli.units import printable
 
 
@@ -31,8 +32,8 @@ def find_model(config: Config) -> FoundModel:
     prepared, *others = find_prepared_sets(config.model.model, config.model.bits)
     manifest = prepared.manifest
     _check_prepared_revision(manifest, config.model.revision)
-    checkpoint = open_checkpoint(find_local(manifest.model_id, manifest.commit))
-    check_source(prepared, checkpoint)
+    checkpoint = open_checkpoint(find_source_directory(manifest.model_id, manifest.commit))
+    check_pairing(prepared, checkpoint)
     geometry = read_geometry(checkpoint.config, checkpoint.tensors)
     return FoundModel(
         prepared, checkpoint, geometry, tuple(item for item in others if _fits(item, checkpoint))
@@ -42,7 +43,7 @@ def find_model(config: Config) -> FoundModel:
 def _fits(prepared: PreparedModel, checkpoint: Checkpoint) -> bool:
     """Whether a set that nobody asked for by name may be used."""
     try:
-        check_source(prepared, checkpoint)
+        check_pairing(prepared, checkpoint)
     except SubspecError:
         return False
     return True
@@ -54,7 +55,7 @@ def _check_prepared_revision(manifest: Manifest, revision: str | None) -> None:
     if revision is None or revision == manifest.commit:
         return
     try:
-        commit = find_local(manifest.model_id, revision).name
+        commit = find_source_directory(manifest.model_id, revision).name
     except IntegrityError:
         commit = "not in the cache"
     if commit != manifest.commit:

@@ -15,7 +15,7 @@ from subspec_cli.checkpoint.checkpoint import Checkpoint, check_unchanged
 from subspec_cli.checkpoint.dtypes import torch_dtype
 from subspec_cli.checkpoint.geometry import ModelGeometry
 from subspec_cli.checkpoint.layer_tensors import LAYER_MATRICES, block_entries, layer_prefix
-from subspec_cli.checkpoint.tensors import read_tensors
+from subspec_cli.checkpoint.tensor_reader import read_tensors
 from subspec_cli.drafting.captured_steps import draft_steps
 from subspec_cli.drafting.draft_steps import DraftSteps
 from subspec_cli.modeling.attention import exact_attention, fast_attention

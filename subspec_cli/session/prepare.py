@@ -15,7 +15,7 @@ from subspec_cli.checkpoint.layer_tensors import LAYER_MATRICES
 from subspec_cli.checkpoint.source_directory import check_config
 from subspec_cli.errors import UsageError
 from subspec_cli.hub.model_name import name_of_id
-from subspec_cli.hub.snapshot import open_model
+from subspec_cli.hub.source_model import open_model
 from subspec_cli.substitutes.integrity import Finding
 from subspec_cli.substitutes.inventory import StoredModel
 from subspec_cli.substitutes.preparation import PrepareProgress, Quantizer, prepare_model

@@ -9,7 +9,7 @@ from pathlib import Path
 from subspec_cli.checkpoint.checkpoint import Checkpoint, layer_entries
 from subspec_cli.checkpoint.layer_tensors import layer_prefix
 from subspec_cli.files.free_space import check_free_space, on_one_disk
-from subspec_cli.hub.incoming import Incoming
+from subspec_cli.hub.weight_downloads import WeightDownloads
 from subspec_cli.substitutes.manifest import Manifest, layer_file_name
 from subspec_cli.substitutes.settings import SubstituteSettings
 from subspec_cli.units import format_bytes, printable
@@ -17,8 +17,12 @@ from subspec_cli.units import format_bytes, printable
 _SLACK_BYTES = 16 << 20  # manifest, journal, file system
 
 
-def check_room(
-    goal: Manifest, checkpoint: Checkpoint, incoming: Incoming, directory: Path, layers: Sequence[int]
+def check_disk_space(
+    goal: Manifest,
+    checkpoint: Checkpoint,
+    weight_downloads: WeightDownloads,
+    directory: Path,
+    layers: Sequence[int],
 ) -> None:
     """Refuse when the disks cannot take what is still to come; files that are replaced count as free.
 
@@ -33,19 +37,19 @@ def check_room(
         ResourceError: with the bytes needed, of which kind, and free.
     """
     what = f"preparing {printable(goal.model_id)}"
-    missing_bytes, need_bytes = incoming.missing_bytes, 0
+    missing_bytes, need_bytes = weight_downloads.missing_bytes, 0
     if layers:
         estimates = [estimate_file_bytes(checkpoint, n, goal.settings, goal.group_size) for n in layers]
         paths = [directory / layer_file_name(layer) for layer in layers]
         replaced_bytes = sum(path.stat().st_size for path in paths if path.is_file())
         # Old and new file of one layer stand side by side for a moment.
         need_bytes = max(sum(estimates) - replaced_bytes, max(estimates)) + _SLACK_BYTES
-    if missing_bytes and need_bytes and on_one_disk(incoming.directory, directory):
+    if missing_bytes and need_bytes and on_one_disk(weight_downloads.directory, directory):
         shares = f"download {format_bytes(missing_bytes)}, substitutes {format_bytes(need_bytes)}"
         check_free_space(directory, missing_bytes + need_bytes, f"{what} ({shares})")
         return
     if missing_bytes:
-        check_free_space(incoming.directory, missing_bytes, f"downloading for {what}")
+        check_free_space(weight_downloads.directory, missing_bytes, f"downloading for {what}")
     if need_bytes:
         check_free_space(directory, need_bytes, what)
 

@@ -19,9 +19,10 @@ from subspec_cli.checkpoint.checkpoint import (
 )
 from subspec_cli.checkpoint.source_directory import confine
 from subspec_cli.errors import SubspecError
-from subspec_cli.files.safe_io import open_regular, read_error
-from subspec_cli.hub.model_name import prepare_command
-from subspec_cli.hub.snapshot import find_local
+from subspec_cli.files.io_errors import read_error
+from subspec_cli.files.regular_file import open_regular
+from subspec_cli.hub.command_hints import prepare_command
+from subspec_cli.hub.source_model import find_source_directory
 from subspec_cli.substitutes.inventory import UNREADABLE, StoredModel
 from subspec_cli.substitutes.manifest import MANIFEST_NAME, LayerFile, Manifest
 
@@ -223,6 +224,6 @@ def _blob_mismatch(path: Path, sha256: str) -> Finding | None:
 
 def _open_target(manifest: Manifest) -> Checkpoint | SubspecError:
     try:
-        return open_checkpoint(find_local(manifest.model_id, manifest.commit))
+        return open_checkpoint(find_source_directory(manifest.model_id, manifest.commit))
     except SubspecError as error:
         return error

@@ -11,14 +11,15 @@ from typing import Final
 
 from subspec_cli.checkpoint.checkpoint import open_checkpoint
 from subspec_cli.errors import SubspecError, UsageError
+from subspec_cli.files.atomic_write import is_temp_name
 from subspec_cli.files.home import prepared_root
+from subspec_cli.files.io_errors import read_error, write_error
 from subspec_cli.files.lock import LOCK_NAME, directory_lock
-from subspec_cli.files.safe_io import is_temp_name, read_error, write_error
 from subspec_cli.hub.model_name import parse_model_name
-from subspec_cli.hub.snapshot import find_local
+from subspec_cli.hub.source_model import find_source_directory
+from subspec_cli.substitutes.last_use import LAST_USED_NAME, last_used_s
 from subspec_cli.substitutes.manifest import JOURNAL_NAME, MANIFEST_NAME, Manifest, read_manifest
 from subspec_cli.substitutes.prepared_model import directory_slug
-from subspec_cli.substitutes.usage import LAST_USED_NAME, last_used_s
 from subspec_cli.units import printable
 
 COMPLETE: Final = "complete"
@@ -61,7 +62,7 @@ class StoredModel:
         if self.manifest is None:
             return None
         try:
-            checkpoint = open_checkpoint(find_local(self.manifest.model_id, self.manifest.commit))
+            checkpoint = open_checkpoint(find_source_directory(self.manifest.model_id, self.manifest.commit))
         except SubspecError:
             return None
         return sum(file.size_bytes for file in checkpoint.files)
@@ -78,11 +79,11 @@ def list_stored() -> list[StoredModel]:
         directories = [path for path in root.iterdir() if path.is_dir()] if root.exists() else []
     except OSError as error:
         raise read_error(error, root) from error
-    found = [stored for path in directories if (stored := _stored(path)) is not None]
+    found = [stored for path in directories if (stored := _read_stored(path)) is not None]
     return sorted(found, key=lambda stored: (-stored.changed_ns, stored.directory.name))
 
 
-def stored_of(model: str) -> list[StoredModel]:
+def find_stored(model: str) -> list[StoredModel]:
     """The sets of one model, the most recent first; it need not be on this machine any more.
 
     Raises:
@@ -105,7 +106,7 @@ def stored_of(model: str) -> list[StoredModel]:
 
 def reread(stored: StoredModel) -> StoredModel:
     """The same set as it is now."""
-    return _stored(stored.directory) or stored
+    return _read_stored(stored.directory) or stored
 
 
 def all_but_latest(stored: list[StoredModel]) -> list[StoredModel]:
@@ -146,7 +147,7 @@ def own_files(directory: Path) -> list[Path]:
     return [directory / name for name in own if not (directory / name).is_dir()]
 
 
-def _stored(directory: Path) -> StoredModel | None:
+def _read_stored(directory: Path) -> StoredModel | None:
     """What lies in a directory; None if it is no preparation."""
     manifest, journal = directory / MANIFEST_NAME, directory / JOURNAL_NAME
     path = manifest if manifest.exists() else journal

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from subspec_cli.errors import IntegrityError, UnsupportedModelError
+from subspec_cli.files.atomic_write import atomic_write
 from subspec_cli.files.json_object import parse_json_object
-from subspec_cli.files.safe_io import atomic_write, read_small_file
-from subspec_cli.hub.model_name import prepare_command
+from subspec_cli.files.regular_file import read_small_file
+from subspec_cli.hub.command_hints import prepare_command
 from subspec_cli.substitutes.quality import MATRIX_KINDS, MatrixQuality, matrix_kind
 from subspec_cli.substitutes.settings import SubstituteSettings
 from subspec_cli.units import printable
@@ -24,7 +25,7 @@ JOURNAL_NAME = "manifest.partial.json"
 """The same, of a preparation that has not ended: only the layers that are done."""
 
 _MAX_MANIFEST_BYTES = 16 << 20
-_AGAIN = "prepare the model again: subspec prepare MODEL --force"
+_RETRY_HINT = "prepare the model again: subspec prepare MODEL --force"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _WORD = re.compile(r"[A-Za-z0-9._-]{1,40}")
 _MANIFEST_FIELDS = {
@@ -87,14 +88,14 @@ class Manifest:
     library_versions: Mapping[str, str]
     format_version: int = FORMAT_VERSION
 
-    def is_of(self, other: Manifest) -> bool:
+    def is_same_set_as(self, other: Manifest) -> bool:
         """Whether both describe the same substitutes of the same model, but for the weights' content."""
         return self._identity() == other._identity()
 
-    def is_made_like(self, other: Manifest) -> bool:
+    def is_same_build_as(self, other: Manifest) -> bool:
         """Whether layers of both may stand in one directory: `is_of`, by the same program and libraries."""
         return (
-            self.is_of(other)
+            self.is_same_set_as(other)
             and self.tool_version == other.tool_version
             and self.library_versions == other.library_versions
         )
@@ -122,7 +123,7 @@ def read_manifest(path: Path) -> Manifest:
         ResourceError: unreadable.
     """
     shown = printable(str(path))
-    found = parse_json_object(read_small_file(path, _MAX_MANIFEST_BYTES), shown, IntegrityError, _AGAIN)
+    found = parse_json_object(read_small_file(path, _MAX_MANIFEST_BYTES), shown, IntegrityError, _RETRY_HINT)
     version = found.get("format_version")
     if type(version) is int and version > FORMAT_VERSION:
         raise UnsupportedModelError(
@@ -222,4 +223,4 @@ def _checked(found: object, fields: Mapping[str, type], shown: str) -> dict[str,
 
 
 def _damaged(shown: str, text: str) -> IntegrityError:
-    return IntegrityError(f"{shown} {text}", _AGAIN)
+    return IntegrityError(f"{shown} {text}", _RETRY_HINT)

@@ -17,24 +17,21 @@ from typing import TYPE_CHECKING, TypeAlias
 from subspec_cli import __version__
 from subspec_cli.checkpoint.checkpoint import (
     Checkpoint,
-    check_headers,
+    check_headers_unchanged,
     check_unchanged,
     layer_count_in_tensors,
     layer_entries,
 )
 from subspec_cli.checkpoint.layer_tensors import layer_prefix
-from subspec_cli.checkpoint.tensors import check_finite, read_hashed_tensors
+from subspec_cli.checkpoint.tensor_reader import check_finite, read_hashed_tensors
 from subspec_cli.errors import IntegrityError
+from subspec_cli.files.atomic_write import atomic_write, sweep_stale_temps
 from subspec_cli.files.home import make_home_directory
+from subspec_cli.files.io_errors import write_error
 from subspec_cli.files.lock import directory_lock
-from subspec_cli.files.safe_io import (
-    atomic_write,
-    sweep_stale_temps,
-    write_error,
-)
-from subspec_cli.hub.incoming import DownloadProgress, Incoming
-from subspec_cli.hub.snapshot import OpenedModel
-from subspec_cli.substitutes.disk_space import check_room
+from subspec_cli.hub.source_model import OpenedModel
+from subspec_cli.hub.weight_downloads import DownloadProgress, WeightDownloads
+from subspec_cli.substitutes.disk_space import check_disk_space
 from subspec_cli.substitutes.manifest import (
     JOURNAL_NAME,
     MANIFEST_NAME,
@@ -115,7 +112,7 @@ def prepare_model(
     )
     directory = prepared_directory(resolved.model_id, resolved.commit, settings)
     layer_bytes = _layer_bytes(checkpoint, layer_count)
-    work = _Work(goal, checkpoint, model.incoming, directory, layer_bytes, progress)
+    work = _Preparation(goal, checkpoint, model.weight_downloads, directory, layer_bytes, progress)
     if not force and (finished := work.already_prepared()):
         return finished
     if not directory.exists():  # a refusal leaves nothing behind
@@ -129,12 +126,12 @@ def prepare_model(
 
 
 @dataclass
-class _Work:
+class _Preparation:
     """One run of `prepare_model`: what is to be made, and which layers of it are done."""
 
     goal: Manifest
     checkpoint: Checkpoint
-    incoming: Incoming
+    weight_downloads: WeightDownloads
     directory: Path
     layer_bytes: list[int]
     progress: Callable[[PrepareProgress], None]
@@ -144,7 +141,7 @@ class _Work:
 
     def already_prepared(self) -> PreparedModel | None:
         """The complete earlier result, whose recency is renewed; None while weights are missing."""
-        if not self.incoming.is_complete:
+        if not self.weight_downloads.is_complete:
             return None
         found = finished_manifest(self.directory, self.goal, len(self.layer_bytes))
         if found is None:
@@ -163,37 +160,37 @@ class _Work:
         self.check_space()
         if force:  # an empty journal: from here on the earlier set is no longer taken for finished
             write_manifest(self.directory / JOURNAL_NAME, self.goal)
-        self.incoming.start()
+        self.weight_downloads.start()
         waiting = [layer for layer in range(len(self.layer_bytes)) if layer not in self.done]
-        while waiting or not self.incoming.is_complete:
+        while waiting or not self.weight_downloads.is_complete:
             ready = next((layer for layer in waiting if self.has_arrived(layer)), None)
             if ready is None:
-                self.incoming.wait()
-                self._tell_progress()
+                self.weight_downloads.wait()
+                self._report_progress()
             else:
                 self.make_layer(ready, quantizer)
                 waiting.remove(ready)
         check_unchanged(self.checkpoint)
-        if self.incoming.progress():
-            check_headers(self.checkpoint)
+        if self.weight_downloads.progress():
+            check_headers_unchanged(self.checkpoint)
         return self.finish()
 
     def has_arrived(self, layer: int) -> bool:
         """Whether all weights of a layer are on this machine."""
         root = self.checkpoint.directory
         entries = layer_entries(self.checkpoint, layer)
-        return self.incoming.has({entry.path.relative_to(root).as_posix() for entry in entries})
+        return self.weight_downloads.has({entry.path.relative_to(root).as_posix() for entry in entries})
 
     def reuse(self, file: LayerFile) -> None:
         """Count a layer as done by an earlier run."""
         self.done[file.layer] = file
         self.reused_layers += 1
-        self._tell_progress()
+        self._report_progress()
 
     def check_space(self) -> None:
         """Refuse when there is no room for the layers still to be made and the weights still to come."""
         left = [layer for layer in range(len(self.layer_bytes)) if layer not in self.done]
-        check_room(self.goal, self.checkpoint, self.incoming, self.directory, left)
+        check_disk_space(self.goal, self.checkpoint, self.weight_downloads, self.directory, left)
 
     def make_layer(self, layer: int, quantizer: Quantizer) -> None:
         """Read, quantize and write one layer, then record it."""
@@ -212,7 +209,7 @@ class _Work:
         self.done[layer] = LayerFile(name, layer, len(data), sha256, source_sha256, quality)
         write_manifest(self.directory / JOURNAL_NAME, self._manifest())
         self.making_s += time.monotonic() - started_s
-        self._tell_progress()
+        self._report_progress()
 
     def finish(self) -> PreparedModel:
         """Write the manifest, which makes the directory a prepared model, and drop the journal."""
@@ -228,7 +225,7 @@ class _Work:
     def _manifest(self) -> Manifest:
         return replace(self.goal, layers=tuple(self.done[layer] for layer in sorted(self.done)))
 
-    def _tell_progress(self) -> None:
+    def _report_progress(self) -> None:
         self.progress(
             PrepareProgress(
                 done_layers=len(self.done),
@@ -237,7 +234,7 @@ class _Work:
                 done_bytes=sum(self.layer_bytes[layer] for layer in self.done),
                 total_bytes=sum(self.layer_bytes),
                 elapsed_s=self.making_s,
-                download=self.incoming.progress(),
+                download=self.weight_downloads.progress(),
             )
         )
 

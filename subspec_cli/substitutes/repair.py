@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from subspec_cli.errors import UsageError
+from subspec_cli.files.io_errors import write_error
 from subspec_cli.files.lock import directory_lock
-from subspec_cli.files.safe_io import write_error
 from subspec_cli.substitutes.integrity import Finding, blob_of
 from subspec_cli.substitutes.inventory import StoredModel
 from subspec_cli.substitutes.manifest import Manifest

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from subspec_cli.checkpoint.checkpoint import Checkpoint, layer_count_in_tensors, layer_entries
-from subspec_cli.checkpoint.tensors import read_hashed_tensors
+from subspec_cli.checkpoint.tensor_reader import read_hashed_tensors
 from subspec_cli.errors import IntegrityError
-from subspec_cli.files.safe_io import has_size, sha256_file
+from subspec_cli.files.regular_file import has_size, sha256_file
 from subspec_cli.substitutes.manifest import JOURNAL_NAME, MANIFEST_NAME, LayerFile, Manifest, read_manifest
 
 
@@ -22,11 +22,11 @@ def finished_manifest(directory: Path, goal: Manifest, layer_count: int) -> Mani
     if (directory / JOURNAL_NAME).exists():
         return None
     found = _read_usable(directory / MANIFEST_NAME)
-    if found is None or not found.is_of(goal) or found.source_stamp != goal.source_stamp:
+    if found is None or not found.is_same_set_as(goal) or found.source_stamp != goal.source_stamp:
         return None
     if [file.layer for file in found.layers] != list(range(layer_count)):
         return None
-    return found if all(_is_there(directory, file) for file in found.layers) else None
+    return found if all(_is_present(directory, file) for file in found.layers) else None
 
 
 def reusable_layers(directory: Path, goal: Manifest, checkpoint: Checkpoint) -> Iterator[LayerFile]:
@@ -40,12 +40,12 @@ def reusable_layers(directory: Path, goal: Manifest, checkpoint: Checkpoint) -> 
     listed: dict[int, tuple[LayerFile, bool]] = {}
     for name in (MANIFEST_NAME, JOURNAL_NAME):  # the journal is the newer one
         found = _read_usable(directory / name)
-        if found is not None and found.is_made_like(goal):
+        if found is not None and found.is_same_build_as(goal):
             same_stamp = found.source_stamp == goal.source_stamp
             listed |= {file.layer: (file, same_stamp) for file in found.layers}
     layer_count = layer_count_in_tensors(checkpoint)
     for layer, (file, same_stamp) in sorted(listed.items()):
-        if layer >= layer_count or not _is_there(directory, file):
+        if layer >= layer_count or not _is_present(directory, file):
             continue
         # Written again is not changed: a copied or restored directory has new times and the same bytes.
         if not same_stamp and _source_sha256(checkpoint, layer) != file.source_sha256:
@@ -63,7 +63,7 @@ def _read_usable(path: Path) -> Manifest | None:
         return None
 
 
-def _is_there(directory: Path, file: LayerFile) -> bool:
+def _is_present(directory: Path, file: LayerFile) -> bool:
     path = directory / file.name
     # A link may lead anywhere, and is not opened at load either.
     return not path.is_symlink() and has_size(path, file.size_bytes)

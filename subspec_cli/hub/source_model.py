@@ -18,13 +18,13 @@ from subspec_cli.checkpoint.source_directory import (
 from subspec_cli.errors import IntegrityError
 from subspec_cli.files.lock import directory_lock
 from subspec_cli.hub.cache import cached_snapshot, repo_cache
+from subspec_cli.hub.command_hints import prepare_command
 from subspec_cli.hub.download import Download, DownloadContext
-from subspec_cli.hub.errors import explain_hub_error
-from subspec_cli.hub.incoming import Incoming, begin_all, fetch_all
 from subspec_cli.hub.listing import Listing, find_listing
-from subspec_cli.hub.model_name import check_revision, name_of_id, parse_model_name, prepare_command
+from subspec_cli.hub.model_name import check_revision, name_of_id, parse_model_name
 from subspec_cli.hub.retry import RETRY_POLICY, RetryPolicy
-from subspec_cli.hub.workers import Messages
+from subspec_cli.hub.weight_downloads import WeightDownloads, begin_all, fetch_all
+from subspec_cli.hub.workers import WorkerChannel
 from subspec_cli.units import printable
 
 ConfigCheck = Callable[[Mapping[str, Any]], None]
@@ -49,7 +49,7 @@ class OpenedModel:
 
     resolved: ResolvedModel
     checkpoint: Checkpoint
-    incoming: Incoming
+    weight_downloads: WeightDownloads
 
 
 @contextmanager
@@ -81,12 +81,12 @@ def open_model(
     """
     name = parse_model_name(model)
     check_revision(name, revision)
-    messages = Messages(notify)
+    channel = WorkerChannel(notify)
     if name.directory is not None:
         checkpoint = open_checkpoint(name.directory)
         accept_config(checkpoint.config)
         resolved = ResolvedModel(name.model_id, checkpoint.directory, checkpoint.fingerprint, is_local=True)
-        yield OpenedModel(resolved, checkpoint, Incoming(resolved.directory, (), messages))
+        yield OpenedModel(resolved, checkpoint, WeightDownloads(resolved.directory, (), channel))
         return
     listing = find_listing(name.model_id, revision, retry_policy, notify)
     cache = repo_cache(name.model_id)
@@ -95,14 +95,14 @@ def open_model(
         if not listing.is_complete(resolved.directory):
             cache.make()
             stack.enter_context(directory_lock(cache.lock_directory, on_wait=notify))
-        context = DownloadContext(name.model_id, listing.commit, cache, retry_policy, messages)
+        context = DownloadContext(name.model_id, listing.commit, cache, retry_policy, channel)
         downloads = _begin(context, listing, accept_config)
-        incoming = Incoming(cache.directory, downloads, messages)
-        stack.callback(incoming.close)
-        begun = {download.name: download.begun for download in downloads if not download.is_done}
-        yield OpenedModel(resolved, open_checkpoint(resolved.directory, begun), incoming)
-        incoming.close()
-        if incoming.is_complete:
+        weight_downloads = WeightDownloads(cache.directory, downloads, channel)
+        stack.callback(weight_downloads.close)
+        incomplete = {download.name: download.incomplete for download in downloads if not download.is_done}
+        yield OpenedModel(resolved, open_checkpoint(resolved.directory, incomplete), weight_downloads)
+        weight_downloads.close()
+        if weight_downloads.is_complete:
             cache.remember(revision or "main", listing.commit)
             if downloads:
                 cache.sweep()
@@ -113,15 +113,15 @@ def _begin(context: DownloadContext, listing: Listing, accept_config: ConfigChec
     snapshot = context.cache.snapshot(context.commit)
 
     def missing(names: Iterable[str]) -> list[str]:
-        return [name for name in names if not listing.is_there(snapshot, name)]
+        return [name for name in names if not listing.is_cached(snapshot, name)]
 
     fetch_all(context, missing([CONFIG_NAME]))
     accept_config(read_config(snapshot)[1])
     fetch_all(context, missing(listing.small_files))
-    return begin_all(context, missing(listing.weights(snapshot)))
+    return begin_all(context, missing(listing.weight_files(snapshot)))
 
 
-def find_local(model_id: str, revision: str | None = None) -> Path:
+def find_source_directory(model_id: str, revision: str | None = None) -> Path:
     """Directory of a model that has been resolved before; the network is never used.
 
     Args:
@@ -146,13 +146,3 @@ def find_local(model_id: str, revision: str | None = None) -> Path:
         f"the 16-bit weights are gone: {name.model_id} at {printable(revision or 'main')} {lack}",
         f"fetch them again: {prepare_command(name.model_id, revision=revision)}",
     )
-
-
-def download_dataset_file(dataset: str, file_name: str) -> Path:
-    """One file of a dataset on the hub, from the cache if it is there; errors as in `resolve_model`."""
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(dataset, file_name, repo_type="dataset"))
-    except Exception as error:
-        raise explain_hub_error(error, dataset, None) or error from error

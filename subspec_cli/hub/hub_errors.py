@@ -13,11 +13,11 @@ from subspec_cli.errors import (
     SubspecError,
     UsageError,
 )
-from subspec_cli.files.safe_io import write_error
+from subspec_cli.files.io_errors import write_error
 from subspec_cli.units import printable
 
 _TRANSFER_LIBRARIES = ("httpx", "httpx2", "hf_xet")
-_PASSING_FAULTS = {"TimeoutException", "NetworkError", "RemoteProtocolError", "ProxyError"}
+_RETRYABLE_FAULTS = {"TimeoutException", "NetworkError", "RemoteProtocolError", "ProxyError"}
 
 
 def explain_hub_error(error: Exception, model_id: str, revision: str | None) -> SubspecError | None:
@@ -61,7 +61,7 @@ def is_transfer_error(error: Exception) -> bool:
     if isinstance(error, ConnectionError):
         return True
     names = {base.__name__ for base in type(error).__mro__}
-    return _is_of_transfer_library(error) and bool(names & _PASSING_FAULTS)
+    return _is_of_transfer_library(error) and bool(names & _RETRYABLE_FAULTS)
 
 
 def status_of(error: Exception) -> int | None:

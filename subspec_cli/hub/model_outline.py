@@ -30,12 +30,12 @@ from subspec_cli.checkpoint.source_directory import (
 from subspec_cli.errors import IntegrityError
 from subspec_cli.hub.cache import cached_snapshot, repo_cache
 from subspec_cli.hub.download import DownloadContext
-from subspec_cli.hub.errors import explain_hub_error
+from subspec_cli.hub.hub_errors import explain_hub_error
 from subspec_cli.hub.listing import Listing, find_listing
 from subspec_cli.hub.model_name import check_revision, parse_model_name
+from subspec_cli.hub.remote_file import RemoteFile, fetch_metadata, open_body
 from subspec_cli.hub.retry import RETRY_POLICY, RetryPolicy, with_retries
-from subspec_cli.hub.transfer import RemoteFile, look_up, open_body
-from subspec_cli.hub.workers import Messages, run_all
+from subspec_cli.hub.workers import WorkerChannel, run_all
 from subspec_cli.units import printable
 
 _FIRST_BYTES: Final = 32 << 10
@@ -79,18 +79,16 @@ def outline_model(
     if directory is not None:
         return _outline_here(name.model_id, directory, accept_config, is_hub=name.directory is None)
     listing = find_listing(name.model_id, revision, retry_policy, notify)
-    messages = Messages(notify)
-    context = DownloadContext(
-        name.model_id, listing.commit, repo_cache(name.model_id), retry_policy, messages
-    )
+    channel = WorkerChannel(notify)
+    context = DownloadContext(name.model_id, listing.commit, repo_cache(name.model_id), retry_policy, channel)
     reader = _Reader(context)
     config: list[dict[str, Any]] = []
-    run_all([lambda: config.append(_read_config(reader, accept_config))], messages)
+    run_all([lambda: config.append(_read_config(reader, accept_config))], channel)
     if not any(all(file in listing.sizes for file in names) for names in TOKENIZER_CHOICES):
         raise no_tokenizer_error(printable(name.model_id))
-    tensors, weights = _read_headers(reader, listing, messages)
+    tensors, weight_files = _read_headers(reader, listing, channel)
     snapshot = context.cache.snapshot(listing.commit)
-    needed = (CONFIG_NAME, *listing.small_files, *weights)
+    needed = (CONFIG_NAME, *listing.small_files, *weight_files)
     return ModelOutline(
         model_id=name.model_id,
         commit=listing.commit,
@@ -100,7 +98,7 @@ def outline_model(
             size or 0 for file, size in listing.sizes.items() if fnmatchcase(file, "tokenizer*")
         ),
         missing_bytes=sum(
-            listing.sizes[file] or 0 for file in needed if not listing.is_there(snapshot, file)
+            listing.sizes[file] or 0 for file in needed if not listing.is_cached(snapshot, file)
         ),
         received_bytes=reader.received_bytes,
     )
@@ -136,7 +134,7 @@ def _read_config(reader: _Reader, accept_config: Callable[[Mapping[str, Any]], N
 
 
 def _read_headers(
-    reader: _Reader, listing: Listing, messages: Messages
+    reader: _Reader, listing: Listing, channel: WorkerChannel
 ) -> tuple[dict[str, TensorEntry], tuple[str, ...]]:
     """The tensors of all weight files, and the files' names."""
     entries: dict[str, tuple[TensorEntry, ...]] = {}
@@ -145,13 +143,13 @@ def _read_headers(
         entries[name] = reader.header(name)
 
     if SINGLE_NAME in listing.sizes:
-        run_all([partial(read, SINGLE_NAME)], messages)
+        run_all([partial(read, SINGLE_NAME)], channel)
         return {entry.name: entry for entry in entries[SINGLE_NAME]}, (SINGLE_NAME,)
     raw: list[bytes] = []
-    run_all([lambda: raw.append(reader.whole(INDEX_NAME, MAX_INDEX_BYTES))], messages)
+    run_all([lambda: raw.append(reader.whole(INDEX_NAME, MAX_INDEX_BYTES))], channel)
     index = parse_index(raw[0], INDEX_NAME)
-    listing.check_names(index)
-    run_all([partial(read, name) for name in index.file_names], messages)
+    listing.check_index_names(index)
+    run_all([partial(read, name) for name in index.file_names], channel)
     check_index(Path(reader.model_id), index, entries)
     return {entry.name: entry for found in entries.values() for entry in found}, index.file_names
 
@@ -170,7 +168,7 @@ class _Reader:
 
     def whole(self, name: str, most_bytes: int) -> bytes:
         """A small file, verified; raises IntegrityError for a large or another one."""
-        file = self._look_up(name)
+        file = self._fetch_metadata(name)
         if file.size_bytes > most_bytes:
             raise IntegrityError(
                 f"{printable(name)} of {self.model_id} has {file.size_bytes} bytes, at most {most_bytes} are read"
@@ -186,19 +184,19 @@ class _Reader:
 
     def header(self, name: str) -> tuple[TensorEntry, ...]:
         """The tensors of a weight file; raises IntegrityError as `parse_entries`."""
-        file, path = self._look_up(name), Path(name)
+        file, path = self._fetch_metadata(name), Path(name)
         data = self._fetch(file, b"", min(_FIRST_BYTES, file.size_bytes))
         end = 8 + header_length(data[:_START_BYTES], path, file.size_bytes)
         if end > len(data):
             data = self._fetch(file, data, end)
         return parse_entries(data[:end], path, file.size_bytes)
 
-    def _look_up(self, name: str) -> RemoteFile:
+    def _fetch_metadata(self, name: str) -> RemoteFile:
         context = self._context
         return with_retries(
-            lambda: look_up(context.model_id, context.commit, name, context.retry_policy.stall_s),
+            lambda: fetch_metadata(context.model_id, context.commit, name, context.retry_policy.stall_s),
             context.attempts(),
-            self._explained,
+            self._explain,
         )
 
     def _fetch(self, file: RemoteFile, have: bytes, until: int) -> bytes:
@@ -208,14 +206,14 @@ class _Reader:
             with open_body(file, len(have), until, self._context.retry_policy.stall_s) as body:
                 data = bytearray(have[: body.start])
                 for piece in body.pieces:
-                    self._context.messages.check()
+                    self._context.channel.check()
                     self.received_bytes += len(piece)
                     data += piece
                     if len(data) >= until:
                         return bytes(data[:until])
             raise ConnectionError("the answer ended early")
 
-        return with_retries(receive, self._context.attempts(), self._explained) if until else b""
+        return with_retries(receive, self._context.attempts(), self._explain) if until else b""
 
-    def _explained(self, error: Exception) -> Exception:
+    def _explain(self, error: Exception) -> Exception:
         return explain_hub_error(error, self.model_id, self._context.commit) or error

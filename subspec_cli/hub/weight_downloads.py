@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from subspec_cli.hub.download import Download, DownloadContext, begin_download
-from subspec_cli.hub.workers import Messages, Workers, run_all
+from subspec_cli.hub.workers import WorkerChannel, Workers, run_all
 
 _POLL_S = 0.2
 
@@ -27,15 +27,15 @@ class DownloadProgress:
     elapsed_s: float
 
 
-class Incoming:
+class WeightDownloads:
     """What is missing of a model; nothing of it is fetched before `start`, but for headers."""
 
-    def __init__(self, directory: Path, downloads: Sequence[Download], messages: Messages) -> None:
+    def __init__(self, directory: Path, downloads: Sequence[Download], channel: WorkerChannel) -> None:
         self.directory = directory
         """The cache's, for the disk that is needed."""
         self._downloads = {download.name: download for download in downloads}
         self._there_bytes = sum(download.have_bytes - download.received_bytes for download in downloads)
-        self._workers = Workers([download.finish for download in downloads], messages)
+        self._workers = Workers([download.finish for download in downloads], channel)
         self._started_s = time.monotonic()
 
     @property
@@ -83,14 +83,14 @@ class Incoming:
 
 def begin_all(context: DownloadContext, names: Sequence[str]) -> list[Download]:
     """Look up weight files and fetch their headers, a few at a time; errors as `Download.finish`."""
-    begun: dict[str, Download] = {}
+    incomplete: dict[str, Download] = {}
 
     def begin(name: str) -> None:
-        begun[name] = begin_download(context, name)
-        begun[name].fetch_header()
+        incomplete[name] = begin_download(context, name)
+        incomplete[name].fetch_header()
 
-    run_all([partial(begin, name) for name in names], context.messages)
-    return [begun[name] for name in names]
+    run_all([partial(begin, name) for name in names], context.channel)
+    return [incomplete[name] for name in names]
 
 
 def fetch_all(context: DownloadContext, names: Sequence[str]) -> None:
@@ -99,4 +99,4 @@ def fetch_all(context: DownloadContext, names: Sequence[str]) -> None:
     def fetch(name: str) -> None:
         begin_download(context, name).finish()
 
-    run_all([partial(fetch, name) for name in names], context.messages)
+    run_all([partial(fetch, name) for name in names], context.channel)

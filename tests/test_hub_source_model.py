@@ -16,7 +16,8 @@ from subspec_cli.errors import (
     UnsupportedModelError,
     UsageError,
 )
-from subspec_cli.hub import model_name, snapshot
+from subspec_cli.hub import model_name
+from subspec_cli.hub.source_model import find_source_directory
 
 
 def test_downloads_what_the_model_needs_and_nothing_else(server, cache):
@@ -29,7 +30,7 @@ def test_downloads_what_the_model_needs_and_nothing_else(server, cache):
         "consolidated.safetensors",
         "pytorch_model.bin",
     }
-    assert snapshot.find_local(MODEL, COMMIT) == resolved.directory
+    assert find_source_directory(MODEL, COMMIT) == resolved.directory
 
 
 def test_second_time_fetches_nothing_and_a_commit_asks_nothing(server):
@@ -156,15 +157,15 @@ def test_refused_connection(cache, tmp_path, monkeypatch):
 def test_find_local_never_asks_and_names_the_command(cache, tmp_path, monkeypatch):
     monkeypatch.setattr("socket.socket.connect", lambda *args: pytest.fail("network used"))
     with pytest.raises(IntegrityError, match=f"org/tiny at {COMMIT} is not in the cache") as caught:
-        snapshot.find_local(MODEL, COMMIT)
+        find_source_directory(MODEL, COMMIT)
     assert f"subspec prepare org/tiny --revision {COMMIT}" in caught.value.hint
     directory = as_hub_snapshot(write_checkpoint(tmp_path / "m"), cache, COMMIT)
-    assert snapshot.find_local(MODEL, COMMIT) == directory
+    assert find_source_directory(MODEL, COMMIT) == directory
     (directory / "model.safetensors").unlink()
     with pytest.raises(IntegrityError, match=r"lacks model\.safetensors in the cache"):
-        snapshot.find_local(MODEL, COMMIT)
+        find_source_directory(MODEL, COMMIT)
     directory = write_checkpoint(tmp_path / "local")
-    assert snapshot.find_local(str(directory)) == directory
+    assert find_source_directory(str(directory)) == directory
 
 
 def test_directory_and_demo(tmp_path, monkeypatch):
@@ -175,6 +176,6 @@ def test_directory_and_demo(tmp_path, monkeypatch):
     monkeypatch.setattr(model_name, "DEMO_DIRECTORY", directory)
     demo = resolve_model("demo")
     assert (demo.model_id, demo.commit, demo.is_local) == ("demo", resolved.commit, True)
-    assert snapshot.find_local("demo") == directory
+    assert find_source_directory("demo") == directory
     with pytest.raises(UsageError, match="has no revisions"):
         resolve_model("demo", "main")

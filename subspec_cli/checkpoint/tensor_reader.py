@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from subspec_cli.checkpoint.dtypes import DTYPES, torch_dtype
 from subspec_cli.checkpoint.safetensors_header import TensorEntry
 from subspec_cli.errors import IntegrityError
-from subspec_cli.files.safe_io import open_regular, read_error
+from subspec_cli.files.io_errors import read_error
+from subspec_cli.files.regular_file import open_regular
 from subspec_cli.units import printable
 
 if TYPE_CHECKING:

@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 
 from subspec_cli.errors import IntegrityError
-from subspec_cli.hub.errors import not_a_hub
+from subspec_cli.hub.hub_errors import not_a_hub
 from subspec_cli.units import printable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-_MOST_REDIRECTS = 5
-_MOST_ERROR_BYTES = 1 << 20
+_MAX_REDIRECTS = 5
+_MAX_ERROR_BYTES = 1 << 20
 _CONTENT_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
-_AGAIN = "run the command again; if it stays so, the hub or a proxy is at fault"
+_RETRY_HINT = "run the command again; if it stays so, the hub or a proxy is at fault"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class RemoteFile:
 
 
 @dataclass(frozen=True, slots=True)
-class Body:
+class ResponseBody:
     """Bytes on their way."""
 
     start: int
@@ -47,7 +47,7 @@ class Body:
     pieces: Iterator[bytes]
 
 
-def look_up(model_id: str, commit: str, name: str, stall_s: float | None) -> RemoteFile:
+def fetch_metadata(model_id: str, commit: str, name: str, stall_s: float | None) -> RemoteFile:
     """Ask what a file of a commit is; no byte of it is fetched.
 
     Raises:
@@ -65,20 +65,20 @@ def look_up(model_id: str, commit: str, name: str, stall_s: float | None) -> Rem
         raise IntegrityError(
             f"the hub answered for {printable(name)} at commit {commit} "
             f"with one of commit {printable(found.commit_hash)[:40]}",
-            _AGAIN,
+            _RETRY_HINT,
         )
     return RemoteFile(name, url, str(found.etag), found.size)
 
 
 @contextmanager
-def open_body(file: RemoteFile, start: int, end: int, stall_s: float | None) -> Iterator[Body]:
+def open_body(file: RemoteFile, start: int, end: int, stall_s: float | None) -> Iterator[ResponseBody]:
     """The bytes of a file from `start` to `end`, or from 0 on if the server sends no parts.
 
     Raises:
         IntegrityError: the file has another size or content than announced.
         Exception: the hub library's own, see `explain_hub_error`.
     """
-    with _get(file, {"Range": f"bytes={start}-{end - 1}"}, stall_s) as response:
+    with _open_response(file, {"Range": f"bytes={start}-{end - 1}"}, stall_s) as response:
         status = response.status_code
         if status == 206:
             begin = _check_range(file, response.headers.get("Content-Range", ""), start)
@@ -88,11 +88,11 @@ def open_body(file: RemoteFile, start: int, end: int, stall_s: float | None) -> 
         else:
             begin = 0
             _check_size(file, response.headers.get("Content-Length"))
-        yield Body(begin, response.iter_raw())
+        yield ResponseBody(begin, response.iter_raw())
 
 
 @contextmanager
-def _get(file: RemoteFile, headers: Mapping[str, str], stall_s: float | None) -> Iterator[Any]:
+def _open_response(file: RemoteFile, headers: Mapping[str, str], stall_s: float | None) -> Iterator[Any]:
     """The answer for a file, wherever it is stored; an `httpx` response, under whichever name the library has it."""
     from huggingface_hub import constants, get_session, hf_raise_for_status
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # public, but loaded lazily
@@ -100,7 +100,7 @@ def _get(file: RemoteFile, headers: Mapping[str, str], stall_s: float | None) ->
     home = url = file.url
     sent = build_hf_headers() | {"Accept-Encoding": "identity", **headers}
     timeout_s = stall_s or constants.HF_HUB_DOWNLOAD_TIMEOUT
-    for _ in range(_MOST_REDIRECTS):
+    for _ in range(_MAX_REDIRECTS):
         with get_session().stream(
             "GET", url, headers=sent, follow_redirects=False, timeout=timeout_s
         ) as response:
@@ -108,7 +108,7 @@ def _get(file: RemoteFile, headers: Mapping[str, str], stall_s: float | None) ->
                 _check_etag(file, response.headers, response.status_code)
             if not response.has_redirect_location:
                 if response.status_code >= 400 and response.status_code != 416:
-                    if int(response.headers.get("Content-Length", "0")) <= _MOST_ERROR_BYTES:
+                    if int(response.headers.get("Content-Length", "0")) <= _MAX_ERROR_BYTES:
                         response.read()
                     hf_raise_for_status(response)
                 yield response
@@ -145,7 +145,7 @@ def _check_range(file: RemoteFile, text: str, start: int) -> int:
         _check_size(file, match[2])
     if int(match[1]) != start:
         raise IntegrityError(
-            f"{printable(file.name)}: bytes from {match[1]} on were sent, {start} was asked for", _AGAIN
+            f"{printable(file.name)}: bytes from {match[1]} on were sent, {start} was asked for", _RETRY_HINT
         )
     return start
 
@@ -155,5 +155,5 @@ def _check_size(file: RemoteFile, text: str | None) -> None:
         raise IntegrityError(
             f"a download is damaged: {printable(file.name)} is sent with {text} bytes, "
             f"announced with {file.size_bytes}",
-            _AGAIN,
+            _RETRY_HINT,
         )

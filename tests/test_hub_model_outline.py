@@ -12,8 +12,8 @@ from fakes_store import resolve_model
 from subspec_cli.checkpoint.checkpoint import open_checkpoint
 from subspec_cli.checkpoint.source_directory import check_config
 from subspec_cli.errors import AccessError, IntegrityError, NetworkError, UnsupportedModelError, UsageError
-from subspec_cli.hub import remote_headers
-from subspec_cli.hub.remote_headers import outline_model
+from subspec_cli.hub import model_outline
+from subspec_cli.hub.model_outline import outline_model
 from subspec_cli.hub.retry import RetryPolicy
 
 HASTY = RetryPolicy(tries=2, first_wait_s=0.01, stall_s=2.0)
@@ -188,6 +188,6 @@ def test_offline_with_a_cold_cache(server, monkeypatch):
 
 
 def test_small_files_are_bounded(server, monkeypatch):
-    monkeypatch.setattr(remote_headers, "MAX_CONFIG_BYTES", 10)
+    monkeypatch.setattr(model_outline, "MAX_CONFIG_BYTES", 10)
     with pytest.raises(IntegrityError, match="at most 10 are read"):
         outline()

@@ -1,0 +1,98 @@
+"""Files written so that a crash leaves the old one or the new one, and read so that nothing can hang."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+from pathlib import Path
+
+from subspec_cli.errors import IntegrityError
+from subspec_cli.files.io_errors import write_error
+from subspec_cli.units import printable
+
+_WRITE_BYTES = 8 << 20  # a signal is handled between two writes of this size
+_TEMP_NAME = re.compile(r"\..+\.tmp\.([0-9]{1,10})")
+
+
+def atomic_write(path: Path, data: bytes) -> None:
+    """Replace `path` by a file that holds `data`: temporary name, fsync, rename, fsync of the directory.
+
+    The temporary file is removed on any failure, Ctrl-C included, and the old file stays.
+
+    Raises:
+        ResourceError: no space, quota, permission, read-only or faulty disk.
+        IntegrityError: the temporary name is taken, which only a foreign process can have done.
+    """
+    temp = path.parent / f".{path.name}.tmp.{os.getpid()}"
+    # O_EXCL and O_NOFOLLOW: a planted file or link is never written through. The kernel takes the umask off
+    # 0666 here, so no call has to read the umask, which cannot be done without setting it for all threads.
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        handle = os.open(temp, flags, 0o666)
+    except FileExistsError as error:
+        raise IntegrityError(f"{printable(str(temp))} is in the way", "remove it and try again") from error
+    except OSError as error:
+        raise write_error(error, path, len(data)) from error
+    try:
+        try:
+            _write_all(handle, data)
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        os.replace(temp, path)
+        sync_directory(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # the first failure is the one to tell
+            temp.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise write_error(error, path, len(data)) from error
+        raise
+
+
+def sync_directory(directory: Path) -> None:
+    """Make renames in `directory` survive a power cut, where the system can."""
+    if sys.platform == "win32":
+        return
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sweep_stale_temps(directory: Path) -> None:
+    """Remove `atomic_write`'s temporary files of processes that are gone; call it while holding the lock.
+
+    A name with our own process id is of an earlier process with that number, as every container's is.
+    """
+    for path in directory.iterdir():
+        match = _TEMP_NAME.fullmatch(path.name)
+        if match and not _is_alive(int(match.group(1))):
+            path.unlink(missing_ok=True)
+
+
+def is_temp_name(name: str) -> bool:
+    """Whether a file has the name of `atomic_write`'s temporary ones."""
+    return _TEMP_NAME.fullmatch(name) is not None
+
+
+def _write_all(handle: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(handle, view[:_WRITE_BYTES]) :]
+
+
+def _is_alive(pid: int) -> bool:
+    if pid == os.getpid():
+        return False
+    if sys.platform == "win32":  # there, signal 0 is Ctrl-C
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
