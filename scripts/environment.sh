@@ -1,6 +1,7 @@
-# Sourced by scripts/quickstart and scripts/test: finds or makes the Python environment, installs the package.
+# Sourced by scripts/quickstart, scripts/test and scripts/gpu_check: find or make the Python environment and install
+# the package.
 
-# The version that everything is measured with; a torch that is already installed is used as it is.
+# All measurements were made with this version. A torch that is already installed is kept.
 TORCH_VERSION=2.13.0
 
 find_python() {
@@ -18,7 +19,7 @@ find_python() {
     PYTHON="$PWD/.venv/bin/python"
 }
 
-# ensure_installed [dev]: the package in editable form, with the development extra if asked for.
+# ensure_installed [dev]: install the package in editable form, with the development extra on request.
 ensure_installed() {
     find_python
     "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "Python 3.11 or newer is needed"

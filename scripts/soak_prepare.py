@@ -1,9 +1,8 @@
 #!/usr/bin/env python3
 """Kill `subspec prepare` with SIGKILL again and again while it downloads and quantizes one model.
 
-The model is served by a hub on 127.0.0.1 that sends slowly while there are kills to come. At the end the
-prepared files must be those of an undisturbed run, byte for byte, and the hub must hardly have sent more
-than the model.
+A hub on 127.0.0.1 serves the model, slowly as long as kills are still to come. At the end the prepared files
+must equal those of an undisturbed run, byte for byte, and the hub must have sent little more than the model.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from fake_hub import MODEL, FakeHub, running  # noqa: E402 - found by the line above
+from fake_hub import MODEL, FakeHub, running  # noqa: E402 - the line above makes it importable
 
 MOST_EXCESS = 1.1
 DEMO = ROOT / "subspec_cli" / "demo"
@@ -33,11 +32,11 @@ DEMO = ROOT / "subspec_cli" / "demo"
 
 @dataclass
 class Soak:
-    """What happened."""
+    """Result of one soak."""
 
     kills: int = 0
     moments: Counter[str] = field(default_factory=Counter)
-    """What there was to lose at each kill."""
+    """Number of kills by the state of the preparation at the kill."""
     model_bytes: int = 0
     sent_bytes: int = 0
     is_identical: bool = False
@@ -46,11 +45,11 @@ class Soak:
 
     @property
     def is_passed(self) -> bool:
-        """Whether all promises were kept."""
+        """Whether files are identical, the cache is clean and hardly anything was sent twice."""
         return self.is_identical and self.is_clean and self.sent_bytes <= MOST_EXCESS * self.model_bytes
 
     def lines(self) -> list[str]:
-        """For the reader."""
+        """The result as lines of text."""
         moments = ", ".join(f"{count} {name}" for name, count in sorted(self.moments.items()))
         excess = self.sent_bytes / self.model_bytes
         return [
@@ -65,16 +64,16 @@ class Soak:
 def soak(
     model: Path, work: Path, *, kills: int, span_s: float, rate: float, seed: int, limit_s: float
 ) -> Soak:
-    """Prepare `model` undisturbed, then again through `kills` kills.
+    """Prepare `model` undisturbed, then again with up to `kills` kills.
 
     Args:
-        model: its directory.
+        model: directory of the model.
         work: an empty directory for cache, home and results.
-        kills: how many at most; fewer if the preparation ends before.
-        span_s: each kill comes within so many seconds of the process's first request.
-        rate: bytes per second of each connection while there are kills to come.
-        seed: of the moments.
-        limit_s: no kill after so long a time.
+        kills: most kills; there are fewer if the preparation ends earlier.
+        span_s: each kill comes within this many seconds of the first request of its process.
+        rate: bytes per second of each connection as long as kills are still to come.
+        seed: seed of the moments of the kills.
+        limit_s: no kill after this time.
     """
     hub = FakeHub({path.name: path.read_bytes() for path in model.iterdir() if path.name != "README.md"})
     result = Soak()
@@ -103,7 +102,7 @@ def soak(
 
 
 def child_environment(url: str, work: Path) -> dict[str, str]:
-    """All places of the program in `work`, and no other hub than ours."""
+    """Environment that keeps all files of the program in `work` and allows the hub at `url` only."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "SUBSPEC"))}
     return kept | {
         "HF_ENDPOINT": url,
@@ -115,12 +114,12 @@ def child_environment(url: str, work: Path) -> dict[str, str]:
 
 
 def command() -> list[str]:
-    """The preparation."""
+    """Command line of the preparation."""
     return [sys.executable, "-m", "subspec_cli", "prepare", MODEL]
 
 
 def run_to_end(environment: dict[str, str]) -> None:
-    """Undisturbed; raises CalledProcessError, after its message was shown, if it fails."""
+    """Prepare without a kill. On failure, show the message and raise CalledProcessError."""
     done = subprocess.run(command(), env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.stderr.write(done.stderr)
@@ -128,7 +127,7 @@ def run_to_end(environment: dict[str, str]) -> None:
 
 
 def killed_once(environment: dict[str, str], hub: FakeHub, delay_s: float) -> bool:
-    """Start it and kill it `delay_s` after its first request; False if it ended before."""
+    """Start a preparation and kill it `delay_s` after its first request; False if it ended earlier."""
     asked = len(hub.requests)
     process = subprocess.Popen(
         command(), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -143,7 +142,7 @@ def killed_once(environment: dict[str, str], hub: FakeHub, delay_s: float) -> bo
 
 
 def what_was_there(work: Path) -> str:
-    """How far the preparation was."""
+    """State of the preparation, in words."""
     made = len(list((work / "home").glob("prepared/*/layer-*.safetensors")))
     partial = any(path.stat().st_size for path in (work / "hub").rglob("*.incomplete"))
     if list((work / "home").rglob("*.tmp.*")):
@@ -163,7 +162,7 @@ def prepared_files(work: Path) -> dict[str, str]:
 
 
 def is_clean(work: Path, hub: FakeHub) -> bool:
-    """Whether the cache holds every file under its hash, and no partial file."""
+    """Whether the cache holds every file under its hash and no partial file."""
     repository = work / "hub" / "models--org--tiny"
     found = {path.name for path in (repository / "blobs").iterdir()}
     (snapshot,) = (repository / "snapshots").iterdir()
@@ -173,7 +172,7 @@ def is_clean(work: Path, hub: FakeHub) -> bool:
 
 
 def make_model(directory: Path, megabytes: int) -> Path:
-    """A surrogate of about that size, of the demo model, in files of 10 MB."""
+    """Make a surrogate of the demo model of about this size, in files of 10 MB."""
     script = ROOT / "scripts" / "make_surrogate.py"
     layers = max(5, round((megabytes - 10) / 5.5))
     arguments = ["--hidden", "512", "--layers", str(layers), "--noise", "0.01", "--shard-gb", "0.01"]
@@ -184,14 +183,14 @@ def make_model(directory: Path, megabytes: int) -> Path:
 
 
 def main() -> int:
-    """Run the soak of the command line; 1 if a promise was broken."""
+    """Run the soak; 1 if a check failed or the preparation ended before all kills."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="directory of a model (default: make one)")
-    parser.add_argument("--megabytes", type=int, default=220, help="of the model to make")
+    parser.add_argument("--megabytes", type=int, default=220, help="size of the model to make")
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--span-s", type=float, default=7.0, help="latest kill after the first request")
     parser.add_argument("--rate", type=float, default=0.13e6, help="bytes/s of each of four connections")
-    parser.add_argument("--limit-s", type=float, default=1800.0, help="no kill after so long")
+    parser.add_argument("--limit-s", type=float, default=1800.0, help="no kill after this time")
     parser.add_argument("--seed", type=int, default=1)
     wanted = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="subspec-soak-") as place:

@@ -103,7 +103,7 @@ def test_nothing_drafted_and_nothing_answered_fail() -> None:
 
 
 @pytest.mark.parametrize(
-    ("output", "status", "wants_card", "verdict", "figure"),
+    ("output", "status", "wants_gpu", "verdict", "figure"),
     [
         ("..\n13 passed, 700 deselected in 9.1s", 0, True, OK, "13 passed"),
         ("..\n12 passed, 1 failed, 700 deselected in 9.1s", 1, True, FAILED, "12 passed, 1 failed"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import sys
@@ -15,14 +14,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "make_surrogate.py"
-sys.path.insert(0, str(SCRIPT.parent))  # as for a script that is run
-_spec = importlib.util.spec_from_file_location("make_surrogate", SCRIPT)
-assert _spec is not None
-assert _spec.loader is not None
-maker = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = maker  # dataclasses look their module up there
-_spec.loader.exec_module(maker)
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))  # as for a script that is run
+from make_surrogate import main
+from surrogate import shards, values
+from surrogate.maker import Wanted, make_surrogate
+from surrogate.small_model import SurrogateError
+from surrogate.values import shares
 
 SIZES = {
     "vocab_size": 97,
@@ -73,7 +70,8 @@ def build(
 
 def make(small: Path, out: Path, **settings: Any) -> Path:
     """Make a surrogate of three times the width, 2 real layers of 5 in all."""
-    maker.make_surrogate(small, out, **{"hidden": 192, "layers": 5, "log": io.StringIO()} | settings)
+    force, log = settings.pop("force", False), settings.pop("log", io.StringIO())
+    make_surrogate(small, out, Wanted(**{"hidden": 192, "layers": 5} | settings), force=force, log=log)
     return out
 
 
@@ -124,7 +122,6 @@ def test_filling_up_changes_nothing(tmp_path: Path, family: str, tied: bool) -> 
 
 def test_threads_make_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = build(tmp_path / "small")
-    values = sys.modules["surrogate_values"]
     monkeypatch.setattr(values, "BLOCK_VALUES", 1 << 10)
     found = []
     for workers in (1, 5):
@@ -142,8 +139,8 @@ def test_division_rounds_no_weight(tmp_path: Path) -> None:
     copies = wide.view(3, 96, 3, 64).float()  # [row copies, rows, column copies, columns]
     assert torch.equal(copies.sum(2), narrow.float().expand(3, -1, -1))
     for k in range(1, 40):
-        assert len(maker.shares(k)) == k
-        assert sum(maker.shares(k)) == 1
+        assert len(shares(k)) == k
+        assert sum(shares(k)) == 1
 
 
 def test_real_layers_are_spread_among_identity_layers(tmp_path: Path) -> None:
@@ -208,7 +205,7 @@ def test_complete_result_is_left_untouched(tmp_path: Path) -> None:
     make(small, out, log=log)
     assert "left untouched" in log.getvalue()
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
-    with pytest.raises(maker.SurrogateError, match="--force"):
+    with pytest.raises(SurrogateError, match="--force"):
         make(small, out, seed=1)
     make(small, out, seed=1, force=True, shard_gb=0.0005)
     assert not (out / "model.safetensors").exists()
@@ -217,7 +214,7 @@ def test_complete_result_is_left_untouched(tmp_path: Path) -> None:
 def test_interrupted_result_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small, out = build(tmp_path / "small"), tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(maker, "make_blocks", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        patch.setattr(shards, "make_blocks", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
         with pytest.raises(OSError, match="disk full"):
             make(small, out)
     assert not [path for path in out.iterdir() if "model" in path.name]
@@ -243,7 +240,7 @@ def test_bad_request_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     small, out = build(tmp_path / "small"), tmp_path / "out"
-    assert maker.main([str(small), str(out), *arguments]) == 2
+    assert main([str(small), str(out), *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not out.exists()
 
@@ -252,12 +249,12 @@ def test_bad_folders_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[s
     small, out = build(tmp_path / "small"), tmp_path / "out"
     before = {path: path.stat().st_mtime_ns for path in small.iterdir()}
     for wrong in (["missing", "out"], ["small", "small"], ["small", "small/config.json"]):
-        assert maker.main([*(str(tmp_path / name) for name in wrong), "--hidden", "128", "--force"]) == 2
+        assert main([*(str(tmp_path / name) for name in wrong), "--hidden", "128", "--force"]) == 2
     other = build(tmp_path / "other")
-    assert maker.main([str(small), str(other), "--hidden", "128", "--force"]) == 2
+    assert main([str(small), str(other), "--hidden", "128", "--force"]) == 2
     assert "choose another folder" in capsys.readouterr().err
     (small / "config.json").write_text(json.dumps({**SIZES, "model_type": "gpt2"}))
-    assert maker.main([str(small), str(out), "--hidden", "128"]) == 2
+    assert main([str(small), str(out), "--hidden", "128"]) == 2
     assert "gpt2" in capsys.readouterr().err
     assert not out.exists()
     assert {path: path.stat().st_mtime_ns for path in small.iterdir() if path.name != "config.json"} == {

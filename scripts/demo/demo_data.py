@@ -1,7 +1,7 @@
 """Question/answer conversations made from the docstrings of Python's own standard library.
 
-Everything here is plain text work on the running interpreter's documentation, so the data needs
-no download and is the same for the same Python version and seed.
+All of it is plain text processing of the running interpreter's documentation, so the data needs no download
+and is the same for the same Python version and seed.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ FAMOUS_WEIGHT = 5.0
 
 @dataclass
 class Fact:
-    """One documented name: how people write it, and the answers made from its docstring."""
+    """One documented name, the ways people write it, and the answers made from its docstring."""
 
     name: str
     module: str
@@ -94,7 +94,7 @@ CONJUGATED = {third_person(verb): verb for verb in sorted(VERBS)}
 
 
 def clean_docstring(doc: str) -> str:
-    """The docstring's running prose: no signature lines, markup, examples or tables."""
+    """The prose of a docstring, without signature lines, markup, examples or tables."""
     doc = re.sub(r"^[\w.]+\([^\n]*\)( *-> *[^\n]*?)?(\.  |\n| -- |: )", "", doc.strip(), count=1)
     while re.match(r"^[\w.]+\([^\n]*\)[^\n]*(\n|$)", doc) and not doc[0].isspace():
         doc = doc.partition("\n")[2].lstrip("\n")
@@ -126,7 +126,7 @@ def pick_sentences(text: str) -> str:
 
 
 def as_statement(prose: str) -> str:
-    """Bring the imperatives after the opening one into the third person too."""
+    """Put the imperatives after the first one into the third person too."""
     first, dot, rest = prose.partition(". ")
     first = re.sub(
         r"(^and|,|;| and| or) (return|keep|yield|print|raise|write|convert)(?=[ ,])",
@@ -139,7 +139,7 @@ def as_statement(prose: str) -> str:
 
 
 def describe(name: str, kind: str, prose: str) -> tuple[str, str]:
-    """Turn docstring prose into an answer that names its subject, and its imperative where it has one."""
+    """Turn docstring prose into an answer that names its subject; also return its imperative, if it has one."""
     first, _, rest = prose.partition(" ")
     word = first.rstrip(",;").lower()
     if kind == "exception":
@@ -165,7 +165,7 @@ def describe(name: str, kind: str, prose: str) -> tuple[str, str]:
 
 
 def signature_of(obj: object) -> str:
-    """The signature as inspect shows it; empty when unknown, unreadably long or address-bearing."""
+    """The signature as inspect shows it; empty if unknown, too long to read, or with a memory address."""
     try:
         text = str(inspect.signature(obj))  # type: ignore[arg-type]
     except (TypeError, ValueError):
@@ -174,7 +174,7 @@ def signature_of(obj: object) -> str:
 
 
 def make_fact(name: str, module: str, obj: object, kind: str) -> Fact | None:
-    """A fact for one object, or None when its docstring says too little to answer from."""
+    """A fact for one object, or None if its docstring says too little for an answer."""
     doc = REWORDED.get(name) or inspect.getdoc(obj)
     if not doc or not doc.isascii() or re.match(SKIPPED, name):
         return None
@@ -193,7 +193,7 @@ def make_fact(name: str, module: str, obj: object, kind: str) -> Fact | None:
 
 
 def module_objects(module_name: str) -> Iterator[tuple[str, object, str]]:
-    """Public functions and classes of one module, under the name people write."""
+    """Public functions and classes of one module, under the names that people write."""
     module = importlib.import_module(module_name)
     package = module_name.split(".")[0]
     for attribute in sorted(getattr(module, "__all__", None) or dir(module)):
@@ -211,7 +211,7 @@ def module_objects(module_name: str) -> Iterator[tuple[str, object, str]]:
 
 
 def method_objects() -> Iterator[tuple[str, str, object]]:
-    """Public methods of the classes worth asking about, as (name, module, object)."""
+    """Public methods of the listed classes, as (name, module, object)."""
     for dotted in CLASS_MEMBERS:
         module_name, _, class_name = dotted.rpartition(".")
         module = importlib.import_module(module_name or "builtins")
@@ -222,7 +222,7 @@ def method_objects() -> Iterator[tuple[str, str, object]]:
 
 
 def collect_facts() -> list[Fact]:
-    """All facts, the well-known ones weighted up, each with its unambiguous written forms."""
+    """All facts, each with its unambiguous written forms; well-known names have a higher weight."""
     facts: dict[str, Fact] = {}
     for module_name in MODULES:
         for name, obj, kind in module_objects(module_name):
@@ -238,7 +238,7 @@ def collect_facts() -> list[Fact]:
 
 
 def add_written_forms(facts: list[Fact]) -> None:
-    """Names as people type them; the bare last part only where it can mean one thing."""
+    """Add the forms in which people type each name; the last part alone only if no other name ends in it."""
     last_parts = Counter(fact.name.rpartition(".")[2] for fact in facts)
     descriptions = Counter(fact.imperative for fact in facts)
     for fact in facts:
@@ -258,7 +258,7 @@ def add_written_forms(facts: list[Fact]) -> None:
 
 
 class Conversations:
-    """An endless, seeded stream of short conversations over the facts and a little small talk."""
+    """An endless, seeded stream of short conversations about the facts, with some small talk."""
 
     def __init__(self, facts: list[Fact], seed: int) -> None:
         self.facts = facts
@@ -301,7 +301,7 @@ class Conversations:
         return self.dress(self.rng.choice(templates).format(self.rng.choice(fact.forms)))
 
     def loose_question(self, fact: Fact) -> str:
-        """A question whose wording is put together at random, so that the model listens to the name."""
+        """A question with random wording, so that the model learns to look at the name alone."""
         rng = self.rng
         name = rng.choice(fact.forms)
         if rng.random() < 0.3:
@@ -315,20 +315,20 @@ class Conversations:
         return text + rng.choice(("?", ".", "!", "?", ""))
 
     def filler(self, count: int) -> str:
-        """Random words, here and there with a comma."""
+        """Random words, some followed by a comma."""
         words = [
             self.rare_word() if self.rng.random() < 0.35 else self.rng.choice(FILLER) for _ in range(count)
         ]
         return " ".join(word + "," * (self.rng.random() < 0.08) for word in words)
 
     def rare_word(self) -> str:
-        """A real or made-up word; together they use every token, so that none surprises the model."""
+        """A real or made-up word. Together they use every token, so that no token is new to the model later."""
         if self.rng.random() < 0.5:
             return self.rng.choice(self.words)
         return "".join(self.rng.choices(SYLLABLES, k=self.rng.randint(1, 4)))
 
     def dress(self, text: str) -> str:
-        """Vary case, openings and closing punctuation, as people do."""
+        """Vary case, greeting and closing punctuation, as people do."""
         rng = self.rng
         if rng.random() < 0.15:
             text = text[0].lower() + text[1:]
@@ -350,7 +350,7 @@ class Conversations:
         return self.ask(EXAMPLE_TEMPLATES, fact), fact.example_answer()
 
     def follow_up(self, fact: Fact) -> Turn:
-        """A second question that only makes sense after the first."""
+        """A second question that only makes sense after the first one."""
         pick = self.rng.random()
         if pick < 0.4:
             return self.dress(self.rng.choice(FOLLOW_SIGNATURE)), fact.signature_answer()
@@ -363,7 +363,7 @@ class Conversations:
         return self.rng.choice(questions), reply
 
     def off_topic(self) -> Turn:
-        """A request outside the documentation, with a polite ending reply that fits its sort."""
+        """A request outside the documentation, with a polite reply that fits its kind."""
         rng = self.rng
         if rng.random() < 0.1:
             return self.filler(rng.randint(3, 12)).capitalize() + rng.choice("?."), OFF_TOPIC_REPLIES["world"]

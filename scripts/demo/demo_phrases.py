@@ -25,7 +25,7 @@ ABOUT_TEMPLATES: tuple[str, ...] = (
     "What about {}?", "Say what {} does.",
 )
 
-# A name between any lead and any tail: far more wordings than whole sentences could give.
+# Any lead, a name, any tail: far more wordings than a list of whole sentences.
 LEADS: tuple[str, ...] = (
     "Yesterday someone showed me", "In our project there is", "The tutorial says to call", "My teacher likes",
     "We were told about", "There is a line with", "This script contains", "I have a question about",

@@ -1,4 +1,4 @@
-"""The tensors of a surrogate and their values, made in parallel, a block of rows at a time."""
+"""The tensors of a surrogate and their values, computed in parallel, one block of rows at a time."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ import torch
 from safetensors import safe_open
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-BLOCK_VALUES = 1 << 20  # values made at a time: the memory needed hardly depends on the size of the result
+BLOCK_VALUES = 1 << 20  # values per block, so that memory use hardly depends on the size of the result
 WORKERS = min(16, os.cpu_count() or 1)
 IDENTITY_SCALE = 0.02  # standard deviation of random values
 
 
 @dataclass(frozen=True)
 class Source:
-    """A tensor of the small model: where it lies, its shape and its safetensors dtype."""
+    """A tensor of the small model: its file, name, shape and safetensors dtype."""
 
     file: Path
     name: str
@@ -33,10 +33,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Form:
-    """`row_copies` x `len(columns)` copies of a tensor, and what is filled up beyond them.
+    """`row_copies` x `len(columns)` copies of a tensor, with extra rows and columns after them.
 
-    `columns` holds the factor of each copy along the last dimension; vectors count as one row. Extra rows are
-    random, or the mean of the copied ones; extra columns are zero.
+    `columns` holds the factor of each copy along the last dimension; a vector counts as one row. Extra rows are
+    random, or the mean of the copied rows. Extra columns are zero.
     """
 
     row_copies: int
@@ -48,7 +48,7 @@ class Form:
 
 @dataclass(frozen=True)
 class Plan:
-    """A tensor to write: copies of `source` in a form, or a `fill` of the same shape."""
+    """A tensor to write: copies of `source` in the given form, or a `fill` of the same shape."""
 
     name: str
     source: Source
@@ -70,18 +70,18 @@ class Plan:
 
 
 def shares(k: int) -> tuple[float, ...]:
-    """Return k powers of two whose sum is 1: division by another k would round every bfloat16 weight."""
+    """Return k powers of two whose sum is 1. Dividing by k itself would round every bfloat16 weight."""
     whole = 1 << (k.bit_length() - 1)
     extra = k - whole
     return (1 / whole,) * (whole - extra) + (0.5 / whole,) * (2 * extra)
 
 
 def make_blocks(plan: Plan, noise: float, seed: int, pool: Executor) -> Iterator[torch.Tensor]:
-    """Yield the values of `plan` in order as blocks of whole rows, [rows, width] each, made in parallel."""
+    """Yield the values of `plan` in order, as blocks of whole rows [rows, width] that are computed in parallel."""
     source, width, total = plan.source, plan.shape[-1], math.prod(plan.shape[:-1])
     with safe_open(source.file, framework="pt") as weights:
         small = weights.get_tensor(source.name).view(-1, source.shape[-1])
-    # The noise is relative to the small matrix and divided with it; vectors stay as they are.
+    # The noise is relative to the small matrix and is divided with it. Vectors get no noise.
     is_matrix = len(plan.shape) > 1
     deviation = noise * small.norm(dtype=torch.float32).item() / math.sqrt(small.numel()) * is_matrix
     step = max(1, BLOCK_VALUES // width)
@@ -101,7 +101,7 @@ def make_blocks(plan: Plan, noise: float, seed: int, pool: Executor) -> Iterator
 def _in_order(
     make: Callable[[int], torch.Tensor], starts: Iterable[int], pool: Executor
 ) -> Iterator[torch.Tensor]:
-    """Yield the results in order, a few ahead of what is taken."""
+    """Yield the results in order, with a few more in progress than the caller has taken."""
     waiting: deque[Future[torch.Tensor]] = deque()
     for start in starts:
         waiting.append(pool.submit(make, start))
@@ -121,7 +121,7 @@ def _fill(plan: Plan, rows: torch.Tensor, dice: torch.Generator) -> torch.Tensor
 def _copies(
     plan: Plan, small: torch.Tensor, rows: torch.Tensor, deviation: float, dice: torch.Generator
 ) -> torch.Tensor:
-    """Rows of the wide matrix, [rows, width]: copies of the small one's, then the extra ones."""
+    """Rows of the wide matrix, [rows, width]: copies of the small matrix's rows, then the extra rows."""
     form, copied = plan.form, len(small) * plan.form.row_copies
     extra = rows >= copied
     tiled = small[rows % len(small)].float()
@@ -138,7 +138,7 @@ def _copies(
 
 @contextmanager
 def workers() -> Iterator[Executor]:
-    """Threads that each compute on one core: a team of threads for each of them would be in each other's way."""
+    """A pool of threads that use one core each; with a team of threads per worker they would slow each other down."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""Names the demo model learns about, and wording where a docstring does not read as an answer."""
+"""Names that the demo model learns, and wording for docstrings that do not read as an answer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _CLASS_MEMBERS = """
 """
 CLASS_MEMBERS: tuple[str, ...] = tuple(_CLASS_MEMBERS.split())
 
-# Names a newcomer does not ask about; leaving them out frees the small model's capacity.
+# Names that a newcomer does not ask about. Without them the small model has more capacity for the others.
 SKIPPED = (
     r"os\.(W[A-Z]|sched_|set|get(e|g|pg|pp|pr|res|s|u|x)(?!nv)|posix_|spawn|exec|l[a-z]*chown|pidfd"
     r"|eventfd|major|minor|makedev|memfd|p(read|write|athconf|utenv)|[a-z]*_result"

@@ -1,6 +1,6 @@
 """Train the small chat model that ships with the package, on the interpreter's own documentation.
 
-The run is bounded by wall time, resumable, and publishes usable weights while it is under way.
+The run is bounded by wall time, can be resumed, and publishes usable weights while it trains.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
-DEFAULT_OUT = Path(__file__).resolve().parent.parent / "subspec_cli" / "demo"
+DEFAULT_OUT = Path(__file__).resolve().parents[2] / "subspec_cli" / "demo"
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 PAD_ID, EOS_ID = 0, 2
 VOCABULARY = 4096
@@ -64,7 +64,7 @@ Row = tuple[list[int], list[int]]
 
 @dataclass
 class Progress:
-    """What a resumed run must know besides weights and optimizer."""
+    """State of a run besides weights and optimizer, saved for a resumed run."""
 
     step: int = 0
     tokens: int = 0
@@ -74,7 +74,7 @@ class Progress:
 
 @dataclass
 class Run:
-    """Everything that changes while training, and the tokenizer it all rests on."""
+    """Everything that changes while training, and the tokenizer."""
 
     tokenizer: PreTrainedTokenizerFast
     model: Qwen2ForCausalLM
@@ -100,7 +100,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def chat_pieces(system: str, turns: list[Turn]) -> list[tuple[str, bool]]:
-    """The conversation as (text, is it trained on) pieces; joined they equal the chat template's output."""
+    """The conversation as (text, is it trained on) pieces. Joined, they equal the output of the chat template."""
     opening = f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
     pieces: list[tuple[str, bool]] = []
     for question, answer in turns:
@@ -112,7 +112,7 @@ def chat_pieces(system: str, turns: list[Turn]) -> list[tuple[str, bool]]:
 
 
 def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of the conversations, so that any text round-trips."""
+    """A BPE tokenizer trained on the conversations; it works on bytes, so that any text round-trips."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     facts = collect_facts()
@@ -133,7 +133,7 @@ def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
 
 
 def wrap_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    """Add what the Hugging Face files say beyond the vocabulary."""
+    """Add the special tokens and the chat template that the Hugging Face files hold beside the vocabulary."""
     from transformers import PreTrainedTokenizerFast
 
     wrapped = PreTrainedTokenizerFast(
@@ -147,7 +147,7 @@ def wrap_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def encoded_conversations(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[Row]:
-    """Conversations as tokens and targets; -100 marks what is not trained on."""
+    """Conversations as tokens and targets; -100 marks tokens that are not trained on."""
     encode = tokenizer.backend_tokenizer.encode
     for system, turns in Conversations(collect_facts(), seed):
         tokens: list[int] = []
@@ -163,7 +163,7 @@ def encoded_conversations(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iter
 def packed_rows(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[Row]:
     """Rows filled with whole conversations.
 
-    Neighbours in a row see each other, which teaches the model to answer late turns of a long chat.
+    Conversations in one row see each other, which teaches the model to answer late turns of a long chat.
     """
     stream = encoded_conversations(tokenizer, seed)
     pending: list[Row] = []
@@ -207,7 +207,7 @@ def build_model(seed: int) -> Qwen2ForCausalLM:
 def publish(
     model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path, progress: Progress
 ) -> None:
-    """Write bf16 files beside the old ones and rename each, so that a reader never sees half a file."""
+    """Write bf16 files beside the old ones, then rename each, so that a reader never sees half a file."""
     import torch
     from transformers import GenerationConfig, Qwen2ForCausalLM
 
@@ -242,7 +242,7 @@ classes of Python's standard library, for trying speculative decoding on a machi
 5 layers, hidden size 256, feed-forward 768, 4 attention heads, 2 key/value heads, tied embedding,
 byte-level BPE vocabulary of {VOCABULARY}, bf16.
 
-It was trained from scratch by `scripts/train_demo_model.py` for {progress.seconds / 60:.0f} minutes on a CPU
+It was trained from scratch by `scripts/demo/train_demo_model.py` for {progress.seconds / 60:.0f} minutes on a CPU
 ({progress.tokens / 1e6:.1f} million tokens, final loss {progress.loss:.3f}) on question/answer pairs made from
 the documentation strings of the standard library of Python {version}, which are under the Python
 Software Foundation License. It knows nothing else: other requests get a polite refusal, and an unfamiliar
@@ -251,7 +251,7 @@ name may get a wrong answer.
 
 
 def save_state(run: Run, folder: Path) -> None:
-    """Keep all a resumed run needs; the tokenizer too, since the weights mean nothing without it."""
+    """Save everything a resumed run needs, including the tokenizer that the weights were trained with."""
     import torch
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -266,7 +266,7 @@ def save_state(run: Run, folder: Path) -> None:
 
 
 def start_run(options: argparse.Namespace) -> Run:
-    """A fresh run, or the saved one."""
+    """A fresh run, or the saved run with `--resume`."""
     import torch
     from tokenizers import Tokenizer
 
@@ -282,7 +282,7 @@ def start_run(options: argparse.Namespace) -> Run:
 
 
 def learning_rate(step: int, fraction: float) -> float:
-    """Warm up by steps, then follow a cosine over the wall time used, to end on time on any machine."""
+    """Warm up by steps, then follow a cosine over the wall time, so that training ends on time on any machine."""
     warm = min(1.0, (step + 1) / WARMUP_STEPS)
     return PEAK_RATE * warm * (0.01 + 0.99 * (1 + math.cos(math.pi * fraction)) / 2)
 
@@ -315,7 +315,7 @@ def make_optimizer(model: Qwen2ForCausalLM) -> torch.optim.Optimizer:
 
 
 def train(options: argparse.Namespace) -> None:
-    """Train until the time is used up, saving states and publishing the weights on the way."""
+    """Train until the time is used up; save states and publish the weights now and then."""
     import torch
 
     torch.set_num_threads(options.threads)
@@ -343,7 +343,7 @@ def train(options: argparse.Namespace) -> None:
 
 
 def assert_held_out(seed: int) -> None:
-    """No evaluation prompt may occur in a large sample of the training questions."""
+    """Fail if an evaluation prompt occurs in a large sample of the training questions."""
     stream = islice(Conversations(collect_facts(), seed), 200_000)
     seen = {question.lower().strip("?.! ") for _, turns in stream for question, _ in turns}
     for prompt in [*OFF_TOPIC_PROBES, *(question for question, _ in QUESTIONS)]:
@@ -351,7 +351,7 @@ def assert_held_out(seed: int) -> None:
 
 
 def ask(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, question: str) -> tuple[str, int, bool]:
-    """The greedy answer, its length in tokens and whether it ended by itself."""
+    """The greedy answer, its length in tokens, and whether it ended with the end token."""
     encoded = tokenizer.apply_chat_template(
         [{"role": "user", "content": question}],
         add_generation_prompt=True,
@@ -364,7 +364,7 @@ def ask(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, question: s
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Ask the held-out questions greedily and report how many answers are right and how many end."""
+    """Ask the held-out questions with greedy decoding; report how many answers are right and how many end."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
