@@ -60,3 +60,24 @@ def server(cache, tmp_path, monkeypatch):
     with running(fake):
         yield fake
         close_session()
+
+
+@pytest.fixture
+def checked_trees(monkeypatch):
+    """Every tree is checked as a whole after each reading of draft steps, and after each subtree and compaction."""
+    from subspec_cli.drafting.frontier import Frontier
+    from subspec_cli.drafting.growing_tree import GrowingTree
+
+    def checking(owner, name, tree_of):
+        original = getattr(owner, name)
+
+        def checked(self, *args, **kwargs):
+            found = original(self, *args, **kwargs)
+            tree_of(self, found).check_integrity()
+            return found
+
+        monkeypatch.setattr(owner, name, checked)
+
+    checking(Frontier, "_read_all_but", lambda frontier, _: frontier.tree)
+    checking(GrowingTree, "compact", lambda tree, _: tree)
+    checking(GrowingTree, "subtree", lambda _, found: found[0])

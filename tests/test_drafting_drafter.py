@@ -30,6 +30,8 @@ from subspec_cli.drafting.draft_steps import DirectSteps, likeliest, rank, sampl
 from subspec_cli.drafting.drafter import Drafter
 from subspec_cli.modeling.decoder import DraftLogits
 
+pytestmark = pytest.mark.usefixtures("checked_trees")
+
 PROMPT = (1, 2, 3)
 ROOT = 4
 

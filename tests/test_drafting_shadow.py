@@ -27,6 +27,9 @@ from subspec_cli.drafting.drafter import Drafter
 from subspec_cli.modeling.kv_cache import KVCache
 
 TABLE = random_table(1)
+
+pytestmark = pytest.mark.usefixtures("checked_trees")
+
 PROMPT = (3, 1, 4, 1, 5)
 
 
