@@ -1,4 +1,4 @@
-"""Hold the house to its measures: file and function sizes, annotations, room order, swallowed exceptions."""
+"""Check the structure of the repository: file and function sizes, annotations, room order, documents."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "subspec_cli"
+README = PACKAGE.parent / "README.md"
 ROOMS = (
     "ground",
     "files",
@@ -25,8 +26,10 @@ ROOMS = (
     "bench",
     "cli",
 )
+"""Packages, lowest first. `ground` is the modules of the top level; the tests read both from here."""
 GROUND = {"__init__", "errors", "units", "metrics", "config", "versions", "limits", "reporter"}
 TOP_LEVEL = {"pyproject.toml", "subspec_cli", "configs", "tests", "scripts", "README.md", "LICENSE"}
+MOST_README_LINES = 170
 MOST_MEDIAN_LINES = 150
 MOST_FILE_LINES = 400
 MOST_FUNCTION_LINES = 50
@@ -36,9 +39,9 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def main() -> int:
-    """Print every violation and a summary; 1 if there is any."""
+    """Print every problem and a summary; 1 if there is a problem."""
     files = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
-    problems = [*top_level_problems(), *size_problems(files)]
+    problems = [*top_level_problems(), *readme_problems(), *size_problems(files)]
     for path, tree in files.items():
         problems += [f"{path.relative_to(PACKAGE.parent)}:{text}" for text in file_problems(path, tree)]
     problems += cycle_problems(files)
@@ -53,14 +56,20 @@ def main() -> int:
 
 
 def top_level_problems() -> list[str]:
-    """Names at the top that have no business there; dot-files and ignored builds may be there."""
+    """Names at the top level that do not belong there; dot-files and ignored builds are allowed."""
     found = {path.name for path in PACKAGE.parent.iterdir() if not path.name.startswith(".")}
     extra = {name for name in found - TOP_LEVEL if not name.endswith(".egg-info") and name != "build"}
     return [f"top level: {name} does not belong there" for name in sorted(extra)]
 
 
+def readme_problems() -> list[str]:
+    """A README that is too long: what is only for readers of the code belongs beside the code."""
+    lines = line_count(README)
+    return [f"README.md: {lines} lines, at most {MOST_README_LINES}"] if lines > MOST_README_LINES else []
+
+
 def size_problems(files: dict[Path, ast.Module]) -> list[str]:
-    """Measures over all files."""
+    """Problems with sizes over all files."""
     problems = []
     median = statistics.median(line_count(path) for path in files)
     if median > MOST_MEDIAN_LINES:
@@ -78,7 +87,7 @@ def size_problems(files: dict[Path, ast.Module]) -> list[str]:
 
 
 def file_problems(path: Path, tree: ast.Module) -> Iterator[str]:
-    """Violations within one file."""
+    """Problems within one file."""
     for node in functions(tree):
         if node.returns is None or any(a.annotation is None for a in arguments(node)):
             yield f"{node.lineno}: {node.name} is not annotated"
@@ -86,7 +95,7 @@ def file_problems(path: Path, tree: ast.Module) -> Iterator[str]:
         if isinstance(node, ast.ExceptHandler) and node.type is None:
             yield f"{node.lineno}: a bare except"
         if isinstance(node, ast.ExceptHandler) and swallows(node):
-            yield f"{node.lineno}: an exception is swallowed without a word why"
+            yield f"{node.lineno}: an exception is swallowed without a reason"
     room = room_of(path)
     for line, target in imports(tree, path):
         if ROOMS.index(room_of(target)) > ROOMS.index(room):
@@ -104,7 +113,7 @@ def swallows(handler: ast.ExceptHandler) -> bool:
 
 
 def cycle_problems(files: dict[Path, ast.Module]) -> list[str]:
-    """Import cycles between modules; imports for type checking alone do not count."""
+    """Import cycles between modules. Imports for type checking only do not count."""
     graph = {path: [target for _, target in imports(tree, path)] for path, tree in files.items()}
     done: set[Path] = set()
     problems: list[str] = []
@@ -125,7 +134,7 @@ def cycle_problems(files: dict[Path, ast.Module]) -> list[str]:
 
 
 def imports(tree: ast.Module, path: Path) -> list[tuple[int, Path]]:
-    """(line, file) of every module of ours that is imported at run time, also within functions."""
+    """(line, file) of every module of the package that is imported at run time, also inside functions."""
     typing_only = {
         id(node)
         for branch in ast.walk(tree)
@@ -143,13 +152,13 @@ def imports(tree: ast.Module, path: Path) -> list[tuple[int, Path]]:
 
 
 def module_file(name: str) -> Path | None:
-    """The file of a dotted module name, None if there is none."""
+    """The file of a dotted module name; None if there is no such file."""
     base = PACKAGE.parent.joinpath(*name.split("."))
     return next((path for path in (base.with_suffix(".py"), base / "__init__.py") if path.is_file()), None)
 
 
 def room_of(path: Path) -> str:
-    """The room a file is in; the entry point belongs to the command line."""
+    """The room of a file; the entry point belongs to `cli`."""
     relative = path.relative_to(PACKAGE)
     if len(relative.parts) > 1:
         return relative.parts[0]
@@ -157,7 +166,7 @@ def room_of(path: Path) -> str:
 
 
 def functions(tree: ast.Module) -> Iterator[Function]:
-    """All functions, methods and nested ones included."""
+    """All functions, including methods and nested functions."""
     return (node for node in ast.walk(tree) if isinstance(node, Function))
 
 
@@ -169,7 +178,7 @@ def arguments(node: Function) -> list[ast.arg]:
 
 
 def function_lines(node: Function) -> int:
-    """Lines of a function, decorators left out."""
+    """Lines of a function, without its decorators."""
     return (node.end_lineno or node.lineno) - node.lineno + 1
 
 

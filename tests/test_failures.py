@@ -1,4 +1,4 @@
-"""Which failures are answered, and by which tests that is held; the README's table is the same list."""
+"""The failures that are handled, and the tests that hold each; `FAILURES.md` is the same list for readers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-README = TESTS.parent / "README.md"
+FAILURES = TESTS / "FAILURES.md"
 
 BOUNDARY, RUN, CONFIG = "test_cli_boundary", "test_cli_run", "test_config"
 DOWNLOAD = "test_hub_download"
@@ -143,7 +143,7 @@ COVERED = [
     ("F91", "test_cli_models::test_control_characters_in_a_directorys_name_do_not_reach_the_terminal"),
     ("F94", f"{FILES}::test_planted_link_is_not_written_through"),
 ]
-"""Number in the list of failures, and a test of it."""
+"""Number in the list of failures, and a test that holds it."""
 
 
 def functions_of(module: str) -> set[str]:
@@ -151,9 +151,10 @@ def functions_of(module: str) -> set[str]:
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
-def rows_of_the_readme() -> dict[str, list[str]]:
-    section = README.read_text().split("\n## Failures\n")[1].split("\n## ")[0]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines()]
+def rows_of_the_document() -> dict[str, list[str]]:
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in FAILURES.read_text().splitlines()
+    ]
     return {row[0]: row[1:] for row in rows if re.fullmatch(r"F\d+", row[0])}
 
 
@@ -163,8 +164,8 @@ def test_every_named_test_exists(test):
     assert name in functions_of(module)
 
 
-def test_the_readme_lists_exactly_what_is_covered():
-    rows = rows_of_the_readme()
+def test_the_document_lists_exactly_what_is_covered():
+    rows = rows_of_the_document()
     assert list(rows) == sorted({number for number, _ in COVERED})
     assert len(rows) >= 40
     for number, (what, shown, status) in rows.items():

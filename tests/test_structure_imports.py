@@ -1,4 +1,4 @@
-"""The rooms of DESIGN §6, held by a walk over the source: imports go down, never round, and heavy ones by a door."""
+"""Imports go to a room below or within, form no cycle, and heavy libraries enter through a few listed files."""
 
 import ast
 import sys
@@ -7,24 +7,9 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parent.parent / "subspec_cli"
-ROOMS = (
-    "ground",
-    "files",
-    "checkpoint",
-    "hub",
-    "substitutes",
-    "planning",
-    "streaming",
-    "modeling",
-    "decoding",
-    "drafting",
-    "probe",
-    "session",
-    "bench",
-    "cli",
-)
-GROUND = {"__init__", "errors", "units", "metrics", "config", "versions", "limits", "reporter"}
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+from check_structure import GROUND, PACKAGE, ROOMS
+
 DOORS = {
     "transformers": ("modeling/pretrained.py", "modeling/rope.py", "session/load.py"),
     "optimum": ("modeling/quantization.py",),
