@@ -13,7 +13,7 @@ from subspec_cli.checkpoint.checkpoint import open_checkpoint
 from subspec_cli.checkpoint.geometry import ModelGeometry, read_geometry
 
 RawTensor = tuple[str, tuple[int, ...], bytes]
-"""dtype in the safetensors words, shape, data."""
+"""dtype as safetensors spells it, shape, data."""
 
 ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "U8": 1, "I64": 8}
 
@@ -40,7 +40,7 @@ def safetensors_bytes(tensors: dict[str, RawTensor]) -> bytes:
 
 
 def framed(header: str | bytes) -> bytes:
-    """A header text with its length before it, padded to 8 as the writers do."""
+    """A header text with its length before it, padded to 8 bytes as the writers do."""
     text = header if isinstance(header, bytes) else header.encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

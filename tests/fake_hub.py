@@ -1,4 +1,4 @@
-"""A hub on 127.0.0.1: the endpoints that the hub library and the downloads use, and every way to spoil them."""
+"""A hub on 127.0.0.1: the endpoints that the hub library and the downloads use, and ways to make them fail."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ MODEL = "org/tiny"
 
 
 def git_sha1(data: bytes) -> str:
-    """The name that git gives a content."""
+    """Git's hash of a content."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 @dataclass
 class Fault:
-    """What happens to the next GETs of one file instead of an answer in full."""
+    """What the next GETs of one file get instead of the full answer."""
 
     times: int = 1
     status: int = 0
-    """Answered at once, with `headers` and no body."""
+    """Sent at once, with `headers` and no body."""
     headers: dict[str, str] = field(default_factory=dict)
     after_bytes: int | None = None
-    """The connection is reset after so many bytes of the body ..."""
+    """The connection is reset after this many bytes of the body ..."""
     stall_s: float = 0.0
-    """... or silent for so long, and then reset."""
+    """... and stays silent for this long before the reset."""
 
 
 class FakeHub(ThreadingHTTPServer):
@@ -60,12 +60,12 @@ class FakeHub(ThreadingHTTPServer):
         """Another server, to which large files are redirected."""
         self.has_ranges = True
         self.bytes_per_s: float | None = None
-        """Bound of each connection's rate."""
+        """Highest rate of each connection."""
         self.requests: list[str] = []
         self.ranges: list[tuple[str, str]] = []
         """(file name, Range) of every GET of a file."""
         self.authorized: list[str] = []
-        """Paths that were asked for with a token."""
+        """Paths that were requested with a token."""
         self.sent_bytes = 0
         self.on_get = lambda name: None
         """Called before a file is sent."""
@@ -92,7 +92,7 @@ class FakeHub(ThreadingHTTPServer):
         self.server_close()
 
     def handle_error(self, request, client_address) -> None:
-        """A client that goes away is nothing to report."""
+        """Ignore errors: clients may disconnect."""
 
     def etag(self, name: str) -> str:
         data = self.files[name]
@@ -118,7 +118,7 @@ class FakeHubHandler(BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         super().setup()
-        # What lies in the kernel's buffers when a client is killed would count as downloaded.
+        # A small buffer: bytes in it when a client is killed would count as downloaded.
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 64 << 10)
 
     def log_message(self, *args) -> None:
@@ -153,7 +153,7 @@ class FakeHubHandler(BaseHTTPRequestHandler):
         return self.send(404, {"X-Error-Code": "RepoNotFound"}, b"")
 
     def spoilt(self, path: str) -> tuple[int, dict[str, str], bytes] | None:
-        """The answer that a test put in place of the true one."""
+        """The answer that a test put in place of the real one."""
         for suffix, answer in self.server.answers.items():
             if path.endswith(suffix):
                 return answer

@@ -1,17 +1,19 @@
-"""Stand-ins for the store's tests: short waits, a quantizer that counts, ready-made manifests."""
+"""Fakes for tests of hub and substitutes: short waits, a quantizer that counts calls, ready-made manifests."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from subspec_cli.checkpoint.checkpoint import open_checkpoint
+from subspec_cli.checkpoint.geometry import read_geometry
 from subspec_cli.hub.retry import RetryPolicy
 from subspec_cli.hub.source_model import OpenedModel, ResolvedModel, open_model
 from subspec_cli.hub.weight_downloads import WeightDownloads
 from subspec_cli.hub.workers import WorkerChannel
 from subspec_cli.substitutes import preparation
 from subspec_cli.substitutes.manifest import Manifest
-from subspec_cli.substitutes.prepared_model import prepared_directory
+from subspec_cli.substitutes.prepared_model import PreparedModel, prepared_directory
 from subspec_cli.substitutes.quality import MatrixQuality
 from subspec_cli.substitutes.settings import SubstituteSettings
 
@@ -19,6 +21,7 @@ LAYERS = 3
 SETTINGS = SubstituteSettings(4, "minmax")
 HASTE = RetryPolicy(tries=4, first_wait_s=0.01, longest_wait_s=1.0, stall_s=0.3)
 SHA256 = "a" * 64
+VERSIONS = {"torch": "2.13.0"}
 
 
 class Quantizer:
@@ -51,31 +54,43 @@ def resolve_model(model: str, revision: str | None = None, **how) -> ResolvedMod
 
 
 def opened(model: str, revision: str | None = None, *, notices=None, **how):
-    """`open_model`, as patient as a test can be."""
+    """`open_model` with short waits."""
     how = {"retry_policy": HASTE} | how
     return open_model(model, revision, notify=([] if notices is None else notices).append, **how)
 
 
 def run(
-    model: ResolvedModel | str, quantizer=None, *, bits=8, checkpoint=None, seen=None, notices=None, **changes
+    model: ResolvedModel | str,
+    quantizer=None,
+    *,
+    bits=8,
+    checkpoint=None,
+    seen=None,
+    notices=None,
+    retry_policy=HASTE,
+    versions=VERSIONS,
+    **changes,
 ):
-    fixed = {
-        "layer_count": LAYERS,
-        "dtype": "bfloat16",
-        "group_size": 128,
-        "versions": {"torch": "2.13.0"},
+    """`prepare_model` with a fake quantizer; `changes` go to it, or to the geometry (`layers`)."""
+    geometry_changes = {name: changes.pop(name) for name in ("layers",) if name in changes}
+    recipe = preparation.SubstituteRecipe(
+        SubstituteSettings(bits, "minmax"), quantizer or Quantizer(), versions
+    )
+    how = {
         "force": False,
         "progress": (seen if seen is not None else []).append,
         "notify": ([] if notices is None else notices).append,
-    }
-    settings, quantizer = SubstituteSettings(bits, "minmax"), quantizer or Quantizer()
+    } | changes
+
+    def prepare(found: OpenedModel) -> PreparedModel:
+        geometry = read_geometry(found.checkpoint.config, found.checkpoint.tensors)
+        return preparation.prepare_model(found, replace(geometry, **geometry_changes), recipe, **how)
+
     if isinstance(model, str):
-        retry_policy = changes.pop("retry_policy", HASTE)
         with opened(model, notices=notices, retry_policy=retry_policy) as found:
-            return preparation.prepare_model(found, settings, quantizer, **(fixed | changes))
+            return prepare(found)
     nothing = WeightDownloads(model.directory, (), WorkerChannel(print))
-    found = OpenedModel(model, checkpoint or open_checkpoint(model.directory), nothing)
-    return preparation.prepare_model(found, settings, quantizer, **(fixed | changes))
+    return prepare(OpenedModel(model, checkpoint or open_checkpoint(model.directory), nothing))
 
 
 def place_of(model: ResolvedModel, bits=8) -> Path:
@@ -95,6 +110,6 @@ def manifest_of(model_id="org/tiny", *, layers=(), settings=SETTINGS, **more) ->
         "dtype": "bfloat16",
         "group_size": 128,
         "tool_version": "0.1.0",
-        "library_versions": {"torch": "2.13.0"},
+        "library_versions": VERSIONS,
     }
     return Manifest(model_id=model_id, settings=settings, layers=tuple(layers), **(fields | more))

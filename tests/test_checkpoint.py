@@ -1,4 +1,4 @@
-"""Opening a model's directory: what is taken, what is refused, and that reading gives the very bytes."""
+"""Opening a model's directory: what is accepted, what is refused, and that reads give the exact bytes."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-def refused(directory: Path, kind: type[SubspecError], told: str) -> SubspecError:
-    with pytest.raises(kind, match=told) as caught:
+def refused(directory: Path, kind: type[SubspecError], message: str) -> SubspecError:
+    with pytest.raises(kind, match=message) as caught:
         open_checkpoint(directory)
     assert "\x1b" not in caught.value.message
     return caught.value
@@ -139,7 +139,7 @@ def test_only_pickles(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("", "not JSON at byte 0"),
         ("[1]", "holds a list"),
@@ -151,10 +151,10 @@ def test_only_pickles(tmp_path):
         ('{"a": "' + "x" * (9 << 20) + '"}', "at most 8388608 are read"),
     ],
 )  # fmt: skip
-def test_config_that_rules_the_model_out(tmp_path, text, told):
+def test_config_that_rules_the_model_out(tmp_path, text, message):
     write_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text(text)
-    assert refused(tmp_path, UnsupportedModelError, told).exit_code == ExitCode.UNSUPPORTED
+    assert refused(tmp_path, UnsupportedModelError, message).exit_code == ExitCode.UNSUPPORTED
 
 
 def test_no_quantization_is_no_quantization(tmp_path):
@@ -166,10 +166,10 @@ def test_index_and_files_must_agree(tmp_path):
     good = (tmp_path / INDEX).read_text()
     second = "model-00002-of-00002.safetensors"
 
-    def changed(change, told):
+    def changed(change, message):
         (tmp_path / INDEX).write_text(good)
         edit_json(tmp_path / INDEX, change)
-        refused(tmp_path, IntegrityError, told)
+        refused(tmp_path, IntegrityError, message)
 
     changed(lambda index: index["weight_map"].update({"ghost": second}), f"{second} lacks the tensor 'ghost'")
     changed(lambda index: index["weight_map"].pop("model.norm.weight"), "model.norm.weight, .* into no file")

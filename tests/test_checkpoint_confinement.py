@@ -17,8 +17,8 @@ from subspec_cli.errors import IntegrityError
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-def refused(directory: Path, told: str) -> None:
-    with pytest.raises(IntegrityError, match=told):
+def refused(directory: Path, message: str) -> None:
+    with pytest.raises(IntegrityError, match=message):
         open_checkpoint(directory)
 
 

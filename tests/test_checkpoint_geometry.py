@@ -41,7 +41,7 @@ def config_of(family: str, **settings: Any) -> dict[str, Any]:
 
 
 def raw_config(**fields: Any) -> dict[str, Any]:
-    """A config.json of few fields; one given as None is left out."""
+    """A config.json with few fields. A field given as None is left out."""
     config = {
         "architectures": ["LlamaForCausalLM"],
         "hidden_size": 128,
@@ -56,7 +56,7 @@ def raw_config(**fields: Any) -> dict[str, Any]:
 
 
 def library_shapes(family: str, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the library's own skeleton, the tied head counted once."""
+    """Shapes of the library's own meta model; a tied head is counted once."""
     with torch.device("meta"):
         model = AUTO.from_config(FAMILIES[family].from_dict(config))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -66,7 +66,7 @@ def library_shapes(family: str, config: dict[str, Any]) -> dict[str, tuple[int, 
 
 
 def entries(geometry: ModelGeometry, **changed: TensorEntry | None) -> dict[str, TensorEntry]:
-    """A tensor table that fits the geometry, but for what is changed (None: left out)."""
+    """A tensor table that fits the geometry except for `changed` (None: left out)."""
     found = {}
     for name, shape in geometry.tensor_shapes().items():
         found[name] = entry(name, shape, geometry.dtype)
@@ -226,7 +226,7 @@ def test_stored_rope_buffers_of_old_checkpoints_are_ignored() -> None:
 
 
 def test_a_tied_checkpoint_that_stores_a_head_of_its_own_is_run_with_it() -> None:
-    """The library ties only equal tables; a head that is there may differ, so it is the one to use."""
+    """The library ties only equal tables. A stored head may differ, so it is the one to use."""
     config = raw_config(tie_word_embeddings=True)
     tensors = entries(geometry_from_config(config, "BF16"))
     assert read_geometry(config, tensors).tied_head

@@ -1,4 +1,4 @@
-"""Every malformed safetensors header is refused by name, none is trusted, none hangs or eats memory."""
+"""Every malformed safetensors header is refused by name. None is trusted, hangs or fills the memory."""
 
 from __future__ import annotations
 
@@ -105,11 +105,11 @@ DAMAGED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("data", "told"), DAMAGED.values(), ids=DAMAGED.keys())
-def test_damage_is_told_by_name(tmp_path, data, told):
+@pytest.mark.parametrize(("data", "message"), DAMAGED.values(), ids=DAMAGED.keys())
+def test_damage_is_reported_by_name(tmp_path, data, message):
     path = tmp_path / "model-\x1b.safetensors"
     path.write_bytes(data)
-    with pytest.raises(IntegrityError, match=told) as caught:
+    with pytest.raises(IntegrityError, match=message) as caught:
         read_header(path)
     assert caught.value.exit_code == ExitCode.INTEGRITY
     assert "model-\\x1b.safetensors" in caught.value.message
@@ -147,7 +147,7 @@ def test_no_file(tmp_path, make):
 
 
 def test_mutated_files_are_refused_or_agree_with_the_reference(tmp_path):
-    """Whatever survives our parser is accepted by the format's own, with the same tensors."""
+    """A header that our parser accepts is accepted by the format's own parser, with the same tensors."""
     chance = random.Random(7)
     good = safetensors_bytes(dict(list(tiny_tensors(layers=1, hidden=8).items())[1:4]) | {"s": bf16_scalar()})
     header_bytes = 8 + int.from_bytes(good[:8], "little")

@@ -1,4 +1,4 @@
-"""Direct reads: the bytes of the file, at addresses congruent to their offsets, or an error that says where."""
+"""Direct reads: the file's bytes at addresses congruent to their offsets, or an error that says where it failed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def random_file(path: Path, size: int) -> bytes:
 
 
 def read(layout: BlockLayout) -> memoryview:
-    """The block in a fresh buffer full of a pattern, so that what is not read shows."""
+    """The block in a fresh buffer filled with a pattern, so that unread bytes show."""
     buffer = memoryview(allocate_buffer(layout.buffer_bytes))
     buffer[:] = b"\xa5" * len(buffer)
     reader = DirectReader()
@@ -93,7 +93,7 @@ RUNS = st.lists(
 
 
 def without_overlap(runs: list[tuple[str, int, int]]) -> list[TensorEntry]:
-    """Tensors that lie one after the other in their file, gaps included."""
+    """Tensors one after the other in their file, with gaps."""
     found, ends = [], dict.fromkeys("ab", 0)
     for name, gap, size in runs:
         start = ends[name] + (gap if gap % 3 else 0)
@@ -104,7 +104,7 @@ def without_overlap(runs: list[tuple[str, int, int]]) -> list[TensorEntry]:
 
 @given(RUNS)
 def test_addresses_are_congruent_to_file_offsets(runs: list[tuple[str, int, int]]) -> None:
-    """Trap 14: kernels that look at pointer alignment must see the same one wherever the tensor is held."""
+    """Trap 14: kernels that look at pointer alignment must see the same one wherever the tensor is."""
     layout = layout_block(without_overlap(runs))
     for item in layout.placements:
         assert (item.buffer_offset - item.entry.offset_bytes) % PAGE_BYTES == 0
@@ -150,7 +150,7 @@ def test_reads_equal_the_file_at_odd_offsets(
 
 
 def test_bytes_between_extents_are_left_alone(tmp_path: Path) -> None:
-    """A block is read into its own pages only: what lies after it in a longer slot stays."""
+    """A block is read into its own pages only. Bytes after it in a longer slot stay."""
     path = tmp_path / "weights"
     random_file(path, 5 * PAGE_BYTES)
     layout = layout_block([entry(path, 100, 50)])

@@ -1,4 +1,4 @@
-"""Refusals of what the disk has no space for."""
+"""Refusals of writes that the disk has too little free space for."""
 
 from __future__ import annotations
 

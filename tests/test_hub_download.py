@@ -1,4 +1,4 @@
-"""Downloads through everything that goes wrong with a hub; numbers are those of the catalogue of faults."""
+"""Downloads despite all faults of a hub. The numbers are those of the table of failures."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def partials(cache) -> list[Path]:
 
 
 def check_whole(server, cache, snapshot):
-    """Every file has its bytes and its name in the cache, and nothing else lies there."""
+    """Every file has its bytes and its name in the cache, and nothing else is there."""
     for path in snapshot.iterdir():
         assert path.read_bytes() == server.files[path.name]
         assert path.is_symlink()
@@ -132,7 +132,7 @@ def test_f16_retry_after_is_heeded(large, monkeypatch):
 
 
 @pytest.mark.parametrize("asked", ["3600", "Wed, 21 Oct 2150 07:28:00 GMT"])
-def test_f16_too_long_a_wait_is_told_and_not_waited_for(large, cache, asked):
+def test_f16_too_long_a_wait_is_reported_and_not_waited_for(large, cache, asked):
     large.faults = {TWO: Fault(times=1, status=429, headers={"Retry-After": asked})}
     with pytest.raises(NetworkError, match=f"answered 429, asks to wait {asked[:20]}"):
         resolve_model(MODEL)
@@ -148,7 +148,7 @@ def test_f19_permanent_errors_end_after_the_bound(large):
 
 
 @pytest.mark.parametrize(
-    ("status", "headers", "kind", "told"),
+    ("status", "headers", "kind", "message"),
     [
         (401, {}, AccessError, r"refuses org/tiny \(401\)|not found on the hub"),
         (403, {"X-Error-Code": "GatedRepo"}, AccessError, "is gated"),
@@ -156,9 +156,9 @@ def test_f19_permanent_errors_end_after_the_bound(large):
     ],
 )
 @pytest.mark.parametrize("where", ["faults", "head_faults"])
-def test_f13_to_f15_refusals_of_one_file(large, cache, status, headers, kind, told, where):
+def test_f13_to_f15_refusals_of_one_file(large, cache, status, headers, kind, message, where):
     setattr(large, where, {ONE: Fault(times=99, status=status, headers=headers)})
-    with pytest.raises(kind, match=told):
+    with pytest.raises(kind, match=message):
         resolve_model(MODEL)
     assert getattr(large, where)[ONE].times == 98, "a refusal is not asked for again"
 
@@ -193,7 +193,7 @@ def test_f21_a_small_file_is_verified_by_gits_hash(large, cache):
     check_whole(large, cache, resolve_model(MODEL).directory)
 
 
-def test_f21_a_damaged_beginning_of_an_earlier_run_is_fetched_anew(large, cache):
+def test_f21_a_damaged_beginning_of_an_earlier_run_is_fetched_again(large, cache):
     large.faults = {TWO: Fault(times=99, status=503)}
     large.faults[ONE] = Fault(times=99, after_bytes=290_000)
     with pytest.raises(NetworkError):
@@ -205,7 +205,7 @@ def test_f21_a_damaged_beginning_of_an_earlier_run_is_fetched_anew(large, cache)
     large.faults = {}
     notices = []
     check_whole(large, cache, resolve_model(MODEL, notices=notices).directory)
-    assert f"what was there of {ONE} is damaged: fetching it anew" in notices
+    assert f"what was there of {ONE} is damaged: fetching it again" in notices
 
 
 @pytest.mark.parametrize("more", [-5, 5])
@@ -240,7 +240,7 @@ def test_f23_a_login_page_in_place_of_a_file(large):
 
 
 def test_f24_the_branch_moves_while_it_is_fetched(large, cache):
-    """All files are of the commit that was first seen, and the next run takes the new one."""
+    """All files are of the commit that was seen first. The next run takes the new one."""
     moved = "f" * 40
 
     def move(name):
@@ -434,7 +434,7 @@ def test_disk_for_the_download_and_the_substitutes_is_asked_for_first(large, mon
 def test_layers_are_made_while_others_are_still_on_their_way(large):
     """The last shard is held back until the first layer has been made of the first one."""
     with opened(MODEL):
-        pass  # the headers are there now, so that the next request is for the rest
+        pass  # the headers are cached now, so the next request is for the rest
     made, seen = threading.Event(), []
 
     def hold(name):
@@ -496,9 +496,9 @@ def test_a_second_download_waits_for_the_first(large, cache):
         )
         for _ in range(2)
     ]
-    told = [process.communicate(timeout=60)[0] for process in processes]
+    message = [process.communicate(timeout=60)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
-    assert sorted("waiting: another process" in text for text in told) == [False, True]
+    assert sorted("waiting: another process" in text for text in message) == [False, True]
     assert large.sent_bytes < 1.05 * sum(map(len, large.files.values()))
     for name in (ONE, TWO):
         assert sha256_file(blobs(cache) / large.etag(name)) == large.etag(name)

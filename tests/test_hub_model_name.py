@@ -1,4 +1,4 @@
-"""What the MODEL argument may be."""
+"""Values of the MODEL argument."""
 
 from __future__ import annotations
 

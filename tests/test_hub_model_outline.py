@@ -1,4 +1,4 @@
-"""Outlining a model on the hub: kilobytes are read, nothing is written, and what is no model is refused."""
+"""Outlining a model on the hub: kilobytes are read, nothing is written, and other files are refused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def outline(model=MODEL, revision=None):
 
 
 def serve_large(server, layers=3, padding=4 << 20):
-    """One file of megabytes; gives its bytes."""
+    """Serve one file of megabytes, and return its bytes."""
     tensors = tiny_tensors(layers=layers)
     tensors["model.embed_tokens.weight"] = ("BF16", (padding // 64, 32), bytes(padding))
     data = safetensors_bytes(tensors)
@@ -105,7 +105,7 @@ def test_a_directory_and_a_bad_revision(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "is a git-lfs pointer"),
         (b"<!doctype html><html>log in</html>", "is an HTML page"),
@@ -117,10 +117,10 @@ def test_a_directory_and_a_bad_revision(tmp_path, monkeypatch):
         (b"", "has 0 bytes"),
     ],
 )
-def test_what_is_no_safetensors_file_is_refused(server, content, told):
+def test_what_is_no_safetensors_file_is_refused(server, content, message):
     serve_large(server)
     server.files[SINGLE] = content
-    with pytest.raises(IntegrityError, match=told):
+    with pytest.raises(IntegrityError, match=message):
         outline()
 
 
@@ -169,7 +169,7 @@ def test_refusals_are_those_of_prepare(server):
         outline()
 
 
-def test_a_broken_connection_is_tried_again_and_then_told(server):
+def test_a_broken_connection_is_tried_again_and_then_reported(server):
     serve_large(server)
     server.faults[SINGLE] = Fault(times=1, after_bytes=1000)
     assert outline().tensors

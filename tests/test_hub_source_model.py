@@ -53,7 +53,7 @@ def test_single_file_model(server, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("answer", "kind", "told"),
+    ("answer", "kind", "message"),
     [
         ((401, {"X-Error-Code": "RepoNotFound"}, b""), AccessError, "not found on the hub, or is private"),
         ((404, {}, b""), AccessError, "was not found on the hub"),
@@ -66,16 +66,16 @@ def test_single_file_model(server, tmp_path):
         ((200, {"Content-Type": "text/html"}, b"<html></html>"), NetworkError, "answer like a Hugging Face"),
     ],
 )  # fmt: skip
-def test_refusals_before_anything_is_kept(server, cache, answer, kind, told):
+def test_refusals_before_anything_is_kept(server, cache, answer, kind, message):
     server.answers[f"/api/models/{MODEL}"] = answer
-    with pytest.raises(kind, match=told) as caught:
+    with pytest.raises(kind, match=message) as caught:
         resolve_model(MODEL)
     assert "\x1b" not in caught.value.message
     assert caught.value.hint
     assert not cache.exists()
 
 
-def test_wrong_token_is_told_by_its_source_never_its_value(server, monkeypatch):
+def test_wrong_token_is_reported_by_its_source_never_its_value(server, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     server.answers[f"/api/models/{MODEL}"] = (
         401,

@@ -66,7 +66,7 @@ def findings_of(model: str | None = None) -> list[Finding]:
 
 
 def flip(path: Path, offset: int) -> None:
-    """Another byte at `offset`, in place and with the old times, as a failing disk does it."""
+    """Change the byte at `offset` in place and keep the file's times, as a failing disk does."""
     status = path.stat()
     data = bytearray(path.read_bytes())
     data[offset] ^= 1
@@ -289,7 +289,7 @@ def test_a_damaged_header_in_the_hubs_cache_is_found_by_the_files_hash(on_hub):
     assert findings_of()[0].is_damage
 
 
-def test_a_target_that_is_gone_is_told(model):
+def test_a_target_that_is_gone_is_reported(model):
     run(model)
     shutil.rmtree(model.directory)
     (found,) = findings_of()

@@ -1,4 +1,4 @@
-"""The manifest reads back what was written and nothing else."""
+"""A manifest reads back as it was written; anything else is refused."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def quality(**more) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda m: m.pop("dtype"), "lacks the keys: dtype"),
         (lambda m: m.update(extra=1), "unknown keys: 'extra'"),
@@ -82,13 +82,13 @@ def quality(**more) -> dict:
         (lambda m: m.update(layers=[quality(weights=0)]), "a quality that cannot be"),
     ],
 )  # fmt: skip
-def test_manifest_is_strict(tmp_path, change, told):
+def test_manifest_is_strict(tmp_path, change, message):
     path = tmp_path / "manifest.json"
     write_manifest(path, manifest_of())
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
-    with pytest.raises(IntegrityError, match=told) as caught:
+    with pytest.raises(IntegrityError, match=message) as caught:
         read_manifest(path)
     assert str(path) in caught.value.message
     assert "--force" in caught.value.hint
@@ -117,7 +117,7 @@ def test_truncated_and_newer_manifest(tmp_path):
         ({"model_id": 3}, "subspec prepare MODEL --force"),
     ],
 )
-def test_manifest_of_an_older_format_names_the_command_that_makes_it_anew(tmp_path, found, hint):
+def test_manifest_of_an_older_format_names_the_command_that_makes_it_again(tmp_path, found, hint):
     path = tmp_path / "manifest.json"
     path.write_text(json.dumps({"format_version": 1} | found))
     with pytest.raises(UnsupportedModelError, match=r"has the old format 1, .* reads format 2") as caught:

@@ -65,7 +65,7 @@ def test_second_time_returns_at_once_and_becomes_the_most_recent(model):
     assert find_prepared(None) == first
 
 
-def test_force_makes_all_anew_and_an_interrupted_force_is_not_taken_for_done(model):
+def test_force_makes_all_again_and_an_interrupted_force_is_not_taken_for_done(model):
     run(model)
     quantizer = Quantizer()
     run(model, quantizer, force=True)
@@ -85,7 +85,7 @@ def test_only_what_is_damaged_or_missing_is_made_again(model):
     run(model, quantizer)
     assert quantizer.calls == 1
     moved = (prepared.directory / "layer-00001.safetensors").rename(model.directory / "moved")
-    (prepared.directory / "layer-00001.safetensors").symlink_to(moved)  # which no load would open
+    (prepared.directory / "layer-00001.safetensors").symlink_to(moved)  # no load would open it
     quantizer = Quantizer()
     run(model, quantizer)
     assert quantizer.calls == 1
@@ -152,8 +152,8 @@ def test_estimate_is_above_quanto_like_sizes(model):
     elements = sum(entry.size_bytes // 2 for entry in layer_entries(checkpoint, 0))
     for bits, group_size in ((2, 128), (4, 128), (8, 0)):
         packed = elements * (bits + (32 / group_size if group_size else 0)) / 8
-        estimate = estimate_file_bytes(checkpoint, 0, SubstituteSettings(bits, "minmax"), group_size)
+        estimate = estimate_file_bytes(checkpoint, 0, SubstituteSettings(bits, "minmax"))
         assert packed <= estimate <= 1.1 * packed
     wide = SubstituteSettings(2, "minmax", (("mlp.up_proj", 8),))
-    more = estimate_file_bytes(checkpoint, 0, wide, 128)
-    assert more - estimate_file_bytes(checkpoint, 0, SubstituteSettings(2, "minmax"), 128) > 64 * 32 * 0.75
+    more = estimate_file_bytes(checkpoint, 0, wide)
+    assert more - estimate_file_bytes(checkpoint, 0, SubstituteSettings(2, "minmax")) > 64 * 32 * 0.75

@@ -1,4 +1,4 @@
-"""Preparing through kills, full disks, damaged sources and rivals."""
+"""Preparation despite kills, full disks, damaged sources and other processes."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_interrupted_at_each_layer_then_continued_to_the_same_bytes(model, stop_
 
 
 def test_killed_at_every_step_then_continued_to_the_same_bytes(model, monkeypatch):
-    """Dies at each fsync and rename in turn without a chance to clean up, as a SIGKILL does."""
+    """The process dies at each fsync and rename in turn, without cleaning up, as after a SIGKILL."""
     whole = content(run(model).directory)
     place = place_of(model)
 
@@ -164,7 +164,7 @@ def test_one_value_that_is_not_finite_is_found_wherever_it_is(model, value, plac
 
 def test_refusals_leave_nothing(model, monkeypatch):
     with pytest.raises(IntegrityError, match="holds 3 layers, its config says 4"):
-        run(model, layer_count=4)
+        run(model, layers=4)
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1 << 20}))
     with pytest.raises(
         ResourceError, match=r"preparing .* needs 16\.. MiB of disk, .* has 1.00 MiB free"
@@ -192,7 +192,7 @@ def test_place_that_is_a_file(model):
 
 
 def test_a_second_preparation_waits_and_finds_it_done(model):
-    """One works, the other says whom it waits for, makes nothing anew and ends well."""
+    """One run works. The other reports which process it waits for, makes nothing again and succeeds."""
     notices, seen, quantizer = [], [], Quantizer()
     at_work, go_on = threading.Event(), threading.Event()
 

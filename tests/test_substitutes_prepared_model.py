@@ -1,4 +1,4 @@
-"""Finding what is prepared, and loading layers that are checked."""
+"""Finding prepared models, and checked loads of their layers."""
 
 from __future__ import annotations
 
@@ -78,12 +78,12 @@ def test_most_recent_of_all_or_of_a_model(tmp_path):
 
 
 def test_nothing_prepared_names_the_command(tmp_path):
-    for model, bits, told, hint in (
+    for model, bits, message, hint in (
         (None, None, "no model is prepared yet", "subspec prepare demo"),
         ("org/tiny", None, "org/tiny is not prepared", "subspec prepare org/tiny"),
         ("org/tiny", 8, "org/tiny is not prepared", "subspec prepare org/tiny --bits 8"),
     ):
-        with pytest.raises(UsageError, match=told) as caught:
+        with pytest.raises(UsageError, match=message) as caught:
             find_prepared(model, bits)
         assert (caught.value.hint, caught.value.exit_code) == (hint, ExitCode.USAGE)
     prepare(manifest_of())

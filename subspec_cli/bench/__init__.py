@@ -1,0 +1,1 @@
+"""Runs suites of prompts through a session, and reports speed and identity of the answers."""

@@ -1,4 +1,4 @@
-"""A 16-bit model in the Hugging Face layout: its config, where its tensors lie, and what identifies it."""
+"""A 16-bit model in the Hugging Face layout: its config, where its tensors are, and what identifies it."""
 
 from __future__ import annotations
 
@@ -49,20 +49,20 @@ class SourceFile:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A model's directory, checked: every tensor's place is known and no file reaches outside."""
+    """A model's directory after its checks: the place of every tensor is known, and no file is outside."""
 
     directory: Path
     config: dict[str, Any]
-    """config.json as it stands."""
+    """Content of config.json."""
     tensors: Mapping[str, TensorEntry]
     files: tuple[SourceFile, ...]
     """The safetensors files, by name."""
     fingerprint: str
-    """40 hex digits over config.json, the index and all raw headers; weights with equal headers share it."""
+    """40 hex digits over config.json, the index and all raw headers. Weights with equal headers share it."""
 
     @property
     def stamp(self) -> str:
-        """16 hex digits over names, sizes and modification times: whether the files were written again."""
+        """16 hex digits over names, sizes and modification times; they differ once a file is written again."""
         text = "\n".join(f"{file.name} {file.size_bytes} {file.mtime_ns}" for file in self.files)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -70,11 +70,11 @@ class Checkpoint:
 def open_checkpoint(
     directory: Path, incomplete: Mapping[str, IncompleteFile] = _NONE_INCOMPLETE
 ) -> Checkpoint:
-    """Check a model's directory by its small files and headers; no weight is read.
+    """Check a model's directory by its small files and headers. No weight is read.
 
     Args:
-        directory: the model's.
-        begun: weight files that are still on their way, by name; they are not among the result's `files`.
+        directory: the model's directory.
+        incomplete: weight files that are still being downloaded, by name; the result's `files` leave them out.
 
     Raises:
         UsageError: no such directory.
@@ -105,7 +105,7 @@ def open_checkpoint(
 
 
 def check_unchanged(checkpoint: Checkpoint) -> None:
-    """See that the weight files are still those that were opened.
+    """Check that the weight files are still those that were opened.
 
     Raises:
         IntegrityError: a file has another size, modification time or inode, or is gone.
@@ -129,10 +129,10 @@ def check_unchanged(checkpoint: Checkpoint) -> None:
 
 
 def check_headers_unchanged(checkpoint: Checkpoint) -> None:
-    """See that the files, all there by now, begin with the headers that the checkpoint was opened by.
+    """Check that the files, now complete, begin with the headers that the checkpoint was opened with.
 
     Raises:
-        IntegrityError: they do not.
+        IntegrityError: a header differs.
     """
     if open_checkpoint(checkpoint.directory).fingerprint != checkpoint.fingerprint:
         raise IntegrityError(
@@ -155,7 +155,7 @@ def layer_entries(checkpoint: Checkpoint, layer: int) -> tuple[TensorEntry, ...]
 
 
 def layer_count_in_tensors(checkpoint: Checkpoint) -> int:
-    """One more than the largest layer number among the tensor names; 0 without any."""
+    """Number of layers by the largest layer number in the tensor names; 0 if no name has one."""
     matches = (_LAYER_NAME.fullmatch(name) for name in checkpoint.tensors)
     return max((int(match.group(1)) + 1 for match in matches if match), default=0)
 
@@ -186,7 +186,7 @@ def _weight_files(
 
 
 def check_index(directory: Path, index: WeightIndex, entries: Mapping[str, Iterable[TensorEntry]]) -> None:
-    """See that index and files agree on where each tensor is; raises IntegrityError."""
+    """Check that index and files agree on where each tensor is. Raises IntegrityError."""
     held = {name: {entry.name for entry in found} for name, found in entries.items()}
     for tensor, name in index.file_of.items():
         if tensor not in held[name]:

@@ -1,4 +1,4 @@
-"""Element types by the names of safetensors: their sizes, and torch's types for them. Imports no torch by itself."""
+"""Element types by their safetensors names: sizes and torch types. Importing this module does not import torch."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ DTYPES: Final[Mapping[str, Dtype]] = {
     "I64": Dtype("int64", 8),
     "F64": Dtype("float64", 8),
 }
-"""All that a file may hold."""
+"""All element types that a file may hold."""
 WEIGHT_DTYPES: Final = ("BF16", "F16", "F32")
-"""Those that a model's weights may have."""
+"""Element types that a model's weights may have."""
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """Torch's type for an element type of safetensors."""
+    """The torch dtype of a safetensors element type."""
     import torch
 
     found: torch.dtype = getattr(torch, DTYPES[name].torch_name)

@@ -1,7 +1,7 @@
-"""What a model is made of, from its `config.json` and tensor table alone: no weights, no torch.
+"""What a model is made of, read from its `config.json` and tensor table alone: no weights, no torch.
 
 The supported families share one layer: RMSNorm, grouped-query attention with rotary positions, RMSNorm,
-SiLU-gated feed-forward. What differs (biases, norms on queries and keys, sliding windows) is a field here.
+SiLU-gated feed-forward. Their differences (biases, norms on queries and keys, sliding windows) are fields here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SUPPORTED_ARCHITECTURES: Final = (
 )
 _ROPE_TYPES: Final = ("default", "linear", "yarn", "longrope", "llama3")
 _LIBRARY_WINDOW: Final = 4096
-"""The library's sliding window where config.json names none."""
+"""Sliding window, in positions, that the library assumes if config.json names none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class ModelGeometry:
     mlp_bias: bool
     qk_norm: bool
     windows: tuple[int | None, ...]
-    """Sliding window in positions per layer; None attends to everything."""
+    """Sliding window in positions per layer; None: the layer attends to all positions."""
 
     @property
     def element_bytes(self) -> int:
@@ -59,12 +59,12 @@ class ModelGeometry:
 
     @property
     def kv_row_bytes(self) -> int:
-        """Bytes that one token takes in the KV cache, all layers, keys and values."""
+        """Bytes of one token in the KV cache: keys and values of all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim * self.element_bytes
 
     @property
     def table_bytes(self) -> int:
-        """Bytes of one vocabulary table: the embedding, or the head."""
+        """Bytes of one vocabulary table: the embedding or the head."""
         return self.vocab * self.hidden * self.element_bytes
 
     @property
@@ -78,12 +78,12 @@ class ModelGeometry:
 
     @property
     def layer_matrix_bytes(self) -> int:
-        """Bytes of the matrices of one layer: what is streamed or held resident."""
+        """Bytes of the matrices of one layer, which are streamed or resident."""
         return sum(self.block_bytes.values())
 
     @property
     def layer_small_bytes(self) -> int:
-        """Bytes of the norms and biases of one layer: always resident."""
+        """Bytes of the norms and biases of one layer, which are always resident."""
         shapes = self.layer_shapes()
         return sum(math.prod(s) for n, s in shapes.items() if n not in LAYER_MATRICES) * self.element_bytes
 
@@ -95,7 +95,7 @@ class ModelGeometry:
         return tables + self.layers * layer + self.hidden * self.element_bytes
 
     def layer_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Tensor shapes of one layer by the name inside the layer."""
+        """Tensor shapes of one layer, keyed by the name inside the layer."""
         q_width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
         shapes: dict[str, tuple[int, ...]] = {
             "input_layernorm.weight": (self.hidden,),
@@ -121,7 +121,7 @@ class ModelGeometry:
         return shapes
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of every tensor the checkpoint must hold."""
+        """Shapes of all tensors that the checkpoint must hold."""
         shapes: dict[str, tuple[int, ...]] = {
             "model.embed_tokens.weight": (self.vocab, self.hidden),
             "model.norm.weight": (self.hidden,),
@@ -134,21 +134,22 @@ class ModelGeometry:
 
 
 def read_geometry(config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> ModelGeometry:
-    """Geometry of a checkpoint, held against its tensor table.
+    """Geometry of a checkpoint, checked against its tensor table.
 
-    Raises UnsupportedModelError for another architecture or a setting that is not run, IntegrityError for
-    missing, unexpected or misshapen tensors.
+    Raises:
+        UnsupportedModelError: another architecture, or a setting that is not supported.
+        IntegrityError: tensors that are missing, unexpected or of another shape.
     """
     geometry = geometry_from_config(config, _checkpoint_dtype(tensors))
     if "lm_head.weight" in tensors:
-        # The library ties only equal tables; running the head that is there is right either way.
+        # The library ties only equal tables, so running the stored head is right in both cases.
         geometry = replace(geometry, tied_head=False)
     _check_tensors(geometry, tensors)
     return geometry
 
 
 def geometry_from_config(config: Mapping[str, Any], dtype: str) -> ModelGeometry:
-    """Geometry from a parsed `config.json`; raises UnsupportedModelError naming the field that is not run."""
+    """Geometry from a parsed `config.json`. Raises UnsupportedModelError with the field that is not supported."""
     architecture = _architecture(config)
     _refuse_unsupported_settings(config)
     hidden, heads = _count(config, "hidden_size"), _count(config, "num_attention_heads")
@@ -204,7 +205,7 @@ def _refuse_unsupported_settings(config: Mapping[str, Any]) -> None:
         )
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in _ROPE_TYPES:
-        # `dynamic` depends on the longest position of a call; an unknown type must not run as another.
+        # `dynamic` depends on the longest position in a call. An unknown type must not run as another one.
         raise UnsupportedModelError(
             f"rotary positions of type {printable(str(rope_type))[:80]} are not run",
             "supported types: " + ", ".join(_ROPE_TYPES),

@@ -1,4 +1,4 @@
-"""The tensors of one decoder layer: their names, the blocks in which they are streamed, layers chosen evenly."""
+"""The tensors of a decoder layer: their names, and the blocks in which they are streamed."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ LAYER_BLOCKS: Final[Mapping[BlockKind, tuple[str, ...]]] = {
     "up": ("mlp.up_proj.weight",),
     "down": ("mlp.down_proj.weight",),
 }
-"""The units in which a layer is streamed, in the order of their use; only matrices, the rest is resident."""
+"""The units in which a layer is streamed, in order of use. Only matrices are; all other tensors are resident."""
 LAYER_MATRICES: Final = tuple(name for names in LAYER_BLOCKS.values() for name in names)
 
 
 def block_entries(tensors: Mapping[str, TensorEntry], layer: int) -> list[list[TensorEntry]]:
-    """The tensor entries of each block of a layer, in the order of use, with the names inside the layer."""
+    """The tensor entries of each block of a layer, in order of use, with the names inside the layer."""
     prefix = layer_prefix(layer)
     return [[replace(tensors[prefix + name], name=name) for name in names] for names in LAYER_BLOCKS.values()]
 
 
 def layer_prefix(layer: int) -> str:
-    """What the names of a decoder layer's tensors begin with."""
+    """The prefix of the names of a decoder layer's tensors."""
     return f"model.layers.{layer}."
 
 
 def spread(count: int, layers: int) -> tuple[int, ...]:
-    """`count` of `layers` layer numbers, evenly spread: the link works on while resident layers compute."""
+    """`count` layer numbers of `layers`, evenly spread, so that the link is busy while resident layers compute."""
     return tuple(sorted({(2 * i + 1) * layers // (2 * count) for i in range(count)})) if count else ()

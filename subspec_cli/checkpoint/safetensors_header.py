@@ -1,6 +1,6 @@
-"""Our own parser of safetensors headers, run before any other library or kernel sees a byte of the file.
+"""Our own parser of safetensors headers. It runs before any other library or kernel sees a byte of the file.
 
-Stricter than the format's own: bounded sizes, no duplicate keys, names fit for a terminal, no unknown field.
+It is stricter than the format: bounded sizes, no duplicate keys, names safe for a terminal, no unknown field.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAX_HEADER_BYTES = 25_000_000
 MAX_TENSORS = 200_000
 MAX_DIMENSIONS = 8
 
-_START_BYTES = 512  # enough to recognise what is no safetensors file
+_START_BYTES = 512  # enough to recognise a file of another kind
 _NAME = re.compile(r"[A-Za-z0-9_.\-]{1,512}")
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _RETRY_HINT = "download the file again"
@@ -30,11 +30,11 @@ _RETRY_HINT = "download the file again"
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where one tensor lies."""
+    """Where one tensor is."""
 
     name: str
     dtype: str
-    """The format's own word: BF16, F16, F32, ..."""
+    """As the format spells it: BF16, F16, F32, ..."""
     shape: tuple[int, ...]
     path: Path
     offset_bytes: int
@@ -44,27 +44,27 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class SafetensorsHeader:
-    """What one safetensors file holds, as checked."""
+    """What one safetensors file holds, after its checks."""
 
     entries: tuple[TensorEntry, ...]
     """In file order; together they cover the data exactly."""
     raw: bytes
-    """Length prefix and JSON text as they stand in the file."""
+    """Length prefix and JSON text, exactly as in the file."""
     status: os.stat_result
-    """Of the very file that was read."""
+    """Of the file that was read, taken while it was open."""
 
 
 @dataclass(frozen=True, slots=True)
 class IncompleteFile:
-    """A file whose beginning alone is there, with all of its header."""
+    """A file of which only the beginning is on disk, with the whole header."""
 
     partial: Path
     size_bytes: int
-    """Of the whole, as announced."""
+    """Announced size of the whole file."""
 
 
 def read_header(path: Path, incomplete: IncompleteFile | None = None) -> SafetensorsHeader:
-    """Read and check the header of a safetensors file; of one that is `begun`, from the part that is there.
+    """Read and check the header of a safetensors file; if it is `incomplete`, from its partial file.
 
     Raises:
         IntegrityError: missing, not a regular file, or any violation of the format, with what was
@@ -89,10 +89,10 @@ def read_header(path: Path, incomplete: IncompleteFile | None = None) -> Safeten
 
 
 def header_length(start: bytes, path: Path, file_bytes: int) -> int:
-    """Length of the JSON text in bytes, from the file's first (at most 512) bytes.
+    """Length of the JSON text in bytes, from the first bytes of the file (at most 512).
 
     Raises:
-        IntegrityError: the file is something else, or the length is out of bounds.
+        IntegrityError: the file is of another kind, or the length is out of bounds.
     """
     if start.startswith(b"version https://git-lfs"):
         raise IntegrityError(
@@ -116,7 +116,7 @@ def parse_entries(raw: bytes, path: Path, file_bytes: int) -> tuple[TensorEntry,
     """The tensors that a raw header (length prefix and JSON text) describes, in file order.
 
     Raises:
-        IntegrityError: any violation of the format, or a file of another length than described.
+        IntegrityError: any violation of the format, or a file whose size is not the one described.
     """
     header = parse_json_object(raw[8:], f"the header of {printable(str(path))}", IntegrityError, _RETRY_HINT)
     _check_metadata(header.pop("__metadata__", {}), path)

@@ -1,4 +1,4 @@
-"""A model's directory before its weights are read: which files belong to it, and what rules it out."""
+"""A model's directory before its weights are read: which files belong to it, and what makes it unusable."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONFIG_NAME = "config.json"
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 TOKENIZER_CHOICES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
-"""Any one of these sets of files makes a tokenizer."""
+"""Each of these sets of files is a complete tokenizer."""
 
 MAX_CONFIG_BYTES = 8 << 20
 MAX_INDEX_BYTES = 64 << 20
@@ -41,11 +41,11 @@ class WeightIndex:
 
 
 def confine(directory: Path, name: str) -> Path:
-    """Path of the file `name` of a model in `directory`; it need not exist.
+    """Path of the file `name` of a model in `directory`. The file need not exist.
 
     Raises:
         IntegrityError: the name or a link leads out of the directory. The hub cache's own links from a
-            snapshot to its `blobs` are let through.
+            snapshot to its `blobs` are allowed.
     """
     if not is_inner_path(name):
         raise IntegrityError(
@@ -65,7 +65,7 @@ def confine(directory: Path, name: str) -> Path:
 
 
 def is_inner_path(name: str) -> bool:
-    """Whether a name from foreign data is a relative path that goes nowhere but down."""
+    """Whether a name from untrusted data is a relative path that stays inside its directory."""
     if not name or "\0" in name or "\\" in name or _DRIVE.match(name):
         return False
     return all(part not in ("", ".", "..") for part in name.split("/"))
@@ -75,7 +75,7 @@ def read_config(directory: Path) -> tuple[bytes, dict[str, Any]]:
     """Bytes and content of config.json, checked by `check_config`.
 
     Raises:
-        UnsupportedModelError: missing, too large, not a JSON object, or a kind that is not run.
+        UnsupportedModelError: missing, too large, not a JSON object, or refused by `check_config`.
         IntegrityError: a link out of the directory, or not a regular file.
     """
     path = confine(directory, CONFIG_NAME)
@@ -91,14 +91,14 @@ def read_config(directory: Path) -> tuple[bytes, dict[str, Any]]:
 
 
 def parse_config(raw: bytes, shown: str) -> dict[str, Any]:
-    """Content of config.json, checked by `check_config`; raises UnsupportedModelError."""
+    """Content of config.json, checked by `check_config`. Raises UnsupportedModelError."""
     config = parse_json_object(raw, shown, UnsupportedModelError)
     check_config(config)
     return config
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """Refuse what no family could run, from config.json alone.
+    """Refuse what no family can run, judged by config.json alone.
 
     Raises:
         UnsupportedModelError: remote code, or weights that are quantized already.
@@ -115,7 +115,7 @@ def check_config(config: Mapping[str, Any]) -> None:
 
 
 def read_index(directory: Path) -> WeightIndex | None:
-    """The index of a model in several files; None when there is none.
+    """The index of a model in several files; None if there is no index.
 
     Raises:
         IntegrityError: too large, not JSON, or naming a file outside the directory.
@@ -129,7 +129,7 @@ def read_index(directory: Path) -> WeightIndex | None:
 
 
 def parse_index(raw: bytes, shown: str) -> WeightIndex:
-    """The index in these bytes; raises IntegrityError as `read_index`."""
+    """Parse an index. Raises IntegrityError as `read_index`."""
     file_of = parse_json_object(raw, shown, IntegrityError, "download the file again").get("weight_map")
     if not isinstance(file_of, dict) or not file_of:
         raise IntegrityError(f"{shown} has no weight_map", "download the file again")
@@ -143,7 +143,7 @@ def parse_index(raw: bytes, shown: str) -> WeightIndex:
 
 
 def first_missing_file(directory: Path) -> str | None:
-    """Name of the first file that a model in `directory` lacks; None when it is complete.
+    """Name of the first file that a model in `directory` lacks; None if it is complete.
 
     Raises:
         IntegrityError: as `confine` and `read_index`.
@@ -161,19 +161,19 @@ def first_missing_file(directory: Path) -> str | None:
 
 
 def has_tokenizer(directory: Path) -> bool:
-    """Whether the files of a tokenizer are there; raises IntegrityError as `confine`."""
+    """Whether the directory holds a complete tokenizer. Raises IntegrityError as `confine`."""
     return any(all(confine(directory, name).exists() for name in names) for names in TOKENIZER_CHOICES)
 
 
 def no_tokenizer_error(where: str) -> UnsupportedModelError:
-    """The error for a model without tokenizer; `where` is the place that it is missed in."""
+    """The error for a model without a tokenizer; `where` is the place that lacks it."""
     return UnsupportedModelError(
         f"no tokenizer in {where}: expected tokenizer.json, tokenizer.model, or vocab.json with merges.txt"
     )
 
 
 def no_weights_error(names: list[str], where: str) -> UnsupportedModelError:
-    """The error for a model without safetensors: `names` are its files, `where` is the place they are in."""
+    """The error for a model without safetensors; `names` are its files, `where` is the place that holds them."""
     pickles = sorted(name for name in names if os.path.basename(name).endswith(_PICKLE_SUFFIXES))
     if pickles:
         more = f" and {len(pickles) - 4} more" if len(pickles) > 4 else ""

@@ -1,4 +1,4 @@
-"""Tensor bytes from files into fresh memory: never mmap, so a truncated file is an error, not a crash."""
+"""Reads tensors from files into fresh memory, never by mmap: a truncated file is an error, not a crash."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PIECE_BYTES = 16 << 20  # a signal is handled between two pieces
 
 
 def read_tensors(entries: Iterable[TensorEntry]) -> dict[str, torch.Tensor]:
-    """Read tensors into memory of their own; the pages they leave in the system's cache are given back.
+    """Read tensors into memory of their own, and drop the pages that they leave in the page cache.
 
     Raises:
         IntegrityError: a file is missing or ends early.
@@ -35,7 +35,7 @@ def read_tensors(entries: Iterable[TensorEntry]) -> dict[str, torch.Tensor]:
 
 
 def read_hashed_tensors(entries: Iterable[TensorEntry]) -> tuple[dict[str, torch.Tensor], str]:
-    """As `read_tensors`, with the SHA-256 of the tensors' bytes in `in_read_order`."""
+    """Like `read_tensors`, with the SHA-256 of the tensors' bytes in `in_read_order`."""
     digest = hashlib.sha256()
     tensors = {}
     for entry, data in _read_each(entries):
@@ -67,23 +67,23 @@ def in_read_order(entries: Iterable[TensorEntry]) -> list[TensorEntry]:
 
 
 def view_tensor(data: torch.Tensor, entry: TensorEntry) -> torch.Tensor:
-    """One tensor's bytes (uint8, one dimension) in its dtype and shape; copies only to mend alignment."""
+    """One tensor's bytes (uint8, one dimension) in its dtype and shape. Copies only to correct the alignment."""
     if data.storage_offset() % DTYPES[entry.dtype].size_bytes:
         data = data.clone()
     return data.view(torch_dtype(entry.dtype)).reshape(entry.shape)
 
 
 def check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
-    """See that every value of every tensor is a number.
+    """Check that every value of every tensor is finite.
 
     Raises:
-        IntegrityError: with the tensor's name and how many are not.
+        IntegrityError: with the tensor's name and the number of values that are not.
     """
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not tensor.numel():
             continue
-        # The extremes are infinite or NaN if any value is, and are found a hundred times as fast as all values
-        # are looked at, which took a third of the whole preparation.
+        # The extremes are infinite or NaN if any value is. Finding them is a hundred times as fast as testing
+        # all values, which took a third of the whole preparation.
         if not all(math.isfinite(value) for value in tensor.aminmax()):
             bad = tensor.numel() - int(tensor.isfinite().sum())
             raise IntegrityError(
@@ -97,7 +97,7 @@ def _read_each(entries: Iterable[TensorEntry]) -> Iterator[tuple[TensorEntry, to
             for entry in group:
                 yield entry, _read_bytes(file, path, entry.offset_bytes, entry.size_bytes)
                 if hasattr(os, "posix_fadvise"):
-                    # Read once: left alone, a model larger than memory would push everything else out.
+                    # Every byte is read once: a model larger than memory would evict all else from the page cache.
                     os.posix_fadvise(
                         file.fileno(), entry.offset_bytes, entry.size_bytes, os.POSIX_FADV_DONTNEED
                     )
@@ -106,7 +106,7 @@ def _read_each(entries: Iterable[TensorEntry]) -> Iterator[tuple[TensorEntry, to
 def _read_bytes(file: FileIO, path: Path, offset_bytes: int, size_bytes: int) -> torch.Tensor:
     import torch
 
-    # torch's allocator aligns to 64 bytes; kernels may choose their code by alignment.
+    # torch's allocator aligns to 64 bytes. Kernels may choose their code by alignment.
     data = torch.empty(size_bytes, dtype=torch.uint8)
     view = _bytes_of(data)
     done = 0

@@ -1,4 +1,4 @@
-"""Files written so that a crash leaves the old one or the new one, and read so that nothing can hang."""
+"""Atomic file writes: after a crash, a path holds either the old file or the new one."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def atomic_write(path: Path, data: bytes) -> None:
         IntegrityError: the temporary name is taken, which only a foreign process can have done.
     """
     temp = path.parent / f".{path.name}.tmp.{os.getpid()}"
-    # O_EXCL and O_NOFOLLOW: a planted file or link is never written through. The kernel takes the umask off
-    # 0666 here, so no call has to read the umask, which cannot be done without setting it for all threads.
+    # O_EXCL and O_NOFOLLOW: never write through a planted file or link. The kernel applies the umask to 0666,
+    # so the umask need not be read here, which is only possible by setting it for all threads.
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
     try:
         handle = os.open(temp, flags, 0o666)
@@ -44,7 +44,7 @@ def atomic_write(path: Path, data: bytes) -> None:
         os.replace(temp, path)
         sync_directory(path.parent)
     except BaseException as error:
-        with contextlib.suppress(OSError):  # the first failure is the one to tell
+        with contextlib.suppress(OSError):  # the first failure is the one to report
             temp.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise write_error(error, path, len(data)) from error
@@ -63,9 +63,9 @@ def sync_directory(directory: Path) -> None:
 
 
 def sweep_stale_temps(directory: Path) -> None:
-    """Remove `atomic_write`'s temporary files of processes that are gone; call it while holding the lock.
+    """Remove temporary files of `atomic_write` whose process has ended. The caller holds the lock.
 
-    A name with our own process id is of an earlier process with that number, as every container's is.
+    A name with our own process id comes from an earlier process: in containers, process ids repeat.
     """
     for path in directory.iterdir():
         match = _TEMP_NAME.fullmatch(path.name)
@@ -74,7 +74,7 @@ def sweep_stale_temps(directory: Path) -> None:
 
 
 def is_temp_name(name: str) -> bool:
-    """Whether a file has the name of `atomic_write`'s temporary ones."""
+    """Whether a name is that of a temporary file of `atomic_write`."""
     return _TEMP_NAME.fullmatch(name) is not None
 
 
@@ -87,7 +87,7 @@ def _write_all(handle: int, data: bytes) -> None:
 def _is_alive(pid: int) -> bool:
     if pid == os.getpid():
         return False
-    if sys.platform == "win32":  # there, signal 0 is Ctrl-C
+    if sys.platform == "win32":  # on Windows, signal 0 is Ctrl-C
         return True
     try:
         os.kill(pid, 0)

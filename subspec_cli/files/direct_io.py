@@ -1,4 +1,4 @@
-"""Reading files past the page cache: aligned extents into aligned buffers."""
+"""Reads that bypass the page cache: aligned extents into aligned buffers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _REQUEST_BYTES: Final = 2 << 20
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """A contiguous run of tensors in one file, and where it lands in a buffer."""
+    """A contiguous run of tensors in one file, and its place in a buffer."""
 
     path: Path
     first_byte: int
@@ -30,12 +30,12 @@ class Extent:
 
 
 def allocate_buffer(size_bytes: int) -> mmap.mmap:
-    """Page-aligned anonymous memory, zero until written, returned to the system when collected."""
+    """Page-aligned anonymous memory: zero until written, returned to the system when garbage-collected."""
     return mmap.mmap(-1, max(page_ceil(size_bytes), PAGE_BYTES))
 
 
 class DirectReader:
-    """Reads extents with O_DIRECT; where the file system refuses it, buffered and dropped from the cache after.
+    """Reads extents with O_DIRECT. Where the file system refuses it, reads are buffered and the pages dropped.
 
     Not thread-safe: one reader per thread.
     """
@@ -44,13 +44,13 @@ class DirectReader:
         self._files: dict[Path, tuple[int, bool]] = {}
 
     def read_extents(self, extents: Iterable[Extent], buffer: memoryview) -> None:
-        """Fill `buffer` with the extents; raises IntegrityError naming file, offset and bytes when it cannot."""
+        """Fill `buffer` with the extents. Raises IntegrityError with file, offset and bytes if a read fails."""
         for extent in extents:
             self._read_extent(extent, buffer)
 
     @property
     def is_direct(self) -> bool:
-        """Whether every file opened so far is read past the page cache."""
+        """Whether reads of every file opened so far bypass the page cache."""
         return all(direct for _, direct in list(self._files.values()))
 
     def close(self) -> None:
@@ -90,7 +90,7 @@ def _open_direct(path: Path) -> tuple[int, bool]:
             descriptor = os.open(path, os.O_RDONLY | flag)
             os.preadv(descriptor, [allocate_buffer(PAGE_BYTES)], 0)
         except OSError:
-            # tmpfs and some network file systems refuse direct I/O, at once or at the first read
+            # tmpfs and some network file systems refuse direct I/O, at open or at the first read
             if descriptor >= 0:
                 os.close(descriptor)
         else:
@@ -110,5 +110,4 @@ def _unreadable(extent: Extent, done: int, why: str) -> IntegrityError:
 
 def page_ceil(size_bytes: int) -> int:
     """The size rounded up to whole pages."""
-    """The size in whole pages."""
     return -(-size_bytes // PAGE_BYTES) * PAGE_BYTES

@@ -1,4 +1,4 @@
-"""Whether a disk has room for what is about to be written."""
+"""Whether a disk has enough free space for what is about to be written."""
 
 from __future__ import annotations
 
@@ -15,10 +15,15 @@ DISK_FULL_HINT: Final = f"free disk space, or choose a larger disk: {PLACES_HINT
 
 
 def check_free_space(directory: Path, need_bytes: int, what: str) -> None:
-    """Refuse before the first byte when the disk of `directory`, which need not exist yet, is too small.
+    """Refuse, before the first write, if the disk of `directory` has too little free space.
+
+    Args:
+        directory: where to write; it need not exist yet.
+        need_bytes: the free space needed.
+        what: subject of the error's sentence.
 
     Raises:
-        ResourceError: with the bytes needed and free; `what` is the subject of the sentence.
+        ResourceError: with the bytes needed and free.
     """
     free_bytes = free_disk_bytes(directory)
     if free_bytes < need_bytes:
@@ -30,16 +35,16 @@ def check_free_space(directory: Path, need_bytes: int, what: str) -> None:
 
 
 def on_one_disk(one: Path, other: Path) -> bool:
-    """Whether two places, which need not exist yet, share their free space."""
-    return _existing(one).stat().st_dev == _existing(other).stat().st_dev
+    """Whether two places share their free space. Neither need exist yet."""
+    return _nearest_existing(one).stat().st_dev == _nearest_existing(other).stat().st_dev
 
 
 def free_disk_bytes(path: Path) -> int:
     """Free bytes of the disk that holds `path`, which need not exist yet."""
-    return shutil.disk_usage(_existing(path)).free
+    return shutil.disk_usage(_nearest_existing(path)).free
 
 
-def _existing(path: Path) -> Path:
+def _nearest_existing(path: Path) -> Path:
     while not os.path.exists(path) and path != path.parent:  # Path.exists raises on EACCES
         path = path.parent
     return path

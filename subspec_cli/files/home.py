@@ -26,7 +26,7 @@ def subspec_home() -> Path:
     if sys.platform == "darwin":
         return _user_home() / "Library" / "Caches" / "subspec"
     cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    # The XDG specification has relative values ignored.
+    # The XDG specification says that relative values are ignored.
     return (cache if cache.is_absolute() else _user_home() / ".cache") / "subspec"
 
 
@@ -36,7 +36,7 @@ def prepared_root() -> Path:
 
 
 def make_home_directory(directory: Path) -> None:
-    """Create a directory under the home, and see that files can be made in it.
+    """Create a directory under the home, and check that files can be made in it.
 
     Raises:
         ResourceError: it cannot be created or written; names the path and SUBSPEC_HOME.

@@ -17,7 +17,7 @@ _HINTS = {
 
 
 def write_error(error: OSError, path: Path, need_bytes: int | None = None) -> ResourceError:
-    """What the user reads when `path` cannot be written: errno by name, the path, bytes needed and free."""
+    """The error for a `path` that cannot be written: errno by name, the path, bytes needed and free."""
     figures = ""
     if need_bytes is not None:
         figures = f"; {format_bytes(need_bytes)} needed, {format_bytes(free_disk_bytes(path))} free"
@@ -28,7 +28,7 @@ def write_error(error: OSError, path: Path, need_bytes: int | None = None) -> Re
 
 
 def read_error(error: OSError, path: Path) -> IntegrityError | ResourceError:
-    """What the user reads when `path` cannot be read; a missing file is an integrity error."""
+    """The error for a `path` that cannot be read; a missing file is an IntegrityError."""
     text = f"cannot read {printable(str(path))}: {_reason(error)}"
     if isinstance(error, FileNotFoundError):
         return IntegrityError(text)

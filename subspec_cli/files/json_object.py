@@ -1,4 +1,4 @@
-"""Strict JSON objects from foreign bytes: UTF-8, no duplicate keys, bounded, errors with an offset."""
+"""Strict parsing of JSON objects from untrusted bytes: UTF-8, no duplicate keys, bounded, errors with an offset."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from subspec_cli.errors import SubspecError
 
-# Bound the memory of a hostile 25 MB text: an empty list costs 3 bytes of text and 64 of memory.
+# Bound the memory that a hostile 25 MB text can take: an empty list costs 3 bytes of text and 64 of memory.
 _MAX_CONTAINERS = 1_000_000
 _MAX_COMMAS = 3_000_000
 
@@ -15,15 +15,15 @@ _MAX_COMMAS = 3_000_000
 def parse_json_object(
     data: bytes, what: str, error_type: type[SubspecError], hint: str = ""
 ) -> dict[str, Any]:
-    """The JSON object in `data`; the caller bounds its length.
+    """Parse the JSON object in `data`, whose length the caller bounds.
 
     Args:
-        what: the file, as the message shall name it.
+        what: the file, as the error names it.
         error_type: class of the error to raise.
         hint: the error's hint.
 
     Raises:
-        SubspecError: of class `error_type`, when it is no such object; tells the byte offset where it can.
+        SubspecError: of class `error_type`, if `data` is no such object; with the byte offset if it is known.
     """
     if data.count(b"[") + data.count(b"{") > _MAX_CONTAINERS or data.count(b",") > _MAX_COMMAS:
         raise error_type(f"{what} has too many values for a JSON text of {len(data)} bytes", hint)
@@ -39,7 +39,7 @@ def parse_json_object(
         raise error_type(f"{what} is not JSON at byte {offset}: {error.msg}", hint) from error
     except RecursionError as error:
         raise error_type(f"{what} is nested too deeply", hint) from error
-    except ValueError as error:  # a number of more digits than Python converts
+    except ValueError as error:  # a number with more digits than Python converts
         raise error_type(f"{what} holds a number that is too long", hint) from error
     if not isinstance(value, dict):
         raise error_type(f"{what} holds a {type(value).__name__}, expected a JSON object", hint)

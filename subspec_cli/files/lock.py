@@ -1,4 +1,4 @@
-"""One writer per directory: an advisory lock that dies with its process."""
+"""One writer per directory: an advisory lock that ends with its process."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from subspec_cli.units import printable
 
 LOCK_NAME = ".lock"
 _POLL_S = 0.2
-# Network filesystems without flock. Temporary names are unique, so going without only wastes work.
+# Network file systems without flock. Temporary names are unique, so working without a lock only wastes work.
 _NO_LOCKS_HERE = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
 
 @contextmanager
 def directory_lock(directory: Path, on_wait: Callable[[str], None] | None = None) -> Iterator[bool]:
-    """Hold the lock of an existing directory; the file stays behind, the lock does not. Yields whether it waited.
+    """Hold the lock of an existing directory; yields whether it had to wait. The lock file stays behind.
 
     Args:
-        directory: what is locked.
-        on_wait: told, once per holder, that another process has the lock, which is then waited for; without
-            it there is no waiting.
+        directory: the directory to lock.
+        on_wait: called once per holder with the notice that another process has the lock, before waiting for
+            it. Without `on_wait` a lock that is held is an error.
 
     Raises:
-        BusyError: another process holds it; names its process id.
+        BusyError: another process holds the lock; names its process id.
         ResourceError: the lock file cannot be written.
     """
     path = directory / LOCK_NAME
@@ -39,22 +39,22 @@ def directory_lock(directory: Path, on_wait: Callable[[str], None] | None = None
     except OSError as error:
         raise write_error(error, path) from error
     try:
-        told = None
+        reported = None
         while (holder := _acquire(handle, path)) is not None:
             busy = f"another process (pid {holder}) is preparing {printable(str(directory))}"
             if on_wait is None:
                 raise BusyError(busy, "wait until it is done, then run the command again")
-            if holder != told:
+            if holder != reported:
                 on_wait(f"waiting: {busy}")
-                told = holder
+                reported = holder
             time.sleep(_POLL_S)
-        yield told is not None
+        yield reported is not None
     finally:
         os.close(handle)
 
 
 def _acquire(handle: int, path: Path) -> str | None:
-    """Take the lock; None when it is ours, else who holds it."""
+    """Take the lock. Returns None on success, otherwise the holder's process id."""
     try:
         if sys.platform != "win32":
             import fcntl

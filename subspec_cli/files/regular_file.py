@@ -22,7 +22,7 @@ _FILE_KINDS = (
 
 
 def open_regular(path: Path) -> FileIO:
-    """Open a regular file for unbuffered reading; a pipe or a device is refused, not waited for.
+    """Open a regular file for unbuffered reading. A pipe or a device is refused; it is not waited for.
 
     Raises:
         IntegrityError: the file is missing or is not a regular file.
@@ -30,7 +30,7 @@ def open_regular(path: Path) -> FileIO:
     """
     try:
         _refuse_special(path, path.stat().st_mode)
-        # Not to wait if the path became a pipe just now; regular files do not heed the flag.
+        # O_NONBLOCK: do not wait if the path has just become a pipe. Regular files ignore the flag.
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
         file = FileIO(os.open(path, flags), "rb")
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
@@ -40,7 +40,7 @@ def open_regular(path: Path) -> FileIO:
 
 
 def read_small_file(path: Path, limit_bytes: int) -> bytes:
-    """The whole of a regular file of at most `limit_bytes`.
+    """Content of a regular file of at most `limit_bytes`.
 
     Raises:
         IntegrityError: missing, special or larger.
@@ -67,7 +67,7 @@ def sha256_file(path: Path) -> str:
 
 
 def has_size(path: Path, size_bytes: int) -> bool:
-    """Whether a regular file of that size is there."""
+    """Whether `path` is a regular file of this size."""
     return path.is_file() and path.stat().st_size == size_bytes
 
 

@@ -29,6 +29,6 @@ def prepare_command(
 
 
 def repair_command(model_id: str | None) -> str:
-    """The command line that makes damaged files of a prepared model, or of all, anew, quoted for a shell."""
+    """The command line that makes damaged files of a prepared model, or of all, again, quoted for a shell."""
     words = [] if model_id is None else [shlex.quote(printable(model_id))]
     return " ".join(["subspec models verify", *words, "--repair"])

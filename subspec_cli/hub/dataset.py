@@ -8,7 +8,7 @@ from subspec_cli.hub.hub_errors import explain_hub_error
 
 
 def download_dataset_file(dataset: str, file_name: str) -> Path:
-    """One file of a dataset on the hub, from the cache if it is there; errors as in `resolve_model`."""
+    """Path of one file of a dataset on the hub, fetched unless it is cached. Errors as in `open_model`."""
     from huggingface_hub import hf_hub_download
 
     try:

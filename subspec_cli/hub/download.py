@@ -1,4 +1,4 @@
-"""One file on its way into the hub's cache: continued where it stopped, and verified before it counts."""
+"""The download of one file into the hub's cache: resumed where it stopped, and verified at its end."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from subspec_cli.hub.retry import Attempts, RetryPolicy, with_retries
 from subspec_cli.hub.workers import WorkerChannel
 from subspec_cli.units import format_bytes, printable
 
-_FIRST_BYTES = 256 << 10  # of a weight file: they hold the header, nearly always
+_FIRST_BYTES = 256 << 10  # of a weight file: nearly always enough for the header
 
 
 @dataclass(frozen=True, slots=True)
 class DownloadContext:
-    """What the downloads of one commit have in common."""
+    """What all downloads of one commit share."""
 
     model_id: str
     commit: str
@@ -30,27 +30,27 @@ class DownloadContext:
     retry_policy: RetryPolicy
     channel: WorkerChannel
 
-    def attempts(self) -> Attempts:
-        """A count for one thing to try."""
-        return Attempts(self.retry_policy, self.channel.pause, self.channel.tell, self.model_id)
+    def new_attempts(self) -> Attempts:
+        """A fresh count of attempts, for one request."""
+        return Attempts(self.retry_policy, self.channel.pause, self.channel.report, self.model_id)
 
 
 class Download:
-    """A file that the cache lacks, and what is there of it already."""
+    """A file that the cache lacks, and the part of it that is on disk."""
 
     def __init__(self, context: DownloadContext, remote: RemoteFile, attempts: Attempts) -> None:
         self._context = context
         self._remote = remote
         self._attempts = attempts
-        self._partial = context.cache.partial(remote.etag, remote.name)
+        self._partial = context.cache.partial_path(remote.etag, remote.name)
         self._digest = ContentDigest(remote.etag, remote.size_bytes)
         self.have_bytes = 0
-        """How much of it is on disk."""
+        """Bytes that are on disk."""
         self.received_bytes = 0
-        """What came over the network for it."""
+        """Bytes that came over the network in this run."""
         self.is_done = False
-        if has_size(context.cache.blob(remote.etag), remote.size_bytes):
-            self._arrive()
+        if has_size(context.cache.blob_path(remote.etag), remote.size_bytes):
+            self._mark_done()
             return
         with contextlib.suppress(FileNotFoundError):
             self.have_bytes = self._partial.lstat().st_size
@@ -61,21 +61,21 @@ class Download:
 
     @property
     def name(self) -> str:
-        """The file's, in its repository."""
+        """Name of the file in its repository."""
         return self._remote.name
 
     @property
     def size_bytes(self) -> int:
-        """Its whole size, as the hub announces it."""
+        """Size of the whole file, as the hub announces it."""
         return self._remote.size_bytes
 
     @property
-    def incomplete(self) -> IncompleteFile:
-        """Where its beginning is."""
+    def incomplete_file(self) -> IncompleteFile:
+        """The part that is on disk, to read the header from."""
         return IncompleteFile(self._partial, self.size_bytes)
 
     def fetch_header(self) -> None:
-        """Fetch the beginning of a safetensors file, up to where its header ends; errors as `finish`."""
+        """Fetch the beginning of a safetensors file, up to the end of its header. Errors as `finish`."""
         if self.is_done:
             return
         try:
@@ -88,21 +88,21 @@ class Download:
             raise
 
     def finish(self) -> None:
-        """Fetch the rest, verify the whole and give it its place in the cache.
+        """Fetch the rest, verify the whole file and store it in the cache.
 
         Raises:
             IntegrityError: the content is not the announced one; nothing of it is kept.
-            NetworkError: the hub failed too often, with how much is there.
+            NetworkError: the hub failed too often; says how much is on disk.
             AccessError: the hub refuses.
             ResourceError: the disk cannot be written.
         """
         if self.is_done:
             return
         if self.have_bytes:
-            self._digest.catch_up(self._partial)
+            self._digest.hash_rest_of(self._partial)
         found = self._fetch_whole()
         if found != self._remote.etag and self._resumes_earlier_run:
-            self._context.channel.tell(f"what was there of {self.name} is damaged: fetching it anew")
+            self._context.channel.report(f"what was there of {self.name} is damaged: fetching it again")
             self._restart()
             found = self._fetch_whole()
         if found != self._remote.etag:
@@ -112,23 +112,23 @@ class Download:
                 f"the hub announced {self._remote.etag}",
                 "run the command again; if it stays so, the hub or a proxy is at fault",
             )
-        self._context.cache.keep(self._partial, self._remote.etag)
-        self._arrive()
+        self._context.cache.store_blob(self._partial, self._remote.etag)
+        self._mark_done()
 
-    def _arrive(self) -> None:
-        self._context.cache.point(self._context.commit, self.name, self._remote.etag)
+    def _mark_done(self) -> None:
+        self._context.cache.link_file(self._context.commit, self.name, self._remote.etag)
         self.have_bytes = self.size_bytes
         self.is_done = True
 
     def _fetch_whole(self) -> str:
         if not self.size_bytes:
-            with Appender(self._partial):  # nothing is sent of an empty file, but it is there
+            with Appender(self._partial):  # an empty file has no body to fetch, but the file must exist
                 pass
         self._fetch(self.size_bytes)
-        return self._digest.of(self._partial)
+        return self._digest.hexdigest_of(self._partial)
 
     def _fetch(self, until: int) -> None:
-        """Have the first `until` bytes on disk."""
+        """Fetch until the first `until` bytes are on disk."""
         while self.have_bytes < until:
             with_retries(lambda: self._receive(until), self._attempts, self._explain)
 
@@ -142,10 +142,10 @@ class Download:
                 appender.cut(body.start)
                 self.have_bytes = body.start
             for piece in body.pieces:
-                self._context.channel.check()
+                self._context.channel.raise_if_stopped()
                 wanted = piece[: until - self.have_bytes]
                 appender.append(wanted, self.size_bytes - self.have_bytes)
-                self._digest.follow(wanted, self.have_bytes)
+                self._digest.update(wanted, self.have_bytes)
                 self.have_bytes += len(wanted)
                 self.received_bytes += len(piece)
                 if self.have_bytes > self._peak_bytes:
@@ -174,13 +174,13 @@ class Download:
 
 
 def begin_download(context: DownloadContext, name: str) -> Download:
-    """Ask what a file is, and see what an earlier run left of it.
+    """Fetch the metadata of a file, and look for what an earlier run left of it.
 
     Raises:
         NetworkError, AccessError: the hub cannot be reached, or refuses.
         IntegrityError: the hub contradicts itself.
     """
-    attempts = context.attempts()
+    attempts = context.new_attempts()
 
     def explain(error: Exception) -> Exception:
         return explain_hub_error(error, context.model_id, context.commit) or error

@@ -1,4 +1,4 @@
-"""What went wrong at the hub, in one sentence: the library's nested exceptions, unwrapped to the cause."""
+"""Errors of the hub in one sentence: the library's nested exceptions, unwrapped to their cause."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ _RETRYABLE_FAULTS = {"TimeoutException", "NetworkError", "RemoteProtocolError", 
 
 
 def explain_hub_error(error: Exception, model_id: str, revision: str | None) -> SubspecError | None:
-    """The error to show for an exception of `huggingface_hub`; None when it is not the hub's doing.
+    """The error to show for an exception of `huggingface_hub`; None if the hub is not the cause.
 
-    Refusals are AccessError, a missing revision UsageError, a damaged file IntegrityError, a disk that cannot
-    be written ResourceError, all else about the network NetworkError. Headers and tokens are never quoted.
+    A refusal is an AccessError, a missing revision a UsageError, a damaged file an IntegrityError, a disk that
+    cannot be written a ResourceError. Other faults of the network are a NetworkError. Headers and tokens are
+    never quoted.
     """
     from huggingface_hub import errors
 
@@ -57,7 +58,7 @@ def explain_hub_error(error: Exception, model_id: str, revision: str | None) -> 
 
 
 def is_transfer_error(error: Exception) -> bool:
-    """Whether a connection failed in a way that may pass: refused, dropped, silent, cut short."""
+    """Whether a connection failed in a way that is worth a retry: refused, dropped, silent, cut short."""
     if isinstance(error, ConnectionError):
         return True
     names = {base.__name__ for base in type(error).__mro__}
@@ -65,7 +66,7 @@ def is_transfer_error(error: Exception) -> bool:
 
 
 def status_of(error: Exception) -> int | None:
-    """The status of the hub's answer that an exception is about; None for any other exception."""
+    """HTTP status of the answer that an exception is about; None for any other exception."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     return status if isinstance(status, int) else None
 
@@ -98,9 +99,9 @@ def _explain_answer(error: Exception, model_id: str) -> SubspecError:
             "log in with a token that may read it: hf auth login",
         )
     wait = response.headers.get("Retry-After", "") if response is not None else ""
-    told = f", asks to wait {printable(wait)[:20]} s" if status == 429 and wait else ""
+    asked_wait = f", asks to wait {printable(wait)[:20]} s" if status == 429 and wait else ""
     return NetworkError(
-        f"{_endpoint()} answered {status}{told}", "try again later; files that are complete are kept"
+        f"{_endpoint()} answered {status}{asked_wait}", "try again later; files that are complete are kept"
     )
 
 
@@ -121,7 +122,7 @@ def not_a_hub() -> NetworkError:
 
 
 def _explain_os_error(error: OSError) -> SubspecError:
-    if error.errno is None:  # how the library reports a body of another length than announced
+    if error.errno is None:  # the library reports a body of another length this way
         reason = printable(str(error).strip().split("\n")[0])[:200]
         return IntegrityError(f"a download is damaged: {reason}", "run the command again")
     return write_error(error, Path(os.fsdecode(error.filename or _cache_directory())))
@@ -140,7 +141,7 @@ def _cache_directory() -> str:
 
 
 def _token_source() -> str | None:
-    """Where a token was taken from, never its value; None when there is none."""
+    """Where the token was taken from, never its value; None if there is no token."""
     from huggingface_hub import get_token
 
     if os.environ.get("HF_TOKEN"):

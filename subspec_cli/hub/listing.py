@@ -1,4 +1,4 @@
-"""Which commit is meant and which of its files are needed: from the hub, or from the cache if need be."""
+"""The files of a commit, and which of them a model needs: as the hub lists them, or as the cache holds them."""
 
 from __future__ import annotations
 
@@ -50,17 +50,17 @@ class Listing:
 
     commit: str
     sizes: Mapping[str, int | None]
-    """Bytes by name; None where the hub does not say, empty where the cache stands in for the hub."""
+    """Bytes by name; None where the hub gives no size. Empty if the listing is made from the cache."""
 
     @property
     def small_files(self) -> list[str]:
-        """What is needed beside config.json and the weights themselves."""
+        """The files that a model needs besides config.json and the weights."""
         wanted = [name for name in self.sizes if any(fnmatchcase(name, like) for like in _SMALL_FILES)]
         index = [INDEX_NAME] if INDEX_NAME in self.sizes and SINGLE_NAME not in self.sizes else []
         return [*index, *(name for name in sorted(wanted) if "/" not in name)]
 
     def weight_files(self, snapshot: Path) -> tuple[str, ...]:
-        """The weight files, by the index that is in the cache.
+        """The weight files, according to the index in the cache.
 
         Raises:
             IntegrityError: the index is damaged, or names a file that the commit does not hold.
@@ -74,7 +74,7 @@ class Listing:
         return index.file_names
 
     def check_index_names(self, index: WeightIndex) -> None:
-        """See that the files of an index are there; raises IntegrityError as `weights`."""
+        """Check that the listing has the files of an index. Raises IntegrityError as `weight_files`."""
         unknown = [name for name in index.file_names if name not in self.sizes] if self.sizes else []
         if unknown:
             raise IntegrityError(
@@ -83,7 +83,7 @@ class Listing:
             )
 
     def is_cached(self, snapshot: Path, name: str) -> bool:
-        """Whether a file is in the cache, with the size that the hub tells.
+        """Whether a file is in the cache, with the size that the hub gives.
 
         Raises:
             IntegrityError: the name, or a link in its place, leads out of the cache.
@@ -92,7 +92,7 @@ class Listing:
         return path.exists() if size_bytes is None else has_size(path, size_bytes)
 
     def is_complete(self, snapshot: Path) -> bool:
-        """Whether nothing must be fetched; errors as `is_there` and `weights`."""
+        """Whether nothing must be fetched. Errors as `is_cached` and `weight_files`."""
         if first_missing_file(snapshot) is not None:
             return False
         needed = (CONFIG_NAME, *self.small_files, *self.weight_files(snapshot))
@@ -102,7 +102,9 @@ class Listing:
 def find_listing(
     model_id: str, revision: str | None, retry_policy: RetryPolicy, notify: Callable[[str], None]
 ) -> Listing:
-    """The commit that a revision stands for now; by the cache where that is complete and the hub not reached.
+    """List the commit that a revision stands for now.
+
+    If the hub cannot be reached and the cache holds a complete commit, that one is listed.
 
     Raises:
         UsageError: no such revision.
@@ -135,14 +137,14 @@ def _fetch_listing(
 
     found: list[ModelInfo] = []
     channel = WorkerChannel(notify)
-    attempts = Attempts(retry_policy, channel.pause, channel.tell, model_id)
+    attempts = Attempts(retry_policy, channel.pause, channel.report, model_id)
 
     def ask() -> ModelInfo:
         timeout_s = retry_policy.stall_s or _TIMEOUT_S
         return HfApi().model_info(model_id, revision=revision, timeout=timeout_s, files_metadata=True)
 
     def explain(error: Exception) -> Exception:
-        if isinstance(error, (TypeError, KeyError, AttributeError)):  # JSON, but of something else
+        if isinstance(error, (TypeError, KeyError, AttributeError)):  # JSON, but not of a model
             return not_a_hub()
         return explain_hub_error(error, model_id, revision) or error
 

@@ -18,16 +18,16 @@ _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]
 
 @dataclass(frozen=True, slots=True)
 class ModelName:
-    """A model as the user named it, made canonical."""
+    """A model as the user named it, in canonical form."""
 
     model_id: str
     """`demo`, the resolved path of a directory, or the hub's id."""
     directory: Path | None
-    """Where it lies, or None for a model on the hub."""
+    """Its directory; None for a model on the hub."""
 
 
 def parse_model_name(model: str) -> ModelName:
-    """Tell apart the demo, a directory and a hub id; a directory that exists wins over a hub id.
+    """Parse the demo's name, a directory or a hub id. A directory that exists wins over a hub id.
 
     Raises:
         UsageError: no such directory, or neither a path nor a hub id.
@@ -52,10 +52,10 @@ def parse_model_name(model: str) -> ModelName:
 
 
 def name_of_id(model_id: str) -> ModelName:
-    """The model of a canonical id, as manifests hold it; a directory of that name here does not count.
+    """The model of a canonical id, as manifests hold it. A local directory with a hub id's name does not count.
 
     Raises:
-        UsageError: the id is of a directory that is gone, or is none.
+        UsageError: the id names a directory that is gone, or is no id.
     """
     if model_id != DEMO and not os.path.isabs(model_id) and _is_hub_id(model_id):
         return ModelName(model_id, None)
@@ -63,7 +63,7 @@ def name_of_id(model_id: str) -> ModelName:
 
 
 def check_revision(name: ModelName, revision: str | None) -> None:
-    """Refuse a revision that cannot be one.
+    """Refuse what cannot be a revision.
 
     Raises:
         UsageError: the model is not on the hub, or the text is no branch, tag or commit.
@@ -85,7 +85,7 @@ def _is_hub_id(model: str) -> bool:
 
 
 def _is_hub_part(part: str) -> bool:
-    # The hub's own rules beyond the characters; they also keep `..` out of paths made from the name.
+    # The hub's own rules beyond the allowed characters. They also keep `..` out of paths made from the name.
     return (
         part[0] not in ".-"
         and part[-1] not in ".-"

@@ -1,6 +1,6 @@
-"""What a model is made of, before any of its weights is here: config, index and headers by range requests.
+"""What a model is made of, before its weights are fetched: config, index and headers by range requests.
 
-A few kilobytes are read for a model of gigabytes, and nothing is written: the cache stays as it is.
+A few kilobytes are read for a model of gigabytes. Nothing is written; the cache stays as it is.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from subspec_cli.checkpoint.source_directory import (
     no_tokenizer_error,
     parse_config,
     parse_index,
+    tokenizer_bytes_in,
 )
 from subspec_cli.errors import IntegrityError
 from subspec_cli.hub.cache import cached_snapshot, repo_cache
@@ -39,7 +40,7 @@ from subspec_cli.hub.workers import WorkerChannel, run_all
 from subspec_cli.units import printable
 
 _FIRST_BYTES: Final = 32 << 10
-"""Of a weight file: they hold the header of most."""
+"""First bytes of a weight file to read: enough for the header of most files."""
 _START_BYTES: Final = 512
 
 
@@ -54,11 +55,11 @@ class ModelOutline:
     tensors: Mapping[str, TensorEntry]
     tokenizer_bytes: int
     missing_bytes: int
-    """What `prepare` would download."""
+    """Bytes that `prepare` would download."""
     received_bytes: int
-    """What came over the network for this outline."""
+    """Bytes that came over the network for this outline."""
     directory: Path | None = None
-    """Where the model lies, if it is here whole."""
+    """The model's directory, if it is complete on this machine."""
 
 
 def outline_model(
@@ -69,9 +70,9 @@ def outline_model(
     notify: Callable[[str], None],
     retry_policy: RetryPolicy = RETRY_POLICY,
 ) -> ModelOutline:
-    """Outline a model; the network is asked only for what is on the hub and not whole in the cache.
+    """Outline a model. The network is used only for a model on the hub that is not complete in the cache.
 
-    Arguments and errors are those of `store.hub.open_model`.
+    Arguments and errors are those of `open_model`.
     """
     name = parse_model_name(model)
     check_revision(name, revision)
@@ -87,7 +88,7 @@ def outline_model(
     if not any(all(file in listing.sizes for file in names) for names in TOKENIZER_CHOICES):
         raise no_tokenizer_error(printable(name.model_id))
     tensors, weight_files = _read_headers(reader, listing, channel)
-    snapshot = context.cache.snapshot(listing.commit)
+    snapshot = context.cache.snapshot_path(listing.commit)
     needed = (CONFIG_NAME, *listing.small_files, *weight_files)
     return ModelOutline(
         model_id=name.model_id,
@@ -105,7 +106,7 @@ def outline_model(
 
 
 def _cached(model_id: str, revision: str | None) -> Path | None:
-    """Directory of a model that is whole in the cache."""
+    """Directory of a model that is complete in the cache; None for any other."""
     snapshot = cached_snapshot(model_id, revision)
     return snapshot if snapshot is not None and first_missing_file(snapshot) is None else None
 
@@ -120,7 +121,7 @@ def _outline_here(
         commit=directory.name if is_hub else checkpoint.fingerprint,
         config=checkpoint.config,
         tensors=checkpoint.tensors,
-        tokenizer_bytes=sum(path.stat().st_size for path in directory.glob("tokenizer*") if path.is_file()),
+        tokenizer_bytes=tokenizer_bytes_in(directory),
         missing_bytes=0,
         received_bytes=0,
         directory=checkpoint.directory,
@@ -136,7 +137,7 @@ def _read_config(reader: _Reader, accept_config: Callable[[Mapping[str, Any]], N
 def _read_headers(
     reader: _Reader, listing: Listing, channel: WorkerChannel
 ) -> tuple[dict[str, TensorEntry], tuple[str, ...]]:
-    """The tensors of all weight files, and the files' names."""
+    """The tensors of all weight files, by name, and the names of the files."""
     entries: dict[str, tuple[TensorEntry, ...]] = {}
 
     def read(name: str) -> None:
@@ -155,7 +156,7 @@ def _read_headers(
 
 
 class _Reader:
-    """Reads files of one commit into memory, whole or their beginning; from any thread."""
+    """Reads files of one commit into memory, whole or their beginning. Usable from any thread."""
 
     def __init__(self, context: DownloadContext) -> None:
         self._context = context
@@ -167,7 +168,7 @@ class _Reader:
         return self._context.model_id
 
     def whole(self, name: str, most_bytes: int) -> bytes:
-        """A small file, verified; raises IntegrityError for a large or another one."""
+        """Content of a small file, verified. Raises IntegrityError if it is too large or not the announced one."""
         file = self._fetch_metadata(name)
         if file.size_bytes > most_bytes:
             raise IntegrityError(
@@ -183,7 +184,7 @@ class _Reader:
         return data
 
     def header(self, name: str) -> tuple[TensorEntry, ...]:
-        """The tensors of a weight file; raises IntegrityError as `parse_entries`."""
+        """The tensors of a weight file. Raises IntegrityError as `parse_entries`."""
         file, path = self._fetch_metadata(name), Path(name)
         data = self._fetch(file, b"", min(_FIRST_BYTES, file.size_bytes))
         end = 8 + header_length(data[:_START_BYTES], path, file.size_bytes)
@@ -195,25 +196,25 @@ class _Reader:
         context = self._context
         return with_retries(
             lambda: fetch_metadata(context.model_id, context.commit, name, context.retry_policy.stall_s),
-            context.attempts(),
+            context.new_attempts(),
             self._explain,
         )
 
     def _fetch(self, file: RemoteFile, have: bytes, until: int) -> bytes:
-        """The first `until` bytes, of which some may be here; a server that sends no parts is left in the middle."""
+        """The first `until` bytes, starting from those in `have`. A body sent whole is left early."""
 
         def receive() -> bytes:
             with open_body(file, len(have), until, self._context.retry_policy.stall_s) as body:
                 data = bytearray(have[: body.start])
                 for piece in body.pieces:
-                    self._context.channel.check()
+                    self._context.channel.raise_if_stopped()
                     self.received_bytes += len(piece)
                     data += piece
                     if len(data) >= until:
                         return bytes(data[:until])
             raise ConnectionError("the answer ended early")
 
-        return with_retries(receive, self._context.attempts(), self._explain) if until else b""
+        return with_retries(receive, self._context.new_attempts(), self._explain) if until else b""
 
     def _explain(self, error: Exception) -> Exception:
         return explain_hub_error(error, self.model_id, self._context.commit) or error

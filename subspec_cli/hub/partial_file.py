@@ -1,4 +1,4 @@
-"""The beginning of a download: appended to, and hashed while it grows."""
+"""The partial file of a download: bytes are appended to it, and hashed as they come."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SHA256_DIGITS = 64
 
 
 class Appender:
-    """Adds bytes to a file; a link in its place is not followed."""
+    """Appends bytes to a file. A link in its place is not followed."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -45,7 +45,7 @@ class Appender:
             raise write_error(error, self._path) from error
 
     def append(self, data: bytes, need_bytes: int) -> None:
-        """Write at the end; `need_bytes` is for the message when there is no room. Raises ResourceError."""
+        """Write at the end. Raises ResourceError, which reports `need_bytes` if the disk is full."""
         view = memoryview(data)
         try:
             while view:
@@ -55,7 +55,7 @@ class Appender:
 
 
 class ContentDigest:
-    """The hash by which the hub names a content: SHA-256, or git's SHA-1 with the size before the bytes."""
+    """The hash that names a content on the hub: SHA-256, or git's SHA-1, which puts the size before the bytes."""
 
     def __init__(self, expected: str, size_bytes: int) -> None:
         self._is_sha256 = len(expected) == _SHA256_DIGITS
@@ -64,7 +64,7 @@ class ContentDigest:
         self.reset()
 
     def reset(self) -> None:
-        """Begin anew."""
+        """Begin again."""
         self._position = 0
         if self._is_sha256:
             self._hash = hashlib.sha256()
@@ -72,20 +72,20 @@ class ContentDigest:
             self._hash = hashlib.sha1(usedforsecurity=False)
             self._hash.update(f"blob {self._size_bytes}\0".encode())
 
-    def follow(self, data: bytes, offset: int) -> None:
-        """Take in bytes that were appended at `offset`; what lies before and was not hashed is left for later."""
+    def update(self, data: bytes, offset: int) -> None:
+        """Hash bytes that were appended at `offset`, unless earlier bytes are not hashed yet: `hash_rest_of` does."""
         if offset < self._position:
             self.reset()
         if offset == self._position:
             self._hash.update(data)
             self._position += len(data)
 
-    def catch_up(self, path: Path) -> None:
-        """Read what is on disk and not yet hashed, so that what follows can be hashed as it comes.
+    def hash_rest_of(self, path: Path) -> None:
+        """Hash the bytes that are on disk and not hashed yet, so that later bytes can be hashed as they come.
 
         Raises:
-            IntegrityError: it is missing or no regular file.
-            ResourceError: it cannot be read.
+            IntegrityError: the file is missing or not a regular file.
+            ResourceError: the file cannot be read.
         """
         with open_regular(path) as file:
             try:
@@ -96,9 +96,9 @@ class ContentDigest:
             except OSError as error:
                 raise read_error(error, path) from error
 
-    def of(self, path: Path) -> str:
-        """The hash of the whole file; errors as `catch_up`, and IntegrityError for another size."""
-        self.catch_up(path)
+    def hexdigest_of(self, path: Path) -> str:
+        """The hash of the whole file. Errors as `hash_rest_of`, and IntegrityError for another size."""
+        self.hash_rest_of(path)
         if self._position != self._size_bytes:
             raise IntegrityError(
                 f"{printable(str(path))} has {self._position} bytes, expected {self._size_bytes}",

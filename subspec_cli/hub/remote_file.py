@@ -1,7 +1,7 @@
-"""Requests for the files of one commit: what a file is, and its bytes from any offset on.
+"""Requests for the files of one commit: their metadata, and their bytes from any offset.
 
-Addresses, credentials, proxies and offline mode are the hub library's; redirects are followed here, so that
-the token goes to no other host than the hub.
+Addresses, credentials, proxies and offline mode are left to the hub library. Redirects are followed here, so
+that the token goes to no host but the hub.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ class RemoteFile:
     name: str
     url: str
     etag: str
-    """The content's hash: SHA-256 of a large (LFS) file, git's SHA-1 of a small one."""
+    """Hash of the content: SHA-256 for a large (LFS) file, git's SHA-1 for a small one."""
     size_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class ResponseBody:
-    """Bytes on their way."""
+    """The bytes of a file as they arrive."""
 
     start: int
-    """Offset of the first one: as asked for, or 0 where the server cannot begin elsewhere."""
+    """Offset of the first byte: as requested, or 0 if the server does not support ranges."""
     pieces: Iterator[bytes]
 
 
 def fetch_metadata(model_id: str, commit: str, name: str, stall_s: float | None) -> RemoteFile:
-    """Ask what a file of a commit is; no byte of it is fetched.
+    """Request the metadata of a file. No byte of its content is fetched.
 
     Raises:
         NetworkError: the answer is not a hub's.
@@ -72,7 +72,7 @@ def fetch_metadata(model_id: str, commit: str, name: str, stall_s: float | None)
 
 @contextmanager
 def open_body(file: RemoteFile, start: int, end: int, stall_s: float | None) -> Iterator[ResponseBody]:
-    """The bytes of a file from `start` to `end`, or from 0 on if the server sends no parts.
+    """Request the bytes of a file from `start` to `end`, or from 0 if the server does not support ranges.
 
     Raises:
         IntegrityError: the file has another size or content than announced.
@@ -93,7 +93,7 @@ def open_body(file: RemoteFile, start: int, end: int, stall_s: float | None) -> 
 
 @contextmanager
 def _open_response(file: RemoteFile, headers: Mapping[str, str], stall_s: float | None) -> Iterator[Any]:
-    """The answer for a file, wherever it is stored; an `httpx` response, under whichever name the library has it."""
+    """The response for a file, after redirects: an `httpx` response (the library may import it by another name)."""
     from huggingface_hub import constants, get_session, hf_raise_for_status
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # public, but loaded lazily
 
@@ -119,7 +119,7 @@ def _open_response(file: RemoteFile, headers: Mapping[str, str], stall_s: float 
             if _origin(target) != _origin(home):
                 sent = {name: value for name, value in sent.items() if name.lower() != "authorization"}
             url = target
-    raise not_a_hub()  # redirects without end
+    raise not_a_hub()  # too many redirects
 
 
 def _origin(url: str) -> tuple[str, str, int | None]:

@@ -1,4 +1,4 @@
-"""How often, and after how long a wait, a request that failed is made again."""
+"""Retries of failed requests: how many, and after how long a wait."""
 
 from __future__ import annotations
 
@@ -19,42 +19,42 @@ _RETRYABLE_STATUSES = frozenset((408, 425, 429, 500, 502, 503, 504))
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """Bounds of the attempts at one thing; bytes that arrive start the count anew."""
+    """Bounds of the attempts at one request. Bytes that arrive start the count again."""
 
     tries: int = 5
     first_wait_s: float = 1.0
-    """Doubled after every failure: 15 s in all."""
+    """Doubled after every failure; the waits add up to 15 s."""
     longest_wait_s: float = 300.0
-    """A hub that asks for a longer wait is not waited for."""
+    """If the hub asks for a longer wait, the request fails at once."""
     stall_s: float | None = None
-    """How long a connection may be silent; None is the hub library's own setting."""
+    """How long a connection may be silent; None takes the hub library's own setting."""
 
 
 RETRY_POLICY = RetryPolicy()
 
 
 class Attempts:
-    """Counts the failures of one thing that is tried."""
+    """Counts the failed attempts at one request."""
 
     def __init__(
         self,
         retry_policy: RetryPolicy,
         pause: Callable[[float], None],
         notify: Callable[[str], None],
-        what: str,
+        model_id: str,
     ) -> None:
         self._policy = retry_policy
         self._pause = pause
         self._notify = notify
-        self._what = what
+        self._model_id = model_id
         self._failures = 0
 
     def reset_failures(self) -> None:
-        """Something has come of it: earlier failures no longer count."""
+        """Bytes have arrived, so earlier failures no longer count."""
         self._failures = 0
 
-    def failed(self, error: Exception) -> None:
-        """Wait before the next attempt; raises `error` if there is to be none."""
+    def wait_or_raise(self, error: Exception) -> None:
+        """Count a failure and wait before the next attempt. Raises `error` if there must be no other."""
         self._failures += 1
         if self._failures >= self._policy.tries or not _is_retryable(error):
             raise error
@@ -64,7 +64,7 @@ class Attempts:
             if asked_s > self._policy.longest_wait_s:
                 raise error
             wait_s = max(wait_s, asked_s)
-        failure = explain_hub_error(error, self._what, None)
+        failure = explain_hub_error(error, self._model_id, None)
         reason = failure.message if failure else type(error).__name__
         count = f"{self._failures + 1} of {self._policy.tries}"
         self._notify(f"{reason}; trying again in {format_seconds(wait_s)} (attempt {count})")
@@ -74,7 +74,7 @@ class Attempts:
 def with_retries(
     action: Callable[[], _Result], attempts: Attempts, explain: Callable[[Exception], Exception]
 ) -> _Result:
-    """Do it, again after failures that may pass; raises the last one as the error that `explained` makes of it."""
+    """Run `action`, and again after retryable failures. Raises the last failure as `explain` words it."""
     while True:
         try:
             return action()
@@ -82,7 +82,7 @@ def with_retries(
             raise
         except Exception as error:
             try:
-                attempts.failed(error)
+                attempts.wait_or_raise(error)
             except Exception as final:
                 raise explain(final) from final
 
@@ -92,7 +92,7 @@ def _is_retryable(error: Exception) -> bool:
 
 
 def _retry_after_s(error: Exception) -> float | None:
-    """Seconds by the Retry-After header, which is a number or a date."""
+    """Seconds that the Retry-After header asks to wait; the header is a number or a date."""
     response = getattr(error, "response", None)
     text = response.headers.get("Retry-After", "").strip() if response is not None else ""
     if text.isdecimal():

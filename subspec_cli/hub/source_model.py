@@ -1,4 +1,4 @@
-"""From the name of a model to a local directory of one exact commit, by way of the Hugging Face cache."""
+"""The 16-bit model that a name stands for: a local directory, or one exact commit in the Hugging Face cache."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ from subspec_cli.hub.workers import WorkerChannel
 from subspec_cli.units import printable
 
 ConfigCheck = Callable[[Mapping[str, Any]], None]
-"""Raises UnsupportedModelError for a config.json that no family runs."""
+"""Raises UnsupportedModelError for a config.json that no supported family can run."""
 
 
 @dataclass(frozen=True, slots=True)
 class ResolvedModel:
-    """A model that is on this machine."""
+    """A model's identity and its directory on this machine."""
 
     model_id: str
     directory: Path
     commit: str
     """The hub's commit; for a directory and the demo, the checkpoint's fingerprint."""
     is_local: bool
-    """Whether it is a directory of the user or the demo, not the hub's."""
+    """Whether it is a user's directory or the demo, not a model on the hub."""
 
 
 @dataclass(frozen=True, slots=True)
 class OpenedModel:
-    """A model whose headers are known; its weights are on this machine, or on their way."""
+    """A model whose headers are known. Its weights are on this machine or still to be downloaded."""
 
     resolved: ResolvedModel
     checkpoint: Checkpoint
@@ -61,16 +61,17 @@ def open_model(
     notify: Callable[[str], None],
     retry_policy: RetryPolicy = RETRY_POLICY,
 ) -> Iterator[OpenedModel]:
-    """Find a model and open it; of what the cache lacks, only small files and headers are fetched.
+    """Find a model and open it. Of what the cache lacks, only small files and headers are fetched.
 
-    All files are of one commit. The weights come once `incoming` is started, until the context ends.
+    All files are of one commit. The weights are fetched once `weight_downloads` is started, until the context
+    ends.
 
     Args:
         model: `demo`, a directory, or a hub id.
         revision: branch, tag or commit on the hub; None means its main branch.
-        accept_config: called with config.json before any weight is fetched.
-        notify: told of waits and repeated attempts.
-        retry policy: bounds of the attempts.
+        accept_config: called with the content of config.json before any weight is fetched.
+        notify: called with a line about each wait and each repeated attempt.
+        retry_policy: bounds of the attempts.
 
     Raises:
         UsageError: no such directory or revision, or no model name.
@@ -90,27 +91,31 @@ def open_model(
         return
     listing = find_listing(name.model_id, revision, retry_policy, notify)
     cache = repo_cache(name.model_id)
-    resolved = ResolvedModel(name.model_id, cache.snapshot(listing.commit), listing.commit, is_local=False)
+    resolved = ResolvedModel(
+        name.model_id, cache.snapshot_path(listing.commit), listing.commit, is_local=False
+    )
     with ExitStack() as stack:
         if not listing.is_complete(resolved.directory):
-            cache.make()
+            cache.make_directories()
             stack.enter_context(directory_lock(cache.lock_directory, on_wait=notify))
         context = DownloadContext(name.model_id, listing.commit, cache, retry_policy, channel)
         downloads = _begin(context, listing, accept_config)
         weight_downloads = WeightDownloads(cache.directory, downloads, channel)
         stack.callback(weight_downloads.close)
-        incomplete = {download.name: download.incomplete for download in downloads if not download.is_done}
+        incomplete = {
+            download.name: download.incomplete_file for download in downloads if not download.is_done
+        }
         yield OpenedModel(resolved, open_checkpoint(resolved.directory, incomplete), weight_downloads)
         weight_downloads.close()
         if weight_downloads.is_complete:
-            cache.remember(revision or "main", listing.commit)
+            cache.write_ref(revision or "main", listing.commit)
             if downloads:
-                cache.sweep()
+                cache.remove_partial_files()
 
 
 def _begin(context: DownloadContext, listing: Listing, accept_config: ConfigCheck) -> list[Download]:
-    """Fetch the small files that are missing, and begin the weights; what can refuse the model comes first."""
-    snapshot = context.cache.snapshot(context.commit)
+    """Fetch the missing small files and begin the weights. The files that may refuse the model come first."""
+    snapshot = context.cache.snapshot_path(context.commit)
 
     def missing(names: Iterable[str]) -> list[str]:
         return [name for name in names if not listing.is_cached(snapshot, name)]
@@ -122,7 +127,7 @@ def _begin(context: DownloadContext, listing: Listing, accept_config: ConfigChec
 
 
 def find_source_directory(model_id: str, revision: str | None = None) -> Path:
-    """Directory of a model that has been resolved before; the network is never used.
+    """Directory of a model that was resolved before. The network is never used.
 
     Args:
         model_id: as in a manifest: `demo`, an absolute path or a hub id.
@@ -130,7 +135,7 @@ def find_source_directory(model_id: str, revision: str | None = None) -> Path:
 
     Raises:
         UsageError: no such directory, or no model name.
-        IntegrityError: the hub's cache no longer holds the commit whole.
+        IntegrityError: the hub's cache no longer holds the complete commit.
     """
     name = name_of_id(model_id)
     if name.directory is not None:

@@ -1,4 +1,4 @@
-"""The weight files of a model that are still being downloaded, while others are already at work."""
+"""The weight files of a model that are still to be downloaded, while the others are already in use."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ _POLL_S = 0.2
 
 @dataclass(frozen=True, slots=True)
 class DownloadProgress:
-    """How far the weight files are."""
+    """How far the downloads of the weight files are."""
 
     done_files: int
     total_files: int
     done_bytes: int
     total_bytes: int
     received_bytes: int
-    """Of the done ones, what came in this run."""
+    """Those of the done bytes that came in this run."""
     elapsed_s: float
 
 
 class WeightDownloads:
-    """What is missing of a model; nothing of it is fetched before `start`, but for headers."""
+    """The missing weight files of a model. Only their headers are fetched before `start`."""
 
     def __init__(self, directory: Path, downloads: Sequence[Download], channel: WorkerChannel) -> None:
         self.directory = directory
-        """The cache's, for the disk that is needed."""
+        """Directory in the cache that will hold the files, to check its free space."""
         self._downloads = {download.name: download for download in downloads}
         self._there_bytes = sum(download.have_bytes - download.received_bytes for download in downloads)
         self._workers = Workers([download.finish for download in downloads], channel)
@@ -40,29 +40,29 @@ class WeightDownloads:
 
     @property
     def missing_bytes(self) -> int:
-        """What is still to come."""
+        """Bytes that are still to be downloaded."""
         return sum(download.size_bytes - download.have_bytes for download in self._downloads.values())
 
     @property
     def is_complete(self) -> bool:
-        """Whether every file is there, verified."""
+        """Whether every file is downloaded and verified."""
         return self.has(self._downloads)
 
     def has(self, names: Iterable[str]) -> bool:
-        """Whether these files are there; those that were never missing are."""
+        """Whether these files are complete. Files that were never missing are."""
         return all(name not in self._downloads or self._downloads[name].is_done for name in names)
 
     def start(self) -> None:
-        """Begin to download, the first files first."""
+        """Begin to download, in the order given."""
         self._started_s = time.monotonic()
         self._workers.start()
 
     def wait(self) -> None:
-        """Return when a file has arrived, or a moment later; raises what a download failed with."""
+        """Return once a file has arrived, or after a moment. Raises the error of a failed download."""
         self._workers.wait(_POLL_S)
 
     def progress(self) -> DownloadProgress | None:
-        """How far it is; None when there is nothing to download."""
+        """How far the downloads are; None if there is nothing to download."""
         if not self._downloads:
             return None
         downloads = self._downloads.values()
@@ -77,24 +77,24 @@ class WeightDownloads:
         )
 
     def close(self) -> None:
-        """Stop what is running; what has come stays for the next run."""
+        """Stop the downloads. Bytes that have arrived stay for the next run."""
         self._workers.close()
 
 
 def begin_all(context: DownloadContext, names: Sequence[str]) -> list[Download]:
-    """Look up weight files and fetch their headers, a few at a time; errors as `Download.finish`."""
-    incomplete: dict[str, Download] = {}
+    """Begin downloads of weight files up to their headers, a few at a time. Errors as `Download.finish`."""
+    downloads: dict[str, Download] = {}
 
     def begin(name: str) -> None:
-        incomplete[name] = begin_download(context, name)
-        incomplete[name].fetch_header()
+        downloads[name] = begin_download(context, name)
+        downloads[name].fetch_header()
 
     run_all([partial(begin, name) for name in names], context.channel)
-    return [incomplete[name] for name in names]
+    return [downloads[name] for name in names]
 
 
 def fetch_all(context: DownloadContext, names: Sequence[str]) -> None:
-    """Fetch small files, a few at a time; errors as `Download.finish`."""
+    """Fetch small files, a few at a time. Errors as `Download.finish`."""
 
     def fetch(name: str) -> None:
         begin_download(context, name).finish()

@@ -1,4 +1,4 @@
-"""A few threads that work off a list, for a main thread that waits, shows and may be interrupted."""
+"""A few threads that run a list of jobs for a main thread, which waits, shows reports and may be interrupted."""
 
 from __future__ import annotations
 
@@ -13,43 +13,43 @@ _POLL_S = 0.2
 
 
 class Stopped(BaseException):
-    """The command ends, so its threads do: no error, and caught by their loop alone."""
+    """Ends a worker because the command ends. It is no error; only the workers' loop catches it."""
 
 
 class WorkerChannel:
-    """The line between a main thread and its workers: what they tell, and when they are to stop."""
+    """Between a main thread and its workers: their reports one way, the order to stop the other way."""
 
     def __init__(self, show: Callable[[str], None]) -> None:
         self._show = show
-        self._told: deque[str] = deque()
+        self._reports: deque[str] = deque()
         self._stop = threading.Event()
 
-    def tell(self, text: str) -> None:
-        """Note something for the user; from any thread."""
-        self._told.append(text)
+    def report(self, text: str) -> None:
+        """Queue a line for the user. Usable from any thread."""
+        self._reports.append(text)
 
-    def show(self) -> None:
-        """Show what was told; from the main thread."""
-        while self._told:
-            self._show(self._told.popleft())
+    def show_reports(self) -> None:
+        """Show the queued lines. Call it from the main thread."""
+        while self._reports:
+            self._show(self._reports.popleft())
 
     def stop(self) -> None:
-        """Have every worker stop at its next check."""
+        """Make every worker stop at its next check."""
         self._stop.set()
 
-    def check(self) -> None:
-        """For workers: raises Stopped once they are to stop."""
+    def raise_if_stopped(self) -> None:
+        """For workers: raise Stopped if `stop` was called."""
         if self._stop.is_set():
             raise Stopped
 
     def pause(self, seconds: float) -> None:
-        """For workers: wait; raises Stopped once they are to stop."""
+        """For workers: wait, and raise Stopped as soon as `stop` is called."""
         self._stop.wait(seconds)
-        self.check()
+        self.raise_if_stopped()
 
 
 class Workers:
-    """Runs jobs in daemon threads: a silent connection keeps no command alive that was told to stop."""
+    """Runs jobs in daemon threads, so that a silent connection cannot keep an interrupted command alive."""
 
     def __init__(self, jobs: Iterable[Callable[[], None]], channel: WorkerChannel) -> None:
         self._jobs = deque(jobs)
@@ -60,7 +60,7 @@ class Workers:
         self._changed = threading.Condition()
 
     def start(self) -> None:
-        """Begin, the first jobs first; once."""
+        """Start the jobs in order. Later calls do nothing."""
         if not self._threads:
             count = min(_MAX_THREADS, len(self._jobs))
             self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(count)]
@@ -68,17 +68,17 @@ class Workers:
                 thread.start()
 
     def wait(self, timeout_s: float) -> bool:
-        """Return when a job ends, or after the time: whether all have ended. Raises what a job failed with."""
+        """Wait for a job to end, at most `timeout_s`. Returns whether all have ended; raises a failed job's error."""
         with self._changed:
             if self._failure is None and self._left:
                 self._changed.wait(timeout_s)
-        self._channel.show()
+        self._channel.show_reports()
         if self._failure is not None:
             raise self._failure
         return not self._left
 
     def close(self) -> None:
-        """Stop what is running."""
+        """Stop the jobs, and wait a moment for their threads."""
         self._channel.stop()
         deadline_s = time.monotonic() + _MAX_JOIN_S
         for thread in self._threads:
@@ -91,16 +91,16 @@ class Workers:
             except IndexError:
                 return
             try:
-                self._channel.check()
+                self._channel.raise_if_stopped()
                 job()
             except Stopped:
                 return
             except BaseException as error:
-                self._ended(error)
+                self._record_end(error)
                 return
-            self._ended(None)
+            self._record_end(None)
 
-    def _ended(self, failure: BaseException | None) -> None:
+    def _record_end(self, failure: BaseException | None) -> None:
         with self._changed:
             self._left -= 1
             if failure is not None:
@@ -110,7 +110,7 @@ class Workers:
 
 
 def run_all(jobs: Iterable[Callable[[], None]], channel: WorkerChannel) -> None:
-    """Run jobs to their end, showing what they tell; raises what the first one failed with."""
+    """Run jobs to their end, and show their reports. Raises the error of the first job that failed."""
     workers = Workers(jobs, channel)
     workers.start()
     try:

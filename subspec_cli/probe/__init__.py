@@ -1,0 +1,1 @@
+"""Measures this machine and keeps the timings. Makes no plan and knows no session."""

@@ -18,11 +18,11 @@ from subspec_cli.hub.model_name import name_of_id
 from subspec_cli.hub.source_model import open_model
 from subspec_cli.substitutes.integrity import Finding
 from subspec_cli.substitutes.inventory import StoredModel
-from subspec_cli.substitutes.preparation import PrepareProgress, Quantizer, prepare_model
+from subspec_cli.substitutes.preparation import PrepareProgress, Quantizer, SubstituteRecipe, prepare_model
 from subspec_cli.substitutes.prepared_model import PreparedModel
 from subspec_cli.substitutes.quality import MatrixQuality, by_kind, matrix_kind, summed
 from subspec_cli.substitutes.repair import drop_damaged
-from subspec_cli.substitutes.settings import GROUP_SIZES, SubstituteSettings
+from subspec_cli.substitutes.settings import SubstituteSettings
 from subspec_cli.versions import library_versions
 
 if TYPE_CHECKING:
@@ -104,12 +104,8 @@ def prepare(
         geometry = read_geometry(opened.checkpoint.config, opened.checkpoint.tensors)
         prepared = prepare_model(
             opened,
-            settings,
-            _quantizer(settings),
-            layer_count=geometry.layers,
-            dtype=geometry.dtype,
-            group_size=0 if settings.widths == {8} else GROUP_SIZES[0],
-            versions={name: version for name, version in library_versions().items() if name in _QUANTIZERS},
+            geometry,
+            _recipe(settings),
             force=force,
             progress=watch,
             notify=notify,
@@ -167,6 +163,11 @@ def _report(
         elapsed_s=elapsed_s,
         already_prepared=already_prepared,
     )
+
+
+def _recipe(settings: SubstituteSettings) -> SubstituteRecipe:
+    versions = {name: version for name, version in library_versions().items() if name in _QUANTIZERS}
+    return SubstituteRecipe(settings, _quantizer(settings), versions)
 
 
 def _quantizer(settings: SubstituteSettings) -> Quantizer:

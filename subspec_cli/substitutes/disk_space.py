@@ -1,4 +1,4 @@
-"""Whether the disk has room for a preparation, before its first large write."""
+"""Whether the disks have the free space that a preparation needs, checked before its first large write."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ def check_disk_space(
     directory: Path,
     layers: Sequence[int],
 ) -> None:
-    """Refuse when the disks cannot take what is still to come; files that are replaced count as free.
+    """Refuse if the disks lack the space for the bytes still to be written. Files to be replaced count as free.
 
     Args:
         goal: what is prepared.
         checkpoint: its source.
-        incoming: the weights still to be downloaded.
+        weight_downloads: the weights that are still to be downloaded.
         directory: where the substitutes go.
-        layers: the ones still to be made.
+        layers: the layers that are still to be made.
 
     Raises:
-        ResourceError: with the bytes needed, of which kind, and free.
+        ResourceError: with the bytes needed for each purpose, and the bytes free.
     """
     what = f"preparing {printable(goal.model_id)}"
     missing_bytes, need_bytes = weight_downloads.missing_bytes, 0
     if layers:
-        estimates = [estimate_file_bytes(checkpoint, n, goal.settings, goal.group_size) for n in layers]
+        estimates = [estimate_file_bytes(checkpoint, layer, goal.settings) for layer in layers]
         paths = [directory / layer_file_name(layer) for layer in layers]
         replaced_bytes = sum(path.stat().st_size for path in paths if path.is_file())
-        # Old and new file of one layer stand side by side for a moment.
+        # The old and the new file of one layer exist side by side for a moment.
         need_bytes = max(sum(estimates) - replaced_bytes, max(estimates)) + _SLACK_BYTES
     if missing_bytes and need_bytes and on_one_disk(weight_downloads.directory, directory):
         shares = f"download {format_bytes(missing_bytes)}, substitutes {format_bytes(need_bytes)}"
@@ -54,11 +54,10 @@ def check_disk_space(
         check_free_space(directory, need_bytes, what)
 
 
-def estimate_file_bytes(
-    checkpoint: Checkpoint, layer: int, settings: SubstituteSettings, group_size: int
-) -> int:
+def estimate_file_bytes(checkpoint: Checkpoint, layer: int, settings: SubstituteSettings) -> int:
     """Upper estimate of one substitute file: codes, a 16-bit scale and shift per group, 5 % for the rest."""
-    prefix, scale_bits = layer_prefix(layer), 32 / group_size if group_size else 0
+    prefix = layer_prefix(layer)
+    scale_bits = 32 / settings.group_size if settings.group_size else 0
     bits = sum(
         math.prod(entry.shape) * (settings.bits_of(entry.name.removeprefix(prefix)) + scale_bits)
         for entry in layer_entries(checkpoint, layer)

@@ -1,4 +1,4 @@
-"""Hashing what is prepared again, and the 16-bit weights it was prepared from, against what was recorded."""
+"""Verifies substitutes, and the 16-bit weights they were made from, against the recorded hashes."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ _BLOB_NAME = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A file that is not what it was, or a set that its source has outgrown."""
+    """A file that differs from its record, or a set of substitutes whose source was written again."""
 
     path: Path
     what: str
-    """What is wrong, in words."""
+    """What is wrong, for the user."""
     expected: str = ""
     found: str = ""
     is_damage: bool = True
-    """False: the bytes are sound, but belong to another version."""
+    """False: the bytes are undamaged, but belong to another version."""
 
     @property
     def text(self) -> str:
@@ -51,7 +51,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class VerifyProgress:
-    """How far the hashing is."""
+    """How far the verification is."""
 
     model_id: str
     done_bytes: int
@@ -61,15 +61,15 @@ class VerifyProgress:
 
 @dataclass(frozen=True, slots=True)
 class _TargetHashes:
-    """What the weight files of a target hold now."""
+    """Hashes of a target's weight files as they are now."""
 
     layer_sha256: tuple[str, ...]
     findings: tuple[Finding, ...]
-    """Files of the hub's cache whose bytes are not those that their names tell."""
+    """Files of the hub's cache whose bytes do not have the SHA-256 in their names."""
 
 
 class Verifier:
-    """Verifies sets one after another; a target that several of them share is read once."""
+    """Verifies sets of substitutes one after another. A target that several sets share is read once."""
 
     def __init__(self, stored: Sequence[StoredModel], progress: Callable[[VerifyProgress], None]) -> None:
         self._progress = progress
@@ -86,7 +86,7 @@ class Verifier:
         self._total_bytes += sum(file.size_bytes for item in opened.values() for file in item.files)
 
     def verify(self, stored: StoredModel) -> list[Finding]:
-        """Everything that is wrong with one of the sets; what cannot be read is a finding too."""
+        """Everything that is wrong with one of the sets. A file that cannot be read is a finding too."""
         manifest = stored.manifest
         if manifest is None:
             is_bad = stored.state == UNREADABLE
@@ -113,11 +113,11 @@ class Verifier:
         return None if sha256 == file.sha256 else Finding(path, "wrong SHA-256", file.sha256, sha256)
 
     def _verify_target(self, manifest: Manifest) -> list[Finding]:
-        """The layers that were quantized, and where the hub's cache names files by their hash, all else too."""
+        """Verify the layers that were quantized, and whole files where the hub's cache names them by their hash."""
         target = self._targets[manifest.model_id, manifest.commit]
         directory = Path(manifest.source_directory)
         if isinstance(target, SubspecError):
-            blobs = [self._blob_finding(path) for path in sorted(directory.glob("*.safetensors"))]
+            blobs = [self._verify_blob(path) for path in sorted(directory.glob("*.safetensors"))]
             return [item for item in blobs if item] or [Finding(directory, target.message)]
         if manifest.fingerprint != target.fingerprint or manifest.source_stamp not in ("", target.stamp):
             again = prepare_command(manifest.model_id, bits=manifest.settings.bits)
@@ -135,10 +135,10 @@ class Verifier:
         return findings
 
     def _hash_target(self, target: Checkpoint) -> _TargetHashes:
-        """One forward pass over all files: each layer's digest gets its bytes in reading order."""
+        """Hash all files in one sequential read; each layer's digest gets its bytes in reading order."""
         layer_count = layer_count_in_tensors(target)
         layers = [hashlib.sha256() for _ in range(layer_count)]
-        taker_of = {
+        consumer_of = {
             (entry.path.name, entry.offset_bytes): layers[layer].update
             for layer in range(layer_count)
             for entry in layer_entries(target, layer)
@@ -149,28 +149,35 @@ class Verifier:
             spans = sorted((entry.offset_bytes, entry.size_bytes) for entry in entries)
             header_bytes = spans[0][0] if spans else file.size_bytes
             path = target.directory / file.name
-            takers = {
-                start: taker_of[path.name, start] for start, _ in spans if (path.name, start) in taker_of
+            consumers = {
+                start: consumer_of[path.name, start]
+                for start, _ in spans
+                if (path.name, start) in consumer_of
             }
-            findings.append(_blob_mismatch(path, self._hash_spans(path, [(0, header_bytes), *spans], takers)))
+            findings.append(
+                _blob_mismatch(path, self._hash_spans(path, [(0, header_bytes), *spans], consumers))
+            )
         sha256 = tuple(digest.hexdigest() for digest in layers)
         return _TargetHashes(sha256, tuple(item for item in findings if item))
 
     def _hash_spans(
-        self, path: Path, spans: Sequence[tuple[int, int]], takers: Mapping[int, Callable[[memoryview], None]]
+        self,
+        path: Path,
+        spans: Sequence[tuple[int, int]],
+        consumers: Mapping[int, Callable[[memoryview], None]],
     ) -> str:
-        """SHA-256 of all spans together; a span's own taker, by its start, is handed its bytes too."""
+        """SHA-256 of all spans together. A span's bytes also go to the consumer of its start, if it has one."""
         whole = hashlib.sha256()
 
         def take(start: int, piece: memoryview) -> None:
             whole.update(piece)
-            if start in takers:
-                takers[start](piece)
+            if start in consumers:
+                consumers[start](piece)
 
-        self._read(path, spans, take)
+        self._read_spans(path, spans, take)
         return whole.hexdigest()
 
-    def _blob_finding(self, path: Path) -> Finding | None:
+    def _verify_blob(self, path: Path) -> Finding | None:
         try:
             size_bytes = path.stat().st_size
             return _blob_mismatch(path, self._hash_spans(path, [(0, size_bytes)], {}))
@@ -179,10 +186,10 @@ class Verifier:
         except FileNotFoundError:
             return Finding(path, "missing")
 
-    def _read(
+    def _read_spans(
         self, path: Path, spans: Sequence[tuple[int, int]], take: Callable[[int, memoryview], None]
     ) -> None:
-        """Hand over each span's bytes in pieces, with the span's start; a short file is what its hash tells."""
+        """Pass each span's bytes to `take` in pieces, with the span's start. A short file shows in its hash."""
         buffer = memoryview(bytearray(_PIECE_BYTES))
         with open_regular(path) as file:
             for start, size_bytes in spans:
@@ -199,7 +206,7 @@ class Verifier:
                     left -= count
                     self._advance(count)
                 if hasattr(os, "posix_fadvise"):
-                    # Read once: left alone, a model larger than memory would push everything else out.
+                    # Every byte is read once: a model larger than memory would evict all else from the page cache.
                     os.posix_fadvise(file.fileno(), start, size_bytes, os.POSIX_FADV_DONTNEED)
 
     def _advance(self, count: int) -> None:
@@ -209,7 +216,7 @@ class Verifier:
 
 
 def blob_of(path: Path) -> Path | None:
-    """The file of the hub's cache that is named by its SHA-256 and that `path` is a link to; None for others."""
+    """The file of the hub's cache, named by its SHA-256, that `path` links to; None for any other path."""
     target = path.resolve()
     is_blob = path.is_symlink() and target.parent.name == "blobs" and _BLOB_NAME.fullmatch(target.name)
     return target if is_blob else None

@@ -1,4 +1,4 @@
-"""The prepared models on this machine: listing, choosing and removing them. Plain file work."""
+"""The sets of substitutes on this machine, in whatever state: listing, choosing and removing them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from subspec_cli.checkpoint.checkpoint import open_checkpoint
 from subspec_cli.errors import SubspecError, UsageError
@@ -22,6 +22,8 @@ from subspec_cli.substitutes.manifest import JOURNAL_NAME, MANIFEST_NAME, Manife
 from subspec_cli.substitutes.prepared_model import directory_slug
 from subspec_cli.units import printable
 
+StoredState = Literal["complete", "partial", "unreadable"]
+"""Partial: a preparation that has not ended."""
 COMPLETE: Final = "complete"
 PARTIAL: Final = "partial"
 UNREADABLE: Final = "unreadable"
@@ -30,35 +32,34 @@ _LAYER_NAME = re.compile(r"layer-[0-9]{5,6}\.safetensors")
 
 @dataclass(frozen=True, slots=True)
 class StoredModel:
-    """One set of substitutes on disk, in whatever state it is."""
+    """One set of substitutes on disk."""
 
     directory: Path
-    state: str
-    """complete, partial (a preparation that has not ended) or unreadable."""
+    state: StoredState
     manifest: Manifest | None
-    """Of a partial set, its journal; None if unreadable."""
+    """The journal if the set is partial; None if it is unreadable."""
     problem: str
-    """Why it is unreadable."""
+    """Why the set is unreadable."""
     changed_ns: int
-    """When its manifest or journal was written or found complete last."""
+    """When the manifest or journal was last written, or last found complete."""
 
     @property
     def model_id(self) -> str:
-        """The model's name; of an unreadable set, the directory's."""
+        """The model's name; for an unreadable set, the directory's name."""
         return self.directory.name if self.manifest is None else self.manifest.model_id
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the files that removing it frees."""
+        """Bytes that removing the set frees."""
         return sum(path.lstat().st_size for path in own_files(self.directory))
 
     @property
     def last_used_s(self) -> float | None:
-        """Unix time of the last run with it; None for never."""
+        """Unix time of the last run with this set; None if there was none."""
         return last_used_s(self.directory)
 
     def target_bytes(self) -> int | None:
-        """Bytes of the 16-bit weight files; None if they are gone or damaged."""
+        """Bytes of the 16-bit weight files; None if the files are gone or damaged."""
         if self.manifest is None:
             return None
         try:
@@ -69,7 +70,7 @@ class StoredModel:
 
 
 def list_stored() -> list[StoredModel]:
-    """Everything under the home, the most recently prepared first.
+    """All sets under the home, the most recently prepared first.
 
     Raises:
         ResourceError: the directory of prepared models cannot be read.
@@ -84,10 +85,10 @@ def list_stored() -> list[StoredModel]:
 
 
 def find_stored(model: str) -> list[StoredModel]:
-    """The sets of one model, the most recent first; it need not be on this machine any more.
+    """The sets of one model, the most recent first. The model itself may be gone from this machine.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is no such set.
         ResourceError: the directory of prepared models cannot be read.
     """
     names = {model, str(Path(model).expanduser().absolute())}
@@ -105,28 +106,28 @@ def find_stored(model: str) -> list[StoredModel]:
 
 
 def reread(stored: StoredModel) -> StoredModel:
-    """The same set as it is now."""
+    """Read the state of a set again."""
     return _read_stored(stored.directory) or stored
 
 
 def all_but_latest(stored: list[StoredModel]) -> list[StoredModel]:
-    """Without the one that `run` would take; with none complete, without the most recent."""
+    """All sets but the one that `run` would take, or but the most recent one if none is complete."""
     complete = [item for item in stored if item.state == COMPLETE]
     kept = (complete or stored)[0]
     return [item for item in stored if item is not kept]
 
 
 def remove_stored(stored: StoredModel) -> int:
-    """Delete the files of one set and nothing else; the 16-bit weights stay. Gives the bytes freed.
+    """Delete the files of one set, and return the bytes freed. The 16-bit weights stay.
 
     Raises:
-        BusyError: it is being prepared.
+        BusyError: the set is being prepared.
         ResourceError: a file cannot be deleted.
     """
     directory = stored.directory
     size_bytes = stored.size_bytes
     with directory_lock(directory):
-        # The manifest goes first: what is half removed is no prepared model.
+        # The manifest goes first, so that a half removed set does not count as prepared.
         last = directory / LOCK_NAME
         paths = sorted(own_files(directory), key=lambda path: (path == last, path.name != MANIFEST_NAME))
         for path in paths:
@@ -134,13 +135,13 @@ def remove_stored(stored: StoredModel) -> int:
                 path.unlink(missing_ok=True)
             except OSError as error:
                 raise write_error(error, path) from error
-        with contextlib.suppress(OSError):  # files of others in it stay, and so does it
+        with contextlib.suppress(OSError):  # a directory with files of others stays
             directory.rmdir()
     return size_bytes
 
 
 def own_files(directory: Path) -> list[Path]:
-    """The files of a set that this program made."""
+    """The files in a set's directory that this program made."""
     known = {MANIFEST_NAME, JOURNAL_NAME, LOCK_NAME, LAST_USED_NAME}
     names = sorted(os.listdir(directory))
     own = [name for name in names if name in known or _LAYER_NAME.fullmatch(name) or is_temp_name(name)]
@@ -148,7 +149,7 @@ def own_files(directory: Path) -> list[Path]:
 
 
 def _read_stored(directory: Path) -> StoredModel | None:
-    """What lies in a directory; None if it is no preparation."""
+    """The set in a directory; None if the directory holds no preparation."""
     manifest, journal = directory / MANIFEST_NAME, directory / JOURNAL_NAME
     path = manifest if manifest.exists() else journal
     if not path.exists():

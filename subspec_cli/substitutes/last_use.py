@@ -1,4 +1,4 @@
-"""When a prepared model was last used: the time of a small file beside the manifest, whose bytes stay as they are."""
+"""When a prepared model was last used: the time of a small file beside the manifest, which stays unchanged."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ LAST_USED_NAME = "last-used"
 
 
 def mark_used(directory: Path) -> None:
-    """Note that the prepared model in `directory` is used now; nothing is lost where that cannot be written."""
+    """Record that the prepared model in `directory` is used now. A directory that cannot be written is ignored."""
     flags = os.O_WRONLY | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-    with contextlib.suppress(OSError):  # a read-only or full cache is no reason not to run
+    with contextlib.suppress(OSError):  # a read-only or full disk is no reason not to run
         handle = os.open(directory / LAST_USED_NAME, flags, 0o666)
         try:
-            os.write(handle, b"\n")  # which sets the time, on every system
+            os.write(handle, b"\n")  # writing sets the time on every system
         finally:
             os.close(handle)
 
 
 def last_used_s(directory: Path) -> float | None:
-    """Unix time of the last use; None when it was never used, or that cannot be told."""
+    """Unix time of the last use; None if there was none, or if the file cannot be read."""
     try:
         return (directory / LAST_USED_NAME).lstat().st_mtime
     except OSError:

@@ -1,4 +1,4 @@
-"""manifest.json: what a prepared model was made from and what its files must be. Strict, no timestamps."""
+"""manifest.json: what a prepared model was made from, and the hashes of its files. Strict; no timestamps."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from subspec_cli.units import printable
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 JOURNAL_NAME = "manifest.partial.json"
-"""The same, of a preparation that has not ended: only the layers that are done."""
+"""The manifest of a preparation that has not ended: it lists only the layers that are done."""
 
 _MAX_MANIFEST_BYTES = 16 << 20
 _RETRY_HINT = "prepare the model again: subspec prepare MODEL --force"
@@ -57,29 +57,29 @@ _WIDTHS = (2, 4, 8)
 
 @dataclass(frozen=True, slots=True)
 class LayerFile:
-    """One file of substitutes."""
+    """The substitute file of one layer."""
 
     name: str
     layer: int
     size_bytes: int
     sha256: str
     source_sha256: str
-    """Of the layer's 16-bit bytes, in reading order."""
+    """SHA-256 of the layer's 16-bit bytes, in reading order."""
     quality: Mapping[str, MatrixQuality] = field(default_factory=dict)
-    """What quantizing lost, by the kind of matrix."""
+    """Size and quantization error by the kind of matrix."""
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """A prepared model, and all it takes to know whether it fits its source."""
+    """Describes a prepared model, with all that is needed to check that it fits its source."""
 
     model_id: str
     source_directory: str
     commit: str
     fingerprint: str
-    """Of the checkpoint it was made from (`Checkpoint.fingerprint`)."""
+    """`Checkpoint.fingerprint` of the source."""
     source_stamp: str
-    """`Checkpoint.stamp` for a directory; empty for the hub, whose commits do not change."""
+    """`Checkpoint.stamp` of a directory; empty for a model on the hub, where commits do not change."""
     dtype: str
     settings: SubstituteSettings
     group_size: int
@@ -89,11 +89,11 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
     def is_same_set_as(self, other: Manifest) -> bool:
-        """Whether both describe the same substitutes of the same model, but for the weights' content."""
+        """Whether both describe the same substitutes of the same model. The weights' content is not compared."""
         return self._identity() == other._identity()
 
     def is_same_build_as(self, other: Manifest) -> bool:
-        """Whether layers of both may stand in one directory: `is_of`, by the same program and libraries."""
+        """Whether layers of both may share a directory: `is_same_set_as`, made by the same program and libraries."""
         return (
             self.is_same_set_as(other)
             and self.tool_version == other.tool_version
@@ -110,7 +110,7 @@ def layer_file_name(layer: int) -> str:
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Write atomically; equal manifests give equal bytes. Raises ResourceError."""
+    """Write a manifest atomically. Equal manifests give equal bytes. Raises ResourceError."""
     atomic_write(path, (json.dumps(asdict(manifest), indent=1, sort_keys=True) + "\n").encode())
 
 
@@ -118,8 +118,8 @@ def read_manifest(path: Path) -> Manifest:
     """Read a manifest or a journal.
 
     Raises:
-        UnsupportedModelError: written by a newer version, or by one from before the present format.
-        IntegrityError: missing, damaged, or with names that are not its own.
+        UnsupportedModelError: written by a newer version, or in an older format.
+        IntegrityError: missing, damaged, or naming files that are not its own.
         ResourceError: unreadable.
     """
     shown = printable(str(path))
@@ -181,7 +181,7 @@ def _read_quality(found: Mapping[str, object], shown: str) -> dict[str, MatrixQu
 
 
 def _command_for(found: Mapping[str, Any]) -> str:
-    """The command that makes anew what an older manifest describes, as far as it can be read."""
+    """The command that prepares again what an older manifest describes; unreadable options are left out."""
     model_id, settings = found.get("model_id"), found.get("settings")
     if not isinstance(model_id, str) or not isinstance(settings, dict):
         return "subspec prepare MODEL --force"
@@ -197,7 +197,7 @@ def _command_for(found: Mapping[str, Any]) -> str:
 def _read_layer(found: object, shown: str) -> LayerFile:
     fields = _checked(found, _LAYER_FIELDS, f"{shown}: layers")
     file = LayerFile(**{**fields, "quality": _read_quality(fields["quality"], shown)})
-    # The only name ever opened is the one made from the number, so a manifest cannot lead elsewhere.
+    # Only the name made from the number is ever opened, so a manifest cannot lead elsewhere.
     if file.layer < 0 or file.name != layer_file_name(file.layer):
         raise _damaged(shown, f"names {ascii(file.name)[:100]} as the file of layer {file.layer}")
     if (

@@ -1,6 +1,6 @@
-"""Writing substitutes: layer by layer, about one layer in memory, safe to kill and run again at any moment.
+"""Writes substitutes layer by layer, with about one layer in memory. Safe to kill and rerun at any moment.
 
-A layer file counts once the journal lists it; that is written after each layer, and removed at the end.
+A layer file counts once the journal lists it. The journal is written after each layer, and removed at the end.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from subspec_cli.checkpoint.checkpoint import (
     layer_count_in_tensors,
     layer_entries,
 )
+from subspec_cli.checkpoint.geometry import ModelGeometry
 from subspec_cli.checkpoint.layer_tensors import layer_prefix
 from subspec_cli.checkpoint.tensor_reader import check_finite, read_hashed_tensors
 from subspec_cli.errors import IntegrityError
@@ -52,43 +53,57 @@ if TYPE_CHECKING:
 Quantizer: TypeAlias = (
     "Callable[[dict[str, torch.Tensor]], tuple[dict[str, torch.Tensor], dict[str, MatrixQuality]]]"
 )
-"""One layer's 16-bit tensors, keyed by the name inside the layer, to the tensors to write and their quality."""
+"""From a layer's 16-bit tensors, keyed by the name inside the layer, to the tensors to write and their quality."""
+
+
+@dataclass(frozen=True, slots=True)
+class SubstituteRecipe:
+    """What decides the bytes of substitutes, besides the 16-bit weights and this program."""
+
+    settings: SubstituteSettings
+    quantizer: Quantizer
+    library_versions: Mapping[str, str]
+    """Versions of the libraries that the quantizer uses."""
 
 
 @dataclass(frozen=True, slots=True)
 class PrepareProgress:
-    """How far a preparation is; bytes are those of the 16-bit layers."""
+    """How far a preparation is. Bytes are those of the 16-bit layers."""
 
     done_layers: int
     total_layers: int
     reused_layers: int
-    """Of the done ones, how many were found finished; all of them: already prepared."""
+    """Done layers that an earlier run made. If these are all layers, the model was already prepared."""
     done_bytes: int
     total_bytes: int
     elapsed_s: float
-    """Spent on making layers, without waiting for their weights."""
+    """Time spent on making layers, without waiting for their weights."""
     download: DownloadProgress | None = None
-    """Of the weights, where they were not all there."""
+    """Download of the weights; None if all were there."""
 
 
 def prepare_model(
     model: OpenedModel,
-    settings: SubstituteSettings,
-    quantizer: Quantizer,
+    geometry: ModelGeometry,
+    recipe: SubstituteRecipe,
     *,
-    layer_count: int,
-    dtype: str,
-    group_size: int,
-    versions: Mapping[str, str],
     force: bool,
     progress: Callable[[PrepareProgress], None],
     notify: Callable[[str], None],
 ) -> PreparedModel:
-    """Write the substitutes of every layer, reusing finished ones; `force` makes all of them anew.
+    """Write the substitutes of every layer. Finished layers are reused, unless `force` is set.
 
-    Weights that are missing are downloaded meanwhile: a layer is made as soon as its files are there, verified.
-    While it runs, and if it is killed, an earlier complete set in the same place stays usable. Another process
-    that prepares the same is waited for, which `notify` is told.
+    Missing weights are downloaded in the background; a layer is made once its files are complete and verified.
+    During the run, and after a kill, an earlier complete set in the same place stays usable. If another process
+    prepares the same set, this one waits for it.
+
+    Args:
+        model: the source, opened.
+        geometry: the geometry of the source.
+        recipe: how substitutes are made.
+        force: make all layers again.
+        progress: called after every change of the progress.
+        notify: called with a line if another process is waited for.
 
     Raises:
         IntegrityError: a damaged source, weights that are not finite, or a source that changed meanwhile.
@@ -96,22 +111,22 @@ def prepare_model(
         NetworkError, AccessError: a download failed.
         UnsupportedModelError: the place holds a newer version's work (unless `force`).
     """
-    resolved, checkpoint = model.resolved, model.checkpoint
+    resolved, checkpoint, settings = model.resolved, model.checkpoint, recipe.settings
     goal = Manifest(
         model_id=resolved.model_id,
         source_directory=str(resolved.directory),
         commit=resolved.commit,
         fingerprint=checkpoint.fingerprint,
         source_stamp=checkpoint.stamp if resolved.is_local else "",
-        dtype=dtype,
+        dtype=geometry.dtype,
         settings=settings,
-        group_size=group_size,
+        group_size=settings.group_size,
         layers=(),
         tool_version=__version__,
-        library_versions=dict(versions),
+        library_versions=dict(recipe.library_versions),
     )
     directory = prepared_directory(resolved.model_id, resolved.commit, settings)
-    layer_bytes = _layer_bytes(checkpoint, layer_count)
+    layer_bytes = _layer_bytes(checkpoint, geometry.layers)
     work = _Preparation(goal, checkpoint, model.weight_downloads, directory, layer_bytes, progress)
     if not force and (finished := work.already_prepared()):
         return finished
@@ -122,12 +137,12 @@ def prepare_model(
         if has_waited and not force and (finished := work.already_prepared()):
             return finished
         sweep_stale_temps(directory)
-        return work.run(quantizer, force=force)
+        return work.run(recipe.quantizer, force=force)
 
 
 @dataclass
 class _Preparation:
-    """One run of `prepare_model`: what is to be made, and which layers of it are done."""
+    """One run of `prepare_model`: what to make, and which layers are done."""
 
     goal: Manifest
     checkpoint: Checkpoint
@@ -140,25 +155,27 @@ class _Preparation:
     reused_layers: int = 0
 
     def already_prepared(self) -> PreparedModel | None:
-        """The complete earlier result, whose recency is renewed; None while weights are missing."""
+        """The complete set of an earlier run, marked as the latest; None if there is none or weights are missing."""
         if not self.weight_downloads.is_complete:
             return None
         found = finished_manifest(self.directory, self.goal, len(self.layer_bytes))
         if found is None:
             return None
-        with contextlib.suppress(OSError):  # recency is a convenience; the directory may be read-only
+        with contextlib.suppress(
+            OSError
+        ):  # only the order of sets depends on it; the directory may be read-only
             os.utime(self.directory / MANIFEST_NAME)
         for file in found.layers:
             self.reuse(file)
         return PreparedModel(self.directory, found)
 
     def run(self, quantizer: Quantizer, *, force: bool) -> PreparedModel:
-        """Everything that needs the lock."""
+        """Make and record all layers that are missing. The caller holds the lock."""
         if not force:
             for file in reusable_layers(self.directory, self.goal, self.checkpoint):
                 self.reuse(file)
         self.check_space()
-        if force:  # an empty journal: from here on the earlier set is no longer taken for finished
+        if force:  # an empty journal: from here on, the earlier set does not count as finished
             write_manifest(self.directory / JOURNAL_NAME, self.goal)
         self.weight_downloads.start()
         waiting = [layer for layer in range(len(self.layer_bytes)) if layer not in self.done]
@@ -176,19 +193,19 @@ class _Preparation:
         return self.finish()
 
     def has_arrived(self, layer: int) -> bool:
-        """Whether all weights of a layer are on this machine."""
+        """Whether all weight files of a layer are complete."""
         root = self.checkpoint.directory
         entries = layer_entries(self.checkpoint, layer)
         return self.weight_downloads.has({entry.path.relative_to(root).as_posix() for entry in entries})
 
     def reuse(self, file: LayerFile) -> None:
-        """Count a layer as done by an earlier run."""
+        """Count a layer as done: an earlier run made it."""
         self.done[file.layer] = file
         self.reused_layers += 1
         self._report_progress()
 
     def check_space(self) -> None:
-        """Refuse when there is no room for the layers still to be made and the weights still to come."""
+        """Refuse if there is too little space for the layers and weights that are still to be written."""
         left = [layer for layer in range(len(self.layer_bytes)) if layer not in self.done]
         check_disk_space(self.goal, self.checkpoint, self.weight_downloads, self.directory, left)
 
@@ -201,7 +218,7 @@ class _Preparation:
         check_finite(tensors)
         prefix = layer_prefix(layer)
         packed, quality = quantizer({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
-        del tensors  # before the file's bytes take memory in turn
+        del tensors  # free them before the bytes of the file take memory
         data = save({name: packed[name].contiguous() for name in sorted(packed)})
         name = layer_file_name(layer)
         atomic_write(self.directory / name, data)
@@ -212,7 +229,7 @@ class _Preparation:
         self._report_progress()
 
     def finish(self) -> PreparedModel:
-        """Write the manifest, which makes the directory a prepared model, and drop the journal."""
+        """Write the manifest, which makes the directory a prepared model, and remove the journal."""
         manifest = self._manifest()
         write_manifest(self.directory / MANIFEST_NAME, manifest)
         journal = self.directory / JOURNAL_NAME

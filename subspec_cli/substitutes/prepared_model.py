@@ -1,4 +1,4 @@
-"""Prepared models on this machine: where they lie, which one is meant, and loading their layers checked."""
+"""Prepared models on this machine: their directories, the choice among them, and checked loads of their layers."""
 
 from __future__ import annotations
 
@@ -37,24 +37,24 @@ class PreparedModel:
 
 
 def prepared_directory(model_id: str, commit: str, settings: SubstituteSettings) -> Path:
-    """The one place for these substitutes of this commit; its name is safe on every filesystem."""
+    """The directory of these substitutes of this commit. Its name is safe on every file system."""
     digest = hashlib.sha256(f"{model_id}\0{commit}\0{settings.label}".encode()).hexdigest()[:12]
     return (
         prepared_root()
-        / f"{directory_slug(model_id)}--{_safe(commit)[:8]}--{_safe(settings.label)}--{digest}"
+        / f"{directory_slug(model_id)}--{_safe_name(commit)[:8]}--{_safe_name(settings.label)}--{digest}"
     )
 
 
 def find_prepared(model: str | None, bits: int | None = None) -> PreparedModel:
-    """The most recently prepared set of substitutes, of `model` or of all, with `bits` or any.
+    """The most recently prepared set of substitutes, of one model or of any, with one width or any.
 
     Args:
-        model: as the user names it: `demo`, a directory or a hub id.
-        bits: width of the substitutes.
+        model: as the user names it: `demo`, a directory or a hub id; None takes any model.
+        bits: width of the substitutes; None takes any width.
 
     Raises:
-        UsageError: there is none; the hint is the command that prepares it.
-        IntegrityError, UnsupportedModelError: the one that is meant has a damaged or newer manifest.
+        UsageError: there is no such set; the hint is the command that prepares it.
+        IntegrityError, UnsupportedModelError: the set that is meant has a damaged or newer manifest.
     """
     model_id = None if model is None else parse_model_name(model).model_id
     other_labels = set()
@@ -62,7 +62,7 @@ def find_prepared(model: str | None, bits: int | None = None) -> PreparedModel:
         try:
             manifest = read_manifest(path)
         except SubspecError:
-            # A damaged neighbour is no obstacle, but none falls back to an older set of the same model.
+            # Damaged sets of other models are skipped. One of this model is an error: no older set replaces it.
             if model_id is None or path.parent.name.startswith(f"{directory_slug(model_id)}--"):
                 raise
             continue
@@ -75,9 +75,9 @@ def find_prepared(model: str | None, bits: int | None = None) -> PreparedModel:
 
 
 def find_prepared_sets(model: str | None, bits: int | None = None) -> tuple[PreparedModel, ...]:
-    """What `find_prepared` finds, and after it the other widths of the same weights, the latest of each.
+    """The set of `find_prepared`, and after it the latest set of every other width for the same weights.
 
-    Damaged neighbours do not count; errors as `find_prepared`. With `bits` there is only the one.
+    With `bits` there is only the first. Damaged sets among the others are skipped. Errors as `find_prepared`.
     """
     latest = find_prepared(model, bits)
     if bits is not None:
@@ -101,12 +101,12 @@ def _is_same_source(manifest: Manifest, other: Manifest) -> bool:
 
 
 def load_layer(prepared: PreparedModel, layer: int) -> dict[str, torch.Tensor]:
-    """The substitute tensors of a decoder layer, from one read of the whole file, hashed before use.
+    """The substitute tensors of a decoder layer. The whole file is read once and hashed before use.
 
     Raises:
-        IntegrityError: the file is missing, a link out of its directory, or of another size or hash than the
-            manifest says.
-        ResourceError: it cannot be read.
+        IntegrityError: the file is missing, is a link out of its directory, or has another size or hash than
+            the manifest says.
+        ResourceError: the file cannot be read.
     """
     expected = _layer_file(prepared, layer)
     hint = repair_command(prepared.manifest.model_id)
@@ -117,7 +117,7 @@ def load_layer(prepared: PreparedModel, layer: int) -> dict[str, torch.Tensor]:
             raise IntegrityError(
                 f"{printable(str(path))} has the SHA-256 {found_sha256}, expected {expected.sha256}"
             )
-        entries = _entries(data, path)
+        entries = _parse_substitute_entries(data, path)
     except IntegrityError as error:
         raise IntegrityError(error.message, hint) from error
     return {
@@ -127,7 +127,7 @@ def load_layer(prepared: PreparedModel, layer: int) -> dict[str, torch.Tensor]:
 
 
 def check_pairing(prepared: PreparedModel, checkpoint: Checkpoint) -> None:
-    """See that substitutes and 16-bit weights belong together; they are never paired silently.
+    """Check that substitutes and 16-bit weights belong together. Others are never paired silently.
 
     Raises:
         UnsupportedModelError: the weights are of another version than the substitutes.
@@ -157,7 +157,7 @@ def check_pairing(prepared: PreparedModel, checkpoint: Checkpoint) -> None:
         )
 
 
-def _entries(data: torch.Tensor, path: Path) -> tuple[TensorEntry, ...]:
+def _parse_substitute_entries(data: torch.Tensor, path: Path) -> tuple[TensorEntry, ...]:
     start = data[:512].numpy().tobytes()
     length = header_length(start, path, data.numel())
     return parse_entries(data[: 8 + length].numpy().tobytes(), path, data.numel())
@@ -193,9 +193,9 @@ def _not_prepared(model_id: str | None, bits: int | None, other_labels: list[str
 
 
 def directory_slug(model_id: str) -> str:
-    """What the names of a model's directories begin with, before `--`; other models may share it."""
-    return _safe(model_id.strip("/").replace("/", "--"))[-80:].lstrip(".-")
+    """The part before `--` in the names of a model's directories. Other models may share it."""
+    return _safe_name(model_id.strip("/").replace("/", "--"))[-80:].lstrip(".-")
 
 
-def _safe(text: str) -> str:
+def _safe_name(text: str) -> str:
     return _UNSAFE.sub("_", text)

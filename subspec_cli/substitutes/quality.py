@@ -1,4 +1,4 @@
-"""How well substitutes stand for the weights they replace, by kind of matrix."""
+"""How close substitutes are to the weights they replace, by kind of matrix."""
 
 from __future__ import annotations
 
@@ -8,44 +8,44 @@ from dataclasses import dataclass
 from typing import Final
 
 MATRIX_KINDS: Final = ("q", "k", "v", "o", "gate", "up", "down")
-"""Short names of a layer's matrices, in the order of their use."""
+"""Short names of a layer's matrices, in order of use."""
 
 
 def matrix_kind(name: str) -> str:
-    """`q` for `self_attn.q_proj` and `self_attn.q_proj.weight`."""
+    """Short name of a matrix: `q` for `self_attn.q_proj` and `self_attn.q_proj.weight`."""
     return name.removesuffix(".weight").rpartition(".")[2].removesuffix("_proj")
 
 
 @dataclass(frozen=True, slots=True)
 class MatrixQuality:
-    """What storing one matrix, or several, took and lost."""
+    """Size and quantization error of one matrix or several."""
 
     weights: int
     stored_bytes: int
-    """Codes, scales and shifts."""
+    """Bytes of codes, scales and shifts."""
     signal: float
     """Sum of squares of the original weights."""
     noise: float
-    """Sum of squares of what the stored ones differ by."""
+    """Sum of squares of the differences between original and stored weights."""
 
     @property
     def bits_per_weight(self) -> float:
-        """Scales included."""
+        """Stored bits per weight, scales included."""
         return 8 * self.stored_bytes / self.weights
 
     @property
     def sqnr_db(self) -> float | None:
-        """Signal-to-quantization-noise ratio; None where nothing was lost or there was nothing to lose."""
+        """Signal-to-quantization-noise ratio in dB; None if signal or noise is zero."""
         return 10 * math.log10(self.signal / self.noise) if self.signal > 0 and self.noise > 0 else None
 
 
 def rounded_power(power: float) -> float:
-    """Nine digits: sums of another order, as another number of threads makes, write the same manifest."""
+    """Round to nine digits, so that sums in another order (other thread counts) give the same manifest."""
     return float(f"{power:.9g}")
 
 
 def summed(parts: Iterable[MatrixQuality]) -> MatrixQuality | None:
-    """Everything together; None for nothing."""
+    """The sum of all parts; None if there are no parts."""
     known = list(parts)
     if not known:
         return None
@@ -58,7 +58,7 @@ def summed(parts: Iterable[MatrixQuality]) -> MatrixQuality | None:
 
 
 def by_kind(layers: Iterable[Mapping[str, MatrixQuality]]) -> dict[str, MatrixQuality]:
-    """Each kind summed over all layers, in the order of use."""
+    """Each kind summed over all layers, in order of use."""
     known = list(layers)
     totals = {kind: summed(layer[kind] for layer in known if kind in layer) for kind in MATRIX_KINDS}
     return {kind: total for kind, total in totals.items() if total is not None}

@@ -1,4 +1,4 @@
-"""Dropping damaged files of a prepared model, so that the prepare pipeline makes just these again."""
+"""Deletes damaged files of a prepared model, so that a preparation makes only these again."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ from subspec_cli.units import printable
 
 
 def drop_damaged(stored: StoredModel, findings: Sequence[Finding]) -> Manifest:
-    """Delete what was found damaged and return the manifest by which it can be made again.
+    """Delete the damaged files, and return the manifest that says how to make them again.
 
-    Of the target, only files in the hub's cache that are not what their own names say are deleted; a directory
-    of the user's is never touched. Raises UsageError for a set whose manifest cannot be read, and BusyError while
-    another process prepares it.
+    Of the target, only files in the hub's cache whose hash is not the one in their name are deleted. A user's
+    directory is never changed.
+
+    Raises:
+        UsageError: the manifest of the set cannot be read.
+        BusyError: another process is preparing the set.
+        ResourceError: a file cannot be deleted.
     """
     manifest = stored.manifest
     if manifest is None:

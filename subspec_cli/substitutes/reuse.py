@@ -1,4 +1,4 @@
-"""What of an earlier preparation still holds, so that a rerun makes only the rest."""
+"""The layers of an earlier preparation that are still valid, so that a rerun makes only the others."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from subspec_cli.substitutes.manifest import JOURNAL_NAME, MANIFEST_NAME, LayerF
 
 
 def finished_manifest(directory: Path, goal: Manifest, layer_count: int) -> Manifest | None:
-    """The manifest of a complete set like `goal` in `directory`, judged without reading its layers.
+    """The manifest of a complete set like `goal` in `directory`, if there is one. The layers are not read.
 
     Raises:
         UnsupportedModelError: the manifest is a newer version's.
-        ResourceError: it cannot be read.
+        ResourceError: the manifest cannot be read.
     """
     if (directory / JOURNAL_NAME).exists():
         return None
@@ -30,7 +30,7 @@ def finished_manifest(directory: Path, goal: Manifest, layer_count: int) -> Mani
 
 
 def reusable_layers(directory: Path, goal: Manifest, checkpoint: Checkpoint) -> Iterator[LayerFile]:
-    """The listed layers, ascending, whose files, and whose source, still hold the same bytes.
+    """The recorded layers, ascending, whose files and source still hold the same bytes.
 
     Raises:
         UnsupportedModelError: a manifest is a newer version's.
@@ -47,7 +47,7 @@ def reusable_layers(directory: Path, goal: Manifest, checkpoint: Checkpoint) -> 
     for layer, (file, same_stamp) in sorted(listed.items()):
         if layer >= layer_count or not _is_present(directory, file):
             continue
-        # Written again is not changed: a copied or restored directory has new times and the same bytes.
+        # Another stamp is not another content: a copied or restored directory has new times and the same bytes.
         if not same_stamp and _source_sha256(checkpoint, layer) != file.source_sha256:
             continue
         if sha256_file(directory / file.name) == file.sha256:
@@ -59,13 +59,13 @@ def _read_usable(path: Path) -> Manifest | None:
         return None
     try:
         return read_manifest(path)
-    except IntegrityError:  # its hashes are worth nothing: what it lists is made anew
+    except IntegrityError:  # its hashes cannot be trusted: the layers it lists are made again
         return None
 
 
 def _is_present(directory: Path, file: LayerFile) -> bool:
     path = directory / file.name
-    # A link may lead anywhere, and is not opened at load either.
+    # A link may lead anywhere. Loading does not open it either.
     return not path.is_symlink() and has_size(path, file.size_bytes)
 
 

@@ -1,4 +1,4 @@
-"""How substitutes are quantized, and what they take in memory."""
+"""How substitutes are quantized, and the bytes that they take in memory."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from subspec_cli.checkpoint.layer_tensors import LAYER_MATRICES
 from subspec_cli.substitutes.quality import matrix_kind
 
 GROUP_SIZES: Final = (128, 64, 32)
-"""Input features that share a scale in a substitute; the largest that divides the input is used."""
+"""Numbers of input features that may share a scale. The largest one that divides the input is used."""
 _ROW_MULTIPLE: Final = 16
-"""torch's int4 kernel wants the output features in this multiple."""
+"""torch's int4 kernel requires a multiple of this many output features."""
 
 
 def group_size_for(shape: tuple[int, ...]) -> int | None:
-    """Group size for a matrix `[out, in]`; None if the low-bit kernels take no matrix of this shape."""
+    """Group size for a matrix `[out, in]`; None if the low-bit kernels do not support the shape."""
     if shape[0] % _ROW_MULTIPLE:
         return None
     return next((size for size in GROUP_SIZES if shape[1] % size == 0), None)
 
 
 def substitute_layer_bytes(geometry: ModelGeometry, settings: SubstituteSettings) -> int:
-    """Bytes of one layer's substitute in memory; two-bit codes are held in the four-bit kernel's layout."""
+    """Bytes of one layer's substitute in memory. Two-bit codes are in the four-bit kernel's layout."""
     total = 0
     shapes = geometry.layer_shapes()
     for name in LAYER_MATRICES:
@@ -45,18 +45,23 @@ class SubstituteSettings:
     bits: int
     optimizer: str
     overrides: tuple[tuple[str, int], ...] = ()
-    """Matrices of another width: name inside the layer, without `.weight`, and its bits; sorted by name."""
+    """Matrices of another width, sorted by name: (name inside the layer without `.weight`, bits)."""
 
     @property
     def label(self) -> str:
-        """Short name, also in the directory's: qint4-minmax, qint4-minmax-down8."""
+        """Short name, also part of the directory's name: qint4-minmax, qint4-minmax-down8."""
         special = "".join(f"-{matrix_kind(name)}{bits}" for name, bits in self.overrides)
         return f"qint{self.bits}-{self.optimizer}{special}"
 
     @property
     def widths(self) -> frozenset[int]:
-        """Every number of bits that may be in use."""
+        """All numbers of bits in use."""
         return frozenset((self.bits, *(bits for _, bits in self.overrides)))
+
+    @property
+    def group_size(self) -> int:
+        """Input features per scale, as manifests record it; 0 if all matrices have 8 bits and a scale per row."""
+        return 0 if self.widths == {8} else GROUP_SIZES[0]
 
     def bits_of(self, name: str) -> int:
         """Bits of one matrix, by its name inside the layer."""
