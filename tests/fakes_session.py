@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tiny_models import make_tiny_model
 
-from subspec_cli.config import resolve_config
+from subspec_cli.config_file import resolve_config
 from subspec_cli.metrics import GenerationStats
 from subspec_cli.reporter import Reporter
 from subspec_cli.session import open_session

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from subspec_cli.config import Config, find_config_file, read_config_file, resolve_config, user_config_file
+from subspec_cli.config import Config
+from subspec_cli.config_file import find_config_file, read_config_file, resolve_config, user_config_file
 from subspec_cli.errors import ExitCode, UsageError
 
 PRESETS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
@@ -106,7 +107,7 @@ BAD_FILES = [
     ("[draft]\nmax_dept = 5", "draft.max_dept = 5: unknown key", "did you mean depth? keys of [draft]"),
     ("[run]\ntemperature = 0.5", "run.temperature = 0.5: unknown key", "temperature belongs in [sampling]"),
     ("[run]\ntop-p = 0.5", "run.top-p = 0.5: unknown key", "top_p belongs in [sampling]"),
-    ("[run]\nzzz = 1", "run.zzz = 1: unknown key", "keys of [run]: max_new_tokens system stop raw plain"),
+    ("[run]\nzzz = 1", "run.zzz = 1: unknown key", "keys of [run]: max_new_tokens stop system raw plain"),
     ("[memroy]\nvram_gb = 8", "unknown section [memroy]", "did you mean memory? sections: model memory"),
     ("vram_gb = 8", "vram_gb = 8 stands outside any section", "vram_gb belongs in [memory]"),
     ("vram = 8", "vram = 8 stands outside any section", "did you mean vram_gb? keys:"),

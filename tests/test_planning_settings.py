@@ -9,7 +9,7 @@ from checkpoints import geometry_in
 from fakes_session import answer_to, open_tiny, prepare_quietly
 from tiny_models import make_tiny_model
 
-from subspec_cli.config import resolve_config
+from subspec_cli.config_file import resolve_config
 from subspec_cli.errors import ResourceError
 from subspec_cli.planning import asked
 from subspec_cli.planning.assumed_costs import assumed_costs

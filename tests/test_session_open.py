@@ -13,7 +13,7 @@ from checkpoints import as_hub_snapshot
 from fakes_session import answer_to, open_tiny, prepare_quietly
 from tiny_models import EOS_ID, make_tiny_model
 
-from subspec_cli.config import resolve_config
+from subspec_cli.config_file import resolve_config
 from subspec_cli.errors import ExitCode, IntegrityError, ResourceError, UnsupportedModelError, UsageError
 from subspec_cli.files import direct_io
 from subspec_cli.reporter import Reporter

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from subspec_cli.cli import options as opt
 from subspec_cli.cli.interrupts import interrupt_status
-from subspec_cli.config import Config, find_config_file, resolve_config
+from subspec_cli.cli.options import Settings, with_settings
+from subspec_cli.config import BenchConfig, Config, DraftConfig, MemoryConfig, ModelConfig, SamplingConfig
 from subspec_cli.errors import NotIdenticalError, UsageError
 
 if TYPE_CHECKING:
@@ -30,50 +29,10 @@ _HEADERS = (
 )
 
 
-class Suite(StrEnum):
-    """The question sets."""
-
-    MT_BENCH = "mt-bench"
-    SAMPLE = "sample"
-
-
+Suite = Literal["mt-bench", "sample"]
 SuiteArg = Annotated[
     Suite,
     typer.Argument(metavar="SUITE", help="mt-bench: 80 questions from the hub; sample: 16 that are shipped."),
-]
-LimitOpt = Annotated[
-    int | None,
-    typer.Option(
-        "--limit",
-        parser=opt.whole,
-        metavar="N",
-        help="Questions to run, over all categories.",
-        show_default="all",
-    ),
-]
-TokensOpt = Annotated[
-    int | None,
-    typer.Option(
-        "--max-new-tokens",
-        parser=opt.whole,
-        metavar="N",
-        help="Longest answer of each turn.",
-        show_default=str(opt.DEFAULTS.bench.max_new_tokens),
-    ),
-]
-PlainTokensOpt = Annotated[
-    int | None,
-    typer.Option(
-        "--plain-tokens",
-        parser=opt.whole,
-        metavar="K",
-        help="Longest answer of the plain arm, the slow one.",
-        show_default="as --max-new-tokens",
-    ),
-]
-QuestionsOpt = Annotated[
-    str | None,
-    typer.Option("--questions", metavar="FILE", help="MT-Bench questions from a local JSON lines file."),
 ]
 JsonOpt = Annotated[
     str | None,
@@ -81,47 +40,11 @@ JsonOpt = Annotated[
 ]
 
 
-def bench(
-    suite: SuiteArg,
-    limit: LimitOpt = None,
-    max_new_tokens: TokensOpt = None,
-    plain_tokens: PlainTokensOpt = None,
-    questions: QuestionsOpt = None,
-    json_file: JsonOpt = None,
-    model: opt.ModelOpt = None,
-    revision: opt.RevisionOpt = None,
-    bits: opt.BitsOpt = None,
-    config_file: opt.ConfigOpt = None,
-    vram_gb: opt.VramOpt = None,
-    memory_gb: opt.MemoryOpt = None,
-    ram_gb: opt.RamOpt = None,
-    device: opt.DeviceOpt = None,
-    context: opt.ContextOpt = None,
-    resident_layers: opt.ResidentOpt = None,
-    reprobe: opt.ReprobeOpt = None,
-    depth: opt.DepthOpt = None,
-    width: opt.WidthOpt = None,
-    no_shadow: opt.ShadowOpt = None,
-    no_speculation: opt.SpeculationOpt = None,
-    temperature: opt.TemperatureOpt = None,
-    top_p: opt.TopPOpt = None,
-    top_k: opt.TopKOpt = None,
-    seed: opt.SeedOpt = None,
-    _debug: opt.DebugOpt = False,
-) -> None:
+@with_settings(BenchConfig, "json_file", ModelConfig, MemoryConfig, DraftConfig, SamplingConfig)
+def bench(settings: Settings, suite: SuiteArg, json_file: JsonOpt = None) -> None:
     """Measure the speed-up over plain offloading, and that every answer is token for token the same."""
-    lengths = {"limit": limit, "max_new_tokens": max_new_tokens, "plain_tokens": plain_tokens}
-    flags: dict[str, dict[str, object]] = {
-        "model": {"model": model, "revision": revision, "bits": bits},
-        "memory": opt.memory_flags(vram_gb, memory_gb, ram_gb, device, context, resident_layers, reprobe),
-        "draft": opt.draft_flags(depth, width, no_shadow, no_speculation),
-        "sampling": {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed},
-        "bench": {**lengths, "questions": questions},
-    }
-    file = find_config_file(config_file)
-    config = resolve_config(flags, file)
-    _check_files(config, json_file)
-    _measure(config, file, suite, json_file)
+    _check_files(settings.config, json_file)
+    _measure(settings.config, settings.file, suite, json_file)
 
 
 def _check_files(config: Config, json_file: str | None) -> None:
@@ -149,7 +72,7 @@ def _measure(config: Config, file: Path | None, suite: Suite, json_file: str | N
 
         report = run_bench(
             config,
-            suite.value,
+            suite,
             progress=lambda state: progress.update(progress_text(state), state.done, state.total),
         )
     _show(report, output, json_file)

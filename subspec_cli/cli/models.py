@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from subspec_cli.cli import options as opt
+from subspec_cli.cli.options import DebugOpt, JsonOpt
 from subspec_cli.errors import IntegrityError, UsageError
 from subspec_cli.units import format_bytes
 
@@ -23,7 +23,6 @@ _HEADERS = ("model", "revision", "substitutes", "state", "target", "size", "last
 _REVISION_LETTERS = 12
 _NAME_LETTERS = 36
 
-JsonOpt = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")]
 ModelArg = Annotated[
     str, typer.Argument(metavar="MODEL", help="Hub id, directory or [bold]demo[/bold], as it was prepared.")
 ]
@@ -33,7 +32,7 @@ SomeModelArg = Annotated[
 
 
 @models.command("list")
-def list_models(as_json: JsonOpt = False, _debug: opt.DebugOpt = False) -> None:
+def list_models(as_json: JsonOpt = False, _debug: DebugOpt = False) -> None:
     """Show every prepared model: which, how, how large, complete or not, and when it was last used."""
     from subspec_cli.cli.output import Output
     from subspec_cli.substitutes.inventory import list_stored
@@ -49,7 +48,7 @@ def list_models(as_json: JsonOpt = False, _debug: opt.DebugOpt = False) -> None:
 
 
 @models.command()
-def path(model: ModelArg, as_json: JsonOpt = False, _debug: opt.DebugOpt = False) -> None:
+def path(model: ModelArg, as_json: JsonOpt = False, _debug: DebugOpt = False) -> None:
     """Write the directory of MODEL's substitutes, the one that run takes."""
     from subspec_cli.cli.output import Output
     from subspec_cli.substitutes.prepared_model import find_prepared
@@ -72,7 +71,7 @@ def verify(
     model: SomeModelArg = None,
     repair: Annotated[bool, typer.Option("--repair", help="Make anew what is damaged, only that.")] = False,
     as_json: JsonOpt = False,
-    _debug: opt.DebugOpt = False,
+    _debug: DebugOpt = False,
 ) -> None:
     """Hash every prepared file and the 16-bit layers again, and name each one that is damaged."""
     from subspec_cli.cli.output import Output
@@ -107,7 +106,7 @@ def remove(
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     as_json: JsonOpt = False,
-    _debug: opt.DebugOpt = False,
+    _debug: DebugOpt = False,
 ) -> None:
     """Delete MODEL's substitutes, after asking; its 16-bit weights are never touched."""
     from subspec_cli.cli.output import Output

@@ -1,18 +1,91 @@
-"""The options that commands share. None means not given: the config file, then the default, decide.
+"""Command-line options made from the settings in `subspec_cli.config`.
 
-Ranges are checked with the config file's (`subspec_cli.config`), so each is written once.
+An option that is not given is None: the config file, then the default, decide. `config_file` checks the ranges.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+import dataclasses
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Collection, Iterator, Mapping
+from inspect import Parameter
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from subspec_cli.config import Config
+from subspec_cli.config import Config, ModelConfig, Setting, flag_of, settings_of
+from subspec_cli.config_file import find_config_file, resolve_config
 
-DEFAULTS = Config()
-_MEMORY, _DRAFT, _SAMPLING = "Memory and device", "Speculation", "Sampling"
+DebugOpt = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+JsonOpt = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")]
+ConfigOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="TOML settings; flags win over them.",
+        show_default="subspec.toml, else the user's config.toml",
+    ),
+]
+_CONFIG = Parameter("config_file", Parameter.KEYWORD_ONLY, default=None, annotation=ConfigOpt)
+_DEBUG = Parameter("_debug", Parameter.KEYWORD_ONLY, default=False, annotation=DebugOpt)
+
+
+class Settings(NamedTuple):
+    """What `with_settings` gives to a command."""
+
+    config: Config
+    file: Path | None
+    """The config file that was read."""
+    flags: Mapping[str, Mapping[str, Any]]
+    """Values from the command line, by section and key; None is not given."""
+
+
+def with_settings(
+    *places: type[Any] | str, without: Collection[str] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add the options of config sections to a command, which takes the resolved `Settings` first.
+
+    `places` is the order in `--help`: a section class stands for its options (those of [model] are followed by
+    `--config`), a text for the command's own parameter of that name; the other own parameters come after. An own
+    parameter named as a setting replaces its option. Settings in `without` (`memory.reprobe`) get no option.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = dict(list(inspect.signature(command, eval_str=True).parameters.items())[1:])
+        parameters: dict[str, Parameter] = {}
+        keys: dict[str, list[str]] = {}
+        for place in places:
+            if isinstance(place, str):
+                parameters[place] = own[place]
+                continue
+            section = next(entry for entry in dataclasses.fields(Config) if type(entry.default) is place)
+            options = {option.name: option for option in _options(section, without)}
+            keys[section.name] = list(options)
+            parameters |= {key: own.get(key, option) for key, option in options.items()}
+            if place is ModelConfig:
+                parameters["config_file"] = _CONFIG
+        parameters |= {**own, "_debug": _DEBUG}
+
+        @functools.wraps(command)
+        def start(**values: Any) -> None:  # noqa: ANN401 - as the parser gives them
+            # A list option that is not given is empty.
+            given = {name: None if value == [] else value for name, value in values.items()}
+            flags = {section: {key: given[key] for key in names} for section, names in keys.items()}
+            file = find_config_file(given["config_file"])
+            settings = Settings(resolve_config(flags, file), file, flags)
+            command(settings, **{name: values[name] for name in own})
+
+        shown = [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in parameters.values()]
+        start.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+        start.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}
+        return start
+
+    return decorate
 
 
 def number(text: str) -> float:
@@ -31,205 +104,38 @@ def whole(text: str) -> int:
         raise typer.BadParameter(f"{text!r} is not a whole number") from error
 
 
-ModelOpt = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        metavar="MODEL",
-        help="Hub id, local directory or [bold]demo[/bold].",
-        show_default="the model prepared last",
-    ),
-]
-RevisionOpt = Annotated[
-    str | None, typer.Option("--revision", metavar="REV", help="Branch, tag or commit on the hub.")
-]
-BitsOpt = Annotated[
-    int | None,
-    typer.Option(
-        "--bits", parser=whole, metavar="4|8|2", help="Use the substitutes prepared with these bits."
-    ),
-]
-ConfigOpt = Annotated[
-    str | None,
-    typer.Option(
-        "--config",
-        metavar="FILE",
-        help="TOML settings; flags win over them.",
-        show_default="subspec.toml, else the user's config.toml",
-    ),
-]
-VramOpt = Annotated[
-    float | None,
-    typer.Option(
-        "--vram-gb",
-        parser=number,
-        metavar="GIB",
-        help="Memory to use, in GiB: the device's on cuda, RAM on cpu.",
-        rich_help_panel=_MEMORY,
-    ),
-]
-MemoryOpt = Annotated[
-    float | None,
-    typer.Option(
-        "--memory-gb", parser=number, metavar="GIB", help="The same as --vram-gb.", rich_help_panel=_MEMORY
-    ),
-]
-RamOpt = Annotated[
-    float | None,
-    typer.Option(
-        "--ram-gb",
-        parser=number,
-        metavar="GIB",
-        help="Host memory to use, in GiB; what does not fit is read from disk.",
-        show_default="what is free",
-        rich_help_panel=_MEMORY,
-    ),
-]
-DeviceOpt = Annotated[
-    str | None,
-    typer.Option(
-        "--device",
-        metavar="auto|cuda|cpu",
-        help="Where to run.",
-        show_default=DEFAULTS.memory.device,
-        rich_help_panel=_MEMORY,
-    ),
-]
-ContextOpt = Annotated[
-    int | None,
-    typer.Option(
-        "--context",
-        parser=whole,
-        metavar="N",
-        help="Tokens of prompt and answer together.",
-        show_default="up to 4096, as the budget allows",
-        rich_help_panel=_MEMORY,
-    ),
-]
-ResidentOpt = Annotated[
-    int | None,
-    typer.Option(
-        "--resident-layers",
-        parser=whole,
-        metavar="N",
-        help="Keep N target layers in memory; 0 streams all, also when all would fit.",
-        show_default="planned",
-        rich_help_panel=_MEMORY,
-    ),
-]
-ReprobeOpt = Annotated[
-    bool | None,
-    typer.Option(
-        "--reprobe/--no-reprobe",
-        help="Time link and kernels anew, in place of what was kept from an earlier run.",
-        show_default=False,
-        rich_help_panel=_MEMORY,
-    ),
-]
-DepthOpt = Annotated[
-    int | None,
-    typer.Option(
-        "--depth",
-        parser=whole,
-        metavar="D",
-        help="Fix the depth of the draft tree.",
-        show_default="adaptive",
-        rich_help_panel=_DRAFT,
-    ),
-]
-WidthOpt = Annotated[
-    int | None,
-    typer.Option(
-        "--width",
-        parser=whole,
-        metavar="W",
-        help="Fix the width of the draft tree; 1 is a chain.",
-        show_default="adaptive",
-        rich_help_panel=_DRAFT,
-    ),
-]
-ShadowOpt = Annotated[
-    bool | None,
-    typer.Option(
-        "--no-shadow/--shadow",
-        help="Draft only between passes, not while a pass waits for weights.",
-        show_default=False,
-        rich_help_panel=_DRAFT,
-    ),
-]
-SpeculationOpt = Annotated[
-    bool | None,
-    typer.Option(
-        "--no-speculation/--speculation",
-        help="Decode plainly, one pass per token: the same tokens, slower.",
-        show_default=False,
-        rich_help_panel=_DRAFT,
-    ),
-]
-TemperatureOpt = Annotated[
-    float | None,
-    typer.Option(
-        "--temperature",
-        parser=number,
-        metavar="T",
-        help="0 takes the most likely token.",
-        show_default=f"{DEFAULTS.sampling.temperature:g}",
-        rich_help_panel=_SAMPLING,
-    ),
-]
-TopPOpt = Annotated[
-    float | None,
-    typer.Option(
-        "--top-p",
-        parser=number,
-        metavar="P",
-        help="Sample among the most likely tokens holding this probability.",
-        show_default=f"{DEFAULTS.sampling.top_p:g}",
-        rich_help_panel=_SAMPLING,
-    ),
-]
-TopKOpt = Annotated[
-    int | None,
-    typer.Option(
-        "--top-k",
-        parser=whole,
-        metavar="K",
-        help="Sample among the K most likely tokens; 0 takes all.",
-        show_default=str(DEFAULTS.sampling.top_k),
-        rich_help_panel=_SAMPLING,
-    ),
-]
-SeedOpt = Annotated[
-    int | None,
-    typer.Option(
-        "--seed",
-        parser=whole,
-        metavar="S",
-        help="Same seed, same answer.",
-        show_default="a fresh one, shown",
-        rich_help_panel=_SAMPLING,
-    ),
-]
-DebugOpt = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+def _options(section: dataclasses.Field[Any], without: Collection[str]) -> Iterator[Parameter]:
+    """A parameter for each flag of a section, named by its key."""
+    defaults, kinds = section.default, typing.get_type_hints(type(section.default))
+    panel = section.metadata.get("panel")
+    for name, setting in settings_of(type(defaults)).items():
+        if setting.help and f"{section.name}.{setting.key}" not in without:
+            shown = _shown_default(getattr(defaults, name), setting)
+            yield _option(setting.key, kinds[name], setting, show_default=shown, rich_help_panel=panel)
+            if setting.alias:
+                same = setting._replace(help=f"The same as {flag_of(setting.key)}.")
+                yield _option(setting.alias, kinds[name], same, show_default=shown, rich_help_panel=panel)
 
 
-def memory_flags(
-    vram_gb: float | None,
-    memory_gb: float | None,
-    ram_gb: float | None,
-    device: str | None,
-    context: int | None,
-    resident_layers: int | None,
-    reprobe: bool | None = None,
-) -> dict[str, object]:
-    """The [memory] section as flags give it."""
-    budget = {"vram_gb": vram_gb, "memory_gb": memory_gb, "ram_gb": ram_gb}
-    layers = {"context": context, "resident_layers": resident_layers}
-    return {**budget, **layers, "device": device, "reprobe": reprobe}
+def _option(key: str, kind: Any, setting: Setting, **shown: Any) -> Parameter:  # noqa: ANN401 - typer's
+    """One option. `kind` is the field's type: an optional value, a switch, a choice or texts."""
+    if isinstance(kind, UnionType):
+        kind = typing.get_args(kind)[0]
+    if typing.get_origin(kind) is tuple:
+        kind = list[str]
+    parser: Callable[[str], float] | None = {float: number, int: whole}.get(kind)
+    names = f"{flag_of(key)}/{flag_of(_inverse(key))}" if kind is bool else flag_of(key)
+    metavar = setting.metavar or None
+    option = typer.Option(None, names, help=setting.help, metavar=metavar, parser=parser, **shown)
+    return Parameter(key, Parameter.KEYWORD_ONLY, default=option, annotation=kind | None)
 
 
-def draft_flags(
-    depth: int | None, width: int | None, no_shadow: bool | None, no_speculation: bool | None
-) -> dict[str, object]:
-    """The [draft] section as flags give it."""
-    return {"depth": depth, "width": width, "no_shadow": no_shadow, "no_speculation": no_speculation}
+def _inverse(key: str) -> str:
+    """The switch that overrides a file's `true`: raw and no_raw, no_shadow and shadow."""
+    return key.removeprefix("no_") if key.startswith("no_") else f"no_{key}"
+
+
+def _shown_default(default: object, setting: Setting) -> str | bool:
+    if setting.shown_default or isinstance(default, bool) or not isinstance(default, int | float | str):
+        return setting.shown_default or False
+    return f"{default:g}" if isinstance(default, float) else str(default)

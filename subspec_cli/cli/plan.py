@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from subspec_cli.cli import options as opt
-from subspec_cli.config import find_config_file, resolve_config
+from subspec_cli.cli.options import JsonOpt, Settings, number, with_settings
+from subspec_cli.config import DraftConfig, MemoryConfig, ModelConfig
 from subspec_cli.errors import UsageError
 from subspec_cli.units import GIB
 
@@ -29,7 +29,7 @@ LinkOpt = Annotated[
     float | None,
     typer.Option(
         "--link-gb-per-s",
-        parser=opt.number,
+        parser=number,
         metavar="RATE",
         help="Rate of the link (on cpu, the disk) in 1e9 bytes per second.",
         show_default="assumed",
@@ -41,36 +41,18 @@ CompareOpt = Annotated[
         "--compare", metavar="GIB,GIB,…", help="Plan these budgets side by side, such as 6,8,12,24."
     ),
 ]
-JsonOpt = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")]
 
 
+@with_settings(ModelConfig, MemoryConfig, DraftConfig, without=("memory.reprobe",))
 def plan(
-    model: ModelArg = None,
-    revision: opt.RevisionOpt = None,
-    bits: opt.BitsOpt = None,
-    config_file: opt.ConfigOpt = None,
+    settings: Settings,
+    model: ModelArg = None,  # noqa: ARG001 - it is config.model.model
     link_gb_per_s: LinkOpt = None,
     compare: CompareOpt = None,
     as_json: JsonOpt = False,
-    vram_gb: opt.VramOpt = None,
-    memory_gb: opt.MemoryOpt = None,
-    ram_gb: opt.RamOpt = None,
-    device: opt.DeviceOpt = None,
-    context: opt.ContextOpt = None,
-    resident_layers: opt.ResidentOpt = None,
-    depth: opt.DepthOpt = None,
-    width: opt.WidthOpt = None,
-    no_shadow: opt.ShadowOpt = None,
-    no_speculation: opt.SpeculationOpt = None,
-    _debug: opt.DebugOpt = False,
 ) -> None:
     """Show what MODEL needs and how fast it would be, before anything is downloaded or prepared."""
-    flags: dict[str, dict[str, object]] = {
-        "model": {"model": model, "revision": revision, "bits": bits},
-        "memory": opt.memory_flags(vram_gb, memory_gb, ram_gb, device, context, resident_layers),
-        "draft": opt.draft_flags(depth, width, no_shadow, no_speculation),
-    }
-    config = resolve_config(flags, find_config_file(config_file))
+    config = settings.config
     if config.model.model is None:
         raise UsageError("no model is named", "subspec plan MODEL --vram-gb 8")
     if link_gb_per_s is not None and not 0 < link_gb_per_s < 1e5:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import shlex
-from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from subspec_cli.cli import options as opt
-from subspec_cli.config import find_config_file, resolve_config
+from subspec_cli.cli.options import JsonOpt, Settings, with_settings
+from subspec_cli.config import DEFAULT_BITS, ModelConfig, SubstituteConfig
 from subspec_cli.errors import UsageError
 from subspec_cli.units import GIB, format_bytes, format_seconds
 
@@ -19,67 +18,36 @@ if TYPE_CHECKING:
     from subspec_cli.session.prepare import PrepareReport
     from subspec_cli.substitutes.preparation import PrepareProgress
 
-_DEFAULT_BITS = 4
 _HEADERS = ("matrix", "bits", "bits/weight", "SQNR")
 
 
-class Optimizer(StrEnum):
-    """How the quantizer finds scales: from the extremes, or by searching for the smallest error."""
+ModelArg = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Hub id, local directory or [bold]demo[/bold].")
+]
+ForceOpt = Annotated[bool, typer.Option("--force", help="Do it anew, even if it is done.")]
 
-    MINMAX = "minmax"
-    HQQ = "hqq"
 
-
-def prepare(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Hub id, local directory or [bold]demo[/bold].")
-    ],
-    bits: Annotated[
-        int | None,
-        typer.Option(
-            "--bits",
-            parser=opt.whole,
-            metavar="4|8|2",
-            help="Bits per substitute weight.",
-            show_default=str(_DEFAULT_BITS),
-        ),
-    ] = None,
-    optimizer: Annotated[
-        Optimizer | None,
-        typer.Option(
-            "--optimizer",
-            help="How scales are found; hqq is slower.",
-            show_default=opt.DEFAULTS.substitute.optimizer,
-        ),
-    ] = None,
-    revision: opt.RevisionOpt = None,
-    config_file: opt.ConfigOpt = None,
-    force: Annotated[bool, typer.Option("--force", help="Do it anew, even if it is done.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")] = False,
-    _debug: opt.DebugOpt = False,
-) -> None:
+@with_settings(SubstituteConfig, ModelConfig, without=("model.model", "model.bits"))
+def prepare(settings: Settings, name: ModelArg, force: ForceOpt = False, as_json: JsonOpt = False) -> None:
     """Write the substitutes of MODEL's layers; needs memory for about one layer, and is done once."""
-    if not model.strip():
+    if not name.strip():
         raise UsageError("MODEL is empty", "give a hub id, a local directory or demo")
-    flags = {"bits": bits, "optimizer": optimizer.value if optimizer else None}
-    file = find_config_file(config_file)
-    config = resolve_config({"model": {"revision": revision}, "substitute": flags}, file)
-    chosen = config.substitute
+    chosen, file = settings.config.substitute, settings.file
     from subspec_cli.cli.output import Output
     from subspec_cli.cli.output_progress import ProgressLine
 
     output = Output()
-    output.note(f"preparing {model} …" if file is None else f"preparing {model} with {file} …")
+    output.note(f"preparing {name} …" if file is None else f"preparing {name} with {file} …")
     with ProgressLine(output, spins=True, plain_interval_s=2.0) as progress:
-        progress.update(f"preparing {model}: reading the checkpoint, loading the quantizer")
+        progress.update(f"preparing {name}: reading the checkpoint, loading the quantizer")
         from subspec_cli.session.prepare import prepare as prepare_model
 
         report = prepare_model(
-            model,
-            bits=chosen.bits or config.model.bits or _DEFAULT_BITS,
+            name,
+            bits=chosen.bits or settings.config.model.bits or DEFAULT_BITS,
             optimizer=chosen.optimizer,
             overrides=chosen.overrides,
-            revision=revision,
+            revision=settings.flags["model"]["revision"],  # a file names that of its own model
             force=force,
             progress=lambda state: progress.update(progress_text(state), *progress_share(state)),
             notify=output.note,
@@ -87,7 +55,7 @@ def prepare(
     if as_json:
         output.document(report.as_dict())
         return
-    first, *rest = report_lines(report, model)
+    first, *rest = report_lines(report, name)
     output.result(first)
     output.table(_HEADERS, quality_rows(report))
     for line in rest:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from subspec_cli.cli import options as opt
 from subspec_cli.cli.interrupts import interrupt_status
+from subspec_cli.cli.options import Settings, with_settings
 from subspec_cli.cli.prompts import read_prompt
-from subspec_cli.config import Config, find_config_file, resolve_config
+from subspec_cli.config import Config, DraftConfig, MemoryConfig, ModelConfig, RunConfig, SamplingConfig
 from subspec_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,78 +23,13 @@ PromptArg = Annotated[
         metavar="PROMPT", help="What to ask; left out, it is read from a pipe, else a chat begins."
     ),
 ]
-TokensOpt = Annotated[
-    int | None,
-    typer.Option(
-        "--max-new-tokens",
-        parser=opt.whole,
-        metavar="N",
-        help="Longest answer.",
-        show_default=str(opt.DEFAULTS.run.max_new_tokens),
-    ),
-]
-StopOpt = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--stop", metavar="TEXT", help="End the answer before this text; may be given several times."
-    ),
-]
-SystemOpt = Annotated[
-    str | None, typer.Option("--system", metavar="TEXT", help="System message of the chat template.")
-]
-RawOpt = Annotated[
-    bool | None,
-    typer.Option("--raw/--no-raw", help="Complete the bare text, without chat template.", show_default=False),
-]
-PlainOpt = Annotated[
-    bool | None,
-    typer.Option(
-        "--plain/--no-plain", help="No live statistics, no colours, also on a terminal.", show_default=False
-    ),
-]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout, and no text.")]
 
 
-def run(
-    prompt: PromptArg = None,
-    model: opt.ModelOpt = None,
-    revision: opt.RevisionOpt = None,
-    bits: opt.BitsOpt = None,
-    config_file: opt.ConfigOpt = None,
-    max_new_tokens: TokensOpt = None,
-    stop: StopOpt = None,
-    system: SystemOpt = None,
-    raw: RawOpt = None,
-    plain: PlainOpt = None,
-    as_json: JsonOpt = False,
-    vram_gb: opt.VramOpt = None,
-    memory_gb: opt.MemoryOpt = None,
-    ram_gb: opt.RamOpt = None,
-    device: opt.DeviceOpt = None,
-    context: opt.ContextOpt = None,
-    resident_layers: opt.ResidentOpt = None,
-    reprobe: opt.ReprobeOpt = None,
-    depth: opt.DepthOpt = None,
-    width: opt.WidthOpt = None,
-    no_shadow: opt.ShadowOpt = None,
-    no_speculation: opt.SpeculationOpt = None,
-    temperature: opt.TemperatureOpt = None,
-    top_p: opt.TopPOpt = None,
-    top_k: opt.TopKOpt = None,
-    seed: opt.SeedOpt = None,
-    _debug: opt.DebugOpt = False,
-) -> None:
+@with_settings(ModelConfig, RunConfig, MemoryConfig, DraftConfig, SamplingConfig)
+def run(settings: Settings, prompt: PromptArg = None, as_json: JsonOpt = False) -> None:
     """Answer a prompt, or chat, with exactly the tokens the 16-bit model alone would give."""
-    limits = {"max_new_tokens": max_new_tokens, "stop": stop or None}
-    flags: dict[str, dict[str, object]] = {
-        "model": {"model": model, "revision": revision, "bits": bits},
-        "memory": opt.memory_flags(vram_gb, memory_gb, ram_gb, device, context, resident_layers, reprobe),
-        "draft": opt.draft_flags(depth, width, no_shadow, no_speculation),
-        "sampling": {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed},
-        "run": {**limits, "system": system, "raw": raw, "plain": plain},
-    }
-    file = find_config_file(config_file)
-    _start(resolve_config(flags, file), file, prompt, as_json=as_json)
+    _start(settings.config, settings.file, prompt, as_json=as_json)
 
 
 def _start(config: Config, file: Path | None, argument: str | None, *, as_json: bool) -> None:

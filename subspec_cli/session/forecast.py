@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from subspec_cli.checkpoint.geometry import ModelGeometry, read_geometry
-from subspec_cli.config import Config
+from subspec_cli.config import BIT_WIDTHS, DEFAULT_BITS, Config
 from subspec_cli.errors import ResourceError, UsageError
 from subspec_cli.hub.model_outline import outline_model
 from subspec_cli.planning.advice import advise
@@ -30,9 +30,6 @@ from subspec_cli.streaming.host_memory import has_gpu, host_available_bytes
 from subspec_cli.substitutes.prepared_model import PreparedModel, find_prepared_sets
 from subspec_cli.substitutes.settings import SubstituteSettings, substitute_layer_bytes
 from subspec_cli.units import gib_to_bytes
-
-_DEFAULT_BITS: Final = 4
-_WIDTHS: Final = (2, 4, 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +136,7 @@ def forecast(
     requests = [request_for(settings) for settings in chosen]
     number, plan = fastest_plan(requests) if wants_one else (0, None)
     request = requests[number]
-    untried = () if config.model.bits else tuple(set(_WIDTHS) - {item.bits for item in chosen})
+    untried = () if config.model.bits else tuple(set(BIT_WIDTHS) - {item.bits for item in chosen})
     others = tuple(request_for(SubstituteSettings(bits, "minmax")) for bits in sorted(untried))
     return Forecast(
         model_id=outline.model_id,
@@ -196,7 +193,7 @@ def _prepared(model: str, config: Config) -> tuple[PreparedModel, ...]:
 
 
 def _settings(config: Config) -> SubstituteSettings:
-    bits = config.model.bits or config.substitute.bits or _DEFAULT_BITS
+    bits = config.model.bits or config.substitute.bits or DEFAULT_BITS
     return SubstituteSettings(bits, config.substitute.optimizer)
 
 

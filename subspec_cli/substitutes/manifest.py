@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from subspec_cli.config import BIT_WIDTHS
 from subspec_cli.errors import IntegrityError, UnsupportedModelError
 from subspec_cli.files.atomic_write import atomic_write
 from subspec_cli.files.json_object import parse_json_object
@@ -52,7 +53,6 @@ _LAYER_FIELDS = {
     "quality": dict,
 }
 _QUALITY_FIELDS = {"weights": int, "stored_bytes": int, "signal": float, "noise": float}
-_WIDTHS = (2, 4, 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +151,7 @@ def _read_settings(found: object, shown: str) -> SubstituteSettings:
     overrides = tuple(tuple(pair) if isinstance(pair, list) else pair for pair in fields["overrides"])
     settings = SubstituteSettings(**{**fields, "overrides": overrides})
     if (
-        settings.bits not in _WIDTHS
+        settings.bits not in BIT_WIDTHS
         or not _WORD.fullmatch(settings.optimizer)
         or not all(_is_override(pair) for pair in overrides)
         or [name for name, _ in overrides] != sorted({name for name, _ in overrides})
@@ -163,7 +163,7 @@ def _read_settings(found: object, shown: str) -> SubstituteSettings:
 def _is_override(pair: object) -> bool:
     if not isinstance(pair, tuple) or [type(item) for item in pair] != [str, int]:
         return False
-    return bool(_WORD.fullmatch(pair[0])) and matrix_kind(pair[0]) in MATRIX_KINDS and pair[1] in _WIDTHS
+    return bool(_WORD.fullmatch(pair[0])) and matrix_kind(pair[0]) in MATRIX_KINDS and pair[1] in BIT_WIDTHS
 
 
 def _read_quality(found: Mapping[str, object], shown: str) -> dict[str, MatrixQuality]:
@@ -188,7 +188,7 @@ def _command_for(found: Mapping[str, Any]) -> str:
     optimizer = settings.get("optimizer")
     return prepare_command(
         model_id,
-        bits=settings["bits"] if settings.get("bits") in _WIDTHS else None,
+        bits=settings["bits"] if settings.get("bits") in BIT_WIDTHS else None,
         optimizer="hqq" if optimizer == "hqq" else None,
         force=True,
     )
