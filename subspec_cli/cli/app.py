@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import os
+from typing import Annotated, Final
 
 import typer
 
@@ -14,9 +15,13 @@ from subspec_cli.cli.prepare import prepare
 from subspec_cli.cli.run import run
 from subspec_cli.errors import ExitCode
 
+COMPLETE_VARIABLE: Final = "_SUBSPEC_COMPLETE"
+"""A shell that asks for completions sets it: `eval "$(_SUBSPEC_COMPLETE=source_bash subspec)"` in ~/.bashrc."""
+
 app = typer.Typer(
     name="subspec",
-    add_completion=False,
+    # Typer's own --install-completion and --show-completion stay out of --help.
+    add_completion=bool(os.environ.get(COMPLETE_VARIABLE)),
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -48,9 +48,14 @@ def _invoke(argv: Sequence[str]) -> int:
     # Imported here, so that Ctrl-C while it loads ends in one line too.
     import typer
 
-    from subspec_cli.cli.app import app
+    from subspec_cli.cli.app import COMPLETE_VARIABLE, app
 
     command = typer.main.get_command(app)
+    if os.environ.get(COMPLETE_VARIABLE):
+        try:
+            command.main(list(argv), prog_name="subspec", complete_var=COMPLETE_VARIABLE)
+        except SystemExit as stop:
+            return int(stop.code or ExitCode.OK)
     try:
         # Not `command.main`, which has its own answers to Ctrl-C, closed pipes and usage errors.
         with command.make_context("subspec", list(argv)) as context:

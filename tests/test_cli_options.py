@@ -1,0 +1,111 @@
+"""Options from settings: each is in the help, each reaches its setting, and completion offers them."""
+
+import re
+from typing import Annotated
+
+import pytest
+import typer
+from test_cli_boundary import HEAVY, run_python
+
+from subspec_cli.__main__ import main
+from subspec_cli.cli.options import with_settings
+from subspec_cli.config import (
+    SECTIONS,
+    BenchConfig,
+    DraftConfig,
+    MemoryConfig,
+    ModelConfig,
+    flag_of,
+    settings_of,
+)
+
+COMMANDS = {"model": "run", "substitute": "prepare", "bench": "bench"}
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_setting_is_in_the_help(capsys, monkeypatch, section):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main([COMMANDS.get(section, "run"), "--help"]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    settings = settings_of(SECTIONS[section]).values()
+    for setting in settings:
+        (row,) = [row for row in rows if re.match(rf"│ {flag_of(setting.key)}\b(?!-)", row)] or [""]
+        assert bool(row) == bool(setting.help), setting.key
+        # Markup is rendered, and a long line may be folded.
+        assert setting.help.split("[")[0][:60] in row
+        assert setting.metavar in row
+    assert any(setting.help for setting in settings)
+
+
+def invoke(command, *argv):
+    app = typer.Typer()
+    app.command()(command)
+    app.callback()(lambda: None)
+    parser = typer.main.get_command(app)
+    with parser.make_context("test", [command.__name__, *map(str, argv)]) as context:
+        parser.invoke(context)
+
+
+def test_a_command_gets_what_flag_and_file_say(tmp_path):
+    seen = []
+
+    @with_settings(BenchConfig, "out", ModelConfig, MemoryConfig, without=("model.bits", "memory.reprobe"))
+    def measure(
+        settings,
+        model: Annotated[str | None, typer.Argument()] = None,
+        out: Annotated[str, typer.Option("--out")] = "-",
+        quick: bool = False,
+    ):
+        seen.append((settings, model, out, quick))
+
+    file = tmp_path / "settings.toml"
+    file.write_text("[memory]\nvram_gb = 3\ncontext = 99\nreprobe = true\n[draft]\ndepth = 7\n")
+    invoke(measure, "m/x", "--memory-gb", 2, "--limit", 5, "--quick", "--config", file)
+    ((settings, model, out, quick),) = seen
+    assert (model, out, quick, settings.file) == ("m/x", "-", True, file)
+    assert settings.config.memory == MemoryConfig(memory_gib=2.0, context=99, reprobe=True)
+    # A parameter of the command stands for the setting of its name, and a section without options is read too.
+    assert settings.config.model == ModelConfig(model="m/x")
+    assert settings.config.draft == DraftConfig(depth=7)
+    assert settings.config.bench == BenchConfig(limit=5)
+    assert settings.flags["memory"]["memory_gb"] == 2.0
+    assert settings.flags["memory"]["vram_gb"] is None
+    assert {"bits", "reprobe"}.isdisjoint(settings.flags["model"].keys() | settings.flags["memory"].keys())
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("subspec run --me", ["--memory-gb"]),
+        ("subspec run --no-sh", ["--no-shadow"]),
+        ("subspec bench --max", ["--max-new-tokens"]),
+        ("subspec bench ", ["mt-bench", "sample"]),
+        ("subspec prepare demo --optimizer ", ["minmax", "hqq"]),
+        ("subspec pl", ["plan"]),
+    ],
+)
+def test_completion_is_answered_in_light(tmp_path, words, expected):
+    words_before = str(words.count(" "))
+    code = f"""
+import os, sys
+os.environ |= {{"_SUBSPEC_COMPLETE": "complete_bash", "COMP_WORDS": {words!r}, "COMP_CWORD": {words_before!r}}}
+from subspec_cli.__main__ import main
+status = main([])
+assert not set({HEAVY!r}) & sys.modules.keys()
+sys.exit(status)
+"""
+    result = run_python(code, cwd=tmp_path)
+    assert (result.returncode, result.stdout.split(), result.stderr) == (0, expected, "")
+
+
+def test_the_completion_script_comes_from_the_environment_alone(capsys):
+    result = run_python(
+        "import os, sys\n"
+        "os.environ['_SUBSPEC_COMPLETE'] = 'source_bash'\n"
+        "from subspec_cli.__main__ import main\n"
+        "sys.exit(main([]))"
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "complete -o default -F _subspec_completion subspec" in result.stdout
+    assert main(["--help"]) == 0
+    assert "completion" not in capsys.readouterr().out
