@@ -1,4 +1,4 @@
-"""Where settings come from: a flag wins over the TOML file, the file over the default."""
+"""Read settings: a flag wins over the TOML file, the file over the default."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MAX_CONFIG_BYTES: Final = 1 << 20
 
 
 def resolve_config(flags: Mapping[str, Mapping[str, object]], file: Path | None = None) -> Config:
-    """Settings from `flags` (by section; None means not given), then `file`, then the defaults."""
+    """Resolve settings from `flags` (by section and key; None means not given), then `file`, then the defaults."""
     from_file = read_config_file(file) if file is not None else {}
     sections = {}
     for section, section_type in SECTIONS.items():
@@ -38,16 +38,16 @@ def find_config_file(explicit: str | None) -> Path | None:
 
 
 def user_config_file() -> Path:
-    """Where the user's own settings lie on this platform."""
+    """Path of the user's own settings on this platform."""
     folder = os.environ.get("XDG_CONFIG_HOME", "")
-    if not os.path.isabs(folder):  # the XDG rule: a relative value is no value
+    if not os.path.isabs(folder):  # XDG says to ignore a relative path
         usual = {"darwin": "~/Library/Application Support", "win32": "~/AppData/Roaming"}
         folder = os.path.expanduser(usual.get(sys.platform, "~/.config"))
     return Path(folder) / "subspec" / "config.toml"
 
 
 def read_config_file(path: Path) -> dict[str, dict[str, object]]:
-    """Checked values of a TOML file, by section."""
+    """Read a TOML file; checked values by section and field name."""
     document = _parse(path)
     return {section: _read_section(section, table, path) for section, table in _tables(document, path)}
 
@@ -94,11 +94,7 @@ def _read_section(section: str, table: Mapping[str, object], path: Path | None) 
             raise UsageError(f"{place}: unknown key", _home_of(key, section))
         name, setting = fields[key]
         if name in values:
-            names = (
-                f"{flag_of(setting.key)} and {flag_of(setting.alias)}"
-                if setting.alias
-                else flag_of(setting.key)
-            )
+            names = " and ".join(flag_of(one) for one in (setting.key, setting.alias) if one)
             raise UsageError(f"{place}: given twice", f"{names} say the same thing; give one")
         if not setting.rule.accepts(value):
             found = f", not {_shown(value)}" if path is None else ""
@@ -120,7 +116,7 @@ def _keys(section: str) -> list[str]:
 
 
 def _home_of(key: str, section: str | None = None) -> str:
-    """Where a misplaced or misspelt key belongs."""
+    """A hint: the section of a misplaced key, else the nearest key."""
     key = key.replace("-", "_")
     for other in SECTIONS:
         if key in _fields(other):
@@ -137,6 +133,6 @@ def _nearest(word: str, choices: list[str], what: str) -> str:
 
 
 def _shown(value: object) -> str:
-    """A value as TOML and the shell write it, shortened."""
+    """A value as in TOML, shortened."""
     text = json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:57]}..."

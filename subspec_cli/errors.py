@@ -1,4 +1,4 @@
-"""Errors that a user can act on. The command line turns each into one line, a hint and an exit code."""
+"""Errors that a user can act on. The command line prints each as one line and a hint, and exits with its code."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ExitCode(IntEnum):
 
 
 class SubspecError(Exception):
-    """What is wrong, with the figures, and the command that mends it."""
+    """An error with a message that says what is wrong, with the figures, and a hint that names the remedy."""
 
     exit_code: ExitCode = ExitCode.BUG
 
@@ -40,7 +40,7 @@ class UsageError(SubspecError):
 
 
 class UnsupportedModelError(SubspecError):
-    """The model is of a kind this program does not run."""
+    """The model's architecture or format is not supported."""
 
     exit_code = ExitCode.UNSUPPORTED
 
@@ -52,30 +52,30 @@ class NetworkError(SubspecError):
 
 
 class AccessError(SubspecError):
-    """The hub refuses: gated, private or not found."""
+    """The hub refuses access: the model is gated, private or not found."""
 
     exit_code = ExitCode.ACCESS
 
 
 class IntegrityError(SubspecError):
-    """Bytes are not what they should be."""
+    """Stored or downloaded bytes do not match their checksum or format."""
 
     exit_code = ExitCode.INTEGRITY
 
 
 class ResourceError(SubspecError):
-    """Not enough memory, disk or permission."""
+    """Memory, disk space or a permission is missing."""
 
     exit_code = ExitCode.RESOURCE
 
 
 class BusyError(SubspecError):
-    """Another process holds what this one needs."""
+    """Another process holds a lock that this one needs."""
 
     exit_code = ExitCode.BUSY
 
 
 class NotIdenticalError(SubspecError):
-    """Speculative and plain decoding differed where exactness was checked."""
+    """Speculative and plain decoding gave different tokens although exactness was checked."""
 
     exit_code = ExitCode.NOT_IDENTICAL

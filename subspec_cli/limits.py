@@ -1,4 +1,4 @@
-"""Bounds that plan and run share, each written once. A run may never take more than was planned."""
+"""Bounds shared by planning and running. A run never takes more than was planned."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from typing import Final
 from subspec_cli.units import MIB
 
 MOST_DEPTH: Final = 48
-"""Deepest tree, whatever the costs say."""
+"""Largest depth of a draft tree, whatever the costs suggest."""
 
 
 MOST_ROWS: Final = 8
-"""Most rows of a draft step, whatever the costs say."""
+"""Most rows of a draft step, whatever the costs suggest."""
 
 
 ATTENTION_TILE_BYTES: Final = 4 * MIB
-"""Most bytes of one tile of float64 scores; a few such temporaries live at a time."""
+"""Most bytes of one tile of float64 attention scores; a few such temporaries are alive at a time."""
 
 
 PREFILL_CHUNK: Final = 256
-"""Prompt rows per pass. Chunks end at absolute multiples of this, whatever the budget or the mode."""
+"""Prompt rows per pass. Chunks end at absolute multiples of this number, whatever the budget or the mode."""
 SHADOW_ROWS: Final = 128
 """Cache rows for what is drafted while the target's weights arrive."""
 NOISE_ROWS: Final = 64

@@ -1,4 +1,4 @@
-"""What a generation cost and gave. Pure arithmetic: no torch, no clock.
+"""Statistics of a generation. Pure arithmetic: no torch, no clock.
 
 tau is *tokens emitted per target pass, bonus token included*: (new tokens - 1) / decode passes, the first
 token being the prefill's. decode_tok_per_s = (new tokens - 1) / (time of the last - time of the first token).
@@ -71,7 +71,7 @@ class GenerationStats(RoundTotals):
     accepted_histogram: tuple[int, ...] = ()
     """Entry a: passes in which `a` drafted tokens were accepted."""
     reached_by_depth: tuple[int, ...] = ()
-    """Entry d: passes whose tree went deeper than d, and whose target got to depth d."""
+    """Entry d: passes whose tree was deeper than d and whose target accepted d tokens or more."""
     shadow_hits: int = 0
     """Passes whose tree began with what the shadow of the previous pass had found."""
     recent_accepted: tuple[int, ...] = field(default=(), repr=False)
@@ -89,7 +89,7 @@ class GenerationStats(RoundTotals):
 
     @property
     def acceptance_by_depth(self) -> tuple[float, ...]:
-        """Entry d: of the passes that could have gone on from depth d, the share that did."""
+        """Entry d: of the passes that reached depth d of a deeper tree, the share that accepted one more token."""
         taken = [sum(self.accepted_histogram[depth + 1 :]) for depth in range(len(self.reached_by_depth))]
         return tuple(
             done / tried if tried else 0.0 for done, tried in zip(taken, self.reached_by_depth, strict=True)
@@ -97,7 +97,7 @@ class GenerationStats(RoundTotals):
 
     @property
     def link_busy_share(self) -> float:
-        """Share of the decode time that the link was busy."""
+        """Share of the decode time in which the link was busy."""
         return self.link_time_s / self.decode_time_s if self.decode_time_s > 0 else 0.0
 
     @property
@@ -118,7 +118,7 @@ class GenerationStats(RoundTotals):
         }
 
     def after_prefill(self, *, prompt_tokens: int, prefilled_tokens: int, ttft_s: float) -> GenerationStats:
-        """Totals once the prefill has given the first token."""
+        """Totals after the prefill, which emits the first token."""
         return replace(
             self,
             prompt_tokens=prompt_tokens,

@@ -1,4 +1,4 @@
-"""Bytes, seconds and rates: reading what users write, writing what users read. GiB = 2**30."""
+"""Bytes and seconds: parse what users write and format what users read. GiB = 2**30 bytes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2
 
 
 def gib_to_bytes(gib: float, option: str) -> int:
-    """Budget in GiB to bytes; a budget that is no positive finite number is refused by `option`'s name."""
+    """Convert a budget in GiB to bytes; raises UsageError, which names `option`, unless it is positive and finite."""
     if not math.isfinite(gib) or gib <= 0 or gib > 1e6:
         raise UsageError(f"{option} {gib:g} is no budget", f"give GiB as a positive number: {option} 8")
     return int(gib * GIB)
 
 
 def format_bytes(size_bytes: float) -> str:
-    """Bytes as a short text in binary units: 14.2 MiB."""
+    """Format bytes as a short text in binary units: 14.2 MiB."""
     value = float(size_bytes)
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if abs(value) < 1024 or unit == "TiB":
@@ -30,7 +30,7 @@ def format_bytes(size_bytes: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Seconds as 850 ms, 12.3 s or 4:05."""
+    """Format seconds as 850 ms, 12.3 s or 4:05."""
     if seconds < 1:
         return f"{seconds * 1000:.0f} ms"
     if seconds < 60:
@@ -41,5 +41,5 @@ def format_seconds(seconds: float) -> str:
 
 
 def printable(text: str) -> str:
-    """Foreign text made safe for a terminal: C0, C1 and bidirectional controls are written as escapes."""
+    """Make foreign text safe for a terminal: C0, C1 and bidirectional controls become escapes."""
     return _CONTROL.sub(lambda match: f"\\x{ord(match.group()):02x}", text)

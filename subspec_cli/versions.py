@@ -1,4 +1,4 @@
-"""Versions of the libraries that a result depends on, without importing them."""
+"""Versions of the libraries that results depend on, read without importing them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LIBRARIES: Final = (
 
 
 def library_versions() -> dict[str, str]:
-    """Installed version by package name."""
+    """Installed version of each library, by package name."""
     return {name: _installed(name) for name in _LIBRARIES}
 
 

@@ -1,1 +1,1 @@
-"""The commands: parse, call, show. Everything heavy is imported inside the command that needs it."""
+"""The commands: parse options, call the session, show results. Heavy imports happen inside the commands."""

@@ -1,4 +1,4 @@
-"""The command line: five commands, each loading what it needs only when it runs."""
+"""The command line: five commands. Each imports what it needs only when it runs."""
 
 from __future__ import annotations
 

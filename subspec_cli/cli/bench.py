@@ -1,4 +1,4 @@
-"""`subspec bench`: speculative against plain decoding, in the same run."""
+"""`subspec bench`: compare speculative with plain decoding in the same run."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def bench(settings: Settings, suite: SuiteArg, json_file: JsonOpt = None) -> Non
 
 
 def _check_files(config: Config, json_file: str | None) -> None:
-    """Refuse now what would be lost after an hour."""
+    """Check the files now: a bad path would otherwise fail after an hour of measuring."""
     questions = config.bench.questions
     if questions is not None and not Path(questions).is_file():
         raise UsageError(f"--questions {questions}: no such file")
@@ -85,7 +85,7 @@ def _measure(config: Config, file: Path | None, suite: Suite, json_file: str | N
 
 
 def progress_text(state: BenchProgress) -> str:
-    """Answers done, what is going on, and the time left."""
+    """Answers done, the current activity and the time left."""
     from subspec_cli.cli.output_progress import time_left
 
     parts = (f"{state.done}/{state.total}", state.status, time_left(state.done, state.total, state.elapsed_s))
@@ -93,7 +93,7 @@ def progress_text(state: BenchProgress) -> str:
 
 
 def _show(report: BenchReport, output: Output, json_file: str | None) -> None:
-    """The table and the summary; they make way on stdout for the document."""
+    """Print the table and the summary; they go to stderr if stdout takes the JSON document."""
     from subspec_cli.cli.output import as_json
 
     aside = json_file == "-"

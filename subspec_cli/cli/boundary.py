@@ -1,4 +1,4 @@
-"""The one place where exceptions and signals become messages and exit statuses."""
+"""Turn exceptions and signals into messages and exit statuses. Nothing else in the package does."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _ENVIRONMENT_ERRNOS = frozenset(
 
 
 def guarded(argv: Sequence[str]) -> int:
-    """Run the command line; every way out is an exit status with at most a message and a hint on stderr."""
+    """Run the command line. Every way out is an exit status, with at most a message and a hint on stderr."""
     _tolerate_streams()
     try:
         with terminate_raises():
@@ -45,7 +45,7 @@ def guarded(argv: Sequence[str]) -> int:
 
 
 def _invoke(argv: Sequence[str]) -> int:
-    # Imported here, so that Ctrl-C while it loads ends in one line too.
+    # Imported here, so that Ctrl-C during the import is also reported in one line.
     import typer
 
     from subspec_cli.cli.app import COMPLETE_VARIABLE, app
@@ -57,13 +57,13 @@ def _invoke(argv: Sequence[str]) -> int:
         except SystemExit as stop:
             return int(stop.code or ExitCode.OK)
     try:
-        # Not `command.main`, which has its own answers to Ctrl-C, closed pipes and usage errors.
+        # Not `command.main`, which handles Ctrl-C, closed pipes and usage errors in its own way.
         with command.make_context("subspec", list(argv)) as context:
             command.invoke(context)
     except typer.Exit as stop:
         return stop.exit_code
     except Exception as error:
-        # The parser's exceptions have no public name in Typer; only they can format a message.
+        # Typer has no public name for the parser's exceptions; `format_message` identifies them.
         if not hasattr(error, "format_message"):
             raise
         used = getattr(getattr(error, "ctx", None), "command_path", "subspec")
@@ -72,9 +72,9 @@ def _invoke(argv: Sequence[str]) -> int:
 
 
 def _report(error: BaseException, *, debug: bool) -> int:
-    """Say what happened and give the exit status."""
+    """Print what happened and return the exit status."""
     if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):
-        error = error.__context__  # Rich's own way out
+        error = error.__context__  # how Rich reports a closed pipe
     if isinstance(error, BrokenPipeError):
         return BROKEN_PIPE_STATUS
     if isinstance(error, KeyboardInterrupt):
@@ -94,7 +94,7 @@ def _report(error: BaseException, *, debug: bool) -> int:
 
 
 def _as_known(error: BaseException) -> SubspecError | None:
-    """The error as one of ours, where the fault is the user's or the machine's and not a bug."""
+    """The error as a SubspecError; None if it is a bug and not the fault of the user or the machine."""
     if isinstance(error, SubspecError):
         return error
     if isinstance(error, MemoryError):
@@ -106,24 +106,24 @@ def _as_known(error: BaseException) -> SubspecError | None:
 
 
 def _say(text: str, *, one_line: bool = True) -> None:
-    """Write to stderr; with nobody there to read it, the exit status still tells."""
+    """Write to stderr. If stderr is closed, the exit status still reports the error."""
     safe = printable(text)
     with contextlib.suppress(OSError, ValueError):
         sys.stderr.write((safe.replace("\n", " ") if one_line else safe) + "\n")
 
 
 def _tolerate_streams() -> None:
-    """Make sure that writing can fail for want of space or reader only."""
+    """Open missing streams and escape characters, so that a write fails only without space or reader."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the parent process
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - lives as long as we do
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - open until the process ends
         stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def _flush_or_discard(stream: TextIO) -> None:
-    """Flush; where that fails, drop what is left, or the interpreter would complain about it at exit."""
+    """Flush. If that fails, drop the rest, or the interpreter would report it at exit."""
     try:
         stream.flush()
     except (OSError, ValueError):

@@ -21,7 +21,7 @@ _HELP = "/reset clears the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an
 
 
 def chat(session: Session, config: Config, output: Output) -> None:
-    """Ask and answer until the user leaves."""
+    """Read messages and answer them until the user leaves."""
     conversation = session.chat(config.run.system)
     output.note(_HELP)
     interrupts = 0
@@ -50,7 +50,7 @@ def chat(session: Session, config: Config, output: Output) -> None:
 
 
 def _is_command(line: str) -> bool:
-    """One word after one slash; `/etc/hosts` and sentences are things to ask about."""
+    """Whether a line is one word after one slash; `/etc/hosts` and sentences are messages."""
     return line.startswith("/") and line.count("/") == 1 and len(line.split()) == 1
 
 
@@ -65,12 +65,12 @@ def _obey(command: str, conversation: Chat, output: Output) -> None:
 
 
 def _answer(line: str, conversation: Chat, session: Session, config: Config, output: Output) -> int:
-    """Answer one message; gives 1 when Ctrl-C stopped it, so that one more at the prompt leaves."""
+    """Answer one message. Returns 1 if Ctrl-C stopped the answer, so that another Ctrl-C at the prompt leaves."""
     limits = config.run
     try:
         deltas = conversation.ask(line, max_new_tokens=limits.max_new_tokens, stop=limits.stop)
         answer = collect_answer(deltas, make_view(output, session))
-    except UsageError as error:  # a full context or a message too long ends no conversation
+    except UsageError as error:  # a full context or a message that is too long does not end the chat
         output.note(f"{error.message}{f': {error.hint}' if error.hint else ''}", style="bold")
         return 0
     if not answer.is_interrupted:

@@ -1,4 +1,4 @@
-"""Which signal asked the command to stop: a process has one answer to that, so it is kept here once."""
+"""The signal that asked the command to stop. Signals are per process, so this state is too."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from subspec_cli.errors import ExitCode
 
 
 class _Interrupts:
-    """Remembers which signal asked to stop: SIGTERM unwinds like Ctrl-C but ends in its own status."""
+    """Remembers the signal that asked to stop. SIGTERM unwinds like Ctrl-C but has its own exit status."""
 
     exit_code = ExitCode.INTERRUPTED
 
@@ -24,22 +24,22 @@ _interrupts = _Interrupts()
 
 
 def interrupt_status() -> ExitCode:
-    """The exit status of a command that a signal stopped."""
+    """Exit status of a command that a signal stopped."""
     return _interrupts.exit_code
 
 
 def is_terminating() -> bool:
-    """Whether the KeyboardInterrupt at hand was a SIGTERM, which no prompt may outlive."""
+    """Whether the current KeyboardInterrupt came from SIGTERM; a chat must then end too."""
     return _interrupts.exit_code is ExitCode.TERMINATED
 
 
 @contextlib.contextmanager
 def terminate_raises() -> Iterator[None]:
-    """Let SIGTERM unwind the stack as Ctrl-C does: by default it would skip every `finally`."""
+    """Let SIGTERM unwind the stack like Ctrl-C; by default it would skip every `finally`."""
     _interrupts.exit_code = ExitCode.INTERRUPTED
     try:
         before = signal.signal(signal.SIGTERM, _interrupts.on_terminate)
-    except ValueError:  # not the main thread: whoever embeds us handles signals
+    except ValueError:  # not the main thread: the embedding program handles signals
         yield
         return
     try:

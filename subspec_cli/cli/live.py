@@ -1,4 +1,4 @@
-"""What an answer looks like while it comes: text with statistics under it, or text alone."""
+"""Views of an answer during generation: text above live statistics, or text alone."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _SPARKLINE_WIDTH = 24
 
 
 class View:
-    """Takes an answer piece by piece. This one shows nothing; leaving any of them tidies the terminal."""
+    """Receives an answer piece by piece. This base class shows nothing; leaving a view restores the terminal."""
 
     def feed(self, text: str, stats: GenerationStats) -> None:
-        """Take `text`, the next piece, and the figures so far."""
+        """Receive the next piece of text and the statistics so far."""
 
     def __enter__(self) -> Self:
         return self
@@ -32,19 +32,19 @@ class View:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Nothing to tidy."""
+        """Leave; there is nothing to restore."""
 
 
 class PlainView(View):
-    """Text as it comes: untouched in files and pipes, control characters escaped on a terminal."""
+    """Writes text at once: unchanged into files and pipes, with control characters escaped on a terminal."""
 
     def __init__(self, stream: TextIO, *, escape: bool) -> None:
         self._stream = stream
         self._escape = escape
         self._last = "\n"
 
-    def feed(self, text: str, stats: GenerationStats) -> None:  # noqa: ARG002 - figures are for the summary
-        """Write and flush, so that a reader down the pipe sees each piece at once."""
+    def feed(self, text: str, stats: GenerationStats) -> None:  # noqa: ARG002 - only the summary shows statistics
+        """Write and flush, so that the reader of a pipe sees each piece at once."""
         if text:
             self._stream.write(printable(text) if self._escape else text)
             self._stream.flush()
@@ -53,14 +53,14 @@ class PlainView(View):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End the last line, unless writing is what failed."""
+        """End the last line, unless writing failed."""
         if self._last != "\n" and not isinstance(error, OSError):
             self._stream.write("\n")
             self._stream.flush()
 
 
 class LiveView(View):
-    """Finished lines scroll up as ordinary text; the line in the making stands above the statistics."""
+    """Finished lines scroll up as ordinary text; the unfinished line is shown above the statistics."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class LiveView(View):
         return self
 
     def feed(self, text: str, stats: GenerationStats) -> None:
-        """Move finished lines up, and redraw the rest a few times a second."""
+        """Write finished lines, and redraw the rest a few times a second."""
         *lines, self._partial = (self._partial + printable(text)).split("\n")
         for line in lines:
             self._area.write_line(line)
@@ -95,14 +95,14 @@ class LiveView(View):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Take the statistics away and leave the whole text."""
+        """Remove the statistics and leave the whole text."""
         self._area.__exit__(kind, error, trace)
         if self._partial and not isinstance(error, OSError):
             self._area.write_line(self._partial)
 
 
 def make_view(output: Output, session: Session) -> View:
-    """The view that suits where stdout goes."""
+    """The view for the kind of stdout."""
     if output.is_live:
         budget_bytes = session.description.budget_bytes
         return LiveView(output.area(), memory_bytes=session.memory_bytes, budget_bytes=budget_bytes)
@@ -110,7 +110,7 @@ def make_view(output: Output, session: Session) -> View:
 
 
 def statistics_lines(stats: GenerationStats, memory_bytes: int, budget_bytes: int) -> list[str]:
-    """The figures under a growing answer, one line for each question a user has: speed, time, memory."""
+    """The statistics under an unfinished answer: a line each for speed, time and memory."""
     speed = [f"{stats.decode_tok_per_s:.1f} tok/s", f"{stats.new_tokens} tokens"]
     if stats.drafted_tokens:
         speed += [f"tau {stats.tau:.2f}", f"accepted {sparkline(stats.recent_accepted[-_SPARKLINE_WIDTH:])}"]
@@ -124,7 +124,7 @@ def statistics_lines(stats: GenerationStats, memory_bytes: int, budget_bytes: in
 
 
 def time_shares(stats: GenerationStats) -> list[str]:
-    """What drafting, the target's own computing and waiting for weights take of the decode time."""
+    """Shares of the decode time: drafting, the target's own computing and waiting for weights."""
     total_s = stats.draft_time_s + stats.verify_time_s
     if total_s <= 0:
         return []

@@ -1,4 +1,4 @@
-"""`subspec models`: what is prepared here, whether it is sound, where it lies, and away with it."""
+"""`subspec models`: list, verify, find and remove prepared models."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def describe(stored: StoredModel) -> dict[str, Any]:
 
 
 def progress_text(state: VerifyProgress) -> str:
-    """What is hashed, how far, how fast and how long still."""
+    """The model being hashed, bytes, rate and time left."""
     from subspec_cli.cli.output_progress import time_left
 
     parts = [f"verifying {state.model_id}"]
@@ -170,7 +170,7 @@ def _done(state: VerifyProgress) -> tuple[int, int]:
 def _verified(
     stored: StoredModel, verifier: Verifier, output: Output, progress: ProgressLine, *, repair: bool
 ) -> tuple[StoredModel, list[Finding]]:
-    """What is wrong with a set, told line by line; with `repair`, what still is after repairing it."""
+    """Print and return the findings of a set; with `repair`, return those that remain after the repair."""
     findings = verifier.verify(stored)
     if stored.state == "partial":
         output.note(
@@ -220,7 +220,7 @@ def _row(stored: StoredModel) -> list[str]:
 
 
 def _short(model_id: str) -> str:
-    """The end of a long path, so that the figures beside it stay on the screen; --json has all of it."""
+    """The end of a long name, so that the other columns stay on the screen; --json has the whole name."""
     return model_id if len(model_id) <= _NAME_LETTERS else f"…{model_id[1 - _NAME_LETTERS :]}"
 
 

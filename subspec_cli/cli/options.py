@@ -1,4 +1,4 @@
-"""Command-line options made from the settings in `subspec_cli.config`.
+"""Make command-line options from the settings in `subspec_cli.config`.
 
 An option that is not given is None: the config file, then the default, decide. `config_file` checks the ranges.
 """

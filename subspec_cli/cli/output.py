@@ -26,7 +26,7 @@ _FILE_WIDTH = 140
 
 
 class Output:
-    """The two streams and how to write to each: styled on a terminal, bare text elsewhere or when `plain`."""
+    """Writes to stdout and stderr: styled on a terminal, bare text elsewhere or if `plain`."""
 
     def __init__(
         self, *, plain: bool = False, stdout: TextIO | None = None, stderr: TextIO | None = None
@@ -43,20 +43,20 @@ class Output:
         self.err = _console(self.stderr, terminal=self.is_animated)
 
     def note(self, text: str, *, style: str = "dim") -> None:
-        """One line beside the result, on stderr."""
+        """Write a line that is not part of the result to stderr."""
         self.err.print(Text(printable(text), style=style), soft_wrap=True)
         self.stderr.flush()
 
     def result(self, text: str) -> None:
-        """Lines of the result, on stdout."""
+        """Write lines of the result to stdout."""
         self.out.print(Text(printable(text)), soft_wrap=True)
 
     def styled(self, text: Text) -> None:
-        """A line of the result whose parts have styles of their own; bare text where there is no terminal."""
+        """Write a line of the result with its own styles to stdout; bare text if it is not a terminal."""
         self.out.print(text, soft_wrap=True)
 
     def document(self, document: Mapping[str, Any]) -> None:
-        """The one JSON document of a `--json` run, on stdout."""
+        """Write the JSON document of a `--json` run to stdout."""
         self.stdout.write(as_json(document) + "\n")
         self.stdout.flush()
 
@@ -68,7 +68,7 @@ class Output:
         aside: bool = False,
         has_total: bool = True,
     ) -> None:
-        """A table, its last row the total unless told otherwise; `aside` writes it to stderr."""
+        """Write a table to stdout, or to stderr if `aside`. The last row is the total unless `has_total` is False."""
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for number, header in enumerate(headers):
             table.add_column(Text(header), justify="right" if number else "left", no_wrap=True)
@@ -79,24 +79,24 @@ class Output:
         console.print(table)
 
     def area(self) -> LiveArea:
-        """A place on stdout where text grows above lines that are redrawn."""
+        """An area on stdout with growing text above lines that are redrawn."""
         return LiveArea(self.out)
 
     def ask(self, prompt: str) -> str:
-        """One line typed by the user, with the line editing and history of the platform where it has them."""
+        """Read one line from the user, with line editing and history if the platform has them."""
         with suppress(ImportError):
             importlib.import_module("readline")
         return input(prompt)
 
 
 class LiveArea:
-    """Text that scrolls up as it is completed, and below it a few lines that are redrawn in place."""
+    """Text that scrolls up when a line is complete, above a few lines that are redrawn in place."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._live = Live(
             console=console,
-            auto_refresh=False,  # a second thread would disturb what is measured
+            auto_refresh=False,  # a second thread would disturb measurements
             transient=True,
             redirect_stdout=False,
             redirect_stderr=False,
@@ -113,11 +113,11 @@ class LiveArea:
         self._live.stop()
 
     def write_line(self, line: str) -> None:
-        """A finished line, left to the terminal to wrap, so that it can be copied whole."""
+        """Write a finished line. The terminal wraps it, so that it can be copied as one line."""
         self._console.print(Text(line), soft_wrap=True)
 
     def show(self, partial: str, statistics: Sequence[str]) -> None:
-        """Redraw the line in the making (its end, where it is longer than the screen) and the statistics."""
+        """Redraw the unfinished line (only its end if it is longer than the screen) and the statistics."""
         rows = max(1, self._console.height - len(statistics) - 2)
         tail = list(Text(partial).wrap(self._console, self._console.width))[-rows:] if partial else []
         lines = [Text(line, style="dim", no_wrap=True, overflow="ellipsis") for line in statistics]
@@ -125,7 +125,7 @@ class LiveArea:
 
 
 def as_json(document: Mapping[str, Any], *, indent: int | None = None) -> str:
-    """Strict JSON in ASCII, for every locale and parser; a number that is not finite becomes null."""
+    """Strict JSON in ASCII, for every locale and parser. A number that is not finite becomes null."""
     return json.dumps(_jsonable(document), indent=indent, allow_nan=False)
 
 

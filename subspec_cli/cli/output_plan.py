@@ -1,4 +1,4 @@
-"""A plan drawn: the budget as one bar, its lines, where each layer lives, and what to expect."""
+"""Draw a plan: the budget as a bar, its lines, the place of each layer, and the predicted speed."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ _LEGEND: Final = {
 
 
 def title(found: Forecast) -> str:
-    """What is planned for what."""
+    """The model and the device of the plan."""
     geometry = found.geometry
     size = f"{geometry.layers} layers, {format_bytes(geometry.model_bytes)} in {geometry.dtype.lower()}"
     return printable(f"{found.model_id} · {size} · {found.device} ({found.device_reason})")
 
 
 def show_plan(found: Forecast, output: Output) -> None:
-    """The whole picture on stdout, 80 columns wide."""
+    """Print the whole plan to stdout, 80 columns wide."""
     plan = found.plan
     assert plan is not None
     for part in wrapped(title(found), 80):
@@ -57,7 +57,7 @@ def show_plan(found: Forecast, output: Output) -> None:
 
 
 def _budget_bar(plan: OffloadPlan) -> Text:
-    """One cell for each share of the budget, by the letter of its line; what is left are dots."""
+    """The budget as a bar: each line of the plan fills its share with its letter, and dots are spare."""
     bar, done_bytes, drawn = Text("["), 0, 0
     for number, line in enumerate(plan.lines):
         done_bytes += line.size_bytes
@@ -79,12 +79,12 @@ def _line(number: int, line: PlanLine, budget_bytes: int) -> Text:
 
 
 def _strip(plan: OffloadPlan) -> Iterator[str]:
-    """A letter for each layer, first layer first, and what the letters mean."""
+    """A letter for each layer in order, and a legend."""
     letters = "".join(_letter(plan, layer) for layer in range(plan.resident_layers + plan.streamed_layers))
     for start in range(0, len(letters), _STRIP_CELLS):
         yield f"{'layers' if not start else '':<13}{letters[start : start + _STRIP_CELLS]}"
     legend = (f"{letter} {text}" for letter, text in _LEGEND.items() if letter in letters)
-    # An item is not broken: its own spaces are none to `wrapped`.
+    # \0 keeps `wrapped` from breaking an item at its own spaces.
     for part in wrapped("   ".join(item.replace(" ", "\0") for item in legend), 66):
         yield f"{'':<13}{part.strip()}".replace("\0", " ")
 
@@ -138,17 +138,17 @@ def _speeds(found: Forecast, plan: OffloadPlan) -> Iterator[tuple[str, str]]:
 
 
 def rate(tok_per_s: float) -> str:
-    """Tokens per second with three digits or so."""
+    """Tokens per second with about three digits."""
     return f"{tok_per_s:.{2 if tok_per_s < 10 else 1}f} tok/s"
 
 
 def short_time(seconds: float) -> str:
-    """Seconds as `format_seconds`, short ones with a decimal."""
+    """Like `format_seconds`, with a decimal below 10 ms."""
     return f"{seconds * 1e3:.1f} ms" if seconds < 0.01 else format_seconds(seconds)
 
 
 def wrapped(text: str, width: int) -> list[str]:
-    """Lines of at most `width` cells, broken at spaces."""
+    """Break a text at spaces into lines of at most `width` cells."""
     lines = [""]
     for word in text.split(" "):
         if lines[-1] and len(lines[-1]) + 1 + len(word) > width:

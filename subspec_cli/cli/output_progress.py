@@ -1,4 +1,4 @@
-"""Progress on stderr: one line redrawn on a terminal, a new line now and then elsewhere."""
+"""Progress on stderr: one line that is redrawn on a terminal, a new line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from subspec_cli.units import format_seconds, printable
 
 
 class ProgressLine:
-    """What is going on, and how far it is.
+    """The current activity and its progress.
 
-    `spins` keeps a spinner moving from a second thread; leave it off where times are measured meanwhile.
+    `spins` moves a spinner from a second thread; leave it off if times are measured meanwhile.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class ProgressLine:
         self._progress.stop()
 
     def update(self, text: str, done: float = 0, total: float | None = None) -> None:
-        """Show `text`; with a `total`, a bar too."""
+        """Show `text`, and a bar if there is a `total`."""
         if self._output.is_animated:
             self._progress.update(self._task, description=printable(text), completed=done, total=total)
             if not self._spins:
@@ -73,7 +73,7 @@ class ProgressLine:
 
 
 def time_left(done: float, total: float, elapsed_s: float) -> str:
-    """The time the rest takes at the pace so far, as `0:42 left`."""
+    """Time that the rest takes at the rate so far, as `0:42 left`; empty if unknown."""
     if done <= 0 or total <= done:
         return ""
     return f"{format_seconds(elapsed_s * (total - done) / done)} left"

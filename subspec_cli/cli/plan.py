@@ -1,4 +1,4 @@
-"""`subspec plan`: what a model would need and give here, from its headers alone."""
+"""`subspec plan`: predict memory and speed of a model on this machine from its headers alone."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def plan(
 
 
 def budgets(text: str | None) -> list[float]:
-    """The budgets of `--compare`, smallest first; raises UsageError for anything but numbers."""
+    """Parse the budgets of `--compare` in GiB, smallest first; raises UsageError if one is not a number."""
     if text is None:
         return []
     try:

@@ -47,7 +47,7 @@ def prepare(settings: Settings, name: ModelArg, force: ForceOpt = False, as_json
             bits=chosen.bits or settings.config.model.bits or DEFAULT_BITS,
             optimizer=chosen.optimizer,
             overrides=chosen.overrides,
-            revision=settings.flags["model"]["revision"],  # a file names that of its own model
+            revision=settings.flags["model"]["revision"],  # the file's revision belongs to the file's model
             force=force,
             progress=lambda state: progress.update(progress_text(state), *progress_share(state)),
             notify=output.note,
@@ -63,7 +63,7 @@ def prepare(settings: Settings, name: ModelArg, force: ForceOpt = False, as_json
 
 
 def progress_share(state: PrepareProgress) -> tuple[int, int]:
-    """How much is done of how much: of the download while there is one, then of the layers."""
+    """Bytes done and in all: of the download while it lasts, then of the layers."""
     download = state.download
     if download is not None and download.done_files < download.total_files:
         return download.done_bytes, download.total_bytes
@@ -99,7 +99,7 @@ def download_text(state: DownloadProgress) -> str:
 
 
 def report_lines(report: PrepareReport, model: str) -> list[str]:
-    """What was made, where, and the command that uses it."""
+    """What was written and where, and the command that uses it."""
     if report.already_prepared:
         first = f"{report.model_id} is already prepared; --force does it anew"
     else:
@@ -116,7 +116,7 @@ def report_lines(report: PrepareReport, model: str) -> list[str]:
 
 
 def quality_rows(report: PrepareReport) -> list[list[str]]:
-    """Each kind of matrix and all together: what a weight takes, and how far it is from the original."""
+    """A row for each kind of matrix and one for all: bits per weight and signal-to-quantization-noise ratio."""
     rows = [
         [item.kind, str(item.bits), f"{item.bits_per_weight:.2f}", _decibels(item.sqnr_db)]
         for item in report.kinds
@@ -132,5 +132,5 @@ def _decibels(sqnr_db: float | None) -> str:
 
 
 def _example_gib(source_bytes: int) -> str:
-    """Half the model, in steps of half a GiB: a budget to try first."""
+    """A first budget to try: half the model's size, in steps of half a GiB."""
     return f"{max(1, math.ceil(source_bytes / GIB)) / 2:g}"

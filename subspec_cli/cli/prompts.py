@@ -1,4 +1,4 @@
-"""Where a prompt comes from, and the ones that are refused before anything heavy is loaded."""
+"""Read the prompt, and reject bad ones before anything heavy is loaded."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _read_piped() -> str:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UsageError(f"standard input is not UTF-8 at byte {error.start}", "pipe UTF-8 text") from error
-    # One line break ends a text file or an `echo`; it is no part of the prompt.
+    # One line break ends a text file or an `echo`; it is not part of the prompt.
     return text.removesuffix("\n").removesuffix("\r")
 
 

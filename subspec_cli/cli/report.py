@@ -1,4 +1,4 @@
-"""What is said about a session and its answers: the banner, the summary and the JSON document."""
+"""Texts about a session and its answers: the banner, the summary and the JSON document."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ INTERRUPTED = "interrupted"
 
 @dataclass
 class Answer:
-    """One answer, as far as it came."""
+    """One answer, perhaps incomplete."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str = INTERRUPTED
-    """`stop` or `length` once the last piece is here; Ctrl-C leaves it as it is."""
+    """`stop` or `length` after the last piece; after Ctrl-C still `interrupted`."""
     stats: GenerationStats = field(default_factory=GenerationStats)
 
     @property
     def is_interrupted(self) -> bool:
-        """Whether Ctrl-C ended it."""
+        """Whether Ctrl-C ended the answer."""
         return self.finish_reason == INTERRUPTED
 
 
 def collect_answer(deltas: Iterator[TextDelta], view: View) -> Answer:
-    """Show an answer while it comes; Ctrl-C ends it early and keeps what is there."""
+    """Show an answer while it is generated. Ctrl-C ends it early and keeps the text so far."""
     answer = Answer()
     try:
         with view:
@@ -51,14 +51,14 @@ def collect_answer(deltas: Iterator[TextDelta], view: View) -> Answer:
     except KeyboardInterrupt:
         answer.finish_reason = INTERRUPTED
     finally:
-        # Ctrl-C while we draw leaves the generator suspended, with its rows still in the cache.
+        # Ctrl-C while drawing leaves the generator suspended, with its rows still in the cache.
         if isinstance(deltas, Generator):
             deltas.close()
     return answer
 
 
 def loading_line(config: Config, file: Path | None, command: str = "") -> str:
-    """What is said before anything heavy is imported, so that the program never looks hung."""
+    """The line printed before anything heavy is imported, so that the program never looks hung."""
     model = config.model.model or "the model prepared last"
     source = f" (settings from {file})" if file is not None else ""
     return " · ".join(
@@ -67,7 +67,7 @@ def loading_line(config: Config, file: Path | None, command: str = "") -> str:
 
 
 def session_lines(session: Session, config: Config) -> list[str]:
-    """What runs where and how far it is proved; what lies where and why; what did not go as planned."""
+    """The banner: model, device and exactness; the plan and its reason; notes on what differs from the plan."""
     about, plan = session.description, session.description.plan
     how = "" if config.model.model else " (most recently prepared)"
     first = [
@@ -90,7 +90,7 @@ def session_lines(session: Session, config: Config) -> list[str]:
 
 
 def summary_line(answer: Answer, session: Session) -> str:
-    """The one line that stays after an answer."""
+    """The line that stays after an answer."""
     stats, about = answer.stats, session.description
     parts = [f"{stats.new_tokens} tokens ({answer.finish_reason}) at {stats.decode_tok_per_s:.1f} tok/s"]
     if stats.drafted_tokens:
@@ -105,7 +105,7 @@ def summary_line(answer: Answer, session: Session) -> str:
 
 
 def comparison_of(answer: Answer, session: Session) -> Comparison:
-    """What the plan predicted beside what the answer took."""
+    """Compare the plan's prediction with the measured answer."""
     about = session.description
     return compare(about.plan.prediction, [answer.stats], drafted=answer.stats.drafted_tokens > 0)
 

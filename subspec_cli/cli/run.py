@@ -1,4 +1,4 @@
-"""`subspec run`: one answer, or a chat when there is a terminal and no prompt."""
+"""`subspec run`: one answer, or a chat if there is a terminal and no prompt."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def run(settings: Settings, prompt: PromptArg = None, as_json: JsonOpt = False) 
 
 
 def _start(config: Config, file: Path | None, argument: str | None, *, as_json: bool) -> None:
-    """Refuse what cannot work, then load and answer."""
+    """Reject what cannot work, then load the model and answer."""
     prompt = read_prompt(argument)
     if prompt is None and (as_json or config.run.raw):
         raise UsageError(f"{'--json' if as_json else '--raw'} needs a prompt; a chat has neither")
