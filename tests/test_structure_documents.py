@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from subspec_cli.cli.boundary import BROKEN_PIPE_STATUS
-from subspec_cli.config import resolve_config
+from subspec_cli.config_file import resolve_config
 from subspec_cli.errors import ExitCode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
