@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
+from subspec_cli.modeling.batches import causal_batch
 from subspec_cli.modeling.layers import RowRules, rms_norm, rotate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -50,3 +51,14 @@ def test_the_gate_is_rounded_before_it_is_multiplied(dtype: torch.dtype, tiled: 
     before = up.clone()
     assert torch.equal(RowRules(2, tile_elementwise=tiled).gated(gate.clone(), up), expected)
     assert torch.equal(up, before)
+
+
+@pytest.mark.parametrize(("tokens", "start", "padded"), [([5, 6, 7], 4, 4), ([9], 0, 1), ([1, 2], 3, 8)])
+def test_a_causal_row_sees_all_rows_up_to_its_own(tokens: list[int], start: int, padded: int) -> None:
+    batch = causal_batch(tokens, start, padded)
+    assert (batch.rows, batch.start, len(batch.positions)) == (len(tokens), start, padded)
+    assert batch.token_ids.tolist() == tokens + [tokens[-1]] * (padded - len(tokens))
+    assert batch.key_positions.tolist() == list(range(start + len(tokens)))
+    for row, seen in enumerate(batch.allowed.tolist()):
+        assert batch.positions[row] == start + row
+        assert seen == [key <= start + row for key in range(start + len(tokens))]

@@ -25,11 +25,8 @@ def self_check(tiny, *, attend=exact_attention, nodes=NODES, prefill=PREFILL):
         lambda rules: tiny.target(source, rules, math),
         tiny.head,
         source,
-        tiny.geometry,
         most_nodes=nodes,
         prefill_rows=prefill,
-        dtype=tiny.dtype,
-        device=CPU,
     )
 
 

@@ -242,11 +242,8 @@ class Tiny:
             lambda rules: self.target(source, rules),
             self.head,
             source,
-            self.geometry,
             most_nodes=self.scratch,
             prefill_rows=self.scratch,
-            dtype=self.dtype,
-            device=CPU,
         )
         if found.exactness != "exact":
             pytest.skip(f"no exact rows on this machine: {found.reason}")

@@ -12,14 +12,13 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Final
+from typing import Final, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from subspec_cli.checkpoint.geometry import ModelGeometry
 from subspec_cli.checkpoint.layer_tensors import LAYER_BLOCKS
+from subspec_cli.modeling.batches import causal_batch
 from subspec_cli.modeling.decoder import Block, BlockStream, Head, TargetDecoder
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.layers import RowRules, TokenBatch
@@ -32,14 +31,14 @@ _CAUSAL_ROWS: Final = 24
 _SAMPLED_ELEMENTS: Final = 1 << 15
 """Results to compare at each row size: kernels that round otherwise were seen to differ in 1 of 4000."""
 _MOST_SAMPLED_ROWS: Final = 192
+Exactness = Literal["exact", "numeric"]
 
 
 @dataclass(frozen=True, slots=True)
 class SelfCheck:
     """Outcome of the self-check."""
 
-    exactness: str
-    """`exact` or `numeric`."""
+    exactness: Exactness
     reason: str
     rules: RowRules
     threads: int
@@ -60,16 +59,14 @@ def check_batch_invariance(
     decoder_for: Callable[[RowRules], TargetDecoder],
     head: Head,
     stream: BlockStream,
-    geometry: ModelGeometry,
     *,
     most_nodes: int,
     prefill_rows: int,
-    dtype: torch.dtype,
-    device: torch.device,
 ) -> SelfCheck:
     """Find the row rules under which rows keep their bits; `decoder_for` builds the target under given rules."""
     counts = row_counts(most_nodes, prefill_rows)
-    states = _random_states(geometry.hidden, max(counts), dtype, device)
+    dtype, device = head.weight.dtype, head.weight.device
+    states = _random_states(head.weight.shape[1], max(counts), dtype, device)
     threads = torch.get_num_threads()
     failure = ""
     for rules in candidate_rules(device):
@@ -159,19 +156,13 @@ def _run_block(decoder: TargetDecoder, block: Block, rows: Tensor) -> Tensor:
 def _decode_equals_prefill(decoder: TargetDecoder, block: Block, states: Tensor) -> bool:
     """Whether causal rows computed one by one over the cache equal the same rows computed together."""
     rows = states[:_CAUSAL_ROWS]
-    padded, device = decoder.rules.padded, rows.device
     kv = _one_layer_cache(decoder, rows)
 
     def attend(start: int, count: int) -> Tensor:
-        positions = torch.arange(start, start + count, device=device)
-        keys = torch.arange(start + count, device=device)
-        allowed = keys[None, :] <= positions[:, None]
-        extra = padded(count) - count
-        batch = TokenBatch(
-            positions.new_zeros(padded(count)), F.pad(positions, (0, extra)), count, start, allowed, keys
-        )
-        padding = rows[-1:].expand(extra, -1)
-        flow = decoder.begin_rows(torch.cat((rows[start : start + count], padding)), batch, kv)
+        padded = decoder.rules.padded(count)
+        padding = rows[-1:].expand(padded - count, -1)
+        hidden = torch.cat((rows[start : start + count], padding))
+        flow = decoder.begin_rows(hidden, causal_batch([0] * count, start, padded), kv)
         decoder.run_block(block, flow)
         return flow.hidden[:count]
 

@@ -22,6 +22,7 @@ from subspec_cli.checkpoint.layer_tensors import LAYER_BLOCKS, LAYER_MATRICES, b
 from subspec_cli.drafting.draft_steps import rank
 from subspec_cli.drafting.graph_capture import CudaGraphs, Run
 from subspec_cli.modeling.attention import exact_attention, fast_attention
+from subspec_cli.modeling.batches import causal_batch
 from subspec_cli.modeling.decoder import Block, DraftDecoder, DraftHead, DraftLogits, Head, TargetDecoder
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.layers import LayerMath, RowRules, TokenBatch
@@ -136,7 +137,7 @@ class _Bench:
         kv = self._cache(len(layers))
 
         def run(rows: int) -> None:
-            flow = decoder.begin_tokens(self._batch(rows, self.rules.padded(rows)), kv)
+            flow = decoder.begin_tokens(causal_batch([0] * rows, _PREFIX, self.rules.padded(rows)), kv)
             for _ in decoder.layers(flow):
                 pass
 
@@ -203,7 +204,9 @@ class _Bench:
         def run(batch: TokenBatch) -> None:
             draft.run(self._states(batch.positions), batch, kv)
 
-        steps = self._launched(lambda rows: partial(run, self._batch(rows, rows).to(self._device)))
+        steps = self._launched(
+            lambda rows: partial(run, causal_batch([0] * rows, _PREFIX, rows).to(self._device))
+        )
         return self._per_layer(steps, _DRAFT_ROWS, len(layers))
 
     def _launched(self, step_of: Callable[[int], Run]) -> Callable[[int], object]:
@@ -264,10 +267,3 @@ class _Bench:
         )
         kv.commit(range(_PREFIX), [0] * _PREFIX)
         return kv
-
-    def _batch(self, rows: int, padded: int) -> TokenBatch:
-        """Rows of a chain after the prefix."""
-        zeros = torch.zeros(padded, dtype=torch.long)
-        keys = torch.arange(_PREFIX + rows)
-        positions = keys[_PREFIX:]
-        return TokenBatch(zeros, zeros + _PREFIX, rows, _PREFIX, keys[None, :] <= positions[:, None], keys)

@@ -10,7 +10,6 @@ from dataclasses import replace
 import torch
 
 from subspec_cli.checkpoint.checkpoint import check_unchanged
-from subspec_cli.checkpoint.geometry import ModelGeometry
 from subspec_cli.checkpoint.source_directory import tokenizer_bytes_in
 from subspec_cli.config import Config
 from subspec_cli.decoding.drafter import Drafter as DrafterProtocol
@@ -103,7 +102,7 @@ def _load(
         # What was read so far came from the files that were opened, or nothing is answered.
         check_unchanged(found.checkpoint)
         reporter.progress("checking that rows keep their bits")
-        self_check = _check_batch_invariance(loaded, found.geometry, plan.tree_nodes, device)
+        self_check = _check_batch_invariance(loaded, plan.tree_nodes)
         eos_ids = end_token_ids(found.checkpoint.directory, model_config, tokenizer)
         engines = _engines(config, plan, costs, loaded, self_check.rules, eos_ids)
         parts = _parts(config, loaded, engines, tokenizer, eos_ids, meter)
@@ -185,18 +184,13 @@ def _costs(
     return probed
 
 
-def _check_batch_invariance(
-    loaded: LoadedModel, geometry: ModelGeometry, most_nodes: int, device: torch.device
-) -> SelfCheck:
+def _check_batch_invariance(loaded: LoadedModel, most_nodes: int) -> SelfCheck:
     return check_batch_invariance(
         loaded.target,
         loaded.head,
         loaded.blocks,
-        geometry,
         most_nodes=most_nodes,
         prefill_rows=PREFILL_CHUNK,
-        dtype=loaded.dtype,
-        device=device,
     )
 
 

@@ -59,7 +59,6 @@ class LoadedModel:
     head: Head
     blocks: TargetBlocks
     kv: KVCache
-    dtype: torch.dtype
     close: Callable[[], None]
     check_source: Callable[[], None]
     """Raises IntegrityError if weights that are still read from files changed since they were opened."""
@@ -140,7 +139,6 @@ class Loader:
                 head=head,
                 blocks=blocks,
                 kv=kv,
-                dtype=self._dtype,
                 close=opened.pop_all().close,
                 check_source=self._check_source if self._reads_on(blocks) else lambda: None,
             )

@@ -191,10 +191,10 @@ def open_gpu_streamer(
     device: torch.device,
     reporter: Reporter,
 ) -> GpuStreamer:
-    """Pin memory as far as it goes, read the layers that stay in it, and begin to stream.
+    """Pin as much memory as can be had, read the layers that stay in it, and begin to stream.
 
     At most `most_bytes` of host memory are pinned; a note says if that is less than was wanted. Raises
-    ResourceError if none can be, IntegrityError if a file cannot be read; nothing stays pinned then.
+    ResourceError if nothing can be pinned, IntegrityError if a file cannot be read; nothing stays pinned then.
     """
     size_bytes = max(layer.whole.buffer_bytes for layer in layers)
     memory = take_pinned(

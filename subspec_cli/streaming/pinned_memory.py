@@ -99,9 +99,9 @@ def take_pinned(
 ) -> PinnedMemory:
     """Pin memory for `pinned_layers` of `layers` streamed layers and a ring for the rest, buffer by buffer.
 
-    When the system refuses, or `most_bytes` are reached, what was obtained is kept: the ring comes first, the
-    rest holds layers, evenly spread among those that are read from disk; one note says so. Raises
-    ResourceError if not even one layer's bytes can be pinned.
+    When the system refuses more, or `most_bytes` are reached, the buffers that were obtained are kept: the first
+    ones are the ring, the others hold layers, evenly spread among those that are read from disk; one note says
+    so. Raises ResourceError if not even one layer's bytes can be pinned.
     """
     wanted = pinned_layers + (min(ring_slots, layers) if pinned_layers < layers else 0)
     buffers: list[PinnedBuffer] = []
