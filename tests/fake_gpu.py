@@ -23,7 +23,7 @@ from torch import Tensor
 
 from subspec_cli.checkpoint.safetensors_header import TensorEntry
 from subspec_cli.files.direct_io import PAGE_BYTES, allocate_buffer
-from subspec_cli.streaming import gpu_clock, gpu_layers, gpu_ring, gpu_streamer, pinned_memory
+from subspec_cli.streaming import disk_ring, gpu_clock, gpu_layers, gpu_streamer, pinned_memory
 from subspec_cli.streaming.gpu_layers import LayerLayout, layout_layer
 
 SPOILED = 0xFF
@@ -228,7 +228,7 @@ class Machine:
 
     def install(self, patch: pytest.MonkeyPatch) -> Machine:
         """Take the place of torch in everything that talks to a GPU."""
-        for module in (gpu_clock, gpu_layers, gpu_ring, gpu_streamer, pinned_memory):
+        for module in (gpu_clock, gpu_layers, disk_ring, gpu_streamer, pinned_memory):
             patch.setattr(module, "torch", self.as_torch())
         return self
 

@@ -15,7 +15,7 @@ from subspec_cli.streaming.streamer import StreamCounters
 
 
 def block_tensors(layout: BlockLayout, buffer: memoryview) -> dict[str, Tensor]:
-    """Tensors of a block as views of its buffer, by name."""
+    """The tensors of a block by name, as views of the buffer that holds it."""
     return {
         item.entry.name: torch.frombuffer(
             buffer,
@@ -28,7 +28,7 @@ def block_tensors(layout: BlockLayout, buffer: memoryview) -> dict[str, Tensor]:
 
 
 def read_resident(layouts: Sequence[BlockLayout]) -> list[dict[str, Tensor]]:
-    """Read blocks to stay, each in memory of its own, by the same path as streamed ones."""
+    """Read blocks that stay resident, each into its own memory, by the path that streamed blocks take."""
     reader = DirectReader()
     try:
         held = []
@@ -42,7 +42,7 @@ def read_resident(layouts: Sequence[BlockLayout]) -> list[dict[str, Tensor]]:
 
 
 class _ArrivingBlock(Mapping[str, Tensor]):
-    """A block by name, waited for when it is first looked at."""
+    """The tensors of a block by name; the first access waits for the block."""
 
     def __init__(self, layout: BlockLayout, wait: Callable[[], memoryview]) -> None:
         self._layout = layout
@@ -50,7 +50,7 @@ class _ArrivingBlock(Mapping[str, Tensor]):
         self._tensors: dict[str, Tensor] | None = None
 
     def wait(self) -> dict[str, Tensor]:
-        """The tensors, once they are there."""
+        """Wait for the block and return its tensors."""
         if self._tensors is None:
             self._tensors = block_tensors(self._layout, self._wait())
         return self._tensors
@@ -66,9 +66,9 @@ class _ArrivingBlock(Mapping[str, Tensor]):
 
 
 class DiskStreamer:
-    """Streams from the checkpoint's files into `slots` buffers of main memory.
+    """Streams blocks from the checkpoint's files into `slots` buffers of host memory.
 
-    A block keeps its buffer until the consumer asks for the next one.
+    A block keeps its buffer until the consumer asks for the next block.
     """
 
     def __init__(self, layouts: Sequence[BlockLayout], slots: int) -> None:
@@ -100,16 +100,16 @@ class DiskStreamer:
 
     @property
     def reads_files(self) -> bool:
-        """Always: every block is read from a file in every pass."""
+        """Always true: every block is read from a file in every pass."""
         return True
 
     @property
     def is_direct(self) -> bool:
-        """Whether files are read past the page cache; waits for the first block, which tells."""
+        """Whether files are read past the page cache; waits for the first block, which shows it."""
         return self._ahead.is_direct()
 
     def close(self) -> None:
-        """Stop the reader and give the buffers back."""
+        """Stop the reader and free the buffers."""
         self._ahead.close()
         self._buffers.clear()
 

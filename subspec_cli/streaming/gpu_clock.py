@@ -1,4 +1,4 @@
-"""Time that passes on a GPU, measured by the GPU itself: the host never waits to know it."""
+"""Elapsed time on a GPU, measured by its own events, so that the host never waits for a figure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 class GpuClock:
-    """Adds up intervals between two points of a stream, once the GPU is past the second one."""
+    """Sums intervals between two points of a stream; an interval counts once the GPU has passed its end."""
 
     def __init__(self) -> None:
         self._spare: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
@@ -17,7 +17,7 @@ class GpuClock:
         self._total_s = 0.0
 
     def start(self, stream: torch.cuda.Stream) -> None:
-        """An interval begins when the stream gets here; one that never ended is dropped."""
+        """Begin an interval at this point of the stream; an interval that was never stopped is dropped."""
         self._collect()
         if self._running is None:
             timed = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -25,14 +25,14 @@ class GpuClock:
         self._running[0].record(stream)
 
     def stop(self, stream: torch.cuda.Stream) -> None:
-        """The interval ends when the stream gets here."""
+        """End the interval at this point of the stream."""
         assert self._running is not None
         self._running[1].record(stream)
         self._pending.append(self._running)
         self._running = None
 
     def total_s(self) -> float:
-        """Sum of the intervals that are over by now."""
+        """Sum of the intervals that the GPU has finished."""
         self._collect()
         return self._total_s
 

@@ -1,7 +1,7 @@
-"""Layers on a GPU: all blocks of a layer in one run of memory, so that one copy brings the layer.
+"""Layers on a GPU: all blocks of a layer are contiguous, so that one copy transfers the layer.
 
-A tensor keeps its file offset modulo 4096 in host memory and on the GPU, resident or streamed: kernels that
-choose their code by a pointer's alignment see the same one wherever a layer lives.
+A tensor keeps its file offset modulo 4096 in host memory and on the GPU, resident or streamed. Kernels that
+select their code by pointer alignment thus see the same alignment wherever a layer lies.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from subspec_cli.streaming.layout import BlockLayout, Placement, layout_block
 
 @dataclass(frozen=True, slots=True)
 class LayerLayout:
-    """How a whole layer lies in memory, and which of its tensors each block is made of."""
+    """The memory layout of a whole layer, and the tensors of each of its blocks."""
 
     whole: BlockLayout
     blocks: tuple[tuple[Placement, ...], ...]
@@ -28,14 +28,14 @@ class LayerLayout:
 
 
 def layout_layer(blocks: Sequence[Sequence[TensorEntry]]) -> LayerLayout:
-    """Lay the blocks of one layer out together."""
+    """Lay out the blocks of one layer together."""
     whole = layout_block(entry for block in blocks for entry in block)
     placed = {item.entry.name: item for item in whole.placements}
     return LayerLayout(whole, tuple(tuple(placed[entry.name] for entry in block) for block in blocks))
 
 
 def tensors_in(memory: Tensor, placements: Iterable[Placement]) -> dict[str, Tensor]:
-    """Tensors by name as views of `memory`, `[bytes]` of uint8 that holds their layer."""
+    """Tensors by name, as views of `memory`: the `[bytes]` of uint8 that hold their layer."""
     return {
         item.entry.name: memory[item.buffer_offset : item.buffer_offset + item.entry.size_bytes]
         .view(torch_dtype(item.entry.dtype))
@@ -45,9 +45,9 @@ def tensors_in(memory: Tensor, placements: Iterable[Placement]) -> dict[str, Ten
 
 
 def page_aligned_memory(pieces: int, piece_bytes: int, device: torch.device) -> list[Tensor]:
-    """Memory of the GPU, `[piece_bytes]` of uint8 each, whose addresses are multiples of the page size.
+    """Pieces of GPU memory, `[piece_bytes]` of uint8 each, at addresses that are multiples of the page size.
 
-    `piece_bytes` is a multiple of the page size. It is one allocation of a page more than the pieces' bytes.
+    `piece_bytes` is a multiple of the page size. All pieces are one allocation, a page larger than their sum.
     """
     whole = torch.empty(pieces * piece_bytes + PAGE_BYTES, dtype=torch.uint8, device=device)
     first = -whole.data_ptr() % PAGE_BYTES
@@ -55,7 +55,7 @@ def page_aligned_memory(pieces: int, piece_bytes: int, device: torch.device) -> 
 
 
 def read_resident_layer(layout: LayerLayout, device: torch.device) -> list[dict[str, Tensor]]:
-    """Read a layer to stay on the GPU: the tensors of each block, all in one allocation."""
+    """Read a layer that stays on the GPU, in one allocation; returns the tensors of each block."""
     reader = DirectReader()
     try:
         buffer = memoryview(allocate_buffer(layout.whole.buffer_bytes))

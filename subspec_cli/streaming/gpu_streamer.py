@@ -1,8 +1,8 @@
-"""Streaming layers to a GPU: one copy per layer on a stream of its own, out of pinned memory.
+"""Streaming layers to a GPU: one copy per layer out of pinned memory, on a separate copy stream.
 
-Two events per slot keep copies and kernels apart: *ready* (the copy is done, kernels may read) and *free* (the
-last kernel that read the slot is done, the next copy may overwrite it). A layer that host memory has no room
-for comes from disk through a ring of pinned buffers; the order of use is the same.
+Two events per slot order copies and kernels: *ready* (the copy is done, kernels may read) and *free* (the last
+kernel that read the slot is done, the next copy may overwrite it). Layers that do not fit in host memory come
+from disk through a ring of pinned buffers; the order of use is the same.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from torch import Tensor
 
 from subspec_cli.files.direct_io import DirectReader
 from subspec_cli.reporter import Reporter
+from subspec_cli.streaming.disk_ring import DiskRing
 from subspec_cli.streaming.gpu_clock import GpuClock
 from subspec_cli.streaming.gpu_layers import LayerLayout, page_aligned_memory, tensors_in
-from subspec_cli.streaming.gpu_ring import DiskRing
 from subspec_cli.streaming.pinned_memory import PinnedMemory, take_pinned
 from subspec_cli.streaming.streamer import StreamCounters
 
 
 @dataclass(frozen=True, slots=True)
 class _Slot:
-    """Memory of the GPU for one layer."""
+    """GPU memory for one layer."""
 
     memory: Tensor
     ready: torch.cuda.Event = field(default_factory=lambda: torch.cuda.Event())
@@ -33,11 +33,12 @@ class _Slot:
 
 
 class GpuStreamer:
-    """Streams layers through `slots` slots on the GPU; closing it gives the pinned memory back.
+    """Streams layers through `slots` slots on the GPU; closing it releases the pinned memory.
 
-    The n-th layer ever queued goes to slot n modulo `slots`. `_queued` counts layers whose copy has been
-    queued, `_used` those the consumer has let go of; `_queued - _used <= slots` always. Copies are queued by
-    whoever makes the next one possible: the consumer by letting a slot go, the ring's thread by reading.
+    The n-th layer that is queued goes to slot n modulo `slots`. `_queued` counts layers whose copy has been
+    queued, `_used` layers that the consumer has released; `_queued - _used <= slots` always. A copy is queued
+    by the thread that makes it possible: the consumer when it releases a slot, the reader when it has read.
+    Whoever touches this state holds `_changed`; the ring's own lock is taken inside it, never the other way.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class GpuStreamer:
         size_bytes = max(layer.whole.buffer_bytes for layer in layers)
         self._slots = [_Slot(piece) for piece in page_aligned_memory(slots, size_bytes, device)]
         self._copy_stream = torch.cuda.Stream(device)
-        # The slots' memory may have had another owner, whose last kernels are still on the current stream.
+        # Kernels of the memory's previous owner may still be queued on the current stream.
         self._copy_stream.wait_stream(torch.cuda.current_stream(device))
         on_disk = [layer.whole for number, layer in enumerate(layers) if number not in memory.slabs]
         self._ring = DiskRing(on_disk, memory.ring, self._on_ring_change) if on_disk else None
@@ -67,9 +68,9 @@ class GpuStreamer:
             self._ring.ahead.start()
 
     def blocks(self) -> Generator[dict[str, Tensor], None, None]:
-        """One pass over all blocks of all layers, views of a slot that stay valid for the layer's last block.
+        """One pass over all blocks of all layers; the tensors are views of a slot, valid until the next layer.
 
-        Leaving early makes the next pass start at the first layer again. Raises what ended the reading from disk.
+        Leaving early makes the next pass start at the first layer again. Raises what ended the reader thread.
         """
         finished = 0
         try:
@@ -77,7 +78,7 @@ class GpuStreamer:
                 memory = self._wait_for_layer()
                 for block in layer.blocks:
                     yield tensors_in(memory, block)
-                self._let_go(layer.whole.tensor_bytes)
+                self._release(layer.whole.tensor_bytes)
                 finished += 1
         finally:
             if finished < len(self._layers):
@@ -90,14 +91,14 @@ class GpuStreamer:
 
     @property
     def is_direct(self) -> bool:
-        """Whether files are read past the page cache; true when none are."""
+        """Whether files are read past the page cache; true when no files are read."""
         return self._ring is None or self._ring.ahead.is_direct()
 
     def counters(self) -> StreamCounters:
-        """Totals so far, of what the GPU got done.
+        """Totals of the work that the GPU has finished.
 
-        `wait_time_s` is how long the stream of kernels stood still for layers to arrive, `read_time_s` how long
-        the busier of the two ways was busy: to the GPU, and from disk if layers are read from there.
+        `wait_time_s` is the time that the kernel stream was stalled waiting for layers. `read_time_s` is the
+        busy time of the busier link: host to GPU, or disk to host if layers are read from disk.
         """
         with self._changed:
             disk_time_s = 0.0 if self._ring is None else self._ring.ahead.counters().read_time_s
@@ -105,7 +106,7 @@ class GpuStreamer:
             return StreamCounters(self._stalls.total_s(), self._streamed_bytes, read_time_s)
 
     def close(self) -> None:
-        """Stop reading, wait for copies under way and give the memory back."""
+        """Stop reading, wait for copies in flight and release the memory."""
         if self._ring is not None:
             self._ring.ahead.close()
         self._copy_stream.synchronize()
@@ -113,10 +114,10 @@ class GpuStreamer:
         self._memory.release()
 
     def _wait_for_layer(self) -> Tensor:
-        """Let the kernels that follow wait for the next layer; the host waits for a copy to be queued only."""
+        """Make the kernels that follow wait for the next layer; the host waits only until its copy is queued."""
         stream = torch.cuda.current_stream(self._device)
         with self._changed:
-            # Begun before the host waits, so that the time in which it waits for the disk counts as well.
+            # Started before the host waits, so that time spent waiting for the disk counts too.
             self._stalls.start(stream)
             self._changed.wait_for(lambda: self._queued > self._used or self._failure is not None)
             if self._failure is not None:
@@ -126,7 +127,7 @@ class GpuStreamer:
             self._stalls.stop(stream)
             return slot.memory
 
-    def _let_go(self, tensor_bytes: int) -> None:
+    def _release(self, tensor_bytes: int) -> None:
         with self._changed:
             slot = self._slots[self._used % len(self._slots)]
             slot.free.record(torch.cuda.current_stream(self._device))
@@ -139,14 +140,14 @@ class GpuStreamer:
         return None if self._ring is None else self._ring.ahead.failure
 
     def _on_ring_change(self) -> None:
-        """Called by the reader thread: a layer has come in, for which a slot may be free, or reading has failed."""
+        """Queue the layer that has come in, or wake the consumer for a failure; called by the reader thread."""
         with self._changed:
             if self._failure is None:
                 self._fill()
             self._changed.notify_all()
 
     def _fill(self) -> None:
-        """Queue copies into every slot that is not in use, as far as their layers are in host memory."""
+        """Queue copies into the slots that are not in use, until the next layer is not in host memory."""
         while self._queued - self._used < len(self._slots):
             slot = self._slots[self._queued % len(self._slots)]
             number = self._queued % len(self._layers)
@@ -163,7 +164,7 @@ class GpuStreamer:
     def _copy(self, number: int, source: Tensor, slot: _Slot) -> None:
         size_bytes = self._layers[number].whole.buffer_bytes
         with torch.cuda.stream(self._copy_stream):
-            # An event never recorded counts as done, so the first round does not wait.
+            # An event that was never recorded counts as done, so the first copies do not wait.
             self._copy_stream.wait_event(slot.free)
             self._copies.start(self._copy_stream)
             slot.memory[:size_bytes].copy_(source[:size_bytes], non_blocking=True)
@@ -172,7 +173,7 @@ class GpuStreamer:
 
     def _restart(self) -> None:
         with self._changed:
-            # Kernels of the abandoned pass may still read any slot; its copies come first on their stream.
+            # Kernels of the abandoned pass may still read any slot; its queued copies run before new ones.
             for slot in self._slots:
                 slot.free.record(torch.cuda.current_stream(self._device))
             if self._ring is not None:

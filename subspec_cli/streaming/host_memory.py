@@ -1,4 +1,4 @@
-"""What the system tells of this machine without any library: host memory, and whether there is a GPU."""
+"""What the operating system reports without any library: host memory, and whether there is a GPU."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from typing import Final
 _MEMORY: Final = Path("/proc/meminfo")
 _DRIVER: Final = Path("/proc/driver/nvidia/version")
 _WINDOWS_DRIVER: Final = Path("/dev/dxg")
-"""Where Windows lends its GPU to Linux, there is no driver of Linux's own."""
+"""Under WSL2 the GPU comes from Windows, and there is no Linux driver."""
 _ORDINARY_BYTES: Final = 8 << 30
-"""Off Linux an ordinary laptop is assumed."""
+"""Assumed outside Linux: an ordinary laptop."""
 
 
 def host_total_bytes() -> int:
-    """Main memory of the machine."""
+    """Total memory of the host."""
     return kib_field(_MEMORY, "MemTotal") or _ORDINARY_BYTES
 
 
 def host_available_bytes() -> int:
-    """Main memory that could be taken now without pushing others out."""
+    """Host memory that could be allocated now without making the system swap."""
     return kib_field(_MEMORY, "MemAvailable") or _ORDINARY_BYTES
 
 
 def has_gpu() -> bool:
-    """Whether a CUDA driver is loaded and not hidden; whether it is of use, only torch can tell."""
+    """Whether a CUDA driver is loaded and not hidden; only torch can say whether it works."""
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
         return False
     return _DRIVER.exists() or _WINDOWS_DRIVER.exists()
 
 
 def kib_field(path: Path, field: str) -> int:
-    """Bytes of a `kB` field of a file of the kernel's; 0 where there is no such file."""
+    """Bytes of a `kB` field in a file under /proc; 0 where there is no such file."""
     try:
         lines = path.read_text().splitlines()
     except OSError:

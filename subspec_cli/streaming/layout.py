@@ -1,7 +1,7 @@
-"""How the tensors of a block lie in a buffer: extents of files, read with few requests.
+"""The layout of a block's tensors in a buffer: file extents that are read with few requests.
 
-A tensor lands at an address congruent to its file offset modulo 4096, whoever reads it and whenever, so that
-kernels that look at pointer alignment see the same one for resident and for streamed weights.
+The address of a tensor is always congruent to its file offset modulo 4096. Kernels that select their code by
+pointer alignment thus see the same alignment for resident and for streamed weights.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from subspec_cli.files.direct_io import PAGE_BYTES, Extent, page_ceil
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where one tensor lies in a buffer that holds its block."""
+    """The place of one tensor in the buffer of its block."""
 
     entry: TensorEntry
     buffer_offset: int
@@ -23,21 +23,21 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class BlockLayout:
-    """The extents of one block and the tensors in them; built once, read many times."""
+    """The extents of one block and the tensors in them; made once, read many times."""
 
     extents: tuple[Extent, ...]
     placements: tuple[Placement, ...]
     buffer_bytes: int
-    """Buffer size needed, a multiple of the page size."""
+    """Size of the buffer, a multiple of the page size."""
 
     @property
     def tensor_bytes(self) -> int:
-        """Bytes of the tensors themselves."""
+        """Bytes of the tensors, without the gaps between them."""
         return sum(item.entry.size_bytes for item in self.placements)
 
 
 def layout_block(entries: Iterable[TensorEntry]) -> BlockLayout:
-    """Lay tensors out so that neighbours in a file are read with one request."""
+    """Lay out tensors so that neighbours in a file are read with one request."""
     extents: list[Extent] = []
     placements: list[Placement] = []
     run: list[TensorEntry] = []

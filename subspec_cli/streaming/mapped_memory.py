@@ -1,4 +1,4 @@
-"""Pinned host memory as the GPU sees it: kernels read and write it where it lies."""
+"""Zero-copy views of pinned host memory: kernels read and write it in place."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def gpu_view(memory: Tensor, device: torch.device) -> Tensor:
-    """Pinned memory as a tensor of the GPU, whose kernels read it where it lies; on the CPU it is one already."""
+    """A GPU tensor over pinned memory, which kernels access in place; on the CPU the tensor itself."""
     if device.type == "cpu":
         return memory
     found: Tensor = torch.as_tensor(_GpuArray(memory), device=device)
@@ -15,16 +15,16 @@ def gpu_view(memory: Tensor, device: torch.device) -> Tensor:
 
 
 def shared_with_gpu(memory: Tensor, device: torch.device) -> Tensor:
-    """Host memory as the GPU reads it, without a copy that would stand in line behind a streamed layer."""
+    """A view of host data for the GPU; a copy to the GPU would queue behind the layer being streamed."""
     return memory if device.type == "cpu" else gpu_view(memory.pin_memory(), device)
 
 
 class _GpuArray:
-    """Pinned memory for whoever takes arrays of a GPU: host and GPU share its addresses."""
+    """Pinned memory under the CUDA array interface: host and GPU use the same addresses."""
 
     def __init__(self, memory: Tensor) -> None:
         assert memory.is_contiguous()
-        self._memory = memory  # lives as long as the view
+        self._memory = memory  # kept alive as long as the view
         octets = memory.view(torch.uint8)
         self.__cuda_array_interface__ = {
             "shape": tuple(octets.shape),

@@ -1,4 +1,4 @@
-"""How much memory there is, and how much this process takes beyond its bare start."""
+"""How much memory a device has, and how much this process takes beyond what it had at the start."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ _RESET_PEAK: Final = "5"
 
 
 def total_bytes(device: torch.device) -> int:
-    """Memory of the device as a whole: a GPU's, or the machine's RAM."""
+    """Total memory of the device: the GPU's, or the host's RAM."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return host_total_bytes()
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that could be taken now without pushing others out."""
+    """Memory that could be allocated now: free on a GPU, available without swapping on the host."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return host_available_bytes()
 
 
 def allocator_share(budget_bytes: int, context_bytes: int, device_bytes: int) -> float:
-    """Share of a GPU that PyTorch's allocator may reserve, so that the process as a whole keeps to its budget.
+    """Share of a GPU that PyTorch's allocator may reserve, so that the whole process stays within its budget.
 
-    The allocator's cap counts tensors only; the context's bytes are taken off first. Raises ResourceError if
-    nothing would be left.
+    The allocator's cap counts tensors only, so the bytes of the CUDA context are subtracted first. Raises
+    ResourceError if nothing would be left.
     """
     if budget_bytes <= context_bytes:
         raise ResourceError(
@@ -50,21 +50,21 @@ def allocator_share(budget_bytes: int, context_bytes: int, device_bytes: int) ->
 
 
 def return_freed_memory_at_once() -> None:
-    """Let the C library give large freed blocks back to the system instead of keeping them for later.
+    """Make the C library return large freed blocks to the system instead of keeping them.
 
-    glibc raises its thresholds as large blocks come and go, until what a load needed for a moment stays in the
-    resident set for good: a fifth of a small budget.
+    glibc raises its thresholds as large blocks are allocated and freed. Memory that loading needed for a moment
+    then stays in the resident set for good: a fifth of a small budget.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
-        return  # another C library, which has habits of its own
+        return  # another C library, without this call
     mallopt(_M_MMAP_THRESHOLD, 1 << 20)
     mallopt(_M_TRIM_THRESHOLD, 4 << 20)
 
 
 class MemoryMeter:
-    """Memory taken since it was made: resident set on the CPU, the allocator's reserve on a GPU."""
+    """Memory taken since the meter was made: resident set on the CPU, the allocator's reserve on a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -74,28 +74,28 @@ class MemoryMeter:
             return
         self._bare_bytes = _status_bytes("VmRSS")
         try:
-            # Importing the libraries may have peaked above what stayed; that peak is not ours.
+            # Importing the libraries may have peaked above what stayed; that peak does not count.
             _CLEAR_REFS.write_text(_RESET_PEAK)
         except OSError:
             self._bare_bytes = max(self._bare_bytes, _status_bytes("VmHWM"))
 
     def current_bytes(self) -> int:
-        """Taken now."""
+        """Memory taken at present."""
         if self._device.type == "cuda":
             return int(torch.cuda.memory_reserved(self._device))
         return max(0, _status_bytes("VmRSS") - self._bare_bytes)
 
     def peak_bytes(self) -> int:
-        """Most taken at any time."""
+        """Most memory taken at any time."""
         if self._device.type == "cuda":
             return int(torch.cuda.max_memory_reserved(self._device))
         return max(0, _status_bytes("VmHWM") - self._bare_bytes)
 
 
 def disk_read_bytes() -> int | None:
-    """Bytes that storage delivered for this process so far; None where the system does not tell.
+    """Bytes that storage has delivered for this process; None where the system does not report them.
 
-    Reads served from the page cache do not count, so this tells a cold read from a warm one.
+    Reads from the page cache do not count, so this figure separates cold reads from warm ones.
     """
     try:
         lines = _IO.read_text().splitlines()
@@ -105,5 +105,5 @@ def disk_read_bytes() -> int | None:
 
 
 def _status_bytes(field: str) -> int:
-    """A `kB` field of /proc/self/status; 0 where there is no such file."""
+    """Bytes of a `kB` field of /proc/self/status; 0 where there is no such file."""
     return kib_field(_STATUS, field)

@@ -1,7 +1,7 @@
-"""Host memory that a GPU reads by itself, and how much of it there is: found by asking.
+"""Pinned host memory for copies to a GPU. How much can be pinned is found by trying.
 
-PyTorch's own pinned allocator rounds up to powers of two and keeps what it once had; here memory is mapped
-first and registered with CUDA afterwards, so that a layer takes its own size and is given back when closed.
+PyTorch's own pinned allocator rounds up to powers of two and never frees. Here memory is mapped first and then
+registered with CUDA, so that a layer takes no more than its own size and closing frees it.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from subspec_cli.reporter import Reporter
 from subspec_cli.units import format_bytes
 
 _PORTABLE_AND_MAPPED: Final = 3
-"""cudaHostRegisterPortable and -Mapped: for every context of the process, and read by kernels where it lies."""
+"""cudaHostRegisterPortable and -Mapped: pinned for all contexts of the process, and accessible to kernels."""
 
 
 class PinRefusedError(Exception):
-    """The system gives no more memory, or does not let it be pinned."""
+    """The system has no more memory, or refuses to pin it."""
 
 
 def pin(memory: Tensor, device: torch.device) -> Callable[[], None]:
-    """Pin host memory where it lies, until what is returned is called; nobody may use it on the GPU by then.
+    """Pin host memory in place and return the function that unpins it.
 
-    Raises PinRefusedError.
+    No kernel or copy may still use the memory when it is unpinned. Raises PinRefusedError.
     """
     address, size_bytes = memory.data_ptr(), memory.numel() * memory.element_size()
     code = int(torch.cuda.cudart().cudaHostRegister(address, size_bytes, _PORTABLE_AND_MAPPED))
@@ -44,15 +44,15 @@ def pin(memory: Tensor, device: torch.device) -> Callable[[], None]:
     def unpin() -> None:
         code = int(torch.cuda.cudart().cudaHostUnregister(address))
         if code:
-            raise RuntimeError(f"pinned memory was not given back: CUDA error {code}")
+            raise RuntimeError(f"pinned memory was not released: CUDA error {code}")
 
     return unpin
 
 
 class PinnedBuffer:
-    """Page-aligned host memory that copies to a GPU leave from at full speed and without the host.
+    """Page-aligned pinned host memory: copies from it run at full link speed and asynchronously.
 
-    Raises PinRefusedError when the system does not give it.
+    Raises PinRefusedError when the system refuses it.
     """
 
     def __init__(self, size_bytes: int, device: torch.device) -> None:
@@ -67,22 +67,22 @@ class PinnedBuffer:
         self._unpin = pin(self.tensor, device)
 
     def release(self) -> None:
-        """Unpin the memory and give it back; no copy may be under way."""
+        """Unpin and free the memory; no copy may be in flight."""
         self._unpin()
         self.view, self.tensor = memoryview(b""), torch.empty(0, dtype=torch.uint8)
 
 
 @dataclass(frozen=True, slots=True)
 class PinnedMemory:
-    """What could be pinned for a number of streamed layers."""
+    """The memory that could be pinned for the streamed layers."""
 
     slabs: Mapping[int, PinnedBuffer]
-    """By the layer's number among the streamed ones: layers that stay in pinned memory."""
+    """Layers that stay in pinned memory, by their number among the streamed ones."""
     ring: tuple[PinnedBuffer, ...]
-    """Through which the other layers come from disk; empty when there are none."""
+    """Buffers through which the other layers come from disk; empty when there are none."""
 
     def release(self) -> None:
-        """Give all of it back."""
+        """Free all of it."""
         for buffer in (*self.slabs.values(), *self.ring):
             buffer.release()
 
@@ -132,7 +132,7 @@ def take_pinned(
 
 
 def _map(size_bytes: int) -> mmap.mmap:
-    """Anonymous memory, in huge pages where the system has them: fewer entries for the GPU to walk."""
+    """Map anonymous memory, in huge pages where the system has them: the GPU has fewer pages to translate."""
     if sys.platform == "win32":
         return allocate_buffer(size_bytes)
     memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -143,10 +143,10 @@ def _map(size_bytes: int) -> mmap.mmap:
 
 
 def _forget_last_error(device: torch.device) -> None:
-    """Take back the error that a refusal leaves behind.
+    """Clear the error that a refusal leaves behind.
 
-    CUDA keeps it for whoever asks next, and PyTorch asks after its next kernel: that one, which has nothing to
-    do with it, would fail. So a kernel of no use is started to fail in its stead.
+    CUDA keeps the error for the next caller that asks, and PyTorch asks after its next kernel, which would then
+    fail although it has nothing to do with it. A dummy kernel is launched here to take the failure.
     """
     with suppress(RuntimeError):
         torch.full((1,), 1, device=device)

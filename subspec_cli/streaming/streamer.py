@@ -1,7 +1,7 @@
-"""Streaming target weights: blocks of layers, in the order of use, through a few slots.
+"""Streaming target weights: blocks of layers in the order of use, through a few slots.
 
-A reader thread runs ahead of the consumer and wraps around at the end of a pass, so while the draft runs every
-slot fills with the first blocks of the next pass. Streaming is an iterator: `for block in streamer.blocks()`.
+A reader thread runs ahead of the consumer and wraps around at the end of a pass. While the draft runs, every slot
+fills with the first blocks of the next pass. Streaming is an iterator: `for block in streamer.blocks()`.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class StreamCounters:
-    """Totals since the start; subtract two to get an interval."""
+    """Totals since the start; `since` gives those of an interval."""
 
     wait_time_s: float = 0.0
-    """Time the consumer waited for weights."""
+    """Time that the consumer waited for weights."""
     streamed_bytes: int = 0
-    """Tensor bytes handed over."""
+    """Tensor bytes that the consumer has received and released."""
     read_time_s: float = 0.0
-    """Time the link was busy."""
+    """Time that the link was busy."""
 
     def __add__(self, other: StreamCounters) -> StreamCounters:
-        """Sum of both."""
+        """Field by field."""
         return StreamCounters(
             self.wait_time_s + other.wait_time_s,
             self.streamed_bytes + other.streamed_bytes,
@@ -42,7 +42,7 @@ class StreamCounters:
 
 
 class Streamer(Protocol):
-    """Whatever moves streamed blocks to the device."""
+    """Brings streamed blocks to the device."""
 
     @property
     def reads_files(self) -> bool:
@@ -55,9 +55,10 @@ class Streamer(Protocol):
         ...
 
     def blocks(self) -> Generator[Mapping[str, Tensor], None, None]:
-        """One pass: the tensors of each block by name, valid until the next one is asked for.
+        """One pass: the tensors of each block by name, valid until the next block is asked for.
 
-        Asking gives the last block's slot back at once; a block is waited for when a tensor of it is taken.
+        Asking for the next block releases the previous block's slot. It does not wait for the block: the first
+        access to a tensor does.
         """
         ...
 
@@ -66,5 +67,5 @@ class Streamer(Protocol):
         ...
 
     def close(self) -> None:
-        """Stop reading and give the memory back."""
+        """Stop reading and free the memory."""
         ...
