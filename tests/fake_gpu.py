@@ -117,14 +117,14 @@ class Stream:
         step = self.queue.popleft()
         if step.waits_for is not None:
             event, number = step.waits_for
-            # The adversary may be late: what had been reached by then has its own time all the same.
+            # The adversary may be late: the event keeps the time at which it was reached.
             self.ms = max(self.ms, event.at_ms[number])
         self.ms += step.cost_ms
         step.work()
 
 
 class Machine:
-    """A GPU with streams of pending work; `sample` picks the next stream among those that could go on."""
+    """A GPU with streams of pending work; `choose` picks the next stream among those that could go on."""
 
     def __init__(
         self,
@@ -196,7 +196,7 @@ class Machine:
 
     def host_unregister(self, address: int) -> int:
         assert not any(stream.queue for stream in self.streams if stream.name == "copy"), (
-            "a copy is under way"
+            "a copy is in flight"
         )
         return 0 if self.pinned.pop(address, None) else 1
 

@@ -440,7 +440,7 @@ def streamed_source(tiny: MakeTiny) -> tuple[TargetBlocks, FakeStreamer]:
     return TargetBlocks(3, {0: held[0], 1: held[1]}, streamer), streamer
 
 
-def test_a_whole_pass_lets_go_of_the_last_slot_too(
+def test_a_whole_pass_releases_the_last_slot_too(
     streamed_source: tuple[TargetBlocks, FakeStreamer],
 ) -> None:
     """Or every pass would count as left early, and what was read ahead for the next one be thrown away."""

@@ -128,7 +128,7 @@ def load(model: Tiny, bits: int, stored: dict[str, Tensor], layer: int = 1) -> S
 
 
 def qkv(layer: SubstituteLayer, inputs: Tensor) -> tuple[Tensor, ...]:
-    """Query, key and value apart: four heads and two pairs of key and value heads."""
+    """Separate query, key and value: four heads and two pairs of key and value heads."""
     together = layer.qkv(inputs)
     head_dim = together.shape[1] // 8
     return together.split((4 * head_dim, 2 * head_dim, 2 * head_dim), dim=-1)

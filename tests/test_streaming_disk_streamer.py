@@ -30,7 +30,7 @@ WAIT_S = 20
 
 
 class WatchedReader(DirectReader):
-    """Spoils a slot before it reads into it, and reads only as far as it is let."""
+    """Spoils a slot before it reads into it, and reads only while its gate is open."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -162,14 +162,14 @@ def test_a_block_in_use_is_never_overwritten(rig: Rig, slots: int) -> None:
             rig.assert_block(number, tensors)
 
 
-def test_the_consumer_waits_for_a_read_under_way(rig: Rig) -> None:
+def test_the_consumer_waits_for_a_read_in_flight(rig: Rig) -> None:
     """A slot that is being read into is not handed over."""
     stream = rig.stream(2)
     assert soon(lambda: rig.reader.done == 2)
     arriving = stream.blocks()
     next(arriving)
     rig.reader.gate.clear()
-    second = next(arriving)  # lets go of slot 0: the third block is being read into it
+    second = next(arriving)  # releases slot 0: the third block is being read into it
     assert soon(lambda: len(rig.reader.begun) == 3)
     rig.assert_block(1, second)
     releaser = threading.Timer(0.03, rig.reader.gate.set)
@@ -191,7 +191,7 @@ def test_leaving_early_makes_the_next_pass_start_at_the_first_block(rig: Rig, le
     one_pass(rig, stream)
 
 
-def test_a_read_under_way_when_the_pass_is_left_is_dropped(rig: Rig) -> None:
+def test_a_read_in_flight_when_the_pass_is_left_is_dropped(rig: Rig) -> None:
     """Its block belongs to the abandoned pass; counted, it would pose as the first one of the next."""
     stream = rig.stream(2)
     for _ in range(3):
@@ -271,7 +271,7 @@ def test_close_joins_the_thread_and_closes_the_files(rig: Rig) -> None:
     assert rig.reader.closed
 
 
-def test_close_waits_for_a_read_under_way(rig: Rig) -> None:
+def test_close_waits_for_a_read_in_flight(rig: Rig) -> None:
     before = weight_readers()
     stream = rig.stream(2)
     assert soon(lambda: rig.reader.done == 2)
@@ -366,7 +366,7 @@ def test_tensors_have_their_dtype_and_shape(tmp_path: Path, name: str) -> None:
     assert torch.equal(block["w"], values)
 
 
-def test_asking_for_the_next_block_gives_a_slot_back_and_does_not_wait(rig: Rig) -> None:
+def test_asking_for_the_next_block_releases_a_slot_and_does_not_wait(rig: Rig) -> None:
     """So that what is done between two layers never holds up the link."""
     stream = rig.stream(slots=2)
     with closing(stream.blocks()) as arriving:

@@ -275,7 +275,7 @@ def test_reading_from_disk_counts_where_it_takes_longer(
 
 
 @pytest.mark.parametrize("pinned", [5, 2])
-def test_closing_waits_for_copies_and_gives_everything_back(plain_rig: Rig, pinned: int) -> None:
+def test_closing_waits_for_copies_and_releases_everything(plain_rig: Rig, pinned: int) -> None:
     threads = threading.active_count()
     stream = plain_rig.stream(2, pinned)
     plain_rig.one_pass(stream)
@@ -452,7 +452,7 @@ def test_a_model_computes_the_same_over_either_streamer(
 @given(data=st.data())
 def test_bytes_are_right_in_every_layout_mix_and_order(tmp_path: Path, data: st.DataObject) -> None:
     """Random layers, memory limits, slots, rings, passes left early and orders of the GPU's work."""
-    # All is drawn first: a draw may end an example, and a stream that is open by then would stay open.
+    # All is drawn first: a draw may end an example, and an open stream would stay open.
     count, file = data.draw(st.integers(1, 7), "layers"), data.draw(st.integers(0, 5), "file")
     order = data.draw(st.sampled_from([copies_first, kernels_first, None]), "order")
     dice = random.Random(data.draw(st.integers(0, 999), "seed"))

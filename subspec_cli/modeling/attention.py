@@ -14,12 +14,12 @@ TILE_BYTES: Final = ATTENTION_TILE_BYTES
 
 
 def exact_attention(query: Tensor, keys: Tensor, values: Tensor, allowed: Tensor) -> Tensor:
-    """Attention whose result does not depend on where keys lie in the cache.
+    """Attention whose result does not depend on the rows in which keys lie in the cache.
 
     query `[H, N, D]`, keys and values `[K, C, D]`, allowed `[N, C]` bool (every row allows at least one key)
-    -> `[N, H * D]` in the query's dtype. Scores, softmax and the weighted sum are reduced in float64 and
-    rounded once, so the order of keys (tree slots, compaction, masked slots) vanishes in the rounding. KV heads
-    are not repeated: queries of a group are rows of one product.
+    -> `[N, H * D]` in the query's dtype. Scores, softmax and the weighted sum are computed in float64 and
+    rounded once, so the order of keys (scratch rows, compaction, masked rows) disappears in the rounding. KV
+    heads are not repeated: the queries of a group are rows of one matrix product.
     """
     H, N, D = query.shape
     K, C, _ = keys.shape
@@ -38,9 +38,9 @@ def exact_attention(query: Tensor, keys: Tensor, values: Tensor, allowed: Tensor
 
 
 def fast_attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """Attention for the draft, same shapes; its rounding only affects how good the guess is.
+    """Attention for the draft, with the same shapes; its rounding affects only the quality of the draft.
 
-    `mask` is `[N, C]` bool, or what `grouped_mask` made of it.
+    `mask` is `[N, C]` bool, or the result of `grouped_mask`.
     """
     H, N, D = query.shape
     K = keys.shape[0]
@@ -53,6 +53,6 @@ def fast_attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) ->
 
 
 def grouped_mask(allowed: Tensor, group: int, like: Tensor) -> Tensor:
-    """`[N, C]` bool to the additive `[group * N, C]` that `fast_attention` takes as it is, in `like`'s dtype."""
+    """Make the additive mask `[group * N, C]` of `fast_attention` from `[N, C]` bool, in `like`'s dtype."""
     bias = torch.zeros(allowed.shape, dtype=like.dtype, device=like.device)
     return bias.masked_fill_(~allowed, -torch.inf).repeat(group, 1)

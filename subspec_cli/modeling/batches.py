@@ -12,7 +12,7 @@ from subspec_cli.modeling.layers import TokenBatch
 
 
 def causal_batch(token_ids: Sequence[int], start: int, padded: int) -> TokenBatch:
-    """Tokens at positions and cache rows `[start, start + N)`; each sees all rows up to its own."""
+    """Make a batch of tokens at positions and cache rows `[start, start + N)`; each attends up to its own row."""
     positions = torch.arange(start, start + len(token_ids))
     key_positions = torch.arange(start + len(token_ids))
     allowed = key_positions[None, :] <= positions[:, None]
@@ -27,9 +27,9 @@ def batch_of(
     key_positions: Tensor,
     padded: int,
 ) -> TokenBatch:
-    """The `N` tokens at `positions` `[N]`, with padding up to `padded` rows; the masks are those of `TokenBatch`."""
+    """Make a batch of `N` tokens at `positions` `[N]`, padded to `padded` rows; see `TokenBatch` for the rest."""
     n = len(token_ids)
-    # Padding repeats the last token: finite values that nothing reads.
+    # Padding repeats the last token: its values are finite and nothing reads them.
     ids = torch.tensor([*token_ids, *[token_ids[-1]] * (padded - n)])
     return TokenBatch(
         token_ids=ids,

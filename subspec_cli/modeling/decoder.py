@@ -1,6 +1,7 @@
-"""One forward over a source of layers: the target over resident and streamed blocks, the draft over substitutes.
+"""Forwards over all layers: the target over resident and streamed blocks, the draft over substitutes.
 
-Shapes: `N` rows (tree nodes or prompt tokens), `V` vocab. Neither knows of trees or of speculation.
+Shapes: `N` rows (tree nodes or prompt tokens), `P` rows with padding, `V` vocab. Neither decoder knows about trees
+or speculation.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from subspec_cli.modeling.layers import LayerMath, RowRules, TokenBatch, rms_nor
 from subspec_cli.modeling.rope import Rotation
 
 Embedding = Callable[[Tensor], Tensor]
-"""`[P]` token ids to `[P, hidden]` rows."""
+"""Maps `[P]` token ids to `[P, hidden]` rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One streamed or resident block: the matrices of `kind` in `layer`, by the name inside the layer."""
+    """A streamed or resident block: the matrices of `kind` in `layer`, by the name inside the layer."""
 
     layer: int
     kind: BlockKind
@@ -34,7 +35,7 @@ class Block:
 
 
 class BlockStream(Protocol):
-    """Where the target's blocks come from, in the order of use."""
+    """Gives the target's blocks in the order of use."""
 
     def blocks(self) -> Generator[Block, None, None]:
         """One pass over all layers."""
@@ -43,7 +44,7 @@ class BlockStream(Protocol):
 
 @dataclass(slots=True)
 class Flow:
-    """What passes from block to block in one forward."""
+    """The state that one forward carries from block to block."""
 
     hidden: Tensor
     batch: TokenBatch
@@ -55,24 +56,24 @@ class Flow:
 
 @dataclass(frozen=True, slots=True)
 class DraftLogits:
-    """What the draft says of the next token: `[N, V]` logits, rough ones where its head has few bits."""
+    """The draft's logits `[N, V]` for the next token; approximate if its head is low-bit."""
 
     logits: Tensor
     normed: Tensor | None = None
-    """`[N, hidden]` inputs of a rough head; None where the logits are as good as they get."""
+    """`[N, hidden]` inputs of a low-bit head; None where the logits come from the 16-bit head."""
     weight: Tensor | None = None
-    """`[V, hidden]` of the 16-bit head that a rough one stands in for."""
+    """`[V, hidden]` of the 16-bit head that a low-bit one replaces."""
 
     @property
     def is_rough(self) -> bool:
-        """Whether a head of few bits made them."""
+        """Whether a low-bit head computed the logits."""
         return self.weight is not None
 
     def rescored(self, token_ids: Tensor) -> Tensor:
-        """Rough logits of `[N, K]` candidates as the 16-bit head gives them, float32."""
+        """Logits of the 16-bit head, float32, for `[N, K]` candidate tokens that a low-bit head has found."""
         assert self.weight is not None
         assert self.normed is not None
-        # Products of few rows, by elements: a matrix kernel for every number of rows would cost its code.
+        # Multiply and sum elementwise: for a GEMM, oneDNN would compile and keep a kernel for every row count.
         found = (self.weight[token_ids].float() * self.normed.float()[:, None]).sum(-1)
         return found.to(self.logits.dtype).float()
 
@@ -83,20 +84,20 @@ class Head:
 
     norm_weight: Tensor
     weight: Tensor
-    """`[V, hidden]`; the embedding itself when tied."""
+    """`[V, hidden]`; the embedding itself if the head is tied."""
     eps: float
 
     def logits(self, hidden: Tensor, rules: RowRules) -> Tensor:
-        """`[P, hidden]` to `[P, V]` in the model's dtype, row-independent by the rules."""
+        """Logits `[P, V]` in the model's dtype from `[P, hidden]`; the rules make each row independent."""
         return rules.linear(rms_norm(hidden, self.norm_weight, self.eps), self.weight, None)
 
     def guess(self, hidden: Tensor) -> DraftLogits:
-        """The same for `[N, hidden]` rows of the draft, without rules."""
+        """Logits for `[N, hidden]` rows of the draft, without row rules."""
         return DraftLogits(F.linear(rms_norm(hidden, self.norm_weight, self.eps), self.weight))
 
 
 class TargetDecoder:
-    """The exact model: every linear under the row rules, every block as the source hands it over."""
+    """The exact model: every linear follows the row rules, blocks come from the stream in the order of use."""
 
     def __init__(
         self, math: LayerMath, embed: Embedding, head: Head, stream: BlockStream, rules: RowRules
@@ -108,7 +109,7 @@ class TargetDecoder:
         self._stream = stream
 
     def forward(self, batch: TokenBatch, kv: KVCache, *, logits_from: int = 0) -> Tensor:
-        """Logits `[rows - logits_from, V]` of a padded batch; writes its keys and values to the cache."""
+        """Run a padded batch: logits `[rows - logits_from, V]`; its keys and values are written to the cache."""
         flow = self.begin_tokens(batch, kv)
         with closing(self.layers(flow)) as layers:
             for _ in layers:
@@ -117,15 +118,16 @@ class TargetDecoder:
 
     @torch.inference_mode()
     def begin_tokens(self, batch: TokenBatch, kv: KVCache) -> Flow:
-        """The first half of a pass: the batch's embeddings, on their way to the layers."""
+        """Begin a pass: embed the batch's tokens, ready for `layers`."""
         return self.begin_rows(self._embed(batch.token_ids), batch, kv)
 
     @torch.inference_mode()
     def layers(self, flow: Flow) -> Generator[int, None, None]:
-        """Run layer after layer as the source hands them over, each number given when it is done.
+        """Run the layers one after another and yield the number of each layer that is done.
 
-        By then its last slot is given back, and the next block is not waited for yet. To be closed when a block
-        fails or the user interrupts: the next pass starts at the first block.
+        When a number is yielded, the layer's last slot has been released and the next block has not been waited
+        for. Close the generator when a block fails or the user interrupts: the next pass starts at the first
+        block.
         """
         done = -1
         with closing(self._stream.blocks()) as blocks:
@@ -138,18 +140,18 @@ class TargetDecoder:
 
     @torch.inference_mode()
     def logits(self, flow: Flow, *, logits_from: int = 0) -> Tensor:
-        """The last half: `[rows - logits_from, V]` once all layers are done."""
+        """End a pass: logits `[rows - logits_from, V]`, once all layers are done."""
         rows = flow.batch.rows
         wanted = self._pad(flow.hidden[logits_from:rows])
         return self._head.logits(wanted, self.rules)[: rows - logits_from]
 
     def begin_rows(self, hidden: Tensor, batch: TokenBatch, kv: KVCache) -> Flow:
-        """A flow that begins with `[P, hidden]` rows."""
+        """Begin a pass with `[P, hidden]` rows in place of tokens."""
         batch = batch.to(hidden.device)
         return Flow(hidden, batch, kv, self.math.rope.rows(batch.positions[: batch.rows]))
 
     def run_block(self, block: Block, flow: Flow) -> None:
-        """One block's share of its layer; `flow` carries what the next block needs."""
+        """Run one block of a layer; `flow` carries the results to the next block."""
         match block.kind:
             case "attention":
                 self._run_attention(block, flow)
@@ -186,22 +188,22 @@ class TargetDecoder:
 
 
 class DraftHead(Protocol):
-    """The head as the draft runs it: the target's own, or a low-bit copy."""
+    """The draft's head: the target's own, or a low-bit copy."""
 
     def guess(self, hidden: Tensor) -> DraftLogits:
-        """`[N, hidden]` rows to logits `[N, V]`."""
+        """Logits `[N, V]` of `[N, hidden]` rows."""
         ...
 
 
 class DraftLayer(Protocol):
-    """The projections of one layer as the draft runs them."""
+    """The projections of one layer of the draft."""
 
     def qkv(self, inputs: Tensor) -> Tensor:
-        """Query, key and value rows side by side."""
+        """Query, key and value rows, concatenated."""
         ...
 
     def attention_output(self, inputs: Tensor) -> Tensor:
-        """Output projection of attention."""
+        """The output projection of attention."""
         ...
 
     def feed_forward(self, inputs: Tensor) -> Tensor:
@@ -210,7 +212,7 @@ class DraftLayer(Protocol):
 
 
 class DraftDecoder:
-    """The guess: substitutes and resident layers over the same cache, embedding, norms and head."""
+    """The draft model: substitutes and resident layers, with the target's cache, embedding, norms and head."""
 
     def __init__(
         self, math: LayerMath, embed: Embedding, head: DraftHead, layers: Sequence[DraftLayer]
@@ -222,15 +224,15 @@ class DraftDecoder:
 
     @torch.inference_mode()
     def forward(self, batch: TokenBatch, kv: KVCache) -> DraftLogits:
-        """Logits `[N, V]`; writes draft-made keys and values to scratch rows."""
+        """Run one draft step: logits `[N, V]`; draft-made keys and values are written to scratch rows."""
         hidden = self.embed(batch.token_ids)
         return self.run(hidden, batch.to(hidden.device), kv)
 
     def run(self, hidden: Tensor, batch: TokenBatch, kv: KVCache) -> DraftLogits:
-        """The same from `[N, hidden]` embeddings, all on one device."""
+        """Run one draft step from `[N, hidden]` embeddings, with all inputs on one device."""
         rotation = self._math.rope.rows(batch.positions)
         sizes = self._math.geometry
-        # One mask serves all layers of a window: what a step needs once is made once.
+        # Layers with the same window share one mask.
         masks = {
             window: grouped_mask(self._math.allowed_in(window, batch), sizes.heads // sizes.kv_heads, hidden)
             for window in set(sizes.windows)

@@ -1,4 +1,4 @@
-"""Token embeddings: a table in memory when the head shares it, else single rows read from disk."""
+"""Token embeddings: from a table in memory, or row by row from disk if the head does not share the table."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from subspec_cli.units import printable
 
 
 def table_embedding(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    """Row gather from a table `[V, hidden]` in memory, on its device."""
+    """Gathers rows from a table `[V, hidden]` in memory, on the table's device."""
     return lambda token_ids: F.embedding(token_ids.to(weight.device), weight)
 
 
 class DiskEmbedding:
-    """Rows of an untied table read where they lie: a few kilobytes a token, so the table needs no memory."""
+    """Reads the rows of an untied table from its file: a few KB per token, and the table needs no memory."""
 
     def __init__(self, entry: TensorEntry) -> None:
         self._entry = entry

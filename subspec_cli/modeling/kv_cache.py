@@ -1,8 +1,8 @@
 """One KV cache for target and draft. Shapes: `L` layers, `H` kv heads, `C` cache rows, `D` head dim.
 
-Rows `[0, committed)` are exact: written by the target's own pass. The rows after are scratch: the draft writes
-them while it grows a tree, the target overwrites them when it verifies, and `commit` moves the accepted few
-into place. Nothing else turns scratch into committed rows.
+Rows `[0, committed)` are exact: the target's own pass wrote them. The rows behind them are scratch: the draft
+writes them while it grows a tree, the target overwrites them when it verifies, and `commit` moves the accepted
+rows into place. Nothing else turns scratch rows into committed rows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class KVCache:
-    """Keys and values `[L, 2, H, C, D]`, allocated once, zero at the start so that masked rows are finite."""
+    """Keys and values `[L, 2, H, C, D]`, allocated once and zeroed, so that masked rows are finite."""
 
     def __init__(
         self,
@@ -47,11 +47,11 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        """Rows in all, scratch included."""
+        """Number of rows, scratch included."""
         return self._rows.shape[3]
 
     def write(self, layer: int, start: int | Tensor, keys: Tensor, values: Tensor) -> None:
-        """Write `[H, N, D]` keys and values to scratch rows: from `start` on, or to the `[N]` rows that it names."""
+        """Write `[H, N, D]` keys and values to scratch rows: from `start` on, or to the `[N]` rows in `start`."""
         if isinstance(start, Tensor):
             self._rows[layer, 0].index_copy_(1, start, keys)
             self._rows[layer, 1].index_copy_(1, start, values)
@@ -67,25 +67,25 @@ class KVCache:
         return self._rows[layer, 0, :, :end], self._rows[layer, 1, :, :end]
 
     def commit(self, nodes: Sequence[int], token_ids: Sequence[int]) -> None:
-        """Keep scratch rows `committed + node` for ascending `nodes`, holding `token_ids`; drop the rest."""
+        """Commit scratch rows `committed + node` for ascending `nodes`, which hold `token_ids`; drop the others."""
         assert len(nodes) == len(token_ids)
         assert all(a < b for a, b in pairwise(nodes))
         first = self.committed
         assert first + len(nodes) <= self.context
         if list(nodes) != list(range(len(nodes))):
             source = torch.tensor(nodes, device=self._rows.device) + first
-            # The right side is gathered before anything is written, so overlap is safe.
+            # The right side is gathered before anything is written, so the rows may overlap.
             self._rows[:, :, :, first : first + len(nodes)] = self._rows[:, :, :, source]
         self._token_ids.extend(token_ids)
 
     def move_scratch(self, rows: Sequence[int]) -> None:
-        """Move scratch rows `committed + row`, in this order, to the beginning of the scratch."""
+        """Move scratch rows `committed + row`, in this order, to the beginning of the scratch rows."""
         if rows:
             first = self.committed
             source = torch.tensor(rows, device=self._rows.device) + first
             self._rows[:, :, :, first : first + len(rows)] = self._rows[:, :, :, source]
 
     def rewind(self, committed: int) -> None:
-        """Forget committed rows from `committed` on, as after a reset or for a prompt that differs there."""
+        """Drop committed rows from `committed` on: after a reset, or for a prompt that differs from there."""
         assert 0 <= committed <= self.committed
         del self._token_ids[committed:]

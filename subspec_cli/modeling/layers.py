@@ -1,7 +1,7 @@
-"""The arithmetic of one decoder layer, in the pieces that the target streams and the draft runs whole.
+"""The arithmetic of one decoder layer, in parts: the target runs them block by block, the draft a layer at a time.
 
-All four families are this layer; rounding follows the library's own order of casts. Shapes: `N` rows,
-`H` heads, `K` kv heads, `D` head dim. Rows are padded by the caller; `batch.rows` of them are real.
+All four families use this layer; rounding follows transformers' own order of casts. Shapes: `N` rows, `P` rows
+with padding, `H` heads, `K` kv heads, `D` head dim. The caller pads rows; `batch.rows` of them are real.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ _SERIAL_ELEMENTS: Final = 32_768
 
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
-    """Rows of one forward and where their keys and values go.
+    """The rows of one forward, and the cache rows for their keys and values.
 
-    `token_ids`, `positions` `[P]` with `P >= rows` (the rest is padding). Made on the host; token ids stay there,
-    for whoever gathers their embeddings.
+    `token_ids` and `positions` are `[P]` with `P >= rows`; the rows behind `rows` are padding. A batch is made on
+    the host. Token ids stay there: the embedding gathers by them.
     """
 
     token_ids: Tensor
     positions: Tensor
     rows: int
     start: int | Tensor
-    """First of the cache rows that they are written to, or `[rows]` of them one by one."""
+    """The first cache row to write. In a captured draft step, all `[rows]` of them as a tensor on the GPU."""
     allowed: Tensor
-    """`[rows, C]` bool: which of the first C cache rows each one attends to."""
+    """`[rows, C]` bool: which of the first C cache rows each row attends to."""
     key_positions: Tensor
     """`[C]` position of each cache row, for sliding windows."""
 
     def to(self, device: torch.device) -> TokenBatch:
-        """The batch where it is computed."""
+        """The batch on `device`, except its token ids."""
         if device.type == self.positions.device.type:
             return self
         return replace(
@@ -56,30 +56,30 @@ class TokenBatch:
 
 @dataclass(frozen=True, slots=True)
 class RowRules:
-    """What keeps a row's bits free of its neighbours; found by the self-check, never assumed."""
+    """The rules that make a row's bits batch-invariant; found by the self-check, never assumed."""
 
     row_block: int
     """Rows are padded to multiples of this."""
     fixed_rows: bool = False
-    """Whether linears run in calls of exactly `row_block` rows (CUDA), not of any multiple (CPU)."""
+    """Whether linears run in calls of exactly `row_block` rows (CUDA) instead of any multiple (CPU)."""
     tile_elementwise: bool = False
     """Whether SiLU runs in tiles too small to be split among threads."""
 
     def padded(self, rows: int) -> int:
-        """Rows after padding: one of few sizes, for each of which the kernels keep code and scratch memory."""
+        """Rows after padding: one of a few sizes, since kernels keep code and scratch memory for each size."""
         if rows > _ROW_SIZES[-1]:
             return -(-rows // _ROW_SIZES[-1]) * _ROW_SIZES[-1]
         sizes = (self.row_block, *_ROW_SIZES)
         return next(size for size in sizes if size >= rows and size % self.row_block == 0)
 
     def linear(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """`inputs [P, in] @ weight [out, in].T + bias` with row-independent bits; P is padded already."""
+        """`inputs [P, in] @ weight [out, in].T + bias` with batch-invariant rows; P must be padded."""
         if not self.fixed_rows or inputs.shape[0] == self.row_block:
             return F.linear(inputs, weight, bias)
         return torch.cat([F.linear(part, weight, bias) for part in inputs.split(self.row_block)])
 
     def gated(self, gate: Tensor, up: Tensor) -> Tensor:
-        """SiLU(gate) * up, `[P, feed_forward]`, written over `gate`."""
+        """SiLU(gate) * up, `[P, feed_forward]`; overwrites `gate`."""
         if not self.tile_elementwise:
             return F.silu(gate, inplace=True).mul_(up)
         tile = max(1, (_SERIAL_ELEMENTS - 1) // gate.shape[1])
@@ -89,29 +89,29 @@ class RowRules:
 
 
 def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm over the last dimension, in float32, as the library rounds it."""
+    """Root-mean-square norm over the last dimension, in float32, rounded as transformers rounds it."""
     wide = hidden.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return weight * wide.to(hidden.dtype)
 
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions on `[N, H, D]` states with `[N, 1, D]` tables."""
+    """Apply rotary positions to `[N, H, D]` states with `[N, 1, D]` tables."""
     half = states.shape[-1] // 2
-    turned = torch.cat((-states[..., half:], states[..., :half]), dim=-1)
-    return states * cos + turned * sin
+    rotated = torch.cat((-states[..., half:], states[..., :half]), dim=-1)
+    return states * cos + rotated * sin
 
 
 @dataclass(frozen=True, slots=True)
 class LayerMath:
-    """Layer functions bound to a model's sizes, its small tensors and one way to attend.
+    """Layer functions bound to a model's sizes, its small tensors and one attention function.
 
-    Target and draft hold one each over the same small tensors: two shells, no toggled state.
+    Target and draft each have one, over the same small tensors, so no state is switched between them.
     """
 
     geometry: ModelGeometry
     small: tuple[Mapping[str, Tensor], ...]
-    """Norms and biases per layer by the name inside the layer."""
+    """Norms and biases of each layer, by the name inside the layer."""
     rope: RopeTable
     attend: Attention
 
@@ -134,34 +134,35 @@ class LayerMath:
         kv: KVCache,
         allowed: Tensor,
     ) -> Tensor:
-        """Rotate, cache and attend: rows of query, key, value `[P, (H + 2 K) * D]` to `[P, H * D]`.
+        """Rotate, write to the cache and attend: query, key, value rows `[P, (H + 2 K) * D]` to `[P, H * D]`.
 
-        `allowed` is the mask of `allowed_in`, in the form that `attend` takes. Padding rows come out as zero.
+        `allowed` is the mask of `allowed_in`, in the form that `attend` takes. Padding rows of the result are
+        zero.
         """
         sizes, n = self.geometry, batch.rows
-        turning = sizes.heads + sizes.kv_heads
-        states = projected[:n].view(n, turning + sizes.kv_heads, sizes.head_dim)
-        turned, value = states[:, :turning], states[:, turning:]
+        qk_heads = sizes.heads + sizes.kv_heads
+        states = projected[:n].view(n, qk_heads + sizes.kv_heads, sizes.head_dim)
+        qk, value = states[:, :qk_heads], states[:, qk_heads:]
         if sizes.qk_norm:
             small = self.small[layer]
-            query = rms_norm(turned[:, : sizes.heads], small["self_attn.q_norm.weight"], sizes.rms_norm_eps)
-            key = rms_norm(turned[:, sizes.heads :], small["self_attn.k_norm.weight"], sizes.rms_norm_eps)
-            turned = torch.cat((query, key), dim=1)
-        turned = rotate(turned, *rotation).transpose(0, 1)
-        kv.write(layer, batch.start, turned[sizes.heads :], value.transpose(0, 1))
+            query = rms_norm(qk[:, : sizes.heads], small["self_attn.q_norm.weight"], sizes.rms_norm_eps)
+            key = rms_norm(qk[:, sizes.heads :], small["self_attn.k_norm.weight"], sizes.rms_norm_eps)
+            qk = torch.cat((query, key), dim=1)
+        qk = rotate(qk, *rotation).transpose(0, 1)
+        kv.write(layer, batch.start, qk[sizes.heads :], value.transpose(0, 1))
         keys, values = kv.read(layer, batch.allowed.shape[1])
-        mixed = self.attend(turned[: sizes.heads], keys, values, allowed)
+        mixed = self.attend(qk[: sizes.heads], keys, values, allowed)
         if len(batch.positions) == n:
             return mixed
         return F.pad(mixed, (0, 0, 0, len(batch.positions) - n))
 
     def allowed_in(self, window: int | None, batch: TokenBatch) -> Tensor:
-        """`[N, C]` bool: what the batch's rows attend to in layers with this sliding window."""
+        """The mask `[N, C]` bool of the batch's rows in layers with this sliding window."""
         if window is None:
             return batch.allowed
         distance = batch.positions[: batch.rows, None] - batch.key_positions[None, :]
         return batch.allowed & (distance < window)
 
     def bias(self, layer: int, name: str) -> Tensor | None:
-        """Bias of a projection such as `self_attn.q_proj`, if the family has one."""
+        """The bias of a projection such as `self_attn.q_proj`; None if the family has none."""
         return self.small[layer].get(f"{name}.bias")

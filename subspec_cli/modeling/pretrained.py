@@ -1,4 +1,4 @@
-"""The one door to transformers: a model's configuration, tokenizer and end tokens, loaded without its code."""
+"""A model's configuration, tokenizer and end tokens through transformers; remote code is never run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MOST_CONFIG_BYTES: Final = 1 << 20
 
 
 def load_config(directory: Path) -> PreTrainedConfig:
-    """The library's view of `config.json`; remote code is never run."""
+    """Load `config.json` as transformers' configuration object."""
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             directory, trust_remote_code=False, local_files_only=True
@@ -30,7 +30,7 @@ def load_config(directory: Path) -> PreTrainedConfig:
 
 
 class ModelTokenizer:
-    """Tokenizer and chat template of a model."""
+    """The tokenizer and chat template of a model."""
 
     def __init__(self, directory: Path, vocab: int) -> None:
         try:
@@ -48,15 +48,15 @@ class ModelTokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether messages can be laid out as the model was trained on."""
+        """Whether the model has a template that formats messages as in its training."""
         return bool(self._tokenizer.chat_template)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of bare text, with the special tokens the tokenizer adds by itself."""
+        """Token ids of raw text, with the special tokens that the tokenizer adds by itself."""
         return list(self._tokenizer.encode(text))
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation, up to where the assistant begins to speak."""
+        """Token ids of a conversation, up to the beginning of the assistant's answer."""
         try:
             text = self._tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=True
@@ -69,7 +69,7 @@ class ModelTokenizer:
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of tokens; special tokens are left out, spaces stay as they are."""
+        """Text of tokens, without special tokens; spaces are not cleaned up."""
         return str(
             self._tokenizer.decode(
                 list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
@@ -78,13 +78,13 @@ class ModelTokenizer:
 
     @property
     def eos_id(self) -> int | None:
-        """The tokenizer's own end token."""
+        """The tokenizer's own end token; None if it has none."""
         found: int | None = self._tokenizer.eos_token_id
         return found
 
 
 def end_token_ids(directory: Path, config: PreTrainedConfig, tokenizer: ModelTokenizer) -> frozenset[int]:
-    """Every token that ends an answer: the generation config's, else the model config's, and the tokenizer's."""
+    """All tokens that end an answer: the generation config's, else the model config's, and the tokenizer's."""
     named = config.eos_token_id
     path = directory / "generation_config.json"
     if path.is_file():

@@ -1,4 +1,4 @@
-"""Quantizing the layers of a model into substitutes, and what that loses. The one door to quanto."""
+"""Quantizing the layers of a model into substitutes, and the error of it. The only module that imports quanto."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ _POWER_ELEMENTS: Final = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class QuantizedLayer:
-    """Tensors to store for one layer, and how well they stand for the original."""
+    """The tensors to store for one layer, and how close they are to the original."""
 
     tensors: dict[str, Tensor]
     quality: dict[str, MatrixQuality]
-    """By the kind of matrix."""
+    """By kind of matrix."""
 
 
 @dataclass(frozen=True, slots=True)
 class _QuantizedMatrix:
-    """One matrix as it is stored, and its weights as `codes * scale - shift` to tell what was lost."""
+    """One matrix as it is stored, and its weights as `codes * scale - shift` to compute the error."""
 
     stored: dict[str, Tensor]
     codes: Tensor
-    """`[groups, group]`, one a byte."""
+    """`[groups, group]`, one code per byte."""
     scale: Tensor
     shift: Tensor | None
 
     def restore(self, rows: slice) -> Tensor:
-        """Some groups in float32."""
+        """Dequantize some groups to float32."""
         found = self.codes[rows].float() * self.scale[rows].float()
         return found if self.shift is None else found - self.shift[rows].float()
 
 
 def quantize_layer(tensors: Mapping[str, Tensor], settings: SubstituteSettings) -> QuantizedLayer:
-    """Quantize the matrices of one layer with quanto; norms and biases are left out, the target's serve both.
+    """Quantize the matrices of one layer with quanto. The draft uses the target's norms and biases.
 
-    `tensors` by name inside the layer. The optimizer, `minmax` or `hqq`, has no effect at 8 bits, where quanto
+    `tensors` is by the name inside the layer. The optimizer, `minmax` or `hqq`, has no effect at 8 bits, where quanto
     scales by the largest magnitude.
     """
     quantizers = {bits: _quantizer(bits, settings.optimizer) for bits in sorted(settings.widths)}
@@ -74,7 +74,7 @@ def quantize_layer(tensors: Mapping[str, Tensor], settings: SubstituteSettings) 
 
 
 def _difference_power(original: Tensor, restore: Callable[[slice], Tensor] | None) -> float:
-    """Sum of squared differences (of squares, without `restore`) in float64, some rows at a time."""
+    """Sum of squared differences (of squares, without `restore`) in float64, a few rows at a time."""
     step = max(1, _POWER_ELEMENTS // original.shape[1])
     total = 0.0
     for start in range(0, len(original), step):
@@ -118,7 +118,7 @@ def _quantizer(bits: int, optimizer: str) -> Callable[[Tensor, int], _QuantizedM
 
 @contextmanager
 def _unpacking_without_compiler() -> Iterator[None]:
-    """Quanto unpacks through a C++ extension that it compiles at first use; not every machine can compile."""
+    """Replace quanto's unpacking, a C++ extension compiled at first use: not every machine has a compiler."""
     from optimum.quanto.tensor.packed import PackedTensor
 
     def unpack(self: Any) -> Tensor:  # noqa: ANN401 - quanto has no types

@@ -1,4 +1,4 @@
-"""Rotary position tables, one per session: a deep tree never changes the frequencies."""
+"""Rotary position tables, one per session, so that a deep tree never changes the frequencies."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 Rotation = tuple[Tensor, Tensor]
-"""cos and sin of the rows at hand, each `[N, 1, D]`."""
+"""cos and sin of some rows, each `[N, 1, D]`."""
 
 
 @dataclass(frozen=True, slots=True)
 class RopeTable:
-    """cos and sin `[positions, 1, D]` in the model's dtype, scaled as the family's RoPE type asks."""
+    """cos and sin `[positions, 1, D]` in the model's dtype, scaled as the RoPE type requires."""
 
     cos: Tensor
     sin: Tensor
 
     def rows(self, positions: Tensor) -> Rotation:
-        """Tables of the given positions, each `[N, 1, D]`."""
+        """Cos and sin of the given positions, each `[N, 1, D]`."""
         return self.cos[positions], self.sin[positions]
 
 
 def build_rope_table(
     config: PreTrainedConfig, *, context: int, positions: int, dtype: torch.dtype, device: torch.device
 ) -> RopeTable:
-    """Tables for positions `[0, positions)`.
+    """Build tables for positions `[0, positions)`.
 
-    `context` picks longrope's long or short factors, once for the session; other types ignore it. The formula
-    and the order of casts are those of the library's rotary embedding.
+    `context` selects longrope's long or short factors, once for the session; other types ignore it. The formula
+    and the order of casts are those of transformers' rotary embedding.
     """
     inv_freq, scaling = _inverse_frequencies(config, context)
     angles = torch.arange(positions, dtype=torch.float32)[:, None] * inv_freq.float()[None, :]

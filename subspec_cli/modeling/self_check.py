@@ -1,8 +1,9 @@
-"""The self-check at load: are a row's bits free of its neighbours, on this machine, for this model's shapes?
+"""The self-check at load: are the kernels batch-invariant on this machine, for this model's shapes?
 
-Runs the blocks of one whole layer, as they stream by, and the head, on rows of random states: alone, beside
-others, in other places, at every row count the session can use. The smallest row block for which every row
-keeps its bits is taken; if none does, the run is `numeric` and says why. Nothing claims `exact` unchecked.
+Batch-invariant means that a row is bit-identical whatever rows are computed beside it. The check runs all blocks
+of the first layer, as they are streamed, and the head, on rows of random states: alone, beside others, in other
+places, at every row count that the session can use. It selects the smallest row block for which every row keeps
+its bits. If there is none, the session is `numeric` and says why. Nothing claims `exact` unchecked.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ _DEVICE_ROW_BLOCK: Final = 64
 _REVERSED_COUNTS: Final = (2, 3, 5, 8, 17, 33, 64)
 _CAUSAL_ROWS: Final = 24
 _SAMPLED_ELEMENTS: Final = 1 << 15
-"""Results to compare at each row size: kernels that round otherwise were seen to differ in 1 of 4000."""
+"""Results to compare at each row size: kernels that round differently differed in 1 of 4000 results."""
 _MOST_SAMPLED_ROWS: Final = 192
 Exactness = Literal["exact", "numeric"]
 
 
 @dataclass(frozen=True, slots=True)
 class SelfCheck:
-    """Outcome of the self-check."""
+    """The outcome of the self-check."""
 
     exactness: Exactness
     reason: str
@@ -45,7 +46,7 @@ class SelfCheck:
 
 
 def candidate_rules(device: torch.device) -> Iterator[RowRules]:
-    """Row rules to try, cheapest first."""
+    """The row rules to try, cheapest first."""
     if device.type != "cpu":
         yield RowRules(_DEVICE_ROW_BLOCK, fixed_rows=True)
         return
@@ -63,7 +64,7 @@ def check_batch_invariance(
     most_nodes: int,
     prefill_rows: int,
 ) -> SelfCheck:
-    """Find the row rules under which rows keep their bits; `decoder_for` builds the target under given rules."""
+    """Find row rules under which rows are batch-invariant; `decoder_for` builds the target with given rules."""
     counts = row_counts(most_nodes, prefill_rows)
     dtype, device = head.weight.dtype, head.weight.device
     states = _random_states(head.weight.shape[1], max(counts), dtype, device)
@@ -80,7 +81,7 @@ def check_batch_invariance(
 
 
 def row_counts(most_nodes: int, prefill_rows: int) -> tuple[int, ...]:
-    """Row counts to check: all small ones, then the sizes in use and their neighbours, up to the largest."""
+    """The row counts to check: all small ones, then the sizes in use and their neighbours, up to the largest."""
     most = max(most_nodes, prefill_rows)
     counts = {*range(1, 18), 24, 31, 32, 33, 48, 49, *range(64, most, 64), 65, most - 1, most, most_nodes}
     return tuple(sorted(n for n in counts if 1 <= n <= most))
@@ -94,14 +95,14 @@ def _first_failure(
     counts: Sequence[int],
     most_nodes: int,
 ) -> str:
-    """Name of the first part whose rows do not keep their bits; empty if all do."""
+    """The name of the first part that is not batch-invariant; empty if all are."""
     with closing(stream.blocks()) as blocks:
         for block in islice(blocks, len(LAYER_BLOCKS)):
             if not _rows_keep_bits(partial(_run_block, decoder, block), decoder.rules, states, counts):
                 return f"the {block.kind} block"
             if block.kind == "attention" and not _decode_equals_prefill(decoder, block, states):
                 return "attention over the cache"
-    # Prefill only ever asks for the last row's logits, so whole chunks need not be tried at the head.
+    # Prefill needs the logits of the last row only, so the head never gets a whole chunk.
     few = [count for count in counts if count <= most_nodes]
     if not _rows_keep_bits(lambda rows: head.logits(rows, decoder.rules), decoder.rules, states, few):
         return "the head"
@@ -111,7 +112,7 @@ def _first_failure(
 def _rows_keep_bits(
     run: Callable[[Tensor], Tensor], rules: RowRules, states: Tensor, counts: Sequence[int]
 ) -> bool:
-    """Whether each row's result is the same at every count, beside other rows and in reversed order."""
+    """Whether each row's result is bit-identical at every count, beside other rows and in reversed order."""
     reference = run(states[: rules.padded(counts[-1])])
     for count in counts:
         padding = states[-1:].expand(rules.padded(count) - count, -1)
@@ -119,20 +120,20 @@ def _rows_keep_bits(
             return False
     for count in _REVERSED_COUNTS:
         padded = min(rules.padded(count), len(reference))
-        if not _equal_turned(run(states[:padded].flip(0)), reference[:padded]):
+        if not _equal_flipped(run(states[:padded].flip(0)), reference[:padded]):
             return False
     sizes = sorted({rules.padded(count) for count in counts})
     return all(_windows_keep_bits(run, states, reference, size) for size in sizes)
 
 
-def _equal_turned(found: Tensor, reference: Tensor) -> bool:
-    """Row by row: to turn a head's results back would take as much memory as those of a whole tree."""
+def _equal_flipped(found: Tensor, reference: Tensor) -> bool:
+    """Whether `found` is `reference` in reversed order; row by row, since a flipped copy of logits is large."""
     last = len(found) - 1
     return all(torch.equal(found[last - row], reference[row]) for row in range(len(found)))
 
 
 def _windows_keep_bits(run: Callable[[Tensor], Tensor], states: Tensor, reference: Tensor, size: int) -> bool:
-    """Whether rows in calls of `size` are those of the reference, for enough rows that a rare rounding shows."""
+    """Whether calls of `size` rows give the reference's results, for enough rows to show a rare rounding."""
     rows = min(_MOST_SAMPLED_ROWS, _SAMPLED_ELEMENTS // reference.shape[1] + 1, len(reference) - size + 1)
     return all(
         torch.equal(run(states[start : start + size]), reference[start : start + size])
@@ -141,11 +142,11 @@ def _windows_keep_bits(run: Callable[[Tensor], Tensor], states: Tensor, referenc
 
 
 def _run_block(decoder: TargetDecoder, block: Block, rows: Tensor) -> Tensor:
-    """One block on `[P, hidden]` rows, each at position 0 and seeing only itself: its neighbours must not show."""
+    """Run one block on `[P, hidden]` rows, each at position 0 and attending to itself only."""
     zeros = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
     alone = torch.eye(len(rows), dtype=torch.bool, device=rows.device)
     batch = TokenBatch(zeros, zeros, len(rows), 0, alone, zeros)
-    # The residual is made small, or adding it would hide how the rest was rounded; norms do not mind.
+    # A small residual, since adding a large one would hide how the rest was rounded; norms rescale it.
     flow = decoder.begin_rows(rows / 256, batch, _one_layer_cache(decoder, rows))
     flow.normed = rows
     flow.inner = _widened(rows, decoder.math.geometry.feed_forward)
@@ -154,7 +155,7 @@ def _run_block(decoder: TargetDecoder, block: Block, rows: Tensor) -> Tensor:
 
 
 def _decode_equals_prefill(decoder: TargetDecoder, block: Block, states: Tensor) -> bool:
-    """Whether causal rows computed one by one over the cache equal the same rows computed together."""
+    """Whether causal rows that are computed one by one over the cache equal the same rows in one batch."""
     rows = states[:_CAUSAL_ROWS]
     kv = _one_layer_cache(decoder, rows)
 
@@ -190,5 +191,5 @@ def _random_states(hidden: int, rows: int, dtype: torch.dtype, device: torch.dev
 
 
 def _widened(rows: Tensor, width: int) -> Tensor:
-    """Rows repeated along their width to `width` columns, in memory of their own."""
+    """A copy of the rows, repeated along their width to `width` columns."""
     return rows.repeat(1, -(-width // rows.shape[1]))[:, :width].contiguous()

@@ -1,9 +1,9 @@
-"""Substitutes: low-bit copies of decoder layers, loaded and applied; `quantize` makes them.
+"""Substitutes: low-bit copies of decoder layers, loaded and applied; `quantization` makes them.
 
-On disk a matrix is in quanto's generic packing (grouped along the input, two or four values a byte along the
-first dimension of the grouped matrix), not in that of a kernel. In memory it is in the layout of torch's own
-low-bit kernels, called directly: `run` never imports quanto, whose import and tensor subclass cost seconds at
-the start and a tenth of a millisecond per linear.
+On disk a matrix has quanto's generic packing (grouped along the input, two or four values per byte along the
+first dimension of the grouped matrix), which no kernel uses. In memory it has the layout of torch's own low-bit
+kernels, which are called directly: `run` never imports quanto, whose import costs seconds at the start and whose
+tensor subclass costs 0.1 ms per linear.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from subspec_cli.substitutes.settings import SubstituteSettings, group_size_for
 _INNER_K_TILES: Final = 2
 _PACK_ROWS: Final = 512
 _PACK_BLOCK: Final = 64
-"""Rows that a kernel's layout keeps together, or a multiple of them."""
+"""A multiple of the rows that a kernel's layout keeps together."""
 _TABLE_ELEMENTS: Final = 1 << 19
-"""Of a table, quantized at a time."""
+"""Elements of a table that are quantized at a time."""
 
 
 class Linear(Protocol):
-    """A projection of the draft: `[N, in]` rows in the model's dtype to `[N, out]`."""
+    """A projection of the draft from `[N, in]` to `[N, out]`, in the model's dtype."""
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Apply."""
@@ -39,7 +39,7 @@ class Linear(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PlainLinear:
-    """A matrix kept as it is: a resident layer's, or one whose shape no kernel takes."""
+    """An unquantized matrix: of a resident layer, or of a shape that no low-bit kernel takes."""
 
     weight: Tensor
     bias: Tensor | None
@@ -51,7 +51,7 @@ class PlainLinear:
 
 @dataclass(frozen=True, slots=True)
 class Int4Linear:
-    """Packed 4-bit matrix for torch's int4 kernels, which compute in bfloat16."""
+    """A packed 4-bit matrix for torch's int4 kernels, which compute in bfloat16."""
 
     packed: Tensor
     scales_and_zeros: Tensor
@@ -71,7 +71,7 @@ class Int4Linear:
 
 @dataclass(frozen=True, slots=True)
 class Int8Linear:
-    """8-bit matrix with one scale per output feature."""
+    """An 8-bit matrix with one scale per output feature."""
 
     codes: Tensor
     """`[out, in]` int8."""
@@ -92,9 +92,10 @@ class Int8Linear:
 
 @dataclass(frozen=True, slots=True)
 class LowBitHead:
-    """A vocabulary head of the draft's own, in 4 bits: a quarter of the bytes that a step must read.
+    """A 4-bit vocabulary head for the draft: a draft step reads a quarter of the bytes.
 
-    It finds the candidates; their logits are those of the 16-bit head, which is in memory for the target.
+    It finds the candidate tokens. Their logits are then computed by the 16-bit head, which is in memory for the
+    target.
     """
 
     norm_weight: Tensor
@@ -104,23 +105,23 @@ class LowBitHead:
     eps: float
 
     def guess(self, hidden: Tensor) -> DraftLogits:
-        """`[N, hidden]` rows to rough logits `[N, V]`, with what rescores a few of them."""
+        """Approximate logits `[N, V]` of `[N, hidden]` rows, with the inputs to rescore a few of them."""
         normed = rms_norm(hidden, self.norm_weight, self.eps)
         return DraftLogits(self.project(normed), normed, self.weight)
 
 
 @dataclass(frozen=True, slots=True)
 class SubstituteLayer:
-    """A layer of the draft; projections that share their input are one matrix."""
+    """A layer of the draft; projections with the same input are fused into one matrix."""
 
     qkv_proj: tuple[Linear, ...]
-    """One fused projection, or one each for query, key and value."""
+    """One fused projection, or three for query, key and value."""
     o_proj: Linear
     gate_up_proj: tuple[Linear, ...]
     down_proj: Linear
 
     def qkv(self, inputs: Tensor) -> Tensor:
-        """Query, key and value rows `[N, (H + 2 K) * D]`, side by side."""
+        """Query, key and value rows, concatenated: `[N, (H + 2 K) * D]`."""
         if len(self.qkv_proj) == 1:
             return self.qkv_proj[0](inputs)
         return torch.cat([project(inputs) for project in self.qkv_proj], dim=-1)
@@ -139,7 +140,7 @@ class SubstituteLayer:
 
 
 def resident_layer(math_: LayerMath, layer: int, matrices: Mapping[str, Tensor]) -> SubstituteLayer:
-    """The draft's shell over a resident layer's own matrices, which it shares with the target."""
+    """A draft layer over the matrices of a resident layer, which it shares with the target."""
 
     def plain(name: str) -> PlainLinear:
         return PlainLinear(matrices[f"{name}.weight"], math_.bias(layer, name))
@@ -159,7 +160,7 @@ def load_substitute(
     settings: SubstituteSettings,
     device: torch.device,
 ) -> SubstituteLayer:
-    """Draft layer from the stored tensors of `quantize.quantize_layer`, in the layout of the kernels."""
+    """Make a draft layer from the stored tensors of `quantization.quantize_layer`, in the kernels' layout."""
     shapes = math_.geometry.layer_shapes()
 
     def fused(*names: str) -> tuple[Linear, ...]:
@@ -182,7 +183,7 @@ def load_substitute(
 
 @dataclass(frozen=True, slots=True)
 class _StoredMatrix:
-    """One matrix as it lies on disk: plain, or codes with scales."""
+    """One matrix as it is stored on disk: plain, or codes with scales."""
 
     data: Tensor
     """Plain `[out, in]`; 8-bit codes `[out, in]` int8; packed codes `[groups / values per byte, group]` uint8."""
@@ -223,8 +224,8 @@ def _linear(parts: list[_StoredMatrix], biases: list[Tensor | None], device: tor
 def _kernel_layout(part: _StoredMatrix) -> tuple[Tensor, Tensor]:
     """Codes `[out, in]` and scales and zeros `[in / group, out, 2]` of one stored matrix.
 
-    Stored: weight = code * scale - shift. The kernel: weight = (code - 8) * scale + zero. Two-bit codes are
-    raised by 6 so that the kernel sees them around its midpoint, where the rounded zero loses least.
+    Stored: weight = code * scale - shift. The kernel: weight = (code - 8) * scale + zero. 2-bit codes are raised
+    by 6, to the middle of the kernel's range, where rounding the zero loses least.
     """
     assert part.scale is not None
     assert part.shift is not None
@@ -236,9 +237,9 @@ def _kernel_layout(part: _StoredMatrix) -> tuple[Tensor, Tensor]:
 
 
 def low_bit_table(weight: Tensor) -> Int4Linear | None:
-    """A table `[V, hidden]` in 4 bits, scaled by the extremes of its groups; None if no kernel takes its shape.
+    """Quantize a table `[V, hidden]` to 4 bits by the extremes of its groups; None if no kernel takes its shape.
 
-    Made a few rows at a time, so that it takes hardly more memory than it will hold.
+    Works on a few rows at a time, so that it needs hardly more memory than the result.
     """
     group_size = group_size_for(tuple(weight.shape))
     if group_size is None:
@@ -250,11 +251,11 @@ def low_bit_table(weight: Tensor) -> Int4Linear | None:
         groups = rows.float().view(len(rows), -1, group_size)
         low, high = groups.amin(-1), groups.amax(-1)
         scale = ((high - low) / 15).clamp_min(torch.finfo(torch.bfloat16).tiny)
-        # The kernel sees codes around 8: weight = (code - 8) * scale + zero.
+        # The kernel computes weight = (code - 8) * scale + zero.
         codes = ((groups - low[..., None]) / scale[..., None]).round_().to(torch.uint8).view(rows.shape)
         pairs = torch.stack((scale, low + 8 * scale), dim=-1)
         scales_and_zeros[:, done : done + len(rows)] = pairs.transpose(0, 1)
-        # Packed tables are sequences of packed pieces, whose first dimension counts rows or blocks of them.
+        # A packed table is a sequence of packed pieces; its first dimension counts rows or blocks of rows.
         piece = _pack(codes)
         if not done:
             packed = piece.new_empty((len(piece) * vocab // len(rows), *piece.shape[1:]))
@@ -265,7 +266,7 @@ def low_bit_table(weight: Tensor) -> Int4Linear | None:
 
 
 def dummy_substitute(name: str, shape: tuple[int, ...], bits: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Stored tensors of a matrix that nobody quantized, in the right shapes: for timing."""
+    """Stored tensors of a matrix in the right shapes, with meaningless values: for timing."""
     group_size, elements = group_size_for(shape), math.prod(shape)
     if group_size is None:
         return {name: torch.ones(shape, dtype=dtype)}
@@ -278,17 +279,17 @@ def dummy_substitute(name: str, shape: tuple[int, ...], bits: int, dtype: torch.
 
 
 def unpack_codes(packed: Tensor, bits: int) -> Tensor:
-    """Undo quanto's packing: byte row i holds rows i, i + n, i + 2n, ... from its lowest bits up."""
+    """Undo quanto's packing: byte row i holds rows i, i + n, i + 2n, ..., from the lowest bits up."""
     mask = 2**bits - 1
     return torch.cat([(packed >> shift) & mask for shift in range(0, 8, bits)])
 
 
 def _pack(codes: Tensor) -> Tensor:
-    """Codes `[out, in]` uint8 in 0..15 to the layout of torch's int4 kernel on the tensor's device."""
+    """Pack codes `[out, in]` uint8 in 0..15 into the layout of torch's int4 kernel on the tensor's device."""
     if codes.device.type != "cpu":
         pairs = (codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8)
         return torch._convert_weight_to_int4pack(pairs, _INNER_K_TILES)
-    # The op wants int32. The layout is a sequence of row blocks, so a few rows at a time do, and save memory.
+    # The op needs int32. The layout is a sequence of row blocks, so packing a few rows at a time saves memory.
     parts = [
         torch._convert_weight_to_int4pack_for_cpu(rows.int(), _INNER_K_TILES)
         for rows in codes.split(_PACK_ROWS)

@@ -1,4 +1,4 @@
-"""The target's blocks in the order of use: resident ones from memory, the others as the streamer brings them."""
+"""The target's blocks in the order of use: resident blocks from memory, the others from the streamer."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from subspec_cli.streaming.streamer import Streamer
 
 @dataclass(frozen=True, slots=True)
 class TargetBlocks:
-    """One pass is every block of layers `0 .. layers - 1`."""
+    """Gives all blocks of layers `0 .. layers - 1` in each pass."""
 
     layers: int
     resident: Mapping[int, Sequence[Mapping[str, Tensor]]]
     """Blocks of resident layers, tensors by the name inside the layer."""
     streamer: Streamer | None
-    """None when everything is resident."""
+    """None if all layers are resident."""
 
     def blocks(self) -> Generator[Block, None, None]:
         """One pass over all layers."""
@@ -46,6 +46,6 @@ class TargetBlocks:
                 else:
                     assert arriving is not None
                     yield Block(layer, kind, next(arriving))
-        # Asking once more lets the streamer reclaim its last slot.
+        # Asking once more makes the streamer release its last slot.
         if arriving is not None:
             assert next(arriving, None) is None
