@@ -31,13 +31,12 @@ from subspec_cli.drafting.draft_steps import SHARPENING, DirectSteps
 from subspec_cli.drafting.drafter import Drafter
 from subspec_cli.drafting.policy import DraftPolicy, FixedShape, TreeLimits
 from subspec_cli.files.direct_io import DirectReader, allocate_buffer
-from subspec_cli.limits import MOST_ROWS
+from subspec_cli.limits import MOST_ROWS, SHADOW_ROWS
 from subspec_cli.metrics import GenerationStats, rate_of_totals, tau_of_totals
 from subspec_cli.modeling.decoder import DraftDecoder, DraftLogits, TargetDecoder
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.layers import RowRules, TokenBatch
 from subspec_cli.modeling.target_blocks import TargetBlocks
-from subspec_cli.planning.plan import SHADOW_ROWS
 from subspec_cli.reporter import Reporter
 from subspec_cli.session import open_session
 from subspec_cli.session.session import Session

@@ -188,9 +188,9 @@ def add(check: Check, what: str, figure: str, good: bool) -> bool:
 
 def reserved_bytes(device: str) -> int:
     """Part of the budget that PyTorch's count of its memory leaves out."""
-    from subspec_cli.planning.memory import CUDA_CONTEXT_BYTES
+    from subspec_cli.planning.device_profile import device_profile
 
-    return CUDA_CONTEXT_BYTES if device == "cuda" else 0
+    return device_profile(device).context_bytes
 
 
 def transfer_name(device: str) -> str:

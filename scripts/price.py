@@ -28,11 +28,10 @@ from subspec_cli.decoding.engine import Engine
 from subspec_cli.drafting.drafter import Drafter
 from subspec_cli.drafting.policy import DraftPolicy, TreeLimits
 from subspec_cli.errors import SubspecError
-from subspec_cli.limits import MOST_ROWS
+from subspec_cli.limits import MOST_ROWS, SHADOW_ROWS
 from subspec_cli.metrics import GenerationStats
 from subspec_cli.planning.assumed_costs import assumed_costs
 from subspec_cli.planning.costs import MachineCosts, PlanCosts, RowTimes
-from subspec_cli.planning.plan import SHADOW_ROWS
 from subspec_cli.reporter import Reporter
 from subspec_cli.session import build, open_session
 from subspec_cli.session.found_model import FoundModel

@@ -22,5 +22,7 @@ PREFILL_CHUNK: Final = 256
 """Prompt rows per pass. Chunks end at absolute multiples of this number, whatever the budget or the mode."""
 SHADOW_ROWS: Final = 128
 """Cache rows for what is drafted while the target's weights arrive."""
+LEAST_RING_SLOTS: Final = 2
+"""Fewest pinned buffers through which layers pass on their way from disk to a GPU: one is copied, one is read."""
 NOISE_ROWS: Final = 64
 """Positions whose sampling noise is kept: as many as a tree and its shadow have levels."""

@@ -6,8 +6,10 @@ import types
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from subspec_cli.bench.report import AnswerPair, ArmAnswer, BenchReport
 from subspec_cli.metrics import GenerationStats, PassStats
 from subspec_cli.planning.costs import PlanCosts, RowTimes
+from subspec_cli.planning.reason import LayersThatPay, PlanReason
 from subspec_cli.planning.timing import Prediction
 
 
@@ -40,6 +42,7 @@ PREDICTION = Prediction(
 )
 
 
+REASON = PlanReason(LayersThatPay(1, 5 << 20, 9 << 20))
 COSTS = PlanCosts(0.4, RowTimes((1,), (0.1,)), RowTimes((1,), (0.02,)))
 
 
@@ -48,11 +51,15 @@ class FakePlan:
     resident_layers: int = 1
     streamed_layers: int = 3
     lines: tuple[FakeLine, ...] = (FakeLine("substitutes", 3 << 20), FakeLine("spare", 0))
-    reason: str = "one layer fits beside the substitutes"
+    reason: PlanReason = REASON
     prediction: Prediction = PREDICTION
 
-    def as_dict(self):
-        return {"resident_layers": self.resident_layers, "streamed_layers": self.streamed_layers}
+    def as_dict(self, *, reason):
+        return {
+            "resident_layers": self.resident_layers,
+            "streamed_layers": self.streamed_layers,
+            "reason": reason,
+        }
 
 
 @dataclass(frozen=True)
@@ -185,19 +192,6 @@ class FakePrepareReport:
 
 
 @dataclass(frozen=True)
-class FakeRow:
-    category: str
-    answers: int
-    plain_tok_per_s: float | None
-    speculative_tok_per_s: float
-    speedup_same_plan: float | None
-    speedup: float | None
-    tau: float
-    identical: int
-    prefilled_tokens: int
-
-
-@dataclass(frozen=True)
 class FakeBenchProgress:
     done: int
     total: int
@@ -206,20 +200,30 @@ class FakeBenchProgress:
     report: object = None
 
 
-@dataclass(frozen=True)
-class FakeBenchReport:
-    identical: int = 4
-    exactness: str = "exact"
-    interrupted: bool = False
-    summary_lines: tuple[str, ...] = ("speed-up 6.10x over plain offloading of the same plan",)
-
-    @property
-    def rows(self):
-        row = FakeRow("writing", 4, 1.5, 9.15, 6.1, None, 7.25, self.identical, 90)
-        return (row, FakeRow("all", 4, 1.5, 9.15, 6.1, None, 7.25, self.identical, 90))
-
-    def as_dict(self):
-        return {"interrupted": self.interrupted, "answers": [{"identical": True}]}
+def bench_report(*, identical=4, exactness="exact", interrupted=False):
+    """A report of four answers: plain 1.5 tokens/s, speculative 9.15 tokens/s and 7.25 tokens a pass."""
+    plain = GenerationStats(new_tokens=4, decode_time_s=2.0, passes=3)
+    fast = GenerationStats(new_tokens=30, decode_time_s=29 / 9.15, passes=4, prefilled_tokens=23)
+    pairs = [
+        AnswerPair(
+            str(number),
+            "writing",
+            1,
+            plain=ArmAnswer((1,), "a", "stop", plain),
+            speculative=ArmAnswer((1 if number < identical else 2,), "a", "stop", fast),
+        )
+        for number in range(4)
+    ]
+    return BenchReport(
+        suite="sample",
+        pairs=tuple(pairs),
+        best_plain=(),
+        link=None,
+        exactness=exactness,
+        speculation=True,
+        interrupted=interrupted,
+        context={"model": "demo"},
+    )
 
 
 class Terminal(io.StringIO):

@@ -10,6 +10,8 @@ from subspec_cli.bench import runner
 from subspec_cli.bench.report import AnswerPair, ArmAnswer
 from subspec_cli.bench.runner import run_bench
 from subspec_cli.bench.suites import load_suite, read_questions
+from subspec_cli.cli.documents import bench_document
+from subspec_cli.cli.report_text import summary_lines
 from subspec_cli.config_file import resolve_config
 from subspec_cli.errors import UsageError
 from subspec_cli.metrics import GenerationStats
@@ -47,13 +49,13 @@ def test_both_arms_answer_every_turn_alike(shelf, questions):
     assert all(pair.plain.stats.drafted_tokens == 0 for pair in report.pairs)
     assert len(report.best_plain) == 2
     assert (seen[-1].done, seen[-1].total) == (9, 10), "the last word is said before the last answer"
-    document = json.loads(json.dumps(report.as_dict()))
+    document = json.loads(json.dumps(bench_document(report)))
     assert len(document["answers"]) == 4
     beside = document["predicted_beside_measured"]
     assert beside["predicted_pass_s"] == document["plan"]["prediction"]["pass_s"]
     assert beside["pass_s"] > 0
     assert beside["tok_per_s"] == pytest.approx(total.speculative_tok_per_s)
-    assert any(line.startswith("predicted (assumed costs) | measured") for line in report.summary_lines)
+    assert any(line.startswith("predicted (assumed costs) | measured") for line in summary_lines(report))
 
 
 def test_second_turn_prefills_only_what_is_new(shelf, questions):

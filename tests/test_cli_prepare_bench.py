@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from fakes_cli import (
     FakeBenchProgress,
-    FakeBenchReport,
     FakeDownload,
     FakePrepareProgress,
     FakePrepareReport,
+    bench_report,
     module,
     on_terminal,
 )
@@ -159,7 +159,7 @@ def benching(monkeypatch):
 
 
 def test_bench_table_and_json_file(capsys, benching, tmp_path):
-    calls = benching(FakeBenchReport())
+    calls = benching(bench_report())
     argv = "bench sample --limit 2 --max-new-tokens 48 --plain-tokens 16 --vram-gb 1 --json out.json"
     assert main(argv.split()) == 0
     config, suite = calls[0]
@@ -174,27 +174,32 @@ def test_bench_table_and_json_file(capsys, benching, tmp_path):
     header, _, row, total, *_ = [line for line in captured.out.splitlines() if line.strip()]
     columns = "category answers identical plain tok/s subspec tok/s speedup same plan speedup tau prefilled"
     assert header.split() == columns.split()
-    assert row.split() == ["writing", "4", "4", "1.50", "9.15", "6.10x", "-", "7.25", "90"]
+    assert row.split() == ["writing", "4", "4", "1.50", "9.15", "6.10x", "-", "7.25", "92"]
     assert total.split()[0] == "all"
-    assert captured.out.splitlines()[-1].startswith("speed-up 6.10x")
+    assert captured.out.splitlines()[-3:-1] == [
+        "4 of 4 answers token for token identical (exact)",
+        "speedup over the same plan by answer: median 6.10x, 6.10x to 6.10x",
+    ]
     assert captured.err.splitlines()[0] == "subspec 0.1.0 · bench sample · loading the model prepared last …"
     assert "4/4 · done" in captured.err
     assert "written to out.json" in captured.err
-    assert json.loads((tmp_path / "out.json").read_text())["answers"] == [{"identical": True}]
+    document = json.loads((tmp_path / "out.json").read_text())
+    assert [answer["identical"] for answer in document["answers"]] == [True] * 4
+    assert document["summary"] == captured.out.splitlines()[-3:]
     assert "\x1b" not in captured.out + captured.err
 
 
 def test_bench_json_on_stdout_is_alone_there(capsys, benching):
-    benching(FakeBenchReport())
+    benching(bench_report())
     assert main(["bench", "sample", "--json", "-"]) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out)["interrupted"] is False
     assert "writing" in captured.err
-    assert "speed-up 6.10x" in captured.err
+    assert "median 6.10x" in captured.err
 
 
 def test_bench_interrupted_shows_what_is_done(capsys, benching, tmp_path):
-    benching(FakeBenchReport(interrupted=True))
+    benching(bench_report(interrupted=True))
     assert main(["bench", "mt-bench", "--json", "out.json"]) == 130
     captured = capsys.readouterr()
     assert "writing" in captured.out
@@ -204,14 +209,14 @@ def test_bench_interrupted_shows_what_is_done(capsys, benching, tmp_path):
 
 @pytest.mark.parametrize(("exactness", "status"), [("exact", 9), ("numeric", 0)])
 def test_bench_fails_when_exact_answers_differ(capsys, benching, exactness, status):
-    benching(FakeBenchReport(identical=3, exactness=exactness, interrupted=status == 9))
+    benching(bench_report(identical=3, exactness=exactness, interrupted=status == 9))
     assert main(["bench", "sample"]) == status
     message = "subspec: error: 1 of 4 answers differ from plain decoding"
     assert (message in capsys.readouterr().err) == (status == 9)
 
 
 def test_bench_refuses_what_would_be_lost_later(capsys, benching, tmp_path):
-    calls = benching(FakeBenchReport())
+    calls = benching(bench_report())
     assert main(["bench", "sample", "--json", "absent/out.json"]) == 2
     assert main(["bench", "sample", "--json", str(tmp_path)]) == 2
     assert "cannot be written" in capsys.readouterr().err

@@ -36,7 +36,7 @@ def test_plain_text_on_stdout_and_figures_on_stderr(capsys, session, monkeypatch
     )
     assert plan == (
         "plan: 1 resident + 3 streamed layers · speculation on · 3.00 MiB of 1.00 GiB planned"
-        " · one layer fits beside the substitutes"
+        " · as many resident layers as pay: 5.00 MiB to spare, a layer takes 9.00 MiB"
     )
     assert beside.startswith("predicted (assumed costs) | measured: pass 400 ms | 300 ms · ")
     assert summary == (
@@ -107,7 +107,8 @@ def test_json_is_one_document_with_the_promised_keys(capsys, session):
     assert document["costs"]["link_s"] == 0.4
     assert (document["stats"]["tau"], document["stats"]["accepted_histogram"]) == (3.0, [0, 0, 2])
     assert document["config"]["sampling"]["seed"] == 5
-    assert document["plan"] == {"resident_layers": 1, "streamed_layers": 3}
+    reason = "as many resident layers as pay: 5.00 MiB to spare, a layer takes 9.00 MiB"
+    assert document["plan"] == {"resident_layers": 1, "streamed_layers": 3, "reason": reason}
     beside = document["predicted_beside_measured"]
     assert (beside["predicted_pass_s"], beside["pass_s"]) == (0.4, pytest.approx(0.3))
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from subspec_cli.bench.report import AnswerPair, ArmAnswer, BenchReport, LinkFigures
+from subspec_cli.cli.documents import bench_document
 from subspec_cli.metrics import GenerationStats
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
@@ -41,7 +42,7 @@ def report(**changes: Any) -> dict[str, Any]:
         interrupted=False,
         context={"peak_memory_bytes": 6 << 30, "budget_bytes": 8 << 30},
     )
-    return replace(whole, **changes).as_dict()
+    return bench_document(replace(whole, **changes))
 
 
 def rows_of(raw: float = 25.0, reserved: int = 1 << 29, **changes: Any) -> dict[str, Row]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from fakes_cli import PREDICTION
 
+from subspec_cli.cli.report_text import comparison_line
 from subspec_cli.metrics import GenerationStats
 from subspec_cli.planning.comparison import compare
 
@@ -32,7 +33,7 @@ def test_times_are_ratios_of_totals():
 
 
 def test_the_line_names_both_and_the_costs_origin():
-    line = compare(PREDICTION, [stats()], drafted=True).line
+    line = comparison_line(compare(PREDICTION, [stats()], drafted=True))
     assert line == (
         "predicted (assumed costs) | measured: pass 400 ms | 400 ms · draft step 30 ms | 20 ms · "
         "tok/s 7.00 | 6.00 · 5.77 predicted for this tau"
@@ -43,10 +44,10 @@ def test_plain_decoding_is_set_beside_the_plain_prediction():
     found = compare(PREDICTION, [stats(draft_steps=0, draft_time_s=0.0)], drafted=False)
     assert (found.predicted_pass_s, found.predicted_tok_per_s) == (0.5, 2.0)
     assert (found.step_s, found.predicted_tok_per_s_given_tau) == (None, None)
-    assert "draft step 25 ms | -" in found.line
+    assert "draft step 25 ms | -" in comparison_line(found)
 
 
 def test_nothing_measured_is_nothing_known():
     found = compare(PREDICTION, [GenerationStats()], drafted=True)
     assert (found.pass_s, found.step_s, found.tok_per_s) == (None, None, None)
-    assert found.line.endswith("tok/s 7.00 | -")
+    assert comparison_line(found).endswith("tok/s 7.00 | -")

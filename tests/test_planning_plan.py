@@ -18,16 +18,12 @@ from subspec_cli.errors import ResourceError, UsageError
 from subspec_cli.limits import MOST_ROWS, NOISE_ROWS
 from subspec_cli.planning.assumed_costs import assumed_costs, low_bit_table_bytes
 from subspec_cli.planning.costs import MachineCosts, RowTimes
-from subspec_cli.planning.memory import (
-    BARE_PROCESS_BYTES,
-    CUDA_CONTEXT_BYTES,
-    CUDA_LIBRARY_BYTES,
-    Ledger,
-)
-from subspec_cli.planning.plan import DEFAULT_CONTEXT, OffloadPlan, PlanRequest, fastest_plan, make_plan
-from subspec_cli.planning.search import Weigher
-from subspec_cli.planning.shelf import Shelf
-from subspec_cli.planning.timing import plan_costs
+from subspec_cli.planning.device_profile import device_profile
+from subspec_cli.planning.memory import MemoryModel
+from subspec_cli.planning.plan import OffloadPlan, fastest_plan, make_plan
+from subspec_cli.planning.reason import FasterBits, GivenLayers, LayersThatPay, ShorterContext, WholeModel
+from subspec_cli.planning.request import DEFAULT_CONTEXT, PlanRequest
+from subspec_cli.planning.search import LayoutSearch, timed_layouts
 from subspec_cli.substitutes.settings import SubstituteSettings, substitute_layer_bytes
 from subspec_cli.units import GIB, MIB
 
@@ -205,8 +201,8 @@ def test_every_byte_that_grows_has_a_line(request: PlanRequest) -> None:
     assert line_bytes(plan, "sampling noise") == (0 if on_gpu else noise_bytes)
     held = {line.label: line.size_bytes for line in plan.host_lines}
     assert held.get("sampling noise", 0) == (2 * noise_bytes if on_gpu else 0)
-    assert line_bytes(plan, "CUDA context") == on_gpu * CUDA_CONTEXT_BYTES
-    assert line_bytes(plan, "library workspaces") == on_gpu * CUDA_LIBRARY_BYTES
+    assert line_bytes(plan, "CUDA context") == device_profile(request.device).context_bytes
+    assert line_bytes(plan, "library workspaces") == device_profile(request.device).library_bytes
 
 
 LABELS = {
@@ -220,15 +216,15 @@ LABELS = {
 @given(requests())
 def test_every_byte_is_in_exactly_one_line(request: PlanRequest) -> None:
     """What the search prices a choice at is what its lines add up to, for every choice."""
-    ledger = Ledger(request)
-    for number, item in enumerate(Weigher(request, ledger).candidates()):
+    memory = MemoryModel(request)
+    for number, item in enumerate(timed_layouts(request, memory)):
         if number % 97 == 0:
-            lines = ledger.lines(item.choice, 700)
+            lines = memory.lines(item.layout, 700)
             labels = [line.label for line in lines]
             assert len(set(labels)) == len(labels)
             assert set(labels) <= LABELS
             assert all(line.size_bytes > 0 for line in lines)
-            assert sum(line.size_bytes for line in lines) == item.base_bytes + 700 * ledger.row_bytes
+            assert sum(line.size_bytes for line in lines) == item.base_bytes + 700 * memory.row_bytes
 
 
 @FAST
@@ -239,7 +235,7 @@ def test_host_memory_holds_the_pinned_layers_the_ring_and_the_table(request: Pla
         return
     held = {line.label: line.size_bytes for line in plan.host_lines}
     if request.device == "cpu":
-        assert held == {"bare process": BARE_PROCESS_BYTES}
+        assert held == {"bare process": device_profile("cpu").process_bytes}
         assert (plan.pinned_layers, plan.ring_slots) == ((), 0)
         return
     layer_bytes = request.geometry.layer_matrix_bytes
@@ -312,7 +308,7 @@ def test_a_prediction_is_of_the_plan_that_it_stands_in(request: PlanRequest) -> 
     plan = plan_or_none(request)
     if plan is None:
         return
-    costs, found = plan_costs(request.costs, request.geometry, plan), plan.prediction
+    costs, found = plan.costs(request.costs, request.geometry), plan.prediction
     assert found.step_s == pytest.approx(costs.step.at(2))
     assert found.tok_per_s >= found.plain_tok_per_s * 0.999
     assert found.plain_pass_s == pytest.approx(costs.pass_s(1), rel=0.03)
@@ -373,7 +369,7 @@ def test_a_budget_for_everything_streams_nothing() -> None:
     assert plan.streamed == ()
     assert (plan.slots, plan.streamed_bytes_per_pass) == (0, 0)
     assert line_bytes(plan, "stream slots") == 0
-    assert "fits" in plan.reason
+    assert isinstance(plan.reason.layers, WholeModel)
 
 
 def test_what_fits_is_drafted_for_only_where_that_is_faster() -> None:
@@ -398,14 +394,15 @@ def test_a_budget_for_a_part_streams_the_rest_and_says_why() -> None:
     assert not plan.fits
     assert 0 < plan.resident_layers < 28
     assert plan.resident_layers + plan.streamed_layers == 28
-    assert plan.reason.startswith("as many resident layers as pay")
+    assert isinstance(plan.reason.layers, LayersThatPay)
+    assert plan.reason.layers.spare_bytes == plan.budget_bytes - plan.total_bytes
 
 
 @pytest.mark.parametrize("count", [0, 1, 5])
 def test_resident_layers_can_be_asked_for(count: int) -> None:
     plan = make_plan(make_request(resident_layers=count))
     assert plan.resident_layers == count
-    assert "as asked for" in plan.reason
+    assert plan.reason.layers == GivenLayers(count)
 
 
 def test_streaming_can_be_asked_for_where_all_would_fit() -> None:
@@ -431,27 +428,31 @@ def test_the_context_is_cut_to_what_fits_and_that_is_said() -> None:
     least = min_bytes(make_request(wide, context=DEFAULT_CONTEXT))
     plan = make_plan(make_request(wide, budget_bytes=least - 1))
     assert plan.context < DEFAULT_CONTEXT
-    assert f"context cut to {plan.context} tokens to fit" in plan.reason
+    assert plan.reason.context == ShorterContext(plan.context, DEFAULT_CONTEXT, None)
 
 
 def test_a_context_that_would_cost_speed_is_traded_and_that_is_said() -> None:
     plan = make_plan(make_request(budget_bytes=int(1.5 * GIB)))
     assert 512 <= plan.context < DEFAULT_CONTEXT
-    assert re.search(rf"context {plan.context}, as 4096 would cost \d+% of the speed", plan.reason)
+    shorter = plan.reason.context
+    assert shorter is not None
+    assert (shorter.context, shorter.longest) == (plan.context, DEFAULT_CONTEXT)
+    assert shorter.loss is not None
+    assert shorter.loss > 0.03
 
 
 def min_bytes(request: PlanRequest) -> int:
     """The smallest budget that works with the context of the request."""
-    shelf = Shelf(request, Ledger(request))
+    search = LayoutSearch(request)
     assert request.context is not None
-    return shelf.total_bytes(shelf.candidates[0], request.context)
+    return search.total_bytes(search.front[0], request.context)
 
 
 @pytest.mark.parametrize(("model_context", "expected"), [(32_768, DEFAULT_CONTEXT), (512, 512), (100, 100)])
 def test_the_default_context_is_the_models_up_to_a_bound(model_context: int, expected: int) -> None:
     plan = make_plan(make_request(budget_bytes=8 * GIB, model_context=model_context))
     assert plan.context == expected
-    assert "context cut" not in plan.reason
+    assert plan.reason.context is None
 
 
 def test_a_context_that_was_asked_for_is_kept_or_refused_but_never_cut() -> None:
@@ -468,10 +469,11 @@ def test_plain_decoding_spends_the_substitutes_on_resident_layers() -> None:
 
 def test_a_plan_as_plain_values_adds_up() -> None:
     plan = make_plan(make_request())
-    values = json.loads(json.dumps(plan.as_dict()))
+    values = json.loads(json.dumps(plan.as_dict(reason="as it is")))
     assert values["planned_bytes"] == sum(line["size_bytes"] for line in values["lines"]) == plan.total_bytes
     assert values["resident_layers"] == list(plan.resident)
     assert values["streamed_layers"] == list(plan.streamed)
+    assert values["reason"] == "as it is"
 
 
 def test_layers_used_by_the_target_alone_keep_their_substitutes() -> None:
@@ -480,14 +482,16 @@ def test_layers_used_by_the_target_alone_keep_their_substitutes() -> None:
     assert plan.resident
     assert plan.shared == ()
     assert line_bytes(plan, "substitutes") == 28 * make_request().substitute_bytes
-    assert "the draft keeps its substitutes" in plan.reason
+    assert plan.reason.draft is not None
+    assert not plan.reason.draft.shares
 
 
 def test_layers_are_shared_where_the_link_is_so_slow_that_every_byte_counts() -> None:
     slow = replace(assumed_costs(make_geometry(), "cpu"), link_bytes_per_s=1e7, disk_bytes_per_s=1e7)
     plan = make_plan(make_request(costs=slow))
     assert plan.shared == plan.resident
-    assert "the draft runs them too" in plan.reason
+    assert plan.reason.draft is not None
+    assert plan.reason.draft.shares
 
 
 def test_layers_that_host_memory_does_not_hold_come_from_disk() -> None:
@@ -531,13 +535,13 @@ def test_a_low_bit_head_is_taken_where_it_pays_and_counted() -> None:
 def test_along_all_budgets_no_step_is_predicted_slower(device: str) -> None:
     """Without a context of the user's, so that context grows at some steps and layers at others."""
     request = make_request(make_geometry(layers=10, kv_heads=6, vocab=32_000), device=device)
-    shelf = Shelf(request, Ledger(request))
-    sizes = range(shelf.candidates[0].base_bytes, shelf.candidates[-1].base_bytes + GIB // 2, 3 * MIB)
-    found = [item for size in sizes if (item := shelf.choose(size)) is not None]
-    speeds = [candidate.tok_per_s for _, candidate in found]
+    search = LayoutSearch(request)
+    sizes = range(search.front[0].base_bytes, search.front[-1].base_bytes + GIB // 2, 3 * MIB)
+    found = [option for size in sizes if (option := search.best(size)) is not None]
+    speeds = [option.timed.tok_per_s for option in found]
     assert speeds == sorted(speeds)
     assert len(set(speeds)) > 10
-    contexts = [context for context, _ in found]
+    contexts = [option.context for option in found]
     assert contexts[-1] == DEFAULT_CONTEXT
     assert contexts != sorted(contexts), "a context was given away for speed at some step"
 
@@ -556,7 +560,7 @@ def test_of_several_sets_of_substitutes_the_fastest_is_taken() -> None:
 
     number, plan = fastest_plan([of_bits(8, 2 * GIB), of_bits(4, 2 * GIB), of_bits(2, 2 * GIB)])
     assert (number, plan.substitute_bits) == (1, 4)
-    assert "4-bit substitutes, predicted faster than 2-bit and 8-bit" in plan.reason
+    assert plan.reason.substitutes == FasterBits(4, (2, 8))
     # What one set cannot hold, another may; and of equals the most recent wins.
     assert fastest_plan([of_bits(8, int(1.5 * GIB)), of_bits(4, int(1.5 * GIB))])[0] == 1
     assert fastest_plan([of_bits(4, 2 * GIB), of_bits(4, 2 * GIB)])[0] == 0
@@ -593,7 +597,7 @@ def test_planning_weighs_a_bounded_number_of_choices() -> None:
     large = make_geometry(layers=80, hidden=8192, feed_forward=28_672, heads=64, kv_heads=8, tied=False)
     for device in ("cpu", "cuda"):
         request = make_request(large, device=device, budget_bytes=48 * GIB)
-        assert sum(1 for _ in Weigher(request, Ledger(request)).candidates()) < 3000
+        assert sum(1 for _ in timed_layouts(request, MemoryModel(request))) < 3000
 
 
 def test_there_are_as_many_slots_as_memory_allows() -> None:

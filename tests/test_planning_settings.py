@@ -11,10 +11,10 @@ from tiny_models import make_tiny_model
 
 from subspec_cli.config_file import resolve_config
 from subspec_cli.errors import ResourceError
-from subspec_cli.planning import asked
+from subspec_cli.planning import request
 from subspec_cli.planning.assumed_costs import assumed_costs
 from subspec_cli.planning.costs import RowTimes
-from subspec_cli.planning.memory import BARE_PROCESS_BYTES
+from subspec_cli.planning.device_profile import device_profile
 from subspec_cli.planning.plan import fastest_plan
 from subspec_cli.session import build, load
 from subspec_cli.streaming.pinned_memory import PinRefusedError
@@ -147,14 +147,16 @@ def test_an_embedding_in_host_memory_gives_the_same_rows(shelf, monkeypatch, ref
 def test_a_bound_on_host_memory_lowers_the_budget_on_the_cpu(shelf):
     ram_gb = 0.75
     with open_tiny(shelf.model("qwen2"), memory={"vram_gb": 1.0, "ram_gb": ram_gb}) as session:
-        assert session.description.plan.budget_bytes == int(ram_gb * GIB) - BARE_PROCESS_BYTES
+        assert (
+            session.description.plan.budget_bytes == int(ram_gb * GIB) - device_profile("cpu").process_bytes
+        )
 
 
 def test_without_a_budget_a_share_of_what_is_free_is_planned_for():
     config = resolve_config({})
-    assert asked.budget_bytes(config, "cpu", 16 * GIB, 8 * GIB) == 6 * GIB
-    assert asked.ram_bytes(config, 8 * GIB) == 6 * GIB
-    assert asked.ram_bytes(config, None) is None
+    assert request.budget_bytes(config, "cpu", 16 * GIB, 8 * GIB) == 6 * GIB
+    assert request.ram_bytes(config, 8 * GIB) == 6 * GIB
+    assert request.ram_bytes(config, None) is None
     with pytest.raises(ResourceError, match="memory of the cuda device is not known") as caught:
-        asked.budget_bytes(config, "cuda", None, None)
+        request.budget_bytes(config, "cuda", None, None)
     assert "--vram-gb" in caught.value.hint

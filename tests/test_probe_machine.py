@@ -15,7 +15,6 @@ from subspec_cli.drafting.draft_steps import likeliest, rank, sampling_of
 from subspec_cli.modeling.decoder import DraftLogits, Head
 from subspec_cli.modeling.substitute import Int4Linear, LowBitHead, low_bit_table
 from subspec_cli.planning.costs import snapped
-from subspec_cli.planning.timing import plan_costs
 from subspec_cli.probe import kept_costs
 from subspec_cli.probe.kept_costs import read_probe, write_probe
 from subspec_cli.reporter import Reporter
@@ -188,7 +187,7 @@ def test_the_policy_goes_by_the_costs_of_its_plan(shelf, home, probes):
     with open_tiny(shelf.model("qwen2")) as session:
         about = session.description
         geometry = session._parts.speculative._target.math.geometry
-        assert about.costs == plan_costs(probes[0], geometry, about.plan)
+        assert about.costs == about.plan.costs(probes[0], geometry)
         assert session._parts.speculative._drafter._shared.policy.costs == about.costs
 
 

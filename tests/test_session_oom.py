@@ -17,6 +17,7 @@ from subspec_cli.checkpoint.checkpoint import open_checkpoint
 from subspec_cli.checkpoint.geometry import read_geometry
 from subspec_cli.errors import ExitCode, IntegrityError, ResourceError
 from subspec_cli.modeling.decoder import TargetDecoder
+from subspec_cli.planning.device_profile import device_profile
 from subspec_cli.planning.plan import OffloadPlan
 from subspec_cli.reporter import Reporter
 from subspec_cli.session import build, load
@@ -128,7 +129,7 @@ def test_the_gpu_cap_leaves_out_what_cuda_takes(monkeypatch: pytest.MonkeyPatch)
         lambda share, device: capped.update({device.type: share * 24 * GIB}),
     )
     build.cap_allocator(8 * GIB, torch.device("cuda"))
-    assert capped["cuda"] == pytest.approx(8 * GIB - build.CUDA_CONTEXT_BYTES)
+    assert capped["cuda"] == pytest.approx(8 * GIB - device_profile("cuda").context_bytes)
     build.cap_allocator(8 * GIB, CPU)
     assert list(capped) == ["cuda"]
 
@@ -166,7 +167,7 @@ def loader(directory: Path, streamed: tuple[int, ...], notes: list[str]) -> Load
         host_lines=(),
         streamed_bytes_per_pass=0,
         prediction=nothing,
-        reason="",
+        reason=nothing,
         fits=False,
     )
     return Loader(

@@ -13,6 +13,7 @@ from checkpoints import as_hub_snapshot
 from fakes_session import answer_to, open_tiny, prepare_quietly
 from tiny_models import EOS_ID, make_tiny_model
 
+from subspec_cli.cli.documents import plan_document
 from subspec_cli.config_file import resolve_config
 from subspec_cli.errors import ExitCode, IntegrityError, ResourceError, UnsupportedModelError, UsageError
 from subspec_cli.files import direct_io
@@ -54,7 +55,7 @@ def test_a_session_says_what_it_is(shelf):
     assert (about.context_tokens, about.budget_bytes) == (128, 1 << 30)
     assert torch.__version__.startswith(about.versions["torch"].partition("+")[0])
     assert about.has_chat_template
-    json.dumps(about.plan.as_dict())
+    json.dumps(plan_document(about.plan))
 
 
 def test_a_model_that_fits_needs_no_speculation(shelf):

@@ -27,7 +27,7 @@ from subspec_cli.modeling.layers import LayerMath
 from subspec_cli.modeling.quantization import quantize_layer
 from subspec_cli.modeling.rope import RopeTable
 from subspec_cli.modeling.substitute import load_substitute
-from subspec_cli.planning.memory import CUDA_CONTEXT_BYTES
+from subspec_cli.planning.device_profile import device_profile
 from subspec_cli.reporter import Reporter
 from subspec_cli.session.build import cap_allocator
 from subspec_cli.streaming.gpu_layers import read_resident_layer
@@ -102,7 +102,7 @@ def test_resident_layers_lie_in_a_page_as_in_the_file(tmp_path: Path) -> None:
 
 def test_the_cap_holds() -> None:
     try:
-        cap_allocator(CUDA_CONTEXT_BYTES + 64 * MIB, CUDA)
+        cap_allocator(device_profile("cuda").context_bytes + 64 * MIB, CUDA)
         torch.cuda.empty_cache()
         with pytest.raises(torch.cuda.OutOfMemoryError):
             torch.empty(128 * MIB, dtype=torch.uint8, device=CUDA)
@@ -193,7 +193,7 @@ def test_a_session_answers_alike_with_and_without_speculation(shelf: Shelf, resi
             if session.description.exactness == "exact":
                 assert plain.outcome == speculative.outcome
             assert speculative.stats.streamed_bytes > 0
-        assert session.peak_memory_bytes() < 2 * GIB - CUDA_CONTEXT_BYTES
+        assert session.peak_memory_bytes() < 2 * GIB - device_profile("cuda").context_bytes
 
 
 def test_a_full_gpu_is_an_error_with_figures(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:

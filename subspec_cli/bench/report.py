@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from subspec_cli.metrics import GenerationStats, rate_of_totals, tau_of_totals
 from subspec_cli.planning.comparison import Comparison, compare
-from subspec_cli.planning.timing import Prediction
+from subspec_cli.planning.plan import OffloadPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +98,11 @@ class BenchReport:
     speculation: bool
     interrupted: bool
     context: dict[str, Any]
-    """Model, plan, configuration and versions."""
-    prediction: Prediction | None = None
-    """What the plan promised for the speculative arm."""
+    """Model, configuration and versions, as plain values for JSON."""
+    plan: OffloadPlan | None = None
+    """The plan of both arms; None until the model is loaded."""
+    best_plain_plan: OffloadPlan | None = None
+    """Plain decoding's own best plan; None until it is measured."""
 
     @property
     def rows(self) -> tuple[BenchRow, ...]:
@@ -124,63 +125,10 @@ class BenchReport:
     @property
     def comparison(self) -> Comparison | None:
         """Predicted beside measured, over all speculative answers."""
-        if self.prediction is None or not self.pairs:
+        if self.plan is None or not self.pairs:
             return None
         answers = [pair.speculative.stats for pair in self.pairs]
-        return compare(self.prediction, answers, drafted=self.speculation)
-
-    @property
-    def summary_lines(self) -> tuple[str, ...]:
-        """What to say under the table."""
-        if not self.pairs:
-            return ("nothing was measured",)
-        total = self.rows[-1]
-        identical = (
-            f"{total.identical} of {total.answers} answers token for token identical ({self.exactness})"
-        )
-        lines = [identical if self.speculation else f"{identical}; speculation was off"]
-        spread = sorted(ratio for pair in self.pairs if (ratio := pair.speedup_same_plan))
-        if spread:
-            median = statistics.median(spread)
-            lines.append(
-                f"speedup over the same plan by answer: median {median:.2f}x, {spread[0]:.2f}x to {spread[-1]:.2f}x"
-            )
-        if self.best_plain:
-            lines.append(
-                f"plain decoding under its own best plan: {rate_of_totals(self.best_plain):.2f} tok/s"
-            )
-        if (ceiling := self.ceiling_tok_per_s) and self.link and total.speculative_tok_per_s:
-            share = total.speculative_tok_per_s / ceiling
-            lines.append(
-                f"ceiling {ceiling:.2f} tok/s = tau {total.tau:.2f} x {self.link.gb_per_s:.2f} GB/s / "
-                f"{self.link.streamed_bytes_per_pass / 1e9:.2f} GB per pass; reached {share:.0%}"
-            )
-        if total.speculative_tok_per_s and self.speculation:
-            lines.append(work_line([pair.speculative.stats for pair in self.pairs]))
-        if self.comparison is not None:
-            lines.append(self.comparison.line)
-        if self.link and self.link.cold_share is not None:
-            lines.append(
-                f"{self.link.cold_share:.0%} of the streamed bytes came from storage, not from a cache"
-            )
-        return tuple(lines)
-
-    def as_dict(self) -> dict[str, Any]:
-        """The whole record for JSON."""
-        return {
-            "suite": self.suite,
-            "exactness": self.exactness,
-            "speculation": self.speculation,
-            "interrupted": self.interrupted,
-            "rows": [_fields(row) for row in self.rows],
-            "summary": list(self.summary_lines),
-            "predicted_beside_measured": self.comparison.as_dict() if self.comparison else None,
-            "ceiling_tok_per_s": self.ceiling_tok_per_s,
-            "link": None if self.link is None else {**_fields(self.link), "gb_per_s": self.link.gb_per_s},
-            "best_plain_tok_per_s": rate_of_totals(self.best_plain) if self.best_plain else None,
-            "answers": [_pair(pair) for pair in self.pairs],
-            **self.context,
-        }
+        return compare(self.plan.prediction, answers, drafted=self.speculation)
 
     def _row(self, category: str, pairs: Sequence[AnswerPair]) -> BenchRow:
         plain = rate_of_totals(pair.plain.stats for pair in pairs) or None
@@ -197,42 +145,3 @@ class BenchReport:
             identical=sum(pair.identical for pair in pairs),
             prefilled_tokens=sum(pair.speculative.stats.prefilled_tokens for pair in pairs),
         )
-
-
-def work_line(answers: Sequence[GenerationStats]) -> str:
-    """What a pass and the drafting around it took on average, and how busy the link was."""
-    passes = max(1, sum(stats.passes for stats in answers))
-    decode_s = sum(stats.decode_time_s for stats in answers)
-    busy = sum(stats.link_time_s for stats in answers) / decode_s if decode_s else 0.0
-    serial = sum(stats.draft_steps for stats in answers) / passes
-    shadow = sum(stats.shadow_steps for stats in answers) / passes
-    hits = sum(stats.shadow_hits for stats in answers) / passes
-    return (
-        f"{serial:.1f} draft steps before a pass, {shadow:.1f} in its shadow, of use to {hits:.0%} of the next; "
-        f"link busy {busy:.0%} of the time"
-    )
-
-
-def _fields(item: BenchRow | LinkFigures) -> dict[str, Any]:
-    return {name: getattr(item, name) for name in item.__slots__}
-
-
-def _pair(pair: AnswerPair) -> dict[str, Any]:
-    return {
-        "question_id": pair.question_id,
-        "category": pair.category,
-        "turn": pair.turn,
-        "identical": pair.identical,
-        "speedup_same_plan": pair.speedup_same_plan,
-        "plain": _arm(pair.plain),
-        "speculative": _arm(pair.speculative),
-    }
-
-
-def _arm(answer: ArmAnswer) -> dict[str, Any]:
-    return {
-        "text": answer.text,
-        "token_ids": list(answer.token_ids),
-        "finish_reason": answer.finish_reason,
-        **answer.stats.as_dict(),
-    }

@@ -17,7 +17,7 @@ from subspec_cli.bench.report import AnswerPair, ArmAnswer, BenchReport, BenchRo
 from subspec_cli.bench.suites import Question, load_suite
 from subspec_cli.config import Config
 from subspec_cli.metrics import GenerationStats
-from subspec_cli.planning.timing import Prediction
+from subspec_cli.planning.plan import OffloadPlan
 from subspec_cli.reporter import Reporter
 from subspec_cli.session import open_session
 from subspec_cli.streaming.memory_meter import disk_read_bytes
@@ -62,8 +62,8 @@ class _Run:
         self._best_plain: list[GenerationStats] = []
         self._link: LinkFigures | None = None
         self._context: dict[str, Any] = {}
-        self._context_tokens: int | None = None
-        self._prediction: Prediction | None = None
+        self._plan: OffloadPlan | None = None
+        self._best_plain_plan: OffloadPlan | None = None
         self._exactness = "unchecked"
         self._speculation = False
 
@@ -72,8 +72,7 @@ class _Run:
         with open_session(self._config, Reporter(self._say)) as session:
             about = session.description
             self._exactness, self._speculation = about.exactness, about.speculation
-            self._context_tokens = about.context_tokens
-            self._prediction = about.plan.prediction
+            self._plan = about.plan
             self._context = _context(session, self._config)
             for number, question in enumerate(self._questions):
                 self._measure_question(session, number, question)
@@ -88,13 +87,12 @@ class _Run:
                 # By the costs that the speculative arm went by, even if these were to be timed anew.
                 self._config.memory,
                 resident_layers=None,
-                context=self._context_tokens,
+                context=None if self._plan is None else self._plan.context,
                 reprobe=False,
             ),
         )
         with open_session(config, Reporter(self._say)) as session:
-            plan = session.description.plan
-            self._context["best_plain_plan"] = plan.as_dict()
+            self._best_plain_plan = plan = session.description.plan
             for question in self._questions[:_BEST_PLAIN_QUESTIONS]:
                 self._say(f"plain under its own best plan: {plan.resident_layers} resident layers")
                 answer = next(
@@ -114,7 +112,8 @@ class _Run:
             speculation=self._speculation,
             interrupted=interrupted,
             context=self._context,
-            prediction=self._prediction,
+            plan=self._plan,
+            best_plain_plan=self._best_plain_plan,
         )
 
     @property
@@ -213,7 +212,6 @@ def _context(session: Session, config: Config) -> dict[str, Any]:
         "threads": about.threads,
         "direct_io": about.direct_io,
         "budget_bytes": about.budget_bytes,
-        "plan": about.plan.as_dict(),
         "costs": about.costs.as_dict(),
         "config": config.as_dict(),
         "versions": about.versions,

@@ -94,21 +94,23 @@ def progress_text(state: BenchProgress) -> str:
 
 def _show(report: BenchReport, output: Output, json_file: str | None) -> None:
     """Print the table and the summary; they go to stderr if stdout takes the JSON document."""
+    from subspec_cli.cli.documents import bench_document
     from subspec_cli.cli.output import as_json
+    from subspec_cli.cli.report_text import summary_lines
 
     aside = json_file == "-"
     output.table(_HEADERS, [_cells(row) for row in report.rows], aside=aside)
     say = output.note if aside else output.result
-    for line in report.summary_lines:
+    for line in summary_lines(report):
         say(line)
     if report.interrupted:
         output.note("interrupted: these are the answers that were done", style="bold")
     if aside:
-        output.document(report.as_dict())
+        output.document(bench_document(report))
     elif json_file is not None:
         from subspec_cli.files.atomic_write import atomic_write
 
-        atomic_write(Path(json_file), as_json(report.as_dict(), indent=1).encode() + b"\n")
+        atomic_write(Path(json_file), as_json(bench_document(report), indent=1).encode() + b"\n")
         output.note(f"written to {json_file}")
 
 

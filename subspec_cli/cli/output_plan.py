@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from rich.text import Text
 
+from subspec_cli.cli.plan_text import advice_text, reason_text
 from subspec_cli.units import format_bytes, format_seconds, printable
 
 if TYPE_CHECKING:
@@ -103,14 +104,15 @@ def _facts(found: Forecast, plan: OffloadPlan) -> Iterator[tuple[str, str]]:
     host = ", ".join(f"{line.label} {format_bytes(line.size_bytes)}" for line in plan.host_lines)
     planned, budget = format_bytes(plan.total_bytes), format_bytes(plan.budget_bytes)
     least = f"{format_bytes(bounds.least_budget_bytes)} with a context of {bounds.least_context}"
-    yield "why", plan.reason
+    yield "why", reason_text(plan.reason)
     yield "budget", f"{planned} of {budget} planned; the least that works is {least}"
     longer = f"; up to {bounds.largest_context} would fit, slower"
     yield "context", f"{plan.context} tokens planned{longer if bounds.largest_context > plan.context else ''}"
     yield "host RAM", f"{format_bytes(plan.host_bytes)}{' more' if plan.device == 'cpu' else ''}: {host}"
     yield "disk", _disk(found, plan)
     yield from _speeds(found, plan)
-    yield "advice", found.advice
+    if found.advice is not None:
+        yield "advice", advice_text(found.advice)
 
 
 def _disk(found: Forecast, plan: OffloadPlan) -> str:

@@ -71,7 +71,9 @@ def plan(
         reporter=Reporter(note=output.note),
     )
     if as_json:
-        output.document(found.as_dict())
+        from subspec_cli.cli.documents import forecast_document
+
+        output.document(forecast_document(found))
     else:
         _show(found, output)
 

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from subspec_cli import __version__
+from subspec_cli.cli.documents import plan_document
 from subspec_cli.cli.live import View
+from subspec_cli.cli.plan_text import reason_text
 from subspec_cli.config import Config
 from subspec_cli.metrics import GenerationStats
 from subspec_cli.planning.comparison import Comparison, compare
@@ -84,7 +86,7 @@ def session_lines(session: Session, config: Config) -> list[str]:
     second.append("speculation on" if about.speculation else "plain decoding")
     planned_bytes = sum(line.size_bytes for line in plan.lines)
     second.append(f"{format_bytes(planned_bytes)} of {format_bytes(about.budget_bytes)} planned")
-    second.append(plan.reason)
+    second.append(reason_text(plan.reason))
     lines = [" · ".join(part for part in line if part) for line in (first, second)]
     return [*lines, *(f"note: {note}" for note in about.notes)]
 
@@ -132,7 +134,7 @@ def answer_document(answer: Answer, session: Session, config: Config) -> dict[st
             "budget_bytes": about.budget_bytes,
         },
         "predicted_beside_measured": comparison_of(answer, session).as_dict(),
-        "plan": about.plan.as_dict(),
+        "plan": plan_document(about.plan),
         "costs": about.costs.as_dict(),
         "config": config.as_dict(),
         "versions": about.versions,

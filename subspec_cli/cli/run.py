@@ -69,6 +69,7 @@ def _load(config: Config, output: Output) -> Session:
 def _answer(session: Session, prompt: str, config: Config, output: Output, *, as_json: bool) -> None:
     from subspec_cli.cli.live import View, make_view
     from subspec_cli.cli.report import answer_document, collect_answer, comparison_of, summary_line
+    from subspec_cli.cli.report_text import comparison_line
 
     limits = config.run
     prompt_ids = session.encode_prompt(prompt, system=limits.system, raw=limits.raw)
@@ -77,7 +78,7 @@ def _answer(session: Session, prompt: str, config: Config, output: Output, *, as
     if as_json:
         output.document(answer_document(answer, session, config))
     if answer.stats.passes:
-        output.note(comparison_of(answer, session).line)
+        output.note(comparison_line(comparison_of(answer, session)))
     output.note(summary_line(answer, session))
     if answer.is_interrupted:
         raise typer.Exit(interrupt_status())

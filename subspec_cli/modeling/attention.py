@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from subspec_cli.planning.plan import ATTENTION_TILE_BYTES
+from subspec_cli.limits import ATTENTION_TILE_BYTES
 
 TILE_BYTES: Final = ATTENTION_TILE_BYTES
 

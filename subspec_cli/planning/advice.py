@@ -1,75 +1,89 @@
-"""One line of advice: of the changes that a user could make, the one that is predicted to help most."""
+"""Of the changes that a user could make, the one that is predicted to help most. `cli/plan_text.py` words it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, Literal
 
 from subspec_cli.errors import ResourceError
-from subspec_cli.planning.plan import OffloadPlan, PlanRequest, make_plan
-from subspec_cli.planning.shelf import usual_contexts
+from subspec_cli.planning.plan import OffloadPlan, make_plan
+from subspec_cli.planning.request import PlanRequest, usual_contexts
 from subspec_cli.units import GIB
 
-_WORTH_SAYING: Final = 0.03
+LEAST_GAIN: Final = 0.03
 """Gains below this share are not worth a change."""
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Something that could be otherwise."""
+    """One thing that could be different."""
 
-    label: str
+    what: Literal["budget", "link", "context", "ram", "bits"]
     request: PlanRequest
-    is_hardware: bool = False
-    """Whether it takes more than another flag."""
+    """The request with this change."""
+    added_bytes: int = 0
+    """Memory beyond the present budget or limit."""
+
+    @property
+    def is_hardware(self) -> bool:
+        """Whether it takes more than another flag."""
+        return self.what == "link"
 
 
-def advise(request: PlanRequest, plan: OffloadPlan, others: tuple[PlanRequest, ...] = ()) -> str:
-    """What would help most, with its predicted figure; `others` are the request with substitutes of other bits."""
+@dataclass(frozen=True, slots=True)
+class Gain:
+    """A change with what it is predicted to give."""
+
+    change: Change
+    tok_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """What would help most."""
+
+    tok_per_s: float
+    """Prediction of the plan as it is."""
+    needs_nothing: bool
+    """Whether the whole model fits and nothing is streamed."""
+    best: Gain | None = None
+    """None if no change that was tried helps enough."""
+    best_setting: Gain | None = None
+    """The best change by a flag, where `best` is hardware."""
+
+
+def advise(request: PlanRequest, plan: OffloadPlan, others: tuple[PlanRequest, ...] = ()) -> Advice:
+    """Return what would help most; `others` are the same request with substitutes of other bits."""
     now = plan.prediction.tok_per_s
-    found = []
-    for change in (*_changes(request, plan), *_other_bits(others)):
+    advice = Advice(now, needs_nothing=plan.fits and not plan.streamed)
+    gains = []
+    for change in (*_changes(request, plan), *(Change("bits", other) for other in others)):
         try:
             rate = make_plan(change.request).prediction.tok_per_s
         except ResourceError:
             continue
-        if rate > now * (1 + _WORTH_SAYING):
-            found.append((rate, change))
-    if not found:
-        held = "the whole model fits" if plan.fits and not plan.streamed else "no change tried here"
-        return (
-            f"{held}{': nothing is needed' if plan.fits and not plan.streamed else ' helps by 3 % or more'}"
-        )
-    rate, best = max(found, key=lambda item: item[0])
-    text = f"{best.label}: {rate:.1f} tok/s predicted, {rate / now - 1:.0%} more"
-    by_flag = [item for item in found if not item[1].is_hardware]
-    if best.is_hardware and by_flag:
-        rate, flag = max(by_flag, key=lambda item: item[0])
-        text += f"; of the settings, {flag.label}: {rate:.1f} tok/s"
-    return text
+        if rate > now * (1 + LEAST_GAIN):
+            gains.append(Gain(change, rate))
+    if not gains:
+        return advice
+    best = max(gains, key=lambda item: item.tok_per_s)
+    settings = [item for item in gains if best.change.is_hardware and not item.change.is_hardware]
+    setting = max(settings, key=lambda item: item.tok_per_s, default=None)
+    return replace(advice, best=best, best_setting=setting)
 
 
 def _changes(request: PlanRequest, plan: OffloadPlan) -> Iterator[Change]:
-    option = "--memory-gb" if request.device == "cpu" else "--vram-gb"
-    for more in (1, 2):
-        larger = request.budget_bytes + more * GIB
-        yield Change(f"{more} GiB more ({option} {larger / GIB:.4g})", replace(request, budget_bytes=larger))
+    for added_bytes in (GIB, 2 * GIB):
+        larger = replace(request, budget_bytes=request.budget_bytes + added_bytes)
+        yield Change("budget", larger, added_bytes)
     costs = request.costs
     faster = replace(costs, link_bytes_per_s=2 * costs.link_bytes_per_s)
-    if request.device == "cpu":
+    if request.profile.streams_from_disk:
         faster = replace(faster, disk_bytes_per_s=2 * costs.disk_bytes_per_s)
-    name = "a disk" if request.device == "cpu" else "a link"
-    yield Change(f"{name} twice as fast", replace(request, costs=faster), is_hardware=True)
+    yield Change("link", replace(request, costs=faster))
     if (shorter := usual_contexts(plan.context // 2)[0]) >= 256:
-        yield Change(f"a smaller --context {shorter}", replace(request, context=shorter))
+        yield Change("context", replace(request, context=shorter))
     if request.ram_bytes is not None and len(plan.pinned_layers) < len(plan.streamed):
-        larger = request.ram_bytes + 8 * GIB
-        yield Change(
-            f"8 GiB more host memory (--ram-gb {larger / GIB:.4g})", replace(request, ram_bytes=larger)
-        )
-
-
-def _other_bits(others: tuple[PlanRequest, ...]) -> Iterator[Change]:
-    for other in others:
-        yield Change(f"substitutes of {other.substitute_bits} bits (--bits {other.substitute_bits})", other)
+        added_bytes = 8 * GIB
+        yield Change("ram", replace(request, ram_bytes=request.ram_bytes + added_bytes), added_bytes)

@@ -1,7 +1,7 @@
-"""What a machine is taken to be before anything was timed on it: bytes over rates plus operations over rates.
+"""Costs of a machine on which nothing was timed yet: bytes over rates plus operations over rates.
 
-The figures are those of a plain machine of its kind, so a plan made from them is a guess that says so: the link
-rate can be given, everything else is measured at the first run.
+The figures are those of a common machine of its kind, so a plan made from them is a guess and says so. The user can
+give the link's rate; everything else is measured at the first run.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from typing import Final
 from subspec_cli.checkpoint.geometry import ModelGeometry
 from subspec_cli.checkpoint.layer_tensors import LAYER_MATRICES
 from subspec_cli.planning.costs import MachineCosts, RowTimes
+from subspec_cli.planning.device_profile import device_profile
 from subspec_cli.substitutes.settings import SubstituteSettings, substitute_layer_bytes
 
-ASSUMED: Final = "assumed"
 _ROWS: Final = (1, 2, 4, 8, 16, 32, 64, 128)
 _SURVIVAL: Final = MappingProxyType({8: 0.99, 4: 0.974, 2: 0.75})
-"""Chance that the target agrees with one more level of the draft, by the bits of the substitutes: 4 bit as the
-method's authors measured it on a 7B model, the others from our own runs."""
+"""Probability that the target accepts one more level of the draft, by the bits of the substitutes. For 4 bits the
+method's authors measured it on a 7B model; the others are from our own runs."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Rates:
-    """A kind of machine; bytes and operations per second."""
+    """Bytes and operations per second of a kind of machine."""
 
     link: float
     pageable: float
@@ -39,9 +39,9 @@ class _Rates:
     fast_ops: float
     low_bit_ops: float
     layer_s: float
-    """Of any layer, whatever its size: calls, norms, attention over a short prefix."""
+    """Overhead of a layer, whatever its size: calls, norms, attention over a short prefix."""
     step_s: float
-    """Of a draft step beside its layers and head."""
+    """Overhead of a draft step beside its layers and head."""
 
 
 # Two cores with AVX-512 and one NVMe disk, as measured on a model of 24 layers and 1.4 GB: a draft step of
@@ -60,7 +60,7 @@ _CPU: Final = _Rates(
     step_s=0.5e-3,
 )
 # A GPU with PCIe 4.0 x16 and 1 TB/s of memory, as published for an RTX 4090: a pinned copy reaches 22 to
-# 24 GB/s, one that the driver has to stage about a third of it; kernels read 80 % of the memory's rate; the disk
+# 24 GB/s, a copy that the driver has to stage about a third of it; kernels read 80 % of the memory's rate; the disk
 # behind it is an NVMe.
 _CUDA: Final = _Rates(
     link=24e9,
@@ -75,10 +75,11 @@ _CUDA: Final = _Rates(
     layer_s=0.03e-3,
     step_s=0.3e-3,
 )
+_RATES: Final = MappingProxyType({"cpu": _CPU, "cuda": _CUDA})
 
 
 def assumed_survival(bits: int) -> float:
-    """Chance that the target agrees with one more level of a draft of substitutes with so many bits."""
+    """Return the probability that the target accepts one more level of a draft by substitutes with so many bits."""
     return _SURVIVAL[bits]
 
 
@@ -88,7 +89,7 @@ def assumed_costs(
     link_gb_per_s: float | None = None,
     settings: SubstituteSettings | None = None,
 ) -> MachineCosts:
-    """Costs of a machine that nobody has timed.
+    """Return the costs of a machine on which nothing was timed.
 
     Args:
         geometry: of the model whose parts are to take time.
@@ -96,7 +97,8 @@ def assumed_costs(
         link_gb_per_s: the link's rate in 1e9 bytes per second, where it is known; on `cpu` the disk's.
         settings: of the substitutes; None means 4 bits.
     """
-    rates = _CPU if device == "cpu" else _CUDA
+    profile = device_profile(device)
+    rates = _RATES[profile.kind]
     link = rates.link if link_gb_per_s is None else link_gb_per_s * 1e9
     substitute_bytes = substitute_layer_bytes(geometry, settings or SubstituteSettings(4, "minmax"))
     shapes = geometry.layer_shapes()
@@ -104,7 +106,7 @@ def assumed_costs(
     head_weights = geometry.vocab * geometry.hidden
 
     def times(size_bytes: float, weights: int, memory: float, ops: float, fixed_s: float) -> RowTimes:
-        # The first row comes with the reading; more rows cost operations on top of it.
+        # The first row is computed while the weights are read; each further row costs its operations.
         seconds = (fixed_s + size_bytes / memory + (rows - 1) * 2 * weights / ops for rows in _ROWS)
         return RowTimes(_ROWS, tuple(seconds))
 
@@ -112,7 +114,7 @@ def assumed_costs(
     return MachineCosts(
         link_bytes_per_s=link,
         pageable_bytes_per_s=link * rates.pageable / rates.link,
-        disk_bytes_per_s=link if device == "cpu" else rates.disk,
+        disk_bytes_per_s=link if profile.streams_from_disk else rates.disk,
         target_layer=times(layer_bytes, layer_weights, rates.exact_memory, rates.exact_ops, rates.layer_s),
         target_head=times(head_bytes, head_weights, rates.exact_memory, rates.exact_ops, 0.0),
         substitute_layer=times(
@@ -124,11 +126,11 @@ def assumed_costs(
             low_bit_table_bytes(geometry), head_weights, rates.low_bit_memory, rates.low_bit_ops, 0.0
         ),
         step_overhead_s=rates.step_s,
-        origin=ASSUMED,
+        origin="assumed",
     )
 
 
 def low_bit_table_bytes(geometry: ModelGeometry) -> int:
-    """Bytes of a 4-bit copy of the head: half a byte a weight, a scale and a shift per group of 128."""
+    """Return the bytes of a 4-bit copy of the head: half a byte a weight, a scale and a shift per group of 128."""
     weights = geometry.vocab * geometry.hidden
     return weights // 2 + weights // 128 * 4

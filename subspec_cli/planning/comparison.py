@@ -1,4 +1,4 @@
-"""Predicted beside measured: how far a plan's figures were from what a run took."""
+"""Predicted beside measured: how far a plan's figures were from those of a run."""
 
 from __future__ import annotations
 
@@ -8,48 +8,36 @@ from dataclasses import dataclass
 from typing import Any
 
 from subspec_cli.metrics import GenerationStats, rate_of_totals, tau_of_totals
+from subspec_cli.planning.costs import CostOrigin
 from subspec_cli.planning.timing import Prediction
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Figures of one arm, those of the plan first; None where nothing of the kind was done or counted."""
+    """Figures of one arm, predicted and measured; None where nothing of the kind was done or counted."""
 
     predicted_pass_s: float
     pass_s: float | None
     predicted_step_s: float
-    """Of steps of as many rows as there were."""
+    """Of steps with as many rows as the measured ones."""
     step_s: float | None
     predicted_tok_per_s: float
     tok_per_s: float | None
     predicted_tok_per_s_given_tau: float | None
-    """For the tokens and draft steps a pass that there were: what is left is the error in the times.
+    """From the measured tokens and draft steps per pass, so that only the error in the times is left.
 
-    Steps in the shadow of a pass are not counted among them: they take no time of their own.
+    Steps in the shadow of a pass are not counted, because they take no time of their own.
     """
     predicted_plain_tok_per_s: float
-    origin: str
+    origin: CostOrigin
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return dataclasses.asdict(self)
-
-    @property
-    def line(self) -> str:
-        """One line for the user."""
-        given = self.predicted_tok_per_s_given_tau
-        parts = [
-            f"pass {_ms(self.predicted_pass_s)} | {_ms(self.pass_s)}",
-            f"draft step {_ms(self.predicted_step_s)} | {_ms(self.step_s)}",
-            f"tok/s {self.predicted_tok_per_s:.2f} | {_rate(self.tok_per_s)}",
-        ]
-        if given is not None:
-            parts.append(f"{given:.2f} predicted for this tau")
-        return f"predicted ({self.origin} costs) | measured: {' · '.join(parts)}"
 
 
 def compare(prediction: Prediction, answers: Iterable[GenerationStats], *, drafted: bool) -> Comparison:
-    """A plan's figures beside the totals of some answers, of the speculative or of the plain arm."""
+    """Return a plan's figures beside the totals of some answers, of the speculative or of the plain arm."""
     stats = list(answers)
     passes = sum(item.passes for item in stats)
     steps = sum(item.draft_steps for item in stats) if drafted else 0
@@ -69,11 +57,3 @@ def compare(prediction: Prediction, answers: Iterable[GenerationStats], *, draft
         predicted_plain_tok_per_s=plain,
         origin=prediction.origin,
     )
-
-
-def _ms(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.2f} s"
-
-
-def _rate(tok_per_s: float | None) -> str:
-    return "-" if tok_per_s is None else f"{tok_per_s:.2f}"

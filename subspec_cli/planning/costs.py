@@ -1,7 +1,7 @@
-"""What things take on a machine: rates and seconds that were probed, or are assumed and say so.
+"""What things cost on a machine: rates and seconds that were measured, or are assumed and say so.
 
-Times snap to a geometric grid when they are taken, so that small noise between two probes decides nothing: two
-runs with the same cached costs plan and draft alike.
+Times snap to a geometric grid when they are measured. Then small noise between two probes decides nothing, and runs
+plan and draft alike.
 """
 
 from __future__ import annotations
@@ -11,17 +11,18 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal, get_args
 
-_STEPS_PER_DOUBLING: Final = 16
-"""Steps of the grid of snapped to the grid values: neighbours differ by 4.4 %."""
+CostOrigin = Literal["measured", "assumed"]
+_GRID_PER_DOUBLING: Final = 16
+"""Grid points per factor of two: neighbours differ by 4.4 %."""
 
 
 def snapped(value: float) -> float:
-    """The nearest value of a geometric grid, printed short; 0 stays 0."""
+    """Return the nearest value of a geometric grid, in four digits; 0 stays 0."""
     if value <= 0:
         return 0.0
-    power = round(math.log2(value) * _STEPS_PER_DOUBLING) / _STEPS_PER_DOUBLING
+    power = round(math.log2(value) * _GRID_PER_DOUBLING) / _GRID_PER_DOUBLING
     return float(f"{2.0**power:.4g}")
 
 
@@ -38,7 +39,7 @@ class RowTimes:
         assert len(self.rows) == len(self.seconds)
 
     def at(self, rows: int) -> float:
-        """Seconds for `rows` rows: straight lines between the counts that were timed, and on beyond them."""
+        """Return the seconds for `rows` rows: linear between the counts that were timed, and extrapolated beyond."""
         if rows <= self.rows[0] or len(self.rows) == 1:
             return self.seconds[0]
         right = min(bisect.bisect_left(self.rows, rows), len(self.rows) - 1)
@@ -47,7 +48,7 @@ class RowTimes:
         return self.seconds[right - 1] + share * (self.seconds[right] - self.seconds[right - 1])
 
     def snapped(self) -> RowTimes:
-        """The same on the grid, and never falling with more rows."""
+        """Return these times on the grid, and never less for more rows."""
         seconds: list[float] = []
         for value in self.seconds:
             seconds.append(max(snapped(value), seconds[-1] if seconds else 0.0))
@@ -55,44 +56,43 @@ class RowTimes:
 
 
 def weighted_sum(parts: Sequence[tuple[float, RowTimes]]) -> RowTimes:
-    """Times of several pieces one after another, each as often as its weight says."""
+    """Return the times of several pieces run in sequence, each as often as its weight says."""
     rows = tuple(sorted({count for _, part in parts for count in part.rows}))
     return RowTimes(rows, tuple(sum(weight * part.at(count) for weight, part in parts) for count in rows))
 
 
 @dataclass(frozen=True, slots=True)
 class MachineCosts:
-    """What the parts of a pass and of a draft step take on one machine for one model's shapes."""
+    """Times of the parts of a pass and of a draft step, on one machine for one model's shapes."""
 
     link_bytes_per_s: float
     """Rate at which streamed weights reach a slot: from disk on the CPU, from pinned memory on a GPU."""
     pageable_bytes_per_s: float
-    """Rate of copies to a GPU from memory that is not pinned; on the CPU, where nothing is copied, the link's."""
+    """Rate of copies to a GPU from memory that is not pinned; on the CPU, which copies nothing, the link's rate."""
     disk_bytes_per_s: float
-    """Rate of direct reads; on the CPU the link itself."""
+    """Rate of direct reads; on the CPU it is the link's rate."""
     target_layer: RowTimes
     """One layer of the target, its weights in device memory."""
     target_head: RowTimes
     substitute_layer: RowTimes
-    """One layer of the draft made of its substitute."""
+    """One layer of the draft that runs a substitute."""
     shared_layer: RowTimes
-    """One layer of the draft that is the target's own resident layer."""
+    """One layer of the draft that runs the target's own resident layer."""
     draft_head: RowTimes
     """The 16-bit head as the draft runs it."""
     low_bit_head: RowTimes
     """A 4-bit head as the draft runs it."""
     step_overhead_s: float
-    """Batch and tree of one draft step, as far as it waits for the host."""
-    origin: str
-    """`measured` or `assumed`."""
+    """Host work of one draft step, on its batch and its tree, while the step waits for it."""
+    origin: CostOrigin
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON and for the cache."""
+        """Return plain values for JSON and for the cache."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MachineCosts:
-        """Undo `as_dict`; raises KeyError, TypeError, ValueError or AssertionError for anything else."""
+        """Read back `as_dict`; raises KeyError, TypeError, ValueError or AssertionError for anything else."""
         read: dict[str, Any] = {}
         for entry in dataclasses.fields(cls):
             value = values[entry.name]
@@ -102,25 +102,27 @@ class MachineCosts:
                 )
             elif entry.name != "origin":
                 value = float(value)
+            elif value not in get_args(CostOrigin):
+                raise ValueError(f"no origin of costs: {value!r}")
             read[entry.name] = value
         return cls(**read)
 
 
 @dataclass(frozen=True, slots=True)
 class PlanCosts:
-    """What one plan's passes and draft steps take."""
+    """Times of one plan's passes and draft steps."""
 
     link_s: float
-    """Time of the link for the bytes of one pass."""
+    """Link time for the bytes of one pass."""
     compute: RowTimes
-    """Computing of one target pass by its rows, weights at hand."""
+    """Compute time of one target pass by its rows, without waiting for weights."""
     step: RowTimes
     """One draft step by its rows."""
 
     def pass_s(self, rows: int) -> float:
-        """Seconds of a target pass: the link and the computing overlap."""
+        """Return the seconds of a target pass: link and compute overlap."""
         return max(self.link_s, self.compute.at(rows))
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return dataclasses.asdict(self)

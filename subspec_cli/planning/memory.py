@@ -1,201 +1,228 @@
-"""Every byte of a plan in exactly one line: what a choice takes of the device's memory, and of the host's.
+"""Where a byte comes from: the memory that a layout takes on the device and on the host.
 
-Whatever grows with the model, the context or the tree has a line of its own; libraries and contexts that a plan
-cannot shrink have theirs, and one line is a stated margin for what does not grow.
+Every byte is in exactly one line. What grows with the model, the context or the tree has a line of its own, and so
+have libraries and contexts, which a plan cannot shrink. One line is a stated margin for what does not grow.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal, NamedTuple
 
 from subspec_cli.checkpoint.layer_tensors import LAYER_BLOCKS, LAYER_MATRICES
-from subspec_cli.limits import ATTENTION_TILE_BYTES, NOISE_ROWS
+from subspec_cli.limits import ATTENTION_TILE_BYTES, LEAST_RING_SLOTS, MOST_ROWS, NOISE_ROWS
 from subspec_cli.planning.assumed_costs import low_bit_table_bytes
-from subspec_cli.planning.request import Choice, PlanRequest
-from subspec_cli.units import GIB, MIB, format_bytes
+from subspec_cli.planning.device_profile import EmbeddingPlace
+from subspec_cli.planning.request import PlanRequest
+from subspec_cli.units import MIB, format_bytes
 
-BARE_PROCESS_BYTES: Final = 448 * MIB
-"""Resident set of the interpreter with all libraries imported and no model: 250 MiB measured, and what they grow
-by while a model is loaded. On the CPU it comes on top of the budget, which counts from there."""
-CUDA_PROCESS_BYTES: Final = 2 * GIB
-"""The same beside a GPU, whose driver and kernels live in host memory too."""
-CUDA_CONTEXT_BYTES: Final = 512 * MIB
-"""Taken of a GPU by the driver's context and the loaded kernels, outside the allocator."""
-CUDA_LIBRARY_BYTES: Final = 96 * MIB
-"""cuBLAS workspaces as they are configured (8 x 4 MiB for each of two streams), and the graph of a draft step."""
-RING_SLOTS: Final = 3
-"""Pinned layers through which layers from disk pass: one copied, one ready, one arriving."""
-_LEAST_RING_SLOTS: Final = 2
+_MOST_RING_SLOTS: Final = 3
+"""Pinned buffers of the ring, one layer each: one is copied, one is ready, one is being read."""
 _MARGIN_BYTES: Final = 64 * MIB
 """Interpreter growth, thread stacks, kernel scratch and the allocator's own waste."""
 _NOISE_BYTES: Final = 8
-"""Noise of one token, float64 as `sample` adds it."""
-_DRAFT_ROWS: Final = 8
+"""Noise of one token, float64 as the sampler adds it."""
 _RANKED_BYTES: Final = 8
 _SAMPLED_BYTES: Final = 40
-"""Of a draft row's logit, with all that ranking makes of it: noise, shares and places of the filters."""
+"""Per logit of a draft row, with all that ranking makes of it: noise, probabilities and indices of the filters."""
 _PAGE_BYTES: Final = 4096
-_ROUNDING_BYTES: Final = MIB
-"""Lost per large tensor on a GPU: the allocator rounds it up to 2 MiB, by half of that on average."""
 _TOKENIZER_FACTOR: Final = 8
-"""Memory of a loaded tokenizer by the bytes of its files."""
+"""Memory of a loaded tokenizer, as a multiple of the bytes of its files."""
+
+HeadBits = Literal[4, 16]
+
+
+class MemoryLayout(NamedTuple):
+    """One way to use a budget, whatever the context."""
+
+    shared: int
+    """Resident layers that the draft runs too."""
+    target_only: int
+    """Resident layers beside which the draft keeps its substitutes."""
+    drafts: bool
+    """Whether there is a draft at all."""
+    slots: int
+    draft_head_bits: HeadBits
+    """16 shares the target's head, 4 is a copy of the draft's own."""
+    embedding: EmbeddingPlace
+
+    @property
+    def resident(self) -> int:
+        """Number of resident layers of the target."""
+        return self.shared + self.target_only
+
+
+class PinnedLayers(NamedTuple):
+    """What of the streamed layers is in pinned host memory."""
+
+    layers: int
+    """Layers that stay there."""
+    ring_slots: int
+    """Buffers of a layer each, through which the other streamed layers pass."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlanLine:
-    """One line of the byte table."""
+    """One line of the memory breakdown."""
 
     label: str
     size_bytes: int
     note: str = ""
 
 
-class Ledger:
-    """The sizes of one request, from which every choice is priced alike."""
+class MemoryModel:
+    """The sizes of one request. All its layouts are sized by them."""
 
     def __init__(self, request: PlanRequest) -> None:
-        geometry = request.geometry
+        geometry, self._profile = request.geometry, request.profile
         self._request = request
-        self._on_gpu = request.device == "cuda"
+        self._geometry = geometry
         self.layers = geometry.layers
         self.layer_bytes = geometry.layer_matrix_bytes
-        self.block_bytes = max(geometry.block_bytes.values())
-        self.slot_bytes = (self.layer_bytes if self._on_gpu else self.block_bytes) + (
-            (32 if self._on_gpu else 8) * _PAGE_BYTES
-        )
-        self.ahead_bytes = self.layer_bytes // (1 if self._on_gpu else len(LAYER_BLOCKS))
-        """What a slot holds on average."""
-        self.row_bytes = geometry.kv_row_bytes + 3 * geometry.kv_heads * geometry.head_dim * 8
-        """Bytes that one more row of context costs: keys and values, and a layer of them in float64."""
+        holds_layer = self._profile.slot_unit == "layer"
+        unit_bytes = self.layer_bytes if holds_layer else max(geometry.block_bytes.values())
+        self.slot_bytes = unit_bytes + self._profile.slot_pages * _PAGE_BYTES
+        self.mean_slot_bytes = self.layer_bytes // (1 if holds_layer else len(LAYER_BLOCKS))
+        """Weights that a slot holds on average: blocks differ in size."""
+        self._wide_row_bytes = 3 * geometry.kv_heads * geometry.head_dim * 8
+        """Work space for one row of context: keys and values of one layer in float64."""
+        self.row_bytes = geometry.kv_row_bytes + self._wide_row_bytes
+        """Bytes that one more row of context costs."""
         self._tokenizer_bytes = _TOKENIZER_FACTOR * request.tokenizer_bytes
         self._low_bit_head_bytes = low_bit_table_bytes(geometry)
         self._small_bytes = (
             geometry.layers * geometry.layer_small_bytes + geometry.hidden * geometry.element_bytes
         )
-        self._work_bytes = _workspace_bytes(request)
-        self._noise_bytes = NOISE_ROWS * geometry.vocab * _NOISE_BYTES if request.samples else 0
-        self._libraries_bytes = CUDA_CONTEXT_BYTES + CUDA_LIBRARY_BYTES if self._on_gpu else 0
-        self._rounding_bytes = len(LAYER_MATRICES) * _ROUNDING_BYTES if self._on_gpu else 0
+        self._work_bytes = self._workspace_bytes()
+        noise_bytes = NOISE_ROWS * geometry.vocab * _NOISE_BYTES if request.samples else 0
+        self._noise_bytes = noise_bytes if self._profile.budget_is_ram else 0
+        self._host_noise_bytes = 0 if self._profile.budget_is_ram else 2 * noise_bytes
+        """Beside a GPU: the sampler's own, and twice as many positions in float32, which the GPU reads."""
+        self._rounding_bytes = len(LAYER_MATRICES) * self._profile.rounding_bytes
+        """Rounding per layer."""
         self._fixed_bytes = (
             geometry.table_bytes
             + self._small_bytes
             + self._work_bytes
-            + (0 if self._on_gpu else self._noise_bytes)
-            + self._libraries_bytes
+            + self._noise_bytes
+            + self._profile.context_bytes
+            + self._profile.library_bytes
             + _MARGIN_BYTES
             + request.scratch_rows * self.row_bytes
         )
 
-    def substitutes(self, choice: Choice) -> int:
-        """How many layers have a substitute in memory."""
-        return self.layers - choice.shared if choice.drafts else 0
+    def substitutes(self, layout: MemoryLayout) -> int:
+        """Return how many layers have a substitute in memory."""
+        return self.layers - layout.shared if layout.drafts else 0
 
-    def base_bytes(self, choice: Choice) -> int:
-        """All lines of a choice for a context of no tokens."""
-        substitutes = self.substitutes(choice)
+    def base_bytes(self, layout: MemoryLayout) -> int:
+        """Return the sum of all lines for a context of no tokens."""
+        substitutes = self.substitutes(layout)
         return (
             self._fixed_bytes
-            + choice.resident * self.layer_bytes
+            + layout.resident * self.layer_bytes
             + substitutes * (self._request.substitute_bytes or 0)
-            + choice.slots * self.slot_bytes
-            + (self._low_bit_head_bytes if choice.draft_head_bits == 4 else 0)
-            + (self._request.geometry.table_bytes if choice.embedding == "device" else 0)
-            + (choice.resident + substitutes) * self._rounding_bytes
+            + layout.slots * self.slot_bytes
+            + (self._low_bit_head_bytes if layout.draft_head_bits == 4 else 0)
+            + (self._geometry.table_bytes if layout.embedding == "device" else 0)
+            + (layout.resident + substitutes) * self._rounding_bytes
         )
 
-    def lines(self, choice: Choice, context: int) -> tuple[PlanLine, ...]:
-        """What lies in the device's memory; the sum is `base_bytes` and `row_bytes` for each token of context."""
-        geometry, substitutes = self._request.geometry, self.substitutes(choice)
+    def whole_model_bytes(self, embedding: EmbeddingPlace, context: int) -> int:
+        """Return what plain decoding takes with all layers resident."""
+        whole = MemoryLayout(0, self.layers, False, 0, 16, embedding)
+        return self.base_bytes(whole) + context * self.row_bytes
+
+    def lines(self, layout: MemoryLayout, context: int) -> tuple[PlanLine, ...]:
+        """Break down the device's memory. The sum is `base_bytes`, and `row_bytes` for each token of context."""
+        geometry, profile, substitutes = self._geometry, self._profile, self.substitutes(layout)
         rows = context + self._request.scratch_rows
-        tables = 2 if choice.embedding == "device" else 1
+        tables = 2 if layout.embedding == "device" else 1
         substitute_bytes = substitutes * (self._request.substitute_bytes or 0)
         found = (
-            PlanLine("head" if choice.embedding in ("host", "disk") else "embedding and head",
-                     tables * geometry.table_bytes, _table_note(choice)),
-            PlanLine("draft head", self._low_bit_head_bytes if choice.draft_head_bits == 4 else 0, "4-bit copy"),
+            PlanLine("head" if layout.embedding in ("host", "disk") else "embedding and head",
+                     tables * geometry.table_bytes, _table_note(layout)),
+            PlanLine("draft head", self._low_bit_head_bytes if layout.draft_head_bits == 4 else 0, "4-bit copy"),
             PlanLine("norms and biases", self._small_bytes),
-            PlanLine("resident layers", choice.resident * self.layer_bytes, self._resident_note(choice)),
+            PlanLine("resident layers", layout.resident * self.layer_bytes, self._resident_note(layout)),
             PlanLine("substitutes", substitute_bytes, f"{substitutes} x {self._request.substitute_bits} bit"),
-            PlanLine("stream slots", choice.slots * self.slot_bytes,
-                     f"{choice.slots} x {format_bytes(self.slot_bytes)}"),
+            PlanLine("stream slots", layout.slots * self.slot_bytes,
+                     f"{layout.slots} x {format_bytes(self.slot_bytes)}"),
             PlanLine("KV cache", rows * geometry.kv_row_bytes, f"{rows} rows"),
-            PlanLine("workspace", self._work_bytes + rows * (self.row_bytes - geometry.kv_row_bytes)),
-            PlanLine("sampling noise", 0 if self._on_gpu else self._noise_bytes, f"{NOISE_ROWS} positions"),
-            PlanLine("CUDA context", CUDA_CONTEXT_BYTES if self._on_gpu else 0, "outside the allocator"),
-            PlanLine("library workspaces", CUDA_LIBRARY_BYTES if self._on_gpu else 0),
-            PlanLine("allocator rounding", (choice.resident + substitutes) * self._rounding_bytes),
+            PlanLine("workspace", self._work_bytes + rows * self._wide_row_bytes),
+            PlanLine("sampling noise", self._noise_bytes, f"{NOISE_ROWS} positions"),
+            PlanLine("CUDA context", profile.context_bytes, "outside the allocator"),
+            PlanLine("library workspaces", profile.library_bytes),
+            PlanLine("allocator rounding", (layout.resident + substitutes) * self._rounding_bytes),
             PlanLine("margin", _MARGIN_BYTES),
         )  # fmt: skip
         return tuple(line for line in found if line.size_bytes)
 
-    def pinned(self, choice: Choice) -> tuple[int, int] | None:
-        """Streamed layers that stay in pinned memory, and slots of the ring through which the others pass.
+    def pinned(self, layout: MemoryLayout) -> PinnedLayers | None:
+        """Return what of the streamed layers is pinned, as much as the limit of host memory allows.
 
-        None where the bound on host memory holds not even a ring; on the CPU nothing is pinned.
+        None if the limit does not even hold a ring. Nothing is pinned where slots are read straight from disk.
         """
-        if not self._on_gpu:
-            return 0, 0
-        streamed, ram_bytes = self.layers - choice.resident, self._request.ram_bytes
+        if self._profile.streams_from_disk:
+            return PinnedLayers(0, 0)
+        streamed, ram_bytes = self.layers - layout.resident, self._request.ram_bytes
         if ram_bytes is None:
-            return streamed, 0
-        places = (ram_bytes - self._host_bytes(choice)) // self.layer_bytes
+            return PinnedLayers(streamed, 0)
+        free_bytes = ram_bytes - self._bare_host_bytes() - self._host_table_bytes(layout)
+        places = free_bytes // self.layer_bytes
         if places >= streamed:
-            return streamed, 0
-        ring = min(RING_SLOTS, places)
-        return (places - ring, ring) if ring >= _LEAST_RING_SLOTS else None
+            return PinnedLayers(streamed, 0)
+        ring = min(_MOST_RING_SLOTS, places)
+        return PinnedLayers(places - ring, ring) if ring >= LEAST_RING_SLOTS else None
 
-    def host_lines(self, choice: Choice) -> tuple[PlanLine, ...]:
-        """What lies in the host's memory beside the budget."""
-        if not self._on_gpu:
-            return (PlanLine("bare process", BARE_PROCESS_BYTES, "beside the budget"),)
-        pinned, ring = self.pinned(choice) or (0, 0)
-        streamed = self.layers - choice.resident
+    def host_lines(self, layout: MemoryLayout) -> tuple[PlanLine, ...]:
+        """Break down the host memory beside the budget."""
+        process_bytes = self._profile.process_bytes
+        if self._profile.budget_is_ram:
+            return (PlanLine("bare process", process_bytes, "beside the budget"),)
+        pinned, ring = self.pinned(layout) or PinnedLayers(0, 0)
+        streamed = self.layers - layout.resident
         found = (
-            PlanLine("bare process", CUDA_PROCESS_BYTES),
+            PlanLine("bare process", process_bytes),
             PlanLine("tokenizer", self._tokenizer_bytes),
-            PlanLine("embedding", self._request.geometry.table_bytes if choice.embedding == "host" else 0),
-            PlanLine("sampling noise", self._pinned_noise_bytes, f"{NOISE_ROWS} positions"),
+            PlanLine("embedding", self._host_table_bytes(layout)),
+            PlanLine("sampling noise", self._host_noise_bytes, f"{NOISE_ROWS} positions"),
             PlanLine("pinned layers", pinned * self.layer_bytes, f"{pinned} of {streamed} streamed"),
             PlanLine("pinned ring", ring * self.layer_bytes, f"{streamed - pinned} layers pass from disk"),
         )
         return tuple(line for line in found if line.size_bytes)
 
     def least_host_bytes(self) -> int:
-        """Host memory without which nothing runs on a GPU: a ring, and no table beside it."""
-        ring_bytes = _LEAST_RING_SLOTS * self.layer_bytes
-        return CUDA_PROCESS_BYTES + self._tokenizer_bytes + self._pinned_noise_bytes + ring_bytes
+        """Return the least host memory beside a GPU: a ring, and no embedding."""
+        return self._bare_host_bytes() + LEAST_RING_SLOTS * self.layer_bytes
 
-    def _host_bytes(self, choice: Choice) -> int:
-        table_bytes = self._request.geometry.table_bytes if choice.embedding == "host" else 0
-        return CUDA_PROCESS_BYTES + self._tokenizer_bytes + self._pinned_noise_bytes + table_bytes
+    def _bare_host_bytes(self) -> int:
+        """Host memory beside a GPU without layers and embedding."""
+        return self._profile.process_bytes + self._tokenizer_bytes + self._host_noise_bytes
 
-    @property
-    def _pinned_noise_bytes(self) -> int:
-        """Noise on the host of a GPU, which sees twice as many positions in half as many bytes."""
-        return self._noise_bytes * 2 if self._on_gpu else 0
+    def _host_table_bytes(self, layout: MemoryLayout) -> int:
+        return self._geometry.table_bytes if layout.embedding == "host" else 0
 
-    def _resident_note(self, choice: Choice) -> str:
-        note = f"{choice.resident} of {self.layers}"
-        if choice.drafts and choice.shared:
-            return f"{note}, {choice.shared} also draft"
+    def _resident_note(self, layout: MemoryLayout) -> str:
+        note = f"{layout.resident} of {self.layers}"
+        if layout.drafts and layout.shared:
+            return f"{note}, {layout.shared} also draft"
         return note
 
+    def _workspace_bytes(self) -> int:
+        """Activations of the widest forward, attention's tiles and logits; the tokenizer if the budget is RAM."""
+        geometry, request = self._geometry, self._request
+        width = 4 * geometry.hidden + 3 * geometry.feed_forward + 3 * geometry.heads * geometry.head_dim
+        activations = request.prefill_rows * width * max(geometry.element_bytes, 4)
+        tiles = 3 * ATTENTION_TILE_BYTES
+        drafted = MOST_ROWS * geometry.vocab * (_SAMPLED_BYTES if request.samples else _RANKED_BYTES)
+        verified = request.tree_nodes * geometry.vocab * geometry.element_bytes
+        # A tree is drafted while the last tree's logits are still held; the self-check compares those of two trees.
+        logits = verified + max(verified, drafted)
+        tokenizer = self._tokenizer_bytes if self._profile.budget_is_ram else 0
+        return activations + tiles + logits + tokenizer
 
-def _table_note(choice: Choice) -> str:
+
+def _table_note(layout: MemoryLayout) -> str:
     places = {"host": "embedding in host RAM", "disk": "embedding on disk"}
-    return places.get(choice.embedding, "")
-
-
-def _workspace_bytes(request: PlanRequest) -> int:
-    """Activations of the widest forward, attention's tiles and logits; the tokenizer on the host."""
-    geometry = request.geometry
-    width = 4 * geometry.hidden + 3 * geometry.feed_forward + 3 * geometry.heads * geometry.head_dim
-    activations = request.prefill_rows * width * max(geometry.element_bytes, 4)
-    tiles = 3 * ATTENTION_TILE_BYTES
-    drafted = _DRAFT_ROWS * geometry.vocab * (_SAMPLED_BYTES if request.samples else _RANKED_BYTES)
-    verified = request.tree_nodes * geometry.vocab * geometry.element_bytes
-    # A tree is drafted while the last one's logits are there; the self-check compares those of two trees.
-    logits = verified + max(verified, drafted)
-    tokenizer = _TOKENIZER_FACTOR * request.tokenizer_bytes if request.device == "cpu" else 0
-    return activations + tiles + logits + tokenizer
+    return places.get(layout.embedding, "")

@@ -1,7 +1,7 @@
 """Which layers stay in memory and which are streamed, from sizes, speeds and a budget alone: pure arithmetic.
 
-The budget is never exceeded by the sum of the lines (`plan_lines`); of all that it holds, what is predicted to
-be fastest is taken (`plan_search`, `predict`).
+The sum of the memory lines (`memory`) never exceeds the budget. Of all layouts that fit (`search`), the plan takes
+the one that is predicted to be fastest (`timing`).
 """
 
 from __future__ import annotations
@@ -10,50 +10,40 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from subspec_cli.checkpoint.geometry import ModelGeometry
 from subspec_cli.checkpoint.layer_tensors import spread
 from subspec_cli.errors import ResourceError, UsageError
-from subspec_cli.limits import ATTENTION_TILE_BYTES, MOST_ROWS, SHADOW_ROWS
-from subspec_cli.planning.memory import Ledger, PlanLine
-from subspec_cli.planning.reason import context_reason, main_reason, too_small
-from subspec_cli.planning.request import DEFAULT_CONTEXT, LEAST_CONTEXT, Choice, PlanRequest
-from subspec_cli.planning.search import Candidate, paces
-from subspec_cli.planning.shelf import Shelf, usual_contexts
+from subspec_cli.limits import MOST_ROWS
+from subspec_cli.planning.costs import MachineCosts, PlanCosts
+from subspec_cli.planning.device_profile import DeviceKind, EmbeddingPlace, device_profile
+from subspec_cli.planning.memory import HeadBits, PinnedLayers, PlanLine
+from subspec_cli.planning.reason import FasterBits, PlanReason, plan_reason
+from subspec_cli.planning.request import PlanRequest, usual_contexts
+from subspec_cli.planning.search import LayoutSearch, PlanOption, TimedLayout
+from subspec_cli.planning.shortage import shortage
 from subspec_cli.planning.timing import (
     NODE_BUDGETS,
     Prediction,
-    node_budget,
+    hidden_nodes,
+    link_s,
     pass_compute,
-    prediction_of,
+    predict,
+    step_times,
     verified_rows,
 )
-
-__all__ = [
-    "ATTENTION_TILE_BYTES",
-    "DEFAULT_CONTEXT",
-    "LEAST_CONTEXT",
-    "SHADOW_ROWS",
-    "OffloadPlan",
-    "PlanBounds",
-    "PlanLine",
-    "PlanRequest",
-    "bounds_of",
-    "fastest_plan",
-    "make_plan",
-    "spread",
-]
 
 
 @dataclass(frozen=True, slots=True)
 class OffloadPlan:
-    """Where everything lives, what it is predicted to give, and why."""
+    """Where everything is, what it is predicted to give, and why."""
 
-    device: str
+    device: DeviceKind
     budget_bytes: int
     context: int
     resident: tuple[int, ...]
     """Layers of the target that are held in device memory."""
     shared: tuple[int, ...]
-    """Those of them that the draft runs too, in place of a substitute."""
+    """Resident layers that the draft runs too, in place of a substitute."""
     streamed: tuple[int, ...]
     pinned_layers: tuple[int, ...]
     """Streamed layers that wait in pinned host memory; the other streamed ones are read from disk."""
@@ -64,10 +54,9 @@ class OffloadPlan:
     drafts: bool
     """Whether there are substitutes, so that tokens can be drafted."""
     substitute_bits: int
-    draft_head_bits: int
+    draft_head_bits: HeadBits
     """16: the draft uses the target's head; 4: it has a low-bit copy of its own."""
-    embedding: str
-    """`tied` to the head, on the `device`, in `host` memory or on `disk`."""
+    embedding: EmbeddingPlace
     tree_nodes: int
     """Most nodes of a draft tree: as many as hide behind the link, or as a fixed depth or width needs."""
     shadow_rows: int
@@ -79,7 +68,7 @@ class OffloadPlan:
     """Host memory beside the budget."""
     streamed_bytes_per_pass: int
     prediction: Prediction
-    reason: str
+    reason: PlanReason
     fits: bool
     """Whether the whole model fits the budget, so that nothing needs to be streamed."""
 
@@ -108,8 +97,18 @@ class OffloadPlan:
         """Host memory beside the budget."""
         return sum(line.size_bytes for line in self.host_lines)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+    def costs(self, machine: MachineCosts, geometry: ModelGeometry) -> PlanCosts:
+        """Return what the passes and draft steps of this plan take, from the parts that were timed or assumed."""
+        straight = device_profile(self.device).streams_from_disk
+        from_disk = 0 if straight else len(self.streamed) - len(self.pinned_layers)
+        return PlanCosts(
+            link_s=link_s(machine, geometry.layer_matrix_bytes, len(self.streamed), from_disk),
+            compute=pass_compute(machine, geometry),
+            step=step_times(machine, geometry, len(self.shared), self.draft_head_bits, self.embedding),
+        )
+
+    def as_dict(self, *, reason: str) -> dict[str, Any]:
+        """Return plain values for JSON; `reason` is the sentence for the plan's reason."""
         return {
             "device": self.device,
             "budget_bytes": self.budget_bytes,
@@ -129,7 +128,7 @@ class OffloadPlan:
             "tree_nodes": self.tree_nodes,
             "streamed_bytes_per_pass": self.streamed_bytes_per_pass,
             "fits": self.fits,
-            "reason": self.reason,
+            "reason": reason,
             "prediction": self.prediction.as_dict(),
             "lines": _as_dicts(self.lines),
             "host_lines": _as_dicts(self.host_lines),
@@ -137,10 +136,11 @@ class OffloadPlan:
 
 
 def make_plan(request: PlanRequest) -> OffloadPlan:
-    """The plan that is predicted to be fastest of all that the budget holds.
+    """Return the plan that is predicted to be fastest of all that the budget holds.
 
-    Raises ResourceError with the smallest budget that works, UsageError for more layers than the model has or
-    a context beyond the model's.
+    Raises:
+        ResourceError: the budget is too small; the error names the least that works.
+        UsageError: more resident layers than the model has, or a context beyond the model's.
     """
     layers = request.geometry.layers
     if request.resident_layers is not None and request.resident_layers > layers:
@@ -149,17 +149,20 @@ def make_plan(request: PlanRequest) -> OffloadPlan:
         raise UsageError(
             f"--context {request.context}: the model was made for {request.model_context} positions"
         )
-    ledger = Ledger(request)
-    shelf = Shelf(request, ledger)
-    found = shelf.choose(request.budget_bytes)
-    if found is None:
-        raise too_small(request, ledger, shelf)
-    return _finish(request, ledger, shelf, *found)
+    search = LayoutSearch(request)
+    option = search.best(request.budget_bytes)
+    if option is None:
+        raise shortage(search)
+    plan = _finished(search, option)
+    assert plan.scratch_rows <= request.scratch_rows, (
+        "the run would allocate more cache rows than were counted"
+    )
+    return plan
 
 
 @dataclass(frozen=True, slots=True)
 class PlanBounds:
-    """How little a request could do with, and how far its budget reaches."""
+    """The least that a request needs, and the most that its budget holds."""
 
     least_budget_bytes: int
     least_context: int
@@ -169,26 +172,25 @@ class PlanBounds:
 
 
 def bounds_of(request: PlanRequest) -> PlanBounds:
-    """The smallest budget that works, and the longest context that the present one holds.
+    """Return the smallest budget that works, and the longest context that the present one holds.
 
-    Raises ResourceError if the bound on host memory leaves no choice at all.
+    Raises ResourceError if the limit of host memory leaves no layout at all.
     """
-    ledger = Ledger(request)
-    shelf = Shelf(request, ledger)
-    if not shelf.candidates:
-        raise too_small(request, ledger, shelf)
+    search = LayoutSearch(request)
+    if not search.front:
+        raise shortage(search)
     context = request.context or usual_contexts(request.model_context)[-1]
     return PlanBounds(
-        least_budget_bytes=shelf.total_bytes(shelf.candidates[0], context),
+        least_budget_bytes=search.total_bytes(search.front[0], context),
         least_context=context,
-        largest_context=shelf.largest_context(request.budget_bytes),
+        largest_context=search.largest_context(request.budget_bytes),
     )
 
 
 def fastest_plan(requests: Sequence[PlanRequest]) -> tuple[int, OffloadPlan]:
-    """The fastest of several requests' plans, and its number; raises the first one's error if none can be made.
+    """Return the fastest of several requests' plans, and its index; raises the first error if no plan can be made.
 
-    For several sets of substitutes that stand side by side, most recent first: equals go to the first.
+    The requests are for several sets of substitutes of one model, most recent first: equals go to the first.
     """
     plans, errors = [], []
     for number, request in enumerate(requests):
@@ -199,77 +201,56 @@ def fastest_plan(requests: Sequence[PlanRequest]) -> tuple[int, OffloadPlan]:
     if not plans:
         raise errors[0]
     number, plan = max(plans, key=lambda item: (item[1].prediction.tok_per_s, -item[0]))
-    if len(requests) > 1:
-        others = sorted({request.substitute_bits for request in requests} - {plan.substitute_bits})
-        named = " and ".join(f"{bits}-bit" for bits in others)
-        if named:
-            reason = f"{plan.reason}; {plan.substitute_bits}-bit substitutes, predicted faster than {named}"
-            plan = replace(plan, reason=reason)
+    slower_bits = {request.substitute_bits for request in requests} - {plan.substitute_bits}
+    if slower_bits:
+        substitutes = FasterBits(plan.substitute_bits, tuple(sorted(slower_bits)))
+        plan = replace(plan, reason=replace(plan.reason, substitutes=substitutes))
     return number, plan
+
+
+def _finished(search: LayoutSearch, option: PlanOption) -> OffloadPlan:
+    request, memory, timed, layout = search.request, search.memory, option.timed, option.timed.layout
+    layers = request.geometry.layers
+    resident = spread(layout.resident, layers)
+    streamed = tuple(layer for layer in range(layers) if layer not in resident)
+    pinned = memory.pinned(layout) or PinnedLayers(0, 0)
+    return OffloadPlan(
+        device=request.device,
+        budget_bytes=request.budget_bytes,
+        context=option.context,
+        resident=resident,
+        shared=_pick(layout.shared, resident),
+        streamed=streamed,
+        pinned_layers=_pick(pinned.layers, streamed),
+        ring_slots=pinned.ring_slots,
+        slots=layout.slots,
+        drafts=layout.drafts,
+        substitute_bits=request.substitute_bits,
+        draft_head_bits=layout.draft_head_bits,
+        embedding=layout.embedding,
+        tree_nodes=_tree_nodes(request, timed),
+        shadow_rows=request.shadow_rows if streamed and layout.drafts else 0,
+        draft_rows=max(request.fixed_width or 0, MOST_ROWS),
+        lines=memory.lines(layout, option.context),
+        host_lines=memory.host_lines(layout),
+        streamed_bytes_per_pass=len(streamed) * memory.layer_bytes,
+        prediction=predict(request, timed.timing, timed.depth),
+        reason=plan_reason(search, option),
+        fits=memory.whole_model_bytes(layout.embedding, option.context) <= request.budget_bytes,
+    )
 
 
 def _pick(count: int, layers: Sequence[int]) -> tuple[int, ...]:
     return tuple(layers[index] for index in spread(count, len(layers)))
 
 
-def _finish(
-    request: PlanRequest, ledger: Ledger, shelf: Shelf, context: int, candidate: Candidate
-) -> OffloadPlan:
-    geometry, choice = request.geometry, candidate.choice
-    resident = spread(choice.resident, geometry.layers)
-    streamed = tuple(layer for layer in range(geometry.layers) if layer not in resident)
-    pinned, ring_slots = ledger.pinned(choice) or (0, 0)
-    whole = Choice(0, geometry.layers, False, 0, 16, choice.embedding)
-    whole_bytes = ledger.base_bytes(whole) + context * ledger.row_bytes
-    fits = whole_bytes <= request.budget_bytes
-    reasons = (
-        main_reason(request, ledger, shelf, candidate, whole_bytes if fits else None, context),
-        context_reason(request, shelf, candidate, context),
-    )
-    plan = OffloadPlan(
-        device=request.device,
-        budget_bytes=request.budget_bytes,
-        context=context,
-        resident=resident,
-        shared=_pick(choice.shared, resident),
-        streamed=streamed,
-        pinned_layers=_pick(pinned, streamed),
-        ring_slots=ring_slots,
-        slots=choice.slots,
-        drafts=choice.drafts,
-        substitute_bits=request.substitute_bits,
-        draft_head_bits=choice.draft_head_bits,
-        embedding=choice.embedding,
-        tree_nodes=_tree_nodes(request, candidate),
-        shadow_rows=request.shadow_rows if streamed and choice.drafts else 0,
-        draft_rows=max(request.fixed_width or 0, MOST_ROWS),
-        lines=ledger.lines(choice, context),
-        host_lines=ledger.host_lines(choice),
-        streamed_bytes_per_pass=len(streamed) * geometry.layer_matrix_bytes,
-        prediction=prediction_of(
-            candidate.cycle,
-            candidate.pace,
-            paces(request)[0],
-            request.costs,
-            survival=request.likely_survival,
-            is_measured=request.survival is not None,
-        ),
-        reason="; ".join(reason for reason in reasons if reason),
-        fits=fits,
-    )
-    assert plan.scratch_rows <= request.scratch_rows, (
-        "the run would allocate more cache rows than were counted"
-    )
-    return plan
-
-
-def _tree_nodes(request: PlanRequest, candidate: Candidate) -> int:
-    """Nodes that may be verified: as many as hide behind the link, and as many as the best depth wants."""
+def _tree_nodes(request: PlanRequest, timed: TimedLayout) -> int:
+    """Return how many nodes may be verified: all that hide behind the link, and all that the best depth wants."""
     if request.fixed_depth is not None or request.fixed_width is not None:
         return request.tree_nodes
     compute = pass_compute(request.costs, request.geometry)
-    hidden = node_budget(candidate.cycle.link_s, compute, request.tree_nodes)
-    wanted = verified_rows(candidate.pace.depth, request.tree_nodes)
+    hidden = hidden_nodes(timed.timing.link_s, compute, request.tree_nodes)
+    wanted = verified_rows(timed.depth.depth, request.tree_nodes)
     enough = next((nodes for nodes in NODE_BUDGETS if nodes >= wanted), wanted)
     return min(max(hidden, enough), request.tree_nodes)
 

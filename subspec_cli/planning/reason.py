@@ -1,93 +1,113 @@
-"""The words for a plan: why it is as it is, and what a budget lacks that is too small."""
+"""Why a plan is as it is, in figures. `cli/plan_text.py` makes the sentence."""
 
 from __future__ import annotations
 
-from subspec_cli.errors import ResourceError
-from subspec_cli.planning.memory import Ledger
-from subspec_cli.planning.request import PlanRequest
-from subspec_cli.planning.search import Candidate
-from subspec_cli.planning.shelf import Shelf, usual_contexts
-from subspec_cli.units import GIB, format_bytes
+from dataclasses import dataclass
+
+from subspec_cli.planning.request import usual_contexts
+from subspec_cli.planning.search import LayoutSearch, PlanOption
 
 
-def main_reason(
-    request: PlanRequest,
-    ledger: Ledger,
-    shelf: Shelf,
-    candidate: Candidate,
-    whole_bytes: int | None,
-    context: int,
-) -> str:
-    """Why so many layers are resident, and of this kind; `whole_bytes` is the model's size where all of it fits."""
-    choice, budget_bytes = candidate.choice, request.budget_bytes
+@dataclass(frozen=True, slots=True)
+class GivenLayers:
+    """The user gave the number of resident layers."""
+
+    resident: int
+
+
+@dataclass(frozen=True, slots=True)
+class WholeModel:
+    """The whole model fits and is resident."""
+
+    model_bytes: int
+    budget_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayersThatPay:
+    """As many layers are resident as make the plan faster, perhaps none."""
+
+    resident: int
+    spare_bytes: int
+    layer_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ResidentDraft:
+    """How the draft uses the resident layers."""
+
+    shares: bool
+    """Whether it runs them too. Otherwise it keeps its substitutes beside them."""
+    gain: float | None
+    """Predicted speedup over the other way, less 1; None if the other way does not fit."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShorterContext:
+    """The context is shorter than the longest usual one."""
+
+    context: int
+    longest: int
+    loss: float | None
+    """Share of the speed that the longest would cost; None if it does not fit."""
+
+
+@dataclass(frozen=True, slots=True)
+class FasterBits:
+    """The plan's set of substitutes is predicted to be faster than other sets."""
+
+    bits: int
+    slower_bits: tuple[int, ...]
+    """Bits of the other sets, ascending."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanReason:
+    """All reasons of one plan."""
+
+    layers: GivenLayers | WholeModel | LayersThatPay
+    draft: ResidentDraft | None = None
+    """None if no resident layer stands beside a draft."""
+    context: ShorterContext | None = None
+    substitutes: FasterBits | None = None
+    """None if there is only one set, or all have the same bits."""
+
+
+def plan_reason(search: LayoutSearch, option: PlanOption) -> PlanReason:
+    """Return why an option was chosen for the request's budget."""
+    layout = option.timed.layout
+    return PlanReason(
+        layers=_layers_reason(search, option),
+        draft=_draft_reason(search, option) if layout.drafts and layout.resident else None,
+        context=_context_reason(search, option),
+    )
+
+
+def _layers_reason(search: LayoutSearch, option: PlanOption) -> GivenLayers | WholeModel | LayersThatPay:
+    request, memory, layout = search.request, search.memory, option.timed.layout
     if request.resident_layers is not None:
-        text = f"{choice.resident} resident layers, as asked for"
-    elif whole_bytes is not None and choice.resident == ledger.layers:
-        text = f"the whole model fits: {format_bytes(whole_bytes)} of {format_bytes(budget_bytes)}"
-    else:
-        spare = format_bytes(budget_bytes - shelf.total_bytes(candidate, context))
-        layer = format_bytes(ledger.layer_bytes)
-        if choice.resident:
-            text = f"as many resident layers as pay: {spare} to spare, a layer takes {layer}"
-        else:
-            text = f"no layer resident: {spare} to spare, a layer takes {layer}"
-    if choice.drafts and choice.resident:
-        text += f"; {_kind_reason(request, shelf, candidate, context)}"
-    return text
+        return GivenLayers(layout.resident)
+    model_bytes = memory.whole_model_bytes(layout.embedding, option.context)
+    if layout.resident == memory.layers and model_bytes <= request.budget_bytes:
+        return WholeModel(model_bytes, request.budget_bytes)
+    spare_bytes = request.budget_bytes - search.total_bytes(option.timed, option.context)
+    return LayersThatPay(layout.resident, spare_bytes, memory.layer_bytes)
 
 
-def _kind_reason(request: PlanRequest, shelf: Shelf, candidate: Candidate, context: int) -> str:
-    """Whether the draft shares resident layers or keeps substitutes beside them, and what it gains."""
-    choice = candidate.choice
-    shares = choice.shared > choice.target_only
-    how = "the draft runs them too" if shares else "the draft keeps its substitutes"
-    other = shelf.other_kind(request.budget_bytes, context, shared=not shares)
+def _draft_reason(search: LayoutSearch, option: PlanOption) -> ResidentDraft:
+    layout = option.timed.layout
+    shares = layout.shared > layout.target_only
+    other = search.fastest_of_kind(search.request.budget_bytes, option.context, shared=not shares)
     if other is None or other.tok_per_s <= 0:
-        return how
-    gain = candidate.tok_per_s / other.tok_per_s - 1
-    instead = f"{'with' if shares else 'without'} substitutes beside them"
-    if gain < 0.005:
-        return f"{how}, predicted about as fast as {instead}"
-    return f"{how}, predicted {gain:.0%} faster than {instead}"
+        return ResidentDraft(shares, None)
+    return ResidentDraft(shares, option.timed.tok_per_s / other.tok_per_s - 1)
 
 
-def context_reason(request: PlanRequest, shelf: Shelf, candidate: Candidate, context: int) -> str:
-    """Why the context is shorter than usual; empty if it is not."""
-    longest = usual_contexts(request.model_context)[0]
-    if request.context is not None or context >= longest:
-        return ""
-    longer = shelf.fastest(request.budget_bytes, longest)
+def _context_reason(search: LayoutSearch, option: PlanOption) -> ShorterContext | None:
+    longest = usual_contexts(search.request.model_context)[0]
+    if search.request.context is not None or option.context >= longest:
+        return None
+    longer = search.fastest(search.request.budget_bytes, longest)
     if longer is None or longer.tok_per_s <= 0:
-        return f"context cut to {context} tokens to fit"
-    loss = 1 - longer.tok_per_s / candidate.tok_per_s
-    return f"context {context}, as {longest} would cost {loss:.{0 if loss >= 0.01 else 1}%} of the speed"
-
-
-def too_small(request: PlanRequest, ledger: Ledger, shelf: Shelf) -> ResourceError:
-    """The error for a budget that holds no choice: the smallest that works, and what would lower it."""
-    contexts = usual_contexts(request.model_context)
-    context = request.context or contexts[-1]
-    if not shelf.candidates:
-        return _too_little_ram(request, ledger)
-    least = shelf.candidates[0]
-    least_bytes = shelf.total_bytes(least, context)
-    option = "--memory-gb" if request.device == "cpu" else "--vram-gb"
-    # Rounded up to hundredths of a GiB, so that the number can be typed as it stands.
-    enough = -(-least_bytes * 100 // GIB) / 100
-    largest = max(ledger.lines(least.choice, context), key=lambda line: line.size_bytes)
-    lower = "a smaller --context or " if request.context and request.context > contexts[-1] else ""
-    return ResourceError(
-        f"a budget of {format_bytes(request.budget_bytes)} is too small: {format_bytes(least_bytes)} is the least, "
-        f"of which {largest.label} {format_bytes(largest.size_bytes)}",
-        f"{option} {enough:.2f} works with a context of {context}; {lower}substitutes of fewer bits lower it",
-    )
-
-
-def _too_little_ram(request: PlanRequest, ledger: Ledger) -> ResourceError:
-    least_bytes = ledger.least_host_bytes()
-    enough = -(-least_bytes * 100 // GIB) / 100
-    return ResourceError(
-        f"{format_bytes(request.ram_bytes or 0)} of host memory are too little: {format_bytes(least_bytes)} is the "
-        "least, with every streamed layer read from disk",
-        f"--ram-gb {enough:.2f} works, and more lets layers wait in pinned memory",
-    )
+        return ShorterContext(option.context, longest, None)
+    return ShorterContext(option.context, longest, 1 - longer.tok_per_s / option.timed.tok_per_s)

@@ -1,84 +1,160 @@
-"""What a plan is asked for, and the ways to fill a budget that are weighed against each other."""
+"""What a plan is made from: a `PlanRequest`, from the settings and the sizes of model and machine.
+
+`subspec plan` and a run make the same request. No torch.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Final
 
 from subspec_cli.checkpoint.geometry import ModelGeometry
-from subspec_cli.limits import SHADOW_ROWS
+from subspec_cli.config import Config
+from subspec_cli.errors import ResourceError
+from subspec_cli.limits import PREFILL_CHUNK, SHADOW_ROWS
 from subspec_cli.planning.assumed_costs import assumed_survival
 from subspec_cli.planning.costs import MachineCosts
+from subspec_cli.planning.device_profile import DeviceKind, DeviceProfile, device_profile
+from subspec_cli.substitutes.settings import SubstituteSettings, substitute_layer_bytes
+from subspec_cli.units import format_bytes, gib_to_bytes
 
 DEFAULT_CONTEXT: Final = 4096
 LEAST_CONTEXT: Final = 512
+DEFAULT_SHARE: Final = 0.75
+"""Share of the available memory that is taken when the user gives no budget."""
+_PROMPT_TOKENS: Final = 256
+"""Context kept for a prompt beside the longest answer."""
+_CONTEXTS: Final = (4096, 3072, 2048, 1536, 1024, 768, 512, 256)
+"""Contexts to try when the user gives none, longest first."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlanRequest:
-    """What a plan is made from."""
+    """Sizes, speeds, a budget, and what the user fixed."""
 
     geometry: ModelGeometry
     budget_bytes: int
-    device: str
-    """`cpu` or `cuda`."""
+    device: DeviceKind
     substitute_bytes: int | None
     """Bytes of one layer's substitute in memory; None plans plain decoding, which needs none."""
     tokenizer_bytes: int
-    """Size of the tokenizer's files, which cost host memory in proportion."""
+    """Size of the tokenizer's files; the host memory of a loaded tokenizer is proportional to it."""
     context: int | None
     """Tokens of prompt and answer; None lets the plan weigh context against speed."""
     resident_layers: int | None
-    """Layers to keep resident, as the user said; None lets the plan decide."""
+    """Number of resident layers that the user gave; None lets the plan decide."""
     tree_nodes: int
     """Most nodes of a draft tree."""
     prefill_rows: int
     model_context: int
-    """Most positions the model was made for."""
+    """Most positions that the model was trained for."""
     costs: MachineCosts
     substitute_bits: int = 4
     survival: float | None = None
-    """Measured chance that one more level of the draft holds; None assumes it from the bits."""
+    """Measured probability that the target accepts one more level of the draft; None assumes it from the bits."""
     ram_bytes: int | None = None
-    """Host memory that the process may take on a GPU; None is no bound."""
+    """Limit of host memory for the process beside a GPU; None is no limit."""
     shadow_rows: int = SHADOW_ROWS
-    """Cache rows for drafting in the shadow of the stream; 0 switches it off."""
+    """Cache rows for drafting in the shadow of a pass; 0 switches it off."""
     least_context: int = LEAST_CONTEXT
-    """Context that is not given away for speed."""
+    """Context that is not given up for speed."""
     samples: bool = False
-    """Whether tokens are drawn at a temperature, which takes noise for every token of the vocabulary."""
+    """Whether the temperature is above 0, so that every token of the vocabulary needs noise."""
     fixed_depth: int | None = None
-    """Depth of the draft tree, as the user said."""
+    """Depth of the draft tree that the user gave."""
     fixed_width: int | None = None
-    """Rows of a draft step, as the user said."""
+    """Rows of a draft step that the user gave."""
+
+    @property
+    def profile(self) -> DeviceProfile:
+        """The device's profile."""
+        return device_profile(self.device)
 
     @property
     def scratch_rows(self) -> int:
-        """Cache rows beside the context."""
+        """Most cache rows beside the context."""
         return self.tree_nodes + (self.shadow_rows if self.substitute_bytes is not None else 0)
 
     @property
     def likely_survival(self) -> float:
-        """Chance that one more level of the draft holds, measured or assumed."""
+        """Probability that the target accepts one more level of the draft, measured or assumed."""
         return assumed_survival(self.substitute_bits) if self.survival is None else self.survival
 
 
-class Choice(NamedTuple):
-    """One way to fill a budget, whatever the context."""
+def plan_request(
+    config: Config,
+    geometry: ModelGeometry,
+    settings: SubstituteSettings,
+    costs: MachineCosts,
+    *,
+    device: str,
+    budget_bytes: int,
+    ram_bytes: int | None,
+    tokenizer_bytes: int,
+) -> PlanRequest:
+    """Make the request for one set of substitutes on one machine."""
+    speculates = not config.draft.no_speculation
+    profile = device_profile(device)
+    if profile.budget_is_ram and ram_bytes is not None:
+        # The budget counts from a bare process, the limit counts all of the process.
+        budget_bytes = min(budget_bytes, max(0, ram_bytes - profile.process_bytes))
+    return PlanRequest(
+        geometry=geometry,
+        budget_bytes=budget_bytes,
+        device=profile.kind,
+        substitute_bytes=substitute_layer_bytes(geometry, settings) if speculates else None,
+        substitute_bits=settings.bits,
+        tokenizer_bytes=tokenizer_bytes,
+        context=config.memory.context,
+        least_context=max(LEAST_CONTEXT, config.run.max_new_tokens + _PROMPT_TOKENS),
+        resident_layers=config.memory.resident_layers,
+        tree_nodes=_most_tree_nodes(config, profile),
+        prefill_rows=PREFILL_CHUNK,
+        model_context=geometry.max_positions,
+        costs=costs,
+        ram_bytes=ram_bytes,
+        samples=not config.sampling.is_greedy,
+        fixed_depth=config.draft.depth,
+        fixed_width=config.draft.width,
+        shadow_rows=0 if config.draft.no_shadow else SHADOW_ROWS,
+    )
 
-    shared: int
-    """Resident layers that the draft runs too."""
-    target_only: int
-    """Resident layers beside which the draft keeps its substitutes."""
-    drafts: bool
-    """Whether there is a draft at all."""
-    slots: int
-    draft_head_bits: int
-    """16 shares the target's head, 4 is a copy of the draft's own."""
-    embedding: str
-    """`tied` to the head, on the `device`, in `host` memory or on `disk`."""
 
-    @property
-    def resident(self) -> int:
-        """Layers of the target that are held."""
-        return self.shared + self.target_only
+def _most_tree_nodes(config: Config, profile: DeviceProfile) -> int:
+    """Return the most nodes of a tree; a fixed shape may need more than the device's usual number."""
+    depth, width = config.draft.depth or 0, config.draft.width or 1
+    return max(profile.tree_nodes, depth * width + 1)
+
+
+def budget_bytes(config: Config, device: str, total_bytes: int | None, available_bytes: int | None) -> int:
+    """Return the budget that the user gave, else a share of the free memory.
+
+    Raises:
+        ResourceError: the budget exceeds `total_bytes`, the memory of the device, where that is known; or there is
+            no budget and the free memory is not known.
+    """
+    option = device_profile(device).budget_option
+    if config.memory.memory_gib is None:
+        if available_bytes is None:
+            raise ResourceError(f"the memory of the {device} device is not known", f"name it: {option} 8")
+        return int(available_bytes * DEFAULT_SHARE)
+    budget = gib_to_bytes(config.memory.memory_gib, option)
+    if total_bytes is not None and budget > total_bytes:
+        raise ResourceError(
+            f"a budget of {format_bytes(budget)} is more than this machine has: {format_bytes(total_bytes)}",
+            f"{option} {total_bytes * 3 // 4 / (1 << 30):.1f} leaves a quarter to others",
+        )
+    return budget
+
+
+def ram_bytes(config: Config, available_bytes: int | None) -> int | None:
+    """Return the limit of host memory that the user gave, else a share of the free memory; None if unknown."""
+    if config.memory.ram_gb is not None:
+        return gib_to_bytes(config.memory.ram_gb, "--ram-gb")
+    return None if available_bytes is None else int(available_bytes * DEFAULT_SHARE)
+
+
+def usual_contexts(model_context: int) -> tuple[int, ...]:
+    """Return the contexts to choose from where the user gives none, longest first."""
+    most = min(model_context, DEFAULT_CONTEXT)
+    return (most, *(context for context in _CONTEXTS if context < most))

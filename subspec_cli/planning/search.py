@@ -1,151 +1,171 @@
-"""Weighing the ways to fill a budget: every choice has a size and a predicted speed, whatever the budget.
+"""Where a choice comes from: all layouts of a request, the Pareto front of size and speed, and context against speed.
 
-Because the choices do not depend on the budget, a larger one has all those of a smaller one to choose from: it
-is never predicted to be slower.
+The layouts do not depend on the budget. A larger budget can take every layout of a smaller one, so it is never
+predicted to be slower.
 """
 
 from __future__ import annotations
 
-import math
+import bisect
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from subspec_cli.planning.memory import Ledger
-from subspec_cli.planning.request import Choice, PlanRequest
-from subspec_cli.planning.timing import (
-    DEPTHS,
-    SHADOW_STEP_ROWS,
-    STEP_ROWS,
-    Cycle,
-    Pace,
-    best_pace,
-    link_s,
-    pace_of,
-    pass_compute,
-    step_times,
-)
+from subspec_cli.planning.device_profile import EmbeddingPlace
+from subspec_cli.planning.memory import HeadBits, MemoryLayout, MemoryModel
+from subspec_cli.planning.request import PlanRequest, usual_contexts
+from subspec_cli.planning.timing import DepthOption, RoundTimer, RoundTiming
 
 _MOST_OF_THE_OTHER_KIND: Final = 1
-"""The best mix of shared and target-only layers lies at an end; one of the other kind may fill what is left."""
-_SLOTS: Final = {"cpu": (2, 4, 5, 8), "cuda": (2, 3)}
-"""Slot counts by device, where a slot is a block or a whole layer."""
-_TWO_SLOTS_LOSS: Final = 1.02
-"""With two slots the link stops whenever a block takes longer to use than to bring."""
+"""The best mix of shared and target-only layers is nearly pure; one layer of the other kind may fill what is left."""
+_CONTEXT_PRICE: Final = 0.03
+"""Share of the speed that a longer context may cost, compared with the least context that is wanted."""
 
 
-class Candidate(NamedTuple):
-    """A choice with its size and what it is predicted to give."""
+class TimedLayout(NamedTuple):
+    """A layout with its size and its predicted speed."""
 
     base_bytes: int
-    """Of all lines, for a context of no tokens."""
+    """Sum of all memory lines for a context of no tokens."""
     tok_per_s: float
-    choice: Choice
-    cycle: Cycle
-    pace: Pace
+    layout: MemoryLayout
+    timing: RoundTiming
+    depth: DepthOption
+    """The depth at which the layout is fastest."""
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """Draft steps by what they run through, and the slots that they would need."""
+class PlanOption(NamedTuple):
+    """What a plan settles: a context, and a layout that fits beside it."""
 
-    ordinary_s: float
-    shadow_s: float
-    wanted_slots: int
-    """Slots that keep the link busy through a step in its shadow."""
+    context: int
+    timed: TimedLayout
 
 
-class Weigher:
-    """Prices and times the choices of one request."""
+class LayoutSearch:
+    """One request with its memory model and its layouts: what a budget can hold, and the best of it."""
 
-    def __init__(self, request: PlanRequest, ledger: Ledger) -> None:
-        self._request = request
-        self._ledger = ledger
-        self._plain, *others = paces(request)
-        # Speculation is left off while it would lose, unless the user fixed its depth.
-        self._drafted = others if request.fixed_depth else [self._plain, *others]
-        self._slots = _SLOTS[request.device]
-        self._steps: dict[tuple[int, int, str], Step] = {}
+    def __init__(self, request: PlanRequest) -> None:
+        self.request = request
+        self.memory = MemoryModel(request)
+        timed = timed_layouts(request, self.memory)
+        self._by_size = sorted(timed, key=lambda item: (item.base_bytes, -item.tok_per_s))
+        self.front = _pareto_front(self._by_size)
+        """Layouts that are faster than all smaller ones, smallest first; empty if host memory holds no layout."""
+        self._front_bytes = [item.base_bytes for item in self.front]
 
-    def candidates(self) -> Iterator[Candidate]:
-        """Every choice that can be made; none, if host memory holds not even a ring."""
-        for drafts, head_bits, embedding in _kinds(self._request):
-            for shared, target_only in self._pairs(drafts=drafts):
-                # Elsewhere a copy of the table would take the place of layers, for a few microseconds a step.
-                if embedding == "device" and shared + target_only < self._ledger.layers:
-                    continue
-                step = self._step(shared, head_bits, embedding)
-                for slots in self._slot_counts(shared + target_only):
-                    choice = Choice(shared, target_only, drafts, slots, head_bits, embedding)
-                    if (pinned := self._ledger.pinned(choice)) is not None:
-                        yield self._candidate(choice, step, *pinned)
+    def total_bytes(self, timed: TimedLayout, context: int) -> int:
+        """Return the sum of all memory lines."""
+        return timed.base_bytes + context * self.memory.row_bytes
 
-    def _candidate(self, choice: Choice, step: Step, pinned: int, ring_slots: int) -> Candidate:
-        cycle = self._cycle(choice, step, pinned, ring_slots)
-        rate, pace = best_pace(cycle, self._drafted if choice.drafts else [self._plain])
-        return Candidate(self._ledger.base_bytes(choice), rate, choice, cycle, pace)
+    def fastest(self, budget_bytes: int, context: int) -> TimedLayout | None:
+        """Return the fastest layout that the budget holds with this context."""
+        at = bisect.bisect_right(self._front_bytes, budget_bytes - context * self.memory.row_bytes)
+        return self.front[at - 1] if at else None
 
-    def _cycle(self, choice: Choice, step: Step, pinned: int, ring_slots: int) -> Cycle:
-        request, ledger = self._request, self._ledger
-        streamed = ledger.layers - choice.resident
-        on_gpu = request.device == "cuda"
-        time_s = link_s(request.costs, ledger.layer_bytes, streamed, streamed - pinned if on_gpu else 0)
-        if choice.slots == self._slots[0]:
-            time_s *= _TWO_SLOTS_LOSS
-        if ring_slots:
-            ahead_s = ring_slots * ledger.layer_bytes / request.costs.disk_bytes_per_s
-        else:
-            ahead_s = choice.slots * ledger.ahead_bytes / request.costs.link_bytes_per_s
-        share = min(1.0, (choice.slots - 2) / (step.wanted_slots - 2)) if request.shadow_rows else 0.0
-        return Cycle(time_s, ahead_s, step.ordinary_s, step.shadow_s, max(0.0, share))
+    def fastest_of_kind(self, budget_bytes: int, context: int, *, shared: bool) -> TimedLayout | None:
+        """Return the fastest layout whose resident layers are all shared, or all for the target alone."""
+        free_bytes = budget_bytes - context * self.memory.row_bytes
+        fitting = [
+            item
+            for item in self._by_size
+            if item.base_bytes <= free_bytes
+            and item.layout.drafts
+            and item.layout.resident
+            and not (item.layout.target_only if shared else item.layout.shared)
+        ]
+        return max(fitting, key=lambda item: item.tok_per_s, default=None)
 
-    def _step(self, shared: int, head_bits: int, embedding: str) -> Step:
-        key = (shared, head_bits, embedding)
-        if key not in self._steps:
-            self._steps[key] = self._timed_step(*key)
-        return self._steps[key]
+    def largest_context(self, budget_bytes: int) -> int:
+        """Return the longest context that the budget holds at all, up to the model's; 0 if there is none."""
+        if not self.front:
+            return 0
+        rows = (budget_bytes - self._front_bytes[0]) // self.memory.row_bytes
+        return max(0, min(rows, self.request.model_context))
 
-    def _timed_step(self, shared: int, head_bits: int, embedding: str) -> Step:
-        costs = self._request.costs
-        times = step_times(costs, self._request.geometry, shared, head_bits, embedding)
-        shadow_s = times.at(SHADOW_STEP_ROWS)
-        blocks = math.ceil(shadow_s * costs.link_bytes_per_s / self._ledger.slot_bytes)
-        return Step(times.at(STEP_ROWS), shadow_s, min(max(3, blocks + 2), self._slots[-1]))
+    def best(self, budget_bytes: int) -> PlanOption | None:
+        """Return context and layout for a budget; None if it holds no layout.
 
-    def _pairs(self, *, drafts: bool) -> Iterator[tuple[int, int]]:
-        """Numbers of shared and of target-only layers."""
-        layers, wanted = self._ledger.layers, self._request.resident_layers
-        for shared in range(layers + 1) if drafts else (0,):
-            for target_only in range(layers + 1 - shared):
+        A context that the user gave is kept. Otherwise the context is weighed against speed, at every size up to
+        the budget at which anything changes: a larger budget never gives up speed that a smaller one had.
+        """
+        if self.request.context is not None:
+            found = self.fastest(budget_bytes, self.request.context)
+            return None if found is None else PlanOption(self.request.context, found)
+        contexts, row_bytes = usual_contexts(self.request.model_context), self.memory.row_bytes
+        sizes = {size + context * row_bytes for size in self._front_bytes for context in contexts}
+        best: PlanOption | None = None
+        for size in sorted(size for size in sizes if size <= budget_bytes):
+            best = self._weigh_context(size, contexts, best)
+        return best
+
+    def _weigh_context(
+        self, budget_bytes: int, contexts: Sequence[int], smaller: PlanOption | None
+    ) -> PlanOption | None:
+        """Return the longest context at an acceptable price, no slower than the option of the next smaller size."""
+        options = [(context, self.fastest(budget_bytes, context)) for context in contexts]
+        least = min(self.request.least_context, contexts[0])
+        usual = max((item.tok_per_s for context, item in options if item and context >= least), default=0.0)
+        slowest = smaller.timed.tok_per_s if smaller else 0.0
+        for context, item in options:
+            if item is None or item.tok_per_s < slowest:
+                continue
+            if context <= least or item.tok_per_s >= usual * (1 - _CONTEXT_PRICE):
+                return PlanOption(context, item)
+        return smaller
+
+
+def timed_layouts(request: PlanRequest, memory: MemoryModel) -> Iterator[TimedLayout]:
+    """Yield every layout with its size and speed; none if host memory does not even hold a ring."""
+    timer = RoundTimer(request, memory)
+    for layout in layouts(request):
+        if (pinned := memory.pinned(layout)) is not None:
+            rate, timing, depth = timer.fastest(layout, pinned)
+            yield TimedLayout(memory.base_bytes(layout), rate, layout, timing, depth)
+
+
+def layouts(request: PlanRequest) -> Iterator[MemoryLayout]:
+    """Yield every layout of a request, whatever it takes."""
+    layers, slot_counts = request.geometry.layers, request.profile.slot_counts
+    tied: tuple[EmbeddingPlace, ...] = ("tied",)
+    heads: tuple[tuple[bool, HeadBits], ...] = ((False, 16), (True, 16), (True, 4))
+    for place in tied if request.geometry.tied_head else request.profile.untied_places:
+        for drafts, head_bits in heads if request.substitute_bytes is not None else heads[:1]:
+            for shared, target_only in _resident_layers(request, drafts=drafts):
                 resident = shared + target_only
-                if wanted not in (None, resident):
+                # While layers are streamed, the table on the device would take the memory of layers, and save a
+                # few microseconds a step.
+                if place == "device" and resident < layers:
                     continue
-                # Without substitutes there is nothing that speculation would need, so all layers at once.
-                if not drafts and resident < layers and self._request.substitute_bytes is not None:
-                    continue
-                if min(shared, target_only) <= _MOST_OF_THE_OTHER_KIND:
-                    yield shared, target_only
-
-    def _slot_counts(self, resident: int) -> Sequence[int]:
-        return self._slots if resident < self._ledger.layers else (0,)
+                for slots in slot_counts if resident < layers else (0,):
+                    yield MemoryLayout(shared, target_only, drafts, slots, head_bits, place)
 
 
-def paces(request: PlanRequest) -> tuple[Pace, ...]:
-    """Plain decoding, and the depths to choose from: one only, if the user named it."""
-    fixed = request.fixed_depth
-    depths = (0, fixed) if fixed else (0, *(depth for depth in DEPTHS if depth < request.tree_nodes))
-    compute = pass_compute(request.costs, request.geometry)
-    return tuple(pace_of(depth, request.likely_survival, compute, request.tree_nodes) for depth in depths)
+def _resident_layers(request: PlanRequest, *, drafts: bool) -> Iterator[tuple[int, int]]:
+    """Yield numbers of shared and of target-only layers."""
+    layers, wanted = request.geometry.layers, request.resident_layers
+    for shared in range(layers + 1) if drafts else (0,):
+        for target_only in range(layers + 1 - shared):
+            resident = shared + target_only
+            if wanted not in (None, resident):
+                continue
+            # Where substitutes are at hand, a layout without a draft is only tried with all layers resident.
+            if not drafts and resident < layers and request.substitute_bytes is not None:
+                continue
+            if min(shared, target_only) <= _MOST_OF_THE_OTHER_KIND:
+                yield shared, target_only
 
 
-def _kinds(request: PlanRequest) -> Iterator[tuple[bool, int, str]]:
-    """With a draft or without, its head, and the place of the embedding."""
-    if request.geometry.tied_head:
-        places: tuple[str, ...] = ("tied",)
-    else:
-        places = ("host", "device") if request.device == "cuda" else ("disk",)
-    for place in places:
-        yield False, 16, place
-        if request.substitute_bytes is not None:
-            yield True, 16, place
-            yield True, 4, place
+def _pareto_front(by_size: Sequence[TimedLayout]) -> list[TimedLayout]:
+    """Return, of layouts in order of size, those that are faster than all smaller ones.
+
+    At equal speed the layout with more resident layers is taken: where compute is the bottleneck, the link may still
+    turn out slower than predicted.
+    """
+    front: list[TimedLayout] = []
+    for item in by_size:
+        if not front or _worth(item) > _worth(front[-1]):
+            front.append(item)
+    return front
+
+
+def _worth(item: TimedLayout) -> tuple[float, int]:
+    return item.tok_per_s, item.layout.resident

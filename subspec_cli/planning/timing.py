@@ -1,33 +1,38 @@
-"""What a plan will give, from what its parts take: pass, draft step, best depth, tokens per second.
+"""Where a second comes from: passes, draft steps, the best depth and tokens per second of a layout.
 
-One cycle is a target pass and the draft steps before it. While the draft runs, the link fills the slots; while
-weights arrive, the draft goes on in the shadow of the stream, which helps if its guess is taken to the end.
+One round is a target pass and the draft steps before it. The link fills the slots while the draft runs. While a pass
+waits for weights, the draft goes on in the shadow of the stream; that helps if the whole tree is accepted and its
+last token was guessed right.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple
 
 from subspec_cli.checkpoint.geometry import ModelGeometry
-from subspec_cli.planning.costs import MachineCosts, PlanCosts, RowTimes, weighted_sum
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from subspec_cli.planning.costs import CostOrigin, MachineCosts, RowTimes, weighted_sum
+from subspec_cli.planning.device_profile import EmbeddingPlace
+from subspec_cli.planning.memory import HeadBits, MemoryLayout, MemoryModel, PinnedLayers
+from subspec_cli.planning.request import PlanRequest
 
 STEP_ROWS: Final = 2
-"""Rows of an ordinary draft step: the chain and a node beside it."""
+"""Rows of an ordinary draft step: the chain and one node beside it."""
 SHADOW_STEP_ROWS: Final = 4
-"""Rows of a step in the shadow of the stream, where several likely ends are followed at once."""
+"""Rows of a step in the shadow of the stream, where several likely ends are continued at once."""
 DEPTHS: Final = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64)
 NODE_BUDGETS: Final = (16, 32, 48, 64, 128)
 _SHADOW_SHARE: Final = 0.9
 """Share of the link's spare time that is planned for drafting."""
 _HIT_SHARE: Final = 0.95
-"""Chance that the token after a tree that was taken whole is the one drafted meanwhile."""
+"""Probability that the token after a fully accepted tree is the one that was drafted meanwhile."""
 _HOST_GATHER_S: Final = 10e-6
-"""What it takes a GPU to read a draft step's embedding rows, some kilobytes each, in host memory."""
+"""Time a GPU takes to read a draft step's embedding rows, some kilobytes each, from host memory."""
+_TWO_SLOTS_LOSS: Final = 1.02
+"""Factor on the link's time: with two slots the link stops whenever using a block takes longer than reading one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,34 +42,34 @@ class Prediction:
     plain_pass_s: float
     """Pass of one row, nothing drafted."""
     pass_s: float
-    """Pass over a tree of `depth`, as long as it is waited for."""
+    """Wait for a pass over a tree of `depth`."""
     step_s: float
     depth: int
     """Best depth; 0 if drafting would not pay."""
     tau: float
     """Tokens per pass at that depth."""
     plain_tok_per_s: float
-    """Under the same plan."""
+    """Of plain decoding under the same plan."""
     tok_per_s: float
     survival: float
-    """Chance that one more level of the draft holds."""
-    origin: str
-    """Where the costs come from: `measured` or `assumed`."""
+    """Probability that the target accepts one more level of the draft."""
+    origin: CostOrigin
+    """Where the costs come from."""
     assumptions: tuple[str, ...]
 
     @property
     def speedup(self) -> float:
-        """Over plain decoding under the same plan."""
+        """Speedup over plain decoding under the same plan."""
         return self.tok_per_s / self.plain_tok_per_s
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         values = dataclasses.asdict(self)
         return {**values, "assumptions": list(self.assumptions), "speedup": self.speedup}
 
 
-class Cycle(NamedTuple):
-    """What bears on a cycle beside its depth; a tuple, for thousands are made for a plan."""
+class RoundTiming(NamedTuple):
+    """Times of a round that do not depend on its depth; a tuple, because a plan makes thousands of them."""
 
     link_s: float
     prefetch_s: float
@@ -74,69 +79,41 @@ class Cycle(NamedTuple):
     shadow_step_s: float
     """A draft step of SHADOW_STEP_ROWS."""
     shadow_share: float
-    """Share of the link's spare time in which steps can be taken without holding it up; 0 is no shadow drafting."""
+    """Share of the link's spare time in which steps can run without delaying it; 0 is no shadow drafting."""
 
 
-class Pace(NamedTuple):
-    """A depth of the tree, and what follows from it alone."""
+class DepthOption(NamedTuple):
+    """A depth of the tree, and what follows from it alone; depth 0 is plain decoding."""
 
     depth: int
     tau: float
     """Tokens per pass, the bonus token included."""
-    hit: float
-    """Chance that what was drafted in the shadow is what comes next."""
+    shadow_hit: float
+    """Probability that what was drafted in the shadow is what comes next."""
     compute_s: float
-    """Computing of a pass over the tree, weights at hand."""
-
-
-class Placed(Protocol):
-    """What times need to know of a plan."""
-
-    @property
-    def streamed(self) -> tuple[int, ...]: ...
-
-    @property
-    def shared(self) -> tuple[int, ...]: ...
-
-    @property
-    def pinned_layers(self) -> tuple[int, ...]: ...
-
-    @property
-    def device(self) -> str: ...
-
-    @property
-    def draft_head_bits(self) -> int: ...
-
-    @property
-    def embedding(self) -> str: ...
-
-
-def plan_costs(machine: MachineCosts, geometry: ModelGeometry, plan: Placed) -> PlanCosts:
-    """What the passes and draft steps of one plan take, from the parts that were timed or assumed."""
-    from_disk = len(plan.streamed) - len(plan.pinned_layers) if plan.device == "cuda" else 0
-    return PlanCosts(
-        link_s=link_s(machine, geometry.layer_matrix_bytes, len(plan.streamed), from_disk),
-        compute=pass_compute(machine, geometry),
-        step=step_times(machine, geometry, len(plan.shared), plan.draft_head_bits, plan.embedding),
-    )
+    """Compute time of a pass over the tree, without waiting for weights."""
 
 
 def link_s(machine: MachineCosts, layer_bytes: int, streamed: int, from_disk: int) -> float:
-    """Seconds until the streamed layers of one pass have arrived; disk and bus work side by side."""
+    """Return the seconds until the streamed layers of one pass have arrived; disk and bus work in parallel."""
     return max(
         streamed * layer_bytes / machine.link_bytes_per_s, from_disk * layer_bytes / machine.disk_bytes_per_s
     )
 
 
 def pass_compute(machine: MachineCosts, geometry: ModelGeometry) -> RowTimes:
-    """Computing of one target pass, all weights at hand."""
+    """Return the compute times of one target pass, without waiting for weights."""
     return weighted_sum([(geometry.layers, machine.target_layer), (1, machine.target_head)])
 
 
 def step_times(
-    machine: MachineCosts, geometry: ModelGeometry, shared: int, head_bits: int, embedding: str
+    machine: MachineCosts,
+    geometry: ModelGeometry,
+    shared: int,
+    head_bits: HeadBits,
+    embedding: EmbeddingPlace,
 ) -> RowTimes:
-    """One draft step: substitutes, shared layers, the draft's head and what comes beside them."""
+    """Return the times of one draft step: substitutes, shared layers, the draft's head and the overhead."""
     gather_s = _HOST_GATHER_S if embedding == "host" else 0.0
     return weighted_sum(
         [
@@ -149,74 +126,131 @@ def step_times(
 
 
 def verified_rows(depth: int, most_nodes: int) -> int:
-    """Rows of a pass: the root, the chain and about as many nodes beside it."""
+    """Return the rows of a pass: the root, the chain and about as many nodes beside it."""
     return min(most_nodes, 2 * depth + 1)
 
 
-def node_budget(link_time_s: float, compute: RowTimes, most_nodes: int) -> int:
-    """Largest tree whose computing still hides behind the link."""
+def hidden_nodes(link_time_s: float, compute: RowTimes, most_nodes: int) -> int:
+    """Return the largest tree whose compute time still hides behind the link."""
     fitting = [n for n in NODE_BUDGETS if n <= most_nodes and compute.at(n) <= link_time_s]
     return fitting[-1] if fitting else min(NODE_BUDGETS[0], most_nodes)
 
 
-def pass_s(cycle: Cycle, depth: int, compute_s: float) -> float:
-    """A pass as it is waited for: what the link brought while the draft ran is there already."""
-    return max(cycle.link_s - min(cycle.prefetch_s, depth * cycle.step_s), compute_s)
+def pass_s(timing: RoundTiming, option: DepthOption) -> float:
+    """Return the wait for a pass. What the link brought while the draft ran has already arrived."""
+    return max(timing.link_s - min(timing.prefetch_s, option.depth * timing.step_s), option.compute_s)
 
 
-def predict(cycle: Cycle, pace: Pace) -> float:
-    """Seconds of one cycle: THE formula; tokens per second are the pace's tau over it."""
-    waited_s = pass_s(cycle, pace.depth, pace.compute_s)
-    spare_s = cycle.shadow_share * _SHADOW_SHARE * (waited_s - pace.compute_s)
-    in_shadow = min(pace.depth, int(spare_s / cycle.shadow_step_s))
-    return waited_s + (pace.depth - pace.hit * in_shadow) * cycle.step_s
+def round_s(timing: RoundTiming, option: DepthOption) -> float:
+    """Return the seconds of one round: THE formula. Tokens per second are the option's tau over it."""
+    waited_s = pass_s(timing, option)
+    spare_s = timing.shadow_share * _SHADOW_SHARE * (waited_s - option.compute_s)
+    in_shadow = min(option.depth, int(spare_s / timing.shadow_step_s))
+    return waited_s + (option.depth - option.shadow_hit * in_shadow) * timing.step_s
 
 
-def _link_told(machine: MachineCosts) -> str:
-    rate, pageable = machine.link_bytes_per_s, machine.pageable_bytes_per_s
-    unpinned = "" if pageable == rate else f", {pageable / 1e9:.3g} from memory that is not pinned"
-    return f"link {rate / 1e9:.3g} GB/s ({machine.origin}{unpinned})"
+def fastest_depth(timing: RoundTiming, options: Sequence[DepthOption]) -> tuple[float, DepthOption]:
+    """Return the tokens per second of the fastest of some depths, and that depth."""
+    rates = [option.tau / round_s(timing, option) for option in options]
+    best = max(rates)
+    return best, options[rates.index(best)]
 
 
-def pace_of(depth: int, survival: float, compute: RowTimes, most_nodes: int) -> Pace:
-    """A depth with all that does not depend on where the layers lie; depth 0 is plain decoding."""
-    return Pace(
-        depth,
-        tau=sum(survival**level for level in range(depth + 1)),
-        hit=_HIT_SHARE * survival**depth,
-        compute_s=compute.at(verified_rows(depth, most_nodes)),
+def depth_options(request: PlanRequest) -> tuple[DepthOption, ...]:
+    """Return plain decoding, and the depths to choose from: only one if the user fixed it."""
+    fixed, most_nodes = request.fixed_depth, request.tree_nodes
+    depths = (0, fixed) if fixed else (0, *(depth for depth in DEPTHS if depth < most_nodes))
+    compute, survival = pass_compute(request.costs, request.geometry), request.likely_survival
+    return tuple(
+        DepthOption(
+            depth,
+            tau=sum(survival**level for level in range(depth + 1)),
+            shadow_hit=_HIT_SHARE * survival**depth,
+            compute_s=compute.at(verified_rows(depth, most_nodes)),
+        )
+        for depth in depths
     )
 
 
-def best_pace(cycle: Cycle, paces: Sequence[Pace]) -> tuple[float, Pace]:
-    """The fastest of some depths: tokens per second, and the pace."""
-    rates = [pace.tau / predict(cycle, pace) for pace in paces]
-    best = max(rates)
-    return best, paces[rates.index(best)]
+class RoundTimer:
+    """Times the layouts of one request."""
+
+    def __init__(self, request: PlanRequest, memory: MemoryModel) -> None:
+        self._request = request
+        self._memory = memory
+        self._plain, *deeper = depth_options(request)
+        # Speculation is left off where it would lose, unless the user fixed its depth.
+        self._drafted = deeper if request.fixed_depth else [self._plain, *deeper]
+        self._slot_counts = request.profile.slot_counts
+        self._steps: dict[tuple[int, HeadBits, EmbeddingPlace], _DraftTiming] = {}
+
+    def fastest(self, layout: MemoryLayout, pinned: PinnedLayers) -> tuple[float, RoundTiming, DepthOption]:
+        """Return the tokens per second of a layout at its best depth, its round, and that depth."""
+        timing = self._round(layout, pinned)
+        rate, depth = fastest_depth(timing, self._drafted if layout.drafts else [self._plain])
+        return rate, timing, depth
+
+    def _round(self, layout: MemoryLayout, pinned: PinnedLayers) -> RoundTiming:
+        request, memory = self._request, self._memory
+        step = self._step(layout)
+        streamed = memory.layers - layout.resident
+        from_disk = 0 if request.profile.streams_from_disk else streamed - pinned.layers
+        time_s = link_s(request.costs, memory.layer_bytes, streamed, from_disk)
+        if layout.slots == self._slot_counts[0]:
+            time_s *= _TWO_SLOTS_LOSS
+        if pinned.ring_slots:
+            prefetch_s = pinned.ring_slots * memory.layer_bytes / request.costs.disk_bytes_per_s
+        else:
+            prefetch_s = layout.slots * memory.mean_slot_bytes / request.costs.link_bytes_per_s
+        share = min(1.0, (layout.slots - 2) / (step.wanted_slots - 2)) if request.shadow_rows else 0.0
+        return RoundTiming(time_s, prefetch_s, step.step_s, step.shadow_step_s, max(0.0, share))
+
+    def _step(self, layout: MemoryLayout) -> _DraftTiming:
+        key = (layout.shared, layout.draft_head_bits, layout.embedding)
+        if key not in self._steps:
+            costs = self._request.costs
+            times = step_times(costs, self._request.geometry, *key)
+            shadow_step_s = times.at(SHADOW_STEP_ROWS)
+            units = math.ceil(shadow_step_s * costs.link_bytes_per_s / self._memory.slot_bytes)
+            wanted_slots = min(max(3, units + 2), self._slot_counts[-1])
+            self._steps[key] = _DraftTiming(times.at(STEP_ROWS), shadow_step_s, wanted_slots)
+        return self._steps[key]
 
 
-def prediction_of(
-    cycle: Cycle, pace: Pace, plain: Pace, machine: MachineCosts, *, survival: float, is_measured: bool
-) -> Prediction:
-    """The figures of one plan at its best depth, and the names of what was assumed.
+class _DraftTiming(NamedTuple):
+    """Draft steps of all layouts with the same draft, and the slots that they need."""
 
-    `plain` is the pace of depth 0; `is_measured` tells whether `survival` is.
-    """
-    origin = machine.origin
+    step_s: float
+    shadow_step_s: float
+    wanted_slots: int
+    """Slots that keep the link busy through a step in its shadow."""
+
+
+def predict(request: PlanRequest, timing: RoundTiming, option: DepthOption) -> Prediction:
+    """Return the figures of a layout at one depth, and the names of what was assumed."""
+    machine, plain = request.costs, depth_options(request)[0]
+    origin, survival = machine.origin, request.likely_survival
+    survival_origin: CostOrigin = "assumed" if request.survival is None else "measured"
     return Prediction(
-        plain_pass_s=pass_s(cycle, 0, plain.compute_s),
-        pass_s=pass_s(cycle, pace.depth, pace.compute_s),
-        step_s=cycle.step_s,
-        depth=pace.depth,
-        tau=pace.tau,
-        plain_tok_per_s=1 / predict(cycle, plain),
-        tok_per_s=pace.tau / predict(cycle, pace),
+        plain_pass_s=pass_s(timing, plain),
+        pass_s=pass_s(timing, option),
+        step_s=timing.step_s,
+        depth=option.depth,
+        tau=option.tau,
+        plain_tok_per_s=1 / round_s(timing, plain),
+        tok_per_s=option.tau / round_s(timing, option),
         survival=survival,
         origin=origin,
         assumptions=(
-            _link_told(machine),
-            f"draft step {cycle.step_s * 1e3:.3g} ms ({origin})",
+            _link_assumption(machine),
+            f"draft step {timing.step_s * 1e3:.3g} ms ({origin})",
             f"target compute {plain.compute_s * 1e3:.3g} ms a pass ({origin})",
-            f"survival {survival:.3g} a level ({'measured' if is_measured else 'assumed'})",
+            f"survival {survival:.3g} a level ({survival_origin})",
         ),
     )
+
+
+def _link_assumption(machine: MachineCosts) -> str:
+    rate, pageable = machine.link_bytes_per_s, machine.pageable_bytes_per_s
+    unpinned = "" if pageable == rate else f", {pageable / 1e9:.3g} from memory that is not pinned"
+    return f"link {rate / 1e9:.3g} GB/s ({machine.origin}{unpinned})"

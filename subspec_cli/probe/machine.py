@@ -44,8 +44,8 @@ from subspec_cli.substitutes.settings import SubstituteSettings
 _BEYOND_CACHES_BYTES: Final = 160 << 20
 _PREFIX: Final = 256
 """Committed rows that attention looks back on."""
-_TARGET_ROWS: Final = (1, 8, 16, 32, 48, 64, 128)
-_DRAFT_ROWS: Final = (1, 2, 3, 4, 6, 8)
+_TIMED_PASS_ROWS: Final = (1, 8, 16, 32, 48, 64, 128)
+_TIMED_STEP_ROWS: Final = (1, 2, 3, 4, 6, 8)
 _DISK_LAYERS: Final = 4
 """Layers whose files are read to time the disk, spread over the model."""
 _TREE_S: Final = MappingProxyType({"cpu": 0.5e-3, "cuda": 0.1e-3})
@@ -141,7 +141,7 @@ class _Bench:
             for _ in decoder.layers(flow):
                 pass
 
-        return self._per_layer(run, _TARGET_ROWS, len(layers))
+        return self._per_layer(run, _TIMED_PASS_ROWS, len(layers))
 
     @torch.inference_mode()
     def shared_layer(self) -> RowTimes:
@@ -172,7 +172,7 @@ class _Bench:
         head = self._head()
         return time_rows(
             lambda rows: head.logits(self._ones(self.rules.padded(rows), self._sizes.hidden), self.rules),
-            _TARGET_ROWS,
+            _TIMED_PASS_ROWS,
             finish=self._finish,
         )
 
@@ -192,7 +192,7 @@ class _Bench:
             rank(head.guess(states), None)
 
         steps = self._launched(lambda rows: partial(run, self._ones(rows, self._sizes.hidden)))
-        return time_rows(steps, _DRAFT_ROWS, finish=self._finish)
+        return time_rows(steps, _TIMED_STEP_ROWS, finish=self._finish)
 
     def _head(self) -> Head:
         return Head(self._ones(self._sizes.hidden), self._ones(self._sizes.vocab, self._sizes.hidden), 1e-6)
@@ -207,11 +207,11 @@ class _Bench:
         steps = self._launched(
             lambda rows: partial(run, causal_batch([0] * rows, _PREFIX, rows).to(self._device))
         )
-        return self._per_layer(steps, _DRAFT_ROWS, len(layers))
+        return self._per_layer(steps, _TIMED_STEP_ROWS, len(layers))
 
     def _launched(self, step_of: Callable[[int], Run]) -> Callable[[int], object]:
         """Draft steps by their rows, as a session launches them: on a GPU captured, if they can be."""
-        steps = {rows: step_of(rows) for rows in _DRAFT_ROWS}
+        steps = {rows: step_of(rows) for rows in _TIMED_STEP_ROWS}
         if self._device.type == "cuda":
             steps = self._captured(steps)
         return lambda rows: steps[rows]()
@@ -252,7 +252,7 @@ class _Bench:
         small = {
             name: self._ones(*s) for name, s in sizes.layer_shapes().items() if name not in LAYER_MATRICES
         }
-        table = self._ones(_PREFIX + max(_TARGET_ROWS), 1, sizes.head_dim)
+        table = self._ones(_PREFIX + max(_TIMED_PASS_ROWS), 1, sizes.head_dim)
         return LayerMath(sizes, (small,) * layers, RopeTable(table, table), attend)
 
     def _cache(self, layers: int) -> KVCache:
@@ -261,7 +261,7 @@ class _Bench:
             kv_heads=self._sizes.kv_heads,
             head_dim=self._sizes.head_dim,
             context=_PREFIX,
-            scratch=max(_TARGET_ROWS),
+            scratch=max(_TIMED_PASS_ROWS),
             dtype=self._dtype,
             device=self._device,
         )

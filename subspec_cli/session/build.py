@@ -22,16 +22,11 @@ from subspec_cli.limits import MOST_DEPTH, MOST_ROWS, PREFILL_CHUNK
 from subspec_cli.modeling.layers import RowRules
 from subspec_cli.modeling.pretrained import ModelTokenizer, end_token_ids, load_config
 from subspec_cli.modeling.self_check import SelfCheck, check_batch_invariance
-from subspec_cli.planning.asked import (
-    budget_bytes,
-    plan_request,
-    ram_bytes,
-)
 from subspec_cli.planning.assumed_costs import assumed_costs
 from subspec_cli.planning.costs import MachineCosts, PlanCosts
-from subspec_cli.planning.memory import CUDA_CONTEXT_BYTES
+from subspec_cli.planning.device_profile import device_profile
 from subspec_cli.planning.plan import OffloadPlan, fastest_plan
-from subspec_cli.planning.timing import plan_costs
+from subspec_cli.planning.request import budget_bytes, plan_request, ram_bytes
 from subspec_cli.probe.child_process import ProbeFailedError, probe_apart
 from subspec_cli.probe.kept_costs import keep_costs, known_costs, probe_subject
 from subspec_cli.reporter import Reporter
@@ -63,14 +58,14 @@ def build_session(config: Config, found: FoundModel, reporter: Reporter) -> Sess
     meter = MemoryMeter(device)
     cap_allocator(plan.budget_bytes, device)
     with oom_as_error("loading the model", budget_bytes=plan.budget_bytes, meter=meter):
-        costs = plan_costs(machine, found.geometry, plan)
+        costs = plan.costs(machine, found.geometry)
         return _load(config, found, plan, costs, device, meter, reporter, notes)
 
 
 def cap_allocator(budget_bytes: int, device: torch.device) -> None:
     """Let PyTorch refuse to take more of a GPU than the budget; on the CPU the plan alone keeps it."""
     if device.type == "cuda":
-        share = allocator_share(budget_bytes, CUDA_CONTEXT_BYTES, total_bytes(device))
+        share = allocator_share(budget_bytes, device_profile(device.type).context_bytes, total_bytes(device))
         torch.cuda.set_per_process_memory_fraction(share, device)
 
 

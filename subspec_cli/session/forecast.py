@@ -5,24 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from subspec_cli.checkpoint.geometry import ModelGeometry, read_geometry
 from subspec_cli.config import BIT_WIDTHS, DEFAULT_BITS, Config
 from subspec_cli.errors import ResourceError, UsageError
 from subspec_cli.hub.model_outline import outline_model
-from subspec_cli.planning.advice import advise
-from subspec_cli.planning.asked import budget_bytes, plan_request, ram_bytes
+from subspec_cli.planning.advice import Advice, advise
 from subspec_cli.planning.assumed_costs import assumed_costs
 from subspec_cli.planning.costs import MachineCosts
-from subspec_cli.planning.plan import (
-    OffloadPlan,
-    PlanBounds,
-    PlanRequest,
-    bounds_of,
-    fastest_plan,
-    make_plan,
-)
+from subspec_cli.planning.plan import OffloadPlan, PlanBounds, bounds_of, fastest_plan, make_plan
+from subspec_cli.planning.request import PlanRequest, budget_bytes, plan_request, ram_bytes
 from subspec_cli.probe.kept_costs import known_costs, probe_subject
 from subspec_cli.reporter import Reporter
 from subspec_cli.session.prepare import accept_config
@@ -63,40 +55,9 @@ class Forecast:
     best_plain: OffloadPlan | None
     """Plain decoding with no substitutes in its way."""
     bounds: PlanBounds | None
-    advice: str
+    advice: Advice | None
+    """None if only budgets are compared."""
     compared: tuple[BudgetRow, ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        geometry, bounds = self.geometry, self.bounds
-        return {
-            "model": self.model_id,
-            "revision": self.commit,
-            "layers": geometry.layers,
-            "model_bytes": geometry.model_bytes,
-            "layer_bytes": geometry.layer_matrix_bytes,
-            "dtype": geometry.dtype.lower(),
-            "device": self.device,
-            "device_reason": self.device_reason,
-            "prepared": self.is_prepared,
-            "download_bytes": self.download_bytes,
-            "substitute_disk_bytes": self.substitute_disk_bytes,
-            "received_bytes": self.received_bytes,
-            "plan": None if self.plan is None else self.plan.as_dict(),
-            "best_plain_plan": None if self.best_plain is None else self.best_plain.as_dict(),
-            "least_budget_bytes": bounds.least_budget_bytes if bounds else None,
-            "least_budget_context": bounds.least_context if bounds else None,
-            "largest_context": bounds.largest_context if bounds else None,
-            "advice": self.advice,
-            "compared": [
-                {
-                    "budget_bytes": row.budget_bytes,
-                    "plan": None if row.plan is None else row.plan.as_dict(),
-                    "problem": row.problem,
-                }
-                for row in self.compared
-            ],
-        }
 
 
 def forecast(
@@ -151,7 +112,7 @@ def forecast(
         plan=plan,
         best_plain=None if plan is None else _best_plain(request, plan),
         bounds=bounds_of(request) if wants_one else None,
-        advice=advise(request, plan, others if request.substitute_bytes else ()) if plan else "",
+        advice=advise(request, plan, others if request.substitute_bytes else ()) if plan else None,
         compared=tuple(_row(requests, size) for size in compare_bytes),
     )
 

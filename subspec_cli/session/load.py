@@ -18,6 +18,7 @@ from subspec_cli.checkpoint.layer_tensors import LAYER_MATRICES, block_entries, 
 from subspec_cli.checkpoint.tensor_reader import read_tensors
 from subspec_cli.drafting.captured_steps import draft_steps
 from subspec_cli.drafting.draft_steps import DraftSteps
+from subspec_cli.limits import LEAST_RING_SLOTS
 from subspec_cli.modeling.attention import exact_attention, fast_attention
 from subspec_cli.modeling.decoder import DraftDecoder, DraftHead, Embedding, Head, TargetDecoder
 from subspec_cli.modeling.embedding import DiskEmbedding, table_embedding
@@ -44,8 +45,6 @@ from subspec_cli.streaming.pinned_memory import PinRefusedError, pin
 from subspec_cli.streaming.streamer import StreamCounters, Streamer
 from subspec_cli.substitutes.prepared_model import PreparedModel, load_layer
 
-_RING_SLOTS: Final = 2
-"""Pinned layers that others pass through on their way from disk to a GPU, where not all can be pinned."""
 _PINNED_SHARE: Final = 0.9
 """Most of the free host memory to pin: what is pinned is lost to everybody else."""
 
@@ -247,7 +246,7 @@ class Loader:
         return open_gpu_streamer(
             [self._layer_layout(layer) for layer in streamed],
             pinned_layers=len(self._plan.pinned_layers),
-            ring_slots=max(self._plan.ring_slots, _RING_SLOTS),
+            ring_slots=max(self._plan.ring_slots, LEAST_RING_SLOTS),
             slots=self._plan.slots,
             most_bytes=int(available_bytes(torch.device("cpu")) * _PINNED_SHARE),
             device=self._device,

@@ -1,0 +1,98 @@
+"""The words of a plan: why it is as it is, and what would help."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from subspec_cli.planning.advice import LEAST_GAIN, Advice, Change
+from subspec_cli.planning.reason import (
+    FasterBits,
+    GivenLayers,
+    LayersThatPay,
+    PlanReason,
+    ResidentDraft,
+    ShorterContext,
+    WholeModel,
+)
+from subspec_cli.units import GIB, format_bytes
+
+
+def reason_text(reason: PlanReason) -> str:
+    """Return why a plan is as it is, as one line."""
+    return "; ".join(_reasons(reason))
+
+
+def _reasons(reason: PlanReason) -> Iterator[str]:
+    yield _layers_text(reason.layers)
+    if reason.draft is not None:
+        yield _draft_text(reason.draft)
+    if reason.context is not None:
+        yield _context_text(reason.context)
+    if reason.substitutes is not None:
+        yield _bits_text(reason.substitutes)
+
+
+def _layers_text(layers: GivenLayers | WholeModel | LayersThatPay) -> str:
+    match layers:
+        case GivenLayers():
+            return f"{layers.resident} resident layers, as asked for"
+        case WholeModel():
+            return f"the whole model fits: {format_bytes(layers.model_bytes)} of {format_bytes(layers.budget_bytes)}"
+        case LayersThatPay():
+            what = "as many resident layers as pay" if layers.resident else "no layer resident"
+            spare, layer = format_bytes(layers.spare_bytes), format_bytes(layers.layer_bytes)
+            return f"{what}: {spare} to spare, a layer takes {layer}"
+
+
+def _draft_text(draft: ResidentDraft) -> str:
+    how = "the draft runs them too" if draft.shares else "the draft keeps its substitutes"
+    if draft.gain is None:
+        return how
+    instead = f"{'with' if draft.shares else 'without'} substitutes beside them"
+    if draft.gain < 0.005:
+        return f"{how}, predicted about as fast as {instead}"
+    return f"{how}, predicted {draft.gain:.0%} faster than {instead}"
+
+
+def _context_text(shorter: ShorterContext) -> str:
+    loss = shorter.loss
+    if loss is None:
+        return f"context cut to {shorter.context} tokens to fit"
+    digits = 0 if loss >= 0.01 else 1
+    return f"context {shorter.context}, as {shorter.longest} would cost {loss:.{digits}%} of the speed"
+
+
+def _bits_text(substitutes: FasterBits) -> str:
+    named = " and ".join(f"{bits}-bit" for bits in substitutes.slower_bits)
+    return f"{substitutes.bits}-bit substitutes, predicted faster than {named}"
+
+
+def advice_text(advice: Advice) -> str:
+    """Return what would help most with its predicted speed, as one line."""
+    best, setting = advice.best, advice.best_setting
+    if best is None:
+        if advice.needs_nothing:
+            return "the whole model fits: nothing is needed"
+        return f"no change tried here helps by {LEAST_GAIN * 100:.0f} % or more"
+    more = best.tok_per_s / advice.tok_per_s - 1
+    text = f"{_change_text(best.change)}: {best.tok_per_s:.1f} tok/s predicted, {more:.0%} more"
+    if setting is not None:
+        text += f"; of the settings, {_change_text(setting.change)}: {setting.tok_per_s:.1f} tok/s"
+    return text
+
+
+def _change_text(change: Change) -> str:
+    request, added_gib = change.request, change.added_bytes // GIB
+    match change.what:
+        case "budget":
+            option = request.profile.budget_option
+            return f"{added_gib} GiB more ({option} {request.budget_bytes / GIB:.4g})"
+        case "link":
+            return f"{'a disk' if request.profile.streams_from_disk else 'a link'} twice as fast"
+        case "context":
+            return f"a smaller --context {request.context}"
+        case "ram":
+            assert request.ram_bytes is not None
+            return f"{added_gib} GiB more host memory (--ram-gb {request.ram_bytes / GIB:.4g})"
+        case "bits":
+            return f"substitutes of {request.substitute_bits} bits (--bits {request.substitute_bits})"

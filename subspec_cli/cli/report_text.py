@@ -1,0 +1,80 @@
+"""The words under measured figures: predicted beside measured, and the summary of a benchmark."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from subspec_cli.metrics import GenerationStats, rate_of_totals
+from subspec_cli.planning.comparison import Comparison
+
+if TYPE_CHECKING:
+    from subspec_cli.bench.report import BenchReport
+
+
+def comparison_line(comparison: Comparison) -> str:
+    """Return predicted beside measured, as one line."""
+    given = comparison.predicted_tok_per_s_given_tau
+    parts = [
+        f"pass {_ms(comparison.predicted_pass_s)} | {_ms(comparison.pass_s)}",
+        f"draft step {_ms(comparison.predicted_step_s)} | {_ms(comparison.step_s)}",
+        f"tok/s {comparison.predicted_tok_per_s:.2f} | {_rate(comparison.tok_per_s)}",
+    ]
+    if given is not None:
+        parts.append(f"{given:.2f} predicted for this tau")
+    return f"predicted ({comparison.origin} costs) | measured: {' · '.join(parts)}"
+
+
+def summary_lines(report: BenchReport) -> tuple[str, ...]:
+    """Return the lines under a benchmark's table."""
+    if not report.pairs:
+        return ("nothing was measured",)
+    total = report.rows[-1]
+    identical = f"{total.identical} of {total.answers} answers token for token identical ({report.exactness})"
+    lines = [identical if report.speculation else f"{identical}; speculation was off"]
+    spread = sorted(ratio for pair in report.pairs if (ratio := pair.speedup_same_plan))
+    if spread:
+        median = statistics.median(spread)
+        lines.append(
+            f"speedup over the same plan by answer: median {median:.2f}x, {spread[0]:.2f}x to {spread[-1]:.2f}x"
+        )
+    if report.best_plain:
+        lines.append(f"plain decoding under its own best plan: {rate_of_totals(report.best_plain):.2f} tok/s")
+    if (ceiling := report.ceiling_tok_per_s) and report.link and total.speculative_tok_per_s:
+        share = total.speculative_tok_per_s / ceiling
+        lines.append(
+            f"ceiling {ceiling:.2f} tok/s = tau {total.tau:.2f} x {report.link.gb_per_s:.2f} GB/s / "
+            f"{report.link.streamed_bytes_per_pass / 1e9:.2f} GB per pass; reached {share:.0%}"
+        )
+    if total.speculative_tok_per_s and report.speculation:
+        lines.append(_work_line([pair.speculative.stats for pair in report.pairs]))
+    if report.comparison is not None:
+        lines.append(comparison_line(report.comparison))
+    if report.link and report.link.cold_share is not None:
+        lines.append(
+            f"{report.link.cold_share:.0%} of the streamed bytes came from storage, not from a cache"
+        )
+    return tuple(lines)
+
+
+def _work_line(answers: Sequence[GenerationStats]) -> str:
+    """What a pass and the drafting around it took on average, and how busy the link was."""
+    passes = max(1, sum(stats.passes for stats in answers))
+    decode_s = sum(stats.decode_time_s for stats in answers)
+    busy = sum(stats.link_time_s for stats in answers) / decode_s if decode_s else 0.0
+    serial = sum(stats.draft_steps for stats in answers) / passes
+    shadow = sum(stats.shadow_steps for stats in answers) / passes
+    hits = sum(stats.shadow_hits for stats in answers) / passes
+    return (
+        f"{serial:.1f} draft steps before a pass, {shadow:.1f} in its shadow, of use to {hits:.0%} of the next; "
+        f"link busy {busy:.0%} of the time"
+    )
+
+
+def _ms(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def _rate(tok_per_s: float | None) -> str:
+    return "-" if tok_per_s is None else f"{tok_per_s:.2f}"

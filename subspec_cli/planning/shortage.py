@@ -1,0 +1,42 @@
+"""Errors of a plan that cannot be made: what is too small, the least that works, and what would lower it."""
+
+from __future__ import annotations
+
+from subspec_cli.errors import ResourceError
+from subspec_cli.planning.memory import MemoryModel
+from subspec_cli.planning.request import PlanRequest, usual_contexts
+from subspec_cli.planning.search import LayoutSearch
+from subspec_cli.units import GIB, format_bytes
+
+
+def shortage(search: LayoutSearch) -> ResourceError:
+    """Return the error for a budget or a limit of host memory that holds no layout."""
+    request = search.request
+    if not search.front:
+        return _ram_shortage(request, search.memory)
+    contexts = usual_contexts(request.model_context)
+    context = request.context or contexts[-1]
+    least = search.front[0]
+    least_bytes = search.total_bytes(least, context)
+    largest = max(search.memory.lines(least.layout, context), key=lambda line: line.size_bytes)
+    lower = "a smaller --context or " if request.context and request.context > contexts[-1] else ""
+    return ResourceError(
+        f"a budget of {format_bytes(request.budget_bytes)} is too small: {format_bytes(least_bytes)} is the least, "
+        f"of which {largest.label} {format_bytes(largest.size_bytes)}",
+        f"{request.profile.budget_option} {_enough_gib(least_bytes):.2f} works with a context of {context}; "
+        f"{lower}substitutes of fewer bits lower it",
+    )
+
+
+def _ram_shortage(request: PlanRequest, memory: MemoryModel) -> ResourceError:
+    least_bytes = memory.least_host_bytes()
+    return ResourceError(
+        f"{format_bytes(request.ram_bytes or 0)} of host memory are too little: {format_bytes(least_bytes)} is the "
+        "least, with every streamed layer read from disk",
+        f"--ram-gb {_enough_gib(least_bytes):.2f} works, and more lets layers wait in pinned memory",
+    )
+
+
+def _enough_gib(size_bytes: int) -> float:
+    """Return GiB rounded up to hundredths, so that the printed number works as it stands."""
+    return -(-size_bytes * 100 // GIB) / 100
