@@ -28,7 +28,7 @@ from subspec_cli.decoding.engine import Engine
 from subspec_cli.drafting.drafter import Drafter
 from subspec_cli.drafting.policy import DraftPolicy, TreeLimits
 from subspec_cli.errors import SubspecError
-from subspec_cli.limits import MOST_ROWS, SHADOW_ROWS
+from subspec_cli.limits import MOST_DEPTH, MOST_ROWS, SHADOW_ROWS
 from subspec_cli.metrics import GenerationStats
 from subspec_cli.planning.assumed_costs import assumed_costs
 from subspec_cli.planning.costs import MachineCosts, PlanCosts, RowTimes
@@ -40,7 +40,6 @@ from subspec_cli.substitutes.prepared_model import PreparedModel
 
 COSTS: Final = Path(__file__).with_name("price_costs.json")
 TREE_NODES: Final = 64
-MOST_DEPTH: Final = 48
 
 
 @dataclass

@@ -81,22 +81,30 @@ class PlanRequest:
         return assumed_survival(self.substitute_bits) if self.survival is None else self.survival
 
 
+@dataclass(frozen=True, slots=True)
+class MemoryLimits:
+    """The memory that a run may take."""
+
+    device: DeviceKind
+    budget_bytes: int
+    """Memory of the device; on the CPU it counts from a bare process."""
+    ram_bytes: int | None
+    """Host memory of the whole process; None is no limit."""
+
+
 def plan_request(
     config: Config,
     geometry: ModelGeometry,
     settings: SubstituteSettings,
     costs: MachineCosts,
     *,
-    device: str,
-    budget_bytes: int,
-    ram_bytes: int | None,
+    limits: MemoryLimits,
     tokenizer_bytes: int,
 ) -> PlanRequest:
     """Make the request for one set of substitutes on one machine."""
     speculates = not config.draft.no_speculation
-    profile = device_profile(device)
+    profile, budget_bytes, ram_bytes = device_profile(limits.device), limits.budget_bytes, limits.ram_bytes
     if profile.budget_is_ram and ram_bytes is not None:
-        # The budget counts from a bare process, the limit counts all of the process.
         budget_bytes = min(budget_bytes, max(0, ram_bytes - profile.process_bytes))
     return PlanRequest(
         geometry=geometry,

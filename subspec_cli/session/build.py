@@ -26,7 +26,7 @@ from subspec_cli.planning.assumed_costs import assumed_costs
 from subspec_cli.planning.costs import MachineCosts, PlanCosts
 from subspec_cli.planning.device_profile import device_profile
 from subspec_cli.planning.plan import OffloadPlan, fastest_plan
-from subspec_cli.planning.request import budget_bytes, plan_request, ram_bytes
+from subspec_cli.planning.request import MemoryLimits, budget_bytes, plan_request, ram_bytes
 from subspec_cli.probe.child_process import ProbeFailedError, probe_apart
 from subspec_cli.probe.kept_costs import keep_costs, known_costs, probe_subject
 from subspec_cli.reporter import Reporter
@@ -137,6 +137,11 @@ def _plan(
     sets = (found.prepared, *found.others)
     on_gpu = device.type == "cuda"
     host = torch.device("cpu")
+    limits = MemoryLimits(
+        device_profile(device.type).kind,
+        budget_bytes(config, device.type, total_bytes(device), available_bytes(device)),
+        ram_bytes(config, available_bytes(host) if on_gpu else None),
+    )
     costs = [_costs(config, found, prepared, device, reporter) for prepared in sets]
     requests = [
         plan_request(
@@ -144,9 +149,7 @@ def _plan(
             geometry,
             prepared.manifest.settings,
             known,
-            device=device.type,
-            budget_bytes=budget_bytes(config, device.type, total_bytes(device), available_bytes(device)),
-            ram_bytes=ram_bytes(config, available_bytes(host) if on_gpu else None),
+            limits=limits,
             tokenizer_bytes=tokenizer_bytes_in(found.checkpoint.directory),
         )
         for prepared, known in zip(sets, costs, strict=True)

@@ -13,8 +13,9 @@ from subspec_cli.hub.model_outline import outline_model
 from subspec_cli.planning.advice import Advice, advise
 from subspec_cli.planning.assumed_costs import assumed_costs
 from subspec_cli.planning.costs import MachineCosts
+from subspec_cli.planning.device_profile import device_profile
 from subspec_cli.planning.plan import OffloadPlan, PlanBounds, bounds_of, fastest_plan, make_plan
-from subspec_cli.planning.request import PlanRequest, budget_bytes, plan_request, ram_bytes
+from subspec_cli.planning.request import MemoryLimits, PlanRequest, budget_bytes, plan_request, ram_bytes
 from subspec_cli.probe.kept_costs import known_costs, probe_subject
 from subspec_cli.reporter import Reporter
 from subspec_cli.session.prepare import accept_config
@@ -81,6 +82,7 @@ def forecast(
     compare_bytes = [gib_to_bytes(gib, "--compare") for gib in compare_gib]
     wants_one = config.memory.memory_gib is not None or not compare_bytes
     budget = budget_bytes(config, device, None, _free_bytes(device)) if wants_one else compare_bytes[0]
+    limits = MemoryLimits(device_profile(device).kind, budget, ram_bytes(config, None))
 
     def request_for(settings: SubstituteSettings) -> PlanRequest:
         return plan_request(
@@ -88,9 +90,7 @@ def forecast(
             geometry,
             settings,
             _costs(geometry, settings, device, outline.directory, link_gb_per_s),
-            device=device,
-            budget_bytes=budget,
-            ram_bytes=ram_bytes(config, None),
+            limits=limits,
             tokenizer_bytes=outline.tokenizer_bytes,
         )
 
