@@ -1,7 +1,8 @@
-"""What each part of the method gives: the same questions, part by part, and fixed depths against the schedule.
+"""Measure what each part of the method gives: the same questions with one part more in each arm.
 
-All arms run in one process over one loaded model, in turn and several times over, so that a disk that slows down
-slows all of them. Prints a Markdown table; every arm's tokens must be those of plain decoding.
+With `--depths`, fixed depths are compared with the policy instead. All arms run in one process over one loaded
+model, in turn and several times, so that a disk that slows down slows all of them. Prints a Markdown table. The
+tokens of every arm must be those of the others.
 
     python scripts/ablation.py MODEL --memory-gb 0.5775 --context 512
     python scripts/ablation.py MODEL --memory-gb 0.5775 --context 512 --depths 8,16,24,32
@@ -24,21 +25,23 @@ import torch
 from torch import Tensor
 
 from subspec_cli.bench.suites import load_suite
+from subspec_cli.checkpoint.geometry import ModelGeometry
 from subspec_cli.config import Config, MemoryConfig, ModelConfig, SamplingConfig
 from subspec_cli.decoding.batches import prompt_batch
-from subspec_cli.decoding.engine import Engine, common_prefix
-from subspec_cli.drafting.draft_steps import SHARPENING, DirectSteps
+from subspec_cli.decoding.engine import common_prefix
+from subspec_cli.drafting.draft_steps import SHARPENING, DirectSteps, DraftModel
 from subspec_cli.drafting.drafter import Drafter
 from subspec_cli.drafting.policy import DraftPolicy, FixedShape, TreeLimits
 from subspec_cli.files.direct_io import DirectReader, allocate_buffer
-from subspec_cli.limits import MOST_ROWS, SHADOW_ROWS
+from subspec_cli.limits import MOST_DEPTH, MOST_ROWS, SHADOW_ROWS
 from subspec_cli.metrics import GenerationStats, rate_of_totals, tau_of_totals
-from subspec_cli.modeling.decoder import DraftDecoder, DraftLogits, TargetDecoder
+from subspec_cli.modeling.decoder import DraftLogits
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.layers import RowRules, TokenBatch
-from subspec_cli.modeling.target_blocks import TargetBlocks
 from subspec_cli.reporter import Reporter
 from subspec_cli.session import open_session
+from subspec_cli.session.blocks import block_layouts
+from subspec_cli.session.found_model import find_model
 from subspec_cli.session.session import Session
 from subspec_cli.streaming.disk_streamer import block_tensors
 from subspec_cli.streaming.layout import BlockLayout
@@ -75,15 +78,14 @@ PARTS: Final = (
 
 
 class UnsharedDraft:
-    """The draft over a cache of its own: it has to compute prompt and accepted tokens by itself."""
+    """The draft over a KV cache of its own: it computes prompt and accepted tokens again."""
 
-    def __init__(self, draft: DraftDecoder, like: KVCache, sizes: Sequence[int]) -> None:
-        layers, kv_heads, head_dim = sizes
+    def __init__(self, draft: DraftModel, like: KVCache, geometry: ModelGeometry) -> None:
         self._draft = draft
         self._kv = KVCache(
-            layers=layers,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
+            layers=geometry.layers,
+            kv_heads=geometry.kv_heads,
+            head_dim=geometry.head_dim,
             context=like.context,
             scratch=like.capacity - like.context,
             dtype=torch.bfloat16,
@@ -91,7 +93,7 @@ class UnsharedDraft:
         )
 
     def forward(self, batch: TokenBatch, kv: KVCache) -> DraftLogits:
-        """As the draft's own, once its cache has caught up with the target's."""
+        """Run a draft step, after the own cache has caught up with the target's."""
         wanted, own = list(kv.token_ids), self._kv
         own.rewind(common_prefix(wanted, own.token_ids))
         while own.committed < len(wanted):
@@ -107,13 +109,18 @@ class _Unpadded(RowRules):
 
 
 class WaitingStreamer:
-    """Reads a block when it is asked for, and not before: no overlap of link and computing."""
+    """Reads a block only when it is asked for: link and computing do not overlap."""
 
     def __init__(self, layouts: Sequence[BlockLayout]) -> None:
         self._layouts = layouts
         self._reader = DirectReader()
         self._buffer = memoryview(allocate_buffer(max(layout.buffer_bytes for layout in layouts)))
         self._counters = StreamCounters()
+
+    @property
+    def reads_files(self) -> bool:
+        """Whether files are read in every pass: always."""
+        return True
 
     @property
     def is_direct(self) -> bool:
@@ -142,7 +149,7 @@ class WaitingStreamer:
 
 @dataclass
 class Result:
-    """What an arm gave, round by round."""
+    """Answers of an arm, round by round."""
 
     rounds: list[list[GenerationStats]]
     tokens: list[int]
@@ -157,7 +164,7 @@ class Result:
         return [stats for stats_of_round in self.rounds for stats in stats_of_round]
 
     def share_of_ceiling(self) -> float:
-        """Of tau x link rate / bytes per pass."""
+        """Share of tau x link rate / bytes per pass that was reached."""
         stats = self.flat()
         link_s, decode_s = (
             sum(getattr(item, name) for item in stats) for name in ("link_time_s", "decode_time_s")
@@ -167,52 +174,46 @@ class Result:
 
 
 class Laboratory:
-    """One loaded model, and engines of every kind over it."""
+    """One loaded model, and sessions of every arm over it."""
 
-    def __init__(self, session: Session, questions: int) -> None:
+    def __init__(self, session: Session, layouts: Sequence[BlockLayout], questions: int) -> None:
         self._session = session
         self._questions = questions
-        self._engine = session._parts.speculative
-        self._drafter = self._engine._drafter
-        self._target = self._engine._target
-        self._waiting = WaitingStreamer(self._target._stream.streamer._layouts)
+        self._waiting = WaitingStreamer(layouts)
 
-    def use(self, arm: Arm) -> None:
-        """Put the arm's engine into the session."""
-        about, kv = self._session.description, self._engine._kv
-        target, counters, draft = self._target, self._engine._counters, self._drafter._shared.steps.draft
-        geometry = target.math.geometry
+    def session(self, arm: Arm) -> Session:
+        """Return a session that speculates as the arm says."""
+        loaded, about, steps = self._session.loaded, self._session.description, self._session.loaded.draft
+        assert isinstance(steps, DirectSteps)
+        draft, blocks, geometry = steps.draft, loaded.blocks, loaded.math.geometry
         if not arm.overlap:
-            source = TargetBlocks(geometry.layers, target._stream.resident, self._waiting)
-            target = TargetDecoder(target.math, target._embed, target._head, source, target.rules)
-            counters = self._waiting.counters
+            blocks = replace(blocks, streamer=self._waiting)
         if not arm.shared_cache:
-            draft = UnsharedDraft(draft, kv, (geometry.layers, geometry.kv_heads, geometry.head_dim))
+            draft = UnsharedDraft(draft, loaded.kv, geometry)
         fixed = arm.fixed
         policy = DraftPolicy(
-            max_tree=TreeLimits(fixed.depth or 48, fixed.width or MOST_ROWS, about.plan.tree_nodes),
+            max_tree=TreeLimits(fixed.depth or MOST_DEPTH, fixed.width or MOST_ROWS, about.plan.tree_nodes),
             costs=about.costs,
             layers=geometry.layers,
             fixed=fixed,
             shadow_rows=SHADOW_ROWS if arm.shadow else 0,
         )
         drafter = Drafter(
-            DirectSteps(draft, kv),
-            kv,
+            DirectSteps(draft, loaded.kv),
+            loaded.kv,
             policy,
-            eos_ids=self._drafter._shared.eos_ids,
+            eos_ids=loaded.eos_ids,
             sharpening=arm.sharpening,
         )
-        engine = Engine(target, kv, drafter, counters=counters)
-        self._session._parts = replace(self._session._parts, speculative=engine)
+        return self._session.with_drafter(drafter, blocks=blocks)
 
-    def run(self, *, plain: bool, tokens: int) -> tuple[list[GenerationStats], list[int]]:
-        """The first turn of every question; the figures and the tokens of every answer."""
-        stats, found = [], []
+    def run(self, arm: Arm, *, plain: bool, tokens: int) -> tuple[list[GenerationStats], list[int]]:
+        """Answer the first turn of every question; return the figures and the tokens of every answer."""
+        session, stats, found = self.session(arm), [], []
         for number, question in enumerate(load_suite("sample", None, self._questions)):
-            self._session.reset()
+            session.reset()
             deltas = list(
-                self._session.chat(None).ask(
+                session.chat().ask(
                     question.turns[0], max_new_tokens=tokens, stop=(), plain=plain, noise_stream=2 * number
                 )
             )
@@ -230,7 +231,7 @@ def main() -> int:
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--questions", type=int, default=QUESTIONS)
-    parser.add_argument("--depths", help="fixed depths to set beside the schedule, such as 8,16,24,32")
+    parser.add_argument("--depths", help="fixed depths to compare with the policy, such as 8,16,24,32")
     options = parser.parse_args()
     arms = list(PARTS)
     if options.depths:
@@ -241,20 +242,19 @@ def main() -> int:
         memory=MemoryConfig(memory_gib=options.memory_gb, device="cpu", context=options.context),
         sampling=SamplingConfig(temperature=options.temperature, seed=7),
     )
+    checkpoint = find_model(config).checkpoint
     with open_session(config, Reporter(lambda text: print(text, file=sys.stderr))) as session:
-        results = measure(
-            Laboratory(session, options.questions),
-            arms,
-            session.description.plan.streamed_bytes_per_pass,
-            options.rounds,
-        )
+        if not session.plan.streamed or not session.plan.drafts:
+            parser.error("this budget holds the whole model, so nothing is streamed: give a smaller one")
+        layouts = [layout for layer in session.plan.streamed for layout in block_layouts(checkpoint, layer)]
+        lab = Laboratory(session, layouts, options.questions)
+        results = measure(lab, arms, session.plan.streamed_bytes_per_pass, options.rounds)
     return report(results)
 
 
 def measure(lab: Laboratory, arms: Sequence[Arm], pass_bytes: int, rounds: int) -> dict[str, Result]:
-    """Every arm once in each round, plain decoding first; the first round of all is a warm-up of one arm."""
-    lab.use(arms[-1])
-    lab.run(plain=False, tokens=NEW_TOKENS)
+    """Run every arm once in each round, plain decoding first, after a warm-up of one arm."""
+    lab.run(arms[-1], plain=False, tokens=NEW_TOKENS)
     results: dict[str, Result] = {}
 
     def add(name: str, work: Callable[[], tuple[list[GenerationStats], list[int]]]) -> None:
@@ -264,15 +264,14 @@ def measure(lab: Laboratory, arms: Sequence[Arm], pass_bytes: int, rounds: int) 
         print(f"{name}: {rate_of_totals(stats):.2f} tok/s", file=sys.stderr)
 
     for _ in range(rounds):
-        add("plain, same plan", lambda: lab.run(plain=True, tokens=PLAIN_TOKENS))
+        add("plain, same plan", lambda: lab.run(arms[-1], plain=True, tokens=PLAIN_TOKENS))
         for arm in arms:
-            lab.use(arm)
-            add(arm.name, lambda: lab.run(plain=False, tokens=NEW_TOKENS))
+            add(arm.name, lambda arm=arm: lab.run(arm, plain=False, tokens=NEW_TOKENS))
     return results
 
 
 def report(results: Mapping[str, Result]) -> int:
-    """The table, and whether all arms gave the same tokens."""
+    """Print the table and whether all arms gave the same tokens; return the exit status."""
     plain = results["plain, same plan"].rates()
     print(
         "| arm | tok/s, median (range) | over plain | tau | share of ceiling | link busy | serial steps a pass |"

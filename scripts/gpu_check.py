@@ -1,7 +1,7 @@
-"""Check a GPU end to end: its tests, then plain and speculative decoding of a model that it cannot hold.
+"""Check a GPU end to end: its tests, then plain and speculative decoding of a model that the budget cannot hold.
 
-A surrogate of a 7B model's shape is made from the demo model on the spot, prepared and measured under a budget by
-`subspec bench`. One table goes to stdout, everything else to stderr; the exit status is 1 if a row failed.
+The check makes a surrogate of a 7B model's shape from the demo model, prepares it and measures it under a budget with
+`subspec bench`. One table goes to stdout, everything else to stderr. The exit status is 1 if a row failed.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Row:
 
 @dataclass
 class Check:
-    """What is run, where, and what it found so far."""
+    """A check: its device, its model, and the rows found so far."""
 
     device: str
     geometry: Geometry
@@ -79,7 +79,7 @@ class Check:
         return self.work / "surrogate"
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
-        """Run one of our commands; what it says goes to stderr at once, its stdout is kept."""
+        """Run one command of the repository; its stderr is passed on, its stdout is kept."""
         say(" ".join(command))
         places = {"SUBSPEC_HOME": str(self.work / "home"), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
         environment = {**os.environ, **places}
@@ -119,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def find_gpu(check: Check) -> bool:
-    """Name the GPU; without one there is nothing to check and nothing to build."""
+    """Name the GPU; without one there is nothing to check."""
     if check.device == "cpu":
         return True
     import torch
@@ -135,7 +135,7 @@ def run_tests(check: Check) -> bool:
     done = check.run("-m", "pytest", "-m", "gpu", "-rs", "tests")
     say(done.stdout)
     check.rows.append(row_of_tests(done.stdout, done.returncode, wants_gpu=check.device == "cuda"))
-    return True  # what the measurements say is worth knowing even then
+    return True  # measurements are useful even if a test failed
 
 
 def make_model(check: Check) -> bool:
@@ -194,7 +194,7 @@ def reserved_bytes(device: str) -> int:
 
 
 def transfer_name(device: str) -> str:
-    """What the link is."""
+    """Describe the link."""
     return "copy from pinned memory" if device == "cuda" else "read past the page cache"
 
 
@@ -244,7 +244,7 @@ def disk_link_gb_per_s(model: Path) -> float:
 
 
 def row_of_tests(output: str, status: int, *, wants_gpu: bool) -> Row:
-    """How the marked tests went; that all are skipped is a failure only where there should be a GPU."""
+    """Return the outcome of the marked tests; if all are skipped, that fails only where a GPU is wanted."""
     counts = {kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|skipped|error)", output)}
     figure = ", ".join(
         f"{counts[kind]} {kind}" for kind in ("passed", "failed", "error", "skipped") if kind in counts
@@ -286,7 +286,7 @@ def arm_rows(arm: Arm, report: dict[str, Any], raw_gb_per_s: float, reserved: in
 
 
 def draft_row(arm: Arm, answers: Sequence[dict[str, Any]]) -> Row:
-    """Time of a draft step before a pass; steps in a pass's shadow share the machine with it and are left out."""
+    """Return the time of a draft step before a pass; shadow steps, which share the machine, do not count."""
     steps = sum(answer["speculative"]["draft_steps"] for answer in answers)
     seconds = sum(answer["speculative"]["draft_time_s"] for answer in answers)
     if not steps:
@@ -295,7 +295,7 @@ def draft_row(arm: Arm, answers: Sequence[dict[str, Any]]) -> Row:
 
 
 def time_row(seconds: float) -> Row:
-    """How long it all took; being slow is said, and is no failure of the GPU."""
+    """Return how long the check took; a slow check is reported and is no failure."""
     return Row(
         "time", f"{seconds:.0f} s" + ("" if seconds < MOST_SECONDS else f", more than {MOST_SECONDS} s")
     )

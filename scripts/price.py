@@ -1,9 +1,9 @@
-"""Tokens, tau, draft steps and price of a suite at fixed costs. No clock is read, so equal code prints equal figures.
+"""Print tokens, tau, draft steps and price of a suite at fixed costs. No clock is read: equal code, equal figures.
 
-A small model answers, and its trees are grown and priced by the costs of a large one: those of the surrogate in
-`scripts/price_costs.json`, or of any record that `subspec run --json` or `subspec bench --json` printed.
+A small model answers, and its trees are grown and priced at the costs of a large one: the surrogate's in
+`scripts/price_costs.json`, or those of any record that `subspec run --json` or `subspec bench --json` printed.
 A pass of n nodes costs max(link, compute(n)), a serial draft step of r rows costs step(r), and a draft step in the
-shadow of a pass costs nothing, since it is planned into time that the link leaves idle.
+shadow of a pass costs nothing, because it is planned into time that the link leaves idle.
 
     python scripts/price.py MODEL --questions mt_bench.jsonl
     python scripts/price.py MODEL --questions mt_bench.jsonl --temperature 1
@@ -16,15 +16,15 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from subspec_cli.bench.suites import load_suite
+from subspec_cli.checkpoint.geometry import ModelGeometry
 from subspec_cli.config import Config, DraftConfig, MemoryConfig, ModelConfig, SamplingConfig
-from subspec_cli.decoding.engine import Engine
 from subspec_cli.drafting.drafter import Drafter
 from subspec_cli.drafting.policy import DraftPolicy, TreeLimits
 from subspec_cli.errors import SubspecError
@@ -33,10 +33,9 @@ from subspec_cli.metrics import GenerationStats
 from subspec_cli.planning.assumed_costs import assumed_costs
 from subspec_cli.planning.costs import MachineCosts, PlanCosts, RowTimes
 from subspec_cli.reporter import Reporter
-from subspec_cli.session import build, open_session
-from subspec_cli.session.found_model import FoundModel
+from subspec_cli.session import open_session
 from subspec_cli.session.session import Session, TextDelta
-from subspec_cli.substitutes.prepared_model import PreparedModel
+from subspec_cli.substitutes.settings import SubstituteSettings
 
 COSTS: Final = Path(__file__).with_name("price_costs.json")
 TREE_NODES: Final = 64
@@ -48,7 +47,7 @@ class Bill:
 
     answers: int = 0
     tokens: int = 0
-    """All new tokens, the first ones included, which no pass of the decode loop pays for."""
+    """All new tokens, including the first of each answer, which costs no pass of the decode loop."""
     passes: int = 0
     draft_steps: int = 0
     shadow_steps: int = 0
@@ -78,11 +77,11 @@ def main() -> int:
         sampling=SamplingConfig(temperature=options.temperature, top_p=options.top_p, seed=options.seed),
     )
     costs = read_costs(options.costs)
-    build._costs = assume  # the small model's plan must not depend on a clock either
+    reporter = Reporter(lambda text: print(text, file=sys.stderr))
     try:
-        with open_session(config, Reporter(lambda text: print(text, file=sys.stderr))) as session:
-            use_costs(session, costs, shadow=not options.no_shadow)
-            figures = price(session, costs, options)
+        # The small model's plan must not depend on a clock either.
+        with open_session(config, reporter, costs=cpu_costs) as session:
+            figures = price(with_costs(session, costs, shadow=not options.no_shadow), costs, options)
     except SubspecError as error:
         print(f"error: {error.message}\nhint: {error.hint}", file=sys.stderr)
         return error.exit_code
@@ -113,13 +112,13 @@ def read_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def assume(_config: Config, source: FoundModel, prepared: PreparedModel, *_: object) -> MachineCosts:
-    """Costs of the small model that nobody timed."""
-    return assumed_costs(source.geometry, "cpu", settings=prepared.manifest.settings)
+def cpu_costs(geometry: ModelGeometry, settings: SubstituteSettings) -> MachineCosts:
+    """Return costs of the small model that do not depend on this machine."""
+    return assumed_costs(geometry, "cpu", settings=settings)
 
 
 def read_costs(path: Path) -> PlanCosts:
-    """The costs of a record, or of a file that holds nothing else."""
+    """Return the costs of a record, or of a file that holds only costs."""
     record = json.loads(path.read_text())
     values: Mapping[str, Any] = record.get("costs", record)
 
@@ -129,28 +128,21 @@ def read_costs(path: Path) -> PlanCosts:
     return PlanCosts(link_s=values["link_s"], compute=times("compute"), step=times("step"))
 
 
-def use_costs(session: Session, costs: PlanCosts, *, shadow: bool) -> None:
-    """Let the session's draft go by these costs."""
-    engine = session._parts.speculative
-    drafter = engine._drafter
+def with_costs(session: Session, costs: PlanCosts, *, shadow: bool) -> Session:
+    """Return the session with a drafter whose policy goes by these costs."""
+    loaded = session.loaded
+    assert loaded.draft is not None
     policy = DraftPolicy(
         max_tree=TreeLimits(MOST_DEPTH, MOST_ROWS, TREE_NODES),
         costs=costs,
-        layers=len(session.description.plan.streamed),
+        layers=session.plan.streamed_layers,
         shadow_rows=SHADOW_ROWS if shadow else 0,
     )
-    shared = drafter._shared
-    priced = Engine(
-        engine._target,
-        engine._kv,
-        Drafter(shared.steps, engine._kv, policy, eos_ids=shared.eos_ids),
-        counters=engine._counters,
-    )
-    session._parts = replace(session._parts, speculative=priced)
+    return session.with_drafter(Drafter(loaded.draft, loaded.kv, policy, eos_ids=loaded.eos_ids))
 
 
 def price(session: Session, costs: PlanCosts, options: argparse.Namespace) -> dict[str, Any]:
-    """Both turns of every question, from an empty cache each."""
+    """Answer both turns of every question, each question from an empty cache."""
     bill, digest = Bill(), hashlib.sha256()
     questions = load_suite("sample", options.questions, options.limit)
     for number, question in enumerate(questions):
@@ -168,12 +160,12 @@ def price(session: Session, costs: PlanCosts, options: argparse.Namespace) -> di
             add(bill, before)
         if sys.stderr.isatty():
             print(f"\r{number + 1}/{len(questions)} questions", end="", file=sys.stderr)
-    plan = session.description.plan
+    plan = session.plan
     return {**bill.as_dict(), "draft_head_bits": plan.draft_head_bits, "token_ids_sha256": digest.hexdigest()}
 
 
 def pass_price_s(before: GenerationStats, delta: TextDelta, costs: PlanCosts) -> float:
-    """What one pass and the serial draft steps before it cost; the prefill is free."""
+    """Return the cost of one pass and of the serial draft steps before it; the prefill is free."""
     now = delta.stats
     if now.passes == before.passes:
         return 0.0
@@ -182,7 +174,7 @@ def pass_price_s(before: GenerationStats, delta: TextDelta, costs: PlanCosts) ->
 
 
 def add(bill: Bill, stats: GenerationStats) -> None:
-    """Take in one answer's totals."""
+    """Add the totals of one answer."""
     bill.answers += 1
     bill.tokens += stats.new_tokens
     bill.passes += stats.passes

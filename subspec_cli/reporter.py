@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 
 def _ignore(_text: str) -> None:
@@ -18,3 +19,6 @@ class Reporter:
     """Receives the current activity, one line that replaces the line before."""
     note: Callable[[str], None] = _ignore
     """Receives a line that stays: a wait, a retry, a plan that could not be kept."""
+
+
+SILENT: Final = Reporter()

@@ -1,10 +1,11 @@
-"""Versions of the libraries that results depend on, read without importing them."""
+"""Versions of this package and of the libraries that results depend on, read without importing them."""
 
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 from typing import Final
 
+__version__: Final = "0.1.0"
 _LIBRARIES: Final = (
     "torch",
     "transformers",

@@ -19,9 +19,9 @@ def assumed_machine(request, monkeypatch):
 
     def assume(directory, settings, device, reporter):
         # So slow a link that drafting pays even for models of a few kilobytes.
-        return assumed_costs(geometry_in(directory), device.type, link_gb_per_s=0.001, settings=settings)
+        return assumed_costs(geometry_in(directory), device, link_gb_per_s=0.001, settings=settings)
 
-    monkeypatch.setattr("subspec_cli.session.build.probe_apart", assume)
+    monkeypatch.setattr("subspec_cli.session.machine_costs.probe_in_subprocess", assume)
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from subspec_cli.reporter import Reporter
 from subspec_cli.session import open_session
 from subspec_cli.session.prepare import prepare
 from subspec_cli.session.session import Session, TextDelta
+from subspec_cli.substitutes.settings import SubstituteSettings
 
 
 class Shelf:
@@ -46,8 +47,13 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shelf]:
 
 def prepare_quietly(directory: Path, **how: Any) -> None:
     """`subspec prepare` with its defaults."""
-    defaults = {"bits": 4, "optimizer": "minmax", "revision": None, "force": False}
-    prepare(str(directory), **(defaults | how), progress=lambda state: None)
+    prepare(str(directory), wanted(how), **how, progress=lambda state: None)
+
+
+def wanted(how: dict[str, Any]) -> SubstituteSettings:
+    """Take the settings of substitutes out of keywords."""
+    defaults = {"bits": 4, "optimizer": "minmax", "overrides": ()}
+    return SubstituteSettings(**{name: how.pop(name, value) for name, value in defaults.items()})
 
 
 def open_tiny(directory: Path | None, **flags: Any) -> Session:

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from fakes_cli import FakeSession, use_session
 
-from subspec_cli import __version__
 from subspec_cli.__main__ import main
 from subspec_cli.cli import boundary
 from subspec_cli.errors import (
@@ -24,6 +23,7 @@ from subspec_cli.errors import (
     UnsupportedModelError,
     UsageError,
 )
+from subspec_cli.versions import __version__
 
 HEAVY = ("torch", "transformers", "numpy", "optimum", "huggingface_hub")
 

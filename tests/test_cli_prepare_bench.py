@@ -32,9 +32,9 @@ def preparing(monkeypatch):
     def use(report):
         calls = []
 
-        def prepare(model, *, bits, optimizer, overrides, revision, force, progress, notify):
-            calls.append((model, bits, optimizer, overrides, revision, force))
-            notify("waiting: another process (pid 7) is preparing it")
+        def prepare(model, wanted, *, revision, force, progress, reporter):
+            calls.append((model, wanted.bits, wanted.optimizer, wanted.overrides, revision, force))
+            reporter.note("waiting: another process (pid 7) is preparing it")
             for layer in range(1, 5):
                 progress(FakePrepareProgress(layer, 4, layer << 20, 4 << 20, layer * 0.5))
             return report

@@ -16,7 +16,7 @@ from subspec_cli.planning.assumed_costs import assumed_costs
 from subspec_cli.planning.costs import RowTimes
 from subspec_cli.planning.device_profile import device_profile
 from subspec_cli.planning.plan import fastest_plan
-from subspec_cli.session import build, load
+from subspec_cli.session import load, machine_costs, opening
 from subspec_cli.streaming.pinned_memory import PinRefusedError
 from subspec_cli.substitutes.prepared_model import find_prepared_sets
 from subspec_cli.units import GIB
@@ -30,11 +30,11 @@ def cost(monkeypatch):
 
     def set_costs(**changes):
         def costs(directory, settings, device, reporter):
-            found = assumed_costs(geometry_in(directory), device.type, settings=settings)
+            found = assumed_costs(geometry_in(directory), device, settings=settings)
             return dataclasses.replace(found, **changes)
 
-        monkeypatch.setattr(build, "probe_apart", costs)
-        monkeypatch.setattr(build, "known_costs", lambda subject: None)
+        monkeypatch.setattr(machine_costs, "probe_in_subprocess", costs)
+        monkeypatch.setattr(machine_costs, "known_costs", lambda subject: None)
 
     return set_costs
 
@@ -102,10 +102,10 @@ def test_of_the_sets_that_stand_side_by_side_the_fastest_is_loaded(tmp_path, mon
 
     def fastest(bits):
         def costs(directory, settings, device, reporter):
-            found = assumed_costs(geometry_in(directory), device.type, settings=settings)
+            found = assumed_costs(geometry_in(directory), device, settings=settings)
             return dataclasses.replace(found, substitute_layer=FREE if settings.bits == bits else DEAR)
 
-        monkeypatch.setattr(build, "probe_apart", costs)
+        monkeypatch.setattr(machine_costs, "probe_in_subprocess", costs)
 
     expected = plain_answer(model)
     for bits in (8, 4):
@@ -134,7 +134,7 @@ def test_an_embedding_in_host_memory_gives_the_same_rows(shelf, monkeypatch, ref
             raise PinRefusedError("CUDA error 2")
         return lambda: unpinned.append(table.shape)
 
-    monkeypatch.setattr(build, "fastest_plan", on_the_host)
+    monkeypatch.setattr(opening, "fastest_plan", on_the_host)
     monkeypatch.setattr(load, "pin", pin)
     with open_tiny(model, draft={"depth": 4}) as session:
         assert answer_to(session, "Hello", 16).outcome == expected

@@ -12,13 +12,14 @@ from fakes_session import answer_to, open_tiny
 from subspec_cli.config import SamplingConfig
 from subspec_cli.decoding.sampler import make_sampler
 from subspec_cli.drafting.draft_steps import likeliest, rank, sampling_of
-from subspec_cli.modeling.decoder import DraftLogits, Head
+from subspec_cli.drafting.policy import DraftPolicy
+from subspec_cli.modeling.decoder import DraftDecoder, DraftLogits, Head
 from subspec_cli.modeling.substitute import Int4Linear, LowBitHead, low_bit_table
 from subspec_cli.planning.costs import snapped
 from subspec_cli.probe import kept_costs
 from subspec_cli.probe.kept_costs import read_probe, write_probe
 from subspec_cli.reporter import Reporter
-from subspec_cli.session import build
+from subspec_cli.session import build, load, machine_costs, opening
 
 
 @pytest.fixture
@@ -32,13 +33,13 @@ def home(tmp_path, monkeypatch):
 def probes(monkeypatch):
     """Counts how often the machine is timed."""
     times = []
-    probe_apart = build.probe_apart
+    probe = machine_costs.probe_in_subprocess
 
     def counted(*arguments):
-        times.append(probe_apart(*arguments))
+        times.append(probe(*arguments))
         return times[-1]
 
-    monkeypatch.setattr(build, "probe_apart", counted)
+    monkeypatch.setattr(machine_costs, "probe_in_subprocess", counted)
     return times
 
 
@@ -79,8 +80,12 @@ def test_every_part_is_timed_on_stand_ins_of_the_models_shapes(shelf, home, prob
 def test_a_machine_that_cannot_be_timed_is_assumed(shelf, home, monkeypatch, change, reason):
     """The run goes on and says so; nothing is kept, so the next run tries again."""
     if "directory" in change:
-        probe_apart = build.probe_apart
-        monkeypatch.setattr(build, "probe_apart", lambda _, *rest: probe_apart(change["directory"], *rest))
+        probe = machine_costs.probe_in_subprocess
+
+        def elsewhere(_, *rest):
+            return probe(change["directory"], *rest)
+
+        monkeypatch.setattr(machine_costs, "probe_in_subprocess", elsewhere)
     else:
         monkeypatch.setattr("subspec_cli.probe.child_process.sys.executable", change["executable"])
     with open_tiny(shelf.model("qwen2")) as session:
@@ -183,12 +188,13 @@ def test_two_runs_with_the_same_costs_grow_the_same_trees(shelf, home):
     assert run() == first
 
 
-def test_the_policy_goes_by_the_costs_of_its_plan(shelf, home, probes):
+def test_the_policy_goes_by_the_costs_of_its_plan(shelf, home, probes, monkeypatch):
+    made = []
+    monkeypatch.setattr(build, "DraftPolicy", lambda **how: made.append(how["costs"]) or DraftPolicy(**how))
     with open_tiny(shelf.model("qwen2")) as session:
-        about = session.description
-        geometry = session._parts.speculative._target.math.geometry
-        assert about.costs == about.plan.costs(probes[0], geometry)
-        assert session._parts.speculative._drafter._shared.policy.costs == about.costs
+        about, geometry = session.description, session.loaded.math.geometry
+    assert about.costs == about.plan.costs(probes[0], geometry)
+    assert made == [about.costs]
 
 
 # --- a head of the draft's own -------------------------------------------------------------------------------
@@ -273,19 +279,21 @@ def test_a_table_that_no_kernel_takes_is_left_alone():
 def test_the_plans_choice_of_head_is_loaded(shelf, monkeypatch, home):
     from dataclasses import replace
 
-    fastest_plan, model = build.fastest_plan, shelf.model("qwen2")
-    heads = {}
+    fastest_plan, model = opening.fastest_plan, shelf.model("qwen2")
+    heads, kinds = {}, []
     for bits in (16, 4):
 
         def chosen(requests, bits=bits):
             number, plan = fastest_plan(requests)
             return number, replace(plan, draft_head_bits=bits)
 
-        monkeypatch.setattr(build, "fastest_plan", chosen)
+        def decoder(math, embed, head, layers):
+            kinds.append(type(head))
+            return DraftDecoder(math, embed, head, layers)
+
+        monkeypatch.setattr(opening, "fastest_plan", chosen)
+        monkeypatch.setattr(load, "DraftDecoder", decoder)
         with open_tiny(model, draft={"depth": 3}) as session:
-            heads[bits] = (
-                type(session._parts.speculative._drafter._shared.steps.draft._head),
-                answer_to(session, "Hello", 20),
-            )
-    assert [kind for kind, _ in heads.values()] == [Head, LowBitHead]
-    assert heads[4][1].outcome == heads[16][1].outcome
+            heads[bits] = answer_to(session, "Hello", 20)
+    assert kinds == [Head, LowBitHead]
+    assert heads[4].outcome == heads[16].outcome

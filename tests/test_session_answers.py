@@ -9,6 +9,7 @@ from fakes_session import Answer, answer_to, open_tiny, prepare_quietly
 from tiny_models import EOS_ID
 
 from subspec_cli.errors import ExitCode, IntegrityError, UsageError
+from subspec_cli.modeling.decoder import TargetDecoder
 
 TALKATIVE = {"temperature": 1.5, "seed": 3}
 PROMPT = "Tell me of rivers"
@@ -112,7 +113,7 @@ def test_deltas_are_the_text_and_the_tokens(sampling):
     answer = answer_to(sampling, PROMPT, 30, noise_stream=1)
     assert len(answer.token_ids) == answer.stats.new_tokens == 30
     assert [delta.finish_reason for delta in answer.deltas[:-1]] == [None] * (len(answer.deltas) - 1)
-    assert answer.text == sampling._parts.tokenizer.decode(answer.token_ids)
+    assert answer.text == sampling.loaded.tokenizer.decode(answer.token_ids)
 
 
 @pytest.mark.parametrize("plain", [False, True])
@@ -178,25 +179,24 @@ def test_an_interrupted_turn_keeps_what_was_said(session):
 
 
 def test_ctrl_c_inside_a_pass_keeps_what_was_said(session, monkeypatch):
-    chat, target = session.chat(None), session._parts.speculative._target
-    layers, passes = target.layers, []
+    chat, layers, passes = session.chat(None), TargetDecoder.layers, []
 
-    def interrupted(flow):
+    def interrupted(target, flow):
         passes.append(1)
-        for layer in layers(flow):
+        for layer in layers(target, flow):
             if len(passes) == 4:
                 raise KeyboardInterrupt
             yield layer
 
-    monkeypatch.setattr(target, "layers", interrupted)
+    monkeypatch.setattr(TargetDecoder, "layers", interrupted)
     with pytest.raises(KeyboardInterrupt):
         asked(chat, "Hello", 90)
     monkeypatch.undo()
     second = asked(chat, "Go on")
-    said = [message for message in chat._messages if message["role"] == "assistant"]
+    said = [message for message in chat.messages if message["role"] == "assistant"]
     assert len(said) == 2
     session.reset()
-    ids = session.encode_messages(chat._messages[:-1])
+    ids = session.encode_messages(chat.messages[:-1])
     assert len(ids) == second.stats.prompt_tokens
     assert Answer(session.generate(ids, max_new_tokens=12, stop=())).outcome == second.outcome
 
@@ -208,7 +208,7 @@ def test_an_interruption_before_the_first_token_leaves_the_chat_as_it_was(sessio
     def interrupted(*args, **how):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(session._parts.speculative._target, "forward", interrupted)
+    monkeypatch.setattr(TargetDecoder, "forward", interrupted)
     with pytest.raises(KeyboardInterrupt):
         asked(chat, "Never heard")
     monkeypatch.undo()
@@ -296,7 +296,7 @@ def test_weights_that_vanish_while_running_are_an_integrity_error(shelf, tmp_pat
 
 def test_damaged_logits_end_the_answer(session, monkeypatch):
     """F85, at the head of a real model."""
-    head, before = session._parts.speculative._target._head, answer_to(session, PROMPT, 20)
+    head, before = session.loaded.head, answer_to(session, PROMPT, 20)
     head.norm_weight.mul_(torch.nan)
     with pytest.raises(IntegrityError, match="not finite"):
         answer_to(session, PROMPT, 20)
@@ -304,4 +304,4 @@ def test_damaged_logits_end_the_answer(session, monkeypatch):
 
 
 def test_the_end_token_of_the_model_ends_answers(session):
-    assert EOS_ID in session._parts.eos_ids
+    assert EOS_ID in session.loaded.eos_ids

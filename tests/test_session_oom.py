@@ -17,12 +17,14 @@ from subspec_cli.checkpoint.checkpoint import open_checkpoint
 from subspec_cli.checkpoint.geometry import read_geometry
 from subspec_cli.errors import ExitCode, IntegrityError, ResourceError
 from subspec_cli.modeling.decoder import TargetDecoder
+from subspec_cli.modeling.target_blocks import TargetBlocks
 from subspec_cli.planning.device_profile import device_profile
 from subspec_cli.planning.plan import OffloadPlan
 from subspec_cli.reporter import Reporter
-from subspec_cli.session import build, load
-from subspec_cli.session.load import Loader
+from subspec_cli.session import blocks, device, load
+from subspec_cli.session.found_model import FoundModel
 from subspec_cli.session.oom import oom_as_error
+from subspec_cli.session.opening import Opening
 from subspec_cli.streaming.gpu_streamer import GpuStreamer
 from subspec_cli.streaming.memory_meter import MemoryMeter
 from subspec_cli.units import GIB
@@ -122,15 +124,15 @@ def test_answering_tells_a_shortage_and_the_session_lives_on(
 def test_the_gpu_cap_leaves_out_what_cuda_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 8 GiB on a GPU of 24, all but the context may be reserved."""
     capped = {}
-    monkeypatch.setattr(build, "total_bytes", lambda _device: 24 * GIB)
+    monkeypatch.setattr(device, "total_bytes", lambda _device: 24 * GIB)
     monkeypatch.setattr(
         torch.cuda,
         "set_per_process_memory_fraction",
-        lambda share, device: capped.update({device.type: share * 24 * GIB}),
+        lambda share, capped_device: capped.update({capped_device.type: share * 24 * GIB}),
     )
-    build.cap_allocator(8 * GIB, torch.device("cuda"))
+    device.cap_allocator(8 * GIB, torch.device("cuda"))
     assert capped["cuda"] == pytest.approx(8 * GIB - device_profile("cuda").context_bytes)
-    build.cap_allocator(8 * GIB, CPU)
+    device.cap_allocator(8 * GIB, CPU)
     assert list(capped) == ["cuda"]
 
 
@@ -140,8 +142,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     return Machine(copies_first).install(monkeypatch)
 
 
-def loader(directory: Path, streamed: tuple[int, ...], notes: list[str]) -> Loader:
-    """A loader for a GPU, of a model of three layers."""
+def opening_for(directory: Path, streamed: tuple[int, ...], notes: list[str]) -> Opening:
+    """An opening on a GPU, of a model of three layers."""
     checkpoint = open_checkpoint(directory)
     geometry = read_geometry(checkpoint.config, checkpoint.tensors)
     resident = tuple(layer for layer in range(geometry.layers) if layer not in streamed)
@@ -170,9 +172,8 @@ def loader(directory: Path, streamed: tuple[int, ...], notes: list[str]) -> Load
         reason=nothing,
         fits=False,
     )
-    return Loader(
-        nothing, checkpoint, geometry, plan, nothing, torch.device("cuda"), 1, 8, Reporter(note=notes.append)
-    )
+    found = FoundModel(nothing, checkpoint, geometry)
+    return Opening(found, plan, nothing, torch.device("cuda"), Reporter(note=notes.append))
 
 
 @pytest.mark.parametrize("free_layers", [3, 1.5])
@@ -180,24 +181,22 @@ def test_for_a_gpu_layers_are_pinned_as_far_as_host_memory_goes(
     shelf: fakes_session.Shelf, gpu: Machine, monkeypatch: pytest.MonkeyPatch, free_layers: float
 ) -> None:
     """With room for fewer, the files are read on, and whether they changed is asked before every token."""
-    directory = shelf.model("llama")
     notes: list[str] = []
-    whole = loader(directory, (0, 2), notes)
-    layer_bytes = whole._layer_layout(0).whole.buffer_bytes
-    free_bytes = int(free_layers * (layer_bytes + 2 * 4096) / load._PINNED_SHARE)
-    monkeypatch.setattr(load, "available_bytes", lambda _device: free_bytes)
-    streamer = whole._streamer()
+    opening = opening_for(shelf.model("llama"), (0, 2), notes)
+    layouts = [blocks.layer_layout(opening.found.checkpoint, layer) for layer in (0, 2)]
+    layer_bytes = layouts[0].whole.buffer_bytes
+    free_bytes = int(free_layers * (layer_bytes + 2 * 4096) / blocks._PINNED_SHARE)
+    monkeypatch.setattr(blocks, "available_bytes", lambda _device: free_bytes)
+    streamer = blocks.open_streamer(opening)
     assert isinstance(streamer, GpuStreamer)
     assert streamer.reads_files is (free_layers < 2)
     assert [note.partition(" ")[0] for note in notes] == (["pinned"] if free_layers < 2 else [])
-    assert whole._reads_on(load.TargetBlocks(3, {}, streamer)) is (free_layers < 2)
+    asked: list[object] = []
+    monkeypatch.setattr(load, "check_unchanged", asked.append)
+    load.source_check(opening, TargetBlocks(3, {}, streamer))()
+    assert bool(asked) is (free_layers < 2)
     names = [name for block in streamer.blocks() for name in block]
-    assert names == [
-        entry.name
-        for layer in (0, 2)
-        for block in whole._layer_layout(layer).blocks
-        for entry in _entries(block)
-    ]
+    assert names == [entry.name for layout in layouts for block in layout.blocks for entry in _entries(block)]
     streamer.close()
     assert not gpu.pinned
 

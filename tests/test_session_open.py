@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 from checkpoints import as_hub_snapshot
-from fakes_session import answer_to, open_tiny, prepare_quietly
+from fakes_session import answer_to, open_tiny, prepare_quietly, wanted
 from tiny_models import EOS_ID, make_tiny_model
 
 from subspec_cli.cli.documents import plan_document
@@ -144,12 +144,14 @@ def test_leaving_the_context_closes_also_after_an_error(shelf):
     assert not readers()
 
 
-@pytest.mark.parametrize("step", ["check_batch_invariance", "end_token_ids"])
+@pytest.mark.parametrize(
+    "step", ["load.check_batch_invariance", "load.end_token_ids", "load.mark_used", "build.library_versions"]
+)
 def test_an_opening_that_fails_late_stops_the_reader(shelf, monkeypatch, step):
     def fails(*args, **how):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"subspec_cli.session.build.{step}", fails)
+    monkeypatch.setattr(f"subspec_cli.session.{step}", fails)
     with pytest.raises(KeyboardInterrupt):
         open_tiny(shelf.model("qwen2"))
     assert not readers()
@@ -185,7 +187,7 @@ def test_end_tokens_come_from_generation_config_and_tokenizer(own, generation, e
     if generation is not None:
         path.write_text(json.dumps(generation))
     with open_tiny(own) as session:
-        assert session._parts.eos_ids == expected
+        assert session.loaded.eos_ids == expected
 
 
 @pytest.mark.parametrize("plain", [False, True])
@@ -313,7 +315,7 @@ def from_hub(shelf, tmp_path, monkeypatch):
         shutil.copytree(snapshot.parent.parent, repo, symlinks=True, dirs_exist_ok=True)
         (repo / "refs" / name).write_text(commit)
         shutil.rmtree(made)
-    prepare("org/tiny", bits=4, optimizer="minmax", revision=COMMIT, force=False, progress=lambda state: None)
+    prepare("org/tiny", wanted({}), revision=COMMIT, progress=lambda state: None)
 
 
 @pytest.mark.parametrize("revision", [None, "main", COMMIT])
@@ -354,8 +356,7 @@ def test_a_model_of_another_kind_is_refused_before_anything_is_written(
 
 def report_of(directory, **how):
     states = []
-    defaults = {"bits": 4, "optimizer": "minmax", "revision": None, "force": False}
-    return prepare(str(directory), **(defaults | how), progress=states.append), states
+    return prepare(str(directory), wanted(how), **how, progress=states.append), states
 
 
 def test_preparing_reports_what_it_made(own):

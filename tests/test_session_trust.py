@@ -9,7 +9,7 @@ from contextlib import closing
 
 import pytest
 from checkpoints import as_hub_snapshot
-from fakes_session import answer_to, open_tiny, prepare_quietly
+from fakes_session import answer_to, open_tiny, prepare_quietly, wanted
 from tiny_models import make_tiny_model, one_thread  # noqa: F401 - a fixture
 
 from subspec_cli.__main__ import main
@@ -20,6 +20,7 @@ from subspec_cli.substitutes.inventory import list_stored
 from subspec_cli.substitutes.last_use import LAST_USED_NAME
 from subspec_cli.substitutes.manifest import layer_file_name
 from subspec_cli.substitutes.prepared_model import find_prepared
+from subspec_cli.substitutes.settings import SubstituteSettings
 
 COMMIT = "a" * 40
 
@@ -89,15 +90,15 @@ def test_a_model_held_in_memory_does_not_care_what_becomes_of_its_files(own):
 
 
 def test_a_target_file_that_changes_while_loading_gives_no_session(own, monkeypatch):
-    from subspec_cli.session import load
+    from subspec_cli.session import blocks
 
-    original = load.read_resident
+    original = blocks.read_resident
 
     def meddle(layouts):
         overwrite(shard_of(own))
         return original(layouts)
 
-    monkeypatch.setattr(load, "read_resident", meddle)
+    monkeypatch.setattr(blocks, "read_resident", meddle)
     with pytest.raises(IntegrityError, match="changed while it was in use"):
         open_tiny(own, memory={"resident_layers": 1})
 
@@ -150,8 +151,8 @@ def test_a_damaged_substitute_is_repaired_to_the_same_bytes_and_nothing_else_is_
 
 
 def test_a_set_of_mixed_widths_is_repaired_as_it_was_made(own):
-    options = {"bits": 4, "optimizer": "hqq", "overrides": (("*.down_proj", 8),)}
-    report = prepare(str(own), **options, revision=None, force=False, progress=lambda state: None)
+    options = SubstituteSettings(4, "hqq", (("*.down_proj", 8),))
+    report = prepare(str(own), options, progress=lambda state: None)
     before = (report.directory / "manifest.json").read_bytes()
     (report.directory / layer_file_name(0)).unlink()
     assert main(["models", "verify", str(own), "--repair"]) == 0
@@ -184,11 +185,11 @@ def test_a_damaged_file_of_the_hubs_cache_is_dropped_and_fetched_again(pristine,
     blob = shard.resolve().rename(shard.resolve().with_name(hashlib.sha256(good).hexdigest()))
     shard.unlink()
     shard.symlink_to(blob)
-    prepare("org/tiny", bits=4, optimizer="minmax", revision=COMMIT, force=False, progress=lambda state: None)
+    prepare("org/tiny", wanted({}), revision=COMMIT, progress=lambda state: None)
     blob.write_bytes(good[:-1] + b"\x7f")
     asked = []
 
-    def fetch(model, **how):
+    def fetch(model, settings, **how):
         asked.append((model, how["revision"], shard.is_symlink(), blob.exists()))
         blob.write_bytes(good)
         shard.symlink_to(blob)

@@ -1,12 +1,12 @@
-"""What a benchmark found: figures per answer, ratios of totals per category, the ceiling beside them."""
+"""The figures of a benchmark: per answer, ratios of totals per category, and the ceiling."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from subspec_cli.metrics import GenerationStats, rate_of_totals, tau_of_totals
+from subspec_cli.metrics import Exactness, FinishReason, GenerationStats, rate_of_totals, tau_of_totals
 from subspec_cli.planning.comparison import Comparison, compare
 from subspec_cli.planning.plan import OffloadPlan
 
@@ -17,7 +17,7 @@ class ArmAnswer:
 
     token_ids: tuple[int, ...]
     text: str
-    finish_reason: str
+    finish_reason: FinishReason | Literal["interrupted"]
     stats: GenerationStats
 
 
@@ -33,7 +33,7 @@ class AnswerPair:
 
     @property
     def identical(self) -> bool:
-        """Token for token the same, as far as the shorter limit lets both go."""
+        """Whether both have the same tokens, up to the shorter limit."""
         plain, speculative = self.plain.token_ids, self.speculative.token_ids
         if self.plain.finish_reason == "length":
             return speculative[: len(plain)] == plain
@@ -59,18 +59,18 @@ class BenchRow:
     tau: float | None
     identical: int
     prefilled_tokens: int
-    """Prompt tokens really computed by the speculative arm; reused rows are not counted."""
+    """Prompt tokens that the speculative arm computed, without reused rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class LinkFigures:
-    """What the link did in the speculative arm's decoding."""
+    """Work of the link in the speculative arm's decoding."""
 
     streamed_bytes_per_pass: int
     streamed_bytes: int
     read_time_s: float
     disk_read_bytes: int | None
-    """Bytes that the kernel fetched from storage for this process meanwhile; None where it does not tell."""
+    """Bytes that the kernel fetched from storage for this process meanwhile; None if it does not report them."""
 
     @property
     def gb_per_s(self) -> float:
@@ -79,7 +79,7 @@ class LinkFigures:
 
     @property
     def cold_share(self) -> float | None:
-        """Share of the streamed bytes that storage delivered; what was read ahead can lift it above 1."""
+        """Share of the streamed bytes that came from storage; read-ahead can lift it above 1."""
         if self.disk_read_bytes is None or not self.streamed_bytes:
             return None
         return self.disk_read_bytes / self.streamed_bytes
@@ -87,14 +87,14 @@ class LinkFigures:
 
 @dataclass(frozen=True, slots=True)
 class BenchReport:
-    """All that was measured, whole or up to an interruption."""
+    """Everything that was measured, up to the end or an interruption."""
 
     suite: str
     pairs: tuple[AnswerPair, ...]
     best_plain: tuple[GenerationStats, ...]
     """Plain answers under plain decoding's own best plan."""
     link: LinkFigures | None
-    exactness: str
+    exactness: Exactness | Literal["unchecked"]
     speculation: bool
     interrupted: bool
     context: dict[str, Any]
@@ -116,7 +116,7 @@ class BenchReport:
 
     @property
     def ceiling_tok_per_s(self) -> float | None:
-        """Tau x link speed / streamed bytes per pass: the speed if nothing but the link took time."""
+        """Tau x link speed / streamed bytes per pass: the speed if only the link took time."""
         if not self.pairs or self.link is None or not self.link.gb_per_s:
             return None
         tau = tau_of_totals(pair.speculative.stats for pair in self.pairs)
@@ -124,7 +124,7 @@ class BenchReport:
 
     @property
     def comparison(self) -> Comparison | None:
-        """Predicted beside measured, over all speculative answers."""
+        """Predicted and measured figures over all speculative answers."""
         if self.plan is None or not self.pairs:
             return None
         answers = [pair.speculative.stats for pair in self.pairs]

@@ -1,8 +1,8 @@
 """Replaying a suite: plain and speculative decoding of every question, in turn, in one run.
 
-Both arms share the engine, the plan and the noise streams, so the same seed draws the same noise; each
-starts every question from an empty cache. Afterwards plain decoding is measured once more under its own best
-plan, which needs no substitutes: what a user would have without speculation.
+Both arms share the target, the plan and the noise streams, so the same seed draws the same noise. Each arm starts
+every question from an empty cache. At the end plain decoding is measured again under its own best plan, which needs
+no substitutes: that is what a user would have without speculation.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from subspec_cli.bench.report import AnswerPair, ArmAnswer, BenchReport, BenchRow, LinkFigures
 from subspec_cli.bench.suites import Question, load_suite
 from subspec_cli.config import Config
-from subspec_cli.metrics import GenerationStats
+from subspec_cli.metrics import Exactness, GenerationStats
 from subspec_cli.planning.plan import OffloadPlan
 from subspec_cli.reporter import Reporter
 from subspec_cli.session import open_session
@@ -33,7 +33,7 @@ _BEST_PLAIN_QUESTIONS: Final = 2
 
 @dataclass(frozen=True, slots=True)
 class BenchProgress:
-    """How far a run is."""
+    """Progress of a run."""
 
     done: int
     """Answers of both arms and of the closing plain measurement."""
@@ -43,7 +43,7 @@ class BenchProgress:
 
 
 class _Run:
-    """Collects answers; a report can be made at any time."""
+    """Collects answers. A report can be made at any time."""
 
     def __init__(
         self,
@@ -64,11 +64,11 @@ class _Run:
         self._context: dict[str, Any] = {}
         self._plan: OffloadPlan | None = None
         self._best_plain_plan: OffloadPlan | None = None
-        self._exactness = "unchecked"
+        self._exactness: Exactness | Literal["unchecked"] = "unchecked"
         self._speculation = False
 
     def measure_pairs(self) -> None:
-        """Both arms over all questions under one plan."""
+        """Measure both arms over all questions under one plan."""
         with open_session(self._config, Reporter(self._say)) as session:
             about = session.description
             self._exactness, self._speculation = about.exactness, about.speculation
@@ -79,12 +79,12 @@ class _Run:
             self._context["peak_memory_bytes"] = session.peak_memory_bytes()
 
     def measure_best_plain(self) -> None:
-        """Plain decoding with as many resident layers as fit without substitutes, in the same context."""
+        """Measure plain decoding with as many resident layers as fit without substitutes, in the same context."""
         config = dataclasses.replace(
             self._config,
             draft=dataclasses.replace(self._config.draft, no_speculation=True),
             memory=dataclasses.replace(
-                # By the costs that the speculative arm went by, even if these were to be timed anew.
+                # The costs are those of the speculative arm, also if the user wants a new probe.
                 self._config.memory,
                 resident_layers=None,
                 context=None if self._plan is None else self._plan.context,
@@ -102,7 +102,7 @@ class _Run:
                 self._done += 1
 
     def report(self, *, interrupted: bool) -> BenchReport:
-        """What was measured so far."""
+        """Return what was measured so far."""
         return BenchReport(
             suite=self._suite,
             pairs=tuple(self._pairs),
@@ -168,7 +168,7 @@ class _Run:
 
 
 def run_bench(config: Config, suite: str, *, progress: Callable[[BenchProgress], None]) -> BenchReport:
-    """Measure a suite. Ctrl-C ends it early with what is done; other failures are raised."""
+    """Measure a suite. Ctrl-C ends it early and keeps what is done; other failures are raised."""
     questions = load_suite(suite, config.bench.questions, config.bench.limit)
     run = _Run(config, suite, questions, progress)
     try:
@@ -182,7 +182,7 @@ def run_bench(config: Config, suite: str, *, progress: Callable[[BenchProgress],
 def _converse(
     session: Session, question: Question, number: int, *, limit: int, plain: bool, history: Sequence[str]
 ) -> Iterator[ArmAnswer]:
-    """All turns of a question from an empty cache; `history` replaces the arm's own earlier answers."""
+    """Answer all turns of a question from an empty cache; `history` replaces the arm's own earlier answers."""
     session.reset()
     chat = session.chat(None)
     for turn, text in enumerate(question.turns):

@@ -1,4 +1,4 @@
-"""Question sets: the shipped sample, and MT-Bench from the hub or a local file. JSON lines, two turns each."""
+"""Question sets as JSON lines of two turns each: the shipped sample, and MT-Bench from the hub or a local file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Question:
 
 
 def load_suite(name: str, questions_file: str | None, limit: int | None) -> tuple[Question, ...]:
-    """Questions of `sample` or `mt-bench`, from `questions_file` if one is given; the first `limit` of them.
+    """Return the questions of `sample` or `mt-bench`, or of `questions_file`; at most `limit` over all categories.
 
     Raises UsageError for a file that is not in the format, the hub's errors when the download fails.
     """
@@ -42,7 +42,7 @@ def load_suite(name: str, questions_file: str | None, limit: int | None) -> tupl
 
 
 def read_questions(path: Path) -> tuple[Question, ...]:
-    """All questions of a JSON lines file."""
+    """Return all questions of a JSON lines file."""
     try:
         lines = read_small_file(path, _MOST_BYTES).decode("utf-8").splitlines()
     except IntegrityError as error:
@@ -56,7 +56,7 @@ def read_questions(path: Path) -> tuple[Question, ...]:
 
 
 def spread_over_categories(questions: tuple[Question, ...], limit: int) -> tuple[Question, ...]:
-    """`limit` questions, taking categories in turn in the order of their first question."""
+    """Return `limit` questions, taking categories in turn in the order of their first question."""
     waiting: dict[str, list[Question]] = {}
     for question in questions:
         waiting.setdefault(question.category, []).append(question)

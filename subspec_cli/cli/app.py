@@ -7,13 +7,13 @@ from typing import Annotated, Final
 
 import typer
 
-from subspec_cli import __version__
 from subspec_cli.cli.bench import bench
 from subspec_cli.cli.models import models
 from subspec_cli.cli.plan import plan
 from subspec_cli.cli.prepare import prepare
 from subspec_cli.cli.run import run
 from subspec_cli.errors import ExitCode
+from subspec_cli.versions import __version__
 
 COMPLETE_VARIABLE: Final = "_SUBSPEC_COMPLETE"
 """A shell that asks for completions sets it: `eval "$(_SUBSPEC_COMPLETE=source_bash subspec)"` in ~/.bashrc."""

@@ -33,6 +33,7 @@ def prepare(settings: Settings, name: ModelArg, force: ForceOpt = False, as_json
     if not name.strip():
         raise UsageError("MODEL is empty", "give a hub id, a local directory or demo")
     chosen, file = settings.config.substitute, settings.file
+    bits = chosen.bits or settings.config.model.bits or DEFAULT_BITS
     from subspec_cli.cli.output import Output
     from subspec_cli.cli.output_progress import ProgressLine
 
@@ -40,17 +41,17 @@ def prepare(settings: Settings, name: ModelArg, force: ForceOpt = False, as_json
     output.note(f"preparing {name} …" if file is None else f"preparing {name} with {file} …")
     with ProgressLine(output, spins=True, plain_interval_s=2.0) as progress:
         progress.update(f"preparing {name}: reading the checkpoint, loading the quantizer")
+        from subspec_cli.reporter import Reporter
         from subspec_cli.session.prepare import prepare as prepare_model
+        from subspec_cli.substitutes.settings import SubstituteSettings
 
         report = prepare_model(
             name,
-            bits=chosen.bits or settings.config.model.bits or DEFAULT_BITS,
-            optimizer=chosen.optimizer,
-            overrides=chosen.overrides,
+            SubstituteSettings(bits, chosen.optimizer, chosen.overrides),
             revision=settings.flags["model"]["revision"],  # the file's revision belongs to the file's model
             force=force,
             progress=lambda state: progress.update(progress_text(state), *progress_share(state)),
-            notify=output.note,
+            reporter=Reporter(note=output.note),
         )
     if as_json:
         output.document(report.as_dict())

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from subspec_cli import __version__
 from subspec_cli.cli.documents import plan_document
 from subspec_cli.cli.live import View
 from subspec_cli.cli.plan_text import reason_text
@@ -15,6 +14,7 @@ from subspec_cli.config import Config
 from subspec_cli.metrics import GenerationStats
 from subspec_cli.planning.comparison import Comparison, compare
 from subspec_cli.units import format_bytes, format_seconds
+from subspec_cli.versions import __version__
 
 if TYPE_CHECKING:
     from subspec_cli.session import Session, TextDelta

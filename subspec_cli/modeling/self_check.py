@@ -13,12 +13,13 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Final, Literal
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from subspec_cli.checkpoint.layer_tensors import LAYER_BLOCKS
+from subspec_cli.metrics import Exactness
 from subspec_cli.modeling.batches import causal_batch
 from subspec_cli.modeling.decoder import Block, BlockStream, Head, TargetDecoder
 from subspec_cli.modeling.kv_cache import KVCache
@@ -32,7 +33,6 @@ _CAUSAL_ROWS: Final = 24
 _SAMPLED_ELEMENTS: Final = 1 << 15
 """Results to compare at each row size: kernels that round differently differed in 1 of 4000 results."""
 _MOST_SAMPLED_ROWS: Final = 192
-Exactness = Literal["exact", "numeric"]
 
 
 @dataclass(frozen=True, slots=True)

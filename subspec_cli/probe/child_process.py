@@ -1,7 +1,7 @@
-"""Timing the machine in a process of its own.
+"""Probing the machine in a subprocess.
 
-What stand-ins and kernels leave behind ends with that process, so that the budget of the run that follows is the
-model's alone, on the CPU as on a GPU.
+The memory that dummies and kernels leave behind ends with that process. So the budget of the run that follows is the
+model's alone, on the CPU and on a GPU.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from subspec_cli.checkpoint.checkpoint import open_checkpoint
 from subspec_cli.checkpoint.geometry import read_geometry
@@ -19,30 +19,27 @@ from subspec_cli.planning.costs import MachineCosts
 from subspec_cli.reporter import Reporter
 from subspec_cli.substitutes.settings import SubstituteSettings
 
-if TYPE_CHECKING:
-    import torch
-
 _START: Final = f"import sys; sys.path[:] = sys.argv[1:]; from {__name__} import main; main()"
-"""The other process imports from where this one does, and not from whatever lies in the working directory."""
+"""The subprocess imports from where this process does, and not from the working directory."""
 
 
 class ProbeFailedError(Exception):
-    """The machine could not be timed; says why in a few words."""
+    """The machine could not be timed; the text says why in a few words."""
 
 
-def probe_apart(
+def probe_in_subprocess(
     directory: Path,
     settings: SubstituteSettings,
-    device: torch.device,
+    device: str,
     reporter: Reporter,
 ) -> MachineCosts:
-    """Costs of the model in `directory` and substitutes of these settings, measured by another process.
+    """Measure the costs of the model in `directory` and of substitutes with these settings in a subprocess.
 
-    Raises ProbeFailedError if it cannot be started, or ends without a result.
+    `device` is `cpu` or `cuda`. Raises ProbeFailedError if the subprocess cannot be started or ends without a result.
     """
     order = {
         "directory": str(directory),
-        "device": device.type,
+        "device": device,
         "bits": settings.bits,
         "optimizer": settings.optimizer,
         "overrides": settings.overrides,
@@ -72,7 +69,7 @@ def probe_apart(
 
 
 def _follow(process: subprocess.Popen[str], order: str, reporter: Reporter) -> MachineCosts | None:
-    """Give the order and read what comes back, a JSON object a line, until the process ends."""
+    """Send the order and read the replies, one JSON object a line, until the process ends."""
     assert process.stdin is not None
     assert process.stdout is not None
     try:
@@ -83,7 +80,7 @@ def _follow(process: subprocess.Popen[str], order: str, reporter: Reporter) -> M
     found = None
     for line in process.stdout:
         if not line.startswith("{"):
-            continue  # a library's word
+            continue  # printed by a library
         said = json.loads(line)
         if "doing" in said:
             reporter.progress(said["doing"])
@@ -93,7 +90,7 @@ def _follow(process: subprocess.Popen[str], order: str, reporter: Reporter) -> M
 
 
 def main() -> None:
-    """The other process: an order on stdin, progress and costs on stdout."""
+    """Run the subprocess: read an order from stdin, write progress and costs to stdout."""
     import torch
 
     from subspec_cli.probe.machine import probe_machine

@@ -1,4 +1,4 @@
-"""What was timed on this machine for a model's shapes, kept as small JSON files, which may be lost. No torch."""
+"""Costs that were probed on this machine, kept as small JSON files. Losing them costs a new probe only. No torch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _FORMAT: Final = 2
 
 
 def known_costs(about: dict[str, Any]) -> MachineCosts | None:
-    """What was kept; None if nothing was, or nothing that can be read."""
+    """Return the kept costs; None if there are none or they cannot be read."""
     values = read_probe(about)
     try:
         return None if values is None else MachineCosts.from_dict(values)
@@ -36,14 +36,14 @@ def known_costs(about: dict[str, Any]) -> MachineCosts | None:
 
 
 def keep_costs(about: dict[str, Any], costs: MachineCosts) -> None:
-    """Keep them for the next run."""
+    """Keep costs for the next run."""
     write_probe(about, costs.as_dict())
 
 
 def probe_subject(
     geometry: ModelGeometry, settings: SubstituteSettings, device: str, directory: Path
 ) -> dict[str, Any]:
-    """All that costs depend on: machine, threads, libraries, disk, the shapes of the model, its substitutes."""
+    """Return everything that costs depend on: machine, threads, libraries, disk, model shapes, substitutes."""
     return {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -66,7 +66,7 @@ def _processor() -> str:
 
 
 def read_probe(about: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What was kept for exactly this machine and model; None if nothing usable is there."""
+    """Return what was kept for exactly this machine and model; None if nothing usable is there."""
     path = _path(about)
     try:
         document = parse_json_object(read_small_file(path, _MOST_BYTES), str(path), IntegrityError)
@@ -77,7 +77,7 @@ def read_probe(about: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def write_probe(about: Mapping[str, Any], costs: Mapping[str, Any]) -> None:
-    """Keep it; where the home cannot be written, it is timed again the next time."""
+    """Keep costs. If the home directory cannot be written, the next run probes again."""
     path = _path(about)
     document = {"about": _plain(about), "costs": costs}
     with contextlib.suppress(ResourceError):

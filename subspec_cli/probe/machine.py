@@ -1,7 +1,7 @@
-"""Timing what a model's passes and draft steps are made of, on stand-ins of its own shapes.
+"""Timing the parts of a model's passes and draft steps on dummy weights of its shapes.
 
-Nothing of the model is loaded but, for the link, blocks of its files: a few layers of dummy weights, more than
-a cache holds, run through the very decoders that a session uses. Takes seconds; the result is kept.
+A few layers of dummy weights, more than the CPU's caches hold, run through the decoders that a session uses. Of the
+model's files only some blocks are read, to time the link. A probe takes seconds, and its result is kept.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ from subspec_cli.substitutes.settings import SubstituteSettings
 
 _BEYOND_CACHES_BYTES: Final = 160 << 20
 _PREFIX: Final = 256
-"""Committed rows that attention looks back on."""
+"""Committed rows that attention reads."""
 _TIMED_PASS_ROWS: Final = (1, 8, 16, 32, 48, 64, 128)
 _TIMED_STEP_ROWS: Final = (1, 2, 3, 4, 6, 8)
 _DISK_LAYERS: Final = 4
-"""Layers whose files are read to time the disk, spread over the model."""
+"""Layers whose blocks are read to time the disk, spread over the model."""
 _TREE_S: Final = MappingProxyType({"cpu": 0.5e-3, "cuda": 0.1e-3})
-"""Batch and tree of a draft step, the same on any machine within what it matters; beside a GPU the host does
-this while the step before is under way."""
+"""Time of a draft step for batch and tree. It differs too little between machines to matter. With a GPU the host does
+this work while the previous step is in flight."""
 
 
 def probe_machine(
@@ -60,18 +60,18 @@ def probe_machine(
     device: torch.device,
     reporter: Reporter,
 ) -> MachineCosts:
-    """Time link, target layers, draft layers and heads; every time is snapped to the grid."""
+    """Time the link, target layers, draft layers and heads. Every time is snapped to the grid."""
     layouts = _disk_layouts(geometry, checkpoint)
     on_cpu = device.type == "cpu"
-    bench = _Bench(geometry, settings, device)
+    workbench = _Workbench(geometry, settings, device)
     reporter.progress("link and target")
     if on_cpu:
-        # A pass and the reader share cores and memory, so each is timed beside the other.
+        # A pass and the reader share cores and memory, so each is timed while the other runs.
         with reading(layouts) as beside:
-            target = bench.target_layer()
+            target = workbench.target_layer()
         link = pageable = disk = beside.bytes_per_s
     else:
-        target, disk = bench.target_layer(), disk_rate(layouts)
+        target, disk = workbench.target_layer(), disk_rate(layouts)
         link, pageable = copy_rate(device, pinned=True), copy_rate(device, pinned=False)
     reporter.progress("the draft's layers")
     return MachineCosts(
@@ -79,11 +79,11 @@ def probe_machine(
         pageable_bytes_per_s=pageable,
         disk_bytes_per_s=disk,
         target_layer=target.snapped(),
-        target_head=bench.target_head().snapped(),
-        substitute_layer=bench.substitute_layer().snapped(),
-        shared_layer=bench.shared_layer().snapped(),
-        draft_head=bench.draft_head(16).snapped(),
-        low_bit_head=bench.draft_head(4).snapped(),
+        target_head=workbench.target_head().snapped(),
+        substitute_layer=workbench.substitute_layer().snapped(),
+        shared_layer=workbench.shared_layer().snapped(),
+        draft_head=workbench.draft_head(16).snapped(),
+        low_bit_head=workbench.draft_head(4).snapped(),
         step_overhead_s=snapped(_TREE_S[device.type]),
         origin="measured",
     )
@@ -100,27 +100,27 @@ def _disk_layouts(geometry: ModelGeometry, checkpoint: Checkpoint) -> list[Block
 
 @dataclass(frozen=True, slots=True)
 class _DummyBlocks:
-    """Blocks of layers that are all in memory."""
+    """Blocks of dummy layers in memory."""
 
     layers: tuple[dict[str, Tensor], ...]
 
     def blocks(self) -> Generator[Block, None, None]:
-        """One pass."""
+        """Yield the blocks of one pass."""
         for number, matrices in enumerate(self.layers):
             for kind, names in LAYER_BLOCKS.items():
                 yield Block(number, kind, {name: matrices[name] for name in names})
 
 
 class _NoHead:
-    """Leaves the head out."""
+    """Stands in for a head, so that layers are timed without one."""
 
     def guess(self, hidden: Tensor) -> DraftLogits:
-        """The hidden states themselves."""
+        """Return the hidden states."""
         return DraftLogits(hidden)
 
 
-class _Bench:
-    """A few layers of dummy weights, and decoders over them."""
+class _Workbench:
+    """Times a few layers of dummy weights in the decoders of a session."""
 
     def __init__(self, geometry: ModelGeometry, settings: SubstituteSettings, device: torch.device) -> None:
         self._sizes, self._settings, self._device = geometry, settings, device
@@ -129,7 +129,7 @@ class _Bench:
 
     @torch.inference_mode()
     def target_layer(self) -> RowTimes:
-        """One layer of the target, by rows."""
+        """Time one layer of the target by rows."""
         layers = self._matrices(self._count(self._sizes.layer_matrix_bytes))
         math = self._math(len(layers), exact_attention)
         head = Head(self._ones(self._sizes.hidden), self._ones(1, self._sizes.hidden), 1e-6)
@@ -145,14 +145,14 @@ class _Bench:
 
     @torch.inference_mode()
     def shared_layer(self) -> RowTimes:
-        """One layer of the draft that is a resident layer of the target, by rows."""
+        """Time one layer of the draft that is a resident layer of the target, by rows."""
         matrices = self._matrices(self._count(self._sizes.layer_matrix_bytes))
         math = self._math(len(matrices), fast_attention)
         return self._draft(math, [resident_layer(math, number, held) for number, held in enumerate(matrices)])
 
     @torch.inference_mode()
     def substitute_layer(self) -> RowTimes:
-        """One layer of the draft made of its substitute, by rows."""
+        """Time one layer of the draft made of its substitute, by rows."""
         shapes = self._sizes.layer_shapes()
         stored = {
             name: value
@@ -168,7 +168,7 @@ class _Bench:
 
     @torch.inference_mode()
     def target_head(self) -> RowTimes:
-        """The target's head, by rows."""
+        """Time the target's head by rows."""
         head = self._head()
         return time_rows(
             lambda rows: head.logits(self._ones(self.rules.padded(rows), self._sizes.hidden), self.rules),
@@ -178,9 +178,9 @@ class _Bench:
 
     @torch.inference_mode()
     def draft_head(self, bits: int) -> RowTimes:
-        """The draft's head of 16 or 4 bits and the ranking of what it finds, by rows.
+        """Time the draft's head of 16 or 4 bits and the ranking of its logits, by rows.
 
-        Four bits take as long as sixteen where no kernel takes the table's shape.
+        If no 4-bit kernel takes the table's shape, the 16-bit head is timed.
         """
         whole = self._head()
         table = low_bit_table(whole.weight) if bits == 4 else None
@@ -210,7 +210,7 @@ class _Bench:
         return self._per_layer(steps, _TIMED_STEP_ROWS, len(layers))
 
     def _launched(self, step_of: Callable[[int], Run]) -> Callable[[int], object]:
-        """Draft steps by their rows, as a session launches them: on a GPU captured, if they can be."""
+        """Return draft steps by rows, launched as in a session: captured as graphs on a GPU, if possible."""
         steps = {rows: step_of(rows) for rows in _TIMED_STEP_ROWS}
         if self._device.type == "cuda":
             steps = self._captured(steps)
@@ -223,7 +223,7 @@ class _Bench:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:
-            return steps  # a session finds out by itself, and says so
+            return steps  # the session tries again and reports why capturing failed
 
     def _per_layer(self, run: Callable[[int], object], row_counts: tuple[int, ...], layers: int) -> RowTimes:
         times = time_rows(run, row_counts, finish=self._finish)
@@ -234,7 +234,7 @@ class _Bench:
             torch.cuda.synchronize(self._device)
 
     def _count(self, layer_bytes: int) -> int:
-        """Layers to run, so that no cache holds them all."""
+        """Return how many layers to run, so that the CPU's caches cannot hold them all."""
         return min(self._sizes.layers, -(-_BEYOND_CACHES_BYTES // layer_bytes))
 
     def _ones(self, *shape: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Timing the parts of a pass and the link: medians of a few runs, given as callables. Knows no model."""
+"""Timing callables and the link: medians of a few runs. Knows no model."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from subspec_cli.planning.costs import RowTimes, snapped
 from subspec_cli.streaming.layout import BlockLayout
 
 _LINK_S: Final = 0.7
-"""Time spent on the link's rate."""
+"""Time spent on measuring the link."""
 _REPEATS: Final = 5
 _MOST_ROUNDS: Final = 3
-"""Times that each block is read at most, for small models."""
+"""Most times that each block of a small model is read."""
 _COPY_BYTES: Final = 256 << 20
 
 
@@ -31,7 +31,7 @@ def time_rows(
     finish: Callable[[], None] = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> RowTimes:
-    """Seconds of `work(rows)` for each count, the median of a few runs after one that is not counted.
+    """Time `work(rows)` for each count, in seconds: the median of a few runs after one that is not counted.
 
     `finish` waits for work that was only queued.
     """
@@ -48,7 +48,7 @@ def time_rows(
 
 
 def disk_rate(layouts: Sequence[BlockLayout], *, seconds: float = _LINK_S) -> float:
-    """Bytes per second of reading blocks one after another, past the page cache where the system lets us."""
+    """Measure bytes per second of reading blocks one after another, past the page cache if the system allows it."""
     reader, done_bytes, blocks = DirectReader(), 0, _MOST_ROUNDS * len(layouts)
     buffer = memoryview(allocate_buffer(max(layout.buffer_bytes for layout in layouts)))
     started = time.perf_counter()
@@ -64,7 +64,7 @@ def disk_rate(layouts: Sequence[BlockLayout], *, seconds: float = _LINK_S) -> fl
 
 
 class Reading:
-    """Blocks that are read in the background, and how fast."""
+    """Reads blocks in the background and measures the rate."""
 
     def __init__(self, layouts: Sequence[BlockLayout]) -> None:
         self._layouts = layouts
@@ -74,11 +74,11 @@ class Reading:
 
     @property
     def bytes_per_s(self) -> float:
-        """Rate so far; 0 before the first block."""
+        """Rate so far in bytes per second; 0 before the first block."""
         return snapped(self._done_bytes / self._busy_s) if self._busy_s else 0.0
 
     def run(self) -> None:
-        """Read until told to stop; at least one block."""
+        """Read until `stop` is called; at least one block."""
         reader = DirectReader()
         buffer = memoryview(allocate_buffer(max(layout.buffer_bytes for layout in self._layouts)))
         try:
@@ -93,13 +93,13 @@ class Reading:
             reader.close()
 
     def stop(self) -> None:
-        """Let it end after the block under way."""
+        """End the reading after the block in flight."""
         self._stop.set()
 
 
 @contextmanager
 def reading(layouts: Sequence[BlockLayout]) -> Iterator[Reading]:
-    """Blocks are read in the background meanwhile, as in a pass: link and computing share cores and memory."""
+    """Read blocks in the background, as in a pass: link and computing share cores and memory."""
     read = Reading(layouts)
     thread = threading.Thread(target=read.run, name="probe-reader", daemon=True)
     thread.start()
@@ -111,7 +111,7 @@ def reading(layouts: Sequence[BlockLayout]) -> Iterator[Reading]:
 
 
 def copy_rate(device: torch.device, *, pinned: bool) -> float:
-    """Bytes per second of copies from host memory to a GPU, snapped to the grid."""
+    """Measure bytes per second of copies from host memory to a GPU, snapped to the grid."""
     source = torch.ones(_COPY_BYTES, dtype=torch.uint8, pin_memory=pinned)
     target = torch.empty(_COPY_BYTES, dtype=torch.uint8, device=device)
 

@@ -1,4 +1,4 @@
-"""`subspec plan`: what a model would need and give here, before it is downloaded or prepared. No torch."""
+"""`subspec plan`: memory and speed of a model on this machine before it is downloaded or prepared. No torch."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class BudgetRow:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """All that can be said of a model on a machine before it runs there."""
+    """What is known of a model on a machine before it runs there."""
 
     model_id: str
     commit: str
@@ -47,14 +47,14 @@ class Forecast:
     device_reason: str
     is_prepared: bool
     download_bytes: int
-    """What `prepare` would still fetch."""
+    """Bytes that `prepare` would still fetch."""
     substitute_disk_bytes: int
     received_bytes: int
-    """What came over the network for this forecast."""
+    """Bytes that came over the network for this forecast."""
     plan: OffloadPlan | None
     """None if only budgets are compared."""
     best_plain: OffloadPlan | None
-    """Plain decoding with no substitutes in its way."""
+    """Plain decoding without the memory of substitutes."""
     bounds: PlanBounds | None
     advice: Advice | None
     """None if only budgets are compared."""
@@ -69,7 +69,7 @@ def forecast(
     compare_gib: Sequence[float],
     reporter: Reporter,
 ) -> Forecast:
-    """Plan a model that need not be here: its config and headers are enough.
+    """Plan a model that need not be downloaded: its config and headers are enough.
 
     Without a budget, but with budgets to compare, only those are planned. Raises what `outline_model` and
     `make_plan` raise, and UsageError for a bad budget.
@@ -124,7 +124,7 @@ def _costs(
     directory: Path | None,
     link_gb_per_s: float | None,
 ) -> MachineCosts:
-    """What a run has measured of this model here, unless a link's rate is given; else what is assumed."""
+    """Return the costs that a run has kept, unless a link rate is given; else assumed costs."""
     if directory is not None and link_gb_per_s is None:
         known = known_costs(probe_subject(geometry, settings, device, directory))
         if known is not None:
@@ -133,7 +133,7 @@ def _costs(
 
 
 def _device(name: str) -> tuple[str, str]:
-    """Where to plan for, and why: torch, which alone knows, would take seconds to ask."""
+    """Return the device to plan for, and why. Asking torch, which knows for certain, would take seconds."""
     if name != "auto":
         return name, "as asked for"
     if has_gpu():
@@ -146,7 +146,7 @@ def _free_bytes(device: str) -> int | None:
 
 
 def _prepared(model: str, config: Config) -> tuple[PreparedModel, ...]:
-    """The sets of substitutes that are there; none is no error."""
+    """Return the sets of substitutes that are there; no set is no error."""
     try:
         return find_prepared_sets(model, config.model.bits)
     except UsageError:
@@ -161,7 +161,7 @@ def _settings(config: Config) -> SubstituteSettings:
 def _disk_bytes(
     geometry: ModelGeometry, prepared: Sequence[PreparedModel], settings: SubstituteSettings
 ) -> int:
-    """Of the substitutes' files: as they are, or about as large as they will be."""
+    """Return the bytes of the substitutes' files: their present size, or an estimate."""
     for item in prepared:
         if item.manifest.settings == settings:
             return sum(file.size_bytes for file in item.manifest.layers)
@@ -169,7 +169,7 @@ def _disk_bytes(
 
 
 def _best_plain(request: PlanRequest, plan: OffloadPlan) -> OffloadPlan | None:
-    """Plain decoding's own best plan in the same context; None where even that does not fit."""
+    """Return plain decoding's own best plan in the same context; None if even that does not fit."""
     try:
         return make_plan(replace(request, substitute_bytes=None, context=plan.context))
     except ResourceError:

@@ -1,4 +1,4 @@
-"""The model that was asked for: found, checked and refused, if it must be, without any heavy library."""
+"""The requested model, found and checked without any heavy library."""
 
 from __future__ import annotations
 
@@ -18,17 +18,20 @@ from subspec_cli.units import printable
 
 @dataclass(frozen=True, slots=True)
 class FoundModel:
-    """The model that was asked for, found and checked."""
+    """A prepared model with its 16-bit checkpoint, found and checked."""
 
     prepared: PreparedModel
     checkpoint: Checkpoint
     geometry: ModelGeometry
     others: tuple[PreparedModel, ...] = ()
-    """Substitutes of other widths for the same weights, where the user named none: the plan may take them."""
+    """Substitutes of other widths for the same weights. The plan may take them if the user named no width."""
 
 
 def find_model(config: Config) -> FoundModel:
-    """The prepared model of the settings, or the latest one, with its checked 16-bit checkpoint."""
+    """Return the prepared model of the settings, or the latest one.
+
+    Raises UsageError if it is not prepared, UnsupportedModelError or IntegrityError if files do not match.
+    """
     prepared, *others = find_prepared_sets(config.model.model, config.model.bits)
     manifest = prepared.manifest
     _check_prepared_revision(manifest, config.model.revision)
@@ -41,7 +44,7 @@ def find_model(config: Config) -> FoundModel:
 
 
 def _fits(prepared: PreparedModel, checkpoint: Checkpoint) -> bool:
-    """Whether a set that nobody asked for by name may be used."""
+    """Whether a set that the user did not name may be used."""
     try:
         check_pairing(prepared, checkpoint)
     except SubspecError:
@@ -50,7 +53,7 @@ def _fits(prepared: PreparedModel, checkpoint: Checkpoint) -> bool:
 
 
 def _check_prepared_revision(manifest: Manifest, revision: str | None) -> None:
-    """Refuse a revision other than the one prepared; a branch or tag is what the hub's cache last saw of it."""
+    """Refuse a revision other than the prepared one; a branch or tag means its last commit in the hub's cache."""
     check_revision(name_of_id(manifest.model_id), revision)
     if revision is None or revision == manifest.commit:
         return

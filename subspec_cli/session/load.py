@@ -1,30 +1,31 @@
-"""Bringing a planned model into memory: substitutes first, then resident layers, then the stream's slots."""
+"""Bringing a planned model into memory, in this order: substitutes, tables, resident layers, stream, self-check."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Final
+from functools import partial
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from subspec_cli.checkpoint.checkpoint import Checkpoint, check_unchanged
-from subspec_cli.checkpoint.dtypes import torch_dtype
-from subspec_cli.checkpoint.geometry import ModelGeometry
-from subspec_cli.checkpoint.layer_tensors import LAYER_MATRICES, block_entries, layer_prefix
+from subspec_cli.checkpoint.checkpoint import check_unchanged
+from subspec_cli.checkpoint.layer_tensors import LAYER_MATRICES, layer_prefix
 from subspec_cli.checkpoint.tensor_reader import read_tensors
+from subspec_cli.decoding.drafter import Drafter
+from subspec_cli.decoding.engine import Engine
 from subspec_cli.drafting.captured_steps import draft_steps
 from subspec_cli.drafting.draft_steps import DraftSteps
-from subspec_cli.limits import LEAST_RING_SLOTS
+from subspec_cli.limits import PREFILL_CHUNK
 from subspec_cli.modeling.attention import exact_attention, fast_attention
 from subspec_cli.modeling.decoder import DraftDecoder, DraftHead, Embedding, Head, TargetDecoder
 from subspec_cli.modeling.embedding import DiskEmbedding, table_embedding
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.layers import LayerMath, RowRules
+from subspec_cli.modeling.pretrained import ModelTokenizer, end_token_ids, load_config
 from subspec_cli.modeling.rope import RopeTable, build_rope_table
+from subspec_cli.modeling.self_check import SelfCheck, check_batch_invariance
 from subspec_cli.modeling.substitute import (
     LowBitHead,
     SubstituteLayer,
@@ -33,228 +34,230 @@ from subspec_cli.modeling.substitute import (
     resident_layer,
 )
 from subspec_cli.modeling.target_blocks import TargetBlocks
-from subspec_cli.planning.plan import OffloadPlan
-from subspec_cli.reporter import Reporter
-from subspec_cli.streaming.disk_streamer import DiskStreamer, read_resident
-from subspec_cli.streaming.gpu_layers import LayerLayout, layout_layer, read_resident_layer
-from subspec_cli.streaming.gpu_streamer import open_gpu_streamer
-from subspec_cli.streaming.layout import BlockLayout, layout_block
+from subspec_cli.session.blocks import open_blocks
+from subspec_cli.session.device import cap_allocator
+from subspec_cli.session.oom import oom_as_error
+from subspec_cli.session.opening import Opening
 from subspec_cli.streaming.mapped_memory import gpu_view
-from subspec_cli.streaming.memory_meter import available_bytes
+from subspec_cli.streaming.memory_meter import MemoryMeter
 from subspec_cli.streaming.pinned_memory import PinRefusedError, pin
-from subspec_cli.streaming.streamer import StreamCounters, Streamer
-from subspec_cli.substitutes.prepared_model import PreparedModel, load_layer
-
-_PINNED_SHARE: Final = 0.9
-"""Most of the free host memory to pin: what is pinned is lost to everybody else."""
+from subspec_cli.streaming.streamer import StreamCounters
+from subspec_cli.substitutes.last_use import mark_used
+from subspec_cli.substitutes.prepared_model import load_layer
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """Target, draft and cache in memory."""
+    """Tokenizer, target, draft and KV cache in memory."""
 
-    target: Callable[[RowRules], TargetDecoder]
-    draft: DraftSteps | None
+    tokenizer: ModelTokenizer
+    eos_ids: frozenset[int]
+    """Tokens that end an answer."""
+    math: LayerMath
+    embed: Embedding
     head: Head
     blocks: TargetBlocks
+    self_check: SelfCheck
+    """Row rules of the target, and how far they make it exact."""
     kv: KVCache
+    draft: DraftSteps | None
+    """None for plain decoding."""
+    meter: MemoryMeter
+    """Memory of the process beyond its size before loading."""
     close: Callable[[], None]
+    """Stops the stream and releases the memory that the garbage collector does not."""
     check_source: Callable[[], None]
-    """Raises IntegrityError if weights that are still read from files changed since they were opened."""
+    """Raises IntegrityError if weights that are still read from files changed since the files were opened."""
+
+    def engine(self, drafter: Drafter, blocks: TargetBlocks | None = None) -> Engine:
+        """Return an engine over this model's cache that drafts with `drafter`.
+
+        `blocks` replaces the source of the target's weights.
+        """
+        blocks = blocks or self.blocks
+        target = TargetDecoder(self.math, self.embed, self.head, blocks, self.self_check.rules)
+        return Engine(target, self.kv, drafter, counters=_counters(blocks))
 
     def counters(self) -> StreamCounters:
-        """What the stream has done so far; nothing if everything is resident."""
-        return StreamCounters() if self.blocks.streamer is None else self.blocks.streamer.counters()
+        """Return the totals of the stream so far; zeros if everything is resident."""
+        return _counters(self.blocks)()
 
-    def reads_directly(self) -> bool:
-        """Whether what has been streamed so far came past the page cache."""
-        return self.blocks.streamer is None or self.blocks.streamer.is_direct
+
+def _counters(blocks: TargetBlocks) -> Callable[[], StreamCounters]:
+    return StreamCounters if blocks.streamer is None else blocks.streamer.counters
 
 
 class Loader:
-    """Loads what a plan says; one use."""
+    """Loads what an opening has planned."""
 
-    def __init__(
-        self,
-        prepared: PreparedModel,
-        checkpoint: Checkpoint,
-        geometry: ModelGeometry,
-        plan: OffloadPlan,
-        config: PreTrainedConfig,
-        device: torch.device,
-        scratch_rows: int,
-        draft_rows: int,
-        reporter: Reporter,
-    ) -> None:
-        self._prepared = prepared
-        self._checkpoint = checkpoint
-        self._geometry = geometry
-        self._plan = plan
-        self._config = config
-        self._device = device
-        self._scratch_rows = scratch_rows
-        self._draft_rows = draft_rows
-        self._reporter = reporter
-        self._dtype = torch_dtype(geometry.dtype)
+    def __init__(self, opening: Opening) -> None:
+        self._opening = opening
 
-    def load(self, *, with_draft: bool) -> LoadedModel:
-        """Read and place everything, the draft only if asked for; if a part fails, what was opened is closed."""
-        geometry, plan = self._geometry, self._plan
-        small = self._small_tensors()
-        rope = self._rope()
-        math = LayerMath(geometry, small, rope, exact_attention)
-        draft_math = LayerMath(geometry, small, rope, fast_attention)
-        substitutes = self._substitutes(draft_math) if with_draft else {}
+    def load(self) -> LoadedModel:
+        """Load what the plan says, the draft only if the plan drafts, and check the rows.
+
+        If a part fails, what was opened is closed. Raises ResourceError if memory runs out.
+        """
+        device, budget_bytes = self._opening.device, self._opening.plan.budget_bytes
+        # Every library is imported now: what memory grows by from here on is the model's.
+        meter = MemoryMeter(device)
+        cap_allocator(budget_bytes, device)
+        with oom_as_error("loading the model", budget_bytes=budget_bytes, meter=meter):
+            return self._load(meter)
+
+    def _load(self, meter: MemoryMeter) -> LoadedModel:
+        found, plan = self._opening.found, self._opening.plan
+        directory = found.checkpoint.directory
+        self._opening.reporter.progress("loading the tokenizer")
+        tokenizer, config = ModelTokenizer(directory, found.geometry.vocab), load_config(directory)
+        small, rope = self._small_tensors(), self._rope(config)
+        math = LayerMath(found.geometry, small, rope, exact_attention)
+        draft_math = LayerMath(found.geometry, small, rope, fast_attention)
+        substitutes = self._substitutes(draft_math) if plan.drafts else {}
         with ExitStack() as opened:
             embed, head = self._tables(opened)
-            blocks = self._blocks(opened)
-            kv = KVCache(
-                layers=geometry.layers,
-                kv_heads=geometry.kv_heads,
-                head_dim=geometry.head_dim,
-                context=plan.context,
-                scratch=self._scratch_rows,
-                dtype=self._dtype,
-                device=self._device,
-            )
+            blocks = open_blocks(self._opening, opened)
+            kv = self._kv_cache()
             draft = None
-            if with_draft:
-                held = {
+            if plan.drafts:
+                shared = {
                     layer: resident_layer(draft_math, layer, blocks.resident_matrices(layer))
                     for layer in plan.shared
                 }
-                layers = [(held | substitutes)[layer] for layer in range(geometry.layers)]
-                draft = draft_steps(
-                    DraftDecoder(draft_math, embed, self._draft_head(head), layers),
-                    kv,
-                    most_rows=self._draft_rows,
-                    vocab=geometry.vocab,
-                    device=self._device,
-                    notify=self._reporter.note,
-                )
+                layers = [(substitutes | shared)[layer] for layer in range(found.geometry.layers)]
+                draft = self._draft_steps(DraftDecoder(draft_math, embed, self._draft_head(head), layers), kv)
+            self_check = self._check(partial(TargetDecoder, math, embed, head, blocks), head, blocks)
+            mark_used(found.prepared.directory)
             return LoadedModel(
-                target=lambda rules: TargetDecoder(math, embed, head, blocks, rules),
-                draft=draft,
+                tokenizer=tokenizer,
+                eos_ids=end_token_ids(directory, config, tokenizer),
+                math=math,
+                embed=embed,
                 head=head,
                 blocks=blocks,
+                self_check=self_check,
                 kv=kv,
+                draft=draft,
+                meter=meter,
                 close=opened.pop_all().close,
-                check_source=self._check_source if self._reads_on(blocks) else lambda: None,
+                check_source=source_check(self._opening, blocks),
             )
 
-    def _draft_head(self, head: Head) -> DraftHead:
-        """The target's head, or a 4-bit copy where the plan has one and a kernel takes its shape."""
-        if self._plan.draft_head_bits == 16:
-            return head
-        self._reporter.progress("making the draft's head")
-        table = low_bit_table(head.weight)
-        return head if table is None else LowBitHead(head.norm_weight, table, head.weight, head.eps)
+    def _check(
+        self, target: Callable[[RowRules], TargetDecoder], head: Head, blocks: TargetBlocks
+    ) -> SelfCheck:
+        # Refuse to answer with bytes that were read from other files than those that were opened.
+        check_unchanged(self._opening.found.checkpoint)
+        self._opening.reporter.progress("checking that rows keep their bits")
+        return check_batch_invariance(
+            target,
+            head,
+            blocks,
+            most_nodes=self._opening.plan.tree_nodes,
+            prefill_rows=PREFILL_CHUNK,
+        )
 
-    def _reads_on(self, blocks: TargetBlocks) -> bool:
-        """Whether files are read after loading: for a GPU, all that could be pinned has been copied by then."""
-        if self._device.type == "cpu":
-            return bool(self._plan.streamed) or not self._geometry.tied_head
-        return blocks.streamer is not None and blocks.streamer.reads_files
-
-    def _check_source(self) -> None:
-        check_unchanged(self._checkpoint)
+    def _kv_cache(self) -> KVCache:
+        geometry, plan = self._opening.found.geometry, self._opening.plan
+        return KVCache(
+            layers=geometry.layers,
+            kv_heads=geometry.kv_heads,
+            head_dim=geometry.head_dim,
+            context=plan.context,
+            scratch=plan.scratch_rows,
+            dtype=self._opening.dtype,
+            device=self._opening.device,
+        )
 
     def _read(self, names: list[str]) -> dict[str, Tensor]:
-        found = read_tensors([self._checkpoint.tensors[name] for name in names])
-        return {name: tensor.to(self._device) for name, tensor in found.items()}
+        found = read_tensors([self._opening.found.checkpoint.tensors[name] for name in names])
+        return {name: tensor.to(self._opening.device) for name, tensor in found.items()}
 
     def _small_tensors(self) -> tuple[dict[str, Tensor], ...]:
-        names = [name for name in self._geometry.layer_shapes() if name not in LAYER_MATRICES]
+        """Return norms and biases of each layer, by their names inside it."""
+        geometry = self._opening.found.geometry
+        names = [name for name in geometry.layer_shapes() if name not in LAYER_MATRICES]
         layers = []
-        for layer in range(self._geometry.layers):
+        for layer in range(geometry.layers):
             prefix = layer_prefix(layer)
             found = self._read([prefix + name for name in names])
             layers.append({name: found[prefix + name] for name in names})
         return tuple(layers)
 
-    def _rope(self) -> RopeTable:
+    def _rope(self, config: PreTrainedConfig) -> RopeTable:
+        context = self._opening.plan.context
         return build_rope_table(
-            self._config,
-            context=self._plan.context,
-            positions=self._plan.context + self._scratch_rows,
-            dtype=self._dtype,
-            device=self._device,
+            config,
+            context=context,
+            positions=context + self._opening.plan.scratch_rows,
+            dtype=self._opening.dtype,
+            device=self._opening.device,
         )
 
     def _substitutes(self, math: LayerMath) -> dict[int, SubstituteLayer]:
-        settings = self._prepared.manifest.settings
-        loaded = {}
+        found, shared = self._opening.found, self._opening.plan.shared
         # A layer that is resident for the target alone has its substitute too: it drafts faster than 16 bits.
-        wanted = [layer for layer in range(self._geometry.layers) if layer not in self._plan.shared]
+        wanted = [layer for layer in range(found.geometry.layers) if layer not in shared]
+        loaded = {}
         for number, layer in enumerate(wanted, start=1):
-            self._reporter.progress(f"loading substitutes {number}/{len(wanted)}")
+            self._opening.reporter.progress(f"loading substitutes {number}/{len(wanted)}")
+            stored = load_layer(found.prepared, layer)
             loaded[layer] = load_substitute(
-                math, layer, load_layer(self._prepared, layer), settings, self._device
+                math, layer, stored, found.prepared.manifest.settings, self._opening.device
             )
         return loaded
 
     def _tables(self, opened: ExitStack) -> tuple[Embedding, Head]:
-        self._reporter.progress("loading embedding and head")
-        place = self._plan.embedding
+        self._opening.reporter.progress("loading embedding and head")
+        place, checkpoint = self._opening.plan.embedding, self._opening.found.checkpoint
         table, norm = "model.embed_tokens.weight", "model.norm.weight"
         head_name = table if place == "tied" else "lm_head.weight"
         loaded = self._read([head_name, norm, *([table] if place == "device" else [])])
-        head = Head(loaded[norm], loaded[head_name], self._geometry.rms_norm_eps)
+        head = Head(loaded[norm], loaded[head_name], self._opening.found.geometry.rms_norm_eps)
         if table in loaded:
             return table_embedding(loaded[table]), head
         if place == "host":
-            return self._host_embedding(table, opened), head
-        rows = DiskEmbedding(self._checkpoint.tensors[table])
+            return self._host_embedding(read_tensors([checkpoint.tensors[table]])[table], opened), head
+        rows = DiskEmbedding(checkpoint.tensors[table])
         opened.callback(rows.close)
         return rows, head
 
-    def _host_embedding(self, name: str, opened: ExitStack) -> Embedding:
-        """A table in host memory, whose rows the GPU reads there: its place is worth two or three layers."""
-        table = read_tensors([self._checkpoint.tensors[name]])[name]
+    def _host_embedding(self, table: Tensor, opened: ExitStack) -> Embedding:
+        """Pin a table whose rows the GPU reads in host memory: its place is worth two or three layers."""
+        device = self._opening.device
         try:
-            opened.callback(pin(table, self._device))
+            opened.callback(pin(table, device))
         except PinRefusedError as error:
-            self._reporter.note(
+            self._opening.reporter.note(
                 f"the embedding could not be pinned, so draft steps wait for the host: {error}"
             )
             gather = table_embedding(table)
-            return lambda token_ids: gather(token_ids).to(self._device)
-        return table_embedding(gpu_view(table, self._device))
+            return lambda token_ids: gather(token_ids).to(device)
+        return table_embedding(gpu_view(table, device))
 
-    def _blocks(self, opened: ExitStack) -> TargetBlocks:
-        held = {}
-        for number, layer in enumerate(self._plan.resident, start=1):
-            self._reporter.progress(f"loading resident layers {number}/{len(self._plan.resident)}")
-            held[layer] = self._resident_blocks(layer)
-        streamer = self._streamer()
-        if streamer is not None:
-            opened.callback(streamer.close)
-        return TargetBlocks(self._geometry.layers, held, streamer)
+    def _draft_head(self, head: Head) -> DraftHead:
+        """Return the target's head, or a 4-bit copy if the plan has one and a kernel takes its shape."""
+        if self._opening.plan.draft_head_bits == 16:
+            return head
+        self._opening.reporter.progress("making the draft's head")
+        table = low_bit_table(head.weight)
+        return head if table is None else LowBitHead(head.norm_weight, table, head.weight, head.eps)
 
-    def _resident_blocks(self, layer: int) -> list[dict[str, Tensor]]:
-        if self._device.type == "cpu":
-            return read_resident(self._layouts(layer))
-        return read_resident_layer(self._layer_layout(layer), self._device)
-
-    def _streamer(self) -> Streamer | None:
-        streamed = self._plan.streamed
-        if not streamed:
-            return None
-        if self._device.type == "cpu":
-            layouts = [layout for layer in streamed for layout in self._layouts(layer)]
-            return DiskStreamer(layouts, self._plan.slots)
-        return open_gpu_streamer(
-            [self._layer_layout(layer) for layer in streamed],
-            pinned_layers=len(self._plan.pinned_layers),
-            ring_slots=max(self._plan.ring_slots, LEAST_RING_SLOTS),
-            slots=self._plan.slots,
-            most_bytes=int(available_bytes(torch.device("cpu")) * _PINNED_SHARE),
-            device=self._device,
-            reporter=self._reporter,
+    def _draft_steps(self, decoder: DraftDecoder, kv: KVCache) -> DraftSteps:
+        return draft_steps(
+            decoder,
+            kv,
+            most_rows=self._opening.plan.draft_rows,
+            vocab=self._opening.found.geometry.vocab,
+            device=self._opening.device,
+            notify=self._opening.reporter.note,
         )
 
-    def _layer_layout(self, layer: int) -> LayerLayout:
-        return layout_layer(block_entries(self._checkpoint.tensors, layer))
 
-    def _layouts(self, layer: int) -> list[BlockLayout]:
-        return [layout_block(entries) for entries in block_entries(self._checkpoint.tensors, layer)]
+def source_check(opening: Opening, blocks: TargetBlocks) -> Callable[[], None]:
+    """Return the check of files that are still read after loading; it does nothing if none are."""
+    reads_blocks = blocks.streamer is not None and blocks.streamer.reads_files
+    if not reads_blocks and opening.plan.embedding != "disk":
+        return lambda: None
+    checkpoint = opening.found.checkpoint
+    return lambda: check_unchanged(checkpoint)

@@ -1,4 +1,4 @@
-"""Running out of memory, told with figures and what to do: never a traceback."""
+"""Running out of memory as an error with figures and a hint, never as a traceback."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from subspec_cli.streaming.memory_meter import MemoryMeter
 from subspec_cli.units import format_bytes
 
 _GPU_SIGNS: Final = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-"""In errors that have no type of their own: allocations that libraries make past PyTorch's allocator."""
+"""Texts of RuntimeErrors: libraries allocate past PyTorch's allocator, and these errors have no type of their own."""
 _HOST_SIGNS: Final = ("can't allocate memory",)
 _WANTED: Final = re.compile(r"tried to allocate ([\d.]+) ?(bytes|[KMGT]iB)", re.IGNORECASE)
 _UNITS: Final = {"bytes": 0, "kib": 1, "mib": 2, "gib": 3, "tib": 4}
@@ -22,7 +22,7 @@ _UNITS: Final = {"bytes": 0, "kib": 1, "mib": 2, "gib": 3, "tib": 4}
 
 @contextmanager
 def oom_as_error(doing: str, *, budget_bytes: int, meter: MemoryMeter) -> Iterator[None]:
-    """Raise ResourceError where the code within runs out of memory, of the GPU or of the host."""
+    """Raise ResourceError if the code within runs out of memory, of the GPU or of the host."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -38,7 +38,7 @@ def oom_as_error(doing: str, *, budget_bytes: int, meter: MemoryMeter) -> Iterat
 
 
 def _place(error: BaseException) -> str | None:
-    """Whose memory is short, None if the error means something else."""
+    """Return whose memory is short; None if the error means something else."""
     text = str(error)
     if isinstance(error, torch.cuda.OutOfMemoryError) or any(sign in text for sign in _GPU_SIGNS):
         return "device"

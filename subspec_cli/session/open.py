@@ -3,21 +3,53 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from subspec_cli.config import Config
-from subspec_cli.reporter import Reporter
+from subspec_cli.config import SECTIONS, Config, settings_of
+from subspec_cli.config_file import resolve_config
+from subspec_cli.errors import UsageError
+from subspec_cli.reporter import SILENT, Reporter
 from subspec_cli.session.found_model import find_model
 
 if TYPE_CHECKING:
+    from subspec_cli.session.machine_costs import CostSource
     from subspec_cli.session.session import Session
 
 
-def open_session(config: Config, reporter: Reporter) -> Session:
+def load(
+    model: str | None = None,
+    *,
+    memory_gib: float | None = None,
+    reporter: Reporter = SILENT,
+    **settings: object,
+) -> Session:
+    """Open a prepared model and return the session that answers with it; use it as a context manager.
+
+    No settings file is read. The first load on a machine probes it, which takes some seconds.
+
+    Args:
+        model: hub id, local directory or `demo`; None takes the model prepared most recently.
+        memory_gib: budget in GiB, of device memory on a GPU and of RAM on a CPU; None takes 3/4 of what is free.
+        reporter: receives progress and notes; silent by default.
+        settings: keys of the settings file's sections [model], [memory], [draft], [sampling] and [run], such as
+            `context`, `device`, `temperature`, `top_p`, `no_speculation`, `max_new_tokens`, `stop` or `system`.
+
+    Raises:
+        UsageError: a setting is unknown or out of range, or the model is not prepared.
+        UnsupportedModelError: the model or the device cannot be used.
+        IntegrityError: files are damaged or changed.
+        ResourceError: the budget is too small, or larger than the machine.
+    """
+    flags = _by_section({"model": model, "memory_gb": memory_gib, **settings})
+    return open_session(resolve_config(flags), reporter)
+
+
+def open_session(config: Config, reporter: Reporter = SILENT, *, costs: CostSource | None = None) -> Session:
     """Find the prepared model and make it ready to answer.
 
-    Raises what the rooms below raise: UsageError (not prepared, bad sizes), UnsupportedModelError,
-    IntegrityError (damaged or changed files), ResourceError (budget too small, or larger than the machine).
+    `costs` replaces what would be probed on this machine, for experiments that must not depend on a clock. Notes go
+    to the reporter and into the session's description. Raises what `load` raises.
     """
     found = find_model(config)
     reporter.progress("loading libraries")
@@ -26,4 +58,21 @@ def open_session(config: Config, reporter: Reporter) -> Session:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     from subspec_cli.session.build import build_session
 
-    return build_session(config, found, reporter)
+    return build_session(config, found, reporter, costs)
+
+
+def _by_section(settings: Mapping[str, object]) -> dict[str, dict[str, object]]:
+    """Return settings under the sections that they belong to."""
+    sections = {
+        key: section
+        for section in ("model", "memory", "draft", "sampling", "run")
+        for setting in settings_of(SECTIONS[section]).values()
+        for key in (setting.key, setting.alias)
+        if key
+    }
+    flags: dict[str, dict[str, object]] = {section: {} for section in sections.values()}
+    for name, value in settings.items():
+        if name not in sections:
+            raise UsageError(f"{name} is no setting of a session", f"settings: {' '.join(sections)}")
+        flags[sections[name]][name] = value
+    return flags

@@ -1,11 +1,11 @@
-"""`subspec prepare`: from a model's name to substitutes on disk."""
+"""`subspec prepare`: from the name of a model to substitutes on disk."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -16,6 +16,7 @@ from subspec_cli.checkpoint.source_directory import check_config
 from subspec_cli.errors import UsageError
 from subspec_cli.hub.model_name import name_of_id
 from subspec_cli.hub.source_model import open_model
+from subspec_cli.reporter import SILENT, Reporter
 from subspec_cli.substitutes.integrity import Finding
 from subspec_cli.substitutes.inventory import StoredModel
 from subspec_cli.substitutes.preparation import PrepareProgress, Quantizer, SubstituteRecipe, prepare_model
@@ -33,7 +34,7 @@ _ASSUMED_DTYPE: Final = "BF16"
 
 @dataclass(frozen=True, slots=True)
 class KindReport:
-    """What the substitutes of one kind of matrix are like, over all layers."""
+    """Size and quality of the substitutes of one kind of matrix, over all layers."""
 
     kind: str
     bits: int
@@ -45,7 +46,7 @@ class KindReport:
 
 @dataclass(frozen=True, slots=True)
 class PrepareReport:
-    """What a preparation made."""
+    """Result of a preparation."""
 
     model_id: str
     commit: str
@@ -71,36 +72,29 @@ class PrepareReport:
         return {**dataclasses.asdict(self), "directory": str(self.directory)}
 
 
-def _ignore(_text: str) -> None:
-    """What becomes of messages that nobody asked for."""
-
-
 def prepare(
     model: str,
+    wanted: SubstituteSettings,
     *,
-    bits: int,
-    optimizer: str,
-    overrides: Iterable[tuple[str, int]] = (),
-    revision: str | None,
-    force: bool,
+    revision: str | None = None,
+    force: bool = False,
     progress: Callable[[PrepareProgress], None],
-    notify: Callable[[str], None] = _ignore,
+    reporter: Reporter = SILENT,
 ) -> PrepareReport:
     """Download what is missing and write the substitutes of every layer; what is there is kept.
 
-    `overrides` are other bits by name pattern, as in the settings' [substitute.overrides]; `notify` is told of
-    waits and of attempts that are repeated. Raises what `open_model` and `prepare_model` raise, and UsageError
-    for a pattern that matches nothing.
+    The names in `wanted.overrides` may be patterns. Waits and repeated attempts are reported as notes. Raises what
+    `open_model` and `prepare_model` raise, and UsageError for a pattern that matches nothing.
     """
     started = time.perf_counter()
-    settings = SubstituteSettings(bits, optimizer, _matching(overrides, bits))
+    settings = replace(wanted, overrides=_matching(wanted.overrides, wanted.bits))
     latest: list[PrepareProgress] = []
 
     def watch(state: PrepareProgress) -> None:
         latest[:] = [state]
         progress(state)
 
-    with open_model(model, revision, accept_config=accept_config, notify=notify) as opened:
+    with open_model(model, revision, accept_config=accept_config, notify=reporter.note) as opened:
         geometry = read_geometry(opened.checkpoint.config, opened.checkpoint.tensors)
         prepared = prepare_model(
             opened,
@@ -108,7 +102,7 @@ def prepare(
             _recipe(settings),
             force=force,
             progress=watch,
-            notify=notify,
+            notify=reporter.note,
         )
     return _report(
         prepared,
@@ -121,7 +115,7 @@ def prepare(
 def repair(
     stored: StoredModel, findings: Sequence[Finding], progress: Callable[[PrepareProgress], None]
 ) -> None:
-    """Make the damaged files of a prepared model again, and nothing else of it.
+    """Make the damaged files of a prepared model again, and only those.
 
     Raises what `drop_damaged` and `prepare` raise.
     """
@@ -129,11 +123,8 @@ def repair(
     is_on_hub = name_of_id(manifest.model_id).directory is None
     prepare(
         manifest.model_id,
-        bits=manifest.settings.bits,
-        optimizer=manifest.settings.optimizer,
-        overrides=manifest.settings.overrides,
+        manifest.settings,
         revision=manifest.commit if is_on_hub else None,
-        force=False,
         progress=progress,
     )
 
@@ -141,7 +132,7 @@ def repair(
 def _report(
     prepared: PreparedModel, geometry: ModelGeometry, *, already_prepared: bool, elapsed_s: float
 ) -> PrepareReport:
-    """Told by the manifest alone, so that a rerun which finds everything done reports the same."""
+    """Report from the manifest alone, so that a run that finds everything done reports the same."""
     manifest = prepared.manifest
     kinds = by_kind(file.quality for file in manifest.layers)
     total = summed(kinds.values())
@@ -181,7 +172,7 @@ def _quantizer(settings: SubstituteSettings) -> Quantizer:
 
 
 def _matching(overrides: Iterable[tuple[str, int]], bits: int) -> tuple[tuple[str, int], ...]:
-    """The matrices of another width than `bits`, sorted; equal choices make equal settings."""
+    """Return the matrices of another width than `bits`, sorted: equal choices make equal settings."""
     names = sorted(name.removesuffix(".weight") for name in LAYER_MATRICES)
     chosen: dict[str, int] = {}
     for pattern, wanted in overrides:
@@ -197,10 +188,10 @@ def _matching(overrides: Iterable[tuple[str, int]], bits: int) -> tuple[tuple[st
 
 
 _QUANTIZERS: Final = ("torch", "optimum-quanto")
-"""Libraries that decide the substitutes' bytes."""
+"""Libraries that determine the bytes of substitutes."""
 
 
 def accept_config(config: Mapping[str, Any]) -> None:
-    """Refuse a model that is not run before any of its weights is fetched."""
+    """Refuse a model of an unsupported kind before any of its weights is fetched."""
     check_config(config)
     geometry_from_config(config, _ASSUMED_DTYPE)

@@ -1,92 +1,60 @@
-"""A loaded model ready to answer: prompts in, text with statistics out."""
+"""A loaded model that is ready to answer: prompts in, text with statistics out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
 from types import TracebackType
 
-from subspec_cli.config import SamplingConfig
+from subspec_cli.decoding.drafter import Drafter
 from subspec_cli.decoding.engine import Engine, PassOutput, Request
-from subspec_cli.decoding.sampler import make_sampler
+from subspec_cli.decoding.sampler import Sampler, make_sampler
 from subspec_cli.decoding.text import AnswerText
 from subspec_cli.errors import IntegrityError, UsageError
 from subspec_cli.metrics import FinishReason, GenerationStats
-from subspec_cli.modeling.kv_cache import KVCache
-from subspec_cli.modeling.pretrained import ModelTokenizer
-from subspec_cli.planning.costs import PlanCosts
+from subspec_cli.modeling.target_blocks import TargetBlocks
 from subspec_cli.planning.plan import OffloadPlan
+from subspec_cli.session.chat import Chat
+from subspec_cli.session.description import SessionDescription
+from subspec_cli.session.load import LoadedModel
 from subspec_cli.session.oom import oom_as_error
-from subspec_cli.streaming.memory_meter import MemoryMeter
 from subspec_cli.streaming.streamer import StreamCounters
 
 
 @dataclass(frozen=True, slots=True)
-class SessionDescription:
-    """What was loaded, and what it promises."""
-
-    model_id: str
-    revision: str
-    device: str
-    dtype: str
-    exactness: str
-    """`exact` or `numeric`, as the self-check found."""
-    exactness_reason: str
-    speculation: bool
-    fits: bool
-    seed: int
-    fresh_seed: bool
-    """Whether the seed was drawn for this session."""
-    threads: int
-    context_tokens: int
-    budget_bytes: int
-    plan: OffloadPlan
-    costs: PlanCosts
-    """What passes and draft steps are taken to cost: all that the trees' shapes depend on beside tokens."""
-    versions: dict[str, str]
-    has_chat_template: bool
-    direct_io: bool
-    """Whether weights are read past the page cache."""
-    notes: tuple[str, ...] = ()
-    """What did not go as planned while loading, and is not fatal."""
-
-
-@dataclass(frozen=True, slots=True)
 class TextDelta:
-    """Text that became certain, and the tokens of one pass."""
+    """A piece of an answer: text that became certain, and the tokens of one target pass."""
 
     text: str
+    """Empty while a character or a stop string may be incomplete."""
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
-    """`stop` or `length` on the last one."""
+    """Set on the last piece only."""
     stats: GenerationStats
+    """Totals of the answer so far."""
 
 
 @dataclass(frozen=True, slots=True)
-class SessionParts:
-    """What the opener puts together."""
+class Engines:
+    """The engines of a session: one target, one KV cache, two ways to draft."""
 
-    tokenizer: ModelTokenizer
-    eos_ids: frozenset[int]
-    kv: KVCache
     speculative: Engine
-    """Plain too when the session does not speculate."""
+    """The plain engine if the session does not speculate."""
     plain: Engine
-    sampling: SamplingConfig
-    meter: MemoryMeter
-    counters: Callable[[], StreamCounters]
-    close: Callable[[], None]
-    check_source: Callable[[], None]
-    """Raises IntegrityError if weight files in use changed."""
 
 
 class Session:
-    """One model, one cache, one answer at a time. Use as a context manager."""
+    """One model, one KV cache, one answer at a time. Use as a context manager.
 
-    def __init__(self, parts: SessionParts, description: SessionDescription) -> None:
-        self._parts = parts
+    `loaded` is the model in memory and `description` says what was planned and promised; both are read-only.
+    """
+
+    def __init__(self, loaded: LoadedModel, engines: Engines, description: SessionDescription) -> None:
+        self.loaded = loaded
         self.description = description
-        self._requests = 0
+        self._engines = engines
+        self._noise_streams = 0
 
     def __enter__(self) -> Session:
         return self
@@ -97,82 +65,131 @@ class Session:
         self.close()
 
     def close(self) -> None:
-        """Stop the reader and give the memory back."""
-        self._parts.close()
+        """Stop the stream and release the memory; closing twice does no harm."""
+        self.loaded.close()
+
+    @property
+    def plan(self) -> OffloadPlan:
+        """What lies where in memory, and how fast that is predicted to be."""
+        return self.description.plan
 
     def memory_bytes(self) -> int:
-        """Memory taken now beyond the bare process."""
-        return self._parts.meter.current_bytes()
+        """Return the memory that the process takes now beyond a bare one."""
+        return self.loaded.meter.current_bytes()
 
     def peak_memory_bytes(self) -> int:
-        """Most memory ever taken beyond the bare process."""
-        return self._parts.meter.peak_bytes()
+        """Return the most memory that the process ever took beyond a bare one."""
+        return self.loaded.meter.peak_bytes()
 
     def link_counters(self) -> StreamCounters:
-        """What the stream of weights has done so far."""
-        return self._parts.counters()
+        """Return the totals of the stream of weights so far."""
+        return self.loaded.counters()
 
     def encode_prompt(self, text: str, *, system: str | None, raw: bool) -> list[int]:
-        """Token ids of one prompt: through the chat template if the model has one, unless `raw`."""
+        """Return the token ids of one prompt: through the chat template if the model has one, unless `raw`."""
         if raw or not self.description.has_chat_template:
-            return self._parts.tokenizer.encode(text)
-        return self.encode_messages(_with_system(system, [{"role": "user", "content": text}]))
+            return self.loaded.tokenizer.encode(text)
+        return self.encode_messages([{"role": "user", "content": text}], system=system)
 
-    def encode_messages(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation, up to where the assistant begins to speak."""
-        return self._parts.tokenizer.encode_chat(messages)
+    def encode_messages(self, messages: Sequence[dict[str, str]], *, system: str | None = None) -> list[int]:
+        """Return the token ids of a conversation, up to where the assistant begins to speak.
+
+        `messages` have a `role` and a `content` each. A model without a chat template gets the contents line by line.
+        """
+        if system is not None:
+            messages = [{"role": "system", "content": system}, *messages]
+        if self.description.has_chat_template:
+            return self.loaded.tokenizer.encode_chat(messages)
+        return self.loaded.tokenizer.encode("".join(f"{message['content']}\n" for message in messages))
 
     def generate(
         self,
-        prompt_ids: Sequence[int],
+        prompt: str | Sequence[int],
         *,
-        max_new_tokens: int,
-        stop: tuple[str, ...],
+        seed: int | None = None,
+        max_new_tokens: int | None = None,
+        stop: Sequence[str] | None = None,
         plain: bool = False,
         noise_stream: int | None = None,
-    ) -> Iterator[TextDelta]:
-        """Answer a prompt. The same seed and `noise_stream` number give the same tokens, `plain` or not.
+    ) -> Generator[TextDelta, None, None]:
+        """Answer a prompt, given as text or as token ids, piece by piece. Closing the generator ends the answer.
 
-        Rows of the cache that hold a prefix of the prompt are reused. Raises UsageError for a prompt that
-        leaves no room in the context, IntegrityError when weight files change meanwhile: no token that may come
-        from other weights is given, ResourceError when memory runs out.
+        Rows of the KV cache that hold a prefix of the prompt are reused.
+
+        Args:
+            prompt: text goes through the chat template, with the system message of the settings; token ids
+                are taken as they are.
+            seed: seed of the noise at a temperature above 0; the same seed gives the same answer. None takes
+                the session's seed and the next of its noise streams, so that asking again gives another answer.
+            max_new_tokens: longest answer; None takes the setting.
+            stop: texts that end the answer and are not part of it; None takes the setting.
+            plain: decode without speculation: the same tokens, slower.
+            noise_stream: number of the noise stream to use, whatever was asked before.
+
+        Raises:
+            UsageError: the prompt is empty or leaves no room in the context.
+            IntegrityError: weight files changed. No token that may come from other weights is emitted.
+            ResourceError: memory ran out.
         """
-        room = self.description.context_tokens - len(prompt_ids)
-        if not prompt_ids or room < 1:
-            raise self._no_room(len(prompt_ids))
-        number = self._requests if noise_stream is None else noise_stream
-        self._requests = max(self._requests, number + 1)
-        limit = min(max_new_tokens, room)
-        parts = self._parts
-        text = AnswerText(parts.tokenizer, eos_ids=parts.eos_ids, stop=stop, max_new_tokens=limit)
-        sampler = make_sampler(parts.sampling, self.description.seed, number)
-        engine = parts.plain if plain else parts.speculative
-        for step in self._checked(engine.generate(Request(tuple(prompt_ids), sampler, limit, text))):
-            yield TextDelta(text.take(), step.token_ids, step.finish_reason, step.stats)
-
-    def _checked(self, steps: Iterator[PassOutput]) -> Iterator[PassOutput]:
-        """The same steps, each once it is certain that the files its weights were read from are the same.
-
-        Raises ResourceError where memory runs out.
-        """
-        try:
-            with oom_as_error(
-                "answering", budget_bytes=self.description.budget_bytes, meter=self._parts.meter
-            ):
-                for step in steps:
-                    self._parts.check_source()
-                    yield step
-        except IntegrityError:
-            self._parts.check_source()  # a file that was cut short or replaced is the better reason
-            raise
+        run = self.description.config.run
+        if isinstance(prompt, str):
+            prompt = self.encode_prompt(prompt, system=run.system, raw=run.raw)
+        free = self.description.context_tokens - len(prompt)
+        if not prompt or free < 1:
+            raise self._no_room(len(prompt))
+        limit = min(run.max_new_tokens if max_new_tokens is None else max_new_tokens, free)
+        text = AnswerText(
+            self.loaded.tokenizer,
+            eos_ids=self.loaded.eos_ids,
+            stop=run.stop if stop is None else stop,
+            max_new_tokens=limit,
+        )
+        request = Request(tuple(prompt), self._sampler(seed, noise_stream), limit, text)
+        engine = self._engines.plain if plain else self._engines.speculative
+        with closing(self._checked(engine.generate(request))) as outputs:
+            for output in outputs:
+                yield TextDelta(text.take(), output.token_ids, output.finish_reason, output.stats)
 
     def reset(self) -> None:
-        """Empty the cache, so that the next prompt is prefilled whole."""
-        self._parts.kv.rewind(0)
+        """Empty the KV cache, so that the next prompt is prefilled whole."""
+        self.loaded.kv.rewind(0)
 
-    def chat(self, system: str | None) -> Chat:
-        """A conversation over this session's cache."""
-        return Chat(self, system)
+    def chat(self, system: str | None = None) -> Chat:
+        """Begin a conversation over this session's cache; without `system` the settings' system message is used."""
+        return Chat(self, self.description.config.run.system if system is None else system)
+
+    def with_drafter(self, drafter: Drafter, *, blocks: TargetBlocks | None = None) -> Session:
+        """Return a session over the same loaded model that drafts with `drafter`. For experiments.
+
+        `blocks` replaces the source of the target's weights. Both sessions share the KV cache, so one answer at a
+        time; closing either closes the model. The tokens stay the target's own, whatever the drafter proposes.
+        """
+        engines = replace(self._engines, speculative=self.loaded.engine(drafter, blocks))
+        return Session(self.loaded, engines, self.description)
+
+    def _sampler(self, seed: int | None, noise_stream: int | None) -> Sampler:
+        """Return the sampler of one answer; a seed of its own begins with noise stream 0."""
+        sampling = self.description.config.sampling
+        if seed is not None:
+            return make_sampler(sampling, seed, noise_stream or 0)
+        number = self._noise_streams if noise_stream is None else noise_stream
+        self._noise_streams = max(self._noise_streams, number + 1)
+        return make_sampler(sampling, self.description.seed, number)
+
+    def _checked(self, outputs: Iterator[PassOutput]) -> Generator[PassOutput, None, None]:
+        """Yield each output once it is certain that the files its weights were read from are unchanged.
+
+        Raises ResourceError if memory runs out.
+        """
+        budget_bytes = self.description.budget_bytes
+        try:
+            with oom_as_error("answering", budget_bytes=budget_bytes, meter=self.loaded.meter):
+                for output in outputs:
+                    self.loaded.check_source()
+                    yield output
+        except IntegrityError:
+            self.loaded.check_source()  # a file that was cut short or replaced is the better reason
+            raise
 
     def _no_room(self, prompt_tokens: int) -> UsageError:
         if not prompt_tokens:
@@ -182,60 +199,3 @@ class Session:
             f"the prompt has {prompt_tokens} tokens, the context holds {limit}, one of them for an answer",
             "shorten the prompt (in a chat: /reset), or raise --context or the memory budget",
         )
-
-
-class Chat:
-    """Turns of one conversation; each turn prefills only what the cache does not hold."""
-
-    def __init__(self, session: Session, system: str | None) -> None:
-        self._session = session
-        self._system = system
-        self._messages: list[dict[str, str]] = []
-
-    def ask(
-        self,
-        text: str,
-        *,
-        max_new_tokens: int,
-        stop: tuple[str, ...],
-        plain: bool = False,
-        noise_stream: int | None = None,
-    ) -> Iterator[TextDelta]:
-        """Answer the next message; `plain` and `noise_stream` as in `Session.generate`.
-
-        What was answered before an interruption stays in the conversation. A prompt that does not fit leaves
-        the conversation as it was.
-        """
-        session = self._session
-        asked = [*self._messages, {"role": "user", "content": text}]
-        if session.description.has_chat_template:
-            prompt_ids = session.encode_messages(_with_system(self._system, asked))
-        else:
-            turns = [message["content"] for message in _with_system(self._system, asked)]
-            prompt_ids = session.encode_prompt("\n".join(turns) + "\n", system=None, raw=True)
-        deltas = session.generate(
-            prompt_ids, max_new_tokens=max_new_tokens, stop=stop, plain=plain, noise_stream=noise_stream
-        )
-        answer: list[str] = []
-        began = False
-        try:
-            for delta in deltas:
-                began = True
-                answer.append(delta.text)
-                yield delta
-        finally:
-            if began:
-                self._messages = [*asked, {"role": "assistant", "content": "".join(answer)}]
-
-    def replace_answer(self, text: str) -> None:
-        """Let the conversation go on as if the last answer had been `text`."""
-        self._messages[-1] = {"role": "assistant", "content": text}
-
-    def reset(self) -> None:
-        """Forget the conversation."""
-        self._messages = []
-        self._session.reset()
-
-
-def _with_system(system: str | None, messages: list[dict[str, str]]) -> list[dict[str, str]]:
-    return messages if system is None else [{"role": "system", "content": system}, *messages]

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from subspec_cli import __version__
 from subspec_cli.checkpoint.checkpoint import (
     Checkpoint,
     check_headers_unchanged,
@@ -46,6 +45,7 @@ from subspec_cli.substitutes.quality import MatrixQuality
 from subspec_cli.substitutes.reuse import finished_manifest, reusable_layers
 from subspec_cli.substitutes.settings import SubstituteSettings
 from subspec_cli.units import printable
+from subspec_cli.versions import __version__
 
 if TYPE_CHECKING:
     import torch

@@ -1,0 +1,77 @@
+"""The target's blocks in memory: resident layers are read once, the others are streamed in every pass."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from subspec_cli.checkpoint.checkpoint import Checkpoint
+from subspec_cli.checkpoint.layer_tensors import block_entries
+from subspec_cli.limits import LEAST_RING_SLOTS
+from subspec_cli.modeling.target_blocks import TargetBlocks
+from subspec_cli.session.opening import Opening
+from subspec_cli.streaming.disk_streamer import DiskStreamer, read_resident
+from subspec_cli.streaming.gpu_layers import LayerLayout, layout_layer, read_resident_layer
+from subspec_cli.streaming.gpu_streamer import open_gpu_streamer
+from subspec_cli.streaming.layout import BlockLayout, layout_block
+from subspec_cli.streaming.memory_meter import available_bytes
+from subspec_cli.streaming.streamer import Streamer
+
+_PINNED_SHARE: Final = 0.9
+"""Most of the free host memory to pin: no other program can use pinned memory."""
+
+
+def open_blocks(opening: Opening, opened: ExitStack) -> TargetBlocks:
+    """Read the resident layers and start the stream of the others; `opened` closes the stream."""
+    plan = opening.plan
+    held = {}
+    for number, layer in enumerate(plan.resident, start=1):
+        opening.reporter.progress(f"loading resident layers {number}/{len(plan.resident)}")
+        held[layer] = _read_blocks(opening, layer)
+    streamer = open_streamer(opening)
+    if streamer is not None:
+        opened.callback(streamer.close)
+    return TargetBlocks(opening.found.geometry.layers, held, streamer)
+
+
+def open_streamer(opening: Opening) -> Streamer | None:
+    """Start the stream of the plan's streamed layers; None if every layer is resident.
+
+    Raises what `open_gpu_streamer` raises.
+    """
+    plan, checkpoint = opening.plan, opening.found.checkpoint
+    if not plan.streamed:
+        return None
+    if opening.device.type == "cpu":
+        return DiskStreamer(
+            [layout for layer in plan.streamed for layout in block_layouts(checkpoint, layer)], plan.slots
+        )
+    return open_gpu_streamer(
+        [layer_layout(checkpoint, layer) for layer in plan.streamed],
+        pinned_layers=len(plan.pinned_layers),
+        ring_slots=max(plan.ring_slots, LEAST_RING_SLOTS),
+        slots=plan.slots,
+        most_bytes=int(available_bytes(torch.device("cpu")) * _PINNED_SHARE),
+        device=opening.device,
+        reporter=opening.reporter,
+    )
+
+
+def layer_layout(checkpoint: Checkpoint, layer: int) -> LayerLayout:
+    """Return where a layer lies in the files and in a slot of a GPU."""
+    return layout_layer(block_entries(checkpoint.tensors, layer))
+
+
+def block_layouts(checkpoint: Checkpoint, layer: int) -> list[BlockLayout]:
+    """Return where each block of a layer lies in the files and in a slot of main memory."""
+    return [layout_block(entries) for entries in block_entries(checkpoint.tensors, layer)]
+
+
+def _read_blocks(opening: Opening, layer: int) -> list[dict[str, Tensor]]:
+    checkpoint = opening.found.checkpoint
+    if opening.device.type == "cpu":
+        return read_resident(block_layouts(checkpoint, layer))
+    return read_resident_layer(layer_layout(checkpoint, layer), opening.device)

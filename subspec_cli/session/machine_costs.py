@@ -1,0 +1,49 @@
+"""What the parts of a model cost on this machine: kept from an earlier probe, probed now, or assumed. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from subspec_cli.checkpoint.geometry import ModelGeometry
+from subspec_cli.planning.assumed_costs import assumed_costs
+from subspec_cli.planning.costs import MachineCosts
+from subspec_cli.probe.child_process import ProbeFailedError, probe_in_subprocess
+from subspec_cli.probe.kept_costs import keep_costs, known_costs, probe_subject
+from subspec_cli.reporter import Reporter
+from subspec_cli.substitutes.settings import SubstituteSettings
+from subspec_cli.units import printable
+
+CostSource = Callable[[ModelGeometry, SubstituteSettings], MachineCosts]
+"""Gives the costs of a model's shapes and of one set of substitutes."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProbedCosts:
+    """The usual source of costs."""
+
+    directory: Path
+    """Directory of the 16-bit weights, which the probe reads."""
+    device: str
+    """`cpu` or `cuda`."""
+    reprobe: bool
+    """Whether to probe again in place of what was kept."""
+    reporter: Reporter
+
+    def __call__(self, geometry: ModelGeometry, settings: SubstituteSettings) -> MachineCosts:
+        """Return the kept costs, else probe and keep the result. If the probe fails, assume costs and say so."""
+        subject = probe_subject(geometry, settings, self.device, self.directory)
+        kept = None if self.reprobe else known_costs(subject)
+        if kept is not None:
+            return kept
+        try:
+            probed = probe_in_subprocess(self.directory, settings, self.device, self.reporter)
+        except ProbeFailedError as error:
+            reason = printable(str(error))
+            self.reporter.note(
+                f"this machine could not be timed, so the plan assumes what it can do: {reason}"
+            )
+            return assumed_costs(geometry, self.device, settings=settings)
+        keep_costs(subject, probed)
+        return probed

@@ -1,0 +1,72 @@
+"""An opening: the model, its plan and what the plan's passes cost, decided before anything large is allocated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from subspec_cli.checkpoint.dtypes import torch_dtype
+from subspec_cli.checkpoint.source_directory import tokenizer_bytes_in
+from subspec_cli.config import Config
+from subspec_cli.planning.costs import PlanCosts
+from subspec_cli.planning.device_profile import device_profile
+from subspec_cli.planning.plan import OffloadPlan, fastest_plan
+from subspec_cli.planning.request import MemoryLimits, budget_bytes, plan_request, ram_bytes
+from subspec_cli.reporter import Reporter
+from subspec_cli.session.found_model import FoundModel
+from subspec_cli.session.machine_costs import CostSource
+from subspec_cli.streaming.memory_meter import available_bytes, total_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """Everything that loading needs to know."""
+
+    found: FoundModel
+    plan: OffloadPlan
+    costs: PlanCosts
+    """Costs of the plan's passes and draft steps: the shapes of draft trees depend on them and on tokens alone."""
+    device: torch.device
+    reporter: Reporter
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Data type of the weights, the activations and the KV cache."""
+        return torch_dtype(self.found.geometry.dtype)
+
+
+def plan_opening(
+    config: Config, found: FoundModel, device: torch.device, costs: CostSource, reporter: Reporter
+) -> Opening:
+    """Take the fastest plan over all sets of substitutes of the model.
+
+    Raises what `fastest_plan` raises, and ResourceError for a budget that the device does not have.
+    """
+    sets = (found.prepared, *found.others)
+    host_bytes = available_bytes(torch.device("cpu")) if device.type == "cuda" else None
+    limits = MemoryLimits(
+        device_profile(device.type).kind,
+        budget_bytes(config, device.type, total_bytes(device), available_bytes(device)),
+        ram_bytes(config, host_bytes),
+    )
+    machines = [costs(found.geometry, prepared.manifest.settings) for prepared in sets]
+    requests = [
+        plan_request(
+            config,
+            found.geometry,
+            prepared.manifest.settings,
+            machine,
+            limits=limits,
+            tokenizer_bytes=tokenizer_bytes_in(found.checkpoint.directory),
+        )
+        for prepared, machine in zip(sets, machines, strict=True)
+    ]
+    number, plan = fastest_plan(requests)
+    return Opening(
+        replace(found, prepared=sets[number]),
+        plan,
+        plan.costs(machines[number], found.geometry),
+        device,
+        reporter,
+    )
