@@ -6,8 +6,7 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from subspec_cli.modeling.batches import causal_batch
-from subspec_cli.modeling.layers import RowRules, rms_norm, rotate
+from subspec_cli.modeling.layers import RowRules, causal_batch, rms_norm, rotate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

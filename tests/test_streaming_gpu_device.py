@@ -29,7 +29,7 @@ from subspec_cli.modeling.rope import RopeTable
 from subspec_cli.modeling.substitute import load_substitute
 from subspec_cli.planning.device_profile import device_profile
 from subspec_cli.reporter import Reporter
-from subspec_cli.session.device import cap_allocator
+from subspec_cli.session.opening import cap_allocator
 from subspec_cli.streaming.gpu_layers import read_resident_layer
 from subspec_cli.streaming.gpu_streamer import open_gpu_streamer
 from subspec_cli.streaming.mapped_memory import gpu_view

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
 
@@ -12,7 +13,10 @@ from subspec_cli.metrics import GenerationStats
 from subspec_cli.units import format_bytes, printable
 
 if TYPE_CHECKING:
-    from subspec_cli.session import Session
+    from subspec_cli.session import Session, TextDelta
+
+
+INTERRUPTED = "interrupted"
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _REDRAW_INTERVAL_S = 0.1
@@ -143,3 +147,40 @@ def sparkline(counts: Sequence[int]) -> str:
     """Accepted tokens of the latest passes as a row of blocks; a full block is 8 or the most seen."""
     top = max(8, *counts) if counts else 8
     return "".join(_BLOCKS[round(count / top * (len(_BLOCKS) - 1))] for count in counts)
+
+
+@dataclass
+class Answer:
+    """One answer, perhaps incomplete."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str = INTERRUPTED
+    """`stop` or `length` after the last piece; after Ctrl-C still `interrupted`."""
+    stats: GenerationStats = field(default_factory=GenerationStats)
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether Ctrl-C ended the answer."""
+        return self.finish_reason == INTERRUPTED
+
+
+def collect_answer(deltas: Iterator[TextDelta], view: View) -> Answer:
+    """Show an answer while it is generated. Ctrl-C ends it early and keeps the text so far."""
+    answer = Answer()
+    try:
+        with view:
+            for delta in deltas:
+                answer.text += delta.text
+                answer.token_ids.extend(delta.token_ids)
+                answer.stats = delta.stats
+                view.feed(delta.text, delta.stats)
+                if delta.finish_reason is not None:
+                    answer.finish_reason = delta.finish_reason
+    except KeyboardInterrupt:
+        answer.finish_reason = INTERRUPTED
+    finally:
+        # Ctrl-C while drawing leaves the generator suspended, with its rows still in the cache.
+        if isinstance(deltas, Generator):
+            deltas.close()
+    return answer

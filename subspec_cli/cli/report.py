@@ -2,61 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from subspec_cli.cli.documents import plan_document
-from subspec_cli.cli.live import View
+from subspec_cli.cli.live import Answer
 from subspec_cli.cli.plan_text import reason_text
 from subspec_cli.config import Config
-from subspec_cli.metrics import GenerationStats
 from subspec_cli.planning.comparison import Comparison, compare
 from subspec_cli.units import format_bytes, format_seconds
 from subspec_cli.versions import __version__
 
 if TYPE_CHECKING:
-    from subspec_cli.session import Session, TextDelta
-
-INTERRUPTED = "interrupted"
-
-
-@dataclass
-class Answer:
-    """One answer, perhaps incomplete."""
-
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    finish_reason: str = INTERRUPTED
-    """`stop` or `length` after the last piece; after Ctrl-C still `interrupted`."""
-    stats: GenerationStats = field(default_factory=GenerationStats)
-
-    @property
-    def is_interrupted(self) -> bool:
-        """Whether Ctrl-C ended the answer."""
-        return self.finish_reason == INTERRUPTED
-
-
-def collect_answer(deltas: Iterator[TextDelta], view: View) -> Answer:
-    """Show an answer while it is generated. Ctrl-C ends it early and keeps the text so far."""
-    answer = Answer()
-    try:
-        with view:
-            for delta in deltas:
-                answer.text += delta.text
-                answer.token_ids.extend(delta.token_ids)
-                answer.stats = delta.stats
-                view.feed(delta.text, delta.stats)
-                if delta.finish_reason is not None:
-                    answer.finish_reason = delta.finish_reason
-    except KeyboardInterrupt:
-        answer.finish_reason = INTERRUPTED
-    finally:
-        # Ctrl-C while drawing leaves the generator suspended, with its rows still in the cache.
-        if isinstance(deltas, Generator):
-            deltas.close()
-    return answer
+    from subspec_cli.session import Session
 
 
 def loading_line(config: Config, file: Path | None, command: str = "") -> str:

@@ -67,8 +67,8 @@ def _load(config: Config, output: Output) -> Session:
 
 
 def _answer(session: Session, prompt: str, config: Config, output: Output, *, as_json: bool) -> None:
-    from subspec_cli.cli.live import View, make_view
-    from subspec_cli.cli.report import answer_document, collect_answer, comparison_of, summary_line
+    from subspec_cli.cli.live import View, collect_answer, make_view
+    from subspec_cli.cli.report import answer_document, comparison_of, summary_line
     from subspec_cli.cli.report_text import comparison_line
 
     limits = config.run

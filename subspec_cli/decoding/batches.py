@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subspec_cli.decoding.tree import TokenTree
-from subspec_cli.modeling.batches import batch_of, causal_batch
-from subspec_cli.modeling.layers import RowRules, TokenBatch
+from subspec_cli.modeling.layers import RowRules, TokenBatch, batch_of, causal_batch
 
 
 def prompt_batch(token_ids: Sequence[int], start: int, rules: RowRules) -> TokenBatch:

@@ -101,7 +101,7 @@ class TreeDraft:
         nodes = len(now.proposal.tree)
         while True:
             free_rows = min(MOST_ROWS, nodes + policy.shadow_rows - now.frontier.tree.rows)
-            rows = now.frontier.candidates(free_rows, free_rows, now.max_depth)
+            rows = now.frontier.offer(free_rows, free_rows, now.max_depth).rows
             count = policy.shadow_step_rows(
                 [row.chance for row in rows], layer=layer, nodes=nodes, spent_s=now.spent_s
             )
@@ -145,10 +145,10 @@ class TreeDraft:
             most_nodes = min(max(1, free_rows - (limits.depth - tip.depth - 1)), limits.width)
         if min(most_nodes, free_rows) < 1:
             return []
-        rows = frontier.candidates(most_nodes, min(free_rows, limits.width), limits.depth, first=tip)
-        nodes, expected = frontier.outlook()
-        outlook = Outlook(expected, min(nodes, limits.nodes), cost_s)
-        return rows[: policy.serial_rows([row.chance for row in rows], outlook, self._shared.history)]
+        offer = frontier.offer(most_nodes, min(free_rows, limits.width), limits.depth, first=tip)
+        outlook = Outlook(offer.expected_tokens, min(offer.nodes, limits.nodes), cost_s)
+        chances = [row.chance for row in offer.rows]
+        return offer.rows[: policy.serial_rows(chances, outlook, self._shared.history)]
 
     def _leaves(self, tree: GrowingTree, limits: TreeLimits, cost_s: float) -> list[NodeId]:
         """Return the open nodes worth verifying. They cost no draft step; the end of the chain is among them."""

@@ -11,7 +11,7 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from subspec_cli.decoding.sampler import Row
 from subspec_cli.drafting.draft_steps import DraftSteps, Feed, Ids, StepRow, likeliest
@@ -58,6 +58,17 @@ class NGram:
 Candidate = OpenNode | Placeholder | NGram
 
 
+class Offer(NamedTuple):
+    """What the next draft step may take, and what the tree is worth without it."""
+
+    rows: list[Candidate]
+    """Likeliest first."""
+    nodes: int
+    """Nodes worth a row of the pass, once all steps in flight are read."""
+    expected_tokens: float
+    """Tokens expected of a pass over these nodes."""
+
+
 @dataclass(frozen=True, slots=True)
 class Drafting:
     """What all trees of a drafter share."""
@@ -101,12 +112,6 @@ class Frontier:
         undecided = sum(step.nodes.count(None) for step in self._in_flight)
         return self.tree.expanded + undecided
 
-    def outlook(self) -> tuple[int, float]:
-        """Return the nodes worth a row, and the tokens expected of a pass over them, once all steps are read."""
-        nodes, expected = self.tree.likely(LEAST_CHANCE)
-        chances = [chance for step in self._in_flight for _, chance in self._parents(step)]
-        return nodes + len(chances), expected + self._shared.history.gain(sum(chances))
-
     def tip(self, max_depth: int) -> OpenNode | Placeholder | None:
         """Return the end of the draft's own greedy chain, if it may be expanded."""
         tip = self.tree.tip()
@@ -121,28 +126,18 @@ class Frontier:
                 return Placeholder(chance, node.depth + 1, Feed(StepRow(step.nodes.index(tip)), 0))
         return None
 
-    def candidates(
+    def offer(
         self, most_nodes: int, most_rows: int, max_depth: int, *, first: Candidate | None = None
-    ) -> list[Candidate]:
-        """Return what the next step may take, likeliest first.
+    ) -> Offer:
+        """Return what the next step may take.
 
         Up to `most_nodes` nodes and placeholders, `first` before all others, and n-gram guesses below the first of
         them: at most `most_rows` in all.
         """
-        opened = self.tree.best_open(most_nodes, max_depth=max_depth, eos_ids=self._shared.eos_ids)
-        able: list[Candidate] = [
-            *(OpenNode(self.tree.nodes[node].chance, self.tree.nodes[node].depth, node) for node in opened),
-            *self._placeholders(max_depth),
-        ]
-        able.sort(key=lambda candidate: -candidate.chance)
-        if first is not None:
-            able = [first, *(other for other in able if other != first)]
-        able = able[:most_nodes]
-        if not able or self._shared.policy.fixed.width is not None:
-            return able
-        # The first stays the first, and guesses stay in their order: none is likelier than the one before.
-        others = [*able[1:], *self._ngrams(able[0], len(able), most_rows, max_depth)]
-        return [able[0], *sorted(others, key=lambda candidate: -candidate.chance)][:most_rows]
+        nodes, expected = self.tree.likely(LEAST_CHANCE)
+        chances = [chance for step in self._in_flight for _, chance in self._parents(step)]
+        rows = self._candidates(most_nodes, most_rows, max_depth, first)
+        return Offer(rows, nodes + len(chances), expected + self._shared.history.gain(sum(chances)))
 
     def start(self, rows: Sequence[Candidate]) -> None:
         """Start a draft step over candidates, the first of which n-grams hang on; read the steps before it."""
@@ -163,6 +158,24 @@ class Frontier:
     def drain(self) -> None:
         """Read all steps in flight."""
         self._read_all_but(0)
+
+    def _candidates(
+        self, most_nodes: int, most_rows: int, max_depth: int, first: Candidate | None
+    ) -> list[Candidate]:
+        opened = self.tree.best_open(most_nodes, max_depth=max_depth, eos_ids=self._shared.eos_ids)
+        able: list[Candidate] = [
+            *(OpenNode(self.tree.nodes[node].chance, self.tree.nodes[node].depth, node) for node in opened),
+            *self._placeholders(max_depth),
+        ]
+        able.sort(key=lambda candidate: -candidate.chance)
+        if first is not None:
+            able = [first, *(other for other in able if other != first)]
+        able = able[:most_nodes]
+        if not able or self._shared.policy.fixed.width is not None:
+            return able
+        # The first stays the first, and guesses stay in their order: none is likelier than the one before.
+        others = [*able[1:], *self._ngrams(able[0], len(able), most_rows, max_depth)]
+        return [able[0], *sorted(others, key=lambda candidate: -candidate.chance)][:most_rows]
 
     def _take_row(self, candidate: Candidate) -> int:
         """Take a scratch row for a candidate; return its token, any token for a placeholder."""

@@ -16,7 +16,7 @@ from subspec_cli.planning.assumed_costs import assumed_survival
 from subspec_cli.planning.costs import MachineCosts
 from subspec_cli.planning.device_profile import DeviceKind, DeviceProfile, device_profile
 from subspec_cli.substitutes.settings import SubstituteSettings, substitute_layer_bytes
-from subspec_cli.units import format_bytes, gib_to_bytes
+from subspec_cli.units import GIB, format_bytes
 
 DEFAULT_CONTEXT: Final = 4096
 LEAST_CONTEXT: Final = 512
@@ -146,7 +146,7 @@ def budget_bytes(config: Config, device: str, total_bytes: int | None, available
         if available_bytes is None:
             raise ResourceError(f"the memory of the {device} device is not known", f"name it: {option} 8")
         return int(available_bytes * DEFAULT_SHARE)
-    budget = gib_to_bytes(config.memory.memory_gib, option)
+    budget = int(config.memory.memory_gib * GIB)
     if total_bytes is not None and budget > total_bytes:
         raise ResourceError(
             f"a budget of {format_bytes(budget)} is more than this machine has: {format_bytes(total_bytes)}",
@@ -158,7 +158,7 @@ def budget_bytes(config: Config, device: str, total_bytes: int | None, available
 def ram_bytes(config: Config, available_bytes: int | None) -> int | None:
     """Return the limit of host memory that the user gave, else a share of the free memory; None if unknown."""
     if config.memory.ram_gb is not None:
-        return gib_to_bytes(config.memory.ram_gb, "--ram-gb")
+        return int(config.memory.ram_gb * GIB)
     return None if available_bytes is None else int(available_bytes * DEFAULT_SHARE)
 
 

@@ -22,10 +22,9 @@ from subspec_cli.checkpoint.layer_tensors import LAYER_BLOCKS, LAYER_MATRICES, b
 from subspec_cli.drafting.draft_steps import rank
 from subspec_cli.drafting.graph_capture import CudaGraphs, Run
 from subspec_cli.modeling.attention import exact_attention, fast_attention
-from subspec_cli.modeling.batches import causal_batch
 from subspec_cli.modeling.decoder import Block, DraftDecoder, DraftHead, DraftLogits, Head, TargetDecoder
 from subspec_cli.modeling.kv_cache import KVCache
-from subspec_cli.modeling.layers import LayerMath, RowRules, TokenBatch
+from subspec_cli.modeling.layers import LayerMath, RowRules, TokenBatch, causal_batch
 from subspec_cli.modeling.rope import RopeTable
 from subspec_cli.modeling.substitute import (
     LowBitHead,

@@ -11,11 +11,10 @@ from subspec_cli.drafting.policy import DraftPolicy, FixedShape, TreeLimits
 from subspec_cli.limits import MOST_DEPTH, MOST_ROWS
 from subspec_cli.reporter import Reporter
 from subspec_cli.session.description import SessionDescription
-from subspec_cli.session.device import open_device
 from subspec_cli.session.found_model import FoundModel
 from subspec_cli.session.load import LoadedModel, Loader
 from subspec_cli.session.machine_costs import CostSource, ProbedCosts
-from subspec_cli.session.opening import Opening, plan_opening
+from subspec_cli.session.opening import Opening, open_device, plan_opening
 from subspec_cli.session.session import Engines, Session
 from subspec_cli.streaming.memory_meter import return_freed_memory_at_once
 from subspec_cli.versions import library_versions

@@ -35,9 +35,8 @@ from subspec_cli.modeling.substitute import (
 )
 from subspec_cli.modeling.target_blocks import TargetBlocks
 from subspec_cli.session.blocks import open_blocks
-from subspec_cli.session.device import cap_allocator
 from subspec_cli.session.oom import oom_as_error
-from subspec_cli.session.opening import Opening
+from subspec_cli.session.opening import Opening, cap_allocator
 from subspec_cli.streaming.mapped_memory import gpu_view
 from subspec_cli.streaming.memory_meter import MemoryMeter
 from subspec_cli.streaming.pinned_memory import PinRefusedError, pin

@@ -1,7 +1,8 @@
-"""An opening: the model, its plan and what the plan's passes cost, decided before anything large is allocated."""
+"""An opening: the device, the model, its plan and the plan's costs, decided before anything large is allocated."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from subspec_cli.checkpoint.dtypes import torch_dtype
 from subspec_cli.checkpoint.source_directory import tokenizer_bytes_in
 from subspec_cli.config import Config
+from subspec_cli.errors import UnsupportedModelError
 from subspec_cli.planning.costs import PlanCosts
 from subspec_cli.planning.device_profile import device_profile
 from subspec_cli.planning.plan import OffloadPlan, fastest_plan
@@ -16,7 +18,7 @@ from subspec_cli.planning.request import MemoryLimits, budget_bytes, plan_reques
 from subspec_cli.reporter import Reporter
 from subspec_cli.session.found_model import FoundModel
 from subspec_cli.session.machine_costs import CostSource
-from subspec_cli.streaming.memory_meter import available_bytes, total_bytes
+from subspec_cli.streaming.memory_meter import allocator_share, available_bytes, total_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,3 +72,35 @@ def plan_opening(
         device,
         reporter,
     )
+
+
+def open_device(name: str) -> torch.device:
+    """Return the device called `name`; `auto` takes a GPU if there is one.
+
+    Raises UnsupportedModelError if `cuda` is asked for and cannot be used.
+    """
+    has_gpu = torch.cuda.is_available()
+    if name == "auto":
+        name = "cuda" if has_gpu else "cpu"
+    if name == "cuda":
+        if not has_gpu:
+            raise UnsupportedModelError(
+                "no CUDA device can be used here", "--device cpu runs from disk and RAM"
+            )
+        _fix_cuda_arithmetic()
+    return torch.device(name)
+
+
+def cap_allocator(budget_bytes: int, device: torch.device) -> None:
+    """Let PyTorch refuse to take more of a GPU than the budget; on the CPU the plan alone keeps it."""
+    if device.type == "cuda":
+        share = allocator_share(budget_bytes, device_profile(device.type).context_bytes, total_bytes(device))
+        torch.cuda.set_per_process_memory_fraction(share, device)
+
+
+def _fix_cuda_arithmetic() -> None:
+    """Switch off, for the whole process, the shortcuts that make a row's bits depend on the chosen kernel."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
