@@ -34,6 +34,7 @@ MOST_MEDIAN_LINES = 150
 MOST_FILE_LINES = 400
 MOST_FUNCTION_LINES = 50
 FUNCTION_SHARE = 0.95
+MOST_PARAMETERS = 7
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -91,6 +92,8 @@ def file_problems(path: Path, tree: ast.Module) -> Iterator[str]:
     for node in functions(tree):
         if node.returns is None or any(a.annotation is None for a in arguments(node)):
             yield f"{node.lineno}: {node.name} is not annotated"
+        if (count := len(arguments(node))) > MOST_PARAMETERS:
+            yield f"{node.lineno}: {node.name} has {count} parameters, at most {MOST_PARAMETERS}"
     for node in ast.walk(tree):
         if isinstance(node, ast.ExceptHandler) and node.type is None:
             yield f"{node.lineno}: a bare except"
@@ -171,7 +174,7 @@ def functions(tree: ast.Module) -> Iterator[Function]:
 
 
 def arguments(node: Function) -> list[ast.arg]:
-    """Arguments that need an annotation."""
+    """Parameters of a function but `self` and `cls`; each needs an annotation."""
     spec = node.args
     named = [*spec.posonlyargs, *spec.args, *spec.kwonlyargs, *filter(None, (spec.vararg, spec.kwarg))]
     return [arg for arg in named if arg.arg not in ("self", "cls")]
