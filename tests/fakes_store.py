@@ -11,6 +11,7 @@ from subspec_cli.hub.retry import RetryPolicy
 from subspec_cli.hub.source_model import OpenedModel, ResolvedModel, open_model
 from subspec_cli.hub.weight_downloads import WeightDownloads
 from subspec_cli.hub.workers import WorkerChannel
+from subspec_cli.reporter import Reporter
 from subspec_cli.substitutes import preparation
 from subspec_cli.substitutes.manifest import Manifest
 from subspec_cli.substitutes.prepared_model import PreparedModel, prepared_directory
@@ -56,7 +57,9 @@ def resolve_model(model: str, revision: str | None = None, **how) -> ResolvedMod
 def opened(model: str, revision: str | None = None, *, notices=None, **how):
     """`open_model` with short waits."""
     how = {"retry_policy": HASTE} | how
-    return open_model(model, revision, notify=([] if notices is None else notices).append, **how)
+    return open_model(
+        model, revision, reporter=Reporter(note=([] if notices is None else notices).append), **how
+    )
 
 
 def run(
@@ -79,7 +82,7 @@ def run(
     how = {
         "force": False,
         "progress": (seen if seen is not None else []).append,
-        "notify": ([] if notices is None else notices).append,
+        "reporter": Reporter(note=([] if notices is None else notices).append),
     } | changes
 
     def prepare(found: OpenedModel) -> PreparedModel:
@@ -89,7 +92,7 @@ def run(
     if isinstance(model, str):
         with opened(model, notices=notices, retry_policy=retry_policy) as found:
             return prepare(found)
-    nothing = WeightDownloads(model.directory, (), WorkerChannel(print))
+    nothing = WeightDownloads(model.directory, (), WorkerChannel(Reporter()))
     return prepare(OpenedModel(model, checkpoint or open_checkpoint(model.directory), nothing))
 
 

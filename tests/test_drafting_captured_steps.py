@@ -29,6 +29,7 @@ from subspec_cli.modeling.decoder import DraftDecoder
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.layers import TokenBatch
 from subspec_cli.modeling.substitute import resident_layer
+from subspec_cli.reporter import Reporter
 from subspec_cli.session import load
 
 WINDOWED = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
@@ -288,7 +289,9 @@ def test_a_session_over_captured_steps_answers_as_without_speculation(
 
 def test_on_the_cpu_nothing_is_captured(tiny: Callable[..., Tiny]) -> None:
     model = tiny("qwen2")
-    found = draft_steps(draft_of(model), model.kv(), most_rows=2, vocab=VOCAB, device=CPU, notify=pytest.fail)
+    found = draft_steps(
+        draft_of(model), model.kv(), most_rows=2, vocab=VOCAB, device=CPU, reporter=Reporter(note=pytest.fail)
+    )
     assert isinstance(found, DirectSteps)
 
 
@@ -307,7 +310,14 @@ class SharedOnHost:
 
 
 def launched(model: Tiny, gpu: torch.device, notes: list[str]) -> object:
-    return draft_steps(draft_of(model), model.kv(), most_rows=2, vocab=VOCAB, device=gpu, notify=notes.append)
+    return draft_steps(
+        draft_of(model),
+        model.kv(),
+        most_rows=2,
+        vocab=VOCAB,
+        device=gpu,
+        reporter=Reporter(note=notes.append),
+    )
 
 
 def test_on_a_gpu_steps_are_captured(tiny: Callable[..., Tiny], gpu: torch.device, monkeypatch: Any) -> None:

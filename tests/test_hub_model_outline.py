@@ -15,6 +15,7 @@ from subspec_cli.errors import AccessError, IntegrityError, NetworkError, Unsupp
 from subspec_cli.hub import model_outline
 from subspec_cli.hub.model_outline import outline_model
 from subspec_cli.hub.retry import RetryPolicy
+from subspec_cli.reporter import Reporter
 
 HASTY = RetryPolicy(tries=2, first_wait_s=0.01, stall_s=2.0)
 SHARD = "model-00001-of-00002.safetensors"
@@ -22,9 +23,7 @@ SINGLE = "model.safetensors"
 
 
 def outline(model=MODEL, revision=None):
-    return outline_model(
-        model, revision, accept_config=check_config, notify=lambda text: None, retry_policy=HASTY
-    )
+    return outline_model(model, revision, accept_config=check_config, reporter=Reporter(), retry_policy=HASTY)
 
 
 def serve_large(server, layers=3, padding=4 << 20):

@@ -125,7 +125,9 @@ def test_captured_draft_steps_are_the_steps_themselves(tiny: Callable[..., Tiny]
     """Sizes come back, so that steps are replayed and not only captured; rounding is all that may differ."""
     model, notes, sampler = tiny("qwen2"), [], SAMPLERS[kind]()
     draft, (plain, kept) = on_gpu(model), (gpu_cache(model), gpu_cache(model))
-    late = draft_steps(draft, kept, most_rows=4, vocab=VOCAB, device=CUDA, notify=notes.append)
+    late = draft_steps(
+        draft, kept, most_rows=4, vocab=VOCAB, device=CUDA, reporter=Reporter(note=notes.append)
+    )
     assert not notes
     direct, first = LateSteps(draft, plain), 0
     for steps in (direct, late):

@@ -19,6 +19,7 @@ from subspec_cli.checkpoint.checkpoint import open_checkpoint
 from subspec_cli.errors import BusyError, ExitCode, IntegrityError, ResourceError
 from subspec_cli.files.lock import directory_lock
 from subspec_cli.hub.source_model import ResolvedModel
+from subspec_cli.reporter import Reporter
 from subspec_cli.substitutes import preparation
 from subspec_cli.substitutes.manifest import (
     JOURNAL_NAME,
@@ -210,7 +211,7 @@ def test_a_second_preparation_waits_and_finds_it_done(model):
         notices.append(text)
         go_on.set()
 
-    prepared = run(model, quantizer, seen=seen, notify=notify)
+    prepared = run(model, quantizer, seen=seen, reporter=Reporter(note=notify))
     first.join()
     place = place_of(model)
     assert notices == [f"waiting: another process (pid {os.getpid()}) is preparing {place}"]

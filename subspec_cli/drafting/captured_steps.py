@@ -33,6 +33,7 @@ from subspec_cli.limits import NOISE_ROWS
 from subspec_cli.modeling.decoder import DraftDecoder
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.layers import TokenBatch
+from subspec_cli.reporter import Reporter
 from subspec_cli.streaming.mapped_memory import gpu_view
 
 Kind = Literal["greedy", "sampled", "filtered"]
@@ -279,11 +280,11 @@ def draft_steps(
     most_rows: int,
     vocab: int,
     device: torch.device,
-    notify: Callable[[str], None],
+    reporter: Reporter,
 ) -> DraftSteps:
     """Return the steps of a draft: captured on a GPU, after a first one has shown that capturing works.
 
-    Where capturing fails, steps are launched directly and `notify` gets the reason. Running out of memory is raised.
+    Where capturing fails, steps are launched directly and `reporter` gets a note with the reason. Running out of memory is raised.
     """
     direct = DirectSteps(draft, kv)
     if device.type == "cpu":
@@ -298,6 +299,6 @@ def draft_steps(
         raise
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
-        notify(f"draft steps are launched kernel by kernel, which is slower: {reason}")
+        reporter.note(f"draft steps are launched kernel by kernel, which is slower: {reason}")
         return direct
     return steps

@@ -32,7 +32,7 @@ class DownloadContext:
 
     def new_attempts(self) -> Attempts:
         """A fresh count of attempts, for one request."""
-        return Attempts(self.retry_policy, self.channel.pause, self.channel.report, self.model_id)
+        return Attempts(self.retry_policy, self.channel, self.model_id)
 
 
 class Download:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -25,6 +25,7 @@ from subspec_cli.hub.cache import cached_snapshot
 from subspec_cli.hub.hub_errors import explain_hub_error, not_a_hub
 from subspec_cli.hub.retry import Attempts, RetryPolicy, with_retries
 from subspec_cli.hub.workers import WorkerChannel, run_all
+from subspec_cli.reporter import Reporter
 from subspec_cli.units import printable
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ class Listing:
 
 
 def find_listing(
-    model_id: str, revision: str | None, retry_policy: RetryPolicy, notify: Callable[[str], None]
+    model_id: str, revision: str | None, retry_policy: RetryPolicy, reporter: Reporter
 ) -> Listing:
     """List the commit that a revision stands for now.
 
@@ -119,25 +120,25 @@ def find_listing(
         return here
     try:
         return _fetch_listing(
-            model_id, revision, replace(retry_policy, tries=1) if here else retry_policy, notify
+            model_id, revision, replace(retry_policy, tries=1) if here else retry_policy, reporter
         )
     except NetworkError as error:
         if here is None:
             raise NetworkError(
                 f"{error.message}; the cache lacks {printable(str(lacks))}", error.hint
             ) from error
-        notify(f"{error.message}; using commit {here.commit[:8]} from the cache")
+        reporter.note(f"{error.message}; using commit {here.commit[:8]} from the cache")
         return here
 
 
 def _fetch_listing(
-    model_id: str, revision: str | None, retry_policy: RetryPolicy, notify: Callable[[str], None]
+    model_id: str, revision: str | None, retry_policy: RetryPolicy, reporter: Reporter
 ) -> Listing:
     from huggingface_hub import HfApi
 
     found: list[ModelInfo] = []
-    channel = WorkerChannel(notify)
-    attempts = Attempts(retry_policy, channel.pause, channel.report, model_id)
+    channel = WorkerChannel(reporter)
+    attempts = Attempts(retry_policy, channel, model_id)
 
     def ask() -> ModelInfo:
         timeout_s = retry_policy.stall_s or _TIMEOUT_S

@@ -37,6 +37,7 @@ from subspec_cli.hub.model_name import check_revision, parse_model_name
 from subspec_cli.hub.remote_file import RemoteFile, fetch_metadata, open_body
 from subspec_cli.hub.retry import RETRY_POLICY, RetryPolicy, with_retries
 from subspec_cli.hub.workers import WorkerChannel, run_all
+from subspec_cli.reporter import Reporter
 from subspec_cli.units import printable
 
 _FIRST_BYTES: Final = 32 << 10
@@ -67,7 +68,7 @@ def outline_model(
     revision: str | None = None,
     *,
     accept_config: Callable[[Mapping[str, Any]], None],
-    notify: Callable[[str], None],
+    reporter: Reporter,
     retry_policy: RetryPolicy = RETRY_POLICY,
 ) -> ModelOutline:
     """Outline a model. The network is used only for a model on the hub that is not complete in the cache.
@@ -79,8 +80,8 @@ def outline_model(
     directory = name.directory or _cached(name.model_id, revision)
     if directory is not None:
         return _outline_here(name.model_id, directory, accept_config, is_hub=name.directory is None)
-    listing = find_listing(name.model_id, revision, retry_policy, notify)
-    channel = WorkerChannel(notify)
+    listing = find_listing(name.model_id, revision, retry_policy, reporter)
+    channel = WorkerChannel(reporter)
     context = DownloadContext(name.model_id, listing.commit, repo_cache(name.model_id), retry_policy, channel)
     reader = _Reader(context)
     config: list[dict[str, Any]] = []

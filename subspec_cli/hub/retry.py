@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from subspec_cli.errors import SubspecError
 from subspec_cli.hub.hub_errors import explain_hub_error, is_transfer_error, status_of
+from subspec_cli.hub.workers import WorkerChannel
 from subspec_cli.units import format_seconds
 
 _Result = TypeVar("_Result")
@@ -39,13 +40,11 @@ class Attempts:
     def __init__(
         self,
         retry_policy: RetryPolicy,
-        pause: Callable[[float], None],
-        notify: Callable[[str], None],
+        channel: WorkerChannel,
         model_id: str,
     ) -> None:
         self._policy = retry_policy
-        self._pause = pause
-        self._notify = notify
+        self._channel = channel
         self._model_id = model_id
         self._failures = 0
 
@@ -67,8 +66,8 @@ class Attempts:
         failure = explain_hub_error(error, self._model_id, None)
         reason = failure.message if failure else type(error).__name__
         count = f"{self._failures + 1} of {self._policy.tries}"
-        self._notify(f"{reason}; trying again in {format_seconds(wait_s)} (attempt {count})")
-        self._pause(wait_s)
+        self._channel.report(f"{reason}; trying again in {format_seconds(wait_s)} (attempt {count})")
+        self._channel.pause(wait_s)
 
 
 def with_retries(

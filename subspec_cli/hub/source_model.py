@@ -25,6 +25,7 @@ from subspec_cli.hub.model_name import check_revision, name_of_id, parse_model_n
 from subspec_cli.hub.retry import RETRY_POLICY, RetryPolicy
 from subspec_cli.hub.weight_downloads import WeightDownloads, begin_all, fetch_all
 from subspec_cli.hub.workers import WorkerChannel
+from subspec_cli.reporter import Reporter
 from subspec_cli.units import printable
 
 ConfigCheck = Callable[[Mapping[str, Any]], None]
@@ -58,7 +59,7 @@ def open_model(
     revision: str | None = None,
     *,
     accept_config: ConfigCheck = check_config,
-    notify: Callable[[str], None],
+    reporter: Reporter,
     retry_policy: RetryPolicy = RETRY_POLICY,
 ) -> Iterator[OpenedModel]:
     """Find a model and open it. Of what the cache lacks, only small files and headers are fetched.
@@ -70,7 +71,7 @@ def open_model(
         model: `demo`, a directory, or a hub id.
         revision: branch, tag or commit on the hub; None means its main branch.
         accept_config: called with the content of config.json before any weight is fetched.
-        notify: called with a line about each wait and each repeated attempt.
+        reporter: gets a note about each wait and each repeated attempt.
         retry_policy: bounds of the attempts.
 
     Raises:
@@ -82,14 +83,14 @@ def open_model(
     """
     name = parse_model_name(model)
     check_revision(name, revision)
-    channel = WorkerChannel(notify)
+    channel = WorkerChannel(reporter)
     if name.directory is not None:
         checkpoint = open_checkpoint(name.directory)
         accept_config(checkpoint.config)
         resolved = ResolvedModel(name.model_id, checkpoint.directory, checkpoint.fingerprint, is_local=True)
         yield OpenedModel(resolved, checkpoint, WeightDownloads(resolved.directory, (), channel))
         return
-    listing = find_listing(name.model_id, revision, retry_policy, notify)
+    listing = find_listing(name.model_id, revision, retry_policy, reporter)
     cache = repo_cache(name.model_id)
     resolved = ResolvedModel(
         name.model_id, cache.snapshot_path(listing.commit), listing.commit, is_local=False
@@ -97,7 +98,7 @@ def open_model(
     with ExitStack() as stack:
         if not listing.is_complete(resolved.directory):
             cache.make_directories()
-            stack.enter_context(directory_lock(cache.lock_directory, on_wait=notify))
+            stack.enter_context(directory_lock(cache.lock_directory, on_wait=reporter.note))
         context = DownloadContext(name.model_id, listing.commit, cache, retry_policy, channel)
         downloads = _begin(context, listing, accept_config)
         weight_downloads = WeightDownloads(cache.directory, downloads, channel)

@@ -7,6 +7,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 
+from subspec_cli.reporter import Reporter
+
 _MAX_THREADS = 4
 _MAX_JOIN_S = 0.5
 _POLL_S = 0.2
@@ -19,8 +21,8 @@ class Stopped(BaseException):
 class WorkerChannel:
     """Between a main thread and its workers: their reports one way, the order to stop the other way."""
 
-    def __init__(self, show: Callable[[str], None]) -> None:
-        self._show = show
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
         self._reports: deque[str] = deque()
         self._stop = threading.Event()
 
@@ -31,7 +33,7 @@ class WorkerChannel:
     def show_reports(self) -> None:
         """Show the queued lines. Call it from the main thread."""
         while self._reports:
-            self._show(self._reports.popleft())
+            self._reporter.note(self._reports.popleft())
 
     def stop(self) -> None:
         """Make every worker stop at its next check."""

@@ -75,7 +75,7 @@ def forecast(
     `make_plan` raise, and UsageError for a bad budget.
     """
     device, device_reason = _device(config.memory.device)
-    outline = outline_model(model, config.model.revision, accept_config=accept_config, notify=reporter.note)
+    outline = outline_model(model, config.model.revision, accept_config=accept_config, reporter=reporter)
     geometry = read_geometry(outline.config, outline.tensors)
     prepared = _prepared(model, config)
     chosen = [item.manifest.settings for item in prepared] or [_settings(config)]

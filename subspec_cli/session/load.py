@@ -249,7 +249,7 @@ class Loader:
             most_rows=self._opening.plan.draft_rows,
             vocab=self._opening.found.geometry.vocab,
             device=self._opening.device,
-            notify=self._opening.reporter.note,
+            reporter=self._opening.reporter,
         )
 
 

@@ -94,7 +94,7 @@ def prepare(
         latest[:] = [state]
         progress(state)
 
-    with open_model(model, revision, accept_config=accept_config, notify=reporter.note) as opened:
+    with open_model(model, revision, accept_config=accept_config, reporter=reporter) as opened:
         geometry = read_geometry(opened.checkpoint.config, opened.checkpoint.tensors)
         prepared = prepare_model(
             opened,
@@ -102,7 +102,7 @@ def prepare(
             _recipe(settings),
             force=force,
             progress=watch,
-            notify=reporter.note,
+            reporter=reporter,
         )
     return _report(
         prepared,

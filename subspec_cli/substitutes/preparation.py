@@ -31,6 +31,7 @@ from subspec_cli.files.io_errors import write_error
 from subspec_cli.files.lock import directory_lock
 from subspec_cli.hub.source_model import OpenedModel
 from subspec_cli.hub.weight_downloads import DownloadProgress, WeightDownloads
+from subspec_cli.reporter import Reporter
 from subspec_cli.substitutes.disk_space import check_disk_space
 from subspec_cli.substitutes.manifest import (
     JOURNAL_NAME,
@@ -89,7 +90,7 @@ def prepare_model(
     *,
     force: bool,
     progress: Callable[[PrepareProgress], None],
-    notify: Callable[[str], None],
+    reporter: Reporter,
 ) -> PreparedModel:
     """Write the substitutes of every layer. Finished layers are reused, unless `force` is set.
 
@@ -103,7 +104,7 @@ def prepare_model(
         recipe: how substitutes are made.
         force: make all layers again.
         progress: called after every change of the progress.
-        notify: called with a line if another process is waited for.
+        reporter: gets a note if another process is waited for.
 
     Raises:
         IntegrityError: a damaged source, weights that are not finite, or a source that changed meanwhile.
@@ -133,7 +134,7 @@ def prepare_model(
     if not directory.exists():  # a refusal leaves nothing behind
         work.check_space()
     make_home_directory(directory)
-    with directory_lock(directory, on_wait=notify) as has_waited:
+    with directory_lock(directory, on_wait=reporter.note) as has_waited:
         if has_waited and not force and (finished := work.already_prepared()):
             return finished
         sweep_stale_temps(directory)
