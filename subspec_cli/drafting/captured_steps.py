@@ -284,7 +284,8 @@ def draft_steps(
 ) -> DraftSteps:
     """Return the steps of a draft: captured on a GPU, after a first one has shown that capturing works.
 
-    Where capturing fails, steps are launched directly and `reporter` gets a note with the reason. Running out of memory is raised.
+    Where capturing fails, steps are launched directly and `reporter` gets a note with the reason. Running out of
+    memory is raised.
     """
     direct = DirectSteps(draft, kv)
     if device.type == "cpu":
