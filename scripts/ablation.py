@@ -30,14 +30,15 @@ from subspec_cli.config import Config, MemoryConfig, ModelConfig, SamplingConfig
 from subspec_cli.decoding.batches import prompt_batch
 from subspec_cli.decoding.engine import common_prefix
 from subspec_cli.drafting.draft_steps import SHARPENING, DirectSteps, DraftModel
-from subspec_cli.drafting.drafter import Drafter
 from subspec_cli.drafting.policy import DraftPolicy, FixedShape, TreeLimits
+from subspec_cli.drafting.tree_drafter import TreeDrafter
 from subspec_cli.files.direct_io import DirectReader, allocate_buffer
 from subspec_cli.limits import MOST_DEPTH, MOST_ROWS, SHADOW_ROWS
 from subspec_cli.metrics import GenerationStats, rate_of_totals, tau_of_totals
 from subspec_cli.modeling.decoder import DraftLogits
 from subspec_cli.modeling.kv_cache import KVCache
-from subspec_cli.modeling.layers import RowRules, TokenBatch
+from subspec_cli.modeling.row_rules import RowRules
+from subspec_cli.modeling.token_batch import TokenBatch
 from subspec_cli.reporter import Reporter
 from subspec_cli.session import open_session
 from subspec_cli.session.blocks import block_layouts
@@ -198,7 +199,7 @@ class Laboratory:
             fixed=fixed,
             shadow_rows=SHADOW_ROWS if arm.shadow else 0,
         )
-        drafter = Drafter(
+        drafter = TreeDrafter(
             DirectSteps(draft, loaded.kv),
             loaded.kv,
             policy,

@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from subspec_cli.bench.suites import load_suite
 from subspec_cli.checkpoint.geometry import ModelGeometry
 from subspec_cli.config import Config, DraftConfig, MemoryConfig, ModelConfig, SamplingConfig
-from subspec_cli.drafting.drafter import Drafter
 from subspec_cli.drafting.policy import DraftPolicy, TreeLimits
+from subspec_cli.drafting.tree_drafter import TreeDrafter
 from subspec_cli.errors import SubspecError
 from subspec_cli.limits import MOST_DEPTH, MOST_ROWS, SHADOW_ROWS
 from subspec_cli.metrics import GenerationStats
@@ -138,7 +138,7 @@ def with_costs(session: Session, costs: PlanCosts, *, shadow: bool) -> Session:
         layers=session.plan.streamed_layers,
         shadow_rows=SHADOW_ROWS if shadow else 0,
     )
-    return session.with_drafter(Drafter(loaded.draft, loaded.kv, policy, eos_ids=loaded.eos_ids))
+    return session.with_drafter(TreeDrafter(loaded.draft, loaded.kv, policy, eos_ids=loaded.eos_ids))
 
 
 def price(session: Session, costs: PlanCosts, options: argparse.Namespace) -> dict[str, Any]:

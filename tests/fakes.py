@@ -26,7 +26,8 @@ from subspec_cli.drafting.draft_steps import DirectSteps, Feed, Found
 from subspec_cli.drafting.policy import DraftPolicy, FixedShape, TreeLimits
 from subspec_cli.modeling.decoder import DraftLogits
 from subspec_cli.modeling.kv_cache import KVCache
-from subspec_cli.modeling.layers import RowRules, TokenBatch
+from subspec_cli.modeling.row_rules import RowRules
+from subspec_cli.modeling.token_batch import TokenBatch
 from subspec_cli.planning.costs import PlanCosts, RowTimes
 from subspec_cli.streaming.streamer import StreamCounters
 

@@ -10,8 +10,8 @@ from subspec_cli.bench import runner
 from subspec_cli.bench.report import AnswerPair, ArmAnswer
 from subspec_cli.bench.runner import run_bench
 from subspec_cli.bench.suites import load_suite, read_questions
+from subspec_cli.cli.comparison_text import summary_lines
 from subspec_cli.cli.documents import bench_document
-from subspec_cli.cli.report_text import summary_lines
 from subspec_cli.config_file import resolve_config
 from subspec_cli.errors import UsageError
 from subspec_cli.metrics import GenerationStats

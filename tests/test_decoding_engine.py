@@ -32,7 +32,7 @@ from test_decoding_text import CASES, EOS, ids
 from subspec_cli.decoding.drafter import PlainDrafter
 from subspec_cli.decoding.engine import Request, common_prefix
 from subspec_cli.decoding.text import AnswerText
-from subspec_cli.drafting.drafter import Drafter
+from subspec_cli.drafting.tree_drafter import TreeDrafter
 from subspec_cli.errors import IntegrityError
 
 TABLE = random_table(1)
@@ -63,7 +63,7 @@ def machine(draft_table=None, *, table=TABLE, eos_ids=(), plan=None, context=64,
     kv, target, plan = fake_cache(context, scratch=128), FakeTarget(table), plan or free_policy(6, 3, 24)
     drafter = PlainDrafter()
     if draft_table is not None:
-        drafter = Drafter(steps_of(FakeDraft(draft_table), kv, ahead), kv, plan, eos_ids=eos_ids)
+        drafter = TreeDrafter(steps_of(FakeDraft(draft_table), kv, ahead), kv, plan, eos_ids=eos_ids)
     return fake_engine(target, kv, drafter), target, kv
 
 

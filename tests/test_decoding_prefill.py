@@ -21,8 +21,8 @@ from test_decoding_engine import BOTH, DRAFTS, PROMPT, TABLE, check_cache, check
 
 from subspec_cli.decoding.engine import common_prefix
 from subspec_cli.drafting.draft_steps import DirectSteps
-from subspec_cli.drafting.drafter import Drafter
 from subspec_cli.drafting.history import History
+from subspec_cli.drafting.tree_drafter import TreeDrafter
 from subspec_cli.errors import UsageError
 from subspec_cli.limits import PREFILL_CHUNK
 
@@ -138,6 +138,6 @@ def test_the_drafter_learns_from_every_pass():
             seen.append((len(tree), len(result.accepted_nodes)))
 
     kv, plan = fake_cache(64, scratch=128), free_policy(4, 1, 5, fixed_width=True)
-    drafter = Drafter(DirectSteps(FakeDraft(TABLE), kv), kv, plan, eos_ids=(), history=Watching())
+    drafter = TreeDrafter(DirectSteps(FakeDraft(TABLE), kv), kv, plan, eos_ids=(), history=Watching())
     list(fake_engine(FakeTarget(TABLE), kv, drafter).generate(request_for(PROMPT, 11)))
     assert seen == [(5, 5), (5, 5)]

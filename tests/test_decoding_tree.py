@@ -8,7 +8,7 @@ from test_decoding_verification import random_tree
 
 from subspec_cli.decoding.batches import prompt_batch, tree_batch
 from subspec_cli.decoding.tree import TokenTree
-from subspec_cli.modeling.layers import RowRules
+from subspec_cli.modeling.row_rules import RowRules
 
 CPU = torch.device("cpu")
 

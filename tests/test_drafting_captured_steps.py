@@ -27,8 +27,8 @@ from subspec_cli.drafting.draft_steps import DirectSteps, Feed
 from subspec_cli.modeling.attention import fast_attention
 from subspec_cli.modeling.decoder import DraftDecoder
 from subspec_cli.modeling.kv_cache import KVCache
-from subspec_cli.modeling.layers import TokenBatch
 from subspec_cli.modeling.substitute import resident_layer
+from subspec_cli.modeling.token_batch import TokenBatch
 from subspec_cli.reporter import Reporter
 from subspec_cli.session import load
 

@@ -6,7 +6,7 @@ import torch
 
 from subspec_cli.decoding.batches import tree_batch
 from subspec_cli.drafting.growing_tree import GrowingTree, draft_batch
-from subspec_cli.modeling.layers import RowRules
+from subspec_cli.modeling.row_rules import RowRules
 
 NO_END = frozenset()
 

@@ -23,7 +23,7 @@ from fakes import (
 )
 
 from subspec_cli.drafting.draft_steps import DirectSteps
-from subspec_cli.drafting.drafter import Drafter
+from subspec_cli.drafting.tree_drafter import TreeDrafter
 from subspec_cli.modeling.kv_cache import KVCache
 
 TABLE = random_table(1)
@@ -36,7 +36,7 @@ PROMPT = (3, 1, 4, 1, 5)
 def answered(draft_table, plan, *, limit=40, sampler=None, eos_ids=(), ahead=0):
     """(tokens, stats, draft, target) of one answer."""
     kv, target, draft = fake_cache(96, scratch=160), FakeTarget(TABLE), FakeDraft(draft_table)
-    drafter = Drafter(steps_of(draft, kv, ahead), kv, plan, eos_ids=eos_ids)
+    drafter = TreeDrafter(steps_of(draft, kv, ahead), kv, plan, eos_ids=eos_ids)
     engine = fake_engine(target, kv, drafter)
     outputs = list(engine.generate(request_for(PROMPT, limit, sampler=sampler, eos_ids=eos_ids)))
     return emitted(outputs), outputs[-1].stats, draft, target
@@ -86,7 +86,7 @@ def test_shadow_rows_lie_behind_the_tree_and_within_bounds(ahead):
     kv.write = logged
     target, plan = FakeTarget(TABLE), policy(6, 4, 20, shadow_rows=12)
     draft = FakeDraft(blended(TABLE, random_table(7), 0.3))
-    engine = fake_engine(target, kv, Drafter(steps_of(draft, kv, ahead), kv, plan, eos_ids=()))
+    engine = fake_engine(target, kv, TreeDrafter(steps_of(draft, kv, ahead), kv, plan, eos_ids=()))
     list(engine.generate(request_for(PROMPT, 40)))
     verified, in_shadow = (-1, 0), 0
     for maker, committed, start, end in log:
@@ -115,7 +115,7 @@ def test_no_findings_are_taken_into_another_answer(ahead):
     """State of an answer that was left early must not reach into the next one."""
     kv, target = fake_cache(96, scratch=160), FakeTarget(TABLE)
     plan = policy(4, 3, 14, shadow_rows=30)
-    engine = fake_engine(target, kv, Drafter(steps_of(FakeDraft(TABLE), kv, ahead), kv, plan, eos_ids=()))
+    engine = fake_engine(target, kv, TreeDrafter(steps_of(FakeDraft(TABLE), kv, ahead), kv, plan, eos_ids=()))
     steps = engine.generate(request_for(PROMPT, 40))
     for _ in range(3):
         next(steps)
@@ -136,7 +136,7 @@ def test_a_step_in_flight_when_the_user_interrupts_is_forgotten():
 
     kv, target, draft = fake_cache(96, scratch=160), FakeTarget(TABLE), FakeDraft(TABLE)
     plan, steps = policy(4, 3, 14, shadow_rows=30), Interrupted(draft, kv)
-    engine = fake_engine(target, kv, Drafter(steps, kv, plan, eos_ids=()))
+    engine = fake_engine(target, kv, TreeDrafter(steps, kv, plan, eos_ids=()))
     with pytest.raises(KeyboardInterrupt):
         list(engine.generate(request_for(PROMPT, 40)))
     assert steps.unread
@@ -174,7 +174,7 @@ def test_a_guess_of_the_lookup_makes_several_nodes_in_one_step():
     def run(width):
         kv, target, draft = fake_cache(96, scratch=160), FakeTarget(circle), FakeDraft(circle)
         plan = free_policy(8, width, 9)
-        drafter = Drafter(DirectSteps(draft, kv), kv, plan, eos_ids=())
+        drafter = TreeDrafter(DirectSteps(draft, kv), kv, plan, eos_ids=())
         engine = fake_engine(target, kv, drafter)
         outputs = list(engine.generate(request_for((0, 1, 2, 3, 0, 1, 2, 3), 36)))
         assert emitted(outputs) == plain_answer(circle, (0, 1, 2, 3, 0, 1, 2, 3), 36)
@@ -190,7 +190,7 @@ def test_wrong_guesses_change_no_token_and_leave_no_rows():
     prompt = (1, 2, 3) * 6
     kv, target, draft = fake_cache(96, scratch=160), FakeTarget(TABLE), FakeDraft(TABLE)
     plan = free_policy(6, 4, 20, shadow_rows=30)
-    engine = fake_engine(target, kv, Drafter(DirectSteps(draft, kv), kv, plan, eos_ids=()))
+    engine = fake_engine(target, kv, TreeDrafter(DirectSteps(draft, kv), kv, plan, eos_ids=()))
     assert emitted(list(engine.generate(request_for(prompt, 40)))) == plain_answer(TABLE, prompt, 40)
 
 

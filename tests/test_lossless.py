@@ -9,7 +9,7 @@ from fakes_session import Answer, answer_to, open_tiny
 from tiny_models import FAMILIES, Tiny
 
 from subspec_cli.modeling.attention import fast_attention
-from subspec_cli.modeling.layers import RowRules
+from subspec_cli.modeling.row_rules import RowRules
 from subspec_cli.modeling.substitute import resident_layer
 from subspec_cli.session import load
 

@@ -19,9 +19,10 @@ from subspec_cli.decoding.tree import TokenTree
 from subspec_cli.modeling.attention import exact_attention, fast_attention
 from subspec_cli.modeling.decoder import DraftDecoder, TargetDecoder
 from subspec_cli.modeling.kv_cache import KVCache
-from subspec_cli.modeling.layers import RowRules, TokenBatch
+from subspec_cli.modeling.row_rules import RowRules
 from subspec_cli.modeling.substitute import resident_layer
 from subspec_cli.modeling.target_blocks import TargetBlocks
+from subspec_cli.modeling.token_batch import TokenBatch
 
 MakeTiny = Callable[..., Tiny]
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from subspec_cli.modeling.layers import RowRules, causal_batch, rms_norm, rotate
+from subspec_cli.modeling.layers import rms_norm, rotate
+from subspec_cli.modeling.row_rules import RowRules
+from subspec_cli.modeling.token_batch import causal_batch
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -8,7 +8,7 @@ from tiny_models import CPU, FAMILIES, Tiny, make_tiny_model
 
 from subspec_cli.modeling.attention import exact_attention, fast_attention
 from subspec_cli.modeling.decoder import Head, TargetDecoder
-from subspec_cli.modeling.layers import RowRules
+from subspec_cli.modeling.row_rules import RowRules
 from subspec_cli.modeling.self_check import candidate_rules, check_batch_invariance, row_counts
 
 NODES, PREFILL = 64, 128

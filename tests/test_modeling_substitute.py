@@ -20,8 +20,9 @@ from subspec_cli.modeling import quantization as quantize_module
 from subspec_cli.modeling import substitute
 from subspec_cli.modeling.attention import fast_attention
 from subspec_cli.modeling.decoder import DraftDecoder
-from subspec_cli.modeling.layers import LayerMath, RowRules
+from subspec_cli.modeling.layers import LayerMath
 from subspec_cli.modeling.quantization import QuantizedLayer, quantize_layer
+from subspec_cli.modeling.row_rules import RowRules
 from subspec_cli.modeling.substitute import (
     Int4Linear,
     Int8Linear,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from fakes_cli import PREDICTION
 
-from subspec_cli.cli.report_text import comparison_line
+from subspec_cli.cli.comparison_text import comparison_line
 from subspec_cli.metrics import GenerationStats
 from subspec_cli.planning.comparison import compare
 

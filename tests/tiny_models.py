@@ -29,9 +29,10 @@ from subspec_cli.modeling.attention import exact_attention
 from subspec_cli.modeling.decoder import Head, TargetDecoder
 from subspec_cli.modeling.embedding import table_embedding
 from subspec_cli.modeling.kv_cache import KVCache
-from subspec_cli.modeling.layers import Attention, LayerMath, RowRules
+from subspec_cli.modeling.layers import Attention, LayerMath
 from subspec_cli.modeling.pretrained import load_config
 from subspec_cli.modeling.rope import build_rope_table
+from subspec_cli.modeling.row_rules import RowRules
 from subspec_cli.modeling.self_check import check_batch_invariance
 from subspec_cli.modeling.target_blocks import TargetBlocks
 from subspec_cli.streaming.disk_streamer import DiskStreamer, read_resident

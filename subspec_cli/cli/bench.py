@@ -60,9 +60,9 @@ def _check_files(config: Config, json_file: str | None) -> None:
 
 
 def _measure(config: Config, file: Path | None, suite: Suite, json_file: str | None) -> None:
+    from subspec_cli.cli.answer_text import loading_line
     from subspec_cli.cli.output import Output
     from subspec_cli.cli.output_progress import ProgressLine
-    from subspec_cli.cli.report import loading_line
 
     output = Output(plain=config.run.plain)
     output.note(loading_line(config, file, f"bench {suite}"))
@@ -94,9 +94,9 @@ def progress_text(state: BenchProgress) -> str:
 
 def _show(report: BenchReport, output: Output, json_file: str | None) -> None:
     """Print the table and the summary; they go to stderr if stdout takes the JSON document."""
+    from subspec_cli.cli.comparison_text import summary_lines
     from subspec_cli.cli.documents import bench_document
     from subspec_cli.cli.output import as_json
-    from subspec_cli.cli.report_text import summary_lines
 
     aside = json_file == "-"
     output.table(_HEADERS, [_cells(row) for row in report.rows], aside=aside)

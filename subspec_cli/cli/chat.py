@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from subspec_cli.cli.answer_text import summary_line
 from subspec_cli.cli.interrupts import interrupt_status, is_terminating
 from subspec_cli.cli.live import collect_answer, make_view
 from subspec_cli.cli.output import Output
-from subspec_cli.cli.report import summary_line
 from subspec_cli.config import Config
 from subspec_cli.errors import UsageError
 

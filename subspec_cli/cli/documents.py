@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from subspec_cli.cli.comparison_text import summary_lines
 from subspec_cli.cli.plan_text import advice_text, reason_text
-from subspec_cli.cli.report_text import summary_lines
 from subspec_cli.metrics import rate_of_totals
 from subspec_cli.planning.plan import OffloadPlan
 

@@ -37,8 +37,8 @@ def _start(config: Config, file: Path | None, argument: str | None, *, as_json: 
     prompt = read_prompt(argument)
     if prompt is None and (as_json or config.run.raw):
         raise UsageError(f"{'--json' if as_json else '--raw'} needs a prompt; a chat has neither")
+    from subspec_cli.cli.answer_text import loading_line
     from subspec_cli.cli.output import Output
-    from subspec_cli.cli.report import loading_line
 
     output = Output(plain=config.run.plain)
     output.note(loading_line(config, file))
@@ -52,8 +52,8 @@ def _start(config: Config, file: Path | None, argument: str | None, *, as_json: 
 
 
 def _load(config: Config, output: Output) -> Session:
+    from subspec_cli.cli.answer_text import session_lines
     from subspec_cli.cli.output_progress import ProgressLine
-    from subspec_cli.cli.report import session_lines
 
     with ProgressLine(output) as progress:
         progress.update("loading libraries")
@@ -67,9 +67,9 @@ def _load(config: Config, output: Output) -> Session:
 
 
 def _answer(session: Session, prompt: str, config: Config, output: Output, *, as_json: bool) -> None:
+    from subspec_cli.cli.answer_text import answer_document, comparison_of, summary_line
+    from subspec_cli.cli.comparison_text import comparison_line
     from subspec_cli.cli.live import View, collect_answer, make_view
-    from subspec_cli.cli.report import answer_document, comparison_of, summary_line
-    from subspec_cli.cli.report_text import comparison_line
 
     limits = config.run
     prompt_ids = session.encode_prompt(prompt, system=limits.system, raw=limits.raw)

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subspec_cli.decoding.tree import TokenTree
-from subspec_cli.modeling.layers import RowRules, TokenBatch, batch_of, causal_batch
+from subspec_cli.modeling.row_rules import RowRules
+from subspec_cli.modeling.token_batch import TokenBatch, batch_of, causal_batch
 
 
 def prompt_batch(token_ids: Sequence[int], start: int, rules: RowRules) -> TokenBatch:

@@ -1,7 +1,7 @@
 """What the decode loop asks of a drafter, and the drafter of plain decoding, which proposes nothing.
 
-The heuristics live one room up, in `drafting`. The exact algorithm needs only these protocols: whatever a drafter
-proposes, the target alone decides which tokens are emitted.
+The heuristics live one room up, in `drafting`. The exact algorithm needs only these protocols, because the
+target alone decides which tokens are emitted.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Draft(Protocol):
 
 
 class Drafter(Protocol):
-    """Whatever drafts for answers."""
+    """Begins the drafting for each answer."""
 
     def begin(self, sampler: Sampler) -> Draft:
         """Begin an answer whose tokens `sampler` picks; the drafting for earlier answers ends."""

@@ -32,7 +32,7 @@ from subspec_cli.drafting.graph_capture import CudaGraphs, Graphs, Run
 from subspec_cli.limits import NOISE_ROWS
 from subspec_cli.modeling.decoder import DraftDecoder
 from subspec_cli.modeling.kv_cache import KVCache
-from subspec_cli.modeling.layers import TokenBatch
+from subspec_cli.modeling.token_batch import TokenBatch
 from subspec_cli.reporter import Reporter
 from subspec_cli.streaming.mapped_memory import gpu_view
 

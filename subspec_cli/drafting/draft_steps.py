@@ -23,7 +23,7 @@ from torch import Tensor
 from subspec_cli.decoding.sampler import Filters, GreedySampler, Row, Sampler
 from subspec_cli.modeling.decoder import DraftLogits
 from subspec_cli.modeling.kv_cache import KVCache
-from subspec_cli.modeling.layers import TokenBatch
+from subspec_cli.modeling.token_batch import TokenBatch
 from subspec_cli.streaming.mapped_memory import shared_with_gpu
 
 StepRow = NewType("StepRow", int)

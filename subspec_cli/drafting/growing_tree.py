@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from subspec_cli.decoding.tree import TokenTree
-from subspec_cli.modeling.layers import TokenBatch
+from subspec_cli.modeling.token_batch import TokenBatch
 
 NodeId = NewType("NodeId", int)
 """Index of a node in `GrowingTree.nodes`."""

@@ -18,8 +18,10 @@ from torch import Tensor
 from subspec_cli.checkpoint.layer_tensors import BlockKind
 from subspec_cli.modeling.attention import grouped_mask
 from subspec_cli.modeling.kv_cache import KVCache
-from subspec_cli.modeling.layers import LayerMath, RowRules, TokenBatch, rms_norm
+from subspec_cli.modeling.layers import LayerMath, rms_norm
 from subspec_cli.modeling.rope import Rotation
+from subspec_cli.modeling.row_rules import RowRules
+from subspec_cli.modeling.token_batch import TokenBatch
 
 Embedding = Callable[[Tensor], Tensor]
 """Maps `[P]` token ids to `[P, hidden]` rows."""

@@ -22,7 +22,8 @@ from subspec_cli.checkpoint.layer_tensors import LAYER_BLOCKS
 from subspec_cli.metrics import Exactness
 from subspec_cli.modeling.decoder import Block, BlockStream, Head, TargetDecoder
 from subspec_cli.modeling.kv_cache import KVCache
-from subspec_cli.modeling.layers import RowRules, TokenBatch, causal_batch
+from subspec_cli.modeling.row_rules import RowRules
+from subspec_cli.modeling.token_batch import TokenBatch, causal_batch
 
 _ROW_BLOCKS: Final = (2, 4, 8, 16, 32, 64)
 _DEVICE_ROW_BLOCK: Final = 64

@@ -24,8 +24,9 @@ from subspec_cli.drafting.graph_capture import CudaGraphs, Run
 from subspec_cli.modeling.attention import exact_attention, fast_attention
 from subspec_cli.modeling.decoder import Block, DraftDecoder, DraftHead, DraftLogits, Head, TargetDecoder
 from subspec_cli.modeling.kv_cache import KVCache
-from subspec_cli.modeling.layers import LayerMath, RowRules, TokenBatch, causal_batch
+from subspec_cli.modeling.layers import LayerMath
 from subspec_cli.modeling.rope import RopeTable
+from subspec_cli.modeling.row_rules import RowRules
 from subspec_cli.modeling.substitute import (
     LowBitHead,
     SubstituteLayer,
@@ -34,6 +35,7 @@ from subspec_cli.modeling.substitute import (
     low_bit_table,
     resident_layer,
 )
+from subspec_cli.modeling.token_batch import TokenBatch, causal_batch
 from subspec_cli.planning.costs import MachineCosts, RowTimes, snapped
 from subspec_cli.probe.timers import copy_rate, disk_rate, reading, time_rows
 from subspec_cli.reporter import Reporter

@@ -6,8 +6,8 @@ import secrets
 
 from subspec_cli.config import Config, DraftConfig
 from subspec_cli.decoding.drafter import PlainDrafter
-from subspec_cli.drafting.drafter import Drafter
 from subspec_cli.drafting.policy import DraftPolicy, FixedShape, TreeLimits
+from subspec_cli.drafting.tree_drafter import TreeDrafter
 from subspec_cli.limits import MOST_DEPTH, MOST_ROWS
 from subspec_cli.reporter import Reporter
 from subspec_cli.session.description import SessionDescription
@@ -60,7 +60,7 @@ def _engines(draft: DraftConfig, opening: Opening, loaded: LoadedModel) -> Engin
         fixed=FixedShape(draft.depth, draft.width),
         shadow_rows=plan.shadow_rows,
     )
-    drafter = Drafter(loaded.draft, loaded.kv, policy, eos_ids=loaded.eos_ids)
+    drafter = TreeDrafter(loaded.draft, loaded.kv, policy, eos_ids=loaded.eos_ids)
     return Engines(loaded.engine(drafter), plain)
 
 

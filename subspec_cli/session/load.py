@@ -22,9 +22,10 @@ from subspec_cli.modeling.attention import exact_attention, fast_attention
 from subspec_cli.modeling.decoder import DraftDecoder, DraftHead, Embedding, Head, TargetDecoder
 from subspec_cli.modeling.embedding import DiskEmbedding, table_embedding
 from subspec_cli.modeling.kv_cache import KVCache
-from subspec_cli.modeling.layers import LayerMath, RowRules
+from subspec_cli.modeling.layers import LayerMath
 from subspec_cli.modeling.pretrained import ModelTokenizer, end_token_ids, load_config
 from subspec_cli.modeling.rope import RopeTable, build_rope_table
+from subspec_cli.modeling.row_rules import RowRules
 from subspec_cli.modeling.self_check import SelfCheck, check_batch_invariance
 from subspec_cli.modeling.substitute import (
     LowBitHead,

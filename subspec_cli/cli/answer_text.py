@@ -1,4 +1,4 @@
-"""Texts about a session and its answers: the banner, the summary and the JSON document."""
+"""The texts around an answer: the loading line, the banner, the summary and the JSON document."""
 
 from __future__ import annotations
 

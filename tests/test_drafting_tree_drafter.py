@@ -27,7 +27,7 @@ from subspec_cli.decoding.batches import prompt_batch
 from subspec_cli.decoding.drafter import PlainDrafter
 from subspec_cli.decoding.sampler import sample_token
 from subspec_cli.drafting.draft_steps import DirectSteps, likeliest, rank, sampling_of
-from subspec_cli.drafting.drafter import Drafter
+from subspec_cli.drafting.tree_drafter import TreeDrafter
 from subspec_cli.modeling.decoder import DraftLogits
 
 pytestmark = pytest.mark.usefixtures("checked_trees")
@@ -47,7 +47,7 @@ def prompted_cache(**size):
 def grown(table, plan, *, sampler=None, wanted=99, eos_ids=(), ahead=0):
     """A tree under ROOT after PROMPT, and the calls that made it."""
     kv, draft = prompted_cache(), FakeDraft(table)
-    drafter = Drafter(steps_of(draft, kv, ahead), kv, plan, eos_ids=eos_ids)
+    drafter = TreeDrafter(steps_of(draft, kv, ahead), kv, plan, eos_ids=eos_ids)
     tree = drafter.begin(sampler or GreedySampler()).grow(ROOT, wanted).tree
     assert kv.token_ids == PROMPT
     return tree, draft.calls
@@ -107,7 +107,7 @@ def test_a_draft_read_late_takes_no_more_steps_for_its_chain():
     for width in (1, 3):
         kv = prompted_cache()
         steps = LateSteps(FakeDraft(table), kv)
-        drafter = Drafter(steps, kv, free_policy(9, width, 40), eos_ids=())
+        drafter = TreeDrafter(steps, kv, free_policy(9, width, 40), eos_ids=())
         tree = drafter.begin(GreedySampler()).grow(ROOT, 99).tree
         assert steps.behind == [1] * 8 + [0]
         assert max(tree.depths) == 9
@@ -262,7 +262,7 @@ def test_draft_logits_may_be_of_any_float_dtype():
 
     kv = fake_cache()
     draft = HalfDraft(random_table(1))
-    drafter = Drafter(DirectSteps(draft, kv), kv, free_policy(3, 2, 9), eos_ids=())
+    drafter = TreeDrafter(DirectSteps(draft, kv), kv, free_policy(3, 2, 9), eos_ids=())
     assert drafter.begin(sampled(1)).grow(ROOT, 9).tree.depth == 3
 
 
@@ -326,7 +326,7 @@ def test_rows_of_a_tree_read_late_hold_what_its_nodes_say():
         # Space for unused rows beside those of the tree.
         make = free_policy if seed % 3 else policy
         plan = make(30, 6, nodes, costs=plan_costs(0.001, row_s=1e-6), shadow_rows=60)
-        tree = Drafter(steps, kv, plan, eos_ids=()).begin(GreedySampler()).grow(1, 99).tree
+        tree = TreeDrafter(steps, kv, plan, eos_ids=()).begin(GreedySampler()).grow(1, 99).tree
         taken = sum(call.batch.rows for call in steps.draft.calls)
         inner = set(tree.parents[1:])
         gaps += taken > len(tree)

@@ -1,6 +1,6 @@
-"""Growing token trees with the draft model, in scratch rows of the shared KV cache.
+"""The tree drafter: it grows token trees with the draft model, in scratch rows of the shared KV cache.
 
-Every draft step expands the likeliest open nodes, at whatever depth they lie. Serial steps run before a pass and make
+Every draft step expands the likeliest open nodes, at any depth. Serial steps run before a pass and make
 its tree. Shadow steps run during the pass, while weights arrive, and look beyond the tree: what follows if its best
 leaf is taken, and what follows if the target leaves the tree for a runner-up. When the pass ends in a token that was
 drafted, what was found below it begins the next tree.
@@ -24,8 +24,8 @@ from subspec_cli.limits import MOST_ROWS
 from subspec_cli.modeling.kv_cache import KVCache
 
 
-class Drafter:
-    """Drafts for one answer after another; what it learns from outcomes outlives them."""
+class TreeDrafter:
+    """Drafts for one answer after another; what it learns from verified trees is kept between answers."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""The words under measured figures: predicted beside measured, and the summary of a benchmark."""
+"""Lines that compare figures: predicted with measured, and speculative with plain decoding in a benchmark."""
 
 from __future__ import annotations
 

@@ -1,0 +1,51 @@
+"""Row rules: padding and call sizes under which the bits of a row do not depend on the rows beside it.
+
+Shapes: `P` rows with padding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_ROW_SIZES: Final = (8, 16, 32, 48, 64)
+_SERIAL_ELEMENTS: Final = 32_768
+"""Elementwise kernels run on one thread below this many elements (torch's grain size)."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowRules:
+    """The rules that make a row's bits batch-invariant; found by the self-check, never assumed."""
+
+    row_block: int
+    """Rows are padded to multiples of this."""
+    fixed_rows: bool = False
+    """Whether linears run in calls of exactly `row_block` rows (CUDA) instead of any multiple (CPU)."""
+    tile_elementwise: bool = False
+    """Whether SiLU runs in tiles too small to be split among threads."""
+
+    def padded(self, rows: int) -> int:
+        """Rows after padding: one of a few sizes, since kernels keep code and scratch memory for each size."""
+        if rows > _ROW_SIZES[-1]:
+            return -(-rows // _ROW_SIZES[-1]) * _ROW_SIZES[-1]
+        sizes = (self.row_block, *_ROW_SIZES)
+        return next(size for size in sizes if size >= rows and size % self.row_block == 0)
+
+    def linear(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """`inputs [P, in] @ weight [out, in].T + bias` with batch-invariant rows; P must be padded."""
+        if not self.fixed_rows or inputs.shape[0] == self.row_block:
+            return F.linear(inputs, weight, bias)
+        return torch.cat([F.linear(part, weight, bias) for part in inputs.split(self.row_block)])
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        """SiLU(gate) * up, `[P, feed_forward]`; overwrites `gate`."""
+        if not self.tile_elementwise:
+            return F.silu(gate, inplace=True).mul_(up)
+        tile = max(1, (_SERIAL_ELEMENTS - 1) // gate.shape[1])
+        for rows, other in zip(gate.split(tile), up.split(tile), strict=True):
+            F.silu(rows, inplace=True).mul_(other)
+        return gate
