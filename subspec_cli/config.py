@@ -134,7 +134,7 @@ class MemoryConfig:
         "planned",
     )
     reprobe: bool = _setting(
-        False, _SWITCH, "Time link and kernels anew, in place of what was kept from an earlier run."
+        False, _SWITCH, "Time link and kernels again, in place of what was kept from an earlier run."
     )
 
 

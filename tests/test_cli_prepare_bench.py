@@ -84,7 +84,7 @@ def test_prepare_passes_flags_on_and_says_when_nothing_was_to_do(capsys, prepari
     assert calls == [("a/b", 8, "hqq", (), "v1", True)]
     out = capsys.readouterr().out
     assert "weight at" not in out
-    assert out.startswith("demo is already prepared; --force does it anew: 4 layers")
+    assert out.startswith("demo is already prepared; --force does it again: 4 layers")
 
 
 def test_prepare_takes_its_settings_from_a_file_and_flags_win(capsys, preparing, tmp_path):

@@ -356,10 +356,10 @@ def test_tiled_silu_keeps_values_and_stays_below_the_grain(width: int) -> None:
         sizes.append((len(rows), rows.numel()))
         return silu(rows, inplace=inplace)
 
-    expected = RowRules(2).gated(gate.clone(), up)
+    expected = RowRules(2).silu_mul(gate.clone(), up)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.functional, "silu", watched)
-        found = RowRules(2, tile_elementwise=True).gated(gate.clone(), up)
+        found = RowRules(2, tile_elementwise=True).silu_mul(gate.clone(), up)
     torch.testing.assert_close(found, expected)
     assert all(rows == 1 or elements < 32_768 for rows, elements in sizes)
     assert sum(rows for rows, _ in sizes) == 5

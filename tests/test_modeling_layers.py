@@ -50,7 +50,7 @@ def test_the_gate_is_rounded_before_it_is_multiplied(dtype: torch.dtype, tiled: 
     gate, up = random(1, 6, 256, dtype=dtype), random(2, 6, 256, dtype=dtype)
     expected = torch.nn.functional.silu(gate) * up
     before = up.clone()
-    assert torch.equal(RowRules(2, tile_elementwise=tiled).gated(gate.clone(), up), expected)
+    assert torch.equal(RowRules(2, tile_elementwise=tiled).silu_mul(gate.clone(), up), expected)
     assert torch.equal(up, before)
 
 

@@ -242,7 +242,7 @@ def test_rows_are_padded_to_whole_blocks(device):
 def test_tiled_elementwise_equals_untiled(width, dtype):
     generator = torch.Generator().manual_seed(width)
     gate, up = (torch.randn((48, width), generator=generator).to(dtype) for _ in range(2))
-    given = [RowRules(8, tile_elementwise=tiled).gated(gate.clone(), up) for tiled in (False, True)]
+    given = [RowRules(8, tile_elementwise=tiled).silu_mul(gate.clone(), up) for tiled in (False, True)]
     assert given[0].equal(given[1])
     wide = torch.nn.functional.silu(gate.double()) * up.double()
     assert torch.allclose(given[1].double(), wide, rtol=2e-2, atol=1e-3)

@@ -89,7 +89,7 @@ class Rig:
     @staticmethod
     def check_ring(stream: GpuStreamer) -> None:
         if stream._ring is not None:
-            stream._ring.ahead.check_integrity()
+            stream._ring.reader.check_integrity()
 
     def names(self, blocks: int | None = None) -> list[str]:
         """Tensors in the order of use, of the first blocks or of all."""

@@ -15,7 +15,7 @@ class Dtype:
     """One element type."""
 
     torch_name: str
-    """The attribute of the torch module."""
+    """Name of the dtype in the torch module."""
     size_bytes: int
 
 

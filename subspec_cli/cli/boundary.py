@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Sequence
 from typing import TextIO
 
-from subspec_cli.cli.interrupts import interrupt_status, is_terminating, terminate_raises
+from subspec_cli.cli.interrupts import interrupt_status, is_terminating, sigterm_as_interrupt
 from subspec_cli.errors import ExitCode, ResourceError, SubspecError, UsageError
 from subspec_cli.units import printable
 
@@ -34,7 +34,7 @@ def guarded(argv: Sequence[str]) -> int:
     """Run the command line. Every way out is an exit status, with at most a message and a hint on stderr."""
     _tolerate_streams()
     try:
-        with terminate_raises():
+        with sigterm_as_interrupt():
             status = _invoke(argv)
             sys.stdout.flush()
     except BaseException as error:

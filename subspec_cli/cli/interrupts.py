@@ -1,4 +1,4 @@
-"""The signal that asked the command to stop. Signals are per process, so this state is too."""
+"""Which signal asked the command to stop: Ctrl-C or SIGTERM. Signals are per process, so this state is too."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def is_terminating() -> bool:
 
 
 @contextlib.contextmanager
-def terminate_raises() -> Iterator[None]:
+def sigterm_as_interrupt() -> Iterator[None]:
     """Let SIGTERM unwind the stack like Ctrl-C; by default it would skip every `finally`."""
     _interrupts.exit_code = ExitCode.INTERRUPTED
     try:

@@ -26,7 +26,7 @@ _NAME_LETTERS = 36
 ModelArg = Annotated[
     str, typer.Argument(metavar="MODEL", help="Hub id, directory or [bold]demo[/bold], as it was prepared.")
 ]
-SomeModelArg = Annotated[
+OptionalModelArg = Annotated[
     str | None, typer.Argument(metavar="[MODEL]", help="One model.", show_default="all that are prepared")
 ]
 
@@ -39,7 +39,7 @@ def list_models(as_json: JsonOpt = False, _debug: DebugOpt = False) -> None:
 
     output, stored = Output(), list_stored()
     if as_json:
-        output.document({"models": [describe(item) for item in stored]})
+        output.document({"models": [stored_values(item) for item in stored]})
     elif not stored:
         output.note("no model is prepared yet; subspec prepare demo does the one that is shipped")
     else:
@@ -68,8 +68,8 @@ def path(model: ModelArg, as_json: JsonOpt = False, _debug: DebugOpt = False) ->
 
 @models.command()
 def verify(
-    model: SomeModelArg = None,
-    repair: Annotated[bool, typer.Option("--repair", help="Make anew what is damaged, only that.")] = False,
+    model: OptionalModelArg = None,
+    repair: Annotated[bool, typer.Option("--repair", help="Make again what is damaged, only that.")] = False,
     as_json: JsonOpt = False,
     _debug: DebugOpt = False,
 ) -> None:
@@ -84,15 +84,18 @@ def verify(
     stored = list_stored() if model is None else find_stored(model)
     with ProgressLine(output) as progress:
         verifier = Verifier(stored, lambda state: progress.update(progress_text(state), *_done(state)))
-        results = [_verified(item, verifier, output, progress, repair=repair) for item in stored]
+        results = [_verify_set(item, verifier, output, progress, repair=repair) for item in stored]
     if as_json:
-        sets = [{**describe(item), "findings": [_plain(one) for one in found]} for item, found in results]
+        sets = [
+            {**stored_values(item), "findings": [_finding_values(one) for one in found]}
+            for item, found in results
+        ]
         output.document({"models": sets})
     damaged = len({finding.path for _, found in results for finding in found if finding.is_damage})
     if damaged:
         count = "1 file is" if damaged == 1 else f"{damaged} files are"
-        left = "put the named files back as they were, or remove the set and prepare the model again"
-        raise IntegrityError(f"{count} damaged", left if repair else repair_command(model))
+        restore = "put the named files back as they were, or remove the set and prepare the model again"
+        raise IntegrityError(f"{count} damaged", restore if repair else repair_command(model))
     if not as_json:
         sound = sum(not found for _, found in results)
         output.result(f"{sound} of {len(results)} prepared models are as they were written")
@@ -118,7 +121,7 @@ def remove(
     chosen = older(stored) if all_but_latest else stored
     for item in chosen:
         output.note(f"{item.directory}: {format_bytes(item.size_bytes)}, {_label(item)}, {item.state}")
-    if chosen and not yes and not _is_wanted(output, chosen, as_json=as_json):
+    if chosen and not yes and not _confirm_removal(output, chosen, as_json=as_json):
         output.note("nothing was removed")
         return
     freed_bytes = sum(remove_stored(item) for item in chosen)
@@ -130,8 +133,8 @@ def remove(
         output.result(f"removed {count} of substitutes, {format_bytes(freed_bytes)} are free again")
 
 
-def describe(stored: StoredModel) -> dict[str, Any]:
-    """Plain values for JSON."""
+def stored_values(stored: StoredModel) -> dict[str, Any]:
+    """One set of substitutes as plain values for JSON."""
     manifest, used_s = stored.manifest, stored.last_used_s
     settings = manifest.settings if manifest else None
     return {
@@ -167,10 +170,10 @@ def _done(state: VerifyProgress) -> tuple[int, int]:
     return state.done_bytes, state.total_bytes
 
 
-def _verified(
+def _verify_set(
     stored: StoredModel, verifier: Verifier, output: Output, progress: ProgressLine, *, repair: bool
 ) -> tuple[StoredModel, list[Finding]]:
-    """Print and return the findings of a set; with `repair`, return those that remain after the repair."""
+    """Verify a set and print its findings; with `repair`, repair it and return the findings that remain."""
     findings = verifier.verify(stored)
     if stored.state == "partial":
         output.note(
@@ -196,7 +199,7 @@ def _verified(
     return again, left
 
 
-def _is_wanted(output: Output, chosen: list[StoredModel], *, as_json: bool) -> bool:
+def _confirm_removal(output: Output, chosen: list[StoredModel], *, as_json: bool) -> bool:
     if as_json or not (sys.stdin and sys.stdin.isatty() and sys.stdout.isatty()):
         raise UsageError("removing needs a yes, and there is no terminal to ask on", "--yes does not ask")
     size = format_bytes(sum(item.size_bytes for item in chosen))
@@ -209,7 +212,7 @@ def _is_wanted(output: Output, chosen: list[StoredModel], *, as_json: bool) -> b
 def _row(stored: StoredModel) -> list[str]:
     target_bytes, used_s = stored.target_bytes(), stored.last_used_s
     return [
-        _short(stored.model_id),
+        _shortened(stored.model_id),
         stored.manifest.commit[:_REVISION_LETTERS] if stored.manifest else "-",
         _label(stored),
         stored.state,
@@ -219,8 +222,8 @@ def _row(stored: StoredModel) -> list[str]:
     ]
 
 
-def _short(model_id: str) -> str:
-    """The end of a long name, so that the other columns stay on the screen; --json has the whole name."""
+def _shortened(model_id: str) -> str:
+    """The end of a long name, so that the other columns fit on the screen; --json has the whole name."""
     return model_id if len(model_id) <= _NAME_LETTERS else f"…{model_id[1 - _NAME_LETTERS :]}"
 
 
@@ -228,7 +231,7 @@ def _label(stored: StoredModel) -> str:
     return stored.manifest.settings.label if stored.manifest else stored.problem
 
 
-def _plain(finding: Finding) -> dict[str, Any]:
+def _finding_values(finding: Finding) -> dict[str, Any]:
     return {
         "file": finding.path,
         "what": finding.what,

@@ -36,7 +36,7 @@ _DEBUG = Parameter("_debug", Parameter.KEYWORD_ONLY, default=False, annotation=D
 
 
 class Settings(NamedTuple):
-    """What `with_settings` gives to a command."""
+    """The resolved settings that `with_settings` passes to a command."""
 
     config: Config
     file: Path | None
@@ -51,8 +51,9 @@ def with_settings(
     """Add the options of config sections to a command, which takes the resolved `Settings` first.
 
     `places` is the order in `--help`: a section class stands for its options (those of [model] are followed by
-    `--config`), a text for the command's own parameter of that name; the other own parameters come after. An own
-    parameter named as a setting replaces its option. Settings in `without` (`memory.reprobe`) get no option.
+    `--config`), a string for the command's own parameter of that name; its other parameters come last. A parameter
+    of the command that has the name of a setting replaces the setting's option. Settings in `without`, such as
+    `memory.reprobe`, get no option.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -72,8 +73,8 @@ def with_settings(
         parameters |= {**own, "_debug": _DEBUG}
 
         @functools.wraps(command)
-        def start(**values: Any) -> None:  # noqa: ANN401 - as the parser gives them
-            # A list option that is not given is empty.
+        def run_command(**values: Any) -> None:  # noqa: ANN401 - of any type, from the parser
+            # A list option that was not given is an empty list.
             given = {name: None if value == [] else value for name, value in values.items()}
             flags = {section: {key: given[key] for key in names} for section, names in keys.items()}
             file = find_config_file(given["config_file"])
@@ -81,9 +82,9 @@ def with_settings(
             command(settings, **{name: values[name] for name in own})
 
         shown = [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in parameters.values()]
-        start.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
-        start.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}
-        return start
+        run_command.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+        run_command.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}
+        return run_command
 
     return decorate
 

@@ -24,7 +24,7 @@ _HEADERS = ("matrix", "bits", "bits/weight", "SQNR")
 ModelArg = Annotated[
     str, typer.Argument(metavar="MODEL", help="Hub id, local directory or [bold]demo[/bold].")
 ]
-ForceOpt = Annotated[bool, typer.Option("--force", help="Do it anew, even if it is done.")]
+ForceOpt = Annotated[bool, typer.Option("--force", help="Do it again, even if it is done.")]
 
 
 @with_settings(SubstituteConfig, ModelConfig, without=("model.model", "model.bits"))
@@ -102,7 +102,7 @@ def download_text(state: DownloadProgress) -> str:
 def report_lines(report: PrepareReport, model: str) -> list[str]:
     """What was written and where, and the command that uses it."""
     if report.already_prepared:
-        first = f"{report.model_id} is already prepared; --force does it anew"
+        first = f"{report.model_id} is already prepared; --force does it again"
     else:
         first = f"prepared {report.model_id} in {format_seconds(report.elapsed_s)}"
     kept = f"{format_bytes(report.substitute_bytes)} of substitutes for {format_bytes(report.source_bytes)}"

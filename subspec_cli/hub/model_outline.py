@@ -1,6 +1,6 @@
-"""What a model is made of, before its weights are fetched: config, index and headers by range requests.
+"""The outline of a model, without its weights: config, index and safetensors headers, read by range requests.
 
-A few kilobytes are read for a model of gigabytes. Nothing is written; the cache stays as it is.
+A few kilobytes are read for a model of gigabytes. Nothing is written to the cache.
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ from subspec_cli.hub.workers import WorkerChannel, run_all
 from subspec_cli.reporter import Reporter
 from subspec_cli.units import printable
 
-_FIRST_BYTES: Final = 32 << 10
+_HEADER_BYTES: Final = 32 << 10
 """First bytes of a weight file to read: enough for the header of most files."""
-_START_BYTES: Final = 512
+_LENGTH_BYTES: Final = 512
+"""First bytes from which `header_length` reads the length of the header."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +78,13 @@ def outline_model(
     """
     name = parse_model_name(model)
     check_revision(name, revision)
-    directory = name.directory or _cached(name.model_id, revision)
+    directory = name.directory or _complete_snapshot(name.model_id, revision)
     if directory is not None:
-        return _outline_here(name.model_id, directory, accept_config, is_hub=name.directory is None)
+        return _outline_directory(name.model_id, directory, accept_config, is_hub=name.directory is None)
     listing = find_listing(name.model_id, revision, retry_policy, reporter)
     channel = WorkerChannel(reporter)
     context = DownloadContext(name.model_id, listing.commit, repo_cache(name.model_id), retry_policy, channel)
-    reader = _Reader(context)
+    reader = _CommitReader(context)
     config: list[dict[str, Any]] = []
     run_all([lambda: config.append(_read_config(reader, accept_config))], channel)
     if not any(all(file in listing.sizes for file in names) for names in TOKENIZER_CHOICES):
@@ -106,13 +107,13 @@ def outline_model(
     )
 
 
-def _cached(model_id: str, revision: str | None) -> Path | None:
+def _complete_snapshot(model_id: str, revision: str | None) -> Path | None:
     """Directory of a model that is complete in the cache; None for any other."""
     snapshot = cached_snapshot(model_id, revision)
     return snapshot if snapshot is not None and first_missing_file(snapshot) is None else None
 
 
-def _outline_here(
+def _outline_directory(
     model_id: str, directory: Path, accept_config: Callable[[Mapping[str, Any]], None], *, is_hub: bool
 ) -> ModelOutline:
     checkpoint = open_checkpoint(directory)
@@ -129,26 +130,26 @@ def _outline_here(
     )
 
 
-def _read_config(reader: _Reader, accept_config: Callable[[Mapping[str, Any]], None]) -> dict[str, Any]:
-    config = parse_config(reader.whole(CONFIG_NAME, MAX_CONFIG_BYTES), CONFIG_NAME)
+def _read_config(reader: _CommitReader, accept_config: Callable[[Mapping[str, Any]], None]) -> dict[str, Any]:
+    config = parse_config(reader.read_small_file(CONFIG_NAME, MAX_CONFIG_BYTES), CONFIG_NAME)
     accept_config(config)
     return config
 
 
 def _read_headers(
-    reader: _Reader, listing: Listing, channel: WorkerChannel
+    reader: _CommitReader, listing: Listing, channel: WorkerChannel
 ) -> tuple[dict[str, TensorEntry], tuple[str, ...]]:
     """The tensors of all weight files, by name, and the names of the files."""
     entries: dict[str, tuple[TensorEntry, ...]] = {}
 
     def read(name: str) -> None:
-        entries[name] = reader.header(name)
+        entries[name] = reader.read_header(name)
 
     if SINGLE_NAME in listing.sizes:
         run_all([partial(read, SINGLE_NAME)], channel)
         return {entry.name: entry for entry in entries[SINGLE_NAME]}, (SINGLE_NAME,)
     raw: list[bytes] = []
-    run_all([lambda: raw.append(reader.whole(INDEX_NAME, MAX_INDEX_BYTES))], channel)
+    run_all([lambda: raw.append(reader.read_small_file(INDEX_NAME, MAX_INDEX_BYTES))], channel)
     index = parse_index(raw[0], INDEX_NAME)
     listing.check_index_names(index)
     run_all([partial(read, name) for name in index.file_names], channel)
@@ -156,8 +157,8 @@ def _read_headers(
     return {entry.name: entry for found in entries.values() for entry in found}, index.file_names
 
 
-class _Reader:
-    """Reads files of one commit into memory, whole or their beginning. Usable from any thread."""
+class _CommitReader:
+    """Reads small files and headers of one commit into memory. Usable from any thread."""
 
     def __init__(self, context: DownloadContext) -> None:
         self._context = context
@@ -168,8 +169,8 @@ class _Reader:
         """The model's name on the hub."""
         return self._context.model_id
 
-    def whole(self, name: str, most_bytes: int) -> bytes:
-        """Content of a small file, verified. Raises IntegrityError if it is too large or not the announced one."""
+    def read_small_file(self, name: str, most_bytes: int) -> bytes:
+        """Content of a small file. Raises IntegrityError if it is too large or its hash is not the announced one."""
         file = self._fetch_metadata(name)
         if file.size_bytes > most_bytes:
             raise IntegrityError(
@@ -184,11 +185,11 @@ class _Reader:
             )
         return data
 
-    def header(self, name: str) -> tuple[TensorEntry, ...]:
-        """The tensors of a weight file. Raises IntegrityError as `parse_entries`."""
+    def read_header(self, name: str) -> tuple[TensorEntry, ...]:
+        """The tensors in the header of a weight file. Raises IntegrityError as `parse_entries`."""
         file, path = self._fetch_metadata(name), Path(name)
-        data = self._fetch(file, b"", min(_FIRST_BYTES, file.size_bytes))
-        end = 8 + header_length(data[:_START_BYTES], path, file.size_bytes)
+        data = self._fetch(file, b"", min(_HEADER_BYTES, file.size_bytes))
+        end = 8 + header_length(data[:_LENGTH_BYTES], path, file.size_bytes)
         if end > len(data):
             data = self._fetch(file, data, end)
         return parse_entries(data[:end], path, file.size_bytes)
@@ -202,7 +203,7 @@ class _Reader:
         )
 
     def _fetch(self, file: RemoteFile, have: bytes, until: int) -> bytes:
-        """The first `until` bytes, starting from those in `have`. A body sent whole is left early."""
+        """The first `until` bytes; those in `have` are not fetched again. A longer body is not read to its end."""
 
         def receive() -> bytes:
             with open_body(file, len(have), until, self._context.retry_policy.stall_s) as body:

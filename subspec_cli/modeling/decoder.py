@@ -37,7 +37,7 @@ class Block:
 
 
 class BlockStream(Protocol):
-    """Gives the target's blocks in the order of use."""
+    """Yields the target's blocks in the order of use."""
 
     def blocks(self) -> Generator[Block, None, None]:
         """One pass over all layers."""
@@ -53,7 +53,9 @@ class Flow:
     kv: KVCache
     rotation: Rotation
     normed: Tensor = field(init=False)
+    """Normed input of the feed-forward, from the gate block to the up block."""
     inner: Tensor = field(init=False)
+    """Gate, then gated activations, from the gate block to the down block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +64,9 @@ class DraftLogits:
 
     logits: Tensor
     normed: Tensor | None = None
-    """`[N, hidden]` inputs of a low-bit head; None where the logits come from the 16-bit head."""
+    """`[N, hidden]` inputs of a low-bit head; None if the logits come from the 16-bit head."""
     weight: Tensor | None = None
-    """`[V, hidden]` of the 16-bit head that a low-bit one replaces."""
+    """`[V, hidden]` weights of the 16-bit head, if a low-bit head computed the logits."""
 
     @property
     def is_rough(self) -> bool:
@@ -72,7 +74,7 @@ class DraftLogits:
         return self.weight is not None
 
     def rescored(self, token_ids: Tensor) -> Tensor:
-        """Logits of the 16-bit head, float32, for `[N, K]` candidate tokens that a low-bit head has found."""
+        """Logits of the 16-bit head, float32, for `[N, K]` candidate tokens that a low-bit head found."""
         assert self.weight is not None
         assert self.normed is not None
         # Multiply and sum elementwise: for a GEMM, oneDNN would compile and keep a kernel for every row count.
@@ -134,7 +136,7 @@ class TargetDecoder:
         done = -1
         with closing(self._stream.blocks()) as blocks:
             for block in blocks:
-                if block.layer != done >= 0:
+                if done >= 0 and block.layer != done:
                     yield done
                 self.run_block(block, flow)
                 done = block.layer
@@ -169,15 +171,15 @@ class TargetDecoder:
         normed = self.math.attention_input(layer, flow.hidden)
         projected = torch.cat([self._project(block, f"self_attn.{name}_proj", normed) for name in "qkv"], -1)
         allowed = self.math.allowed_in(self.math.geometry.windows[layer], flow.batch)
-        mixed = self.math.mix(layer, projected, flow.rotation, flow.batch, flow.kv, allowed)
-        flow.hidden = flow.hidden + self._project(block, "self_attn.o_proj", mixed)
+        attended = self.math.rotate_and_attend(layer, projected, flow.rotation, flow.batch, flow.kv, allowed)
+        flow.hidden = flow.hidden + self._project(block, "self_attn.o_proj", attended)
 
     def _run_gate(self, block: Block, flow: Flow) -> None:
         flow.normed = self.math.mlp_input(block.layer, flow.hidden)
         flow.inner = self._project(block, "mlp.gate_proj", flow.normed)
 
     def _run_up(self, block: Block, flow: Flow) -> None:
-        flow.inner = self.rules.gated(flow.inner, self._project(block, "mlp.up_proj", flow.normed))
+        flow.inner = self.rules.silu_mul(flow.inner, self._project(block, "mlp.up_proj", flow.normed))
 
     def _run_down(self, block: Block, flow: Flow) -> None:
         flow.hidden = flow.hidden + self._project(block, "mlp.down_proj", flow.inner)
@@ -241,7 +243,9 @@ class DraftDecoder:
         }
         for number, layer in enumerate(self._layers):
             projected = layer.qkv(self._math.attention_input(number, hidden))
-            mixed = self._math.mix(number, projected, rotation, batch, kv, masks[sizes.windows[number]])
-            hidden = hidden + layer.attention_output(mixed)
+            attended = self._math.rotate_and_attend(
+                number, projected, rotation, batch, kv, masks[sizes.windows[number]]
+            )
+            hidden = hidden + layer.attention_output(attended)
             hidden = hidden + layer.feed_forward(self._math.mlp_input(number, hidden))
         return self._head.guess(hidden)

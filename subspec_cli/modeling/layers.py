@@ -1,6 +1,6 @@
 """The arithmetic of one decoder layer, in parts: the target runs them block by block, the draft a layer at a time.
 
-All four families use this layer; rounding follows transformers' own order of casts. Shapes: `N` rows, `P` rows
+All supported families use this layer; rounding follows transformers' own order of casts. Shapes: `N` rows, `P` rows
 with padding, `H` heads, `K` kv heads, `D` head dim. The caller pads rows; `batch.rows` of them are real.
 """
 
@@ -19,6 +19,7 @@ from subspec_cli.modeling.rope import RopeTable, Rotation
 from subspec_cli.modeling.token_batch import TokenBatch
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""Maps query `[H, N, D]`, keys and values `[K, C, D]` and a mask to `[N, H * D]`."""
 
 
 def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -58,7 +59,7 @@ class LayerMath:
             hidden, self.small[layer]["post_attention_layernorm.weight"], self.geometry.rms_norm_eps
         )
 
-    def mix(
+    def rotate_and_attend(
         self,
         layer: int,
         projected: Tensor,
@@ -84,10 +85,10 @@ class LayerMath:
         qk = rotate(qk, *rotation).transpose(0, 1)
         kv.write(layer, batch.start, qk[sizes.heads :], value.transpose(0, 1))
         keys, values = kv.read(layer, batch.allowed.shape[1])
-        mixed = self.attend(qk[: sizes.heads], keys, values, allowed)
+        attended = self.attend(qk[: sizes.heads], keys, values, allowed)
         if len(batch.positions) == n:
-            return mixed
-        return F.pad(mixed, (0, 0, 0, len(batch.positions) - n))
+            return attended
+        return F.pad(attended, (0, 0, 0, len(batch.positions) - n))
 
     def allowed_in(self, window: int | None, batch: TokenBatch) -> Tensor:
         """The mask `[N, C]` bool of the batch's rows in layers with this sliding window."""

@@ -19,7 +19,7 @@ _SERIAL_ELEMENTS: Final = 32_768
 
 @dataclass(frozen=True, slots=True)
 class RowRules:
-    """The rules that make a row's bits batch-invariant; found by the self-check, never assumed."""
+    """The rules under which rows are batch-invariant; the self-check finds them, they are never assumed."""
 
     row_block: int
     """Rows are padded to multiples of this."""
@@ -41,7 +41,7 @@ class RowRules:
             return F.linear(inputs, weight, bias)
         return torch.cat([F.linear(part, weight, bias) for part in inputs.split(self.row_block)])
 
-    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+    def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
         """SiLU(gate) * up, `[P, feed_forward]`; overwrites `gate`."""
         if not self.tile_elementwise:
             return F.silu(gate, inplace=True).mul_(up)

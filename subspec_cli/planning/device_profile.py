@@ -1,4 +1,4 @@
-"""What planning knows of a kind of device: units, sizes and names that differ between a CPU and a CUDA GPU."""
+"""Properties of CPU and CUDA devices that plans depend on: stream units, fixed memory sizes, option names."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class DeviceProfile:
     budget_is_ram: bool
     """Whether the budget is host memory. Then the tokenizer and the sampling noise count against it."""
     streams_from_disk: bool
-    """Whether streamed weights are read from disk into the slots. Otherwise they wait in pinned host memory, or pass
-    through a pinned ring on their way from disk."""
+    """Whether streamed weights are read from disk into the slots. Otherwise they wait in pinned host memory, or
+    are read from disk through a pinned ring."""
     slot_unit: SlotUnit
     """What one slot of the stream holds."""
     slot_counts: tuple[int, ...]
@@ -34,9 +34,9 @@ class DeviceProfile:
     slot_pages: int
     """Pages that alignment may add to a slot."""
     untied_places: tuple[EmbeddingPlace, ...]
-    """Where an embedding can be that is not tied to the head."""
+    """Where an embedding can be if it is not tied to the head."""
     tree_nodes: int
-    """Most nodes of a draft tree unless a fixed shape needs more."""
+    """Most nodes of a draft tree, unless a fixed shape needs more."""
     process_bytes: int
     """Host memory of the interpreter with all libraries imported and no model."""
     context_bytes: int
@@ -58,7 +58,7 @@ _CPU: Final = DeviceProfile(
     untied_places=("disk",),
     # More nodes give 1 to 3 % more tokens a second on two cores, and take the memory of a slot.
     tree_nodes=64,
-    # 250 MiB measured, and what libraries grow by while a model is loaded. It comes on top of the budget.
+    # 250 MiB measured, plus the growth of the libraries while a model is loaded. The budget does not include it.
     process_bytes=448 * MIB,
     context_bytes=0,
     library_bytes=0,
@@ -74,7 +74,7 @@ _CUDA: Final = DeviceProfile(
     slot_pages=32,
     untied_places=("host", "device"),
     tree_nodes=128,
-    # The driver and its kernels live in host memory too.
+    # The driver and its kernels take host memory too.
     process_bytes=2 * GIB,
     context_bytes=512 * MIB,
     # cuBLAS workspaces as they are configured (8 x 4 MiB for each of two streams), and the graph of a draft step.

@@ -16,7 +16,7 @@ from subspec_cli.planning.request import PlanRequest, usual_contexts
 from subspec_cli.planning.timing import DepthOption, RoundTimer, RoundTiming
 
 _MOST_OF_THE_OTHER_KIND: Final = 1
-"""The best mix of shared and target-only layers is nearly pure; one layer of the other kind may fill what is left."""
+"""The best mix of shared and target-only layers is nearly pure; one layer of the other kind may use the rest."""
 _CONTEXT_PRICE: Final = 0.03
 """Share of the speed that a longer context may cost, compared with the least context that is wanted."""
 
@@ -34,14 +34,14 @@ class TimedLayout(NamedTuple):
 
 
 class PlanOption(NamedTuple):
-    """What a plan settles: a context, and a layout that fits beside it."""
+    """A context, and a layout that fits beside it."""
 
     context: int
     timed: TimedLayout
 
 
 class LayoutSearch:
-    """One request with its memory model and its layouts: what a budget can hold, and the best of it."""
+    """All layouts of one request, sized and timed: which of them a budget holds, and which is best."""
 
     def __init__(self, request: PlanRequest) -> None:
         self.request = request
@@ -84,8 +84,8 @@ class LayoutSearch:
     def best(self, budget_bytes: int) -> PlanOption | None:
         """Return context and layout for a budget; None if it holds no layout.
 
-        A context that the user gave is kept. Otherwise the context is weighed against speed, at every size up to
-        the budget at which anything changes: a larger budget never gives up speed that a smaller one had.
+        A context that the user gave is kept. Otherwise context is traded for speed, at every size up to the
+        budget at which the choice can change: a larger budget never gives up speed that a smaller one had.
         """
         if self.request.context is not None:
             found = self.fastest(budget_bytes, self.request.context)
@@ -94,10 +94,10 @@ class LayoutSearch:
         sizes = {size + context * row_bytes for size in self._front_bytes for context in contexts}
         best: PlanOption | None = None
         for size in sorted(size for size in sizes if size <= budget_bytes):
-            best = self._weigh_context(size, contexts, best)
+            best = self._trade_context(size, contexts, best)
         return best
 
-    def _weigh_context(
+    def _trade_context(
         self, budget_bytes: int, contexts: Sequence[int], smaller: PlanOption | None
     ) -> PlanOption | None:
         """Return the longest context at an acceptable price, no slower than the option of the next smaller size."""
@@ -123,7 +123,7 @@ def timed_layouts(request: PlanRequest, memory: MemoryModel) -> Iterator[TimedLa
 
 
 def layouts(request: PlanRequest) -> Iterator[MemoryLayout]:
-    """Yield every layout of a request, whatever it takes."""
+    """Yield every layout of a request, of any size."""
     layers, slot_counts = request.geometry.layers, request.profile.slot_counts
     tied: tuple[EmbeddingPlace, ...] = ("tied",)
     heads: tuple[tuple[bool, HeadBits], ...] = ((False, 16), (True, 16), (True, 4))
@@ -147,7 +147,7 @@ def _resident_layers(request: PlanRequest, *, drafts: bool) -> Iterator[tuple[in
             resident = shared + target_only
             if wanted not in (None, resident):
                 continue
-            # Where substitutes are at hand, a layout without a draft is only tried with all layers resident.
+            # If there are substitutes, a layout without a draft is tried only with all layers resident.
             if not drafts and resident < layers and request.substitute_bytes is not None:
                 continue
             if min(shared, target_only) <= _MOST_OF_THE_OTHER_KIND:
@@ -155,17 +155,17 @@ def _resident_layers(request: PlanRequest, *, drafts: bool) -> Iterator[tuple[in
 
 
 def _pareto_front(by_size: Sequence[TimedLayout]) -> list[TimedLayout]:
-    """Return, of layouts in order of size, those that are faster than all smaller ones.
+    """Return the layouts that are faster than all smaller ones; `by_size` is in order of size.
 
-    At equal speed the layout with more resident layers is taken: where compute is the bottleneck, the link may still
-    turn out slower than predicted.
+    At equal speed the layout with more resident layers wins: if compute is the bottleneck, the link may still turn
+    out slower than predicted.
     """
     front: list[TimedLayout] = []
     for item in by_size:
-        if not front or _worth(item) > _worth(front[-1]):
+        if not front or _speed_rank(item) > _speed_rank(front[-1]):
             front.append(item)
     return front
 
 
-def _worth(item: TimedLayout) -> tuple[float, int]:
+def _speed_rank(item: TimedLayout) -> tuple[float, int]:
     return item.tok_per_s, item.layout.resident

@@ -28,7 +28,7 @@ NODE_BUDGETS: Final = (16, 32, 48, 64, 128)
 _SHADOW_SHARE: Final = 0.9
 """Share of the link's spare time that is planned for drafting."""
 _HIT_SHARE: Final = 0.95
-"""Probability that the token after a fully accepted tree is the one that was drafted meanwhile."""
+"""Probability that the token after a fully accepted tree is the one that was drafted in the shadow."""
 _HOST_GATHER_S: Final = 10e-6
 """Time a GPU takes to read a draft step's embedding rows, some kilobytes each, from host memory."""
 _TWO_SLOTS_LOSS: Final = 1.02
@@ -40,7 +40,7 @@ class Prediction:
     """What a plan is expected to give."""
 
     plain_pass_s: float
-    """Pass of one row, nothing drafted."""
+    """Pass of one row, in plain decoding."""
     pass_s: float
     """Wait for a pass over a tree of `depth`."""
     step_s: float
@@ -49,7 +49,7 @@ class Prediction:
     tau: float
     """Tokens per pass at that depth."""
     plain_tok_per_s: float
-    """Of plain decoding under the same plan."""
+    """Tokens per second of plain decoding under the same plan."""
     tok_per_s: float
     survival: float
     """Probability that the target accepts one more level of the draft."""
@@ -89,7 +89,7 @@ class DepthOption(NamedTuple):
     tau: float
     """Tokens per pass, the bonus token included."""
     shadow_hit: float
-    """Probability that what was drafted in the shadow is what comes next."""
+    """Probability that the shadow steps drafted the tokens that come next."""
     compute_s: float
     """Compute time of a pass over the tree, without waiting for weights."""
 
@@ -137,12 +137,12 @@ def hidden_nodes(link_time_s: float, compute: RowTimes, most_nodes: int) -> int:
 
 
 def pass_s(timing: RoundTiming, option: DepthOption) -> float:
-    """Return the wait for a pass. What the link brought while the draft ran has already arrived."""
+    """Return the wait for a pass. The weights that the link moved while the draft ran have already arrived."""
     return max(timing.link_s - min(timing.prefetch_s, option.depth * timing.step_s), option.compute_s)
 
 
 def round_s(timing: RoundTiming, option: DepthOption) -> float:
-    """Return the seconds of one round: THE formula. Tokens per second are the option's tau over it."""
+    """Return the seconds of one round, which decide every plan: tokens per second are tau / seconds."""
     waited_s = pass_s(timing, option)
     spare_s = timing.shadow_share * _SHADOW_SHARE * (waited_s - option.compute_s)
     in_shadow = min(option.depth, int(spare_s / timing.shadow_step_s))
@@ -150,7 +150,7 @@ def round_s(timing: RoundTiming, option: DepthOption) -> float:
 
 
 def fastest_depth(timing: RoundTiming, options: Sequence[DepthOption]) -> tuple[float, DepthOption]:
-    """Return the tokens per second of the fastest of some depths, and that depth."""
+    """Return the highest tokens per second of these depths, and its depth."""
     rates = [option.tau / round_s(timing, option) for option in options]
     best = max(rates)
     return best, options[rates.index(best)]
@@ -179,20 +179,20 @@ class RoundTimer:
         self._request = request
         self._memory = memory
         self._plain, *deeper = depth_options(request)
-        # Speculation is left off where it would lose, unless the user fixed its depth.
+        # Plain decoding is an option, since speculation may be slower, unless the user fixed its depth.
         self._drafted = deeper if request.fixed_depth else [self._plain, *deeper]
         self._slot_counts = request.profile.slot_counts
-        self._steps: dict[tuple[int, HeadBits, EmbeddingPlace], _DraftTiming] = {}
+        self._draft_timings: dict[tuple[int, HeadBits, EmbeddingPlace], _DraftTiming] = {}
 
     def fastest(self, layout: MemoryLayout, pinned: PinnedLayers) -> tuple[float, RoundTiming, DepthOption]:
-        """Return the tokens per second of a layout at its best depth, its round, and that depth."""
-        timing = self._round(layout, pinned)
+        """Return the tokens per second of a layout at its best depth, its round timing, and that depth."""
+        timing = self._round_timing(layout, pinned)
         rate, depth = fastest_depth(timing, self._drafted if layout.drafts else [self._plain])
         return rate, timing, depth
 
-    def _round(self, layout: MemoryLayout, pinned: PinnedLayers) -> RoundTiming:
+    def _round_timing(self, layout: MemoryLayout, pinned: PinnedLayers) -> RoundTiming:
         request, memory = self._request, self._memory
-        step = self._step(layout)
+        draft = self._draft_timing(layout)
         streamed = memory.layers - layout.resident
         from_disk = 0 if request.profile.streams_from_disk else streamed - pinned.layers
         time_s = link_s(request.costs, memory.layer_bytes, streamed, from_disk)
@@ -202,23 +202,23 @@ class RoundTimer:
             prefetch_s = pinned.ring_slots * memory.layer_bytes / request.costs.disk_bytes_per_s
         else:
             prefetch_s = layout.slots * memory.mean_slot_bytes / request.costs.link_bytes_per_s
-        share = min(1.0, (layout.slots - 2) / (step.wanted_slots - 2)) if request.shadow_rows else 0.0
-        return RoundTiming(time_s, prefetch_s, step.step_s, step.shadow_step_s, max(0.0, share))
+        share = min(1.0, (layout.slots - 2) / (draft.wanted_slots - 2)) if request.shadow_rows else 0.0
+        return RoundTiming(time_s, prefetch_s, draft.step_s, draft.shadow_step_s, max(0.0, share))
 
-    def _step(self, layout: MemoryLayout) -> _DraftTiming:
+    def _draft_timing(self, layout: MemoryLayout) -> _DraftTiming:
         key = (layout.shared, layout.draft_head_bits, layout.embedding)
-        if key not in self._steps:
+        if key not in self._draft_timings:
             costs = self._request.costs
             times = step_times(costs, self._request.geometry, *key)
             shadow_step_s = times.at(SHADOW_STEP_ROWS)
             units = math.ceil(shadow_step_s * costs.link_bytes_per_s / self._memory.slot_bytes)
             wanted_slots = min(max(3, units + 2), self._slot_counts[-1])
-            self._steps[key] = _DraftTiming(times.at(STEP_ROWS), shadow_step_s, wanted_slots)
-        return self._steps[key]
+            self._draft_timings[key] = _DraftTiming(times.at(STEP_ROWS), shadow_step_s, wanted_slots)
+        return self._draft_timings[key]
 
 
 class _DraftTiming(NamedTuple):
-    """Draft steps of all layouts with the same draft, and the slots that they need."""
+    """Times of the draft steps of all layouts with the same draft, and the slots that the steps need."""
 
     step_s: float
     shadow_step_s: float
@@ -227,7 +227,7 @@ class _DraftTiming(NamedTuple):
 
 
 def predict(request: PlanRequest, timing: RoundTiming, option: DepthOption) -> Prediction:
-    """Return the figures of a layout at one depth, and the names of what was assumed."""
+    """Return the figures of a layout at one depth, with the assumptions that they depend on."""
     machine, plain = request.costs, depth_options(request)[0]
     origin, survival = machine.origin, request.likely_survival
     survival_origin: CostOrigin = "assumed" if request.survival is None else "measured"

@@ -1,4 +1,4 @@
-"""Layers that stay on disk, read into a few pinned buffers in turn, ahead of the copies to the GPU."""
+"""A ring of pinned buffers: layers that do not fit in host memory are read into it ahead of their copy to the GPU."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from subspec_cli.streaming.read_ahead import ReadAhead
 
 
 class DiskRing:
-    """Pinned buffers, each of which is read into again once the copy out of it is done.
+    """Pinned buffers; each is read into again once the copy out of it is done.
 
-    `on_change` is called by the reader thread, without a lock, when a layer has come in or reading has failed.
+    `on_change` is called by the reader thread, without a lock, when a layer was read or reading has failed.
     """
 
     def __init__(
@@ -27,21 +27,21 @@ class DiskRing:
         self._buffers = tuple(buffers)
         # A thread that waits for a blocking event sleeps; spinning would take a core from the kernels' launches.
         self._drained = [torch.cuda.Event(blocking=True) for _ in buffers]
-        self.ahead = ReadAhead(layouts, len(buffers), self._writable, on_change)
-        """The reader; the owner of the ring starts, restarts and closes it."""
+        self.reader = ReadAhead(layouts, len(buffers), self._writable, on_change)
+        """Reads ahead; the owner of the ring starts, restarts and closes it."""
 
     def poll(self) -> Tensor | None:
         """The next layer's pinned bytes, `[buffer_bytes]` of uint8; None if it has not been read yet."""
-        at = self.ahead.poll()
+        at = self.reader.poll()
         return None if at is None else self._buffers[at].tensor
 
-    def release(self, copies: torch.cuda.Stream) -> None:
-        """Free the next layer's buffer behind the copy out of it, which is the latest work on `copies`."""
-        at = self.ahead.poll()
+    def release(self, copy_stream: torch.cuda.Stream) -> None:
+        """Release the next layer's buffer; it is read into again after the latest copy on `copy_stream`."""
+        at = self.reader.poll()
         assert at is not None
         # Recorded before the release: the reader thread may ask for the buffer at once.
-        self._drained[at].record(copies)
-        self.ahead.release()
+        self._drained[at].record(copy_stream)
+        self.reader.release()
 
     def _writable(self, at: int) -> memoryview:
         # The copy out of the buffer has been queued, but it may not be done.

@@ -25,7 +25,7 @@ from subspec_cli.streaming.streamer import StreamCounters
 
 @dataclass(frozen=True, slots=True)
 class _Slot:
-    """GPU memory for one layer."""
+    """GPU memory for one layer, with the events that order its copies and kernels."""
 
     memory: Tensor
     ready: torch.cuda.Event = field(default_factory=lambda: torch.cuda.Event())
@@ -38,7 +38,7 @@ class GpuStreamer:
     The n-th layer that is queued goes to slot n modulo `slots`. `_queued` counts layers whose copy has been
     queued, `_used` layers that the consumer has released; `_queued - _used <= slots` always. A copy is queued
     by the thread that makes it possible: the consumer when it releases a slot, the reader when it has read.
-    Whoever touches this state holds `_changed`; the ring's own lock is taken inside it, never the other way.
+    Every access to this state holds `_changed`. The ring's lock may be taken inside it, never the other way round.
     """
 
     def __init__(
@@ -63,14 +63,14 @@ class GpuStreamer:
         on_disk = [layer.whole for number, layer in enumerate(layers) if number not in memory.slabs]
         self._ring = DiskRing(on_disk, memory.ring, self._on_ring_change) if on_disk else None
         with self._changed:
-            self._fill()
+            self._queue_copies()
         if self._ring is not None:
-            self._ring.ahead.start()
+            self._ring.reader.start()
 
     def blocks(self) -> Generator[dict[str, Tensor], None, None]:
         """One pass over all blocks of all layers; the tensors are views of a slot, valid until the next layer.
 
-        Leaving early makes the next pass start at the first layer again. Raises what ended the reader thread.
+        Leaving early makes the next pass start at the first layer again. Raises the reader thread's error.
         """
         finished = 0
         try:
@@ -92,7 +92,7 @@ class GpuStreamer:
     @property
     def is_direct(self) -> bool:
         """Whether files are read past the page cache; true when no files are read."""
-        return self._ring is None or self._ring.ahead.is_direct()
+        return self._ring is None or self._ring.reader.is_direct()
 
     def counters(self) -> StreamCounters:
         """Totals of the work that the GPU has finished.
@@ -101,14 +101,14 @@ class GpuStreamer:
         busy time of the busier link: host to GPU, or disk to host if layers are read from disk.
         """
         with self._changed:
-            disk_time_s = 0.0 if self._ring is None else self._ring.ahead.counters().read_time_s
+            disk_time_s = 0.0 if self._ring is None else self._ring.reader.counters().read_time_s
             read_time_s = max(self._copies.total_s(), disk_time_s)
             return StreamCounters(self._stalls.total_s(), self._streamed_bytes, read_time_s)
 
     def close(self) -> None:
         """Stop reading, wait for copies in flight and release the memory."""
         if self._ring is not None:
-            self._ring.ahead.close()
+            self._ring.reader.close()
         self._copy_stream.synchronize()
         self._slots = []
         self._memory.release()
@@ -133,35 +133,35 @@ class GpuStreamer:
             slot.free.record(torch.cuda.current_stream(self._device))
             self._used += 1
             self._streamed_bytes += tensor_bytes
-            self._fill()
+            self._queue_copies()
 
     @property
     def _failure(self) -> BaseException | None:
-        return None if self._ring is None else self._ring.ahead.failure
+        return None if self._ring is None else self._ring.reader.failure
 
     def _on_ring_change(self) -> None:
-        """Queue the layer that has come in, or wake the consumer for a failure; called by the reader thread."""
+        """Queue the copy of the layer that was read, or wake the consumer after a failure; the reader calls it."""
         with self._changed:
             if self._failure is None:
-                self._fill()
+                self._queue_copies()
             self._changed.notify_all()
 
-    def _fill(self) -> None:
-        """Queue copies into the slots that are not in use, until the next layer is not in host memory."""
+    def _queue_copies(self) -> None:
+        """Queue copies into all free slots; stop at a layer that is not in host memory yet."""
         while self._queued - self._used < len(self._slots):
             slot = self._slots[self._queued % len(self._slots)]
             number = self._queued % len(self._layers)
             if (slab := self._memory.slabs.get(number)) is not None:
-                self._copy(number, slab.tensor, slot)
+                self._queue_copy(number, slab.tensor, slot)
             elif self._ring is not None and (arrived := self._ring.poll()) is not None:
-                self._copy(number, arrived, slot)
+                self._queue_copy(number, arrived, slot)
                 self._ring.release(self._copy_stream)
             else:
                 return
             self._queued += 1
             self._changed.notify_all()
 
-    def _copy(self, number: int, source: Tensor, slot: _Slot) -> None:
+    def _queue_copy(self, number: int, source: Tensor, slot: _Slot) -> None:
         size_bytes = self._layers[number].whole.buffer_bytes
         with torch.cuda.stream(self._copy_stream):
             # An event that was never recorded counts as done, so the first copies do not wait.
@@ -177,9 +177,9 @@ class GpuStreamer:
             for slot in self._slots:
                 slot.free.record(torch.cuda.current_stream(self._device))
             if self._ring is not None:
-                self._ring.ahead.restart()
+                self._ring.reader.restart()
             self._queued = self._used = 0
-            self._fill()
+            self._queue_copies()
 
 
 def open_gpu_streamer(
@@ -192,7 +192,7 @@ def open_gpu_streamer(
     device: torch.device,
     reporter: Reporter,
 ) -> GpuStreamer:
-    """Pin as much memory as can be had, read the layers that stay in it, and begin to stream.
+    """Pin as much of the wanted memory as the system grants, read the layers that stay in it, and begin to stream.
 
     At most `most_bytes` of host memory are pinned; a note says if that is less than was wanted. Raises
     ResourceError if nothing can be pinned, IntegrityError if a file cannot be read; nothing stays pinned then.

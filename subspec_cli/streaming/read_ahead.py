@@ -1,4 +1,4 @@
-"""Reading blocks from disk ahead of their use: a thread that reads them in a cycle into a few buffers."""
+"""Reading blocks from disk ahead of their use: a thread that reads pass after pass into a few buffers."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from subspec_cli.streaming.streamer import StreamCounters
 
 
 class ReadAhead:
-    """A reader thread and the places of its buffers, under one lock that nobody else holds.
+    """A reader thread and the state of its buffers, under a lock that no other class takes.
 
     Each buffer is free, being read into, or full. The consumer gets full buffers in the order of reading (`take`
     or `poll`), and a buffer stays full until `release`. One thread at a time may consume.
 
     `writable` returns the memory of a free buffer once it may be overwritten; it may wait. `on_change` is called
-    whenever a block has come in, and when the reading has failed. The reader thread calls both without the lock,
-    so they may take locks of their own and use any method here.
+    after every block that was read, and when reading has failed. The reader thread calls both without the lock, so
+    they may take other locks and call any method of this class.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class ReadAhead:
         self._free = deque(range(buffers))
         self._reading: int | None = None
         self._full: deque[tuple[int, int]] = deque()
-        """Number of the block and its buffer, oldest first; numbers count on from one pass to the next."""
+        """Number of the block and its buffer, oldest first; numbers keep counting from one pass to the next."""
         self._read = 0
         """Blocks read since the start or the last restart."""
         self._epoch = 0
@@ -53,7 +53,7 @@ class ReadAhead:
         self._thread.start()
 
     def take(self) -> int:
-        """Wait for the next block and return its buffer; raises what ended the thread, again and again."""
+        """Wait for the next block and return its buffer; raises the error that ended the thread, on every call."""
         started = time.perf_counter()
         with self._changed:
             self._changed.wait_for(lambda: bool(self._full) or self._failure is not None)
@@ -82,7 +82,7 @@ class ReadAhead:
             self._epoch += 1
             self._read = 0
             self._full.clear()
-            # All places are set again, since an interrupt may have come in the middle of a release.
+            # The free buffers are listed from scratch, because an interrupt may have cut a release short.
             self._free = deque(at for at in range(self._buffers) if at != self._reading)
             self._changed.notify_all()
 
@@ -93,7 +93,7 @@ class ReadAhead:
 
     @property
     def failure(self) -> BaseException | None:
-        """What ended the thread."""
+        """The error that ended the thread."""
         with self._changed:
             return self._failure
 
@@ -106,18 +106,20 @@ class ReadAhead:
         return self._reader.is_direct
 
     def close(self) -> None:
-        """Stop the thread and close the files; a read in flight is waited for."""
+        """Stop the thread, after the read in flight, and close the files."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
         self._thread.join()
 
     def check_integrity(self) -> None:
-        """Assert that every buffer is in exactly one place and that full ones hold the latest blocks in order."""
+        """Assert that every buffer has exactly one state and that full ones hold the latest blocks in order."""
         with self._changed:
             reading = [] if self._reading is None else [self._reading]
-            places = [*self._free, *reading, *(at for _, at in self._full)]
-            assert sorted(places) == list(range(self._buffers)), f"buffers are in the places {places}"
+            buffers = [*self._free, *reading, *(at for _, at in self._full)]
+            assert sorted(buffers) == list(range(self._buffers)), (
+                f"buffers that are free, being read into or full: {buffers}"
+            )
             numbers = [number for number, _ in self._full]
             latest = list(range(self._read - len(numbers), self._read))
             assert numbers == latest, f"blocks {numbers} are held, expected {latest}"
@@ -130,12 +132,12 @@ class ReadAhead:
 
     def _run(self) -> None:
         try:
-            while (begun := self._begin()) is not None:
+            while (begun := self._begin_read()) is not None:
                 number, at, epoch = begun
                 buffer = self._writable(at)
                 started = time.perf_counter()
                 self._reader.read_extents(self._layout(number).extents, buffer)
-                if self._finish(epoch, time.perf_counter() - started):
+                if self._finish_read(epoch, time.perf_counter() - started):
                     self._on_change()
         except BaseException as error:  # handed to the consumer, which raises it
             with self._changed:
@@ -145,8 +147,8 @@ class ReadAhead:
         finally:
             self._reader.close()
 
-    def _begin(self) -> tuple[int, int, int] | None:
-        """Wait for a free buffer: the block to read, the buffer and the epoch; None when closing."""
+    def _begin_read(self) -> tuple[int, int, int] | None:
+        """Wait for a free buffer; return the block to read, the buffer and the epoch, or None when closing."""
         with self._changed:
             self._changed.wait_for(lambda: self._closing or bool(self._free))
             if self._closing:
@@ -154,17 +156,17 @@ class ReadAhead:
             self._reading = self._free.popleft()
             return self._read, self._reading, self._epoch
 
-    def _finish(self, epoch: int, read_time_s: float) -> bool:
-        """Count what was read into the buffer; False if the pass was abandoned meanwhile."""
+    def _finish_read(self, epoch: int, read_time_s: float) -> bool:
+        """Mark the buffer as full; free it and return False if the pass was abandoned during the read."""
         with self._changed:
             assert self._reading is not None
             at, self._reading = self._reading, None
             self._counters += StreamCounters(read_time_s=read_time_s)
-            kept = epoch == self._epoch
-            if kept:
+            is_current = epoch == self._epoch
+            if is_current:
                 self._full.append((self._read, at))
                 self._read += 1
             else:
                 self._free.appendleft(at)
             self._changed.notify_all()
-            return kept
+            return is_current

@@ -47,7 +47,7 @@ def reusable_layers(directory: Path, goal: Manifest, checkpoint: Checkpoint) -> 
     for layer, (file, same_stamp) in sorted(listed.items()):
         if layer >= layer_count or not _is_present(directory, file):
             continue
-        # Another stamp is not another content: a copied or restored directory has new times and the same bytes.
+        # A different stamp does not mean different content: a copied or restored directory has new times, same bytes.
         if not same_stamp and _source_sha256(checkpoint, layer) != file.source_sha256:
             continue
         if sha256_file(directory / file.name) == file.sha256:
