@@ -35,7 +35,7 @@ class Setting(NamedTuple):
     shown_default: str = ""
     """What `--help` says about the default; empty shows the default value itself."""
     key: str = ""
-    """Name in files, flags and records, where it is not the field's."""
+    """Name in files, flags and records, if it is not the field's."""
     alias: str = ""
     """Second key of the same setting."""
 
@@ -112,7 +112,7 @@ class MemoryConfig:
         key="vram_gb",
         alias="memory_gb",
     )
-    """Budget of the device. None takes a share of what is free."""
+    """Budget of the device. None takes a share of the free memory."""
     ram_gb: float | None = _setting(
         None,
         _GIB,

@@ -7,11 +7,11 @@ from typing import Final
 from subspec_cli.units import MIB
 
 MOST_DEPTH: Final = 48
-"""Largest depth of a draft tree, whatever the costs suggest."""
+"""Largest depth of a draft tree, at any costs."""
 
 
 MOST_ROWS: Final = 8
-"""Most rows of a draft step, whatever the costs suggest."""
+"""Most rows of a draft step, at any costs."""
 
 
 ATTENTION_TILE_BYTES: Final = 4 * MIB
@@ -19,10 +19,10 @@ ATTENTION_TILE_BYTES: Final = 4 * MIB
 
 
 PREFILL_CHUNK: Final = 256
-"""Prompt rows per pass. Chunks end at absolute multiples of this number, whatever the budget or the mode."""
+"""Prompt rows per pass. Chunks end at absolute multiples of this number, for every budget and mode."""
 SHADOW_ROWS: Final = 128
 """Cache rows for what is drafted while the target's weights arrive."""
 LEAST_RING_SLOTS: Final = 2
-"""Fewest pinned buffers through which layers pass on their way from disk to a GPU: one is copied, one is read."""
+"""Fewest pinned buffers between disk and GPU: one is copied while another is read."""
 NOISE_ROWS: Final = 64
 """Positions whose sampling noise is kept: as many as a tree and its shadow have levels."""

@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from subspec_cli.decoding.sampler import GreedySampler, Sampler
 from subspec_cli.drafting import captured_steps as module
-from subspec_cli.drafting.captured_steps import CapturedSteps, draft_steps
+from subspec_cli.drafting import step_buffers
+from subspec_cli.drafting.captured_steps import CapturedSteps, make_draft_steps
 from subspec_cli.drafting.draft_steps import DirectSteps, Feed
 from subspec_cli.modeling.attention import fast_attention
 from subspec_cli.modeling.decoder import DraftDecoder
@@ -275,7 +276,7 @@ def test_a_session_over_captured_steps_answers_as_without_speculation(
     graphs = FakeGraphs()
     monkeypatch.setattr(
         load,
-        "draft_steps",
+        "make_draft_steps",
         lambda draft, kv, *, most_rows, **_: captured_steps(draft, kv, graphs, most_rows),
     )
     settings = SAMPLINGS.get(sampling, {"temperature": 1.0, "seed": 9})
@@ -289,7 +290,7 @@ def test_a_session_over_captured_steps_answers_as_without_speculation(
 
 def test_on_the_cpu_nothing_is_captured(tiny: Callable[..., Tiny]) -> None:
     model = tiny("qwen2")
-    found = draft_steps(
+    found = make_draft_steps(
         draft_of(model), model.kv(), most_rows=2, vocab=VOCAB, device=CPU, reporter=Reporter(note=pytest.fail)
     )
     assert isinstance(found, DirectSteps)
@@ -298,19 +299,21 @@ def test_on_the_cpu_nothing_is_captured(tiny: Callable[..., Tiny]) -> None:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """A device that is taken for a GPU, whose memory is the host's."""
-    monkeypatch.setattr(module, "_Shared", lambda shape, dtype, _device: SharedOnHost(shape, dtype))
+    monkeypatch.setattr(
+        step_buffers, "MappedTensor", lambda shape, dtype, _device: MappedOnHost(shape, dtype)
+    )
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *shape, device=None, **how: zeros(*shape, **how))
     return torch.device("cuda")
 
 
-class SharedOnHost:
+class MappedOnHost:
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self.host = self.gpu = torch.zeros(shape, dtype=dtype)
 
 
 def launched(model: Tiny, gpu: torch.device, notes: list[str]) -> object:
-    return draft_steps(
+    return make_draft_steps(
         draft_of(model),
         model.kv(),
         most_rows=2,

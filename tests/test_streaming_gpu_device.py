@@ -16,7 +16,7 @@ from test_drafting_captured_steps import SAMPLERS, SIZES, step
 from test_modeling_substitute import layer_tensors
 from tiny_models import VOCAB, Tiny
 
-from subspec_cli.drafting.captured_steps import draft_steps
+from subspec_cli.drafting.captured_steps import make_draft_steps
 from subspec_cli.drafting.draft_steps import Feed, Found
 from subspec_cli.errors import ResourceError
 from subspec_cli.modeling.attention import fast_attention
@@ -125,7 +125,7 @@ def test_captured_draft_steps_are_the_steps_themselves(tiny: Callable[..., Tiny]
     """Sizes come back, so that steps are replayed and not only captured; rounding is all that may differ."""
     model, notes, sampler = tiny("qwen2"), [], SAMPLERS[kind]()
     draft, (plain, kept) = on_gpu(model), (gpu_cache(model), gpu_cache(model))
-    late = draft_steps(
+    late = make_draft_steps(
         draft, kept, most_rows=4, vocab=VOCAB, device=CUDA, reporter=Reporter(note=notes.append)
     )
     assert not notes

@@ -25,7 +25,7 @@ _PIECE_BYTES = 16 << 20  # a signal is handled between two pieces
 
 
 def read_tensors(entries: Iterable[TensorEntry]) -> dict[str, torch.Tensor]:
-    """Read tensors into memory of their own, and drop the pages that they leave in the page cache.
+    """Read tensors into fresh memory, and drop the pages that they leave in the page cache.
 
     Raises:
         IntegrityError: a file is missing or ends early.

@@ -17,7 +17,7 @@ from subspec_cli.units import format_seconds, printable
 class ProgressLine:
     """The current activity and its progress.
 
-    `spins` moves a spinner from a second thread; leave it off if times are measured meanwhile.
+    `spins` moves a spinner from a second thread; leave it off while times are measured.
     """
 
     def __init__(

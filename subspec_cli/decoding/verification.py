@@ -1,4 +1,4 @@
-"""Verification: the target's own tokens lead through the drafted tree. Exact whatever the draft proposed."""
+"""Verification: the target's own tokens lead through the drafted tree. The result is exact for any draft."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """Draft steps on a GPU: one CUDA graph for each number of rows, started before the previous step is read.
 
 A step consists of some hundred kernels of microseconds each, which would take longer to launch than to run. So mask,
-forward, noise, ranking and the record of what was found are one graph. Its inputs stay in host memory: a copy to the
+forward, noise, ranking and the storing of results are one graph. Its inputs stay in host memory: a copy to the
 GPU would queue behind the layer that is being streamed. Kernels read those few kilobytes from pinned memory in place,
 and write the few numbers that the host wants to pinned memory too. A row may take its token from what the previous
-step has found, which never leaves the GPU, so the GPU does not wait for the host.
+step has found, which stays on the GPU, so the GPU does not wait for the host.
 """
 
 from __future__ import annotations
@@ -29,128 +29,15 @@ from subspec_cli.drafting.draft_steps import (
     sampling_rule,
 )
 from subspec_cli.drafting.graph_capture import CudaGraphs, Graphs, Run
-from subspec_cli.limits import NOISE_ROWS
+from subspec_cli.drafting.step_buffers import TURNS, NoiseRing, StepBuffers
 from subspec_cli.modeling.decoder import DraftDecoder
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.token_batch import TokenBatch
 from subspec_cli.reporter import Reporter
-from subspec_cli.streaming.mapped_memory import gpu_view
 
 Kind = Literal["greedy", "sampled", "filtered"]
 _COLUMNS: Final = 1024
 """Cache rows in view grow by this many at a time; rows beyond the real ones are masked."""
-_TURNS: Final = 2
-"""Sets of inputs and results: one for the step in flight, one for the step that the host fills or reads."""
-_NOISE_PLACES: Final = 2 * NOISE_ROWS
-"""Positions whose noise the GPU can read, in float32: twice as many as the sampler keeps in float64."""
-
-
-class _Shared:
-    """Host memory, and the GPU's view of it."""
-
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-        self.host: Tensor = torch.zeros(shape, dtype=dtype, pin_memory=device.type == "cuda")
-        self.gpu = gpu_view(self.host, device)
-
-
-class StepBuffers:
-    """Inputs and results of steps, each in two sets that take turns.
-
-    The GPU counts turns by itself: a graph's numbers are frozen, yet it finds the inputs of its turn.
-    """
-
-    def __init__(self, most_rows: int, ranked: int, capacity: int, device: torch.device) -> None:
-        self.ranked = ranked
-        self.numbers = _Shared((_TURNS, 5, most_rows), torch.int32, device)
-        """Tokens, places of fed tokens in `last_found`, positions, cache rows and noise rows of a step."""
-        self.allowed = _Shared((_TURNS, most_rows, capacity), torch.uint8, device)
-        self.key_positions = _Shared((_TURNS, capacity), torch.int32, device)
-        self.rule = _Shared((_TURNS, 3), torch.float32, device)
-        self.ids = _Shared((_TURNS, most_rows, ranked), torch.int32, device)
-        self.scores = _Shared((_TURNS, most_rows, ranked), torch.float32, device)
-        self.turn = torch.zeros(1, dtype=torch.long, device=device)
-        self.last_found = torch.zeros(most_rows * ranked, dtype=torch.long, device=device)
-        """Token ids that the last step has found, row by row."""
-        self.host_turn = 0
-
-    def fill(self, batch: TokenBatch, feeds: Sequence[Feed | None], end: int, columns: int) -> None:
-        """Write the inputs of the step whose turn it is; `end` cache rows are real, `columns` are in view."""
-        turn, rows = self.host_turn, batch.rows
-        places = [-1 if feed is None else feed.row * self.ranked + feed.rank for feed in feeds]
-        numbers, allowed = self.numbers.host[turn, :, :rows], self.allowed.host[turn, :rows]
-        numbers[0] = batch.token_ids
-        numbers[1] = torch.tensor(places)
-        numbers[2] = batch.positions
-        numbers[3] = torch.arange(end - rows, end)
-        allowed[:, :end] = batch.allowed
-        allowed[:, end:columns] = 0
-        self.key_positions.host[turn, :end] = batch.key_positions
-
-    def fill_sampling(self, noise_rows: Sequence[int], rule: Tensor) -> None:
-        """Write where the step's noise lies, and the `[3]` numbers of the sampler's rule."""
-        self.numbers.host[self.host_turn, 4, : len(noise_rows)] = torch.tensor(noise_rows)
-        self.rule.host[self.host_turn] = rule
-
-    def end_host_turn(self) -> int:
-        """Pass the turn on; return the turn that has just been filled."""
-        turn, self.host_turn = self.host_turn, (self.host_turn + 1) % _TURNS
-        return turn
-
-    def reset(self) -> None:
-        """Let host and GPU agree again that it is the first turn."""
-        self.turn.zero_()
-        self.host_turn = 0
-
-    def found(self, turn: int, rows: int) -> Found:
-        """Return the results of a finished turn."""
-        ids, scores = self.ids.host[turn, :rows], self.scores.host[turn, :rows]
-        return Found(ids.long().numpy(), scores.double().numpy())
-
-
-class NoiseRing:
-    """Sampling noise of recent positions, where the GPU reads it. It is allocated when a sampler first has noise."""
-
-    def __init__(self, vocab: int, device: torch.device) -> None:
-        self._vocab = vocab
-        self._device = device
-        self._memory: _Shared | None = None
-        self._position_of: dict[int, int] = {}
-        self._in_use: list[int] = []
-
-    @property
-    def gpu(self) -> Tensor:
-        """`[places, V]` float32."""
-        assert self._memory is not None
-        return self._memory.gpu
-
-    def forget(self) -> None:
-        """Drop the noise: another sampler begins."""
-        self._position_of.clear()
-        self._in_use = []
-
-    def places(
-        self, positions: Sequence[int], sampler: Sampler, wait: Callable[[], None]
-    ) -> list[int] | None:
-        """Return where the noise of these positions lies, and write what is missing; None if there is no noise.
-
-        `wait` returns once no step in flight reads the ring.
-        """
-        places = []
-        for position in positions:
-            place = position % _NOISE_PLACES
-            if self._position_of.get(place) != position:
-                if place in self._in_use:
-                    wait()  # the step in flight reads noise of a position many levels away
-                noise = sampler.noise(position, self._vocab)
-                if noise is None:
-                    return None
-                if self._memory is None:
-                    self._memory = _Shared((_NOISE_PLACES, self._vocab), torch.float32, self._device)
-                self._memory.host[place] = torch.from_numpy(noise)
-                self._position_of[place] = position
-            places.append(place)
-        self._in_use = places
-        return places
 
 
 class GraphCache:
@@ -164,7 +51,7 @@ class GraphCache:
         """Cache rows in view."""
 
     def reach(self, end: int) -> None:
-        """Bring `end` cache rows into view."""
+        """Make at least `end` cache rows visible to the steps."""
         columns = min(-(-end // _COLUMNS) * _COLUMNS, self._capacity)
         if columns != self.columns:
             self._captured.clear()
@@ -172,7 +59,7 @@ class GraphCache:
             self.columns = columns
 
     def step(self, rows: int, kind: Kind, run: Run, keep: Sequence[Tensor]) -> Run:
-        """Return the launch of a step, captured from `run` at its first use."""
+        """Return the launch function of a step, captured from `run` at its first use."""
         found = self._captured.get((rows, kind))
         if found is None:
             found = self._captured[rows, kind] = self._graphs.capture(run, keep=keep)
@@ -184,7 +71,7 @@ class GraphCache:
 
 
 class CapturedSteps:
-    """Starts draft steps as graphs, one ahead of what is read."""
+    """Launches draft steps as CUDA graphs; one more step may be started before the last one is read."""
 
     ahead: Literal[0, 1] = 1
 
@@ -209,7 +96,7 @@ class CapturedSteps:
         """Turn, row count and wait function of each step in flight."""
 
     def begin(self, sampler: Sampler) -> None:
-        """Wait for the steps in flight, drop them, and start over: one may have been interrupted at its start."""
+        """Wait for the steps in flight, drop them, and start over; an interrupt may have stopped one at its start."""
         self._graphs.mark()()
         self._unread.clear()
         self._buffers.reset()
@@ -219,7 +106,7 @@ class CapturedSteps:
 
     def start(self, batch: TokenBatch, feeds: Sequence[Feed | None]) -> None:
         """Launch a step, at once or behind the step in flight."""
-        assert len(self._unread) < _TURNS, "inputs are left alone until their step is done"
+        assert len(self._unread) < TURNS, "a set of inputs is reused only after its step is done"
         buffers, end = self._buffers, batch.allowed.shape[1]
         self._graphs.reach(end)
         buffers.fill(batch, feeds, end, self._graphs.columns)
@@ -235,7 +122,7 @@ class CapturedSteps:
         return self._buffers.found(turn, rows)
 
     def _fill_sampling(self, positions: Sequence[int]) -> Kind:
-        """Write the sampler's inputs of the step; return the kind of graph that it wants."""
+        """Write the sampler's inputs of the step; return the kind of graph that the step needs."""
         children = [position + 1 for position in positions]
         places = self._noise.places(children, self._sampler, lambda: self._graphs.mark()())
         if places is None:
@@ -245,11 +132,11 @@ class CapturedSteps:
 
     @torch.inference_mode()
     def _run(self, rows: int, columns: int, kind: Kind) -> None:
-        """Run one step over whatever the inputs hold. Its sizes are fixed, and nothing in it waits for the host."""
+        """Run one step over the present inputs. Its sizes are fixed, and nothing in it waits for the host."""
         buffers, turn = self._buffers, self._buffers.turn
         numbers = buffers.numbers.gpu[:, :, :rows].index_select(0, turn)[0].long()
-        given, places, positions, cache_rows, noise_places = numbers
-        token_ids = torch.where(places >= 0, buffers.last_found[places.clamp_min(0)], given)
+        given_ids, feed_places, positions, cache_rows, noise_places = numbers
+        token_ids = torch.where(feed_places >= 0, buffers.last_found[feed_places.clamp_min(0)], given_ids)
         batch = TokenBatch(
             token_ids,
             positions,
@@ -263,7 +150,7 @@ class CapturedSteps:
         buffers.last_found[: ids.numel()] = ids.flatten()
         buffers.ids.gpu[:, :rows].index_copy_(0, turn, ids[None].int())
         buffers.scores.gpu[:, :rows].index_copy_(0, turn, scores[None])
-        turn.add_(1).remainder_(_TURNS)
+        turn.add_(1).remainder_(TURNS)
 
     def _sampling(self, kind: Kind, noise_places: Tensor) -> Sampling | None:
         if kind == "greedy":
@@ -273,7 +160,7 @@ class CapturedSteps:
         return Sampling(noise, rule, kind == "filtered")
 
 
-def draft_steps(
+def make_draft_steps(
     draft: DraftDecoder,
     kv: KVCache,
     *,
@@ -282,10 +169,10 @@ def draft_steps(
     device: torch.device,
     reporter: Reporter,
 ) -> DraftSteps:
-    """Return the steps of a draft: captured on a GPU, after a first one has shown that capturing works.
+    """Return the steps of a draft: captured on a GPU, if a first step shows that capturing works.
 
-    Where capturing fails, steps are launched directly and `reporter` gets a note with the reason. Running out of
-    memory is raised.
+    If capturing fails, steps are launched directly and `reporter` gets a note with the reason. OutOfMemoryError is
+    raised.
     """
     direct = DirectSteps(draft, kv)
     if device.type == "cpu":

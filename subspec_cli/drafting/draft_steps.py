@@ -146,7 +146,7 @@ class Sampling:
     noise: Tensor
     """`[N, V]` float32."""
     rule: Tensor
-    """`[3]` float32: temperature, top-k (the vocabulary's size where it filters nothing), top-p."""
+    """`[3]` float32: temperature, top-k (the vocabulary's size if it filters nothing), top-p."""
     is_filtered: bool
 
 
@@ -182,7 +182,7 @@ def _scaled(logits: Tensor, sampling: Sampling | None) -> Tensor:
 
 
 def _kept(scaled: Tensor, sampling: Sampling) -> Tensor:
-    """Return a mask `[N, V]` of about what top-k and top-p keep: tokens 1/32 of a logit apart count as equal.
+    """Return a mask `[N, V]` of about what top-k and top-p keep: logits that differ by less than 1/32 count as equal.
 
     Sorting whole rows would take longer than the step. Shares are summed as whole numbers by their distance from the
     best, so the order of the sum does not matter. A top-k larger than `_TOP_K` is not applied.

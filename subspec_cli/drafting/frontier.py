@@ -1,4 +1,4 @@
-"""The edge of a growing tree: what the next draft step may take, the steps in flight, and what they found.
+"""The frontier of a growing tree: candidates for the next draft step, steps in flight, and their results.
 
 Draft steps are pipelined up to one deep. While step k is in flight, its tokens are unknown to the host. So step k+1
 may contain placeholder rows, "child of rank r of row i of step k", whose tokens it takes on the device. The host
@@ -27,7 +27,7 @@ _GUESSES: Final = 4
 
 @dataclass(frozen=True, slots=True)
 class OpenNode:
-    """A row for an open node."""
+    """A candidate for an open node."""
 
     chance: float
     """Chance that the target's path goes through it."""
@@ -37,7 +37,7 @@ class OpenNode:
 
 @dataclass(frozen=True, slots=True)
 class Placeholder:
-    """A row for a child that the step in flight will find."""
+    """A candidate for a child that the step in flight will find."""
 
     chance: float
     depth: int
@@ -46,7 +46,7 @@ class Placeholder:
 
 @dataclass(frozen=True, slots=True)
 class NGram:
-    """A row for an n-gram guess below the row before it."""
+    """A candidate for an n-gram guess below the row before it."""
 
     chance: float
     depth: int
@@ -59,7 +59,7 @@ Candidate = OpenNode | Placeholder | NGram
 
 
 class Offer(NamedTuple):
-    """What the next draft step may take, and what the tree is worth without it."""
+    """Candidates for the next draft step, and the value of the tree without that step."""
 
     rows: list[Candidate]
     """Likeliest first."""
@@ -70,8 +70,8 @@ class Offer(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Drafting:
-    """What all trees of a drafter share."""
+class DraftContext:
+    """The model, policy and history that all trees of a drafter share."""
 
     steps: DraftSteps
     kv: KVCache
@@ -83,32 +83,32 @@ class Drafting:
 
 
 @dataclass(slots=True)
-class _Step:
-    """A step in flight."""
+class _StepInFlight:
+    """A draft step that was started and not read."""
 
     rows: tuple[Candidate, ...]
     first: ScratchRow
-    """Scratch row of the first."""
+    """Scratch row of the first candidate."""
     nodes: list[NodeId | None]
-    """Node of each row; None where it is not known, or there is none."""
+    """Node of each row; None if the node is not known yet or does not exist."""
 
 
 class Frontier:
     """A growing tree, and the draft steps that grow it."""
 
-    def __init__(self, tree: GrowingTree, shared: Drafting) -> None:
+    def __init__(self, tree: GrowingTree, shared: DraftContext) -> None:
         self.tree = tree
         self._shared = shared
-        self._in_flight: deque[_Step] = deque()
+        self._in_flight: deque[_StepInFlight] = deque()
 
     @property
     def is_drained(self) -> bool:
-        """Whether all steps were read."""
+        """Whether no step is in flight."""
         return not self._in_flight
 
     @property
     def nodes_at_most(self) -> int:
-        """Nodes with a row, and rows that may still turn out to hold one."""
+        """Number of nodes with a row, and of rows that may still get a node."""
         undecided = sum(step.nodes.count(None) for step in self._in_flight)
         return self.tree.expanded + undecided
 
@@ -129,7 +129,7 @@ class Frontier:
     def offer(
         self, most_nodes: int, most_rows: int, max_depth: int, *, first: Candidate | None = None
     ) -> Offer:
-        """Return what the next step may take.
+        """Return the candidates for the next step.
 
         Up to `most_nodes` nodes and placeholders, `first` before all others, and n-gram guesses below the first of
         them: at most `most_rows` in all.
@@ -140,10 +140,10 @@ class Frontier:
         return Offer(rows, nodes + len(chances), expected + self._shared.history.gain(sum(chances)))
 
     def start(self, rows: Sequence[Candidate]) -> None:
-        """Start a draft step over candidates, the first of which n-grams hang on; read the steps before it."""
+        """Start a draft step over candidates, with the n-grams below the first one; then read the steps before it."""
         nodes = [row for row in rows if not isinstance(row, NGram)]
         ngrams = [row for row in rows if isinstance(row, NGram)]
-        # The likeliest node comes last of its kind, so that the rows of right guesses continue its own row.
+        # The likeliest node comes just before the n-grams, so that the rows of right guesses continue its own row.
         ordered = (*nodes[1:], nodes[0], *ngrams)
         first = ScratchRow(self.tree.rows)
         tokens = [self._take_row(candidate) for candidate in ordered]
@@ -152,7 +152,7 @@ class Frontier:
             batch, [row.feed if isinstance(row, Placeholder) else None for row in ordered]
         )
         known = [row.node if isinstance(row, OpenNode) else None for row in ordered]
-        self._in_flight.append(_Step(ordered, first, known))
+        self._in_flight.append(_StepInFlight(ordered, first, known))
         self._read_all_but(self._shared.steps.ahead)
 
     def drain(self) -> None:
@@ -163,22 +163,22 @@ class Frontier:
         self, most_nodes: int, most_rows: int, max_depth: int, first: Candidate | None
     ) -> list[Candidate]:
         opened = self.tree.best_open(most_nodes, max_depth=max_depth, eos_ids=self._shared.eos_ids)
-        able: list[Candidate] = [
+        found: list[Candidate] = [
             *(OpenNode(self.tree.nodes[node].chance, self.tree.nodes[node].depth, node) for node in opened),
             *self._placeholders(max_depth),
         ]
-        able.sort(key=lambda candidate: -candidate.chance)
+        found.sort(key=lambda candidate: -candidate.chance)
         if first is not None:
-            able = [first, *(other for other in able if other != first)]
-        able = able[:most_nodes]
-        if not able or self._shared.policy.fixed.width is not None:
-            return able
-        # The first stays the first, and guesses stay in their order: none is likelier than the one before.
-        others = [*able[1:], *self._ngrams(able[0], len(able), most_rows, max_depth)]
-        return [able[0], *sorted(others, key=lambda candidate: -candidate.chance)][:most_rows]
+            found = [first, *(other for other in found if other != first)]
+        found = found[:most_nodes]
+        if not found or self._shared.policy.fixed.width is not None:
+            return found
+        # The first candidate stays first. Guesses stay in their order, since none is likelier than the one before.
+        others = [*found[1:], *self._ngrams(found[0], len(found), most_rows, max_depth)]
+        return [found[0], *sorted(others, key=lambda candidate: -candidate.chance)][:most_rows]
 
     def _take_row(self, candidate: Candidate) -> int:
-        """Take a scratch row for a candidate; return its token, any token for a placeholder."""
+        """Take a scratch row for a candidate; return its token, or the root's in place of a placeholder's."""
         match candidate:
             case OpenNode(node=node):
                 self.tree.expand(node)
@@ -191,14 +191,14 @@ class Frontier:
                 return guess.token_id
 
     def _read_all_but(self, ahead: int) -> None:
-        """Read steps, the oldest first, and add what they found to the tree."""
+        """Read steps, the oldest first, until `ahead` are left in flight; add what they found to the tree."""
         while len(self._in_flight) > ahead:
             step = self._in_flight.popleft()
             found = self._shared.steps.read()
             expanded = gained = 0.0
             for row, candidate in enumerate(step.rows):
                 if isinstance(candidate, NGram):
-                    step.nodes[row] = self._agreed(step, row, candidate)
+                    step.nodes[row] = self._confirm_guess(step, row, candidate)
                 node = step.nodes[row]
                 if node is None or self._is_end(node):
                     continue
@@ -214,7 +214,7 @@ class Frontier:
     def _is_end(self, node: NodeId) -> bool:
         return node != ROOT and self.tree.nodes[node].token_id in self._shared.eos_ids
 
-    def _parents(self, step: _Step) -> Iterator[tuple[StepRow, float]]:
+    def _parents(self, step: _StepInFlight) -> Iterator[tuple[StepRow, float]]:
         """Yield the rows of a step in flight that may have children, and the chance of their nodes."""
         for row, (candidate, node) in enumerate(zip(step.rows, step.nodes, strict=True)):
             if node is not None and not self._is_end(node):
@@ -227,7 +227,7 @@ class Frontier:
         for step in self._in_flight:
             for row, chance in self._parents(step):
                 depth, below = step.rows[row].depth + 1, step.rows[row + 1 : row + 2]
-                # A guess that turns out right has a row already.
+                # The child of a right n-gram guess has a row already.
                 taken = sum(other.chance for other in below if isinstance(other, NGram))
                 for rank, share in enumerate(self._shared.history.child_shares):
                     if depth < max_depth:
@@ -258,7 +258,7 @@ class Frontier:
             case OpenNode(node=node):
                 return node, 0
             case Placeholder(feed=feed):
-                # The placeholder's own token is not known: the lookup's guess at it stands in.
+                # The placeholder's own token is not known, so the lookup guesses it first.
                 return self._in_flight[-1].nodes[feed.row], 1
             case NGram():
                 return None, 0
@@ -269,8 +269,8 @@ class Frontier:
         missing = LONGEST - len(tokens)
         return [*self._shared.kv.token_ids[-missing:], *tokens] if missing else tokens
 
-    def _agreed(self, step: _Step, row: int, ngram: NGram) -> NodeId | None:
-        """Return the child that an n-gram guessed, if the draft finds it likeliest too, and assign it to the row."""
+    def _confirm_guess(self, step: _StepInFlight, row: int, ngram: NGram) -> NodeId | None:
+        """Assign the child that an n-gram guessed to its row and return it, if the draft finds it likeliest too."""
         above = step.nodes[row - 1]
         if above is None:
             return None
@@ -283,20 +283,20 @@ class Frontier:
         self.tree.assign(best, ScratchRow(step.first + row))
         return best
 
-    def _resolve_placeholders(self, step: _Step, before: _Step, token_ids: Ids) -> None:
-        """Find the nodes of a step's placeholders in what the step before it has found."""
+    def _resolve_placeholders(self, step: _StepInFlight, before: _StepInFlight, token_ids: Ids) -> None:
+        """Assign nodes to a step's placeholders, from what the step before it found."""
         for row, candidate in enumerate(step.rows):
             if not isinstance(candidate, Placeholder):
                 continue
             parent = before.nodes[candidate.feed.row]
             child = None if parent is None else self.tree.child(parent, int(token_ids[candidate.feed]))
-            # A guess that turned out right may have given it a row already.
+            # A right n-gram guess may already have given the child a row.
             if child is not None and self.tree.nodes[child].row is None:
                 self.tree.assign(child, ScratchRow(step.first + row))
                 step.nodes[row] = child
 
     def _add_children(self, node: NodeId, token_ids: Ids, scores: Row) -> float:
-        """Add the likeliest children of a node just expanded; return the chance they add."""
+        """Add the likeliest children of a node that was just expanded; return the chance that they add."""
         shared, above, gained = self._shared, self.tree.nodes[node], 0.0
         chances = []
         for token_id, log_prob in likeliest(token_ids, scores, shared.sharpening):

@@ -54,7 +54,7 @@ class GrowingTree:
         self.row_depths: list[int] = []
         """Depth of the node in each row taken so far."""
         self._in_rows: list[NodeId | None] = []
-        """The node in each row; None where there is none, or none yet."""
+        """The node in each row; None if there is none, or none yet."""
         self._open = {ROOT}
         self._frozen: list[NodeId] = []
 
@@ -191,7 +191,7 @@ class GrowingTree:
         return self.child(self._frozen[last_node], bonus_token)
 
     def subtree(self, node: NodeId, *, most_rows: int, max_depth: int) -> tuple[Self, list[ScratchRow]]:
-        """Return what was drafted below a node as a tree of its own, and the old rows of its expanded nodes.
+        """Return what was drafted below a node as a new tree, and the old rows of its expanded nodes.
 
         It keeps at most `most_rows` of them, the likeliest, and none at `max_depth` or deeper.
         The rest is open again.

@@ -59,7 +59,7 @@ class Outlook:
 
 @dataclass(frozen=True, slots=True)
 class DraftPolicy:
-    """Decides by costs and history; a fixed depth or width is kept whatever it costs."""
+    """Decides by costs and history; a fixed depth or width is kept at any cost."""
 
     max_tree: TreeLimits
     costs: PlanCosts

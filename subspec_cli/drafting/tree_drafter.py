@@ -15,7 +15,7 @@ from subspec_cli.decoding.drafter import Proposal
 from subspec_cli.decoding.sampler import Sampler
 from subspec_cli.decoding.verification import VerifyResult
 from subspec_cli.drafting.draft_steps import SHARPENING, DraftSteps
-from subspec_cli.drafting.frontier import Candidate, Drafting, Frontier
+from subspec_cli.drafting.frontier import Candidate, DraftContext, Frontier
 from subspec_cli.drafting.growing_tree import ROOT, GrowingTree, NodeId
 from subspec_cli.drafting.history import History
 from subspec_cli.drafting.ngram import NGramLookup
@@ -37,7 +37,7 @@ class TreeDrafter:
         sharpening: float = SHARPENING,
         history: History | None = None,
     ) -> None:
-        self._shared = Drafting(
+        self._shared = DraftContext(
             steps, kv, policy, history or History(), NGramLookup(), frozenset(eos_ids), sharpening
         )
 
@@ -62,7 +62,7 @@ class _Pass:
 class TreeDraft:
     """The drafting for one answer: trees one after another, and the passes between them."""
 
-    def __init__(self, shared: Drafting) -> None:
+    def __init__(self, shared: DraftContext) -> None:
         self._shared = shared
         self._ready: GrowingTree | None = None
         """What the last shadow has found below the newest token."""

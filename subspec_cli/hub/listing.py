@@ -51,7 +51,7 @@ class Listing:
 
     commit: str
     sizes: Mapping[str, int | None]
-    """Bytes by name; None where the hub gives no size. Empty if the listing is made from the cache."""
+    """Bytes by name; None if the hub gives no size. Empty if the listing is made from the cache."""
 
     @property
     def small_files(self) -> list[str]:

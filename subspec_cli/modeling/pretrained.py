@@ -22,7 +22,7 @@ def load_config(directory: Path) -> PreTrainedConfig:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             directory, trust_remote_code=False, local_files_only=True
         )
-    except Exception as error:  # the library raises whatever its validators raise
+    except Exception as error:  # validators of the library raise any exception
         raise UnsupportedModelError(
             f"config.json is not understood: {printable(str(error))[:300]}"
         ) from error
@@ -37,7 +37,7 @@ class ModelTokenizer:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(
                 directory, trust_remote_code=False, local_files_only=True
             )
-        except Exception as error:  # the library raises whatever its parsers raise
+        except Exception as error:  # parsers of the library raise any exception
             raise IntegrityError(
                 f"the tokenizer in {printable(str(directory))} cannot be loaded: {printable(str(error))[:300]}"
             ) from error

@@ -1,6 +1,6 @@
 """The self-check at load: are the kernels batch-invariant on this machine, for this model's shapes?
 
-Batch-invariant means that a row is bit-identical whatever rows are computed beside it. The check runs all blocks
+Batch-invariant means that a row is bit-identical for any rows computed beside it. The check runs all blocks
 of the first layer, as they are streamed, and the head, on rows of random states: alone, beside others, in other
 places, at every row count that the session can use. It selects the smallest row block for which every row keeps
 its bits. If there is none, the session is `numeric` and says why. Nothing claims `exact` unchecked.

@@ -39,7 +39,7 @@ class _Rates:
     fast_ops: float
     low_bit_ops: float
     layer_s: float
-    """Overhead of a layer, whatever its size: calls, norms, attention over a short prefix."""
+    """Overhead of a layer of any size: calls, norms, attention over a short prefix."""
     step_s: float
     """Overhead of a draft step beside its layers and head."""
 

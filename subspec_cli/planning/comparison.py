@@ -14,7 +14,7 @@ from subspec_cli.planning.timing import Prediction
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Figures of one arm, predicted and measured; None where nothing of the kind was done or counted."""
+    """Figures of one arm, predicted and measured; None if nothing of the kind was done or counted."""
 
     predicted_pass_s: float
     pass_s: float | None
@@ -26,7 +26,7 @@ class Comparison:
     predicted_tok_per_s_given_tau: float | None
     """From the measured tokens and draft steps per pass, so that only the error in the times is left.
 
-    Steps in the shadow of a pass are not counted, because they take no time of their own.
+    Steps in the shadow of a pass are not counted, because they add no time to a round.
     """
     predicted_plain_tok_per_s: float
     origin: CostOrigin

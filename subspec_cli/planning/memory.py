@@ -1,7 +1,7 @@
 """Where a byte comes from: the memory that a layout takes on the device and on the host.
 
-Every byte is in exactly one line. What grows with the model, the context or the tree has a line of its own, and so
-have libraries and contexts, which a plan cannot shrink. One line is a stated margin for what does not grow.
+Every byte is in exactly one line. What grows with the model, the context or the tree has its own line, and so
+have libraries and contexts, which a plan cannot shrink. One line is a stated margin for everything else.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ HeadBits = Literal[4, 16]
 
 
 class MemoryLayout(NamedTuple):
-    """One way to use a budget, whatever the context."""
+    """One way to use a budget, without the context."""
 
     shared: int
     """Resident layers that the draft runs too."""
@@ -43,7 +43,7 @@ class MemoryLayout(NamedTuple):
     """Whether there is a draft at all."""
     slots: int
     draft_head_bits: HeadBits
-    """16 shares the target's head, 4 is a copy of the draft's own."""
+    """16 shares the target's head, 4 is the draft's own copy."""
     embedding: EmbeddingPlace
 
     @property

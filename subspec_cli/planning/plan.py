@@ -1,7 +1,7 @@
 """Which layers stay in memory and which are streamed, from sizes, speeds and a budget alone: pure arithmetic.
 
-The sum of the memory lines (`memory`) never exceeds the budget. Of all layouts that fit (`search`), the plan takes
-the one that is predicted to be fastest (`timing`).
+The sum of the memory lines (`memory`) never exceeds the budget. The plan takes the layout that fits (`search`)
+and is predicted to be fastest (`timing`).
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ class OffloadPlan:
     pinned_layers: tuple[int, ...]
     """Streamed layers that wait in pinned host memory; the other streamed ones are read from disk."""
     ring_slots: int
-    """Pinned buffers of a layer each, through which layers from disk pass on their way to a GPU."""
+    """Pinned buffers of a layer each, through which layers are read from disk for a GPU."""
     slots: int
     """Buffers of the stream on the device: of a block on the CPU, of a layer on a GPU."""
     drafts: bool
     """Whether there are substitutes, so that tokens can be drafted."""
     substitute_bits: int
     draft_head_bits: HeadBits
-    """16: the draft uses the target's head; 4: it has a low-bit copy of its own."""
+    """16: the draft uses the target's head; 4: it has its own low-bit copy."""
     embedding: EmbeddingPlace
     tree_nodes: int
     """Most nodes of a draft tree: as many as hide behind the link, or as a fixed depth or width needs."""

@@ -15,7 +15,7 @@ from subspec_cli.checkpoint.layer_tensors import LAYER_MATRICES, layer_prefix
 from subspec_cli.checkpoint.tensor_reader import read_tensors
 from subspec_cli.decoding.drafter import Drafter
 from subspec_cli.decoding.engine import Engine
-from subspec_cli.drafting.captured_steps import draft_steps
+from subspec_cli.drafting.captured_steps import make_draft_steps
 from subspec_cli.drafting.draft_steps import DraftSteps
 from subspec_cli.limits import PREFILL_CHUNK
 from subspec_cli.modeling.attention import exact_attention, fast_attention
@@ -244,7 +244,7 @@ class Loader:
         return head if table is None else LowBitHead(head.norm_weight, table, head.weight, head.eps)
 
     def _draft_steps(self, decoder: DraftDecoder, kv: KVCache) -> DraftSteps:
-        return draft_steps(
+        return make_draft_steps(
             decoder,
             kv,
             most_rows=self._opening.plan.draft_rows,

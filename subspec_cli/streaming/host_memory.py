@@ -32,7 +32,7 @@ def has_gpu() -> bool:
 
 
 def kib_field(path: Path, field: str) -> int:
-    """Bytes of a `kB` field in a file under /proc; 0 where there is no such file."""
+    """Bytes of a `kB` field in a file under /proc; 0 if there is no such file."""
     try:
         lines = path.read_text().splitlines()
     except OSError:

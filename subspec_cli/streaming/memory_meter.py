@@ -93,7 +93,7 @@ class MemoryMeter:
 
 
 def disk_read_bytes() -> int | None:
-    """Bytes that storage has delivered for this process; None where the system does not report them.
+    """Bytes that storage has delivered for this process; None if the system does not report them.
 
     Reads from the page cache do not count, so this figure separates cold reads from warm ones.
     """
@@ -105,5 +105,5 @@ def disk_read_bytes() -> int | None:
 
 
 def _status_bytes(field: str) -> int:
-    """Bytes of a `kB` field of /proc/self/status; 0 where there is no such file."""
+    """Bytes of a `kB` field of /proc/self/status; 0 if there is no such file."""
     return kib_field(_STATUS, field)

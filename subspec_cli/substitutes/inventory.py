@@ -1,4 +1,4 @@
-"""The sets of substitutes on this machine, in whatever state: listing, choosing and removing them."""
+"""The sets of substitutes on this machine, in any state: listing, choosing and removing them."""
 
 from __future__ import annotations
 

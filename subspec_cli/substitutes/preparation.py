@@ -107,7 +107,7 @@ def prepare_model(
         reporter: gets a note if another process is waited for.
 
     Raises:
-        IntegrityError: a damaged source, weights that are not finite, or a source that changed meanwhile.
+        IntegrityError: a damaged source, weights that are not finite, or a source that changed during the run.
         ResourceError: the disk is too small or cannot be written.
         NetworkError, AccessError: a download failed.
         UnsupportedModelError: the place holds a newer version's work (unless `force`).
