@@ -20,7 +20,7 @@ from subspec_cli.limits import NOISE_ROWS
 
 Row = NDArray[np.float64]
 _LEAST_TEMPERATURE: Final = 1e-200
-"""Smallest divisor of a float32 logit that cannot overflow. Logits that differ then always outweigh the noise."""
+"""Smallest divisor by which a float32 logit stays finite in float64. Unequal logits then outweigh any noise."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,7 +45,7 @@ _WHOLE: Final = float(1 << 40)
 _TIE: Final = 2.0**-45
 """Weight of a token id beside a score. All ids together weigh less than the smallest difference of scores near 1."""
 _LEAST_TEMPERATURE: Final = 1e-30
-"""Smallest divisor of a float32 logit that cannot overflow."""
+"""Smallest divisor by which logits up to 1e8 stay finite in float32."""
 
 
 class Feed(NamedTuple):

@@ -95,39 +95,39 @@ class TreeDraft:
 
     def work_in_shadow(self, layer: int) -> int:
         """Expand what lies beyond the tree under verification, within this layer's share of idle time."""
-        now, policy, steps = self._pass, self._shared.policy, 0
-        if now is None or not policy.shadow_rows:
+        current, policy, steps = self._pass, self._shared.policy, 0
+        if current is None or not policy.shadow_rows:
             return 0
-        nodes = len(now.proposal.tree)
+        nodes = len(current.proposal.tree)
         while True:
-            free_rows = min(MOST_ROWS, nodes + policy.shadow_rows - now.frontier.tree.rows)
-            rows = now.frontier.offer(free_rows, free_rows, now.max_depth).rows
+            free_rows = min(MOST_ROWS, nodes + policy.shadow_rows - current.frontier.tree.rows)
+            rows = current.frontier.offer(free_rows, free_rows, current.max_depth).rows
             count = policy.shadow_step_rows(
-                [row.chance for row in rows], layer=layer, nodes=nodes, spent_s=now.spent_s
+                [row.chance for row in rows], layer=layer, nodes=nodes, spent_s=current.spent_s
             )
             if not count:
                 return steps
-            now.spent_s += policy.step_s(count)
-            now.frontier.start(rows[:count])
+            current.spent_s += policy.step_s(count)
+            current.frontier.start(rows[:count])
             steps += 1
 
     def learn(self, result: VerifyResult, *, ends: bool) -> None:
         """Learn from the outcome; keep the tree below the bonus token and move its rows to the new scratch."""
-        now, shared = self._pass, self._shared
+        current, shared = self._pass, self._shared
         self._pass = None
-        if now is None:
+        if current is None:
             return
-        verified = now.proposal.tree
+        verified = current.proposal.tree
         pass_s = shared.policy.costs.pass_s(len(verified))
-        shared.history.observe(verified, result, pass_s=pass_s, drafting_s=now.proposal.cost_s)
+        shared.history.observe(verified, result, pass_s=pass_s, drafting_s=current.proposal.cost_s)
         if ends:
             return
-        now.frontier.drain()
-        tree = now.frontier.tree
+        current.frontier.drain()
+        tree = current.frontier.tree
         outcome = tree.outcome(result.accepted_nodes[-1], result.token_ids[-1])
         if outcome is None:
             return
-        limits = shared.policy.limits(now.max_depth + 1 - len(result.token_ids))
+        limits = shared.policy.limits(current.max_depth + 1 - len(result.token_ids))
         self._ready, rows = tree.subtree(outcome, most_rows=limits.nodes - 1, max_depth=limits.depth)
         # Rows were counted from where the cache ended before this pass was committed.
         shared.kv.move_scratch([row - len(result.token_ids) for row in rows])
@@ -160,6 +160,6 @@ class TreeDraft:
         nodes, expected = tree.likely(LEAST_CHANCE)
         outlook = Outlook(expected, min(nodes, limits.nodes), cost_s)
         least = self._shared.policy.least_leaf_chance(outlook, self._shared.history)
-        able = tree.best_open(most, max_depth=limits.depth + 1, eos_ids=frozenset())
-        others = [node for node in able if node != tip and tree.nodes[node].chance >= least]
+        open_nodes = tree.best_open(most, max_depth=limits.depth + 1, eos_ids=frozenset())
+        others = [node for node in open_nodes if node != tip and tree.nodes[node].chance >= least]
         return [*chosen, *others][:most]
