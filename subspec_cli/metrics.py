@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 Exactness = Literal["exact", "numeric"]
-"""Whether rows are bit-identical whatever is computed beside them, so that plain and speculative tokens are equal."""
+"""Whether rows are bit-identical for any rows beside them, so that plain and speculative tokens are equal."""
 FinishReason = Literal["stop", "length"]
 """Why an answer ended: at a stop rule, or at its limit of tokens or context."""
 

@@ -39,14 +39,18 @@ class StepBuffers:
         self.numbers = MappedTensor((TURNS, 5, most_rows), torch.int32, device)
         """Tokens, places of fed tokens in `last_found`, positions, cache rows, places in the noise ring."""
         self.allowed = MappedTensor((TURNS, most_rows, capacity), torch.uint8, device)
+        """Which cache rows each row attends to."""
         self.key_positions = MappedTensor((TURNS, capacity), torch.int32, device)
         self.rule = MappedTensor((TURNS, 3), torch.float32, device)
+        """Temperature, top-k and top-p."""
         self.ids = MappedTensor((TURNS, most_rows, ranked), torch.int32, device)
         self.scores = MappedTensor((TURNS, most_rows, ranked), torch.float32, device)
         self.turn = torch.zeros(1, dtype=torch.long, device=device)
+        """The set of the next step, counted on the GPU."""
         self.last_found = torch.zeros(most_rows * ranked, dtype=torch.long, device=device)
         """Token ids that the last step found, row by row."""
         self.host_turn = 0
+        """The set that the host fills next."""
 
     def fill(self, batch: TokenBatch, feeds: Sequence[Feed | None], end: int, columns: int) -> None:
         """Write the inputs of the step whose turn it is; `end` cache rows are real, `columns` are in view."""

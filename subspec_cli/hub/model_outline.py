@@ -1,6 +1,6 @@
 """The outline of a model, without its weights: config, index and safetensors headers, read by range requests.
 
-A few kilobytes are read for a model of gigabytes. Nothing is written to the cache.
+A few kilobytes are read for a model of gigabytes. Nothing is written to disk.
 """
 
 from __future__ import annotations
