@@ -21,7 +21,7 @@ from subspec_cli.modeling.target_blocks import TargetBlocks
 from subspec_cli.planning.device_profile import device_profile
 from subspec_cli.planning.plan import OffloadPlan
 from subspec_cli.reporter import Reporter
-from subspec_cli.session import blocks, device, load
+from subspec_cli.session import blocks, load, opening
 from subspec_cli.session.found_model import FoundModel
 from subspec_cli.session.oom import oom_as_error
 from subspec_cli.session.opening import Opening
@@ -124,15 +124,15 @@ def test_answering_tells_a_shortage_and_the_session_lives_on(
 def test_the_gpu_cap_leaves_out_what_cuda_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 8 GiB on a GPU of 24, all but the context may be reserved."""
     capped = {}
-    monkeypatch.setattr(device, "total_bytes", lambda _device: 24 * GIB)
+    monkeypatch.setattr(opening, "total_bytes", lambda _device: 24 * GIB)
     monkeypatch.setattr(
         torch.cuda,
         "set_per_process_memory_fraction",
         lambda share, capped_device: capped.update({capped_device.type: share * 24 * GIB}),
     )
-    device.cap_allocator(8 * GIB, torch.device("cuda"))
+    opening.cap_allocator(8 * GIB, torch.device("cuda"))
     assert capped["cuda"] == pytest.approx(8 * GIB - device_profile("cuda").context_bytes)
-    device.cap_allocator(8 * GIB, CPU)
+    opening.cap_allocator(8 * GIB, CPU)
     assert list(capped) == ["cuda"]
 
 
