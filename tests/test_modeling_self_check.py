@@ -200,13 +200,13 @@ def test_the_smallest_row_block_that_holds_is_taken(qwen, monkeypatch):
 
 
 def test_elementwise_tiles_are_taken_where_whole_rows_do_not_hold(qwen, monkeypatch):
-    original = RowRules.gated
+    original = RowRules.silu_mul
 
     def only_tiles_hold(self, gate, up):
         given = original(self, gate, up)
         return given if self.tile_elementwise else by_last_place(given)
 
-    monkeypatch.setattr(RowRules, "gated", only_tiles_hold)
+    monkeypatch.setattr(RowRules, "silu_mul", only_tiles_hold)
     found = self_check(qwen)
     assert found.exactness == "exact"
     assert found.rules.tile_elementwise

@@ -377,14 +377,14 @@ def test_a_copy_that_the_reader_thread_cannot_queue_reaches_the_consumer(
     plain_rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The thread queues copies of what it has read; the consumer must not wait for one that never comes."""
-    copy = GpuStreamer._copy
+    copy = GpuStreamer._queue_copy
 
     def failing(self: GpuStreamer, number: int, source: Tensor, slot: object) -> None:
         if threading.current_thread().name == "weight-reader":
             raise RuntimeError("no such stream")
         copy(self, number, source, slot)
 
-    monkeypatch.setattr(GpuStreamer, "_copy", failing)
+    monkeypatch.setattr(GpuStreamer, "_queue_copy", failing)
     stream = plain_rig.stream(2, 0)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="no such stream"):

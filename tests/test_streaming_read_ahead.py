@@ -128,7 +128,7 @@ def test_a_restart_mends_an_interrupted_release(owner: Owner, monkeypatch: pytes
     monkeypatch.setattr(owner.ahead, "_free", Interrupting())
     with pytest.raises(KeyboardInterrupt):
         owner.ahead.release()
-    with pytest.raises(AssertionError, match="places"):
+    with pytest.raises(AssertionError, match="buffers that are free"):
         owner.ahead.check_integrity()
     owner.ahead.restart()
     owner.ahead.check_integrity()
