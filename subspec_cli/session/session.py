@@ -124,7 +124,7 @@ class Session:
             max_new_tokens: longest answer; None takes the setting.
             stop: texts that end the answer and are not part of it; None takes the setting.
             plain: decode without speculation: the same tokens, slower.
-            noise_stream: number of the noise stream to use, whatever was asked before.
+            noise_stream: number of the noise stream to use, independent of earlier requests.
 
         Raises:
             UsageError: the prompt is empty or leaves no room in the context.
