@@ -10,7 +10,7 @@ from subspec_cli.bench.report import AnswerPair, ArmAnswer, BenchReport
 from subspec_cli.metrics import GenerationStats, PassStats
 from subspec_cli.planning.costs import PlanCosts, RowTimes
 from subspec_cli.planning.reason import LayersThatPay, PlanReason
-from subspec_cli.planning.timing import Prediction
+from subspec_cli.planning.timing import Basis, Prediction
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ PREDICTION = Prediction(
     tok_per_s=7.0,
     survival=0.974,
     origin="assumed",
-    assumptions=("link 1.4 GB/s (assumed)",),
+    basis=Basis(1.4e9, 1.4e9, 0.2, "assumed"),
 )
 
 
@@ -54,7 +54,7 @@ class FakePlan:
     reason: PlanReason = REASON
     prediction: Prediction = PREDICTION
 
-    def as_dict(self, *, reason):
+    def as_dict(self, *, reason, assumptions):
         return {
             "resident_layers": self.resident_layers,
             "streamed_layers": self.streamed_layers,

@@ -8,7 +8,7 @@ import pytest
 from test_planning_plan import make_request
 
 from subspec_cli.cli.documents import plan_document
-from subspec_cli.cli.plan_text import advice_text, reason_text
+from subspec_cli.cli.plan_text import advice_text, assumptions, reason_text
 from subspec_cli.planning.advice import Advice, Change, Gain, advise
 from subspec_cli.planning.plan import make_plan
 from subspec_cli.planning.reason import (
@@ -77,7 +77,9 @@ def test_every_reason_has_its_sentence(reason: PlanReason, text: str) -> None:
 
 def test_a_plans_document_has_the_sentence_in_it() -> None:
     plan = make_plan(make_request())
-    assert plan_document(plan) == plan.as_dict(reason=reason_text(plan.reason))
+    assert plan_document(plan) == plan.as_dict(
+        reason=reason_text(plan.reason), assumptions=assumptions(plan.prediction)
+    )
 
 
 REQUEST = replace(make_request(), budget_bytes=3 * GIB, context=512, ram_bytes=16 * GIB, substitute_bits=8)

@@ -469,7 +469,7 @@ def test_plain_decoding_spends_the_substitutes_on_resident_layers() -> None:
 
 def test_a_plan_as_plain_values_adds_up() -> None:
     plan = make_plan(make_request())
-    values = json.loads(json.dumps(plan.as_dict(reason="as it is")))
+    values = json.loads(json.dumps(plan.as_dict(reason="as it is", assumptions=())))
     assert values["planned_bytes"] == sum(line["size_bytes"] for line in values["lines"]) == plan.total_bytes
     assert values["resident_layers"] == list(plan.resident)
     assert values["streamed_layers"] == list(plan.streamed)

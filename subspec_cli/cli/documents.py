@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from subspec_cli.cli.comparison_text import summary_lines
-from subspec_cli.cli.plan_text import advice_text, reason_text
+from subspec_cli.cli.plan_text import advice_text, assumptions, reason_text
 from subspec_cli.metrics import rate_of_totals
 from subspec_cli.planning.plan import OffloadPlan
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 def plan_document(plan: OffloadPlan) -> dict[str, Any]:
-    """Return a plan with the sentence for its reason."""
-    return plan.as_dict(reason=reason_text(plan.reason))
+    """Return a plan with the sentences for its reason and its assumptions."""
+    return plan.as_dict(reason=reason_text(plan.reason), assumptions=assumptions(plan.prediction))
 
 
 def forecast_document(found: Forecast) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from rich.text import Text
 
-from subspec_cli.cli.plan_text import advice_text, reason_text
+from subspec_cli.cli.plan_text import advice_text, assumptions, reason_text
 from subspec_cli.units import format_bytes, format_seconds, printable
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def _speeds(found: Forecast, plan: OffloadPlan) -> Iterator[tuple[str, str]]:
         yield "subspec", f"{rate(guess.tok_per_s)}, {guess.speedup:.1f}x: {each}"
     else:
         yield "subspec", f"{rate(guess.tok_per_s)}: plain decoding, which drafting would not speed up"
-    yield "assuming", ", ".join(guess.assumptions)
+    yield "assuming", ", ".join(assumptions(guess))
 
 
 def rate(tok_per_s: float) -> str:

@@ -14,6 +14,7 @@ from subspec_cli.planning.reason import (
     ShorterContext,
     WholeModel,
 )
+from subspec_cli.planning.timing import Prediction
 from subspec_cli.units import GIB, format_bytes
 
 
@@ -65,6 +66,19 @@ def _context_text(shorter: ShorterContext) -> str:
 def _bits_text(substitutes: FasterBits) -> str:
     named = " and ".join(f"{bits}-bit" for bits in substitutes.slower_bits)
     return f"{substitutes.bits}-bit substitutes, predicted faster than {named}"
+
+
+def assumptions(prediction: Prediction) -> tuple[str, ...]:
+    """Return what a prediction assumes, one short text for each figure."""
+    basis, origin = prediction.basis, prediction.origin
+    rate, pageable = basis.link_bytes_per_s, basis.pageable_bytes_per_s
+    unpinned = "" if pageable == rate else f", {pageable / 1e9:.3g} from memory that is not pinned"
+    return (
+        f"link {rate / 1e9:.3g} GB/s ({origin}{unpinned})",
+        f"draft step {prediction.step_s * 1e3:.3g} ms ({origin})",
+        f"target compute {basis.plain_compute_s * 1e3:.3g} ms a pass ({origin})",
+        f"survival {prediction.survival:.3g} a level ({basis.survival_origin})",
+    )
 
 
 def advice_text(advice: Advice) -> str:

@@ -107,8 +107,8 @@ class OffloadPlan:
             step=step_times(machine, geometry, len(self.shared), self.draft_head_bits, self.embedding),
         )
 
-    def as_dict(self, *, reason: str) -> dict[str, Any]:
-        """Return plain values for JSON; `reason` is the sentence for the plan's reason."""
+    def as_dict(self, *, reason: str, assumptions: Sequence[str]) -> dict[str, Any]:
+        """Return plain values for JSON; `reason` and `assumptions` are the sentences for them."""
         return {
             "device": self.device,
             "budget_bytes": self.budget_bytes,
@@ -129,7 +129,7 @@ class OffloadPlan:
             "streamed_bytes_per_pass": self.streamed_bytes_per_pass,
             "fits": self.fits,
             "reason": reason,
-            "prediction": self.prediction.as_dict(),
+            "prediction": self.prediction.as_dict(assumptions),
             "lines": _as_dicts(self.lines),
             "host_lines": _as_dicts(self.host_lines),
         }

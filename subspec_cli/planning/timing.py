@@ -36,6 +36,18 @@ _TWO_SLOTS_LOSS: Final = 1.02
 
 
 @dataclass(frozen=True, slots=True)
+class Basis:
+    """The figures that a prediction depends on."""
+
+    link_bytes_per_s: float
+    pageable_bytes_per_s: float
+    """Rate of copies from memory that is not pinned; the link's own where nothing is copied."""
+    plain_compute_s: float
+    """Computing of a pass of one row."""
+    survival_origin: CostOrigin
+
+
+@dataclass(frozen=True, slots=True)
 class Prediction:
     """What a plan is expected to give."""
 
@@ -55,17 +67,18 @@ class Prediction:
     """Probability that the target accepts one more level of the draft."""
     origin: CostOrigin
     """Where the costs come from."""
-    assumptions: tuple[str, ...]
+    basis: Basis
 
     @property
     def speedup(self) -> float:
         """Speedup over plain decoding under the same plan."""
         return self.tok_per_s / self.plain_tok_per_s
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
+    def as_dict(self, assumptions: Sequence[str]) -> dict[str, Any]:
+        """Return plain values for JSON, with the sentences for the basis."""
         values = dataclasses.asdict(self)
-        return {**values, "assumptions": list(self.assumptions), "speedup": self.speedup}
+        del values["basis"]
+        return {**values, "assumptions": list(assumptions), "speedup": self.speedup}
 
 
 class RoundTiming(NamedTuple):
@@ -227,7 +240,7 @@ class _DraftTiming(NamedTuple):
 
 
 def predict(request: PlanRequest, timing: RoundTiming, option: DepthOption) -> Prediction:
-    """Return the figures of a layout at one depth, with the assumptions that they depend on."""
+    """Return the figures of a layout at one depth, with the figures that they depend on."""
     machine, plain = request.costs, depth_options(request)[0]
     origin, survival = machine.origin, request.likely_survival
     survival_origin: CostOrigin = "assumed" if request.survival is None else "measured"
@@ -241,16 +254,5 @@ def predict(request: PlanRequest, timing: RoundTiming, option: DepthOption) -> P
         tok_per_s=option.tau / round_s(timing, option),
         survival=survival,
         origin=origin,
-        assumptions=(
-            _link_assumption(machine),
-            f"draft step {timing.step_s * 1e3:.3g} ms ({origin})",
-            f"target compute {plain.compute_s * 1e3:.3g} ms a pass ({origin})",
-            f"survival {survival:.3g} a level ({survival_origin})",
-        ),
+        basis=Basis(machine.link_bytes_per_s, machine.pageable_bytes_per_s, plain.compute_s, survival_origin),
     )
-
-
-def _link_assumption(machine: MachineCosts) -> str:
-    rate, pageable = machine.link_bytes_per_s, machine.pageable_bytes_per_s
-    unpinned = "" if pageable == rate else f", {pageable / 1e9:.3g} from memory that is not pinned"
-    return f"link {rate / 1e9:.3g} GB/s ({machine.origin}{unpinned})"
