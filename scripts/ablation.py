@@ -27,7 +27,6 @@ from torch import Tensor
 from subspec_cli.bench.suites import load_suite
 from subspec_cli.checkpoint.geometry import ModelGeometry
 from subspec_cli.config import Config, MemoryConfig, ModelConfig, SamplingConfig
-from subspec_cli.decoding.batches import prompt_batch
 from subspec_cli.decoding.engine import common_prefix
 from subspec_cli.drafting.draft_steps import SHARPENING, DirectSteps, DraftModel
 from subspec_cli.drafting.policy import DraftPolicy, FixedShape, TreeLimits
@@ -37,8 +36,7 @@ from subspec_cli.limits import MOST_DEPTH, MOST_ROWS, SHADOW_ROWS
 from subspec_cli.metrics import GenerationStats, rate_of_totals, tau_of_totals
 from subspec_cli.modeling.decoder import DraftLogits
 from subspec_cli.modeling.kv_cache import KVCache
-from subspec_cli.modeling.row_rules import RowRules
-from subspec_cli.modeling.token_batch import TokenBatch
+from subspec_cli.modeling.token_batch import TokenBatch, causal_batch
 from subspec_cli.reporter import Reporter
 from subspec_cli.session import open_session
 from subspec_cli.session.blocks import block_layouts
@@ -99,14 +97,9 @@ class UnsharedDraft:
         own.rewind(common_prefix(wanted, own.token_ids))
         while own.committed < len(wanted):
             chunk = wanted[own.committed : own.committed + 64]
-            self._draft.forward(prompt_batch(chunk, own.committed, _Unpadded(1)), own)
+            self._draft.forward(causal_batch(chunk, own.committed), own)
             own.commit(range(len(chunk)), chunk)
         return self._draft.forward(batch, own)
-
-
-class _Unpadded(RowRules):
-    def padded(self, rows: int) -> int:
-        return rows
 
 
 class WaitingStreamer:
@@ -128,7 +121,12 @@ class WaitingStreamer:
         """Whether files are read past the page cache."""
         return self._reader.is_direct
 
-    def blocks(self) -> Generator[Mapping[str, Tensor], None, None]:
+    @property
+    def most_held(self) -> int:
+        """There is one buffer."""
+        return 1
+
+    def blocks(self, parts: Sequence[int] = (1,)) -> Generator[Mapping[str, Tensor], None, None]:  # noqa: ARG002
         """One pass."""
         for layout in self._layouts:
             started = time.perf_counter()

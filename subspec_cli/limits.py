@@ -14,12 +14,19 @@ MOST_ROWS: Final = 8
 """Most rows of a draft step, at any costs."""
 
 
-ATTENTION_TILE_BYTES: Final = 4 * MIB
-"""Most bytes of one tile of float64 attention scores; a few such temporaries are alive at a time."""
-
-
-PREFILL_CHUNK: Final = 256
-"""Prompt rows per pass. Chunks end at absolute multiples of this number, for every budget and mode."""
+LARGE_BLOCK: Final = 512
+"""Keys of a large block of the target's attention."""
+SMALL_BLOCK: Final = 64
+"""Keys of a small block. The KV cache has a multiple of it in rows."""
+GUARD: Final = 64
+"""Least distance of a row from its large blocks: the depth of the deepest tree that a user can ask for."""
+ATTENTION_WORK_BYTES: Final = 16 * MIB
+"""Most bytes for the results of the blocks of a tile of rows, before they are summed."""
+PREFILL_CHUNK: Final = LARGE_BLOCK // 2
+"""Rows of a prompt that go through a layer together. Chunks end `GUARD` above a multiple of it, where the number of
+large blocks may change, for every budget and mode."""
+MOST_CHUNK_ROWS: Final = PREFILL_CHUNK + GUARD
+"""Rows of the first chunk."""
 SHADOW_ROWS: Final = 128
 """Cache rows for what is drafted while the target's weights arrive."""
 LEAST_RING_SLOTS: Final = 2

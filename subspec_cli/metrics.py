@@ -65,6 +65,8 @@ class GenerationStats(RoundTotals):
     prompt_tokens: int = 0
     prefilled_tokens: int = 0
     """Prompt tokens that were computed; the rest were still in the KV cache."""
+    prefill_passes: int = 0
+    """Target passes over the prompt."""
     new_tokens: int = 0
     ttft_s: float = 0.0
     passes: int = 0
@@ -119,12 +121,15 @@ class GenerationStats(RoundTotals):
             "link_busy_share": self.link_busy_share,
         }
 
-    def after_prefill(self, *, prompt_tokens: int, prefilled_tokens: int, ttft_s: float) -> GenerationStats:
+    def after_prefill(
+        self, *, prompt_tokens: int, prefilled_tokens: int, prefill_passes: int, ttft_s: float
+    ) -> GenerationStats:
         """Totals after the prefill, which emits the first token."""
         return replace(
             self,
             prompt_tokens=prompt_tokens,
             prefilled_tokens=prefilled_tokens,
+            prefill_passes=prefill_passes,
             ttft_s=ttft_s,
             new_tokens=1,
         )

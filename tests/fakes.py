@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from subspec_cli.config import SamplingConfig
@@ -26,8 +27,9 @@ from subspec_cli.drafting.draft_steps import DirectSteps, Feed, Found
 from subspec_cli.drafting.policy import DraftPolicy, FixedShape, TreeLimits
 from subspec_cli.modeling.decoder import DraftLogits
 from subspec_cli.modeling.kv_cache import KVCache
+from subspec_cli.modeling.row_group import RowGroup
 from subspec_cli.modeling.row_rules import RowRules
-from subspec_cli.modeling.token_batch import TokenBatch
+from subspec_cli.modeling.token_batch import TokenBatch, causal_batch
 from subspec_cli.planning.costs import PlanCosts, RowTimes
 from subspec_cli.streaming.streamer import StreamCounters
 
@@ -114,6 +116,16 @@ class FakeModel:
         return torch.from_numpy(np.stack([self.table(prefix) for prefix in prefixes]))
 
 
+def as_batch(group: RowGroup) -> TokenBatch:
+    """The rows of a group with a mask over the cache, as a draft step has them."""
+    rows, start = group.rows, group.start
+    if group.path is None:
+        return causal_batch(group.token_ids[:rows].tolist(), start)
+    allowed = F.pad(group.path, (start, 0), value=True)
+    keys = torch.cat((torch.arange(start), group.positions))
+    return TokenBatch(group.token_ids[:rows], group.positions, start, allowed, keys)
+
+
 @dataclass
 class FakeTarget(FakeModel):
     """The exact model, with row rules that ask for padding."""
@@ -122,13 +134,14 @@ class FakeTarget(FakeModel):
     fails_at: int | None = None
     """Number of the forward that writes half its work and raises."""
 
-    def begin_tokens(self, batch: TokenBatch, kv: KVCache) -> SimpleNamespace:
-        assert len(batch.token_ids) == len(batch.positions) == self.rules.padded(batch.rows)
-        return SimpleNamespace(batch=batch, kv=kv, prefixes=[])
+    def begin(self, groups: Sequence[RowGroup], kv: KVCache) -> SimpleNamespace:
+        assert all(group.padded == self.rules.padded(group.rows) for group in groups)
+        return SimpleNamespace(groups=groups, kv=kv, prefixes=[])
 
     def layers(self, flow: SimpleNamespace) -> Iterator[int]:
         """Two of them; the first does all the work."""
-        flow.prefixes = self.prefixes(flow.batch, flow.kv, TARGET_MADE)
+        for group in flow.groups:
+            flow.prefixes = self.prefixes(as_batch(group), flow.kv, TARGET_MADE)
         if self.fails_at is not None and len(self.calls) > self.fails_at:
             raise OSError("the disk is gone")
         yield 0
@@ -137,8 +150,8 @@ class FakeTarget(FakeModel):
     def logits(self, flow: SimpleNamespace, *, logits_from: int = 0) -> Tensor:
         return self.table_rows(flow.prefixes[logits_from:])
 
-    def forward(self, batch: TokenBatch, kv: KVCache, *, logits_from: int = 0) -> Tensor:
-        flow = self.begin_tokens(batch, kv)
+    def forward(self, group: RowGroup, kv: KVCache, *, logits_from: int = 0) -> Tensor:
+        flow = self.begin([group], kv)
         for _ in self.layers(flow):
             pass
         return self.logits(flow, logits_from=logits_from)
@@ -152,7 +165,6 @@ class FakeDraft(FakeModel):
     """The guess: rows are not padded."""
 
     def forward(self, batch: TokenBatch, kv: KVCache) -> DraftLogits:
-        assert len(batch.token_ids) == len(batch.positions) == batch.rows
         return DraftLogits(self.table_rows(self.prefixes(batch, kv, DRAFT_MADE)))
 
 
@@ -298,9 +310,9 @@ class CountdownStop:
         return "length" if self._left == 0 else None
 
 
-def fake_engine(target: FakeTarget, kv: KVCache, drafter: Drafter) -> Engine:
+def fake_engine(target: FakeTarget, kv: KVCache, drafter: Drafter, prompt_rows: int = 1 << 20) -> Engine:
     """The real loop over fakes."""
-    return Engine(target, kv, drafter, counters=target.counters)
+    return Engine(target, kv, drafter, counters=target.counters, prompt_rows=prompt_rows)
 
 
 def request_for(

@@ -111,7 +111,9 @@ class FakeSession:
 
     def generate(self, prompt_ids, *, max_new_tokens, stop):
         self.calls.append(("generate", len(prompt_ids), max_new_tokens, stop))
-        stats = GenerationStats().after_prefill(prompt_tokens=5, prefilled_tokens=4, ttft_s=0.25)
+        stats = GenerationStats().after_prefill(
+            prompt_tokens=5, prefilled_tokens=4, prefill_passes=1, ttft_s=0.25
+        )
         step = PassStats(
             drafted=4,
             accepted=2,

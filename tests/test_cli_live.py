@@ -31,7 +31,7 @@ def ticking(step_s=1.0):
 
 
 def some_stats():
-    stats = GenerationStats().after_prefill(prompt_tokens=9, prefilled_tokens=9, ttft_s=0.1)
+    stats = GenerationStats().after_prefill(prompt_tokens=9, prefilled_tokens=9, prefill_passes=1, ttft_s=0.1)
     times = {"draft_time_s": 0.5, "verify_time_s": 1.5, "wait_time_s": 1.0, "streamed_bytes": 10**9}
     times["decode_time_s"] = 2.0
     for accepted in (0, 8, 4):
@@ -46,7 +46,7 @@ def test_statistics_say_speed_time_and_memory():
         "draft 25% · verify 25% · waiting 50% · link 0.50 GB/s",
         "memory 512.0 MiB of 1.00 GiB · 2.79 GiB moved",
     ]
-    first = GenerationStats().after_prefill(prompt_tokens=9, prefilled_tokens=9, ttft_s=0.1)
+    first = GenerationStats().after_prefill(prompt_tokens=9, prefilled_tokens=9, prefill_passes=1, ttft_s=0.1)
     assert statistics_lines(first, 0, 1 << 30) == ["0.0 tok/s · 1 tokens", "memory 0 B of 1.00 GiB"]
 
 

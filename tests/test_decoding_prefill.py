@@ -19,28 +19,69 @@ from fakes import (
 )
 from test_decoding_engine import BOTH, DRAFTS, PROMPT, TABLE, check_cache, check_next_turn, machine
 
+from subspec_cli.decoding.drafter import PlainDrafter
 from subspec_cli.decoding.engine import common_prefix
+from subspec_cli.decoding.row_groups import prompt_groups
 from subspec_cli.drafting.draft_steps import DirectSteps
 from subspec_cli.drafting.history import History
 from subspec_cli.drafting.tree_drafter import TreeDrafter
 from subspec_cli.errors import UsageError
-from subspec_cli.limits import PREFILL_CHUNK
+from subspec_cli.limits import GUARD, MOST_CHUNK_ROWS, PREFILL_CHUNK
+from subspec_cli.modeling.key_blocks import large_blocks
+from subspec_cli.modeling.row_rules import RowRules
 
 
 def spans(target):
     return [(call.batch.start, call.batch.start + call.batch.rows) for call in target.calls]
 
 
-def test_prefill_chunks_end_at_multiples_of_one_constant():
-    chunk = PREFILL_CHUNK
-    prompt = tuple(n % VOCAB for n in range(2 * chunk + 9))
-    engine, target, _ = machine(context=3 * chunk)
+def test_prefill_chunks_end_at_fixed_positions():
+    first, second = PREFILL_CHUNK + GUARD, 2 * PREFILL_CHUNK + GUARD
+    prompt = tuple(n % VOCAB for n in range(second + 9))
+    engine, target, _ = machine(context=3 * PREFILL_CHUNK)
     assert emitted(list(engine.generate(request_for(prompt, 1)))) == plain_answer(TABLE, prompt, 1)
-    assert spans(target) == [(0, chunk), (chunk, 2 * chunk), (2 * chunk, 2 * chunk + 9)]
+    assert spans(target) == [(0, first), (first, second), (second, second + 9)]
     target.calls.clear()
-    changed = (*prompt[: chunk - 3], 11, *prompt[chunk - 2 :])
+    changed = (*prompt[: first - 3], 11, *prompt[first - 2 :])
     list(engine.generate(request_for(changed, 1)))
-    assert spans(target) == [(chunk - 3, chunk), (chunk, 2 * chunk), (2 * chunk, 2 * chunk + 9)]
+    assert spans(target) == [(first - 3, first), (first, second), (second, second + 9)]
+
+
+def test_chunks_never_cross_where_large_blocks_begin():
+    rules = RowRules(2)
+    for start in (0, 1, GUARD - 1, GUARD, PREFILL_CHUNK, PREFILL_CHUNK + GUARD - 1, PREFILL_CHUNK + GUARD):
+        groups = list(prompt_groups([1] * 3000, start, rules))
+        assert [group.start for group in groups[1:]] == [g.start + g.rows for g in groups[:-1]]
+        assert groups[0].start == start
+        assert groups[-1].start + groups[-1].rows == 3000
+        for group in groups:
+            assert group.rows <= MOST_CHUNK_ROWS
+            assert len({large_blocks(int(position)) for position in group.positions}) == 1
+
+
+@pytest.mark.parametrize(("most", "expected"), [(1 << 20, 1), (576, 2), (271, 3), (10, 3)])
+def test_a_prompt_takes_as_few_passes_as_its_workspace_allows(most, expected):
+    prompt = tuple(n % VOCAB for n in range(2 * PREFILL_CHUNK + GUARD + 9))
+    kv, target = fake_cache(3 * PREFILL_CHUNK), FakeTarget(TABLE)
+    engine = fake_engine(target, kv, PlainDrafter(), prompt_rows=most)
+    outputs = list(engine.generate(request_for(prompt, 5)))
+    assert emitted(outputs) == plain_answer(TABLE, prompt, 5)
+    assert outputs[0].stats.prefill_passes == expected
+    check_cache(kv, prompt, emitted(outputs))
+
+
+def test_an_interrupted_pass_over_a_prompt_keeps_what_was_committed():
+    kv, target = fake_cache(3 * PREFILL_CHUNK), FakeTarget(TABLE)
+    engine = fake_engine(target, kv, PlainDrafter())
+    list(engine.generate(request_for(PROMPT, 4)))
+    before = kv.token_ids
+    target.fails_at = len(target.calls) + 1
+    longer = (*before, *(n % VOCAB for n in range(2 * PREFILL_CHUNK)))
+    with pytest.raises(OSError, match="the disk is gone"):
+        list(engine.generate(request_for(longer, 4)))
+    assert kv.token_ids == before
+    target.fails_at = None
+    assert emitted(list(engine.generate(request_for(longer, 4)))) == plain_answer(TABLE, longer, 4)
 
 
 @pytest.mark.parametrize("length", [PREFILL_CHUNK - 1, PREFILL_CHUNK, PREFILL_CHUNK + 1])

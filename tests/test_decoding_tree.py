@@ -6,8 +6,9 @@ import torch
 from fakes import tree_of
 from test_decoding_verification import random_tree
 
-from subspec_cli.decoding.batches import prompt_batch, tree_batch
+from subspec_cli.decoding.row_groups import tree_group
 from subspec_cli.decoding.tree import TokenTree
+from subspec_cli.modeling.row_group import chunk_group
 from subspec_cli.modeling.row_rules import RowRules
 
 CPU = torch.device("cpu")
@@ -44,24 +45,17 @@ def test_a_parent_comes_before_its_child(parents):
         TokenTree((0,) * count, parents, (0,) * count, (0.0,) * count)
 
 
-def test_prompt_rows_are_causal_over_what_is_cached():
-    batch = prompt_batch([5, 6, 7], 4, RowRules(4))
-    assert batch.token_ids.tolist() == [5, 6, 7, 7]
-    assert batch.positions.tolist() == [4, 5, 6, 0]
-    assert (batch.rows, batch.start) == (3, 4)
-    assert batch.allowed.tolist() == [[True] * (5 + row) + [False] * (2 - row) for row in range(3)]
-    assert batch.key_positions.tolist() == list(range(7))
+def test_prompt_rows_are_in_the_cache_rows_of_their_positions():
+    group = chunk_group([5, 6, 7], 4, RowRules(4))
+    assert group.token_ids.tolist() == [5, 6, 7, 7]
+    assert group.positions.tolist() == [4, 5, 6]
+    assert (group.rows, group.padded, group.start, group.path) == (3, 4, 4, None)
 
 
 def test_a_whole_tree_sees_prefix_ancestors_and_self():
     tree = tree_of([9, 1, 2, 3], [-1, 0, 0, 2])
-    batch = tree_batch(tree, 2, RowRules(8))
-    assert batch.token_ids.tolist() == [9, 1, 2, 3, 3, 3, 3, 3]
-    assert batch.positions[:4].tolist() == [2, 3, 3, 4]
-    assert len(batch.positions) == 8
-    assert (batch.rows, batch.start) == (4, 2)
-    assert batch.key_positions.tolist() == [0, 1, 2, 3, 3, 4]
-    prefix = [[True, True]] * 4
-    assert batch.allowed.tolist() == [
-        a + b for a, b in zip(prefix, tree.ancestor_mask().tolist(), strict=True)
-    ]
+    group = tree_group(tree, 2, RowRules(8))
+    assert group.token_ids.tolist() == [9, 1, 2, 3, 3, 3, 3, 3]
+    assert group.positions.tolist() == [2, 3, 3, 4]
+    assert (group.rows, group.padded, group.start) == (4, 8, 2)
+    assert group.path.equal(tree.ancestor_mask())

@@ -25,7 +25,6 @@ from subspec_cli.drafting import captured_steps as module
 from subspec_cli.drafting import step_buffers
 from subspec_cli.drafting.captured_steps import CapturedSteps, make_draft_steps
 from subspec_cli.drafting.draft_steps import DirectSteps, Feed
-from subspec_cli.modeling.attention import fast_attention
 from subspec_cli.modeling.decoder import DraftDecoder
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.substitute import resident_layer
@@ -115,7 +114,7 @@ def captured_steps(draft: DraftDecoder, kv: KVCache, graphs: FakeGraphs, most_ro
 
 
 def draft_of(model: Tiny) -> DraftDecoder:
-    source, math = model.source(), model.math(fast_attention)
+    source, math = model.source(), model.math()
     layers = [resident_layer(math, n, source.resident_matrices(n)) for n in range(model.geometry.layers)]
     return DraftDecoder(math, model.embed, model.head, layers)
 
@@ -129,7 +128,7 @@ def step(seed: int, kv: KVCache, rows: int, first: int) -> TokenBatch:
     allowed[:, start:] = torch.eye(rows, dtype=torch.bool)
     positions = kv.committed + torch.randint(first + 1, (rows,), generator=chance)
     keys = torch.cat((torch.arange(start), positions))
-    return TokenBatch(torch.randint(VOCAB, (rows,), generator=chance), positions, rows, start, allowed, keys)
+    return TokenBatch(torch.randint(VOCAB, (rows,), generator=chance), positions, start, allowed, keys)
 
 
 @pytest.fixture(params=["qwen2", "qwen2 windowed", "qwen3"])
@@ -230,7 +229,7 @@ def chain_step(kv: KVCache, first: int) -> TokenBatch:
     position = torch.tensor([2 * first])
     keys = 2 * torch.arange(first + 1)
     allowed = torch.ones((1, first + 1), dtype=torch.bool)
-    return TokenBatch(torch.tensor([first]), position, 1, kv.committed + first, allowed, keys)
+    return TokenBatch(torch.tensor([first]), position, kv.committed + first, allowed, keys)
 
 
 def test_after_a_step_that_was_interrupted_turns_agree_again(tiny: Callable[..., Tiny]) -> None:

@@ -23,12 +23,12 @@ from fakes import (
     steps_of,
 )
 
-from subspec_cli.decoding.batches import prompt_batch
 from subspec_cli.decoding.drafter import PlainDrafter
 from subspec_cli.decoding.sampler import sample_token
 from subspec_cli.drafting.draft_steps import DirectSteps, likeliest, rank, sampling_of
 from subspec_cli.drafting.tree_drafter import TreeDrafter
 from subspec_cli.modeling.decoder import DraftLogits
+from subspec_cli.modeling.row_group import chunk_group
 
 pytestmark = pytest.mark.usefixtures("checked_trees")
 
@@ -39,7 +39,7 @@ ROOT = 4
 def prompted_cache(**size):
     """A cache with the prompt's rows."""
     kv, target = fake_cache(**size), FakeTarget(random_table(0))
-    target.forward(prompt_batch(PROMPT, 0, target.rules), kv)
+    target.forward(chunk_group(PROMPT, 0, target.rules), kv)
     kv.commit(range(len(PROMPT)), PROMPT)
     return kv
 
@@ -321,7 +321,7 @@ def test_rows_of_a_tree_read_late_hold_what_its_nodes_say():
         table = circle if seed % 2 else random_table(seed, spread=1.5)
         kv = fake_cache(scratch=200)
         target, steps = FakeTarget(random_table(0)), LateSteps(FakeDraft(table), kv)
-        target.forward(prompt_batch((0, 1, 2, 3, 0, 1, 2, 3, 0), 0, target.rules), kv)
+        target.forward(chunk_group((0, 1, 2, 3, 0, 1, 2, 3, 0), 0, target.rules), kv)
         kv.commit(range(9), (0, 1, 2, 3, 0, 1, 2, 3, 0))
         # Space for unused rows beside those of the tree.
         make = free_policy if seed % 3 else policy

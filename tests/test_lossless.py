@@ -1,14 +1,14 @@
 """End to end on tiny models: whatever the draft does, the tokens are those of plain decoding."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 from fakes_session import Answer, answer_to, open_tiny
 from tiny_models import FAMILIES, Tiny
 
-from subspec_cli.modeling.attention import fast_attention
+from subspec_cli.modeling.exact_attention import ChainRows, ExactAttention
+from subspec_cli.modeling.fast_attention import fast_attention
 from subspec_cli.modeling.row_rules import RowRules
 from subspec_cli.modeling.substitute import resident_layer
 from subspec_cli.session import load
@@ -247,12 +247,18 @@ def test_a_damaged_draft_changes_no_token(shelf, monkeypatch):
 def test_ordinary_kernels_do_not_pass_and_are_not_called_exact(shelf, monkeypatch):
     """The inverse: with the draft's attention and unpadded rows in the target, tokens differ and it is said."""
 
-    class Ordinary(load.LayerMath):
-        def __new__(cls, geometry, small, rope, attend):
-            return replace(loading_math(geometry, small, rope, attend), attend=fast_attention)
+    def masked(self, positions, path, committed):
+        return torch.nn.functional.pad(path, (committed, 0), value=True)
 
-    loading_math = load.LayerMath
-    monkeypatch.setattr(load, "LayerMath", Ordinary)
+    def ordinary(self, query, keys, values, rows, window):
+        """One call over all rows in view, as other programs run it."""
+        if isinstance(rows, ChainRows):
+            end = rows.first + len(query)
+            rows = torch.arange(end)[None] <= torch.arange(rows.first, end)[:, None]
+        return fast_attention(query, keys[:, : rows.shape[1]], values[:, : rows.shape[1]], rows)
+
+    monkeypatch.setattr(ExactAttention, "tree_rows", masked)
+    monkeypatch.setattr(ExactAttention, "attend", ordinary)
     monkeypatch.setattr(RowRules, "padded", lambda self, rows: rows)
     disagreements = 0
     with open_tiny(model_of(shelf, "llama"), sampling={"temperature": 1.0, "seed": 1}) as session:

@@ -7,7 +7,9 @@ import pytest
 
 from subspec_cli.metrics import GenerationStats, PassStats, rate_of_totals, tau_of_totals
 
-PREFILLED = GenerationStats().after_prefill(prompt_tokens=20, prefilled_tokens=12, ttft_s=0.5)
+PREFILLED = GenerationStats().after_prefill(
+    prompt_tokens=20, prefilled_tokens=12, prefill_passes=1, ttft_s=0.5
+)
 
 
 def step(accepted, emitted=None, drafted=6):

@@ -11,14 +11,16 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from fakes import as_batch
 from tiny_models import VOCAB, Tiny
 from torch import Tensor
 
-from subspec_cli.decoding.batches import prompt_batch, tree_batch
+from subspec_cli.decoding.row_groups import tree_group
 from subspec_cli.decoding.tree import TokenTree
-from subspec_cli.modeling.attention import exact_attention, fast_attention
+from subspec_cli.modeling.block_kernels import fused_cpu_kernel
 from subspec_cli.modeling.decoder import DraftDecoder, TargetDecoder
 from subspec_cli.modeling.kv_cache import KVCache
+from subspec_cli.modeling.row_group import chunk_group
 from subspec_cli.modeling.row_rules import RowRules
 from subspec_cli.modeling.substitute import resident_layer
 from subspec_cli.modeling.target_blocks import TargetBlocks
@@ -88,7 +90,7 @@ def random_tree(seed: int, widths: Sequence[int]) -> TokenTree:
 
 def tree_logits(decoder: TargetDecoder, kv: KVCache, tree: TokenTree) -> Tensor:
     """`[N, V]` of one pass over the whole tree."""
-    return decoder.forward(tree_batch(tree, kv.committed, decoder.rules), kv)
+    return decoder.forward(tree_group(tree, kv.committed, decoder.rules), kv)
 
 
 def sequential_logits(decoder: TargetDecoder, kv: KVCache, tree: TokenTree) -> Tensor:
@@ -159,12 +161,11 @@ def test_a_draft_of_resident_layers_is_the_same_model(float_model: Tiny) -> None
 
 def unpadded_batch(tree: TokenTree, kv: KVCache) -> TokenBatch:
     """A whole tree as one step of the draft."""
-    batch = tree_batch(tree, kv.committed, RowRules(2))
-    return replace(batch, token_ids=batch.token_ids[: batch.rows], positions=batch.positions[: batch.rows])
+    return as_batch(tree_group(tree, kv.committed, RowRules(2)))
 
 
 def resident_draft(model: Tiny, source: TargetBlocks) -> DraftDecoder:
-    math = model.math(fast_attention)
+    math = model.math()
     layers = [
         resident_layer(math, layer, source.resident_matrices(layer)) for layer in range(model.geometry.layers)
     ]
@@ -224,7 +225,7 @@ def test_prefill_in_one_chunk_or_several_gives_the_same_bits(model: Tiny, chunk:
 
 def test_only_the_wanted_rows_reach_the_head(model: Tiny) -> None:
     decoder = model.target(rules=model.exact_rules)
-    batch = prompt_batch(PROMPT[:13], 0, decoder.rules)
+    batch = chunk_group(PROMPT[:13], 0, decoder.rules)
     everything = decoder.forward(batch, model.kv())
     for first in (0, 5, 12):
         wanted = decoder.forward(batch, model.kv(), logits_from=first)
@@ -278,7 +279,7 @@ def test_padding_is_finite_and_never_reaches_the_cache(model: Tiny, rows: int) -
     """Trap 4: masked rows of the cache are multiplied by zero, so nothing in it may ever be NaN."""
     decoder = model.target(rules=WatchedRules(16))
     kv = prefilled(model, decoder, PROMPT[:5])
-    logits = decoder.forward(prompt_batch(PROMPT[:rows], 5, decoder.rules), kv)
+    logits = decoder.forward(chunk_group(PROMPT[:rows], 5, decoder.rules), kv)
     assert logits.shape == (rows, VOCAB)
     assert logits.isfinite().all()
     for layer in range(model.geometry.layers):
@@ -290,7 +291,7 @@ def test_padding_is_finite_and_never_reaches_the_cache(model: Tiny, rows: int) -
 
 def test_what_the_padding_holds_does_not_show(model: Tiny) -> None:
     decoder = model.target(rules=replace(model.exact_rules, row_block=8))
-    batch = prompt_batch(PROMPT[:3], 0, decoder.rules)
+    batch = chunk_group(PROMPT[:3], 0, decoder.rules)
     other_ids = batch.token_ids.clone()
     other_ids[3:] = torch.tensor([5, 99, 250, 8, 1])
     assert len(other_ids) == 8
@@ -321,7 +322,7 @@ def test_fixed_rows_run_every_linear_in_blocks_of_one_size() -> None:
 def test_every_linear_of_the_target_and_its_head_follow_the_row_rules(tiny: MakeTiny) -> None:
     model = tiny("llama", attention_bias=True, mlp_bias=True, tied=False)
     decoder = model.target(rules=RowRules(4, fixed_rows=True))
-    batch = prompt_batch(PROMPT[:13], 0, decoder.rules)
+    batch = chunk_group(PROMPT[:13], 0, decoder.rules)
     sizes: list[int] = []
     linear = torch.nn.functional.linear
 
@@ -387,26 +388,27 @@ def test_two_shells_share_parameters_and_do_not_disturb_each_other(model: Tiny) 
 
 @dataclass
 class Interrupted:
-    """Attention that fails once, at its n-th call."""
+    """A kernel that fails once, at its n-th call."""
 
     left: int
-    calls: list[int] = field(default_factory=list)
 
-    def __call__(self, *arguments: Tensor) -> Tensor:
+    def __call__(
+        self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         self.left -= 1
         if not self.left:
             raise KeyboardInterrupt
-        return exact_attention(*arguments)
+        return fused_cpu_kernel(query, keys, values, mask)
 
 
 @pytest.mark.parametrize("calls", [1, 2, 3])
 def test_after_an_interrupt_the_next_pass_starts_at_the_first_block(tiny: MakeTiny, calls: int) -> None:
     model = tiny("qwen2")
-    batch = prompt_batch(PROMPT[:6], 0, RowRules(4))
+    batch = chunk_group(PROMPT[:6], 0, RowRules(4))
     expected = model.target().forward(batch, model.kv())
     with closing(model.streamer(range(3), 2)) as streamer:
-        failing = Interrupted(calls)
-        decoder = model.target(model.source([], streamer), math=model.math(failing))
+        attention = model.attention(kernel=Interrupted(calls))
+        decoder = model.target(model.source([], streamer), attention=attention)
         with pytest.raises(KeyboardInterrupt):
             decoder.forward(batch, model.kv())
         assert torch.equal(decoder.forward(batch, model.kv()), expected)
@@ -420,8 +422,9 @@ class FakeStreamer:
     passes: list[Generator[dict[str, Tensor], None, None]] = field(default_factory=list)
     completed: int = 0
     left: int = 0
+    most_held: int = 1
 
-    def blocks(self) -> Generator[dict[str, Tensor], None, None]:
+    def blocks(self, parts: Sequence[int] = (1,)) -> Generator[dict[str, Tensor], None, None]:
         self.passes.append(self._pass())
         return self.passes[-1]
 
@@ -464,9 +467,9 @@ def test_a_failing_block_leaves_the_stream_at_once(
     """Not when the traceback is dropped: the reader would wait with slots of an abandoned pass."""
     model = tiny("llama")
     source, streamer = streamed_source
-    decoder = model.target(source, math=model.math(Interrupted(3)))
+    decoder = model.target(source, attention=model.attention(kernel=Interrupted(3)))
     with pytest.raises(KeyboardInterrupt) as caught:
-        decoder.forward(prompt_batch(PROMPT[:6], 0, decoder.rules), model.kv())
+        decoder.forward(chunk_group(PROMPT[:6], 0, decoder.rules), model.kv())
     assert (streamer.completed, streamer.left) == (0, 1)
     assert caught.tb is not None
 

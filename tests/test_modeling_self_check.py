@@ -6,7 +6,8 @@ import pytest
 import torch
 from tiny_models import CPU, FAMILIES, Tiny, make_tiny_model
 
-from subspec_cli.modeling.attention import exact_attention, fast_attention
+from subspec_cli.errors import ResourceError
+from subspec_cli.modeling.block_kernels import fused_cpu_kernel
 from subspec_cli.modeling.decoder import Head, TargetDecoder
 from subspec_cli.modeling.row_rules import RowRules
 from subspec_cli.modeling.self_check import candidate_rules, check_batch_invariance, row_counts
@@ -19,39 +20,37 @@ def qwen(tmp_path_factory):
     return Tiny(make_tiny_model(tmp_path_factory.mktemp("qwen"), "qwen2", layers=1))
 
 
-def self_check(tiny, *, attend=exact_attention, nodes=NODES, prefill=PREFILL):
-    source, math = tiny.source(), tiny.math(attend)
+def self_check(tiny, *, kernel=None, nodes=NODES, prefill=PREFILL):
+    source = tiny.source()
     return check_batch_invariance(
-        lambda rules: tiny.target(source, rules, math),
+        lambda rules: tiny.target(source, rules),
+        lambda rules: tiny.attention(rules, kernel),
         tiny.head,
         source,
+        tiny.kv(),
         most_nodes=nodes,
         prefill_rows=prefill,
     )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_16_bit_model_is_exact(tmp_path, family, dtype):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_model_of_any_type_is_exact(tmp_path, family, dtype):
     found = self_check(Tiny(make_tiny_model(tmp_path, family, dtype=dtype, layers=1, tied=False)))
     assert (found.exactness, found.threads) == ("exact", 1)
     assert str(found.rules.row_block) in found.reason
 
 
-def test_a_float32_model_is_numeric_and_says_why(tmp_path):
-    found = self_check(Tiny(make_tiny_model(tmp_path, "llama", dtype=torch.float32, layers=1)))
-    assert found.exactness == "numeric"
-    assert "float32" in found.reason or "neighbours" in found.reason
-
-
 def planted(kind, change, monkeypatch):
     """Let `change` spoil the rows that the blocks of one kind give."""
-    name, place = f"_run_{kind}", "hidden" if kind in ("attention", "down") else "inner"
+    name = "finish_attention" if kind == "attention" else "run_feed_forward"
+    place = "hidden" if kind in ("attention", "down") else "inner"
     original = getattr(TargetDecoder, name)
 
-    def run(self, block, flow):
-        original(self, block, flow)
-        setattr(flow, place, change(getattr(flow, place)))
+    def run(self, block, flow, *attended):
+        original(self, block, flow, *attended)
+        if block.kind == kind:
+            setattr(flow, place, change(getattr(flow, place)))
 
     monkeypatch.setattr(TargetDecoder, name, run)
 
@@ -162,29 +161,30 @@ def test_the_head_is_checked_up_to_the_largest_tree(qwen, monkeypatch):
     assert "the head" in found.reason
 
 
-def test_attention_that_rounds_by_what_is_beside_it_is_named(qwen):
-    """The draft's fast attention in the target's place: what other programs run, and call lossless."""
-    found = self_check(qwen, attend=fast_attention)
+def test_attention_that_feels_its_company_is_named(qwen):
+    """The library's kernel without padding: what other programs run, and call lossless."""
+
+    def counting(query, keys, values, mask):
+        output, log_sum = fused_cpu_kernel(query, keys, values, mask)
+        return output * (1 + query.shape[2] / 2**9), log_sum
+
+    found = self_check(qwen, kernel=counting)
     assert found.exactness == "numeric"
-    assert "attention" in found.reason
+    assert "attention over the cache" in found.reason
 
 
-def test_attention_that_counts_its_rows_is_named(qwen):
-    def counting(query, keys, values, allowed):
-        return exact_attention(query, keys, values, allowed) * (1 + query.shape[1] / 2**9)
+def test_products_that_leave_results_unwritten_are_refused(qwen, monkeypatch):
+    """Where OpenMP grants fewer threads than PyTorch asks for, the other threads' share keeps what memory held."""
+    original = torch.nn.functional.linear
 
-    assert "attention" in self_check(qwen, attend=counting).reason
+    def half(rows, weight, bias=None):
+        found = original(rows, weight, bias)
+        found[:, : found.shape[1] // 2] = torch.nan if len(rows) == 8 else 0.25
+        return found
 
-
-def test_attention_that_counts_its_keys_is_named(qwen):
-    """Decode and prefill see the same key among different numbers of masked ones."""
-
-    def counting(query, keys, values, allowed):
-        return exact_attention(query, keys, values, allowed) * (1 + (keys.shape[1] % 8) / 64)
-
-    found = self_check(qwen, attend=counting)
-    assert found.exactness == "numeric"
-    assert "attention" in found.reason
+    monkeypatch.setattr(torch.nn.functional, "linear", half)
+    with pytest.raises(ResourceError, match=r"512 of 1024 results.*OpenMP"):
+        self_check(qwen)
 
 
 def test_the_smallest_row_block_that_holds_is_taken(qwen, monkeypatch):

@@ -15,14 +15,11 @@ from tiny_models import CPU, Tiny
 from torch import Tensor
 
 from subspec_cli.checkpoint.layer_tensors import LAYER_MATRICES, layer_prefix
-from subspec_cli.decoding.batches import prompt_batch
 from subspec_cli.modeling import quantization as quantize_module
 from subspec_cli.modeling import substitute
-from subspec_cli.modeling.attention import fast_attention
 from subspec_cli.modeling.decoder import DraftDecoder
 from subspec_cli.modeling.layers import LayerMath
 from subspec_cli.modeling.quantization import QuantizedLayer, quantize_layer
-from subspec_cli.modeling.row_rules import RowRules
 from subspec_cli.modeling.substitute import (
     Int4Linear,
     Int8Linear,
@@ -32,6 +29,7 @@ from subspec_cli.modeling.substitute import (
     resident_layer,
     unpack_codes,
 )
+from subspec_cli.modeling.token_batch import causal_batch
 from subspec_cli.substitutes.quality import matrix_kind, summed
 from subspec_cli.substitutes.settings import SubstituteSettings, group_size_for, substitute_layer_bytes
 
@@ -125,7 +123,7 @@ def quantized(request: pytest.FixtureRequest, tiny: MakeTiny) -> Quantized:
 
 
 def load(model: Tiny, bits: int, stored: dict[str, Tensor], layer: int = 1) -> SubstituteLayer:
-    return load_substitute(model.math(fast_attention), layer, stored, SubstituteSettings(bits, "minmax"), CPU)
+    return load_substitute(model.math(), layer, stored, SubstituteSettings(bits, "minmax"), CPU)
 
 
 def qkv(layer: SubstituteLayer, inputs: Tensor) -> tuple[Tensor, ...]:
@@ -382,7 +380,7 @@ def test_mixed_widths_are_computed_each_by_its_own_kernel(
 ) -> None:
     model, settings = tiny("qwen2"), SubstituteSettings(4, "minmax", overrides)
     made = quantize_layer(layer_tensors(model), settings)
-    layer = load_substitute(model.math(fast_attention), 1, made.tensors, settings, CPU)
+    layer = load_substitute(model.math(), 1, made.tensors, settings, CPU)
     widths = {name: settings.bits_of(name) for name in LAYER_MATRICES}
     assert len(layer.qkv_proj) == (
         1 if len({widths[f"self_attn.{n}_proj.weight"] for n in "qkv"}) == 1 else 3
@@ -427,7 +425,7 @@ def test_loading_needs_no_quanto(tiny: MakeTiny, monkeypatch: pytest.MonkeyPatch
 def test_a_resident_layer_is_the_layer_itself(tiny: MakeTiny) -> None:
     model = tiny("llama", attention_bias=True, mlp_bias=True)
     tensors = layer_tensors(model)
-    layer = resident_layer(model.math(fast_attention), 1, tensors)
+    layer = resident_layer(model.math(), 1, tensors)
     inputs = rows(model, 3, 128)
 
     def plain(name: str, states: Tensor) -> Tensor:
@@ -450,7 +448,7 @@ DRAFT_DB = {8: 24.0, 4: 5.0}
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)
 def test_a_draft_of_substitutes_guesses_what_the_target_says(tiny: MakeTiny, family: str, bits: int) -> None:
     model = tiny(family)
-    math_: LayerMath = model.math(fast_attention)
+    math_: LayerMath = model.math()
     layers = [
         load(
             model,
@@ -464,7 +462,5 @@ def test_a_draft_of_substitutes_guesses_what_the_target_says(tiny: MakeTiny, fam
     target = model.target()
     expected = model.prefill(target, model.kv(), prompt)
     draft = DraftDecoder(math_, model.embed, model.head, layers)
-    batch = prompt_batch(prompt, 0, RowRules(2))
-    assert len(batch.positions) == len(prompt)
-    found = draft.forward(batch, model.kv()).logits
+    found = draft.forward(causal_batch(prompt, 0), model.kv()).logits
     assert sqnr_db(expected, found) > DRAFT_DB[bits]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from subspec_cli.checkpoint.geometry import ModelGeometry
 from subspec_cli.checkpoint.layer_tensors import spread
 from subspec_cli.errors import ResourceError, UsageError
-from subspec_cli.limits import MOST_ROWS, NOISE_ROWS
+from subspec_cli.limits import MOST_ROWS, NOISE_ROWS, SMALL_BLOCK
 from subspec_cli.planning.assumed_costs import assumed_costs, low_bit_table_bytes
 from subspec_cli.planning.costs import MachineCosts, RowTimes
 from subspec_cli.planning.device_profile import device_profile
@@ -185,7 +185,11 @@ def test_every_byte_that_grows_has_a_line(request: PlanRequest) -> None:
     rows = plan.context + request.tree_nodes
     if request.substitute_bytes is not None:
         rows += request.shadow_rows
-    assert line_bytes(plan, "KV cache") == rows * geometry.kv_row_bytes
+    whole_blocks = -(-rows // SMALL_BLOCK) * SMALL_BLOCK
+    assert whole_blocks <= line_bytes(plan, "KV cache") / geometry.kv_row_bytes < rows + SMALL_BLOCK
+    held_row_bytes = (geometry.hidden + geometry.feed_forward) * geometry.element_bytes
+    held_rows = line_bytes(plan, "waiting prompt rows") // held_row_bytes
+    assert plan.prompt_rows in (plan.context, held_rows + request.prefill_rows)
     assert line_bytes(plan, "resident layers") == len(plan.resident) * geometry.layer_matrix_bytes
     assert plan.streamed_bytes_per_pass == len(plan.streamed) * geometry.layer_matrix_bytes
     on_gpu = request.device == "cuda"
@@ -207,8 +211,8 @@ def test_every_byte_that_grows_has_a_line(request: PlanRequest) -> None:
 
 LABELS = {
     "embedding and head", "head", "draft head", "norms and biases", "resident layers", "substitutes",
-    "stream slots", "KV cache", "workspace", "sampling noise", "CUDA context", "library workspaces",
-    "allocator rounding", "margin",
+    "stream slots", "KV cache", "workspace", "waiting prompt rows", "sampling noise", "CUDA context",
+    "library workspaces", "allocator rounding", "margin",
 }  # fmt: skip
 
 
@@ -219,12 +223,15 @@ def test_every_byte_is_in_exactly_one_line(request: PlanRequest) -> None:
     memory = MemoryModel(request)
     for number, item in enumerate(timed_layouts(request, memory)):
         if number % 97 == 0:
-            lines = memory.lines(item.layout, 700)
+            prompt = memory.prompt_pass(item.layout, 700, number << 16)
+            assert 0 <= prompt.held_bytes <= number << 16
+            lines = memory.lines(item.layout, 700, prompt)
             labels = [line.label for line in lines]
             assert len(set(labels)) == len(labels)
             assert set(labels) <= LABELS
             assert all(line.size_bytes > 0 for line in lines)
-            assert sum(line.size_bytes for line in lines) == item.base_bytes + 700 * memory.row_bytes
+            expected = item.base_bytes + 700 * memory.row_bytes + prompt.held_bytes
+            assert sum(line.size_bytes for line in lines) == expected
 
 
 @FAST
@@ -432,7 +439,7 @@ def test_the_context_is_cut_to_what_fits_and_that_is_said() -> None:
 
 
 def test_a_context_that_would_cost_speed_is_traded_and_that_is_said() -> None:
-    plan = make_plan(make_request(budget_bytes=int(1.5 * GIB)))
+    plan = make_plan(make_request(budget_bytes=int(1.6 * GIB)))
     assert 512 <= plan.context < DEFAULT_CONTEXT
     shorter = plan.reason.context
     assert shorter is not None

@@ -208,7 +208,7 @@ def test_an_interruption_before_the_first_token_leaves_the_chat_as_it_was(sessio
     def interrupted(*args, **how):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(TargetDecoder, "forward", interrupted)
+    monkeypatch.setattr(TargetDecoder, "begin", interrupted)
     with pytest.raises(KeyboardInterrupt):
         asked(chat, "Never heard")
     monkeypatch.undo()

@@ -115,7 +115,7 @@ def test_answering_tells_a_shortage_and_the_session_lives_on(
     with open_tiny(shelf.model("llama")) as session:
         before = answer_to(session, "Rivers", 8).outcome
         with monkeypatch.context() as patch:
-            patch.setattr(TargetDecoder, "forward", raising(torch.cuda.OutOfMemoryError(CARD_TEXT)))
+            patch.setattr(TargetDecoder, "begin", raising(torch.cuda.OutOfMemoryError(CARD_TEXT)))
             with pytest.raises(ResourceError, match=r"while answering \(1\.50 GiB more were wanted\)"):
                 answer_to(session, "Rivers", 8)
         assert answer_to(session, "Rivers", 8).outcome == before
@@ -165,6 +165,7 @@ def opening_for(directory: Path, streamed: tuple[int, ...], notes: list[str]) ->
         tree_nodes=16,
         shadow_rows=0,
         draft_rows=8,
+        prompt_rows=512,
         lines=(),
         host_lines=(),
         streamed_bytes_per_pass=0,

@@ -19,7 +19,6 @@ from tiny_models import VOCAB, Tiny
 from subspec_cli.drafting.captured_steps import make_draft_steps
 from subspec_cli.drafting.draft_steps import Feed, Found
 from subspec_cli.errors import ResourceError
-from subspec_cli.modeling.attention import fast_attention
 from subspec_cli.modeling.decoder import DraftDecoder, Head
 from subspec_cli.modeling.embedding import table_embedding
 from subspec_cli.modeling.kv_cache import KVCache
@@ -160,7 +159,7 @@ def on_gpu(model: Tiny) -> DraftDecoder:
     geometry = model.geometry
     small = tuple({name: tensor.to(CUDA) for name, tensor in layer.items()} for layer in model.math().small)
     rope = RopeTable(model.math().rope.cos.to(CUDA), model.math().rope.sin.to(CUDA))
-    math_ = LayerMath(geometry, small, rope, fast_attention)
+    math_ = LayerMath(geometry, small, rope)
     settings = SubstituteSettings(4, "minmax")
     layers = [
         load_substitute(math_, n, quantize_layer(layer_tensors(model, n), settings).tensors, settings, CUDA)

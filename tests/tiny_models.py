@@ -24,14 +24,15 @@ from subspec_cli.checkpoint.dtypes import torch_dtype
 from subspec_cli.checkpoint.geometry import ModelGeometry, read_geometry
 from subspec_cli.checkpoint.layer_tensors import LAYER_MATRICES, block_entries, layer_prefix
 from subspec_cli.checkpoint.tensor_reader import read_tensors
-from subspec_cli.decoding.batches import prompt_batch
-from subspec_cli.modeling.attention import exact_attention
+from subspec_cli.modeling.block_kernels import BlockKernel
 from subspec_cli.modeling.decoder import Head, TargetDecoder
 from subspec_cli.modeling.embedding import table_embedding
+from subspec_cli.modeling.exact_attention import AttentionRules, ExactAttention
 from subspec_cli.modeling.kv_cache import KVCache
-from subspec_cli.modeling.layers import Attention, LayerMath
+from subspec_cli.modeling.layers import LayerMath
 from subspec_cli.modeling.pretrained import load_config
 from subspec_cli.modeling.rope import build_rope_table
+from subspec_cli.modeling.row_group import chunk_group
 from subspec_cli.modeling.row_rules import RowRules
 from subspec_cli.modeling.self_check import check_batch_invariance
 from subspec_cli.modeling.target_blocks import TargetBlocks
@@ -40,6 +41,7 @@ from subspec_cli.streaming.layout import BlockLayout, layout_block
 from subspec_cli.streaming.streamer import Streamer
 
 CPU = torch.device("cpu")
+ATTENTION_RULES = AttentionRules("fused", 4)
 AUTO: Any = AutoModelForCausalLM  # its methods are not annotated
 FAMILIES: dict[str, Any] = {
     "llama": LlamaConfig,
@@ -199,7 +201,7 @@ class Tiny:
         table = "model.embed_tokens.weight" if self.geometry.tied_head else "lm_head.weight"
         return Head(self.weights["model.norm.weight"], self.weights[table], self.geometry.rms_norm_eps)
 
-    def math(self, attend: Attention = exact_attention) -> LayerMath:
+    def math(self) -> LayerMath:
         """One shell over the small tensors."""
         rope = build_rope_table(
             load_config(self.directory),
@@ -208,7 +210,7 @@ class Tiny:
             dtype=self.dtype,
             device=CPU,
         )
-        return LayerMath(self.geometry, self.small, rope, attend)
+        return LayerMath(self.geometry, self.small, rope)
 
     def layouts(self, layer: int) -> list[BlockLayout]:
         """Where the blocks of a layer lie."""
@@ -228,12 +230,21 @@ class Tiny:
         """Rows of the table in memory."""
         return table_embedding(self.weights["model.embed_tokens.weight"])(token_ids)
 
+    def attention(
+        self, rules: AttentionRules = ATTENTION_RULES, kernel: BlockKernel | None = None
+    ) -> ExactAttention:
+        """The target's attention."""
+        return ExactAttention(self.geometry, rules, dtype=self.dtype, device=CPU, kernel=kernel)
+
     def target(
-        self, source: TargetBlocks | None = None, rules: RowRules | None = None, math: LayerMath | None = None
+        self,
+        source: TargetBlocks | None = None,
+        rules: RowRules | None = None,
+        attention: ExactAttention | None = None,
     ) -> TargetDecoder:
         """The exact model, everything resident unless a source is given."""
-        source = source or self.source()
-        return TargetDecoder(math or self.math(), self.embed, self.head, source, rules or RowRules(4))
+        source, attention = source or self.source(), attention or self.attention()
+        return TargetDecoder(self.math(), attention, self.embed, self.head, source, rules or RowRules(4))
 
     @cached_property
     def exact_rules(self) -> RowRules:
@@ -241,8 +252,10 @@ class Tiny:
         source = self.source()
         found = check_batch_invariance(
             lambda rules: self.target(source, rules),
+            self.attention,
             self.head,
             source,
+            self.kv(),
             most_nodes=self.scratch,
             prefill_rows=self.scratch,
         )
@@ -256,7 +269,7 @@ class Tiny:
         waiting = list(token_ids)
         while position < end:
             n = min(end, (position // chunk + 1) * chunk) - position
-            logits.append(decoder.forward(prompt_batch(waiting[:n], position, decoder.rules), kv))
+            logits.append(decoder.forward(chunk_group(waiting[:n], position, decoder.rules), kv))
             kv.commit(range(n), waiting[:n])
             waiting, position = waiting[n:], position + n
         return torch.cat(logits)

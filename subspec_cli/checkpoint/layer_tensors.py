@@ -21,6 +21,8 @@ LAYER_BLOCKS: Final[Mapping[BlockKind, tuple[str, ...]]] = {
     "down": ("mlp.down_proj.weight",),
 }
 """The units in which a layer is streamed, in order of use. Only matrices are; all other tensors are resident."""
+FEED_FORWARD: Final[tuple[BlockKind, ...]] = ("gate", "up", "down")
+"""The blocks of a layer that follow its attention."""
 LAYER_MATRICES: Final = tuple(name for names in LAYER_BLOCKS.values() for name in names)
 
 

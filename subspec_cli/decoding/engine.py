@@ -13,18 +13,18 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from subspec_cli.decoding.batches import prompt_batch, tree_batch
 from subspec_cli.decoding.drafter import Draft, Drafter
 from subspec_cli.decoding.meter import RoundMeter
+from subspec_cli.decoding.row_groups import prompt_groups, prompt_passes, tree_group
 from subspec_cli.decoding.sampler import Sampler, sample_token
 from subspec_cli.decoding.text import StopRule
 from subspec_cli.decoding.tree import TokenTree
 from subspec_cli.decoding.verification import VerifyResult, host_row, verify
 from subspec_cli.errors import UsageError
-from subspec_cli.limits import PREFILL_CHUNK
 from subspec_cli.metrics import FinishReason, GenerationStats
 from subspec_cli.modeling.decoder import TargetDecoder
 from subspec_cli.modeling.kv_cache import KVCache
+from subspec_cli.modeling.row_group import RowGroup
 from subspec_cli.streaming.streamer import StreamCounters
 
 
@@ -72,7 +72,10 @@ class Engine:
         drafter: Drafter,
         *,
         counters: Callable[[], StreamCounters],
+        prompt_rows: int,
     ) -> None:
+        """`prompt_rows` bounds the prompt rows of one pass; a pass has at least one chunk of a prompt."""
+        self._prompt_rows = prompt_rows
         self._target = target
         self._kv = kv
         self._drafter = drafter
@@ -111,7 +114,7 @@ class Engine:
 
     def _target_pass(self, tree: TokenTree, draft: Draft, meter: RoundMeter) -> Tensor:
         """Return the target's logits `[N, V]` of a tree's `N` nodes."""
-        flow = self._target.begin_tokens(tree_batch(tree, self._kv.committed, self._target.rules), self._kv)
+        flow = self._target.begin([tree_group(tree, self._kv.committed, self._target.rules)], self._kv)
         # Closed at once when a block fails or the user interrupts: the next pass starts at the first block.
         with closing(self._target.layers(flow)) as layers:
             for layer in layers:
@@ -140,21 +143,27 @@ class Engine:
             )
         reused = min(common_prefix(prompt, self._kv.token_ids), len(prompt) - 1)
         self._kv.rewind(reused)
-        position = reused
-        while position < len(prompt):
-            end = min(len(prompt), (position // PREFILL_CHUNK + 1) * PREFILL_CHUNK)
-            chunk = prompt[position:end]
-            batch = prompt_batch(chunk, position, self._target.rules)
-            logits = self._target.forward(batch, self._kv, logits_from=len(chunk) - 1)
-            self._kv.commit(range(len(chunk)), chunk)
-            position = end
+        passes = prompt_passes(prompt_groups(prompt, reused, self._target.rules), self._prompt_rows)
+        for groups in passes:
+            logits = self._prompt_pass(groups)
+            first, last = self._kv.committed, groups[-1].start + groups[-1].rows
+            self._kv.commit(range(last - first), prompt[first:last])
         token = sample_token(request.sampler, host_row(logits[0], len(prompt) - 1), len(prompt))
         stats = GenerationStats().after_prefill(
             prompt_tokens=len(prompt),
             prefilled_tokens=len(prompt) - reused,
+            prefill_passes=len(passes),
             ttft_s=time.perf_counter() - started,
         )
         return _Answer(request, draft, PassOutput((token,), request.stop.feed(token), stats))
+
+    def _prompt_pass(self, groups: Sequence[RowGroup]) -> Tensor:
+        """Run chunks of a prompt through all layers; return the logits `[1, V]` of the last row."""
+        flow = self._target.begin(groups, self._kv)
+        with closing(self._target.layers(flow)) as layers:
+            for _ in layers:
+                pass
+        return self._target.logits(flow, logits_from=groups[-1].rows - 1)
 
 
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:

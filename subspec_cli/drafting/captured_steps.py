@@ -140,7 +140,6 @@ class CapturedSteps:
         batch = TokenBatch(
             token_ids,
             positions,
-            rows,
             cache_rows,
             buffers.allowed.gpu[:, :rows, :columns].index_select(0, turn)[0] != 0,
             buffers.key_positions.gpu[:, :columns].index_select(0, turn)[0].long(),
@@ -180,7 +179,7 @@ def make_draft_steps(
     try:
         steps = CapturedSteps(draft, kv, CudaGraphs(device), most_rows=most_rows, vocab=vocab, device=device)
         zero = torch.zeros(1, dtype=torch.long)
-        first = TokenBatch(zero, zero, 1, 0, torch.ones((1, 1), dtype=torch.bool), zero)
+        first = TokenBatch(zero, zero, 0, torch.ones((1, 1), dtype=torch.bool), zero)
         steps.start(first, [None])
         steps.read()
     except torch.OutOfMemoryError:

@@ -252,13 +252,12 @@ class GrowingTree:
 
 
 def draft_batch(tree: GrowingTree, token_ids: Sequence[int], committed: int) -> TokenBatch:
-    """Return the tokens of the last rows that a tree has taken, as one unpadded draft step."""
+    """Return the tokens of the last rows that a tree has taken, as one draft step."""
     first = tree.rows - len(token_ids)
     depths = torch.tensor(tree.row_depths) + committed
     return TokenBatch(
         token_ids=torch.tensor(list(token_ids)),
         positions=depths[first:],
-        rows=len(token_ids),
         start=committed + first,
         allowed=F.pad(tree.mask[first : tree.rows, : tree.rows], (committed, 0), value=True),
         key_positions=torch.cat((torch.arange(committed), depths)),

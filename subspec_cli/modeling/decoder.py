@@ -1,7 +1,7 @@
 """Forwards over all layers: the target over resident and streamed blocks, the draft over substitutes.
 
-Shapes: `N` rows (tree nodes or prompt tokens), `P` rows with padding, `V` vocab. Neither decoder knows about trees
-or speculation.
+Shapes: `N` rows (tree nodes or prompt tokens), `P` rows with padding, `V` vocab. Neither decoder knows about
+speculation.
 """
 
 from __future__ import annotations
@@ -9,17 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from subspec_cli.checkpoint.layer_tensors import BlockKind
-from subspec_cli.modeling.attention import grouped_mask
+from subspec_cli.checkpoint.layer_tensors import FEED_FORWARD, BlockKind
+from subspec_cli.modeling.exact_attention import ChainRows, ExactAttention, TreeRows
+from subspec_cli.modeling.fast_attention import fast_attention, grouped_mask
 from subspec_cli.modeling.kv_cache import KVCache
-from subspec_cli.modeling.layers import LayerMath, rms_norm
+from subspec_cli.modeling.layers import HeadRows, LayerMath, rms_norm
 from subspec_cli.modeling.rope import Rotation
+from subspec_cli.modeling.row_group import RowGroup
 from subspec_cli.modeling.row_rules import RowRules
 from subspec_cli.modeling.token_batch import TokenBatch
 
@@ -39,23 +42,36 @@ class Block:
 class BlockStream(Protocol):
     """Yields the target's blocks in the order of use."""
 
-    def blocks(self) -> Generator[Block, None, None]:
-        """One pass over all layers."""
+    @property
+    def most_held(self) -> int:
+        """Most blocks whose weights may be held at once while further blocks are read."""
+        ...
+
+    def blocks(self, parts: Sequence[int] = (1,)) -> Generator[Block, None, None]:
+        """One pass over all layers; `parts` of a layer's blocks are valid together, as in `Streamer.blocks`."""
         ...
 
 
 @dataclass(slots=True)
-class Flow:
-    """The state that one forward carries from block to block."""
+class GroupFlow:
+    """The state that one group of rows carries from block to block."""
 
+    group: RowGroup
+    attended: ChainRows | TreeRows
     hidden: Tensor
-    batch: TokenBatch
-    kv: KVCache
     rotation: Rotation
     normed: Tensor = field(init=False)
     """Normed input of the feed-forward, from the gate block to the up block."""
     inner: Tensor = field(init=False)
     """Gate, then gated activations, from the gate block to the down block."""
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """A pass over some groups of rows. Rows of a group see the keys of all groups before it."""
+
+    groups: tuple[GroupFlow, ...]
+    kv: KVCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,85 +120,113 @@ class TargetDecoder:
     """The exact model: every linear follows the row rules, blocks come from the stream in the order of use."""
 
     def __init__(
-        self, math: LayerMath, embed: Embedding, head: Head, stream: BlockStream, rules: RowRules
+        self,
+        math: LayerMath,
+        attention: ExactAttention,
+        embed: Embedding,
+        head: Head,
+        stream: BlockStream,
+        rules: RowRules,
     ) -> None:
         self.math = math
+        self.attention = attention
         self.rules = rules
         self._embed = embed
         self._head = head
         self._stream = stream
 
-    def forward(self, batch: TokenBatch, kv: KVCache, *, logits_from: int = 0) -> Tensor:
-        """Run a padded batch: logits `[rows - logits_from, V]`; its keys and values are written to the cache."""
-        flow = self.begin_tokens(batch, kv)
+    def forward(self, group: RowGroup, kv: KVCache, *, logits_from: int = 0) -> Tensor:
+        """Run one group: logits `[rows - logits_from, V]`; its keys and values are written to the cache."""
+        flow = self.begin([group], kv)
         with closing(self.layers(flow)) as layers:
             for _ in layers:
                 pass
         return self.logits(flow, logits_from=logits_from)
 
     @torch.inference_mode()
-    def begin_tokens(self, batch: TokenBatch, kv: KVCache) -> Flow:
-        """Begin a pass: embed the batch's tokens, ready for `layers`."""
-        return self.begin_rows(self._embed(batch.token_ids), batch, kv)
+    def begin(self, groups: Sequence[RowGroup], kv: KVCache) -> Flow:
+        """Begin a pass over groups of rows: embed their tokens, ready for `layers`."""
+        return Flow(tuple(self.begin_rows(self._embed(group.token_ids), group) for group in groups), kv)
 
     @torch.inference_mode()
     def layers(self, flow: Flow) -> Generator[int, None, None]:
         """Run the layers one after another and yield the number of each layer that is done.
 
-        When a number is yielded, the layer's last slot has been released and the next block has not been waited
-        for. Close the generator when a block fails or the user interrupts: the next pass starts at the first
-        block.
+        All groups go through a block, or through a whole feed-forward, while its weights are there. When a number is
+        yielded, no further block has been waited for. Close the generator when a block fails or the user interrupts:
+        the next pass starts at the first block.
         """
-        done = -1
-        with closing(self._stream.blocks()) as blocks:
+        together = len(flow.groups) > 1 and self._stream.most_held >= len(FEED_FORWARD)
+        with closing(self._stream.blocks((1, len(FEED_FORWARD)) if together else (1,))) as blocks:
+            done = -1
             for block in blocks:
                 if done >= 0 and block.layer != done:
                     yield done
-                self.run_block(block, flow)
+                # Activations of a whole prompt would be large: a chunk goes through all of the feed-forward.
+                if together and block.kind == FEED_FORWARD[0]:
+                    parts = [block, *islice(blocks, len(FEED_FORWARD) - 1)]
+                else:
+                    parts = [block]
+                for group in flow.groups:
+                    for part in parts:
+                        self.run_block(part, group, flow.kv)
                 done = block.layer
         yield done
 
     @torch.inference_mode()
     def logits(self, flow: Flow, *, logits_from: int = 0) -> Tensor:
-        """End a pass: logits `[rows - logits_from, V]`, once all layers are done."""
-        rows = flow.batch.rows
-        wanted = self._pad(flow.hidden[logits_from:rows])
+        """End a pass: logits `[rows - logits_from, V]` of the last group, once all layers are done."""
+        last = flow.groups[-1]
+        rows = last.group.rows
+        wanted = self._pad(last.hidden[logits_from:rows])
         return self._head.logits(wanted, self.rules)[: rows - logits_from]
 
-    def begin_rows(self, hidden: Tensor, batch: TokenBatch, kv: KVCache) -> Flow:
-        """Begin a pass with `[P, hidden]` rows in place of tokens."""
-        batch = batch.to(hidden.device)
-        return Flow(hidden, batch, kv, self.math.rope.rows(batch.positions[: batch.rows]))
+    def begin_rows(self, hidden: Tensor, group: RowGroup) -> GroupFlow:
+        """Begin a group with `[P, hidden]` rows in place of tokens."""
+        attended: ChainRows | TreeRows = ChainRows(group.start)
+        if group.path is not None:
+            attended = self.attention.tree_rows(group.positions, group.path, group.start)
+        group = group.with_positions_on(hidden.device)
+        return GroupFlow(group, attended, hidden, self.math.rope.rows(group.positions))
 
-    def run_block(self, block: Block, flow: Flow) -> None:
-        """Run one block of a layer; `flow` carries the results to the next block."""
+    def run_block(self, block: Block, flow: GroupFlow, kv: KVCache) -> None:
+        """Run one block of a layer for one group; `flow` carries the results to the next block."""
+        if block.kind == "attention":
+            self._run_attention(block, flow, kv)
+        else:
+            self.run_feed_forward(block, flow)
+
+    def run_feed_forward(self, block: Block, flow: GroupFlow) -> None:
+        """Run the gate, up or down block of a layer for one group."""
         match block.kind:
-            case "attention":
-                self._run_attention(block, flow)
             case "gate":
-                self._run_gate(block, flow)
+                flow.normed = self.math.mlp_input(block.layer, flow.hidden)
+                flow.inner = self._project(block, "mlp.gate_proj", flow.normed)
             case "up":
-                self._run_up(block, flow)
+                flow.inner = self.rules.silu_mul(flow.inner, self._project(block, "mlp.up_proj", flow.normed))
+                del flow.normed
             case "down":
-                self._run_down(block, flow)
+                flow.hidden = flow.hidden + self._project(block, "mlp.down_proj", flow.inner)
+                del flow.inner
 
-    def _run_attention(self, block: Block, flow: Flow) -> None:
-        layer = block.layer
-        normed = self.math.attention_input(layer, flow.hidden)
+    def project_heads(self, block: Block, flow: GroupFlow) -> HeadRows:
+        """Return the rotated queries, keys and values of a group's rows, without padding."""
+        normed = self.math.attention_input(block.layer, flow.hidden)
         projected = torch.cat([self._project(block, f"self_attn.{name}_proj", normed) for name in "qkv"], -1)
-        allowed = self.math.allowed_in(self.math.geometry.windows[layer], flow.batch)
-        attended = self.math.rotate_and_attend(layer, projected, flow.rotation, flow.batch, flow.kv, allowed)
+        return self.math.heads(block.layer, projected[: flow.group.rows], flow.rotation)
+
+    def finish_attention(self, block: Block, flow: GroupFlow, attended: Tensor) -> None:
+        """Project `[N, H * D]` attended rows and add them to the hidden states."""
+        attended = F.pad(attended, (0, 0, 0, flow.group.padded - flow.group.rows))
         flow.hidden = flow.hidden + self._project(block, "self_attn.o_proj", attended)
 
-    def _run_gate(self, block: Block, flow: Flow) -> None:
-        flow.normed = self.math.mlp_input(block.layer, flow.hidden)
-        flow.inner = self._project(block, "mlp.gate_proj", flow.normed)
-
-    def _run_up(self, block: Block, flow: Flow) -> None:
-        flow.inner = self.rules.silu_mul(flow.inner, self._project(block, "mlp.up_proj", flow.normed))
-
-    def _run_down(self, block: Block, flow: Flow) -> None:
-        flow.hidden = flow.hidden + self._project(block, "mlp.down_proj", flow.inner)
+    def _run_attention(self, block: Block, flow: GroupFlow, kv: KVCache) -> None:
+        heads = self.project_heads(block, flow)
+        kv.write(block.layer, flow.group.start, heads.keys, heads.values)
+        keys, values = kv.read(block.layer, kv.rows)
+        window = self.math.geometry.windows[block.layer]
+        attended = self.attention.attend(heads.query, keys, values, flow.attended, window)
+        self.finish_attention(block, flow, attended)
 
     def _project(self, block: Block, name: str, inputs: Tensor) -> Tensor:
         return self.rules.linear(inputs, block.matrices[f"{name}.weight"], self.math.bias(block.layer, name))
@@ -238,14 +282,15 @@ class DraftDecoder:
         sizes = self._math.geometry
         # Layers with the same window share one mask.
         masks = {
-            window: grouped_mask(self._math.allowed_in(window, batch), sizes.heads // sizes.kv_heads, hidden)
+            window: grouped_mask(batch.allowed_in(window), sizes.heads // sizes.kv_heads, hidden)
             for window in set(sizes.windows)
         }
         for number, layer in enumerate(self._layers):
             projected = layer.qkv(self._math.attention_input(number, hidden))
-            attended = self._math.rotate_and_attend(
-                number, projected, rotation, batch, kv, masks[sizes.windows[number]]
-            )
+            heads = self._math.heads(number, projected, rotation)
+            kv.write(number, batch.start, heads.keys, heads.values)
+            keys, values = kv.read(number, batch.allowed.shape[1])
+            attended = fast_attention(heads.query, keys, values, masks[sizes.windows[number]])
             hidden = hidden + layer.attention_output(attended)
             hidden = hidden + layer.feed_forward(self._math.mlp_input(number, hidden))
         return self._head.guess(hidden)

@@ -13,9 +13,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from subspec_cli.limits import SMALL_BLOCK
+
 
 class KVCache:
-    """Keys and values `[L, 2, H, C, D]`, allocated once and zeroed, so that masked rows are finite."""
+    """Keys and values `[L, 2, H, C, D]`, allocated once and zeroed, so that masked rows are finite.
+
+    C is the capacity, rounded up to whole blocks of keys.
+    """
 
     def __init__(
         self,
@@ -28,9 +33,10 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self._rows = torch.zeros(
-            (layers, 2, kv_heads, context + scratch, head_dim), dtype=dtype, device=device
-        )
+        self.capacity = context + scratch
+        """Number of rows that can be written."""
+        rows = -(-self.capacity // SMALL_BLOCK) * SMALL_BLOCK
+        self._rows = torch.zeros((layers, 2, kv_heads, rows, head_dim), dtype=dtype, device=device)
         self.context = context
         """Most rows that can be committed."""
         self._token_ids: list[int] = []
@@ -46,8 +52,8 @@ class KVCache:
         return tuple(self._token_ids)
 
     @property
-    def capacity(self) -> int:
-        """Number of rows, scratch included."""
+    def rows(self) -> int:
+        """Number of rows in memory, a multiple of `SMALL_BLOCK`."""
         return self._rows.shape[3]
 
     def write(self, layer: int, start: int | Tensor, keys: Tensor, values: Tensor) -> None:

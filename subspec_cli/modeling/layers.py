@@ -1,25 +1,32 @@
 """The arithmetic of one decoder layer, in parts: the target runs them block by block, the draft a layer at a time.
 
-All supported families use this layer; rounding follows transformers' own order of casts. Shapes: `N` rows, `P` rows
-with padding, `H` heads, `K` kv heads, `D` head dim. The caller pads rows; `batch.rows` of them are real.
+All supported families use this layer; rounding follows transformers' own order of casts. Attention itself is
+elsewhere: exact for the target, fast for the draft. Shapes: `N` rows, `P` rows with padding, `H` heads, `K` kv heads,
+`D` head dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from subspec_cli.checkpoint.geometry import ModelGeometry
-from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.rope import RopeTable, Rotation
-from subspec_cli.modeling.token_batch import TokenBatch
 
-Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""Maps query `[H, N, D]`, keys and values `[K, C, D]` and a mask to `[N, H * D]`."""
+
+class HeadRows(NamedTuple):
+    """Rotated queries, keys and values of some rows."""
+
+    query: Tensor
+    """`[N, H, D]`."""
+    keys: Tensor
+    """`[K, N, D]`."""
+    values: Tensor
+    """`[K, N, D]`."""
 
 
 def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -38,16 +45,12 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class LayerMath:
-    """Layer functions bound to a model's sizes, its small tensors and one attention function.
-
-    Target and draft each have one, over the same small tensors, so no state is switched between them.
-    """
+    """Layer functions bound to a model's sizes and its small tensors. Target and draft share one."""
 
     geometry: ModelGeometry
     small: tuple[Mapping[str, Tensor], ...]
     """Norms and biases of each layer, by the name inside the layer."""
     rope: RopeTable
-    attend: Attention
 
     def attention_input(self, layer: int, hidden: Tensor) -> Tensor:
         """Normed input of the attention block, `[P, hidden]`."""
@@ -59,43 +62,19 @@ class LayerMath:
             hidden, self.small[layer]["post_attention_layernorm.weight"], self.geometry.rms_norm_eps
         )
 
-    def rotate_and_attend(
-        self,
-        layer: int,
-        projected: Tensor,
-        rotation: Rotation,
-        batch: TokenBatch,
-        kv: KVCache,
-        allowed: Tensor,
-    ) -> Tensor:
-        """Rotate, write to the cache and attend: query, key, value rows `[P, (H + 2 K) * D]` to `[P, H * D]`.
-
-        `allowed` is the mask of `allowed_in`, in the form that `attend` takes. Padding rows of the result are
-        zero.
-        """
-        sizes, n = self.geometry, batch.rows
+    def heads(self, layer: int, projected: Tensor, rotation: Rotation) -> HeadRows:
+        """Cut query, key and value rows `[N, (H + 2 K) * D]` into heads, normed (in some families) and rotated."""
+        sizes = self.geometry
         qk_heads = sizes.heads + sizes.kv_heads
-        states = projected[:n].view(n, qk_heads + sizes.kv_heads, sizes.head_dim)
+        states = projected.view(len(projected), qk_heads + sizes.kv_heads, sizes.head_dim)
         qk, value = states[:, :qk_heads], states[:, qk_heads:]
         if sizes.qk_norm:
             small = self.small[layer]
             query = rms_norm(qk[:, : sizes.heads], small["self_attn.q_norm.weight"], sizes.rms_norm_eps)
             key = rms_norm(qk[:, sizes.heads :], small["self_attn.k_norm.weight"], sizes.rms_norm_eps)
             qk = torch.cat((query, key), dim=1)
-        qk = rotate(qk, *rotation).transpose(0, 1)
-        kv.write(layer, batch.start, qk[sizes.heads :], value.transpose(0, 1))
-        keys, values = kv.read(layer, batch.allowed.shape[1])
-        attended = self.attend(qk[: sizes.heads], keys, values, allowed)
-        if len(batch.positions) == n:
-            return attended
-        return F.pad(attended, (0, 0, 0, len(batch.positions) - n))
-
-    def allowed_in(self, window: int | None, batch: TokenBatch) -> Tensor:
-        """The mask `[N, C]` bool of the batch's rows in layers with this sliding window."""
-        if window is None:
-            return batch.allowed
-        distance = batch.positions[: batch.rows, None] - batch.key_positions[None, :]
-        return batch.allowed & (distance < window)
+        qk = rotate(qk, *rotation)
+        return HeadRows(qk[:, : sizes.heads], qk[:, sizes.heads :].transpose(0, 1), value.transpose(0, 1))
 
     def bias(self, layer: int, name: str) -> Tensor | None:
         """The bias of a projection such as `self_attn.q_proj`; None if the family has none."""

@@ -3,7 +3,8 @@
 Batch-invariant means that a row is bit-identical for any rows computed beside it. The check runs all blocks
 of the first layer, as they are streamed, and the head, on rows of random states: alone, beside others, in other
 places, at every row count that the session can use. It selects the smallest row block for which every row keeps
-its bits. If there is none, the session is `numeric` and says why. Nothing claims `exact` unchecked.
+its bits; `attention_check` does the same for attention over the cache. If nothing holds, the session is `numeric` and
+says why. Nothing claims `exact` unchecked.
 """
 
 from __future__ import annotations
@@ -19,20 +20,26 @@ import torch
 from torch import Tensor
 
 from subspec_cli.checkpoint.layer_tensors import LAYER_BLOCKS
+from subspec_cli.errors import ResourceError
 from subspec_cli.metrics import Exactness
-from subspec_cli.modeling.decoder import Block, BlockStream, Head, TargetDecoder
+from subspec_cli.modeling.attention_check import find_attention_rules
+from subspec_cli.modeling.decoder import Block, BlockStream, GroupFlow, Head, TargetDecoder
+from subspec_cli.modeling.exact_attention import AttentionRules, ExactAttention
 from subspec_cli.modeling.kv_cache import KVCache
+from subspec_cli.modeling.row_group import RowGroup
 from subspec_cli.modeling.row_rules import RowRules
-from subspec_cli.modeling.token_batch import TokenBatch, causal_batch
 
 _ROW_BLOCKS: Final = (2, 4, 8, 16, 32, 64)
 _DEVICE_ROW_BLOCK: Final = 64
 """Fixed rows per linear call off the CPU, where kernels change with the shape."""
 _REVERSED_COUNTS: Final = (2, 3, 5, 8, 17, 33, 64)
-_CAUSAL_ROWS: Final = 24
 _SAMPLED_ELEMENTS: Final = 1 << 15
 """Results to compare at each row size: kernels that round differently differed in 1 of 4000 results."""
 _MOST_SAMPLED_ROWS: Final = 192
+_PRODUCT_ROWS: Final = 8
+"""Rows of the product that is compared with float64."""
+_PRODUCT_TOLERANCE: Final = 2.0**-5
+"""Largest difference from float64, as a share of the sum of magnitudes: far above rounding, far below junk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +49,7 @@ class SelfCheck:
     exactness: Exactness
     reason: str
     rules: RowRules
+    attention: AttentionRules
     threads: int
 
 
@@ -58,13 +66,20 @@ def candidate_rules(device: torch.device) -> Iterator[RowRules]:
 @torch.inference_mode()
 def check_batch_invariance(
     decoder_for: Callable[[RowRules], TargetDecoder],
+    attention_for: Callable[[AttentionRules], ExactAttention],
     head: Head,
     stream: BlockStream,
+    kv: KVCache,
     *,
     most_nodes: int,
     prefill_rows: int,
 ) -> SelfCheck:
-    """Find row rules under which rows are batch-invariant; `decoder_for` builds the target with given rules."""
+    """Find rules under which rows are batch-invariant.
+
+    `decoder_for` and `attention_for` build the target and its attention under given rules; the check of rows does not
+    use the decoder's own attention. The empty cache `kv` is work space. Raises ResourceError if a matrix product does
+    not compute its whole result.
+    """
     counts = row_counts(most_nodes, prefill_rows)
     dtype, device = head.weight.dtype, head.weight.device
     states = _random_states(head.weight.shape[1], max(counts), dtype, device)
@@ -72,12 +87,15 @@ def check_batch_invariance(
     failure = ""
     for rules in candidate_rules(device):
         failure = _first_failure(decoder_for(rules), head, stream, states, counts, most_nodes)
-        if not failure and dtype in (torch.bfloat16, torch.float16):
-            return SelfCheck("exact", f"rows checked in blocks of {rules.row_block}", rules, threads)
         if not failure:
-            name = str(dtype).removeprefix("torch.")
-            return SelfCheck("numeric", f"{name} sums can round by the order of keys", rules, threads)
-    return SelfCheck("numeric", f"{failure} lets a row's bits depend on its neighbours", rules, threads)
+            break
+    attention, attention_failure = find_attention_rules(attention_for, kv, most_nodes=most_nodes)
+    failure = failure or attention_failure
+    if failure:
+        reason = f"{failure} lets a row's bits depend on its neighbours"
+        return SelfCheck("numeric", reason, rules, attention, threads)
+    reason = f"rows checked in blocks of {rules.row_block}, attention in rows of {attention.row_multiple}"
+    return SelfCheck("exact", reason, rules, attention, threads)
 
 
 def row_counts(most_nodes: int, prefill_rows: int) -> tuple[int, ...]:
@@ -98,15 +116,32 @@ def _first_failure(
     """The name of the first part that is not batch-invariant; empty if all are."""
     with closing(stream.blocks()) as blocks:
         for block in islice(blocks, len(LAYER_BLOCKS)):
+            if block.kind == "attention":
+                _check_product(block.matrices["self_attn.o_proj.weight"])
             if not _rows_keep_bits(partial(_run_block, decoder, block), decoder.rules, states, counts):
                 return f"the {block.kind} block"
-            if block.kind == "attention" and not _decode_equals_prefill(decoder, block, states):
-                return "attention over the cache"
     # Prefill needs the logits of the last row only, so the head never gets a whole chunk.
     few = [count for count in counts if count <= most_nodes]
     if not _rows_keep_bits(lambda rows: head.logits(rows, decoder.rules), decoder.rules, states, few):
         return "the head"
     return ""
+
+
+def _check_product(weight: Tensor) -> None:
+    """Compare a product with float64; raise ResourceError if part of the result was not computed."""
+    rows = _random_states(weight.shape[1], _PRODUCT_ROWS, weight.dtype, weight.device)[:_PRODUCT_ROWS]
+    # What a kernel leaves unwritten holds what the memory held before: NaN, so that it shows.
+    torch.full((_PRODUCT_ROWS, weight.shape[0]), torch.nan, dtype=weight.dtype, device=weight.device)
+    found = torch.nn.functional.linear(rows, weight).double()
+    wide, matrix = rows.double(), weight.double()
+    error = (found - wide @ matrix.T).abs() / (wide.abs() @ matrix.abs().T).clamp_min(1e-300)
+    wrong = int((~(error <= _PRODUCT_TOLERANCE)).sum())
+    if wrong:
+        raise ResourceError(
+            f"matrix products are wrong on this machine: {wrong} of {found.numel()} results; OpenMP grants fewer "
+            f"threads than the {torch.get_num_threads()} that PyTorch asks for",
+            "OMP_DYNAMIC=false OMP_NUM_THREADS=1 subspec ..., or raise OMP_THREAD_LIMIT",
+        )
 
 
 def _rows_keep_bits(
@@ -142,45 +177,23 @@ def _windows_keep_bits(run: Callable[[Tensor], Tensor], states: Tensor, referenc
 
 
 def _run_block(decoder: TargetDecoder, block: Block, rows: Tensor) -> Tensor:
-    """Run one block on `[P, hidden]` rows, each at position 0 and attending to itself only."""
-    zeros = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
-    alone = torch.eye(len(rows), dtype=torch.bool, device=rows.device)
-    batch = TokenBatch(zeros, zeros, len(rows), 0, alone, zeros)
+    """Run one block on `[P, hidden]` rows, each at position 0; queries stand for what attention returns."""
+    group = RowGroup(torch.zeros(len(rows), dtype=torch.long), torch.zeros(len(rows), dtype=torch.long), 0)
     # A small residual, since adding a large one would hide how the rest was rounded; norms rescale it.
-    flow = decoder.begin_rows(rows / 256, batch, _one_layer_cache(decoder, rows))
+    flow = decoder.begin_rows(rows / 256, group)
     flow.normed = rows
     flow.inner = _widened(rows, decoder.math.geometry.feed_forward)
-    decoder.run_block(block, flow)
-    return flow.hidden if block.kind in ("attention", "down") else flow.inner
+    if block.kind == "attention":
+        return _run_projections(decoder, block, flow)
+    decoder.run_feed_forward(block, flow)
+    return flow.hidden if block.kind == "down" else flow.inner
 
 
-def _decode_equals_prefill(decoder: TargetDecoder, block: Block, states: Tensor) -> bool:
-    """Whether causal rows that are computed one by one over the cache equal the same rows in one batch."""
-    rows = states[:_CAUSAL_ROWS]
-    kv = _one_layer_cache(decoder, rows)
-
-    def attend(start: int, count: int) -> Tensor:
-        padded = decoder.rules.padded(count)
-        padding = rows[-1:].expand(padded - count, -1)
-        hidden = torch.cat((rows[start : start + count], padding))
-        flow = decoder.begin_rows(hidden, causal_batch([0] * count, start, padded), kv)
-        decoder.run_block(block, flow)
-        return flow.hidden[:count]
-
-    together = attend(0, len(rows))
-    return all(torch.equal(attend(row, 1)[0], together[row]) for row in range(len(rows)))
-
-
-def _one_layer_cache(decoder: TargetDecoder, rows: Tensor) -> KVCache:
-    geometry = decoder.math.geometry
-    return KVCache(
-        layers=1,
-        kv_heads=geometry.kv_heads,
-        head_dim=geometry.head_dim,
-        context=0,
-        scratch=len(rows),
-        dtype=rows.dtype,
-        device=rows.device,
+def _run_projections(decoder: TargetDecoder, block: Block, flow: GroupFlow) -> Tensor:
+    heads = decoder.project_heads(block, flow)
+    decoder.finish_attention(block, flow, heads.query.flatten(1))
+    return torch.cat(
+        (flow.hidden, heads.keys.transpose(0, 1).flatten(1), heads.values.transpose(0, 1).flatten(1)), 1
     )
 
 

@@ -23,12 +23,17 @@ class TargetBlocks:
     streamer: Streamer | None
     """None if all layers are resident."""
 
-    def blocks(self) -> Generator[Block, None, None]:
-        """One pass over all layers."""
+    @property
+    def most_held(self) -> int:
+        """Most blocks that may be held at once while further blocks are read."""
+        return len(LAYER_BLOCKS) if self.streamer is None else self.streamer.most_held
+
+    def blocks(self, parts: Sequence[int] = (1,)) -> Generator[Block, None, None]:
+        """One pass over all layers; `parts` of a layer's blocks are valid together, as in `Streamer.blocks`."""
         if self.streamer is None:
             yield from self._walk(None)
             return
-        with closing(self.streamer.blocks()) as arriving:
+        with closing(self.streamer.blocks(parts)) as arriving:
             yield from self._walk(arriving)
 
     def resident_matrices(self, layer: int) -> dict[str, Tensor]:
@@ -46,6 +51,6 @@ class TargetBlocks:
                 else:
                     assert arriving is not None
                     yield Block(layer, kind, next(arriving))
-        # Asking once more makes the streamer release its last slot.
+        # Asking once more makes the streamer release its last slots.
         if arriving is not None:
             assert next(arriving, None) is None

@@ -9,8 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple
 
-from subspec_cli.checkpoint.layer_tensors import LAYER_BLOCKS, LAYER_MATRICES
-from subspec_cli.limits import ATTENTION_TILE_BYTES, LEAST_RING_SLOTS, MOST_ROWS, NOISE_ROWS
+from subspec_cli.checkpoint.geometry import ModelGeometry
+from subspec_cli.checkpoint.layer_tensors import FEED_FORWARD, LAYER_BLOCKS, LAYER_MATRICES
+from subspec_cli.limits import (
+    ATTENTION_WORK_BYTES,
+    GUARD,
+    LARGE_BLOCK,
+    LEAST_RING_SLOTS,
+    MOST_ROWS,
+    NOISE_ROWS,
+    SMALL_BLOCK,
+)
 from subspec_cli.planning.assumed_costs import low_bit_table_bytes
 from subspec_cli.planning.device_profile import EmbeddingPlace
 from subspec_cli.planning.request import PlanRequest
@@ -26,6 +35,8 @@ _RANKED_BYTES: Final = 8
 _SAMPLED_BYTES: Final = 40
 """Per logit of a draft row, with all that ranking makes of it: noise, probabilities and indices of the filters."""
 _PAGE_BYTES: Final = 4096
+_HOST_ROW_BYTES: Final = 128
+"""Token ids, positions and texts of one row of context."""
 _TOKENIZER_FACTOR: Final = 8
 """Memory of a loaded tokenizer, as a multiple of the bytes of its files."""
 
@@ -61,6 +72,15 @@ class PinnedLayers(NamedTuple):
     """Buffers of a layer each, through which the other streamed layers pass."""
 
 
+class PromptPass(NamedTuple):
+    """How a prompt is read."""
+
+    rows: int
+    """Most rows of one pass."""
+    held_bytes: int
+    """Activations that wait while the weights of their next block arrive."""
+
+
 @dataclass(frozen=True, slots=True)
 class PlanLine:
     """One line of the memory breakdown."""
@@ -84,10 +104,14 @@ class MemoryModel:
         self.slot_bytes = unit_bytes + self._profile.slot_pages * _PAGE_BYTES
         self.mean_slot_bytes = self.layer_bytes // (1 if holds_layer else len(LAYER_BLOCKS))
         """Weights that a slot holds on average: blocks differ in size."""
-        self._wide_row_bytes = 3 * geometry.kv_heads * geometry.head_dim * 8
-        """Work space for one row of context: keys and values of one layer in float64."""
-        self.row_bytes = geometry.kv_row_bytes + self._wide_row_bytes
+        self._work_row_bytes = _work_row_bytes(geometry)
+        """Work space for one row of context."""
+        self.row_bytes = geometry.kv_row_bytes + self._work_row_bytes
         """Bytes that one more row of context costs."""
+        self._held_row_bytes = (geometry.hidden + geometry.feed_forward) * geometry.element_bytes
+        """Activations of a prompt row from the gate block to the down block."""
+        self._other_rows = request.scratch_rows + SMALL_BLOCK - 1
+        """Most cache rows beside the context: the cache has a multiple of `SMALL_BLOCK`."""
         self._tokenizer_bytes = _TOKENIZER_FACTOR * request.tokenizer_bytes
         self._low_bit_head_bytes = low_bit_table_bytes(geometry)
         self._small_bytes = (
@@ -108,7 +132,7 @@ class MemoryModel:
             + self._profile.context_bytes
             + self._profile.library_bytes
             + _MARGIN_BYTES
-            + request.scratch_rows * self.row_bytes
+            + self._other_rows * self.row_bytes
         )
 
     def substitutes(self, layout: MemoryLayout) -> int:
@@ -133,10 +157,26 @@ class MemoryModel:
         whole = MemoryLayout(0, self.layers, False, 0, 16, embedding)
         return self.base_bytes(whole) + context * self.row_bytes
 
-    def lines(self, layout: MemoryLayout, context: int) -> tuple[PlanLine, ...]:
-        """Break down the device's memory. The sum is `base_bytes`, and `row_bytes` for each token of context."""
+    def prompt_pass(self, layout: MemoryLayout, context: int, free_bytes: int) -> PromptPass:
+        """Return how many rows of a prompt go through one pass, with `free_bytes` left of the budget.
+
+        Where a layer's feed-forward lies together in the slots, chunks go through it one after another, and one pass
+        reads any prompt. Otherwise the activations of all rows wait between its blocks: as many as the memory holds.
+        """
+        if layout.resident == self.layers or self._profile.slot_unit == "layer":
+            return PromptPass(context, 0)
+        if layout.slots > len(FEED_FORWARD):
+            return PromptPass(context, 0)
+        waiting = min(context, free_bytes // self._held_row_bytes)
+        return PromptPass(min(context, waiting + self._request.prefill_rows), waiting * self._held_row_bytes)
+
+    def lines(self, layout: MemoryLayout, context: int, prompt: PromptPass) -> tuple[PlanLine, ...]:
+        """Break down the device's memory.
+
+        The sum is `base_bytes`, `row_bytes` for each token of context, and what waits of a prompt.
+        """
         geometry, profile, substitutes = self._geometry, self._profile, self.substitutes(layout)
-        rows = context + self._request.scratch_rows
+        rows = context + self._other_rows
         tables = 2 if layout.embedding == "device" else 1
         substitute_bytes = substitutes * (self._request.substitute_bytes or 0)
         found = (
@@ -149,7 +189,8 @@ class MemoryModel:
             PlanLine("stream slots", layout.slots * self.slot_bytes,
                      f"{layout.slots} x {format_bytes(self.slot_bytes)}"),
             PlanLine("KV cache", rows * geometry.kv_row_bytes, f"{rows} rows"),
-            PlanLine("workspace", self._work_bytes + rows * self._wide_row_bytes),
+            PlanLine("workspace", self._work_bytes + rows * self._work_row_bytes),
+            PlanLine("waiting prompt rows", prompt.held_bytes, f"{prompt.rows} rows a pass"),
             PlanLine("sampling noise", self._noise_bytes, f"{NOISE_ROWS} positions"),
             PlanLine("CUDA context", profile.context_bytes, "outside the allocator"),
             PlanLine("library workspaces", profile.library_bytes),
@@ -214,13 +255,37 @@ class MemoryModel:
         geometry, request = self._geometry, self._request
         width = 4 * geometry.hidden + 3 * geometry.feed_forward + 3 * geometry.heads * geometry.head_dim
         activations = request.prefill_rows * width * max(geometry.element_bytes, 4)
-        tiles = 3 * ATTENTION_TILE_BYTES
+        group = geometry.heads // geometry.kv_heads
+        masks = [mask_table_bytes(window, group, geometry.element_bytes) for window in set(geometry.windows)]
+        tiles = 2 * ATTENTION_WORK_BYTES + sum(masks)
         drafted = MOST_ROWS * geometry.vocab * (_SAMPLED_BYTES if request.samples else _RANKED_BYTES)
         verified = request.tree_nodes * geometry.vocab * geometry.element_bytes
         # A tree is drafted while the last tree's logits are still held; the self-check compares those of two trees.
         logits = verified + max(verified, drafted)
         tokenizer = self._tokenizer_bytes if self._profile.budget_is_ram else 0
         return activations + tiles + logits + tokenizer
+
+
+def _work_row_bytes(geometry: ModelGeometry) -> int:
+    """Return the work space for one row of context.
+
+    It is the row's rotary positions, its mask for a draft step, its hidden state while a prompt is read, and the copy
+    of one layer's keys and values that an attention kernel may make.
+    """
+    group, windows = geometry.heads // geometry.kv_heads, len(set(geometry.windows))
+    elements = 4 * geometry.head_dim + 2 * geometry.hidden + 2 * geometry.kv_heads * geometry.head_dim
+    return (elements + MOST_ROWS * (group + 1) * windows) * geometry.element_bytes + _HOST_ROW_BYTES
+
+
+def mask_table_bytes(window: int | None, group: int, element_bytes: int) -> int:
+    """Return the size of the masks of layers with one window, for `group` query heads per kv head.
+
+    They are the tables of `WindowMasks` in `modeling.key_blocks`.
+    """
+    elements = (LARGE_BLOCK + GUARD + SMALL_BLOCK) * SMALL_BLOCK
+    if window is not None:
+        elements += 2 * LARGE_BLOCK * LARGE_BLOCK
+    return elements * group * element_bytes
 
 
 def _table_note(layout: MemoryLayout) -> str:

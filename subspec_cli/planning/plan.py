@@ -63,6 +63,8 @@ class OffloadPlan:
     """Cache rows for drafting in the shadow of a pass; 0 where nothing streams or nothing is drafted."""
     draft_rows: int
     """Most rows of one draft step."""
+    prompt_rows: int
+    """Most rows of a prompt in one pass."""
     lines: tuple[PlanLine, ...]
     host_lines: tuple[PlanLine, ...]
     """Host memory beside the budget."""
@@ -126,6 +128,7 @@ class OffloadPlan:
             "draft_head_bits": self.draft_head_bits,
             "embedding": self.embedding,
             "tree_nodes": self.tree_nodes,
+            "prompt_rows": self.prompt_rows,
             "streamed_bytes_per_pass": self.streamed_bytes_per_pass,
             "fits": self.fits,
             "reason": reason,
@@ -214,6 +217,8 @@ def _finished(search: LayoutSearch, option: PlanOption) -> OffloadPlan:
     resident = spread(layout.resident, layers)
     streamed = tuple(layer for layer in range(layers) if layer not in resident)
     pinned = memory.pinned(layout) or PinnedLayers(0, 0)
+    free_bytes = request.budget_bytes - search.total_bytes(timed, option.context)
+    prompt = memory.prompt_pass(layout, option.context, free_bytes)
     return OffloadPlan(
         device=request.device,
         budget_bytes=request.budget_bytes,
@@ -231,7 +236,8 @@ def _finished(search: LayoutSearch, option: PlanOption) -> OffloadPlan:
         tree_nodes=_tree_nodes(request, timed),
         shadow_rows=request.shadow_rows if streamed and layout.drafts else 0,
         draft_rows=max(request.fixed_width or 0, MOST_ROWS),
-        lines=memory.lines(layout, option.context),
+        prompt_rows=prompt.rows,
+        lines=memory.lines(layout, option.context, prompt),
         host_lines=memory.host_lines(layout),
         streamed_bytes_per_pass=len(streamed) * memory.layer_bytes,
         prediction=predict(request, timed.timing, timed.depth),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from subspec_cli.errors import ResourceError
-from subspec_cli.planning.memory import MemoryModel
+from subspec_cli.planning.memory import MemoryModel, PromptPass
 from subspec_cli.planning.request import PlanRequest, usual_contexts
 from subspec_cli.planning.search import LayoutSearch
 from subspec_cli.units import GIB, format_bytes
@@ -18,7 +18,9 @@ def shortage(search: LayoutSearch) -> ResourceError:
     context = request.context or contexts[-1]
     least = search.front[0]
     least_bytes = search.total_bytes(least, context)
-    largest = max(search.memory.lines(least.layout, context), key=lambda line: line.size_bytes)
+    largest = max(
+        search.memory.lines(least.layout, context, PromptPass(0, 0)), key=lambda line: line.size_bytes
+    )
     lower = "a smaller --context or " if request.context and request.context > contexts[-1] else ""
     return ResourceError(
         f"a budget of {format_bytes(request.budget_bytes)} is too small: {format_bytes(least_bytes)} is the least, "

@@ -6,7 +6,7 @@ model's files only some blocks are read, to time the link. A probe takes seconds
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
@@ -21,11 +21,12 @@ from subspec_cli.checkpoint.geometry import ModelGeometry
 from subspec_cli.checkpoint.layer_tensors import LAYER_BLOCKS, LAYER_MATRICES, block_entries
 from subspec_cli.drafting.draft_steps import rank
 from subspec_cli.drafting.graph_capture import CudaGraphs, Run
-from subspec_cli.modeling.attention import exact_attention, fast_attention
 from subspec_cli.modeling.decoder import Block, DraftDecoder, DraftHead, DraftLogits, Head, TargetDecoder
+from subspec_cli.modeling.exact_attention import AttentionRules, ExactAttention
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.layers import LayerMath
 from subspec_cli.modeling.rope import RopeTable
+from subspec_cli.modeling.row_group import chunk_group
 from subspec_cli.modeling.row_rules import RowRules
 from subspec_cli.modeling.substitute import (
     LowBitHead,
@@ -105,7 +106,12 @@ class _DummyBlocks:
 
     layers: tuple[dict[str, Tensor], ...]
 
-    def blocks(self) -> Generator[Block, None, None]:
+    @property
+    def most_held(self) -> int:
+        """All blocks stay in memory."""
+        return len(LAYER_BLOCKS)
+
+    def blocks(self, parts: Sequence[int] = (1,)) -> Generator[Block, None, None]:  # noqa: ARG002
         """Yield the blocks of one pass."""
         for number, matrices in enumerate(self.layers):
             for kind, names in LAYER_BLOCKS.items():
@@ -132,13 +138,16 @@ class _Workbench:
     def target_layer(self) -> RowTimes:
         """Time one layer of the target by rows."""
         layers = self._matrices(self._count(self._sizes.layer_matrix_bytes))
-        math = self._math(len(layers), exact_attention)
+        math = self._math(len(layers))
+        attention = ExactAttention(
+            math.geometry, AttentionRules("fused", 4), dtype=self._dtype, device=self._device
+        )
         head = Head(self._ones(self._sizes.hidden), self._ones(1, self._sizes.hidden), 1e-6)
-        decoder = TargetDecoder(math, self._states, head, _DummyBlocks(layers), self.rules)
+        decoder = TargetDecoder(math, attention, self._states, head, _DummyBlocks(layers), self.rules)
         kv = self._cache(len(layers))
 
         def run(rows: int) -> None:
-            flow = decoder.begin_tokens(causal_batch([0] * rows, _PREFIX, self.rules.padded(rows)), kv)
+            flow = decoder.begin([chunk_group([0] * rows, _PREFIX, self.rules)], kv)
             for _ in decoder.layers(flow):
                 pass
 
@@ -148,7 +157,7 @@ class _Workbench:
     def shared_layer(self) -> RowTimes:
         """Time one layer of the draft that is a resident layer of the target, by rows."""
         matrices = self._matrices(self._count(self._sizes.layer_matrix_bytes))
-        math = self._math(len(matrices), fast_attention)
+        math = self._math(len(matrices))
         return self._draft(math, [resident_layer(math, number, held) for number, held in enumerate(matrices)])
 
     @torch.inference_mode()
@@ -163,7 +172,7 @@ class _Workbench:
             ).items()
         }
         count = self._count(self._sizes.layer_matrix_bytes // 4)
-        math = self._math(count, fast_attention)
+        math = self._math(count)
         layers = [load_substitute(math, n, stored, self._settings, self._device) for n in range(count)]
         return self._draft(math, layers)
 
@@ -205,9 +214,7 @@ class _Workbench:
         def run(batch: TokenBatch) -> None:
             draft.run(self._states(batch.positions), batch, kv)
 
-        steps = self._launched(
-            lambda rows: partial(run, causal_batch([0] * rows, _PREFIX, rows).to(self._device))
-        )
+        steps = self._launched(lambda rows: partial(run, causal_batch([0] * rows, _PREFIX).to(self._device)))
         return self._per_layer(steps, _TIMED_STEP_ROWS, len(layers))
 
     def _launched(self, step_of: Callable[[int], Run]) -> Callable[[int], object]:
@@ -248,13 +255,13 @@ class _Workbench:
         shapes = self._sizes.layer_shapes()
         return tuple({name: self._ones(*shapes[name]) for name in LAYER_MATRICES} for _ in range(count))
 
-    def _math(self, layers: int, attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> LayerMath:
+    def _math(self, layers: int) -> LayerMath:
         sizes = replace(self._sizes, layers=layers, windows=self._sizes.windows[:layers])
         small = {
             name: self._ones(*s) for name, s in sizes.layer_shapes().items() if name not in LAYER_MATRICES
         }
         table = self._ones(_PREFIX + max(_TIMED_PASS_ROWS), 1, sizes.head_dim)
-        return LayerMath(sizes, (small,) * layers, RopeTable(table, table), attend)
+        return LayerMath(sizes, (small,) * layers, RopeTable(table, table))
 
     def _cache(self, layers: int) -> KVCache:
         kv = KVCache(

@@ -17,10 +17,10 @@ from subspec_cli.decoding.drafter import Drafter
 from subspec_cli.decoding.engine import Engine
 from subspec_cli.drafting.captured_steps import make_draft_steps
 from subspec_cli.drafting.draft_steps import DraftSteps
-from subspec_cli.limits import PREFILL_CHUNK
-from subspec_cli.modeling.attention import exact_attention, fast_attention
+from subspec_cli.limits import MOST_CHUNK_ROWS
 from subspec_cli.modeling.decoder import DraftDecoder, DraftHead, Embedding, Head, TargetDecoder
 from subspec_cli.modeling.embedding import DiskEmbedding, table_embedding
+from subspec_cli.modeling.exact_attention import AttentionRules, ExactAttention
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.layers import LayerMath
 from subspec_cli.modeling.pretrained import ModelTokenizer, end_token_ids, load_config
@@ -54,12 +54,15 @@ class LoadedModel:
     eos_ids: frozenset[int]
     """Tokens that end an answer."""
     math: LayerMath
+    attention: ExactAttention
     embed: Embedding
     head: Head
     blocks: TargetBlocks
     self_check: SelfCheck
     """Row rules of the target, and how far they make it exact."""
     kv: KVCache
+    prompt_rows: int
+    """Most rows of a prompt in one pass."""
     draft: DraftSteps | None
     """None for plain decoding."""
     meter: MemoryMeter
@@ -75,8 +78,9 @@ class LoadedModel:
         `blocks` replaces the source of the target's weights.
         """
         blocks = blocks or self.blocks
-        target = TargetDecoder(self.math, self.embed, self.head, blocks, self.self_check.rules)
-        return Engine(target, self.kv, drafter, counters=_counters(blocks))
+        rules = self.self_check.rules
+        target = TargetDecoder(self.math, self.attention, self.embed, self.head, blocks, rules)
+        return Engine(target, self.kv, drafter, counters=_counters(blocks), prompt_rows=self.prompt_rows)
 
     def counters(self) -> StreamCounters:
         """Return the totals of the stream so far; zeros if everything is resident."""
@@ -111,9 +115,8 @@ class Loader:
         self._opening.reporter.progress("loading the tokenizer")
         tokenizer, config = ModelTokenizer(directory, found.geometry.vocab), load_config(directory)
         small, rope = self._small_tensors(), self._rope(config)
-        math = LayerMath(found.geometry, small, rope, exact_attention)
-        draft_math = LayerMath(found.geometry, small, rope, fast_attention)
-        substitutes = self._substitutes(draft_math) if plan.drafts else {}
+        math = LayerMath(found.geometry, small, rope)
+        substitutes = self._substitutes(math) if plan.drafts else {}
         with ExitStack() as opened:
             embed, head = self._tables(opened)
             blocks = open_blocks(self._opening, opened)
@@ -121,40 +124,53 @@ class Loader:
             draft = None
             if plan.drafts:
                 shared = {
-                    layer: resident_layer(draft_math, layer, blocks.resident_matrices(layer))
+                    layer: resident_layer(math, layer, blocks.resident_matrices(layer))
                     for layer in plan.shared
                 }
                 layers = [(substitutes | shared)[layer] for layer in range(found.geometry.layers)]
-                draft = self._draft_steps(DraftDecoder(draft_math, embed, self._draft_head(head), layers), kv)
-            self_check = self._check(partial(TargetDecoder, math, embed, head, blocks), head, blocks)
+                draft = self._draft_steps(DraftDecoder(math, embed, self._draft_head(head), layers), kv)
+            self_check = self._check(partial(self._target, math, embed, head, blocks), head, blocks, kv)
             mark_used(found.prepared.directory)
             return LoadedModel(
                 tokenizer=tokenizer,
                 eos_ids=end_token_ids(directory, config, tokenizer),
                 math=math,
+                attention=self._attention(self_check.attention),
                 embed=embed,
                 head=head,
                 blocks=blocks,
                 self_check=self_check,
                 kv=kv,
+                prompt_rows=plan.prompt_rows,
                 draft=draft,
                 meter=meter,
                 close=opened.pop_all().close,
                 check_source=source_check(self._opening, blocks),
             )
 
+    def _attention(self, rules: AttentionRules) -> ExactAttention:
+        opening = self._opening
+        return ExactAttention(opening.found.geometry, rules, dtype=opening.dtype, device=opening.device)
+
+    def _target(
+        self, math: LayerMath, embed: Embedding, head: Head, blocks: TargetBlocks, rules: RowRules
+    ) -> TargetDecoder:
+        return TargetDecoder(math, self._attention(AttentionRules("fused", 4)), embed, head, blocks, rules)
+
     def _check(
-        self, target: Callable[[RowRules], TargetDecoder], head: Head, blocks: TargetBlocks
+        self, target: Callable[[RowRules], TargetDecoder], head: Head, blocks: TargetBlocks, kv: KVCache
     ) -> SelfCheck:
         # Refuse to answer with bytes that were read from other files than those that were opened.
         check_unchanged(self._opening.found.checkpoint)
         self._opening.reporter.progress("checking that rows keep their bits")
         return check_batch_invariance(
             target,
+            self._attention,
             head,
             blocks,
+            kv,
             most_nodes=self._opening.plan.tree_nodes,
-            prefill_rows=PREFILL_CHUNK,
+            prefill_rows=MOST_CHUNK_ROWS,
         )
 
     def _kv_cache(self) -> KVCache:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import cycle, islice
 
 import torch
 from torch import Tensor
@@ -68,7 +70,7 @@ class _ArrivingBlock(Mapping[str, Tensor]):
 class DiskStreamer:
     """Streams blocks from the checkpoint's files into `slots` buffers of host memory.
 
-    A block keeps its buffer until the consumer asks for the next block.
+    A block keeps its buffer until the consumer asks for the first block of the next part.
     """
 
     def __init__(self, layouts: Sequence[BlockLayout], slots: int) -> None:
@@ -80,18 +82,31 @@ class DiskStreamer:
         self._ahead = ReadAhead(layouts, slots, self._buffers.__getitem__)
         self._ahead.start()
 
-    def blocks(self) -> Generator[Mapping[str, Tensor], None, None]:
+    @property
+    def most_held(self) -> int:
+        """One buffer is left to the reader."""
+        return len(self._buffers) - 1
+
+    def blocks(self, parts: Sequence[int] = (1,)) -> Generator[Mapping[str, Tensor], None, None]:
         """One pass over all blocks; leaving early makes the next pass start at the first block again."""
-        finished = 0
+        assert max(parts) <= self.most_held
+        remaining = iter(self._layouts)
+        is_whole = False
         try:
-            for layout in self._layouts:
-                block = _ArrivingBlock(layout, self._take)
-                yield block
-                block.wait()
-                self._ahead.release()
-                finished += 1
+            for size in cycle(parts):
+                part = [
+                    _ArrivingBlock(layout, partial(self._take, place))
+                    for place, layout in enumerate(islice(remaining, size))
+                ]
+                if not part:
+                    is_whole = True
+                    return
+                yield from part
+                for block in part:
+                    block.wait()
+                    self._ahead.release()
         finally:
-            if finished < len(self._layouts):
+            if not is_whole:
                 self._ahead.restart()
 
     def counters(self) -> StreamCounters:
@@ -113,5 +128,5 @@ class DiskStreamer:
         self._ahead.close()
         self._buffers.clear()
 
-    def _take(self) -> memoryview:
-        return self._buffers[self._ahead.take()]
+    def _take(self, place: int) -> memoryview:
+        return self._buffers[self._ahead.take(place)]

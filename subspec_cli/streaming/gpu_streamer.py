@@ -67,11 +67,18 @@ class GpuStreamer:
         if self._ring is not None:
             self._ring.reader.start()
 
-    def blocks(self) -> Generator[dict[str, Tensor], None, None]:
+    @property
+    def most_held(self) -> int:
+        """A slot holds a whole layer."""
+        return min(len(layer.blocks) for layer in self._layers)
+
+    def blocks(self, parts: Sequence[int] = (1,)) -> Generator[dict[str, Tensor], None, None]:
         """One pass over all blocks of all layers; the tensors are views of a slot, valid until the next layer.
 
-        Leaving early makes the next pass start at the first layer again. Raises the reader thread's error.
+        So a layer's blocks may be held together, whatever `parts` are. Leaving early makes the next pass start at
+        the first layer again. Raises the reader thread's error.
         """
+        assert max(parts) <= self.most_held
         finished = 0
         try:
             for layer in self._layers:

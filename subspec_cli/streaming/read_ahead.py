@@ -52,15 +52,18 @@ class ReadAhead:
         """Begin to read; from now on `writable` and `on_change` are called."""
         self._thread.start()
 
-    def take(self) -> int:
-        """Wait for the next block and return its buffer; raises the error that ended the thread, on every call."""
+    def take(self, place: int = 0) -> int:
+        """Wait for a block and return its buffer; raises the error that ended the thread, on every call.
+
+        `place` counts blocks that were not released, oldest first.
+        """
         started = time.perf_counter()
         with self._changed:
-            self._changed.wait_for(lambda: bool(self._full) or self._failure is not None)
+            self._changed.wait_for(lambda: len(self._full) > place or self._failure is not None)
             if self._failure is not None:
                 raise self._failure
             self._counters += StreamCounters(wait_time_s=time.perf_counter() - started)
-            return self._full[0][1]
+            return self._full[place][1]
 
     def poll(self) -> int | None:
         """The buffer of the next block; None if the block has not been read yet."""
@@ -68,7 +71,7 @@ class ReadAhead:
             return self._full[0][1] if self._full else None
 
     def release(self) -> None:
-        """Free the buffer of the next block, which has been used; the block after it is next."""
+        """Free the buffer of the oldest block, which has been used; the block after it is the oldest."""
         with self._changed:
             number, at = self._full.popleft()
             self._free.append(at)

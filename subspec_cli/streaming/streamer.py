@@ -1,12 +1,13 @@
 """Streaming target weights: blocks of layers in the order of use, through a few slots.
 
 A reader thread runs ahead of the consumer and wraps around at the end of a pass. While the draft runs, every slot
-fills with the first blocks of the next pass. Streaming is an iterator: `for block in streamer.blocks()`.
+fills with the first blocks of the next pass. Streaming is an iterator: `for block in streamer.blocks()`. A pass over
+many rows may hold a few blocks at once, so that the rows go through them chunk by chunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -54,10 +55,16 @@ class Streamer(Protocol):
         """Whether files are read past the page cache."""
         ...
 
-    def blocks(self) -> Generator[Mapping[str, Tensor], None, None]:
-        """One pass: the tensors of each block by name, valid until the next block is asked for.
+    @property
+    def most_held(self) -> int:
+        """Most blocks that may be held at once while further blocks are read."""
+        ...
 
-        Asking for the next block releases the previous block's slot. It does not wait for the block: the first
+    def blocks(self, parts: Sequence[int] = (1,)) -> Generator[Mapping[str, Tensor], None, None]:
+        """One pass: the tensors of each block by name.
+
+        `parts` are numbers of consecutive blocks, again and again: the blocks of a part are valid until the first
+        block of the next part is asked for, which releases their slots. Asking does not wait for a block: the first
         access to a tensor does.
         """
         ...
