@@ -1,0 +1,1 @@
+"""SmolLM2 in the Hugging Face layout, made from a GGUF file."""
