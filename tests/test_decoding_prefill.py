@@ -43,6 +43,21 @@ def test_prefill_chunks_end_at_multiples_of_one_constant():
     assert spans(target) == [(chunk - 3, chunk), (chunk, 2 * chunk), (2 * chunk, 2 * chunk + 9)]
 
 
+def test_every_chunk_of_a_prompt_is_reported_without_the_rows_that_are_reused():
+    prompt = tuple(n % VOCAB for n in range(2 * PREFILL_CHUNK + 9))
+    engine, _, _ = machine(context=3 * PREFILL_CHUNK)
+    told = []
+    list(engine.generate(request_for(prompt[:100], 1)))
+    list(engine.generate(request_for(prompt, 1), told.append))
+    whole = len(prompt) - 100
+    assert [(item.done_tokens, item.tokens) for item in told] == [
+        (PREFILL_CHUNK - 100, whole),
+        (2 * PREFILL_CHUNK - 100, whole),
+        (whole, whole),
+    ]
+    assert told == sorted(told, key=lambda item: item.elapsed_s)
+
+
 @pytest.mark.parametrize("length", [PREFILL_CHUNK - 1, PREFILL_CHUNK, PREFILL_CHUNK + 1])
 def test_a_prompt_about_as_long_as_a_chunk(length):
     prompt = tuple(n % VOCAB for n in range(length))

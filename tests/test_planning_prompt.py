@@ -92,7 +92,7 @@ def test_the_answer_is_cut_to_what_the_budget_holds_and_that_is_said() -> None:
     assert plan.reason.context == ShorterContext(6000, wanted.context, None)
 
 
-def test_a_prompt_that_the_budget_cannot_hold_is_told_what_it_holds_and_what_would_do() -> None:
+def test_a_prompt_that_the_budget_cannot_hold_is_told_what_would_do() -> None:
     request = make_request(wanted=WantedTokens(5000, 512))
     small = replace(request, budget_bytes=least_bytes(request, 4000))
     with pytest.raises(

@@ -22,7 +22,7 @@ from subspec_cli.decoding.tree import TokenTree
 from subspec_cli.decoding.verification import VerifyResult, host_row, verify
 from subspec_cli.errors import UsageError
 from subspec_cli.limits import PREFILL_CHUNK
-from subspec_cli.metrics import FinishReason, GenerationStats
+from subspec_cli.metrics import FinishReason, GenerationStats, OnPrefill, PrefillProgress
 from subspec_cli.modeling.decoder import TargetDecoder
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.streaming.streamer import StreamCounters
@@ -78,12 +78,13 @@ class Engine:
         self._drafter = drafter
         self._counters = counters
 
-    def generate(self, request: Request) -> Iterator[PassOutput]:
+    def generate(self, request: Request, on_prefill: OnPrefill | None = None) -> Iterator[PassOutput]:
         """Prefill, then run rounds until the stop rule or the limit ends the answer.
 
-        Afterwards, and also if the consumer leaves early, the cache holds prompt + emitted - 1 rows.
+        `on_prefill` receives how far the prompt is read. Afterwards, and also if the consumer leaves early, the cache
+        holds prompt + emitted - 1 rows.
         """
-        in_flight = [self._prefill(request)]
+        in_flight = [self._prefill(request, on_prefill)]
         yield in_flight[0].output
         while in_flight := [answer for answer in in_flight if answer.output.finish_reason is None]:
             meter = RoundMeter(self._counters)
@@ -128,7 +129,7 @@ class Engine:
         self._kv.commit(kept, [tree.token_ids[node] for node in kept])
         return token_ids, finish_reason
 
-    def _prefill(self, request: Request) -> _Answer:
+    def _prefill(self, request: Request, on_prefill: OnPrefill | None) -> _Answer:
         """Compute the prompt rows that the cache lacks; the last row's logits give the first token."""
         started = time.perf_counter()
         draft = self._drafter.begin(request.sampler)
@@ -148,6 +149,9 @@ class Engine:
             logits = self._target.forward(batch, self._kv, logits_from=len(chunk) - 1)
             self._kv.commit(range(len(chunk)), chunk)
             position = end
+            if on_prefill is not None:
+                elapsed_s = time.perf_counter() - started
+                on_prefill(PrefillProgress(position - reused, len(prompt) - reused, elapsed_s))
         token = sample_token(request.sampler, host_row(logits[0], len(prompt) - 1), len(prompt))
         stats = GenerationStats().after_prefill(
             prompt_tokens=len(prompt),

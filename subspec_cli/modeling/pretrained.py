@@ -68,6 +68,23 @@ class ModelTokenizer:
             ) from error
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
+    def encode_prompt(self, text: str, *, system: str | None, raw: bool) -> list[int]:
+        """Token ids of one prompt: through the chat template if there is one, unless `raw`."""
+        if raw or not self.has_chat_template:
+            return self.encode(text)
+        return self.encode_messages([{"role": "user", "content": text}], system=system)
+
+    def encode_messages(self, messages: Sequence[dict[str, str]], *, system: str | None = None) -> list[int]:
+        """Token ids of a conversation, up to where the assistant begins to speak.
+
+        `messages` have a `role` and a `content` each. Without a chat template the contents are taken line by line.
+        """
+        if system is not None:
+            messages = [{"role": "system", "content": system}, *messages]
+        if self.has_chat_template:
+            return self.encode_chat(messages)
+        return self.encode("".join(f"{message['content']}\n" for message in messages))
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of tokens, without special tokens; spaces are not cleaned up."""
         return str(
