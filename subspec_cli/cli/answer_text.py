@@ -86,8 +86,8 @@ def fullness_warning(answer: Answer, session: Session) -> str:
         return f"the context is full, all {held:,} tokens: /reset begins a new conversation"
     share = 100 * (held - left) // held
     return (
-        f"the context is {share}% full: {left:,} of {held:,} tokens are left; a message that does not fit is refused, "
-        "then /reset begins a new conversation"
+        f"the context is {share}% full: {left:,} of {held:,} tokens are left; a message that does not fit is "
+        "refused, and /reset begins a new conversation"
     )
 
 
