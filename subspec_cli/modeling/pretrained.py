@@ -30,7 +30,7 @@ def load_config(directory: Path) -> PreTrainedConfig:
 
 
 class ModelTokenizer:
-    """The tokenizer and chat template of a model."""
+    """The tokenizer and chat template of a model. The length of a text is the planner's to judge, not the library's."""
 
     def __init__(self, directory: Path, vocab: int) -> None:
         try:
@@ -53,7 +53,7 @@ class ModelTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of raw text, with the special tokens that the tokenizer adds by itself."""
-        return list(self._tokenizer.encode(text))
+        return list(self._tokenizer.encode(text, verbose=False))
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Token ids of a conversation, up to the beginning of the assistant's answer."""
@@ -66,7 +66,7 @@ class ModelTokenizer:
                 f"the chat template refuses this conversation: {printable(str(error))[:300]}",
                 "--raw completes the bare text, without the template",
             ) from error
-        return list(self._tokenizer.encode(text, add_special_tokens=False))
+        return list(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
     def encode_prompt(self, text: str, *, system: str | None, raw: bool) -> list[int]:
         """Token ids of one prompt: through the chat template if there is one, unless `raw`."""
