@@ -30,7 +30,10 @@ def load_config(directory: Path) -> PreTrainedConfig:
 
 
 class ModelTokenizer:
-    """The tokenizer and chat template of a model. The length of a text is the planner's to judge, not the library's."""
+    """The tokenizer and chat template of a model.
+
+    The plan judges the length of a text, so the library's warnings of long texts are off.
+    """
 
     def __init__(self, directory: Path, vocab: int) -> None:
         try:
