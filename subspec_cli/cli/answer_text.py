@@ -71,8 +71,8 @@ def summary_line(answer: Answer, session: Session) -> str:
 def reach_line(session: Session) -> str:
     """How far a chat reaches, and what happens then."""
     return (
-        f"this chat holds {session.description.context_tokens:,} tokens, yours and the model's together, as --context "
-        "or the budget allows; when they are used up, /reset begins a new one"
+        f"this chat holds {session.description.context_tokens:,} tokens, yours and the model's together, "
+        "as --context or the budget allows; when they are used up, /reset begins a new one"
     )
 
 
