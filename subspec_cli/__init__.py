@@ -18,7 +18,7 @@ from subspec_cli.versions import __version__ as __version__
 
 if TYPE_CHECKING:
     from subspec_cli.errors import SubspecError
-    from subspec_cli.metrics import GenerationStats
+    from subspec_cli.metrics import GenerationStats, PrefillProgress
     from subspec_cli.planning.plan import OffloadPlan
     from subspec_cli.reporter import Reporter
     from subspec_cli.session.chat import Chat
@@ -29,6 +29,7 @@ __all__ = [
     "Chat",
     "GenerationStats",
     "OffloadPlan",
+    "PrefillProgress",
     "Reporter",
     "Session",
     "SubspecError",
@@ -40,6 +41,7 @@ _MODULES = {
     "Chat": "session.chat",
     "GenerationStats": "metrics",
     "OffloadPlan": "planning.plan",
+    "PrefillProgress": "metrics",
     "Reporter": "reporter",
     "Session": "session.session",
     "SubspecError": "errors",

@@ -124,7 +124,11 @@ class MemoryConfig:
     device: str = _setting("auto", _choice("auto", "cuda", "cpu"), "Where to run.", "auto|cuda|cpu")
     """auto takes cuda if there is a GPU."""
     context: int | None = _setting(
-        None, _whole(16), "Tokens of prompt and answer together.", "N", "up to 4096, as the budget allows"
+        None,
+        _whole(16),
+        "Tokens of prompt and answer together.",
+        "N",
+        "what the prompt and --max-new-tokens need; in a chat up to 4096, as the budget allows",
     )
     resident_layers: int | None = _setting(
         None,

@@ -6,7 +6,7 @@ token being the prefill's. decode_tok_per_s = (new tokens - 1) / (time of the la
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -14,6 +14,32 @@ Exactness = Literal["exact", "numeric"]
 """Whether rows are bit-identical for any rows beside them, so that plain and speculative tokens are equal."""
 FinishReason = Literal["stop", "length"]
 """Why an answer ended: at a stop rule, or at its limit of tokens or context."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillProgress:
+    """How far a prompt is read."""
+
+    done_tokens: float
+    """Work done, in tokens that went through the whole model; a part of the layers counts as a part of a token."""
+    tokens: int
+    """Prompt tokens to compute, without those that are still in the KV cache."""
+    elapsed_s: float
+
+    @property
+    def tok_per_s(self) -> float:
+        """Tokens per second so far; 0 before the first."""
+        return self.done_tokens / self.elapsed_s if self.elapsed_s > 0 else 0.0
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds that the rest takes at this rate; None before the first token."""
+        rate = self.tok_per_s
+        return (self.tokens - self.done_tokens) / rate if rate > 0 else None
+
+
+OnPrefill = Callable[[PrefillProgress], None]
+"""Receives how far a prompt is read, each time that more of it is done."""
 
 
 @dataclass(frozen=True, slots=True)

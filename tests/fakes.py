@@ -131,6 +131,7 @@ class FakeTarget(FakeModel):
     """The exact model, with row rules that ask for padding."""
 
     rules: RowRules = field(default_factory=lambda: RowRules(4))
+    layer_count: int = 2
     fails_at: int | None = None
     """Number of the forward that writes half its work and raises."""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from subspec_cli.bench.report import AnswerPair, ArmAnswer, BenchReport
-from subspec_cli.metrics import GenerationStats, PassStats
+from subspec_cli.metrics import GenerationStats, PassStats, PrefillProgress
 from subspec_cli.planning.costs import PlanCosts, RowTimes
 from subspec_cli.planning.reason import LayersThatPay, PlanReason
 from subspec_cli.planning.timing import Basis, Prediction
@@ -85,7 +85,7 @@ class FakeDescription:
 
 
 class FakeSession:
-    """Answers with `pieces`; an exception among them is raised where it stands."""
+    """Answers with `pieces`; an exception among them is raised where it stands, progress of the prompt is told."""
 
     def __init__(self, pieces=("Hello ", "world\n", "bye"), description=None):
         self.pieces = pieces
@@ -109,7 +109,7 @@ class FakeSession:
         self.calls.append(("encode", text, system, raw))
         return list(range(5))
 
-    def generate(self, prompt_ids, *, max_new_tokens, stop):
+    def generate(self, prompt_ids, *, max_new_tokens, stop, on_prefill):
         self.calls.append(("generate", len(prompt_ids), max_new_tokens, stop))
         stats = GenerationStats().after_prefill(
             prompt_tokens=5, prefilled_tokens=4, prefill_passes=1, ttft_s=0.25
@@ -124,12 +124,15 @@ class FakeSession:
             streamed_bytes=500_000_000,
         )
         try:
-            for number, piece in enumerate(self.pieces):
+            told = [piece for piece in self.pieces if isinstance(piece, PrefillProgress)]
+            for piece in told:
+                on_prefill(piece)
+            for number, piece in enumerate(self.pieces[len(told) :]):
                 if isinstance(piece, BaseException):
                     raise piece
                 if number:
                     stats = stats.after_pass(replace(step, decode_time_s=1.0 if number == 1 else 0.5))
-                reason = "stop" if number == len(self.pieces) - 1 else None
+                reason = "stop" if number == len(self.pieces) - len(told) - 1 else None
                 yield FakeDelta(piece, (number, number + 10), reason, stats)
         finally:
             self.stopped = True
@@ -138,9 +141,9 @@ class FakeSession:
         self.calls.append(("chat", system))
         return self
 
-    def ask(self, text, *, max_new_tokens, stop):
+    def ask(self, text, **how):
         self.calls.append(("ask", text))
-        return self.generate([1], max_new_tokens=max_new_tokens, stop=stop)
+        return self.generate([1], **how)
 
     def reset(self):
         self.calls.append(("reset",))
@@ -247,8 +250,9 @@ def use_session(monkeypatch, session):
     """Let `run` open `session`; gives the list that the resolved configs are put into."""
     configs = []
 
-    def open_session(config, reporter):
+    def open_session(config, reporter, *, count):
         configs.append(config)
+        session.count = count
         reporter.progress("loading substitutes 1/4")
         return session
 

@@ -61,8 +61,8 @@ def open_tiny(directory: Path | None, **flags: Any) -> Session:
     memory = {"vram_gb": 1.0, "device": "cpu", "resident_layers": 0} | flags.pop("memory", {})
     name = None if directory is None else str(directory)
     model = {"model": name} | flags.pop("model", {})
-    reporter = flags.pop("reporter", Reporter())
-    return open_session(resolve_config({"model": model, "memory": memory, **flags}), reporter)
+    reporter, count = flags.pop("reporter", Reporter()), flags.pop("count", None)
+    return open_session(resolve_config({"model": model, "memory": memory, **flags}), reporter, count=count)
 
 
 class Answer:

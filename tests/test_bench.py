@@ -15,6 +15,7 @@ from subspec_cli.cli.documents import bench_document
 from subspec_cli.config_file import resolve_config
 from subspec_cli.errors import UsageError
 from subspec_cli.metrics import GenerationStats
+from subspec_cli.modeling.pretrained import ModelTokenizer
 
 TURNS = ["Tell me more.", "And then?"]
 
@@ -58,6 +59,16 @@ def test_both_arms_answer_every_turn_alike(shelf, questions):
     assert any(line.startswith("predicted (assumed costs) | measured") for line in summary_lines(report))
 
 
+def test_the_context_holds_the_longest_conversation(shelf, questions):
+    asked = [{"role": "user", "content": TURNS[0]}, {"role": "assistant", "content": ""}]
+    asked.append({"role": "user", "content": TURNS[1]})
+    assert read_questions(questions)[0].messages == asked
+    wanted = len(ModelTokenizer(shelf.model("qwen2"), 288).encode_messages(asked)) + 60 + 75
+    report = bench(shelf, questions, max_new_tokens=60)
+    assert report.plan.context == report.best_plain_plan.context == -(-wanted // 64) * 64
+    assert bench(shelf, questions, memory={"context": 300}, limit=1).plan.context == 300
+
+
 def test_second_turn_prefills_only_what_is_new(shelf, questions):
     second = bench(shelf, questions).pairs[1].speculative.stats
     assert 0 < second.prefilled_tokens < second.prompt_tokens
@@ -81,9 +92,9 @@ def test_a_machine_that_is_to_be_timed_anew_is_timed_once(shelf, questions, monk
     """Both arms go by the same costs; what was timed last would be kept for later runs, too."""
     asked, open_session = [], runner.open_session
 
-    def logged(config, reporter):
+    def logged(config, reporter, **how):
         asked.append(config.memory.reprobe)
-        return open_session(config, reporter)
+        return open_session(config, reporter, **how)
 
     monkeypatch.setattr(runner, "open_session", logged)
     bench(shelf, questions, memory={"reprobe": True}, limit=1)

@@ -178,7 +178,7 @@ def test_bug_is_one_line_and_a_traceback_only_when_asked(capsys, monkeypatch):
     ],
 )
 def test_what_the_machine_refuses(capsys, monkeypatch, error, status, message):
-    def open_session(config, reporter):
+    def open_session(config, reporter, *, count):
         raise error
 
     use_session(monkeypatch, FakeSession())
@@ -193,8 +193,8 @@ def test_sigterm_unwinds_like_ctrl_c(capsys, monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
 
     class Terminated(FakeSession):
-        def generate(self, prompt_ids, *, max_new_tokens, stop):
-            for delta in super().generate(prompt_ids, max_new_tokens=max_new_tokens, stop=stop):
+        def generate(self, prompt_ids, **how):
+            for delta in super().generate(prompt_ids, **how):
                 yield delta
                 signal.raise_signal(signal.SIGTERM)
 
@@ -208,7 +208,7 @@ def test_sigterm_unwinds_like_ctrl_c(capsys, monkeypatch):
 
 
 def test_sigterm_outside_an_answer(capsys, monkeypatch):
-    def open_session(config, reporter):
+    def open_session(config, reporter, *, count):
         signal.raise_signal(signal.SIGTERM)
 
     use_session(monkeypatch, FakeSession())
@@ -222,7 +222,7 @@ import sys
 from fakes_cli import FakeSession, module
 session = FakeSession(["line of text\\n"] * 20000)
 name = "subspec_cli.session"
-sys.modules[name] = module(name, open_session=lambda config, reporter: session)
+sys.modules[name] = module(name, open_session=lambda config, reporter, count: session)
 from subspec_cli.__main__ import main
 sys.exit(main(["run", "hello"]))
 """

@@ -4,8 +4,11 @@ import pytest
 from fakes_cli import FakeSession, on_terminal, use_session
 
 from subspec_cli.__main__ import main
+from subspec_cli.cli.answer_text import fullness_warning
+from subspec_cli.cli.live import Answer
 from subspec_cli.cli.output import Output
 from subspec_cli.errors import ResourceError, UsageError
+from subspec_cli.metrics import GenerationStats
 
 
 @pytest.fixture
@@ -66,6 +69,34 @@ def test_ctrl_c_stops_the_answer_and_a_second_one_leaves(talk):
     assert stdout == "Hi\n"
     assert "interrupted" in stderr
     assert session.stopped
+
+
+def test_a_chat_says_how_far_it_reaches(talk):
+    _, session, _, stderr = talk(["/exit"])
+    assert session.count is None
+    assert "this chat holds 256 tokens, yours and the model's together" in stderr
+    assert "/reset begins a new one" in stderr
+
+
+@pytest.mark.parametrize(
+    ("used", "told"),
+    [
+        (191, ""),
+        (192, "the context is 75% full: 64 of 256 tokens are left"),
+        (255, "the context is 99% full: 1 of 256 tokens are left"),
+        (256, "the context is full, all 256 tokens: /reset begins a new conversation"),
+    ],
+)
+def test_a_chat_that_is_three_quarters_full_says_so(used, told):
+    stats = GenerationStats(prompt_tokens=used - 20, new_tokens=20)
+    warning = fullness_warning(Answer(stats=stats), FakeSession())
+    assert warning.startswith(told)
+    assert bool(warning) == bool(told)
+
+
+def test_the_warning_follows_the_summary(talk, monkeypatch):
+    monkeypatch.setattr("subspec_cli.cli.chat.fullness_warning", lambda answer, session: "nearly full")
+    assert "exact\nnearly full\n" in talk(["Hello?", "/exit"])[3]
 
 
 def test_one_ctrl_c_at_the_prompt_only_says_how_to_leave(talk):

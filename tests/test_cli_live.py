@@ -1,15 +1,16 @@
 """The terminal: text that scrolls up, statistics that are redrawn, progress, and nothing left behind."""
 
 import io
+import sys
 
 import pytest
 from fakes_cli import FakeSession, Terminal, on_terminal, use_session
 
 from subspec_cli.__main__ import main
-from subspec_cli.cli.live import LiveView, sparkline, statistics_lines
+from subspec_cli.cli.live import LiveView, PlainView, sparkline, statistics_lines
 from subspec_cli.cli.output import Output, as_json
-from subspec_cli.cli.output_progress import ProgressLine, time_left
-from subspec_cli.metrics import GenerationStats, PassStats
+from subspec_cli.cli.output_progress import ProgressLine, prefill_text, time_left
+from subspec_cli.metrics import GenerationStats, PassStats, PrefillProgress
 
 
 @pytest.fixture(autouse=True)
@@ -153,6 +154,76 @@ def test_progress_is_one_line_on_a_terminal_and_rare_lines_elsewhere():
         for number in range(1, 13):
             progress.update(f"layer {number}/12", number, 12)
     assert stderr.getvalue().splitlines() == ["layer 5/12", "layer 10/12", "layer 12/12"]
+
+
+READ = [PrefillProgress(done, 6000, done / 500) for done in (256, 3072, 5888, 6000)]
+"""A prompt of 6,000 tokens at 500 a second."""
+
+
+@pytest.mark.parametrize(
+    ("progress", "text"),
+    [
+        (PrefillProgress(0, 600, 0.0), "reading the prompt 0/600 tokens"),
+        (PrefillProgress(1536, 6000, 2.0), "reading the prompt 1,536/6,000 tokens · 768 tok/s · 5.8 s left"),
+        (PrefillProgress(0.5, 20, 0.25), "reading the prompt 0/20 tokens · 2.0 tok/s · 9.8 s left"),
+        (PrefillProgress(600, 60_000, 6.0), "reading the prompt 600/60,000 tokens · 100 tok/s · 9:54 left"),
+    ],
+)
+def test_progress_of_a_prompt_says_rate_and_time_left(progress, text):
+    assert prefill_text(progress) == text
+
+
+def test_a_live_terminal_redraws_the_progress_of_the_prompt(monkeypatch):
+    stdout, stderr = on_terminal(monkeypatch)
+    use_session(monkeypatch, FakeSession([*READ, "Hello"]))
+    assert main(["run", "hello"]) == 0
+    shown = stdout.getvalue()
+    assert "reading the prompt 256/6,000 tokens · 500 tok/s · 11.5 s left" in shown
+    assert shown.endswith("Hello\n")
+    assert "reading" not in stderr.getvalue()
+
+
+def test_progress_of_the_prompt_is_redrawn_on_stderr_if_only_that_is_a_terminal(monkeypatch):
+    _, stderr = on_terminal(monkeypatch)
+    monkeypatch.setattr(sys, "stdout", stdout := io.StringIO())
+    use_session(monkeypatch, FakeSession([*READ, "Hello"]))
+    assert main(["run", "hello"]) == 0
+    shown = stderr.getvalue()
+    assert "reading the prompt 3,072/6,000 tokens" in shown
+    assert "6,000/6,000" not in shown
+    assert shown.rfind("\x1b[?25h") > shown.rfind("\x1b[?25l") >= 0, "the cursor is shown again"
+    assert stdout.getvalue() == "Hello\n"
+
+
+def test_a_pipe_gets_a_line_on_the_prompt_now_and_then():
+    stdout, stderr = io.StringIO(), io.StringIO()
+    # Each look at the clock is a second: the first line comes after five.
+    progress = ProgressLine(Output(stdout=stdout, stderr=stderr), clock=ticking())
+    with PlainView(stdout, progress, escape=False) as view:
+        for done in range(1, 11):
+            view.show_prefill(PrefillProgress(600 * done, 6000, float(done)))
+        view.feed("Hello", some_stats())
+    assert stderr.getvalue().splitlines() == [
+        "reading the prompt 2,400/6,000 tokens · 600 tok/s · 6.0 s left",
+        "reading the prompt 5,400/6,000 tokens · 600 tok/s · 1.0 s left",
+    ]
+    assert stdout.getvalue() == "Hello\n"
+
+
+def test_a_short_prompt_and_a_document_tell_no_progress(capsys, monkeypatch):
+    for argv in (["run", "hello"], ["run", "hello", "--json"]):
+        use_session(monkeypatch, FakeSession([*READ, "Hello"]))
+        assert main(argv) == 0
+        assert "reading" not in "".join(capsys.readouterr())
+
+
+def test_ctrl_c_while_the_prompt_is_read_restores_the_terminal(monkeypatch):
+    stdout, stderr = on_terminal(monkeypatch)
+    use_session(monkeypatch, FakeSession([READ[0], KeyboardInterrupt()]))
+    assert main(["run", "hello"]) == 130
+    shown = stdout.getvalue()
+    assert shown.rfind("\x1b[?25h") > shown.rfind("\x1b[?25l")
+    assert "0 tokens (interrupted)" in stderr.getvalue()
 
 
 def test_time_left():

@@ -12,9 +12,11 @@ from subspec_cli.cli.plan_text import advice_text, assumptions, reason_text
 from subspec_cli.planning.advice import Advice, Change, Gain, advise
 from subspec_cli.planning.plan import make_plan
 from subspec_cli.planning.reason import (
+    ContextCost,
     FasterBits,
     GivenLayers,
     LayersThatPay,
+    NoRoomToDraft,
     PlanReason,
     ResidentDraft,
     ShorterContext,
@@ -64,6 +66,17 @@ PAY = LayersThatPay(3, 5 * MIB, 90 * MIB)
         (
             PlanReason(GivenLayers(1), context=ShorterContext(512, 4096, 0.004)),
             "1 resident layers, as asked for; context 512, as 4096 would cost 0.4% of the speed",
+        ),
+        (
+            PlanReason(GivenLayers(1), context_cost=ContextCost(6528, 256, 0.12)),
+            "1 resident layers, as asked for; a context of 6528 costs 12% of the speed with 256",
+        ),
+        (
+            PlanReason(GivenLayers(1), no_draft=NoRoomToDraft(6000)),
+            (
+                "1 resident layers, as asked for; no draft, as the substitutes do not fit beside 6000 tokens of "
+                "prompt"
+            ),
         ),
         (
             PlanReason(GivenLayers(1), substitutes=FasterBits(4, (2, 8))),

@@ -7,6 +7,7 @@ import pytest
 from fakes_cli import FakeDescription, FakeSession, on_terminal, pipe_in, use_session
 
 from subspec_cli.__main__ import main
+from subspec_cli.planning.request import WantedTokens
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +32,7 @@ def test_plain_text_on_stdout_and_figures_on_stderr(capsys, session, monkeypatch
     banner, model, plan, beside, summary = captured.err.splitlines()
     assert banner == "subspec 0.1.0 · loading the model prepared last …"
     assert model == (
-        "model demo (most recently prepared) · cpu bfloat16 · context 256"
+        "model demo (most recently prepared) · cpu bfloat16 · context 256 tokens"
         " · exact (rows checked in blocks of 2)"
     )
     assert plan == (
@@ -41,7 +42,7 @@ def test_plain_text_on_stdout_and_figures_on_stderr(capsys, session, monkeypatch
     assert beside.startswith("predicted (assumed costs) | measured: pass 400 ms | 300 ms · ")
     assert summary == (
         "7 tokens (stop) at 4.0 tok/s · tau 3.00 · first token 250 ms"
-        " · prompt 5 (4 prefilled) · 953.7 MiB at 0.67 GB/s"
+        " · prompt 5 (4 prefilled) · context 12 of 256 · 953.7 MiB at 0.67 GB/s"
         " · memory 400.0 MiB of 1.00 GiB · exact"
     )
     assert session.calls == [("encode", "What is it?", None, False), ("generate", 5, 512, ())]
@@ -81,6 +82,16 @@ def test_every_flag_reaches_the_session(capsys, session):
     assert "loading m/x" in error
     assert "most recently" not in error
     assert "seed 77 (fresh)" in error
+
+
+def test_the_prompt_is_counted_as_it_will_be_asked(capsys, session):
+    class Tokenizer:
+        def encode_prompt(self, text, *, system, raw):
+            assert (text, system, raw) == ("hello", "Be brief", True)
+            return [0] * 40
+
+    assert main(["run", "hello", "--system", "Be brief", "--raw", "--max-new-tokens", "7"]) == 0
+    assert session.count(Tokenizer()) == WantedTokens(40, 7)
 
 
 def test_settings_file_is_used_and_said(capsys, session, tmp_path):

@@ -84,6 +84,20 @@ def test_an_interrupted_pass_over_a_prompt_keeps_what_was_committed():
     assert emitted(list(engine.generate(request_for(longer, 4)))) == plain_answer(TABLE, longer, 4)
 
 
+@pytest.mark.parametrize("passes", [1, 2])
+def test_every_layer_of_a_prompt_is_reported_without_the_rows_that_are_reused(passes):
+    prompt = tuple(n % VOCAB for n in range(PREFILL_CHUNK + GUARD + 80))
+    kv, target = fake_cache(3 * PREFILL_CHUNK), FakeTarget(TABLE)
+    engine = fake_engine(target, kv, PlainDrafter(), prompt_rows=1 << 20 if passes == 1 else 1)
+    told = []
+    list(engine.generate(request_for(prompt[:100], 1)))
+    list(engine.generate(request_for(prompt, 1), told.append))
+    whole, first = len(prompt) - 100, PREFILL_CHUNK + GUARD - 100
+    layers = [whole / 2, whole] if passes == 1 else [first / 2, first, (first + whole) / 2, whole]
+    assert [(item.done_tokens, item.tokens) for item in told] == [(done, whole) for done in layers]
+    assert told == sorted(told, key=lambda item: item.elapsed_s)
+
+
 @pytest.mark.parametrize("length", [PREFILL_CHUNK - 1, PREFILL_CHUNK, PREFILL_CHUNK + 1])
 def test_a_prompt_about_as_long_as_a_chunk(length):
     prompt = tuple(n % VOCAB for n in range(length))
@@ -161,7 +175,7 @@ def test_stats_add_up():
 
 def test_the_time_that_the_consumer_takes_is_not_decode_time(monkeypatch):
     clock = itertools.count(0, 1)
-    monkeypatch.setattr("subspec_cli.decoding.engine.time.perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr("subspec_cli.decoding.meter.time.perf_counter", lambda: float(next(clock)))
     engine, _, _ = machine()
     times = []
     for output in engine.generate(request_for(PROMPT, 4)):

@@ -33,6 +33,12 @@ COVERED = [
     ("F06", f"{RUN}::test_bad_piped_prompt"),
     ("F06", f"{RUN}::test_bad_prompt_argument"),
     ("F07", "test_session_answers::test_a_prompt_without_room_is_refused"),
+    ("F07", "test_session_prompt::test_a_prompt_longer_than_the_model_is_refused_before_anything_is_loaded"),
+    ("F07", "test_session_prompt::test_a_given_context_wins_and_a_prompt_beyond_it_is_refused_first"),
+    (
+        "F07",
+        "test_planning_prompt::test_a_prompt_that_the_budget_cannot_hold_is_told_what_would_do",
+    ),
     ("F08", "test_hub_model_name::test_names"),
     ("F10", f"{HUB}::test_unknown_model_and_revision"),
     ("F11", f"{HUB}::test_unknown_model_and_revision"),

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 
-from subspec_cli.metrics import GenerationStats, PassStats, rate_of_totals, tau_of_totals
+from subspec_cli.metrics import GenerationStats, PassStats, PrefillProgress, rate_of_totals, tau_of_totals
 
 PREFILLED = GenerationStats().after_prefill(
     prompt_tokens=20, prefilled_tokens=12, prefill_passes=1, ttft_s=0.5
@@ -35,6 +35,13 @@ def after(*accepted):
 def test_nothing_yet_divides_by_nothing():
     for stats in (GenerationStats(), PREFILLED):
         assert (stats.tau, stats.decode_tok_per_s, stats.link_gb_per_s) == (0, 0, 0)
+
+
+def test_progress_of_a_prompt_extrapolates_its_rate():
+    halfway = PrefillProgress(done_tokens=50.0, tokens=100, elapsed_s=4.0)
+    assert (halfway.tok_per_s, halfway.left_s) == (12.5, 4.0)
+    for nothing in (PrefillProgress(0, 100, 0.0), PrefillProgress(0, 100, 1.0)):
+        assert (nothing.tok_per_s, nothing.left_s) == (0, None)
 
 
 def test_the_prefill_gives_the_first_token():

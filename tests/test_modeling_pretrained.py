@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from tiny_models import EOS_ID, VOCAB, Tiny
+from transformers import tokenization_utils_base
 
 from subspec_cli.errors import IntegrityError, UnsupportedModelError
 from subspec_cli.modeling.pretrained import ModelTokenizer, end_token_ids, load_config
@@ -58,6 +59,19 @@ def test_a_template_is_not_given_a_second_beginning(directory: Path) -> None:
     tokenizer = ModelTokenizer(directory, VOCAB)
     assert tokenizer.encode("a") == [256, 97]
     assert tokenizer.encode_chat(MESSAGES)[0] == 257
+
+
+def test_a_long_text_is_counted_without_the_librarys_warning(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It foretells indexing errors; a prompt that is too long is refused in our own words."""
+    change(directory / "tokenizer_config.json", model_max_length=8)
+    warned: list[str] = []
+    monkeypatch.setattr(tokenization_utils_base.logger, "warning", lambda text, *_: warned.append(text))
+    tokenizer = ModelTokenizer(directory, VOCAB)
+    assert len(tokenizer.encode_prompt("x" * 20, system=None, raw=True)) == 20
+    assert len(tokenizer.encode_prompt("x" * 20, system=None, raw=False)) > 20
+    assert warned == []
 
 
 def test_a_model_without_a_template_says_so(directory: Path) -> None:

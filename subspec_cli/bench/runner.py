@@ -18,17 +18,21 @@ from subspec_cli.bench.suites import Question, load_suite
 from subspec_cli.config import Config
 from subspec_cli.metrics import Exactness, GenerationStats
 from subspec_cli.planning.plan import OffloadPlan
+from subspec_cli.planning.request import WantedTokens
 from subspec_cli.reporter import Reporter
 from subspec_cli.session import open_session
 from subspec_cli.streaming.memory_meter import disk_read_bytes
 
 if TYPE_CHECKING:
+    from subspec_cli.modeling.pretrained import ModelTokenizer
     from subspec_cli.session import Session
     from subspec_cli.streaming.streamer import StreamCounters
 
 __all__ = ["BenchProgress", "BenchReport", "BenchRow", "run_bench"]
 
 _BEST_PLAIN_QUESTIONS: Final = 2
+_READ_AGAIN: Final = 1.25
+"""Room for an answer that later turns read as text: cut into tokens anew, it may have a few more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +73,7 @@ class _Run:
 
     def measure_pairs(self) -> None:
         """Measure both arms over all questions under one plan."""
-        with open_session(self._config, Reporter(self._say)) as session:
+        with open_session(self._config, Reporter(self._say), count=self._count) as session:
             about = session.description
             self._exactness, self._speculation = about.exactness, about.speculation
             self._plan = about.plan
@@ -115,6 +119,16 @@ class _Run:
             plan=self._plan,
             best_plain_plan=self._best_plain_plan,
         )
+
+    def _count(self, tokenizer: ModelTokenizer) -> WantedTokens:
+        """Count the longest conversation, in which every answer is as long as it may be."""
+        said = [
+            tokenizer.encode_messages(question.messages, system=self._config.run.system)
+            for question in self._questions
+        ]
+        earlier = max(len(question.turns) for question in self._questions) - 1
+        answers = self._limit + int(earlier * self._limit * _READ_AGAIN)
+        return WantedTokens(max(map(len, said)), answers)
 
     @property
     def _limit(self) -> int:

@@ -25,6 +25,13 @@ class Question:
     category: str
     turns: tuple[str, ...]
 
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The conversation with answers that are still empty, up to the last question."""
+        asked = [{"role": "user", "content": turn} for turn in self.turns]
+        answered = [message for ask in asked[:-1] for message in (ask, {"role": "assistant", "content": ""})]
+        return [*answered, asked[-1]]
+
 
 def load_suite(name: str, questions_file: str | None, limit: int | None) -> tuple[Question, ...]:
     """Return the questions of `sample` or `mt-bench`, or of `questions_file`; at most `limit` over all categories.

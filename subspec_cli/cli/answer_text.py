@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from subspec_cli.cli.documents import plan_document
 from subspec_cli.cli.live import Answer
@@ -15,6 +15,9 @@ from subspec_cli.versions import __version__
 
 if TYPE_CHECKING:
     from subspec_cli.session import Session
+
+_FREE_SHARE: Final = 0.25
+"""Share of a chat's context below which the user is warned."""
 
 
 def loading_line(config: Config, file: Path | None, command: str = "") -> str:
@@ -33,7 +36,7 @@ def session_lines(session: Session, config: Config) -> list[str]:
     first = [
         f"model {about.model_id}{how}",
         f"{about.device} {about.dtype}",
-        f"context {about.context_tokens}",
+        f"context {about.context_tokens:,} tokens",
     ]
     first.append(f"{about.exactness} ({about.exactness_reason})")
     if not config.sampling.is_greedy:
@@ -57,11 +60,35 @@ def summary_line(answer: Answer, session: Session) -> str:
         parts.append(f"tau {stats.tau:.2f}")
     parts.append(f"first token {format_seconds(stats.ttft_s)}")
     parts.append(f"prompt {stats.prompt_tokens} ({stats.prefilled_tokens} prefilled)")
+    parts.append(f"context {stats.prompt_tokens + stats.new_tokens:,} of {about.context_tokens:,}")
     if stats.streamed_bytes:
         parts.append(f"{format_bytes(stats.streamed_bytes)} at {stats.link_gb_per_s:.2f} GB/s")
     parts.append(f"memory {format_bytes(session.peak_memory_bytes())} of {format_bytes(about.budget_bytes)}")
     parts.append(about.exactness)
     return " · ".join(parts)
+
+
+def reach_line(session: Session) -> str:
+    """How far a chat reaches, and what happens then."""
+    return (
+        f"this chat holds {session.description.context_tokens:,} tokens, yours and the model's together, "
+        "as --context or the budget allows; when they are used up, /reset begins a new one"
+    )
+
+
+def fullness_warning(answer: Answer, session: Session) -> str:
+    """The warning that a chat's context is nearly full; empty before."""
+    held = session.description.context_tokens
+    left = held - answer.stats.prompt_tokens - answer.stats.new_tokens
+    if left > held * _FREE_SHARE:
+        return ""
+    if left <= 0:
+        return f"the context is full, all {held:,} tokens: /reset begins a new conversation"
+    share = 100 * (held - left) // held
+    return (
+        f"the context is {share}% full: {left:,} of {held:,} tokens are left; a message that does not fit is "
+        "refused, and /reset begins a new conversation"
+    )
 
 
 def comparison_of(answer: Answer, session: Session) -> Comparison:

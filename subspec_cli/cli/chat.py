@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from subspec_cli.cli.answer_text import summary_line
+from subspec_cli.cli.answer_text import fullness_warning, reach_line, summary_line
 from subspec_cli.cli.interrupts import interrupt_status, is_terminating
 from subspec_cli.cli.live import collect_answer, make_view
 from subspec_cli.cli.output import Output
@@ -23,6 +23,7 @@ _HELP = "/reset clears the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an
 def chat(session: Session, config: Config, output: Output) -> None:
     """Read messages and answer them until the user leaves."""
     conversation = session.chat(config.run.system)
+    output.note(reach_line(session))
     output.note(_HELP)
     interrupts = 0
     while interrupts < 2:
@@ -68,13 +69,18 @@ def _answer(line: str, conversation: Chat, session: Session, config: Config, out
     """Answer one message. Returns 1 if Ctrl-C stopped the answer, so that another Ctrl-C at the prompt leaves."""
     limits = config.run
     try:
-        deltas = conversation.ask(line, max_new_tokens=limits.max_new_tokens, stop=limits.stop)
-        answer = collect_answer(deltas, make_view(output, session))
+        view = make_view(output, session)
+        deltas = conversation.ask(
+            line, max_new_tokens=limits.max_new_tokens, stop=limits.stop, on_prefill=view.show_prefill
+        )
+        answer = collect_answer(deltas, view)
     except UsageError as error:  # a full context or a message that is too long does not end the chat
         output.note(f"{error.message}{f': {error.hint}' if error.hint else ''}", style="bold")
         return 0
     if not answer.is_interrupted:
         output.note(summary_line(answer, session))
+        if warning := fullness_warning(answer, session):
+            output.note(warning, style="bold")
         return 0
     output.note("interrupted", style="bold")
     if is_terminating():

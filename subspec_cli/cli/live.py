@@ -9,7 +9,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
 
 from subspec_cli.cli.output import LiveArea, Output
-from subspec_cli.metrics import GenerationStats
+from subspec_cli.cli.output_progress import ProgressLine, prefill_text
+from subspec_cli.metrics import GenerationStats, PrefillProgress
 from subspec_cli.units import format_bytes, printable
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 
 INTERRUPTED = "interrupted"
+READING = "reading the prompt …"
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _REDRAW_INTERVAL_S = 0.1
@@ -30,6 +32,9 @@ class View:
     def feed(self, text: str, stats: GenerationStats) -> None:
         """Receive the next piece of text and the statistics so far."""
 
+    def show_prefill(self, progress: PrefillProgress) -> None:
+        """Receive how far the prompt is read."""
+
     def __enter__(self) -> Self:
         return self
 
@@ -40,15 +45,29 @@ class View:
 
 
 class PlainView(View):
-    """Writes text at once: unchanged into files and pipes, with control characters escaped on a terminal."""
+    """Writes text at once: unchanged into files and pipes, with control characters escaped on a terminal.
 
-    def __init__(self, stream: TextIO, *, escape: bool) -> None:
+    Before the text, `progress` shows how far the prompt is read.
+    """
+
+    def __init__(self, stream: TextIO, progress: ProgressLine, *, escape: bool) -> None:
         self._stream = stream
+        self._progress = progress
         self._escape = escape
         self._last = "\n"
 
+    def __enter__(self) -> Self:
+        self._progress.__enter__()
+        self._progress.update(READING)
+        return self
+
+    def show_prefill(self, progress: PrefillProgress) -> None:
+        """Redraw the line of progress, or add one now and then."""
+        self._progress.show_prefill(progress)
+
     def feed(self, text: str, stats: GenerationStats) -> None:  # noqa: ARG002 - only the summary shows statistics
         """Write and flush, so that the reader of a pipe sees each piece at once."""
+        self._progress.__exit__(None, None, None)
         if text:
             self._stream.write(printable(text) if self._escape else text)
             self._stream.flush()
@@ -57,7 +76,8 @@ class PlainView(View):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End the last line, unless writing failed."""
+        """Remove the progress, and end the last line, unless writing failed."""
+        self._progress.__exit__(kind, error, trace)
         if self._last != "\n" and not isinstance(error, OSError):
             self._stream.write("\n")
             self._stream.flush()
@@ -83,8 +103,14 @@ class LiveView(View):
 
     def __enter__(self) -> Self:
         self._area.__enter__()
-        self._area.show("", ["reading the prompt …"])
+        self._area.show("", [READING])
         return self
+
+    def show_prefill(self, progress: PrefillProgress) -> None:
+        """Redraw the line of progress a few times a second."""
+        if self._clock() >= self._redraw_at_s:
+            self._area.show("", [prefill_text(progress)])
+            self._redraw_at_s = self._clock() + _REDRAW_INTERVAL_S
 
     def feed(self, text: str, stats: GenerationStats) -> None:
         """Write finished lines, and redraw the rest a few times a second."""
@@ -110,7 +136,7 @@ def make_view(output: Output, session: Session) -> View:
     if output.is_live:
         budget_bytes = session.description.budget_bytes
         return LiveView(output.area(), memory_bytes=session.memory_bytes, budget_bytes=budget_bytes)
-    return PlainView(output.stdout, escape=output.is_terminal)
+    return PlainView(output.stdout, ProgressLine(output), escape=output.is_terminal)
 
 
 def statistics_lines(stats: GenerationStats, memory_bytes: int, budget_bytes: int) -> list[str]:

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Column
 
 from subspec_cli.cli.output import Output
+from subspec_cli.metrics import PrefillProgress
 from subspec_cli.units import format_seconds, printable
 
 
@@ -59,6 +60,11 @@ class ProgressLine:
     ) -> None:
         self._progress.stop()
 
+    def show_prefill(self, progress: PrefillProgress) -> None:
+        """Show how far a prompt is read; once it is read, the answer says so."""
+        if progress.done_tokens < progress.tokens:
+            self.update(prefill_text(progress), progress.done_tokens, progress.tokens)
+
     def update(self, text: str, done: float = 0, total: float | None = None) -> None:
         """Show `text`, and a bar if there is a `total`."""
         if self._output.is_animated:
@@ -70,6 +76,15 @@ class ProgressLine:
         if is_done or self._clock() >= self._next_plain_s:
             self._next_plain_s = self._clock() + self._plain_interval_s
             self._output.note(text)
+
+
+def prefill_text(progress: PrefillProgress) -> str:
+    """How far a prompt is read, such as `reading the prompt 1,536/6,000 tokens · 820 tok/s · 5.4 s left`."""
+    text = f"reading the prompt {int(progress.done_tokens):,}/{progress.tokens:,} tokens"
+    if progress.left_s is None:
+        return text
+    rate, left = progress.tok_per_s, format_seconds(progress.left_s)
+    return f"{text} · {rate:,.{0 if rate >= 10 else 1}f} tok/s · {left} left"
 
 
 def time_left(done: float, total: float, elapsed_s: float) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from subspec_cli.planning.advice import LEAST_GAIN, Advice, Change
 from subspec_cli.planning.reason import (
+    ContextCost,
     FasterBits,
     GivenLayers,
     LayersThatPay,
@@ -27,8 +28,12 @@ def _reasons(reason: PlanReason) -> Iterator[str]:
     yield _layers_text(reason.layers)
     if reason.draft is not None:
         yield _draft_text(reason.draft)
+    if reason.no_draft is not None:
+        yield f"no draft, as the substitutes do not fit beside {reason.no_draft.prompt_tokens} tokens of prompt"
     if reason.context is not None:
         yield _context_text(reason.context)
+    if reason.context_cost is not None:
+        yield _context_cost_text(reason.context_cost)
     if reason.substitutes is not None:
         yield _bits_text(reason.substitutes)
 
@@ -59,8 +64,15 @@ def _context_text(shorter: ShorterContext) -> str:
     loss = shorter.loss
     if loss is None:
         return f"context cut to {shorter.context} tokens to fit"
-    digits = 0 if loss >= 0.01 else 1
-    return f"context {shorter.context}, as {shorter.longest} would cost {loss:.{digits}%} of the speed"
+    return f"context {shorter.context}, as {shorter.longest} would cost {_share(loss)} of the speed"
+
+
+def _context_cost_text(cost: ContextCost) -> str:
+    return f"a context of {cost.context} costs {_share(cost.loss)} of the speed with {cost.shortest}"
+
+
+def _share(loss: float) -> str:
+    return f"{loss:.{0 if loss >= 0.01 else 1}%}"
 
 
 def _bits_text(substitutes: FasterBits) -> str:

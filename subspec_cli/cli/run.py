@@ -15,7 +15,9 @@ from subspec_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from subspec_cli.cli.output import Output
+    from subspec_cli.modeling.pretrained import ModelTokenizer
     from subspec_cli.session import Session
+    from subspec_cli.session.build import TokenCount
 
 PromptArg = Annotated[
     str | None,
@@ -42,7 +44,7 @@ def _start(config: Config, file: Path | None, argument: str | None, *, as_json: 
 
     output = Output(plain=config.run.plain)
     output.note(loading_line(config, file))
-    with _load(config, output) as session:
+    with _load(config, output, prompt) as session:
         if prompt is not None:
             _answer(session, prompt, config, output, as_json=as_json)
             return
@@ -51,7 +53,7 @@ def _start(config: Config, file: Path | None, argument: str | None, *, as_json: 
         chat(session, config, output)
 
 
-def _load(config: Config, output: Output) -> Session:
+def _load(config: Config, output: Output, prompt: str | None) -> Session:
     from subspec_cli.cli.answer_text import session_lines
     from subspec_cli.cli.output_progress import ProgressLine
 
@@ -60,10 +62,23 @@ def _load(config: Config, output: Output) -> Session:
         from subspec_cli.reporter import Reporter
         from subspec_cli.session import open_session
 
-        session = open_session(config, Reporter(progress.update))
+        session = open_session(config, Reporter(progress.update), count=_counting(prompt, config.run))
     for line in session_lines(session, config):
         output.note(line)
     return session
+
+
+def _counting(prompt: str | None, limits: RunConfig) -> TokenCount | None:
+    """Return what counts the tokens that the context must hold; None for a chat, whose length nobody knows."""
+    if prompt is None:
+        return None
+    from subspec_cli.planning.request import WantedTokens
+
+    def count(tokenizer: ModelTokenizer) -> WantedTokens:
+        tokens = len(tokenizer.encode_prompt(prompt, system=limits.system, raw=limits.raw))
+        return WantedTokens(tokens, limits.max_new_tokens)
+
+    return count
 
 
 def _answer(session: Session, prompt: str, config: Config, output: Output, *, as_json: bool) -> None:
@@ -73,8 +88,11 @@ def _answer(session: Session, prompt: str, config: Config, output: Output, *, as
 
     limits = config.run
     prompt_ids = session.encode_prompt(prompt, system=limits.system, raw=limits.raw)
-    deltas = session.generate(prompt_ids, max_new_tokens=limits.max_new_tokens, stop=limits.stop)
-    answer = collect_answer(deltas, View() if as_json else make_view(output, session))
+    view = View() if as_json else make_view(output, session)
+    deltas = session.generate(
+        prompt_ids, max_new_tokens=limits.max_new_tokens, stop=limits.stop, on_prefill=view.show_prefill
+    )
+    answer = collect_answer(deltas, view)
     if as_json:
         output.document(answer_document(answer, session, config))
     if answer.stats.passes:

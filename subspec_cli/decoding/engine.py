@@ -6,7 +6,6 @@ drafter; it knows nothing of costs, files or consoles.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -14,14 +13,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from subspec_cli.decoding.drafter import Draft, Drafter
-from subspec_cli.decoding.meter import RoundMeter
+from subspec_cli.decoding.meter import PromptMeter, RoundMeter
 from subspec_cli.decoding.row_groups import prompt_groups, prompt_passes, tree_group
 from subspec_cli.decoding.sampler import Sampler, sample_token
 from subspec_cli.decoding.text import StopRule
 from subspec_cli.decoding.tree import TokenTree
 from subspec_cli.decoding.verification import VerifyResult, host_row, verify
 from subspec_cli.errors import UsageError
-from subspec_cli.metrics import FinishReason, GenerationStats
+from subspec_cli.metrics import FinishReason, GenerationStats, OnPrefill
 from subspec_cli.modeling.decoder import TargetDecoder
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.row_group import RowGroup
@@ -81,12 +80,13 @@ class Engine:
         self._drafter = drafter
         self._counters = counters
 
-    def generate(self, request: Request) -> Iterator[PassOutput]:
+    def generate(self, request: Request, on_prefill: OnPrefill | None = None) -> Iterator[PassOutput]:
         """Prefill, then run rounds until the stop rule or the limit ends the answer.
 
-        Afterwards, and also if the consumer leaves early, the cache holds prompt + emitted - 1 rows.
+        `on_prefill` receives how far the prompt is read. Afterwards, and also if the consumer leaves early, the cache
+        holds prompt + emitted - 1 rows.
         """
-        in_flight = [self._prefill(request)]
+        in_flight = [self._prefill(request, on_prefill)]
         yield in_flight[0].output
         while in_flight := [answer for answer in in_flight if answer.output.finish_reason is None]:
             meter = RoundMeter(self._counters)
@@ -131,9 +131,9 @@ class Engine:
         self._kv.commit(kept, [tree.token_ids[node] for node in kept])
         return token_ids, finish_reason
 
-    def _prefill(self, request: Request) -> _Answer:
+    def _prefill(self, request: Request, on_prefill: OnPrefill | None) -> _Answer:
         """Compute the prompt rows that the cache lacks; the last row's logits give the first token."""
-        started = time.perf_counter()
+        meter = PromptMeter(on_prefill)
         draft = self._drafter.begin(request.sampler)
         prompt = request.prompt_ids
         if len(prompt) + 1 > self._kv.context:
@@ -145,24 +145,29 @@ class Engine:
         self._kv.rewind(reused)
         passes = prompt_passes(prompt_groups(prompt, reused, self._target.rules), self._prompt_rows)
         for groups in passes:
-            logits = self._prompt_pass(groups)
-            first, last = self._kv.committed, groups[-1].start + groups[-1].rows
-            self._kv.commit(range(last - first), prompt[first:last])
+            first, end = groups[0].start, groups[-1].start + groups[-1].rows
+            logits = self._prompt_pass(
+                groups, meter.pass_of(first - reused, end - reused, len(prompt) - reused)
+            )
+            self._kv.commit(range(end - first), prompt[first:end])
         token = sample_token(request.sampler, host_row(logits[0], len(prompt) - 1), len(prompt))
         stats = GenerationStats().after_prefill(
             prompt_tokens=len(prompt),
             prefilled_tokens=len(prompt) - reused,
             prefill_passes=len(passes),
-            ttft_s=time.perf_counter() - started,
+            ttft_s=meter.elapsed_s(),
         )
         return _Answer(request, draft, PassOutput((token,), request.stop.feed(token), stats))
 
-    def _prompt_pass(self, groups: Sequence[RowGroup]) -> Tensor:
-        """Run chunks of a prompt through all layers; return the logits `[1, V]` of the last row."""
+    def _prompt_pass(self, groups: Sequence[RowGroup], on_layers: Callable[[float], None]) -> Tensor:
+        """Run chunks of a prompt through all layers; return the logits `[1, V]` of the last row.
+
+        `on_layers` receives the share of the layers that is done.
+        """
         flow = self._target.begin(groups, self._kv)
         with closing(self._target.layers(flow)) as layers:
-            for _ in layers:
-                pass
+            for done, _ in enumerate(layers, start=1):
+                on_layers(done / self._target.layer_count)
         return self._target.logits(flow, logits_from=groups[-1].rows - 1)
 
 

@@ -1,4 +1,4 @@
-"""Clocks and link counters of one round. The only part of the decode loop that reads a clock."""
+"""Clocks and link counters of prompts and rounds. The only part of the decode loop that reads a clock."""
 
 from __future__ import annotations
 
@@ -9,10 +9,31 @@ from typing import Literal
 
 from subspec_cli.decoding.drafter import Proposal
 from subspec_cli.decoding.verification import VerifyResult
-from subspec_cli.metrics import PassStats
+from subspec_cli.metrics import OnPrefill, PassStats, PrefillProgress
 from subspec_cli.streaming.streamer import StreamCounters
 
 Phase = Literal["draft", "verify", "shadow"]
+
+
+class PromptMeter:
+    """Measures from its creation until the first token, and reports how far the prompt is read."""
+
+    def __init__(self, on_prefill: OnPrefill | None) -> None:
+        self._on_prefill = on_prefill
+        self._started = time.perf_counter()
+
+    def elapsed_s(self) -> float:
+        """Return the seconds since the meter was created."""
+        return time.perf_counter() - self._started
+
+    def pass_of(self, first: int, end: int, tokens: int) -> Callable[[float], None]:
+        """Return the report of one pass over tokens `[first, end)` of `tokens`, by the share of its layers."""
+
+        def report(share: float) -> None:
+            if self._on_prefill is not None:
+                self._on_prefill(PrefillProgress(first + share * (end - first), tokens, self.elapsed_s()))
+
+        return report
 
 
 class RoundMeter:

@@ -135,6 +135,11 @@ class TargetDecoder:
         self._head = head
         self._stream = stream
 
+    @property
+    def layer_count(self) -> int:
+        """Number of layers."""
+        return self.math.geometry.layers
+
     def forward(self, group: RowGroup, kv: KVCache, *, logits_from: int = 0) -> Tensor:
         """Run one group: logits `[rows - logits_from, V]`; its keys and values are written to the cache."""
         flow = self.begin([group], kv)

@@ -30,7 +30,10 @@ def load_config(directory: Path) -> PreTrainedConfig:
 
 
 class ModelTokenizer:
-    """The tokenizer and chat template of a model."""
+    """The tokenizer and chat template of a model.
+
+    The plan judges the length of a text, so the library's warnings of long texts are off.
+    """
 
     def __init__(self, directory: Path, vocab: int) -> None:
         try:
@@ -53,7 +56,7 @@ class ModelTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of raw text, with the special tokens that the tokenizer adds by itself."""
-        return list(self._tokenizer.encode(text))
+        return list(self._tokenizer.encode(text, verbose=False))
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Token ids of a conversation, up to the beginning of the assistant's answer."""
@@ -66,7 +69,24 @@ class ModelTokenizer:
                 f"the chat template refuses this conversation: {printable(str(error))[:300]}",
                 "--raw completes the bare text, without the template",
             ) from error
-        return list(self._tokenizer.encode(text, add_special_tokens=False))
+        return list(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
+
+    def encode_prompt(self, text: str, *, system: str | None, raw: bool) -> list[int]:
+        """Token ids of one prompt: through the chat template if there is one, unless `raw`."""
+        if raw or not self.has_chat_template:
+            return self.encode(text)
+        return self.encode_messages([{"role": "user", "content": text}], system=system)
+
+    def encode_messages(self, messages: Sequence[dict[str, str]], *, system: str | None = None) -> list[int]:
+        """Token ids of a conversation, up to where the assistant begins to speak.
+
+        `messages` have a `role` and a `content` each. Without a chat template the contents are taken line by line.
+        """
+        if system is not None:
+            messages = [{"role": "system", "content": system}, *messages]
+        if self.has_chat_template:
+            return self.encode_chat(messages)
+        return self.encode("".join(f"{message['content']}\n" for message in messages))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of tokens, without special tokens; spaces are not cleaned up."""

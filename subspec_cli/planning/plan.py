@@ -17,7 +17,7 @@ from subspec_cli.limits import MOST_ROWS
 from subspec_cli.planning.costs import MachineCosts, PlanCosts
 from subspec_cli.planning.device_profile import DeviceKind, EmbeddingPlace, device_profile
 from subspec_cli.planning.memory import HeadBits, PinnedLayers, PlanLine
-from subspec_cli.planning.reason import FasterBits, PlanReason, plan_reason
+from subspec_cli.planning.reason import FasterBits, NoRoomToDraft, PlanReason, plan_reason
 from subspec_cli.planning.request import PlanRequest, usual_contexts
 from subspec_cli.planning.search import LayoutSearch, PlanOption, TimedLayout
 from subspec_cli.planning.shortage import shortage
@@ -132,6 +132,7 @@ class OffloadPlan:
             "streamed_bytes_per_pass": self.streamed_bytes_per_pass,
             "fits": self.fits,
             "reason": reason,
+            "context_cost": self.reason.context_cost.loss if self.reason.context_cost else 0.0,
             "prediction": self.prediction.as_dict(assumptions),
             "lines": _as_dicts(self.lines),
             "host_lines": _as_dicts(self.host_lines),
@@ -144,6 +145,8 @@ def make_plan(request: PlanRequest) -> OffloadPlan:
     Raises:
         ResourceError: the budget is too small; the error names the least that works.
         UsageError: more resident layers than the model has, or a context beyond the model's.
+
+    A prompt that the request names must have passed `check_prompt_fits`.
     """
     layers = request.geometry.layers
     if request.resident_layers is not None and request.resident_layers > layers:
@@ -193,7 +196,8 @@ def bounds_of(request: PlanRequest) -> PlanBounds:
 def fastest_plan(requests: Sequence[PlanRequest]) -> tuple[int, OffloadPlan]:
     """Return the fastest of several requests' plans, and its index; raises the first error if no plan can be made.
 
-    The requests are for several sets of substitutes of one model, most recent first: equals go to the first.
+    The requests are for several sets of substitutes of one model, most recent first: equals go to the first. If
+    they name a prompt, the plan that holds most of the answer wins, and plain decoding is the last resort.
     """
     plans, errors = [], []
     for number, request in enumerate(requests):
@@ -202,13 +206,25 @@ def fastest_plan(requests: Sequence[PlanRequest]) -> tuple[int, OffloadPlan]:
         except ResourceError as error:
             errors.append(error)
     if not plans:
-        raise errors[0]
-    number, plan = max(plans, key=lambda item: (item[1].prediction.tok_per_s, -item[0]))
+        return 0, _undrafted(requests[0], errors[0])
+    for_prompt = requests[0].wanted is not None
+    number, plan = max(
+        plans, key=lambda item: (item[1].context if for_prompt else 0, item[1].prediction.tok_per_s, -item[0])
+    )
+    is_fastest = all(other.prediction.tok_per_s <= plan.prediction.tok_per_s for _, other in plans)
     slower_bits = {request.substitute_bits for request in requests} - {plan.substitute_bits}
-    if slower_bits:
+    if slower_bits and is_fastest:
         substitutes = FasterBits(plan.substitute_bits, tuple(sorted(slower_bits)))
         plan = replace(plan, reason=replace(plan.reason, substitutes=substitutes))
     return number, plan
+
+
+def _undrafted(request: PlanRequest, error: ResourceError) -> OffloadPlan:
+    """Return plain decoding for a prompt that leaves no room for substitutes; without one, raises `error`."""
+    if request.wanted is None or request.context is not None or request.substitute_bytes is None:
+        raise error
+    plan = make_plan(replace(request, substitute_bytes=None))
+    return replace(plan, reason=replace(plan.reason, no_draft=NoRoomToDraft(request.wanted.prompt)))
 
 
 def _finished(search: LayoutSearch, option: PlanOption) -> OffloadPlan:

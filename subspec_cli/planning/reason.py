@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from subspec_cli.planning.request import usual_contexts
 from subspec_cli.planning.search import LayoutSearch, PlanOption
+
+_LEAST_LOSS: Final = 0.005
+"""Share of the speed that is worth a word."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +48,30 @@ class ResidentDraft:
 
 @dataclass(frozen=True, slots=True)
 class ShorterContext:
-    """The context is shorter than the longest usual one."""
+    """The context is shorter than the longest usual one, or than prompt and answer would need."""
 
     context: int
     longest: int
     loss: float | None
     """Share of the speed that the longest would cost; None if it does not fit."""
+
+
+@dataclass(frozen=True, slots=True)
+class ContextCost:
+    """The context takes memory that would make a shorter one faster."""
+
+    context: int
+    shortest: int
+    """The shortest usual context."""
+    loss: float
+    """Share of the speed with the shortest context that is given up."""
+
+
+@dataclass(frozen=True, slots=True)
+class NoRoomToDraft:
+    """The substitutes do not fit beside the prompt, plain decoding does."""
+
+    prompt_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +91,10 @@ class PlanReason:
     draft: ResidentDraft | None = None
     """None if no resident layer stands beside a draft."""
     context: ShorterContext | None = None
+    context_cost: ContextCost | None = None
+    """None if a shorter context would hardly be faster."""
+    no_draft: NoRoomToDraft | None = None
+    """None if tokens are drafted, or if the user wants plain decoding."""
     substitutes: FasterBits | None = None
     """None if there is only one set, or all have the same bits."""
 
@@ -80,6 +106,7 @@ def plan_reason(search: LayoutSearch, option: PlanOption) -> PlanReason:
         layers=_layers_reason(search, option),
         draft=_draft_reason(search, option) if layout.drafts and layout.resident else None,
         context=_context_reason(search, option),
+        context_cost=_context_cost(search, option),
     )
 
 
@@ -104,10 +131,22 @@ def _draft_reason(search: LayoutSearch, option: PlanOption) -> ResidentDraft:
 
 
 def _context_reason(search: LayoutSearch, option: PlanOption) -> ShorterContext | None:
-    longest = usual_contexts(search.request.model_context)[0]
-    if search.request.context is not None or option.context >= longest:
+    request = search.request
+    longest = usual_contexts(request.model_context)[0]
+    if request.wanted is not None:
+        longest = min(request.wanted.context, request.model_context)
+    if request.context is not None or option.context >= longest:
         return None
     longer = search.fastest(search.request.budget_bytes, longest)
     if longer is None or longer.tok_per_s <= 0:
         return ShorterContext(option.context, longest, None)
     return ShorterContext(option.context, longest, 1 - longer.tok_per_s / option.timed.tok_per_s)
+
+
+def _context_cost(search: LayoutSearch, option: PlanOption) -> ContextCost | None:
+    shortest = usual_contexts(search.request.model_context)[-1]
+    faster = search.fastest(search.request.budget_bytes, shortest)
+    if option.context <= shortest or faster is None or faster.tok_per_s <= 0:
+        return None
+    loss = 1 - option.timed.tok_per_s / faster.tok_per_s
+    return ContextCost(option.context, shortest, loss) if loss >= _LEAST_LOSS else None

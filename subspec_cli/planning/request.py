@@ -10,7 +10,7 @@ from typing import Final
 
 from subspec_cli.checkpoint.geometry import ModelGeometry
 from subspec_cli.config import Config
-from subspec_cli.errors import ResourceError
+from subspec_cli.errors import ResourceError, UsageError
 from subspec_cli.limits import MOST_CHUNK_ROWS, SHADOW_ROWS
 from subspec_cli.planning.assumed_costs import assumed_survival
 from subspec_cli.planning.costs import MachineCosts
@@ -26,6 +26,27 @@ _PROMPT_TOKENS: Final = 256
 """Context kept for a prompt beside the longest answer."""
 _CONTEXTS: Final = (4096, 3072, 2048, 1536, 1024, 768, 512, 256)
 """Contexts to try when the user gives none, longest first."""
+_CONTEXT_STEP: Final = 64
+"""A context made for a prompt is a multiple of this number."""
+
+
+@dataclass(frozen=True, slots=True)
+class WantedTokens:
+    """The tokens of a prompt that is known before the plan is made."""
+
+    prompt: int
+    answer: int
+    """Longest answer."""
+
+    @property
+    def total(self) -> int:
+        """Tokens of prompt and longest answer together."""
+        return self.prompt + self.answer
+
+    @property
+    def context(self) -> int:
+        """A context that holds both, in round numbers."""
+        return -(-self.total // _CONTEXT_STEP) * _CONTEXT_STEP
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +61,7 @@ class PlanRequest:
     tokenizer_bytes: int
     """Size of the tokenizer's files; the host memory of a loaded tokenizer is proportional to it."""
     context: int | None
-    """Tokens of prompt and answer; None lets the plan weigh context against speed."""
+    """Tokens of prompt and answer that the user gave; None lets the plan choose."""
     resident_layers: int | None
     """Number of resident layers that the user gave; None lets the plan decide."""
     tree_nodes: int
@@ -64,6 +85,8 @@ class PlanRequest:
     """Depth of the draft tree that the user gave."""
     fixed_width: int | None = None
     """Rows of a draft step that the user gave."""
+    wanted: WantedTokens | None = None
+    """The prompt to answer; None lets the plan weigh context against speed."""
 
     @property
     def profile(self) -> DeviceProfile:
@@ -100,6 +123,7 @@ def plan_request(
     *,
     limits: MemoryLimits,
     tokenizer_bytes: int,
+    wanted: WantedTokens | None = None,
 ) -> PlanRequest:
     """Make the request for one set of substitutes on one machine."""
     speculates = not config.draft.no_speculation
@@ -125,7 +149,24 @@ def plan_request(
         fixed_depth=config.draft.depth,
         fixed_width=config.draft.width,
         shadow_rows=0 if config.draft.no_shadow else SHADOW_ROWS,
+        wanted=wanted,
     )
+
+
+def check_prompt_fits(wanted: WantedTokens, context: int | None, model_context: int) -> None:
+    """Raise UsageError if a prompt leaves no row for an answer in the model's positions, or in the user's context."""
+    if wanted.prompt >= model_context:
+        raise UsageError(
+            f"the prompt has {wanted.prompt} tokens, the model was made for {model_context} positions, "
+            "one of them for an answer",
+            "shorten the prompt, or take a model with more positions",
+        )
+    if context is not None and wanted.prompt >= context:
+        raise UsageError(
+            f"the prompt has {wanted.prompt} tokens, --context {context} holds {context}, "
+            "one of them for an answer",
+            f"leave --context out, or give --context {min(wanted.context, model_context)}",
+        )
 
 
 def _most_tree_nodes(config: Config, profile: DeviceProfile) -> int:

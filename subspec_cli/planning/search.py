@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 
 from subspec_cli.planning.device_profile import EmbeddingPlace
 from subspec_cli.planning.memory import HeadBits, MemoryLayout, MemoryModel
-from subspec_cli.planning.request import PlanRequest, usual_contexts
+from subspec_cli.planning.request import PlanRequest, WantedTokens, usual_contexts
 from subspec_cli.planning.timing import DepthOption, RoundTimer, RoundTiming
 
 _MOST_OF_THE_OTHER_KIND: Final = 1
@@ -84,18 +84,30 @@ class LayoutSearch:
     def best(self, budget_bytes: int) -> PlanOption | None:
         """Return context and layout for a budget; None if it holds no layout.
 
-        A context that the user gave is kept. Otherwise context is traded for speed, at every size up to the
-        budget at which the choice can change: a larger budget never gives up speed that a smaller one had.
+        A context that the user gave is kept, and one for a known prompt holds it. Otherwise context is traded for
+        speed, at every size up to the budget at which the choice can change: a larger budget never gives up speed
+        that a smaller one had.
         """
         if self.request.context is not None:
             found = self.fastest(budget_bytes, self.request.context)
             return None if found is None else PlanOption(self.request.context, found)
+        if self.request.wanted is not None:
+            return self._for_prompt(budget_bytes, self.request.wanted)
         contexts, row_bytes = usual_contexts(self.request.model_context), self.memory.row_bytes
         sizes = {size + context * row_bytes for size in self._front_bytes for context in contexts}
         best: PlanOption | None = None
         for size in sorted(size for size in sizes if size <= budget_bytes):
             best = self._trade_context(size, contexts, best)
         return best
+
+    def _for_prompt(self, budget_bytes: int, wanted: WantedTokens) -> PlanOption | None:
+        """Return the fastest layout that holds prompt and answer, else as much of the answer as the budget holds."""
+        context = min(wanted.context, self.request.model_context)
+        if (found := self.fastest(budget_bytes, context)) is not None:
+            return PlanOption(context, found)
+        context = self.largest_context(budget_bytes)
+        found = self.fastest(budget_bytes, context) if context > wanted.prompt else None
+        return None if found is None else PlanOption(context, found)
 
     def _trade_context(
         self, budget_bytes: int, contexts: Sequence[int], smaller: PlanOption | None

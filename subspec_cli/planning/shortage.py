@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from subspec_cli.errors import ResourceError
 from subspec_cli.planning.memory import MemoryModel, PromptPass
-from subspec_cli.planning.request import PlanRequest, usual_contexts
+from subspec_cli.planning.request import PlanRequest, WantedTokens, usual_contexts
 from subspec_cli.planning.search import LayoutSearch
 from subspec_cli.units import GIB, format_bytes
 
@@ -15,7 +15,10 @@ def shortage(search: LayoutSearch) -> ResourceError:
     if not search.front:
         return _ram_shortage(request, search.memory)
     contexts = usual_contexts(request.model_context)
-    context = request.context or contexts[-1]
+    held = search.largest_context(request.budget_bytes)
+    if request.wanted is not None and request.context is None and held:
+        return _prompt_shortage(search, request.wanted, held)
+    context = request.context or _wanted_context(request) or contexts[-1]
     least = search.front[0]
     least_bytes = search.total_bytes(least, context)
     largest = max(
@@ -24,10 +27,29 @@ def shortage(search: LayoutSearch) -> ResourceError:
     lower = "a smaller --context or " if request.context and request.context > contexts[-1] else ""
     return ResourceError(
         f"a budget of {format_bytes(request.budget_bytes)} is too small: {format_bytes(least_bytes)} is the least, "
-        f"of which {largest.label} {format_bytes(largest.size_bytes)}",
+        f"of which {largest.label} {format_bytes(largest.size_bytes)}"
+        f"{f'; a context of {held} would fit' if held else ''}",
         f"{request.profile.budget_option} {_enough_gib(least_bytes):.2f} works with a context of {context}; "
         f"{lower}substitutes of fewer bits lower it",
     )
+
+
+def _prompt_shortage(search: LayoutSearch, wanted: WantedTokens, held: int) -> ResourceError:
+    """Return the error for a budget that holds the model, but not the prompt."""
+    request = search.request
+    context = min(wanted.context, request.model_context)
+    enough_bytes = search.total_bytes(search.front[0], context)
+    return ResourceError(
+        f"the prompt has {wanted.prompt} tokens, a budget of {format_bytes(request.budget_bytes)} holds {held}, "
+        "one of them for an answer",
+        f"{request.profile.budget_option} {_enough_gib(enough_bytes):.2f} holds the prompt and "
+        f"{min(wanted.answer, context - wanted.prompt)} tokens of answer; or shorten the prompt",
+    )
+
+
+def _wanted_context(request: PlanRequest) -> int | None:
+    wanted = request.wanted
+    return None if wanted is None else min(wanted.context, request.model_context)
 
 
 def _ram_shortage(request: PlanRequest, memory: MemoryModel) -> ResourceError:

@@ -1,14 +1,17 @@
-"""From a found model to a ready session: plan first, allocate second, check rows third."""
+"""From a found model to a ready session: count the prompt, plan, allocate, check rows, in this order."""
 
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable
 
 from subspec_cli.config import Config, DraftConfig
 from subspec_cli.decoding.drafter import PlainDrafter
 from subspec_cli.drafting.policy import DraftPolicy, FixedShape, TreeLimits
 from subspec_cli.drafting.tree_drafter import TreeDrafter
 from subspec_cli.limits import MOST_DEPTH, MOST_ROWS
+from subspec_cli.modeling.pretrained import ModelTokenizer
+from subspec_cli.planning.request import WantedTokens, check_prompt_fits
 from subspec_cli.reporter import Reporter
 from subspec_cli.session.description import SessionDescription
 from subspec_cli.session.found_model import FoundModel
@@ -16,21 +19,39 @@ from subspec_cli.session.load import LoadedModel, Loader
 from subspec_cli.session.machine_costs import CostSource, ProbedCosts
 from subspec_cli.session.opening import Opening, open_device, plan_opening
 from subspec_cli.session.session import Engines, Session
-from subspec_cli.streaming.memory_meter import return_freed_memory_at_once
+from subspec_cli.streaming.memory_meter import MemoryMeter, return_freed_memory_at_once
 from subspec_cli.versions import library_versions
+
+TokenCount = Callable[[ModelTokenizer], WantedTokens]
+"""Counts the tokens of a prompt that is known before the plan is made."""
 
 
 def build_session(
-    config: Config, found: FoundModel, reporter: Reporter, costs: CostSource | None = None
+    config: Config,
+    found: FoundModel,
+    reporter: Reporter,
+    *,
+    costs: CostSource | None = None,
+    count: TokenCount | None = None,
 ) -> Session:
-    """Plan, load, check rows. Nothing large is allocated before the plan is known to fit the budget."""
+    """Read the tokenizer, plan, load, check rows. Nothing large is allocated before the plan fits the budget."""
     notes: list[str] = []
     reporter = _recording(reporter, notes)
     device = open_device(config.memory.device)
     return_freed_memory_at_once()
-    probed = ProbedCosts(found.checkpoint.directory, device.type, config.memory.reprobe, reporter)
-    opening = plan_opening(config, found, device, costs or probed, reporter)
-    loaded = Loader(opening).load()
+    directory, geometry = found.checkpoint.directory, found.geometry
+    # Every library is imported now: what memory grows by from here on is the model's.
+    meter = MemoryMeter(device)
+    reporter.progress("loading the tokenizer")
+    tokenizer = ModelTokenizer(directory, geometry.vocab)
+    wanted = None if count is None else count(tokenizer)
+    if wanted is not None:
+        check_prompt_fits(wanted, config.memory.context, geometry.max_positions)
+    costs = costs or ProbedCosts(directory, device.type, config.memory.reprobe, reporter)
+    opening = plan_opening(config, found, device, costs, wanted=wanted, reporter=reporter)
+    if wanted is not None and wanted.total > opening.plan.context:
+        reporter.note(_bounded_answer(config, opening, wanted))
+    loaded = Loader(opening, tokenizer, meter).load()
     try:
         description = _describe(config, opening, loaded, notes)
         return Session(loaded, _engines(config.draft, opening, loaded), description)
@@ -45,6 +66,19 @@ def _recording(reporter: Reporter, notes: list[str]) -> Reporter:
         reporter.note(text)
 
     return Reporter(reporter.progress, note)
+
+
+def _bounded_answer(config: Config, opening: Opening, wanted: WantedTokens) -> str:
+    context, positions = opening.plan.context, opening.found.geometry.max_positions
+    limit = f"the budget, which holds {context} tokens,"
+    if config.memory.context is not None:
+        limit = f"--context {context}"
+    elif context == positions:
+        limit = f"the model, made for {positions} positions,"
+    left = context - wanted.prompt
+    return (
+        f"the prompt has {wanted.prompt} tokens, so {limit} leaves {left} for the answer, not {wanted.answer}"
+    )
 
 
 def _engines(draft: DraftConfig, opening: Opening, loaded: LoadedModel) -> Engines:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING
 
+from subspec_cli.metrics import OnPrefill
+
 if TYPE_CHECKING:
     from subspec_cli.session.session import Session, TextDelta
 
@@ -31,6 +33,7 @@ class Chat:
         stop: Sequence[str] | None = None,
         plain: bool = False,
         noise_stream: int | None = None,
+        on_prefill: OnPrefill | None = None,
     ) -> Generator[TextDelta, None, None]:
         """Answer the next message; options and errors are those of `Session.generate`.
 
@@ -46,6 +49,7 @@ class Chat:
             stop=stop,
             plain=plain,
             noise_stream=noise_stream,
+            on_prefill=on_prefill,
         )
         answer: list[str] = []
         began = False

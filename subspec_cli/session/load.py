@@ -94,8 +94,10 @@ def _counters(blocks: TargetBlocks) -> Callable[[], StreamCounters]:
 class Loader:
     """Loads what an opening has planned."""
 
-    def __init__(self, opening: Opening) -> None:
+    def __init__(self, opening: Opening, tokenizer: ModelTokenizer, meter: MemoryMeter) -> None:
         self._opening = opening
+        self._tokenizer = tokenizer
+        self._meter = meter
 
     def load(self) -> LoadedModel:
         """Load what the plan says, the draft only if the plan drafts, and check the rows.
@@ -103,17 +105,14 @@ class Loader:
         If a part fails, what was opened is closed. Raises ResourceError if memory runs out.
         """
         device, budget_bytes = self._opening.device, self._opening.plan.budget_bytes
-        # Every library is imported now: what memory grows by from here on is the model's.
-        meter = MemoryMeter(device)
         cap_allocator(budget_bytes, device)
-        with oom_as_error("loading the model", budget_bytes=budget_bytes, meter=meter):
-            return self._load(meter)
+        with oom_as_error("loading the model", budget_bytes=budget_bytes, meter=self._meter):
+            return self._load()
 
-    def _load(self, meter: MemoryMeter) -> LoadedModel:
+    def _load(self) -> LoadedModel:
         found, plan = self._opening.found, self._opening.plan
         directory = found.checkpoint.directory
-        self._opening.reporter.progress("loading the tokenizer")
-        tokenizer, config = ModelTokenizer(directory, found.geometry.vocab), load_config(directory)
+        config = load_config(directory)
         small, rope = self._small_tensors(), self._rope(config)
         math = LayerMath(found.geometry, small, rope)
         substitutes = self._substitutes(math) if plan.drafts else {}
@@ -132,8 +131,8 @@ class Loader:
             self_check = self._check(partial(self._target, math, embed, head, blocks), head, blocks, kv)
             mark_used(found.prepared.directory)
             return LoadedModel(
-                tokenizer=tokenizer,
-                eos_ids=end_token_ids(directory, config, tokenizer),
+                tokenizer=self._tokenizer,
+                eos_ids=end_token_ids(directory, config, self._tokenizer),
                 math=math,
                 attention=self._attention(self_check.attention),
                 embed=embed,
@@ -143,7 +142,7 @@ class Loader:
                 kv=kv,
                 prompt_rows=plan.prompt_rows,
                 draft=draft,
-                meter=meter,
+                meter=self._meter,
                 close=opened.pop_all().close,
                 check_source=source_check(self._opening, blocks),
             )

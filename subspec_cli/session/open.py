@@ -13,6 +13,7 @@ from subspec_cli.reporter import SILENT, Reporter
 from subspec_cli.session.found_model import find_model
 
 if TYPE_CHECKING:
+    from subspec_cli.session.build import TokenCount
     from subspec_cli.session.machine_costs import CostSource
     from subspec_cli.session.session import Session
 
@@ -33,7 +34,8 @@ def load(
         memory_gib: budget in GiB, of device memory on a GPU and of RAM on a CPU; None takes 3/4 of what is free.
         reporter: receives progress and notes; silent by default.
         settings: keys of the settings file's sections [model], [memory], [draft], [sampling] and [run], such as
-            `context`, `device`, `temperature`, `top_p`, `no_speculation`, `max_new_tokens`, `stop` or `system`.
+            `context` (tokens of prompt and answer together), `device`, `temperature`, `top_p`, `no_speculation`,
+            `max_new_tokens`, `stop` or `system`.
 
     Raises:
         UsageError: a setting is unknown or out of range, or the model is not prepared.
@@ -45,11 +47,18 @@ def load(
     return open_session(resolve_config(flags), reporter)
 
 
-def open_session(config: Config, reporter: Reporter = SILENT, *, costs: CostSource | None = None) -> Session:
+def open_session(
+    config: Config,
+    reporter: Reporter = SILENT,
+    *,
+    costs: CostSource | None = None,
+    count: TokenCount | None = None,
+) -> Session:
     """Find the prepared model and make it ready to answer.
 
-    `costs` replaces what would be probed on this machine, for experiments that must not depend on a clock. Notes go
-    to the reporter and into the session's description. Raises what `load` raises.
+    `costs` replaces what would be probed on this machine, for experiments that must not depend on a clock. `count`
+    counts the tokens of a known prompt: the context is then made for it, unless the settings give one. Notes go to
+    the reporter and into the session's description. Raises what `load` raises.
     """
     found = find_model(config)
     reporter.progress("loading libraries")
@@ -58,7 +67,7 @@ def open_session(config: Config, reporter: Reporter = SILENT, *, costs: CostSour
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     from subspec_cli.session.build import build_session
 
-    return build_session(config, found, reporter, costs)
+    return build_session(config, found, reporter, costs=costs, count=count)
 
 
 def _by_section(settings: Mapping[str, object]) -> dict[str, dict[str, object]]:

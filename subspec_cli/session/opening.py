@@ -14,7 +14,7 @@ from subspec_cli.errors import UnsupportedModelError
 from subspec_cli.planning.costs import PlanCosts
 from subspec_cli.planning.device_profile import device_profile
 from subspec_cli.planning.plan import OffloadPlan, fastest_plan
-from subspec_cli.planning.request import MemoryLimits, budget_bytes, plan_request, ram_bytes
+from subspec_cli.planning.request import MemoryLimits, WantedTokens, budget_bytes, plan_request, ram_bytes
 from subspec_cli.reporter import Reporter
 from subspec_cli.session.found_model import FoundModel
 from subspec_cli.session.machine_costs import CostSource
@@ -39,9 +39,15 @@ class Opening:
 
 
 def plan_opening(
-    config: Config, found: FoundModel, device: torch.device, costs: CostSource, reporter: Reporter
+    config: Config,
+    found: FoundModel,
+    device: torch.device,
+    costs: CostSource,
+    *,
+    wanted: WantedTokens | None,
+    reporter: Reporter,
 ) -> Opening:
-    """Take the fastest plan over all sets of substitutes of the model.
+    """Take the fastest plan over all sets of substitutes of the model, for the tokens that are wanted if known.
 
     Raises what `fastest_plan` raises, and ResourceError for a budget that the device does not have.
     """
@@ -61,6 +67,7 @@ def plan_opening(
             machine,
             limits=limits,
             tokenizer_bytes=tokenizer_bytes_in(found.checkpoint.directory),
+            wanted=wanted,
         )
         for prepared, machine in zip(sets, machines, strict=True)
     ]

@@ -12,7 +12,7 @@ from subspec_cli.decoding.engine import Engine, PassOutput, Request
 from subspec_cli.decoding.sampler import Sampler, make_sampler
 from subspec_cli.decoding.text import AnswerText
 from subspec_cli.errors import IntegrityError, UsageError
-from subspec_cli.metrics import FinishReason, GenerationStats
+from subspec_cli.metrics import FinishReason, GenerationStats, OnPrefill
 from subspec_cli.modeling.target_blocks import TargetBlocks
 from subspec_cli.planning.plan import OffloadPlan
 from subspec_cli.session.chat import Chat
@@ -87,20 +87,14 @@ class Session:
 
     def encode_prompt(self, text: str, *, system: str | None, raw: bool) -> list[int]:
         """Return the token ids of one prompt: through the chat template if the model has one, unless `raw`."""
-        if raw or not self.description.has_chat_template:
-            return self.loaded.tokenizer.encode(text)
-        return self.encode_messages([{"role": "user", "content": text}], system=system)
+        return self.loaded.tokenizer.encode_prompt(text, system=system, raw=raw)
 
     def encode_messages(self, messages: Sequence[dict[str, str]], *, system: str | None = None) -> list[int]:
         """Return the token ids of a conversation, up to where the assistant begins to speak.
 
         `messages` have a `role` and a `content` each. A model without a chat template gets the contents line by line.
         """
-        if system is not None:
-            messages = [{"role": "system", "content": system}, *messages]
-        if self.description.has_chat_template:
-            return self.loaded.tokenizer.encode_chat(messages)
-        return self.loaded.tokenizer.encode("".join(f"{message['content']}\n" for message in messages))
+        return self.loaded.tokenizer.encode_messages(messages, system=system)
 
     def generate(
         self,
@@ -111,6 +105,7 @@ class Session:
         stop: Sequence[str] | None = None,
         plain: bool = False,
         noise_stream: int | None = None,
+        on_prefill: OnPrefill | None = None,
     ) -> Generator[TextDelta, None, None]:
         """Answer a prompt, given as text or as token ids, piece by piece. Closing the generator ends the answer.
 
@@ -125,6 +120,7 @@ class Session:
             stop: texts that end the answer and are not part of it; None takes the setting.
             plain: decode without speculation: the same tokens, slower.
             noise_stream: number of the noise stream to use, independent of earlier requests.
+            on_prefill: receives how far the prompt is read; what it raises ends the answer.
 
         Raises:
             UsageError: the prompt is empty or leaves no room in the context.
@@ -146,7 +142,7 @@ class Session:
         )
         request = Request(tuple(prompt), self._sampler(seed, noise_stream), limit, text)
         engine = self._engines.plain if plain else self._engines.speculative
-        with closing(self._checked(engine.generate(request))) as outputs:
+        with closing(self._checked(engine.generate(request, on_prefill))) as outputs:
             for output in outputs:
                 yield TextDelta(text.take(), output.token_ids, output.finish_reason, output.stats)
 
