@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def comparison_line(comparison: Comparison) -> str:
     """Return predicted beside measured, as one line."""
-    given = comparison.predicted_tok_per_s_given_tau
+    given, cached_rows = comparison.predicted_tok_per_s_given_tau, comparison.cached_rows
     parts = [
         f"pass {_ms(comparison.predicted_pass_s)} | {_ms(comparison.pass_s)}",
         f"draft step {_ms(comparison.predicted_step_s)} | {_ms(comparison.step_s)}",
@@ -23,7 +23,8 @@ def comparison_line(comparison: Comparison) -> str:
     ]
     if given is not None:
         parts.append(f"{given:.2f} predicted for this tau")
-    return f"predicted ({comparison.origin} costs) | measured: {' · '.join(parts)}"
+    where = "" if cached_rows is None else f" with {cached_rows:.0f} tokens in the cache"
+    return f"predicted ({comparison.origin} costs) | measured{where}: {' · '.join(parts)}"
 
 
 def summary_lines(report: BenchReport) -> tuple[str, ...]:
