@@ -10,6 +10,8 @@ from subspec_cli.metrics import (
     Exactness,
     FinishReason,
     GenerationStats,
+    RangeTotals,
+    ranges_of_totals,
     rate_of_totals,
     tau_of_totals,
 )
@@ -138,6 +140,11 @@ class BenchReport:
             return None
         answers = [pair.speculative.stats for pair in self.pairs]
         return compare(self.plan.prediction, self.costs, answers, drafted=self.speculation)
+
+    @property
+    def by_cached_rows(self) -> tuple[RangeTotals, ...]:
+        """Passes of the speculative arm by the cached rows that they read."""
+        return ranges_of_totals(pair.speculative.stats for pair in self.pairs)
 
     def _row(self, category: str, pairs: Sequence[AnswerPair]) -> BenchRow:
         plain = rate_of_totals(pair.plain.stats for pair in pairs) or None
