@@ -125,7 +125,8 @@ def read_costs(path: Path) -> PlanCosts:
     def times(name: str) -> RowTimes:
         return RowTimes(tuple(values[name]["rows"]), tuple(values[name]["seconds"]))
 
-    return PlanCosts(link_s=values["link_s"], compute=times("compute"), step=times("step"))
+    parts = {name: times(name) for name in ("compute", "step", "pass_attention", "step_attention")}
+    return PlanCosts(link_s=values["link_s"], **parts)
 
 
 def with_costs(session: Session, costs: PlanCosts, *, shadow: bool) -> Session:
@@ -170,7 +171,8 @@ def pass_price_s(before: GenerationStats, delta: TextDelta, costs: PlanCosts) ->
     if now.passes == before.passes:
         return 0.0
     nodes = now.drafted_tokens - before.drafted_tokens + 1
-    return costs.pass_s(nodes) + now.draft_cost_s - before.draft_cost_s
+    cached_rows = now.cached_rows - before.cached_rows
+    return costs.pass_s(nodes, cached_rows) + now.draft_cost_s - before.draft_cost_s
 
 
 def add(bill: Bill, stats: GenerationStats) -> None:

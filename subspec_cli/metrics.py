@@ -6,14 +6,17 @@ token being the prefill's. decode_tok_per_s = (new tokens - 1) / (time of the la
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Final, Literal
 
 Exactness = Literal["exact", "numeric"]
 """Whether rows are bit-identical for any rows beside them, so that plain and speculative tokens are equal."""
 FinishReason = Literal["stop", "length"]
 """Why an answer ended: at a stop rule, or at its limit of tokens or context."""
+_CACHED_RANGES: Final = ((0, 511), (512, 2047), (2048, 8191), (8192, None))
+"""Ranges of cached rows by which acceptance is reported; the last one has no end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,8 @@ class RoundTotals:
     """Time that the link was busy, also while drafting."""
     streamed_bytes: int = 0
     """Weight bytes moved over the link while decoding."""
+    cached_rows: int = 0
+    """Committed rows of the KV cache before a pass, summed over passes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +87,73 @@ class PassStats(RoundTotals):
     """Levels of the tree below its root."""
     ready_nodes: int = 0
     """Nodes of the tree that the shadow of the previous pass had already expanded."""
+
+
+@dataclass(frozen=True, slots=True)
+class RangeTotals:
+    """Passes over a range of cached rows: what was drafted and accepted there."""
+
+    least_rows: int
+    most_rows: int | None
+    """None in the last range, which has no end."""
+    passes: int = 0
+    tokens: int = 0
+    """Tokens emitted, bonus tokens included."""
+    drafted: int = 0
+    accepted: int = 0
+    levels: int = 0
+    """Levels that were put to the target: all above the first rejection, and the one of the rejection."""
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """The range's tau."""
+        return self.tokens / self.passes if self.passes else 0.0
+
+    @property
+    def accepted_share(self) -> float:
+        """Share of the drafted tokens that were accepted."""
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+    @property
+    def level_acceptance(self) -> float:
+        """Share of the levels that were accepted, of those that were put to the target."""
+        return self.accepted / self.levels if self.levels else 0.0
+
+    def after_pass(self, last: PassStats) -> RangeTotals:
+        """Totals once one more pass is done; the same if it read fewer or more cached rows."""
+        if last.cached_rows < self.least_rows or last.cached_rows > (self.most_rows or math.inf):
+            return self
+        return replace(
+            self,
+            passes=self.passes + 1,
+            tokens=self.tokens + last.emitted,
+            drafted=self.drafted + last.drafted,
+            accepted=self.accepted + last.accepted,
+            levels=self.levels + min(last.accepted + 1, last.depth),
+        )
+
+    def plus(self, other: RangeTotals) -> RangeTotals:
+        """Totals of both."""
+        return replace(
+            self,
+            passes=self.passes + other.passes,
+            tokens=self.tokens + other.tokens,
+            drafted=self.drafted + other.drafted,
+            accepted=self.accepted + other.accepted,
+            levels=self.levels + other.levels,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """All totals and ratios, as plain values for JSON."""
+        return {
+            **asdict(self),
+            "tokens_per_pass": self.tokens_per_pass,
+            "accepted_share": self.accepted_share,
+            "level_acceptance": self.level_acceptance,
+        }
+
+
+_NO_PASSES: Final = tuple(RangeTotals(least, most) for least, most in _CACHED_RANGES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +176,8 @@ class GenerationStats(RoundTotals):
     """Entry d: passes whose tree was deeper than d and whose target accepted d tokens or more."""
     shadow_hits: int = 0
     """Passes whose tree began with what the shadow of the previous pass had found."""
+    by_cached_rows: tuple[RangeTotals, ...] = field(default=_NO_PASSES, repr=False)
+    """Passes by the cached rows that they read, ascending."""
     recent_accepted: tuple[int, ...] = field(default=(), repr=False)
     """Accepted counts of the latest passes, oldest first, for the live display."""
 
@@ -145,6 +219,7 @@ class GenerationStats(RoundTotals):
             "acceptance_by_depth": self.acceptance_by_depth,
             "link_gb_per_s": self.link_gb_per_s,
             "link_busy_share": self.link_busy_share,
+            "by_cached_rows": [item.as_dict() for item in self.by_cached_rows if item.passes],
         }
 
     def after_prefill(
@@ -175,6 +250,7 @@ class GenerationStats(RoundTotals):
         return replace(
             self,
             **sums,
+            by_cached_rows=tuple(item.after_pass(last) for item in self.by_cached_rows),
             new_tokens=self.new_tokens + last.emitted,
             passes=self.passes + 1,
             drafted_tokens=self.drafted_tokens + last.drafted,
@@ -183,6 +259,14 @@ class GenerationStats(RoundTotals):
             shadow_hits=self.shadow_hits + (last.ready_nodes > 0),
             recent_accepted=(*self.recent_accepted, last.accepted)[-40:],
         )
+
+
+def ranges_of_totals(stats: Iterable[GenerationStats]) -> tuple[RangeTotals, ...]:
+    """Passes of several answers by the cached rows that they read; no range without a pass."""
+    totals = _NO_PASSES
+    for item in stats:
+        totals = tuple(one.plus(more) for one, more in zip(totals, item.by_cached_rows, strict=True))
+    return tuple(item for item in totals if item.passes)
 
 
 def rate_of_totals(stats: Iterable[GenerationStats]) -> float:

@@ -214,11 +214,21 @@ def fake_cache(context: int = 64, scratch: int = 64) -> KVCache:
 
 
 def plan_costs(
-    step_s: float = 0.01, pass_s: float = 1.0, *, row_s: float = 0.001, compute_s: float = 0.1
+    step_s: float = 0.01,
+    pass_s: float = 1.0,
+    *,
+    row_s: float = 0.001,
+    compute_s: float = 0.1,
+    pass_attention_s: float = 0.0,
+    step_attention_s: float = 0.0,
 ) -> PlanCosts:
-    """A draft step of one row, what each more row adds, a pass, and the part of it that computes."""
+    """A draft step of one row, what each more row adds, a pass, and the part of it that computes.
+
+    The last two are what 1,024 more cached rows add.
+    """
     step = RowTimes((1, 9), (step_s, step_s + 8 * row_s))
-    return PlanCosts(pass_s, RowTimes((1,), (compute_s,)), step)
+    attention = (RowTimes((1,), (seconds,)) for seconds in (pass_attention_s, step_attention_s))
+    return PlanCosts(pass_s, RowTimes((1,), (compute_s,)), step, *attention)
 
 
 def policy(

@@ -10,7 +10,7 @@ from subspec_cli.bench.report import AnswerPair, ArmAnswer, BenchReport
 from subspec_cli.metrics import GenerationStats, PassStats, PrefillProgress
 from subspec_cli.planning.costs import PlanCosts, RowTimes
 from subspec_cli.planning.reason import LayersThatPay, PlanReason
-from subspec_cli.planning.timing import Basis, Prediction
+from subspec_cli.planning.timing import Basis, DepthOption, Prediction, RoundTiming
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,21 @@ PREDICTION = Prediction(
     tok_per_s=7.0,
     survival=0.974,
     origin="assumed",
-    basis=Basis(1.4e9, 1.4e9, 0.2, "assumed"),
+    cached_rows=256,
+    basis=Basis(
+        1.4e9,
+        1.4e9,
+        "assumed",
+        RoundTiming(link_s=0.5, prefetch_s=0.1, step_s=0.025, shadow_step_s=0.025, shadow_share=0.0),
+        DepthOption(depth=0, rows=1, tau=1.0, shadow_hit=0.0, compute_s=0.2),
+        DepthOption(depth=4, rows=9, tau=3.5, shadow_hit=0.0, compute_s=0.2),
+    ),
 )
 
 
 REASON = PlanReason(LayersThatPay(1, 5 << 20, 9 << 20))
-COSTS = PlanCosts(0.4, RowTimes((1,), (0.1,)), RowTimes((1,), (0.02,)))
+ATTENTION = RowTimes((1,), (0.0,))
+COSTS = PlanCosts(0.4, RowTimes((1,), (0.2,)), RowTimes((1,), (0.025,)), ATTENTION, ATTENTION)
 
 
 @dataclass(frozen=True)
@@ -115,6 +124,7 @@ class FakeSession:
             prompt_tokens=5, prefilled_tokens=4, prefill_passes=1, ttft_s=0.25
         )
         step = PassStats(
+            cached_rows=200,
             drafted=4,
             accepted=2,
             emitted=3,

@@ -53,7 +53,18 @@ def test_both_arms_answer_every_turn_alike(shelf, questions):
     document = json.loads(json.dumps(bench_document(report)))
     assert len(document["answers"]) == 4
     beside = document["predicted_beside_measured"]
-    assert beside["predicted_pass_s"] == document["plan"]["prediction"]["pass_s"]
+    assert beside["predicted_pass_s"] == pytest.approx(document["plan"]["prediction"]["pass_s"])
+    speculative = [pair.speculative.stats for pair in report.pairs]
+    passes = sum(stats.passes for stats in speculative)
+    assert beside["cached_rows"] == sum(stats.cached_rows for stats in speculative) / passes
+    prompts = [stats.prompt_tokens for stats in speculative]
+    assert min(prompts) <= beside["cached_rows"] <= max(prompts) + 10
+    (found,) = document["by_cached_rows"]
+    assert found["passes"] == passes
+    assert found["tokens"] == sum(stats.new_tokens - 1 for stats in speculative)
+    assert any(
+        f"tau {found['tokens_per_pass']:.2f} in {passes} passes" in line for line in summary_lines(report)
+    )
     assert beside["pass_s"] > 0
     assert beside["tok_per_s"] == pytest.approx(total.speculative_tok_per_s)
     assert any(line.startswith("predicted (assumed costs) | measured") for line in summary_lines(report))

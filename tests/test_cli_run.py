@@ -39,7 +39,8 @@ def test_plain_text_on_stdout_and_figures_on_stderr(capsys, session, monkeypatch
         "plan: 1 resident + 3 streamed layers · speculation on · 3.00 MiB of 1.00 GiB planned"
         " · as many resident layers as pay: 5.00 MiB to spare, a layer takes 9.00 MiB"
     )
-    assert beside.startswith("predicted (assumed costs) | measured: pass 400 ms | 300 ms · ")
+    compared = "predicted (assumed costs) | measured with 200 tokens in the cache: "
+    assert beside.startswith(f"{compared}pass 400 ms | 300 ms · ")
     assert summary == (
         "7 tokens (stop) at 4.0 tok/s · tau 3.00 · first token 250 ms"
         " · prompt 5 (4 prefilled) · context 12 of 256 · 953.7 MiB at 0.67 GB/s"

@@ -103,6 +103,15 @@ def test_a_draft_that_is_the_target_is_taken_whole():
     assert len(target.calls) == 7
 
 
+def test_every_pass_counts_the_rows_that_were_committed_before_it():
+    for draft_table, tokens, cached in ((None, 5, (5, 6, 7, 8)), (TABLE, 13, (5, 9, 13))):
+        plan = free_policy(3, 1, 4)
+        engine, _, _ = machine(draft_table, plan=plan)
+        last = list(engine.generate(request_for(PROMPT, tokens)))[-1].stats
+        assert (last.passes, last.cached_rows) == (len(cached), sum(cached))
+        assert last.by_cached_rows[0].passes == last.passes
+
+
 def test_a_draft_that_is_always_wrong_gives_one_token_a_pass():
     engine, _, _ = machine(always_wrong, plan=free_policy(4, 1, 5))
     last = list(engine.generate(request_for(PROMPT, 10)))[-1].stats

@@ -1,5 +1,7 @@
 """What to draft next: a pure function of costs and outcomes that are fed in."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from fakes import chain_of, plan_costs, tree_of
@@ -7,25 +9,30 @@ from fakes import chain_of, plan_costs, tree_of
 from subspec_cli.decoding.verification import VerifyResult
 from subspec_cli.drafting.history import Calibration, History
 from subspec_cli.drafting.policy import DraftPolicy, FixedShape, Outlook, TreeLimits
-from subspec_cli.planning.costs import PlanCosts, RowTimes
+from subspec_cli.planning.costs import RowTimes
 
 LIMITS = TreeLimits(depth=40, width=8, nodes=64)
 ROOT_ALONE = (chain_of([0]), VerifyResult((0,), (1,)))
 
 
-def made(step_s=0.01, pass_s=1.0, *, row_s=0.001, compute_s=0.0, fixed=None, layers=4, shadow_rows=0):
+CACHED = 256
+"""Cached rows at which the plain costs hold."""
+
+
+def made(step_s=0.01, pass_s=1.0, *, fixed=None, **costs):
     """A policy for these costs."""
-    costs = plan_costs(step_s, pass_s, row_s=row_s, compute_s=compute_s)
-    return DraftPolicy(LIMITS, costs, layers, fixed or FixedShape(), shadow_rows)
+    found = plan_costs(step_s, pass_s, **{"row_s": 0.001, "compute_s": 0.0, **costs})
+    return DraftPolicy(LIMITS, found, 4, fixed or FixedShape())
 
 
-def depth_taken(policy, survival, history=None):
+def depth_taken(policy, survival, history=None, cached_rows=CACHED):
     """Steps of one row until one more does not pay, when every level keeps `survival` of the chance."""
     history = history or History()
     history.step_yield = 1.0
     expected, chance = 1.0, survival
     for steps in range(LIMITS.depth):
-        outlook = Outlook(expected, steps + 1, steps * policy.step_s(1))
+        spent_s = steps * policy.step_s(1, cached_rows)
+        outlook = Outlook(expected, steps + 1, spent_s, cached_rows)
         if not policy.serial_rows([chance], outlook, history):
             return steps
         expected += chance
@@ -59,8 +66,8 @@ def test_a_fixed_depth_ignores_cost():
     assert depth_taken(made(100.0, 0.001, fixed=FixedShape(depth=40)), 0.01) == LIMITS.depth
 
 
-def rows_taken(policy, chances):
-    return policy.serial_rows(chances, Outlook(4.0, 4, 0.04), History())
+def rows_taken(policy, chances, cached_rows=CACHED):
+    return policy.serial_rows(chances, Outlook(4.0, 4, 0.04, cached_rows), History())
 
 
 def test_rows_are_added_while_each_earns_more_than_it_costs():
@@ -73,7 +80,7 @@ def test_rows_are_added_while_each_earns_more_than_it_costs():
 
 def test_a_step_dear_beyond_some_rows_is_filled_up_to_them():
     """The CPU's kernels take four rows in hardly more time than one, and five in twice the time."""
-    costs = PlanCosts(1.0, RowTimes((1,), (0.1,)), RowTimes((1, 4, 5), (0.010, 0.011, 0.060)))
+    costs = replace(plan_costs(), step=RowTimes((1, 4, 5), (0.010, 0.011, 0.060)))
     assert rows_taken(DraftPolicy(LIMITS, costs, 4), [0.9, 0.1, 0.1, 0.1, 0.1, 0.1]) == 4
 
 
@@ -94,29 +101,30 @@ def test_recent_passes_count_in_the_rate():
     for _ in range(20):
         slow.observe(*ROOT_ALONE, pass_s=1.0, drafting_s=0.0)
         fast.observe(chain_of([0]), VerifyResult((0,), tuple(range(30))), pass_s=1.0, drafting_s=0.0)
-    assert policy.serial_rows([0.3], Outlook(1.0, 1, 0.0), slow) == 1
-    assert policy.serial_rows([0.3], Outlook(1.0, 1, 0.0), fast) == 0
+    assert policy.serial_rows([0.3], Outlook(1.0, 1, 0.0, CACHED), slow) == 1
+    assert policy.serial_rows([0.3], Outlook(1.0, 1, 0.0, CACHED), fast) == 0
 
 
 @pytest.mark.parametrize(("chance", "rows", "pays"), [(0.2, 1, True), (0.05, 1, False), (0.9, 3, True)])
 def test_a_guess_pays_by_the_step_it_saves(chance, rows, pays):
-    assert made(0.01, row_s=0.001).ngram_pays(chance, rows) == pays
+    assert made(0.01, row_s=0.001).ngram_pays(chance, rows, CACHED) == pays
 
 
 def test_leaves_are_dearer_where_computing_limits_the_pass():
-    costs = PlanCosts(0.1, RowTimes((1, 64), (0.1, 0.74)), RowTimes((1,), (0.01,)))
-    limited, outlook = DraftPolicy(LIMITS, costs, 4), Outlook(5.0, 20, 0.0)
+    costs = replace(plan_costs(pass_s=0.1), compute=RowTimes((1, 64), (0.1, 0.74)))
+    limited, outlook = DraftPolicy(LIMITS, costs, 4), Outlook(5.0, 20, 0.0, CACHED)
     assert made().least_leaf_chance(outlook, History()) == pytest.approx(0.02)
     assert limited.least_leaf_chance(outlook, History()) > 0.1
 
 
-def shadow_steps(policy, chances=(0.5, 0.3), layers=4, nodes=8):
+def shadow_steps(policy, chances=(0.5, 0.3), layers=4, nodes=8, cached_rows=CACHED):
     """Rows of each step, layer by layer, when the same candidates stay."""
     spent_s, taken = 0.0, []
     for layer in range(layers):
         taken.append([])
-        while rows := policy.shadow_step_rows(chances, layer=layer, nodes=nodes, spent_s=spent_s):
-            spent_s += policy.step_s(rows)
+        at = {"layer": layer, "nodes": nodes, "spent_s": spent_s, "cached_rows": cached_rows}
+        while rows := policy.shadow_step_rows(chances, **at):
+            at["spent_s"] = spent_s = spent_s + policy.step_s(rows, cached_rows)
             taken[-1].append(rows)
     return taken, spent_s
 
@@ -133,10 +141,49 @@ def test_there_is_no_shadow_where_computing_takes_all_the_time():
 
 
 def test_a_shadow_step_is_as_wide_as_gives_most_chance_a_second():
-    assert made(0.01, row_s=0.001).shadow_step_rows([0.5, 0.4, 0.3], layer=0, nodes=4, spent_s=0.0) == 3
-    assert made(0.01, row_s=0.02).shadow_step_rows([0.5, 0.4, 0.3], layer=0, nodes=4, spent_s=0.0) == 1
-    assert made(0.01).shadow_step_rows([0.001], layer=0, nodes=4, spent_s=0.0) == 0
-    assert made(0.01).shadow_step_rows([], layer=0, nodes=4, spent_s=0.0) == 0
+    at = {"layer": 0, "nodes": 4, "spent_s": 0.0, "cached_rows": CACHED}
+    assert made(0.01, row_s=0.001).shadow_step_rows([0.5, 0.4, 0.3], **at) == 3
+    assert made(0.01, row_s=0.02).shadow_step_rows([0.5, 0.4, 0.3], **at) == 1
+    assert made(0.01).shadow_step_rows([0.001], **at) == 0
+    assert made(0.01).shadow_step_rows([], **at) == 0
+
+
+def test_trees_are_shallower_where_long_contexts_make_steps_dear_and_passes_not():
+    policy = made(0.01, 1.0, step_attention_s=0.05)
+    depths = [depth_taken(policy, 0.85, cached_rows=rows) for rows in (0, 256, 1024, 6000)]
+    assert depths == sorted(depths, reverse=True)
+    assert depths[0] == depths[1] > depths[2] > depths[3]
+    assert depths[3] == best_depth(0.01 + 0.05 * (6000 - 256) / 1024, 1.0, 0.85)
+
+
+def test_trees_are_deeper_where_long_contexts_make_passes_dear_and_steps_not():
+    policy = made(0.1, 0.2, pass_attention_s=0.5)
+    short, long = (depth_taken(policy, 0.85, cached_rows=rows) for rows in (256, 6000))
+    assert long > short
+    assert long == best_depth(0.1, 0.5 * (6000 - 256) / 1024, 0.85)
+
+
+def test_a_longer_context_leaves_less_shadow():
+    """Steps cost more, and the pass computes while it waited before."""
+    for costs in ({"step_attention_s": 0.02}, {"pass_attention_s": 0.05}):
+        counts = [
+            sum(map(len, shadow_steps(made(0.01, 1.0, **costs), cached_rows=rows)[0])) for rows in (256, 6000)
+        ]
+        assert counts[1] < counts[0] / 1.5, costs
+
+
+def test_a_leaf_is_dearer_where_a_long_context_is_computed():
+    costs = replace(plan_costs(pass_s=0.1), pass_attention=RowTimes((1, 64), (0.01, 0.2)))
+    policy = DraftPolicy(LIMITS, costs, 4)
+    short, long = (policy.least_leaf_chance(Outlook(5.0, 20, 0.0, rows), History()) for rows in (256, 6000))
+    assert short == pytest.approx(0.02)
+    assert long > 0.1
+
+
+def test_a_guess_in_a_row_of_a_dear_step_saves_more():
+    policy = made(0.01, row_s=0.002, step_attention_s=0.01)
+    assert not policy.ngram_pays(0.1, 1, 256)
+    assert policy.ngram_pays(0.1, 1, 6000)
 
 
 @pytest.mark.parametrize(("wanted", "depth"), [(1, 0), (2, 1), (17, 16), (41, 40), (500, 40), (0, 0)])
@@ -148,7 +195,7 @@ def test_the_bonus_token_counts_as_wanted(wanted, depth):
 
 
 def first_step_pays(history):
-    return made(0.1, 0.2).serial_rows([1.0], Outlook(1.0, 1, 0.0), history) > 0
+    return made(0.1, 0.2).serial_rows([1.0], Outlook(1.0, 1, 0.0, CACHED), history) > 0
 
 
 def test_speculation_switches_off_when_nothing_is_accepted_and_is_probed_again():

@@ -6,6 +6,7 @@ import torch
 from fakes import (
     CPU,
     TARGET_MADE,
+    VOCAB,
     FakeDraft,
     FakeTarget,
     LateSteps,
@@ -15,6 +16,7 @@ from fakes import (
     fake_engine,
     free_policy,
     plain_answer,
+    plan_costs,
     policy,
     random_table,
     request_for,
@@ -23,14 +25,20 @@ from fakes import (
 )
 
 from subspec_cli.drafting.draft_steps import DirectSteps
+from subspec_cli.drafting.policy import DraftPolicy
 from subspec_cli.drafting.tree_drafter import TreeDrafter
 from subspec_cli.modeling.kv_cache import KVCache
+from subspec_cli.planning.costs import PlanCosts
 
 TABLE = random_table(1)
 
 pytestmark = pytest.mark.usefixtures("checked_trees")
 
 PROMPT = (3, 1, 4, 1, 5)
+
+
+def circle(prefix):
+    return np.eye(VOCAB)[(prefix[-1] + 1) % 4] * 9
 
 
 def answered(draft_table, plan, *, limit=40, sampler=None, eos_ids=(), ahead=0):
@@ -205,3 +213,44 @@ def test_scratch_rows_are_moved_in_order():
         keys, values = kv.read(layer, 4)
         assert keys[0, 1:, 0].tolist() == [3 + 10 * layer, 2 + 10 * layer, 5 + 10 * layer]
         assert values[0, 1:, 1].tolist() == [-3 - 10 * layer, -2 - 10 * layer, -5 - 10 * layer]
+
+
+class AskedCosts(PlanCosts):
+    """Costs that note for how many cached rows each of them was asked."""
+
+    asked = ()
+
+    def compute_s(self, rows, cached_rows):
+        AskedCosts.asked[-1].add(("pass", cached_rows))
+        return PlanCosts.compute_s(self, rows, cached_rows)
+
+    def step_s(self, rows, cached_rows):
+        AskedCosts.asked[-1].add(("step", cached_rows))
+        return PlanCosts.step_s(self, rows, cached_rows)
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_all_decisions_of_a_round_are_at_the_rows_that_were_committed_before_it(ahead, monkeypatch):
+    """Serial steps, n-grams, leaves, shadow steps and the history, although the pass commits rows meanwhile."""
+    prompt = (0, 1, 2, 3) * 3
+    costs = AskedCosts(*(getattr(plan_costs(), name) for name in PlanCosts.__slots__))
+    guesses = []
+    monkeypatch.setattr(
+        DraftPolicy,
+        "ngram_pays",
+        lambda policy, chance, rows, cached_rows: guesses.append(cached_rows) or True,
+    )
+    kv, target = fake_cache(96, scratch=160), FakeTarget(circle)
+    plan = policy(6, 4, 20, costs=costs, shadow_rows=30)
+    engine = fake_engine(
+        target, kv, TreeDrafter(steps_of(FakeDraft(circle), kv, ahead), kv, plan, eos_ids=())
+    )
+    AskedCosts.asked, committed = [set()], [len(prompt)]
+    for output in engine.generate(request_for(prompt, 40)):
+        if output.stats.passes:
+            assert {rows for _, rows in AskedCosts.asked[-1]} | set(guesses) == {committed[-1]}
+            assert {kind for kind, _ in AskedCosts.asked[-1]} == {"pass", "step"}
+            committed.append(kv.committed)
+            AskedCosts.asked.append(set())
+            guesses.clear()
+    assert len(committed) > 3

@@ -346,3 +346,21 @@ def test_what_cannot_have_children_is_not_looked_below():
     _, calls = grown(lambda prefix: np.eye(VOCAB)[5] * 90, plan, eos_ids=(5,), ahead=1)
     assert len(calls) > 1
     assert all(5 not in prefix[:-1] for call in calls for prefix in call.prefixes)
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_tree_goes_by_the_costs_at_its_committed_rows(ahead):
+    """The same model and prices: below many cached rows a dear step is taken less often."""
+    plan = policy(12, 1, 40, costs=plan_costs(0.01, 0.3, step_attention_s=0.2))
+    table = random_table(3, spread=4.0)
+    steps = {}
+    for rows in (100, 1200):
+        kv, draft, target = fake_cache(1500), FakeDraft(table), FakeTarget(random_table(0))
+        target.forward(chunk_group([1] * rows, 0, target.rules), kv)
+        kv.commit(range(rows), [1] * rows)
+        drafted = TreeDrafter(steps_of(draft, kv, ahead), kv, plan, eos_ids=()).begin(GreedySampler())
+        proposal = drafted.grow(ROOT, 99)
+        widths = [call.batch.rows for call in draft.calls]
+        assert proposal.cost_s == pytest.approx(sum(plan.step_s(width, rows) for width in widths))
+        steps[rows] = proposal.draft_steps
+    assert 0 < steps[1200] < steps[100]

@@ -5,7 +5,14 @@ import itertools
 
 import pytest
 
-from subspec_cli.metrics import GenerationStats, PassStats, PrefillProgress, rate_of_totals, tau_of_totals
+from subspec_cli.metrics import (
+    GenerationStats,
+    PassStats,
+    PrefillProgress,
+    ranges_of_totals,
+    rate_of_totals,
+    tau_of_totals,
+)
 
 PREFILLED = GenerationStats().after_prefill(
     prompt_tokens=20, prefilled_tokens=12, prefill_passes=1, ttft_s=0.5
@@ -141,3 +148,51 @@ def test_the_record_holds_every_total_but_the_live_displays():
     values = GenerationStats(new_tokens=3).as_dict()
     assert "recent_accepted" not in values
     assert {"tau", "acceptance_by_depth", "reached_by_depth", "link_busy_share", "shadow_hits"} <= set(values)
+
+
+def in_range(cached_rows, *, accepted=2, drafted=10, depth=4, emitted=3):
+    return PassStats(
+        cached_rows=cached_rows, accepted=accepted, drafted=drafted, depth=depth, emitted=emitted
+    )
+
+
+def test_acceptance_is_counted_by_the_cached_rows_of_each_pass():
+    stats = PREFILLED
+    for cached_rows in (0, 511, 512, 2047, 2048, 8191, 8192, 100_000, 100_000):
+        stats = stats.after_pass(in_range(cached_rows))
+    assert [(item.least_rows, item.most_rows, item.passes) for item in stats.by_cached_rows] == [
+        (0, 511, 2),
+        (512, 2047, 2),
+        (2048, 8191, 2),
+        (8192, None, 3),
+    ]
+    assert stats.cached_rows == 0 + 511 + 512 + 2047 + 2048 + 8191 + 8192 + 200_000
+    assert sum(item.tokens for item in stats.by_cached_rows) == stats.new_tokens - 1
+    assert sum(item.drafted for item in stats.by_cached_rows) == stats.drafted_tokens
+
+
+def test_shares_of_a_range_are_ratios_of_its_totals():
+    stats = PREFILLED
+    # Rejected at the third of four levels, taken to the end of three, nothing drafted.
+    for change in ({}, {"accepted": 3, "depth": 3, "emitted": 4}, {"accepted": 0, "drafted": 0, "depth": 0}):
+        stats = stats.after_pass(in_range(600, **change))
+    (found,) = (item for item in stats.by_cached_rows if item.passes)
+    assert (found.passes, found.tokens, found.drafted, found.accepted) == (3, 10, 20, 5)
+    assert found.levels == 3 + 3 + 0
+    assert found.tokens_per_pass == 10 / 3
+    assert found.accepted_share == 5 / 20
+    assert found.level_acceptance == 5 / 6
+    (values,) = stats.as_dict()["by_cached_rows"]
+    assert values["level_acceptance"] == 5 / 6
+    assert (values["least_rows"], values["most_rows"], values["passes"]) == (512, 2047, 3)
+
+
+def test_ranges_of_answers_add_up_and_those_without_a_pass_are_left_out():
+    one = PREFILLED.after_pass(in_range(100)).after_pass(in_range(9000))
+    other = PREFILLED.after_pass(in_range(9000, accepted=0, emitted=1))
+    found = ranges_of_totals([one, other, PREFILLED])
+    assert [(item.least_rows, item.passes, item.tokens, item.accepted) for item in found] == [
+        (0, 1, 3, 2),
+        (8192, 2, 4, 2),
+    ]
+    assert ranges_of_totals([PREFILLED]) == ()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
-from fakes_cli import PREDICTION
+from fakes_cli import COSTS, PREDICTION
 
 from subspec_cli.cli.comparison_text import comparison_line
 from subspec_cli.metrics import GenerationStats
 from subspec_cli.planning.comparison import compare
+from subspec_cli.planning.costs import RowTimes
 
 
 def stats(**changes):
@@ -19,12 +22,13 @@ def stats(**changes):
         "verify_time_s": 4.0,
         "draft_steps": 40,
         "draft_cost_s": 1.2,
+        "cached_rows": 1000,
     }
     return GenerationStats(**(usual | changes))
 
 
 def test_times_are_ratios_of_totals():
-    found = compare(PREDICTION, [stats(), stats(passes=30, verify_time_s=20.0)], drafted=True)
+    found = compare(PREDICTION, COSTS, [stats(), stats(passes=30, verify_time_s=20.0)], drafted=True)
     assert found.pass_s == pytest.approx(24.0 / 40)
     assert found.step_s == pytest.approx(1.6 / 80)
     assert found.tok_per_s == pytest.approx(60 / 10.0)
@@ -33,21 +37,36 @@ def test_times_are_ratios_of_totals():
 
 
 def test_the_line_names_both_and_the_costs_origin():
-    line = comparison_line(compare(PREDICTION, [stats()], drafted=True))
+    line = comparison_line(compare(PREDICTION, COSTS, [stats()], drafted=True))
     assert line == (
-        "predicted (assumed costs) | measured: pass 400 ms | 400 ms · draft step 30 ms | 20 ms · "
-        "tok/s 7.00 | 6.00 · 5.77 predicted for this tau"
+        "predicted (assumed costs) | measured with 100 tokens in the cache: pass 400 ms | 400 ms · "
+        "draft step 30 ms | 20 ms · tok/s 7.00 | 6.00 · 5.77 predicted for this tau"
     )
 
 
 def test_plain_decoding_is_set_beside_the_plain_prediction():
-    found = compare(PREDICTION, [stats(draft_steps=0, draft_time_s=0.0)], drafted=False)
+    found = compare(PREDICTION, COSTS, [stats(draft_steps=0, draft_time_s=0.0)], drafted=False)
     assert (found.predicted_pass_s, found.predicted_tok_per_s) == (0.5, 2.0)
     assert (found.step_s, found.predicted_tok_per_s_given_tau) == (None, None)
     assert "draft step 25 ms | -" in comparison_line(found)
 
 
 def test_nothing_measured_is_nothing_known():
-    found = compare(PREDICTION, [GenerationStats()], drafted=True)
+    found = compare(PREDICTION, COSTS, [GenerationStats()], drafted=True)
     assert (found.pass_s, found.step_s, found.tok_per_s) == (None, None, None)
     assert comparison_line(found).endswith("tok/s 7.00 | -")
+
+
+def test_the_prediction_is_for_the_cached_rows_of_the_run():
+    """Long prompts make passes slower; that is no error of the costs."""
+    slope = RowTimes((1,), (0.1,))
+    costs = replace(COSTS, pass_attention=slope, step_attention=slope)
+    answers = [stats(cached_rows=10 * (256 + 4096)), stats(cached_rows=10 * (256 + 8192))]
+    found = compare(PREDICTION, costs, answers, drafted=True)
+    more_s = 0.1 * 6144 / 1024
+    assert found.cached_rows == 256 + 6144
+    assert found.predicted_pass_s == pytest.approx(0.2 + more_s)
+    assert found.predicted_plain_tok_per_s == pytest.approx(1 / (0.2 + more_s))
+    assert found.predicted_tok_per_s == pytest.approx(3.5 / (0.2 + more_s + 4 * (0.025 + more_s)))
+    plain = compare(PREDICTION, costs, [stats(draft_steps=0)], drafted=False)
+    assert plain.predicted_pass_s == PREDICTION.plain_pass_s, "as planned below the base"

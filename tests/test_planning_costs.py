@@ -8,9 +8,23 @@ from hypothesis import strategies as st
 from test_planning_plan import make_geometry
 
 from subspec_cli.planning.assumed_costs import assumed_costs
-from subspec_cli.planning.costs import MachineCosts, PlanCosts, RowTimes, snapped, weighted_sum
+from subspec_cli.planning.costs import (
+    MachineCosts,
+    PlanCosts,
+    RowTimes,
+    attention_times,
+    snapped,
+    weighted_sum,
+)
 
 GEOMETRY = make_geometry()
+COSTS = PlanCosts(
+    link_s=1.0,
+    compute=RowTimes((1, 11), (0.5, 1.5)),
+    step=RowTimes((1,), (0.1,)),
+    pass_attention=RowTimes((1, 11), (0.1, 0.5)),
+    step_attention=RowTimes((1, 5), (0.01, 0.03)),
+)
 
 
 @given(st.floats(1e-9, 1e12))
@@ -43,8 +57,36 @@ def test_pieces_one_after_another_add_up():
 
 
 def test_a_pass_takes_the_longer_of_link_and_computing():
-    costs = PlanCosts(1.0, RowTimes((1, 11), (0.5, 1.5)), RowTimes((1,), (0.1,)))
-    assert [costs.pass_s(rows) for rows in (1, 6, 11)] == pytest.approx([1.0, 1.0, 1.5])
+    assert [COSTS.pass_s(rows, 256) for rows in (1, 6, 11)] == pytest.approx([1.0, 1.0, 1.5])
+    assert [COSTS.pass_s(rows, 256 + 2048) for rows in (1, 6, 11)] == pytest.approx([1.0, 1.6, 2.5])
+
+
+def test_costs_are_a_line_over_the_cached_rows():
+    def all_at(cached_rows):
+        return [COSTS.compute_s(11, cached_rows), COSTS.step_s(1, cached_rows), COSTS.step_s(5, cached_rows)]
+
+    base = all_at(256)
+    assert base == pytest.approx([1.5, 0.1, 0.1])
+    assert all_at(0) == base, "a shorter prefix is not timed"
+    for cached_rows in (257, 1280, 6000, 100_000):
+        more = (cached_rows - 256) / 1024
+        assert all_at(cached_rows) == pytest.approx([1.5 + 0.5 * more, 0.1 + 0.01 * more, 0.1 + 0.03 * more])
+
+
+def test_what_cached_rows_add_is_the_difference_of_two_times_and_never_negative():
+    short, long = RowTimes((1, 4, 8), (1.0, 2.0, 3.0)), RowTimes((1, 4, 8), (1.5, 1.9, 5.0))
+    assert attention_times(short, long, 512) == RowTimes((1, 4, 8), (1.0, 0.0, 4.0))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_assumed_attention_reads_keys_and_values_and_computes_for_each_row(device):
+    costs = assumed_costs(GEOMETRY, device)
+    wider = assumed_costs(make_geometry(kv_heads=12), device)
+    for name in ("target_attention", "draft_attention"):
+        found, more = getattr(costs, name), getattr(wider, name)
+        assert 0 < found.at(1) < found.at(64)
+        assert more.at(1) == pytest.approx(6 * found.at(1)), "bytes of six times as many kv heads"
+        assert more.at(64) - more.at(1) == pytest.approx(found.at(64) - found.at(1)), "as many queries"
 
 
 def test_costs_are_read_back_as_they_were_written():
@@ -53,9 +95,28 @@ def test_costs_are_read_back_as_they_were_written():
 
 
 @pytest.mark.parametrize(
-    "damage", [{"link_bytes_per_s": None}, {"target_layer": 3}, {"draft_head": {"rows": [1]}}]
+    "damage",
+    [
+        {"link_bytes_per_s": None},
+        {"target_layer": 3},
+        {"draft_head": {"rows": [1]}},
+        {"origin": "guessed"},
+        {"draft_attention": None},
+        {"target_attention": {"rows": [1, 2], "seconds": [0.1]}},
+        {"target_attention": {"rows": [1], "seconds": [-0.1]}},
+        {"target_attention": {"rows": [1], "seconds": [float("nan")]}},
+        {"target_attention": {"rows": [1], "seconds": [float("inf")]}},
+    ],
 )
 def test_damaged_costs_are_refused(damage):
     values = {**assumed_costs(GEOMETRY, "cpu").as_dict(), **damage}
     with pytest.raises((KeyError, TypeError, ValueError, AssertionError)):
+        MachineCosts.from_dict(values)
+
+
+@pytest.mark.parametrize("missing", ["target_attention", "draft_attention", "target_layer"])
+def test_costs_of_which_a_part_is_missing_are_refused(missing):
+    values = assumed_costs(GEOMETRY, "cpu").as_dict()
+    del values[missing]
+    with pytest.raises(KeyError):
         MachineCosts.from_dict(values)

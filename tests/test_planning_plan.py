@@ -24,6 +24,7 @@ from subspec_cli.planning.plan import OffloadPlan, fastest_plan, make_plan
 from subspec_cli.planning.reason import FasterBits, GivenLayers, LayersThatPay, ShorterContext, WholeModel
 from subspec_cli.planning.request import DEFAULT_CONTEXT, PlanRequest
 from subspec_cli.planning.search import LayoutSearch, timed_layouts
+from subspec_cli.planning.timing import predict_at
 from subspec_cli.substitutes.settings import SubstituteSettings, substitute_layer_bytes
 from subspec_cli.units import GIB, MIB
 
@@ -109,6 +110,8 @@ COSTS = st.builds(
     shared_layer=TIMES,
     draft_head=TIMES,
     low_bit_head=TIMES,
+    target_attention=TIMES,
+    draft_attention=TIMES,
     step_overhead_s=SECONDS,
     origin=st.just("measured"),
 )
@@ -129,6 +132,7 @@ def requests(draw: st.DrawFn, **changes: Any) -> PlanRequest:
         shadow_rows=draw(st.sampled_from([0, 64])),
         context=draw(CONTEXTS),
         tree_nodes=draw(st.integers(1, 300)),
+        cached_rows=draw(st.integers(0, 10_000)),
         samples=draw(st.booleans()),
         tokenizer_bytes=draw(st.integers(0, 20 * MIB)),
         fixed_width=draw(st.none() | st.integers(1, 8)),
@@ -316,12 +320,33 @@ def test_a_prediction_is_of_the_plan_that_it_stands_in(request: PlanRequest) -> 
     if plan is None:
         return
     costs, found = plan.costs(request.costs, request.geometry), plan.prediction
-    assert found.step_s == pytest.approx(costs.step.at(2))
+    assert found.step_s == pytest.approx(costs.step_s(2, request.cached_rows))
     assert found.tok_per_s >= found.plain_tok_per_s * 0.999
-    assert found.plain_pass_s == pytest.approx(costs.pass_s(1), rel=0.03)
-    assert found.pass_s <= costs.pass_s(129) * 1.03
+    assert found.plain_pass_s == pytest.approx(costs.pass_s(1, request.cached_rows), rel=0.03)
+    assert found.pass_s <= costs.pass_s(129, request.cached_rows) * 1.03
+    assert found.cached_rows == request.cached_rows
     assert (found.depth > 0) <= plan.drafts
     assert found.tau == pytest.approx(sum(found.survival**level for level in range(found.depth + 1)))
+
+
+@FAST
+@given(requests(), st.integers(0, 10_000))
+def test_a_prediction_for_other_cached_rows_is_that_of_a_plan_made_for_them(
+    request: PlanRequest, cached_rows: int
+) -> None:
+    plan = plan_or_none(request)
+    if plan is None:
+        return
+    search = LayoutSearch(replace(request, cached_rows=cached_rows))
+    fastest = search.fastest(request.budget_bytes, plan.context)
+    assert fastest is not None
+    costs = plan.costs(request.costs, request.geometry)
+    found = predict_at(plan.prediction, costs, cached_rows)
+    assert found.cached_rows == cached_rows
+    same = predict_at(plan.prediction, costs, request.cached_rows)
+    for name in ("plain_pass_s", "pass_s", "step_s", "tau", "plain_tok_per_s", "tok_per_s"):
+        assert getattr(same, name) == pytest.approx(getattr(plan.prediction, name), rel=1e-6)
+    assert found.tok_per_s <= fastest.tok_per_s * 1.000001, "the best of all layouts for that number"
 
 
 @FAST

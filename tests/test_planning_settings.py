@@ -160,3 +160,16 @@ def test_without_a_budget_a_share_of_what_is_free_is_planned_for():
     with pytest.raises(ResourceError, match="memory of the cuda device is not known") as caught:
         request.budget_bytes(config, "cuda", None, None)
     assert "--vram-gb" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("given", "max_new_tokens", "cached_rows"),
+    [(None, 100, 256), (None, 200, 256), (400, 100, 200), (60, 20, 30)],
+)
+def test_times_are_predicted_for_half_of_the_context_that_is_wanted(
+    shelf, given, max_new_tokens, cached_rows
+):
+    """The model has 512 positions. Without a context, the least that is wanted counts, not the room beyond it."""
+    asked = {"vram_gb": 1.0, "context": given}
+    with open_tiny(shelf.model("qwen2"), memory=asked, run={"max_new_tokens": max_new_tokens}) as session:
+        assert session.description.plan.prediction.cached_rows == cached_rows

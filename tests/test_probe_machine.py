@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,17 +10,22 @@ import pytest
 import torch
 from fakes_session import answer_to, open_tiny
 
+from subspec_cli.checkpoint.checkpoint import open_checkpoint
+from subspec_cli.checkpoint.geometry import read_geometry
 from subspec_cli.config import SamplingConfig
 from subspec_cli.decoding.sampler import make_sampler
 from subspec_cli.drafting.draft_steps import likeliest, rank, sampling_of
 from subspec_cli.drafting.policy import DraftPolicy
 from subspec_cli.modeling.decoder import DraftDecoder, DraftLogits, Head
+from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.substitute import Int4Linear, LowBitHead, low_bit_table
-from subspec_cli.planning.costs import snapped
-from subspec_cli.probe import kept_costs
+from subspec_cli.modeling.token_batch import causal_batch
+from subspec_cli.planning.costs import RowTimes, snapped
+from subspec_cli.probe import kept_costs, machine
 from subspec_cli.probe.kept_costs import read_probe, write_probe
 from subspec_cli.reporter import Reporter
 from subspec_cli.session import build, load, machine_costs, opening
+from subspec_cli.substitutes.settings import SubstituteSettings
 
 
 @pytest.fixture
@@ -52,6 +58,11 @@ def test_every_part_is_timed_on_stand_ins_of_the_models_shapes(shelf, home, prob
     assert found.origin == "measured"
     assert found.link_bytes_per_s > 0
     assert found.disk_bytes_per_s > 0
+    for name in ("target_attention", "draft_attention"):
+        times = getattr(found, name)
+        assert all(0 <= a <= b for a, b in zip(times.seconds, times.seconds[1:], strict=False)), name
+        assert times.seconds[-1] > 0, name
+        assert all(snapped(seconds) == seconds for seconds in times.seconds), name
     for name in (
         "target_layer",
         "target_head",
@@ -65,6 +76,45 @@ def test_every_part_is_timed_on_stand_ins_of_the_models_shapes(shelf, home, prob
         assert all(snapped(seconds) == seconds for seconds in times.seconds), name
     assert about.plan.prediction.origin == "measured"
     assert about.costs.as_dict()["step"]["rows"] == (1, 2, 3, 4, 6, 8)
+
+
+@pytest.mark.parametrize(("max_positions", "long"), [(100, 512), (1500, 1500), (32_768, 4096)])
+def test_attention_is_timed_below_two_prefixes(shelf, monkeypatch, max_positions, long):
+    """The second one is bounded, and within the model's positions if those leave a difference to time."""
+    checkpoint = open_checkpoint(shelf.model("qwen2"))
+    geometry = replace(read_geometry(checkpoint.config, checkpoint.tensors), max_positions=max_positions)
+    seen, sizes = [], []
+
+    def batch(token_ids, start):
+        seen.append(start)
+        return causal_batch(token_ids, start)
+
+    def tree(rows, prefix, rules):
+        seen.append(prefix)
+        return original(rows, prefix, rules)
+
+    def cache(**size):
+        sizes.append(size)
+        return KVCache(**size)
+
+    def timed(work, row_counts, **_):
+        """As if every cached row took a millisecond a layer."""
+        for rows in row_counts:
+            work(rows)
+        seconds = 1e-3 * seen[-1] * sizes[-1]["layers"] if seen else 1e-3
+        return RowTimes(tuple(row_counts), (seconds,) * len(row_counts))
+
+    original = machine._tree_of
+    monkeypatch.setattr(machine, "_tree_of", tree)
+    monkeypatch.setattr(machine, "causal_batch", batch)
+    monkeypatch.setattr(machine, "KVCache", cache)
+    monkeypatch.setattr(machine, "time_rows", timed)
+    settings = SubstituteSettings(4, "minmax")
+    found = machine.probe_machine(geometry, settings, checkpoint, torch.device("cpu"), Reporter())
+    assert set(seen) == {256, long}
+    assert found.target_attention.seconds == (snapped(1.024),) * 3
+    assert found.draft_attention.seconds == (snapped(1.024),) * 3
+    assert found.target_layer.seconds[0] == snapped(0.256)
 
 
 @pytest.mark.probed
@@ -161,6 +211,18 @@ def test_a_record_of_other_costs_than_expected_is_timed_anew(shelf, home, probes
     monkeypatch.setattr(kept_costs, "read_probe", lambda about: {"link_bytes_per_s": 1.0})
     open_tiny(model).close()
     assert len(probes) == 2
+
+
+def test_costs_of_an_older_format_are_timed_anew(shelf, home, probes, monkeypatch):
+    """The format before had costs that did not depend on the cached rows."""
+    model = shelf.model("qwen2")
+    with monkeypatch.context() as before:
+        before.setattr(kept_costs, "_FORMAT", 2)
+        open_tiny(model).close()
+    for _ in range(2):
+        open_tiny(model).close()
+    assert len(probes) == 2
+    assert len(list((home / "probes").iterdir())) == 2
 
 
 def test_a_home_that_cannot_be_written_costs_only_the_record(home, monkeypatch):
@@ -277,8 +339,6 @@ def test_a_table_that_no_kernel_takes_is_left_alone():
 
 
 def test_the_plans_choice_of_head_is_loaded(shelf, monkeypatch, home):
-    from dataclasses import replace
-
     fastest_plan, model = opening.fastest_plan, shelf.model("qwen2")
     heads, kinds = {}, []
     for bits in (16, 4):

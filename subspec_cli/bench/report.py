@@ -6,8 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from subspec_cli.metrics import Exactness, FinishReason, GenerationStats, rate_of_totals, tau_of_totals
+from subspec_cli.metrics import (
+    Exactness,
+    FinishReason,
+    GenerationStats,
+    RangeTotals,
+    ranges_of_totals,
+    rate_of_totals,
+    tau_of_totals,
+)
 from subspec_cli.planning.comparison import Comparison, compare
+from subspec_cli.planning.costs import PlanCosts
 from subspec_cli.planning.plan import OffloadPlan
 
 
@@ -101,6 +110,8 @@ class BenchReport:
     """Model, configuration and versions, as plain values for JSON."""
     plan: OffloadPlan | None = None
     """The plan of both arms; None until the model is loaded."""
+    costs: PlanCosts | None = None
+    """The plan's costs."""
     best_plain_plan: OffloadPlan | None = None
     """Plain decoding's own best plan; None until it is measured."""
 
@@ -125,10 +136,15 @@ class BenchReport:
     @property
     def comparison(self) -> Comparison | None:
         """Predicted and measured figures over all speculative answers."""
-        if self.plan is None or not self.pairs:
+        if self.plan is None or self.costs is None or not self.pairs:
             return None
         answers = [pair.speculative.stats for pair in self.pairs]
-        return compare(self.plan.prediction, answers, drafted=self.speculation)
+        return compare(self.plan.prediction, self.costs, answers, drafted=self.speculation)
+
+    @property
+    def by_cached_rows(self) -> tuple[RangeTotals, ...]:
+        """Passes of the speculative arm by the cached rows that they read."""
+        return ranges_of_totals(pair.speculative.stats for pair in self.pairs)
 
     def _row(self, category: str, pairs: Sequence[AnswerPair]) -> BenchRow:
         plain = rate_of_totals(pair.plain.stats for pair in pairs) or None

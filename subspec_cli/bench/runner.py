@@ -17,6 +17,7 @@ from subspec_cli.bench.report import AnswerPair, ArmAnswer, BenchReport, BenchRo
 from subspec_cli.bench.suites import Question, load_suite
 from subspec_cli.config import Config
 from subspec_cli.metrics import Exactness, GenerationStats
+from subspec_cli.planning.costs import PlanCosts
 from subspec_cli.planning.plan import OffloadPlan
 from subspec_cli.planning.request import WantedTokens
 from subspec_cli.reporter import Reporter
@@ -67,6 +68,7 @@ class _Run:
         self._link: LinkFigures | None = None
         self._context: dict[str, Any] = {}
         self._plan: OffloadPlan | None = None
+        self._costs: PlanCosts | None = None
         self._best_plain_plan: OffloadPlan | None = None
         self._exactness: Exactness | Literal["unchecked"] = "unchecked"
         self._speculation = False
@@ -76,7 +78,7 @@ class _Run:
         with open_session(self._config, Reporter(self._say), count=self._count) as session:
             about = session.description
             self._exactness, self._speculation = about.exactness, about.speculation
-            self._plan = about.plan
+            self._plan, self._costs = about.plan, about.costs
             self._context = _context(session, self._config)
             for number, question in enumerate(self._questions):
                 self._measure_question(session, number, question)
@@ -117,6 +119,7 @@ class _Run:
             interrupted=interrupted,
             context=self._context,
             plan=self._plan,
+            costs=self._costs,
             best_plain_plan=self._best_plain_plan,
         )
 

@@ -94,7 +94,8 @@ def fullness_warning(answer: Answer, session: Session) -> str:
 def comparison_of(answer: Answer, session: Session) -> Comparison:
     """Compare the plan's prediction with the measured answer."""
     about = session.description
-    return compare(about.plan.prediction, [answer.stats], drafted=answer.stats.drafted_tokens > 0)
+    drafted = answer.stats.drafted_tokens > 0
+    return compare(about.plan.prediction, about.costs, [answer.stats], drafted=drafted)
 
 
 def answer_document(answer: Answer, session: Session, config: Config) -> dict[str, Any]:

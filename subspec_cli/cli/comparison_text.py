@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from subspec_cli.metrics import GenerationStats, rate_of_totals
+from subspec_cli.metrics import GenerationStats, RangeTotals, rate_of_totals
 from subspec_cli.planning.comparison import Comparison
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def comparison_line(comparison: Comparison) -> str:
     """Return predicted beside measured, as one line."""
-    given = comparison.predicted_tok_per_s_given_tau
+    given, cached_rows = comparison.predicted_tok_per_s_given_tau, comparison.cached_rows
     parts = [
         f"pass {_ms(comparison.predicted_pass_s)} | {_ms(comparison.pass_s)}",
         f"draft step {_ms(comparison.predicted_step_s)} | {_ms(comparison.step_s)}",
@@ -23,7 +23,8 @@ def comparison_line(comparison: Comparison) -> str:
     ]
     if given is not None:
         parts.append(f"{given:.2f} predicted for this tau")
-    return f"predicted ({comparison.origin} costs) | measured: {' · '.join(parts)}"
+    where = "" if cached_rows is None else f" with {cached_rows:.0f} tokens in the cache"
+    return f"predicted ({comparison.origin} costs) | measured{where}: {' · '.join(parts)}"
 
 
 def summary_lines(report: BenchReport) -> tuple[str, ...]:
@@ -49,6 +50,7 @@ def summary_lines(report: BenchReport) -> tuple[str, ...]:
         )
     if total.speculative_tok_per_s and report.speculation:
         lines.append(_work_line([pair.speculative.stats for pair in report.pairs]))
+        lines.extend(_range_text(item) for item in report.by_cached_rows)
     if report.comparison is not None:
         lines.append(comparison_line(report.comparison))
     if report.link and report.link.cold_share is not None:
@@ -69,6 +71,16 @@ def _work_line(answers: Sequence[GenerationStats]) -> str:
     return (
         f"{serial:.1f} draft steps before a pass, {shadow:.1f} in its shadow, of use to {hits:.0%} of the next; "
         f"link busy {busy:.0%} of the time"
+    )
+
+
+def _range_text(item: RangeTotals) -> str:
+    """What was accepted over a range of cached rows."""
+    least, most = item.least_rows, item.most_rows
+    name = f"{least} or more" if most is None else f"up to {most}" if not least else f"{least} to {most}"
+    return (
+        f"{name} tokens in the cache: tau {item.tokens_per_pass:.2f} in {item.passes} passes, accepted "
+        f"{item.accepted_share:.0%} of the drafted tokens, {item.level_acceptance:.0%} a level"
     )
 
 

@@ -63,6 +63,7 @@ def bench_document(report: BenchReport) -> dict[str, Any]:
         "rows": [_fields(row) for row in report.rows],
         "summary": list(summary_lines(report)),
         "predicted_beside_measured": report.comparison.as_dict() if report.comparison else None,
+        "by_cached_rows": [item.as_dict() for item in report.by_cached_rows],
         "ceiling_tok_per_s": report.ceiling_tok_per_s,
         "link": None if report.link is None else {**_fields(report.link), "gb_per_s": report.link.gb_per_s},
         "best_plain_tok_per_s": rate_of_totals(report.best_plain) if report.best_plain else None,

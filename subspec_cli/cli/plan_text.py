@@ -87,8 +87,9 @@ def assumptions(prediction: Prediction) -> tuple[str, ...]:
     unpinned = "" if pageable == rate else f", {pageable / 1e9:.3g} from memory that is not pinned"
     return (
         f"link {rate / 1e9:.3g} GB/s ({origin}{unpinned})",
+        f"{prediction.cached_rows:.0f} tokens in the KV cache",
         f"draft step {prediction.step_s * 1e3:.3g} ms ({origin})",
-        f"target compute {basis.plain_compute_s * 1e3:.3g} ms a pass ({origin})",
+        f"target compute {basis.plain.compute_s * 1e3:.3g} ms a pass ({origin})",
         f"survival {prediction.survival:.3g} a level ({basis.survival_origin})",
     )
 

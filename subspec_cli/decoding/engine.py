@@ -89,7 +89,7 @@ class Engine:
         in_flight = [self._prefill(request, on_prefill)]
         yield in_flight[0].output
         while in_flight := [answer for answer in in_flight if answer.output.finish_reason is None]:
-            meter = RoundMeter(self._counters)
+            meter = RoundMeter(self._counters, self._kv.committed)
             with meter.timed("draft"):
                 proposals = [
                     answer.draft.grow(answer.output.token_ids[-1], answer.tokens_wanted)

@@ -37,9 +37,10 @@ class PromptMeter:
 
 
 class RoundMeter:
-    """Measures one round from its creation on."""
+    """Measures one round from its creation on; `cached_rows` are those that its pass reads."""
 
-    def __init__(self, counters: Callable[[], StreamCounters]) -> None:
+    def __init__(self, counters: Callable[[], StreamCounters], cached_rows: int) -> None:
+        self._cached_rows = cached_rows
         self._counters = counters
         self._link = counters()
         self._started = time.perf_counter()
@@ -68,6 +69,7 @@ class RoundMeter:
             emitted=emitted,
             depth=proposal.tree.depth,
             ready_nodes=proposal.ready_nodes,
+            cached_rows=self._cached_rows,
             decode_time_s=time.perf_counter() - self._started,
             draft_steps=proposal.draft_steps,
             shadow_steps=self._shadow_steps,

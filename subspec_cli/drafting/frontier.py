@@ -246,7 +246,8 @@ class Frontier:
             if guess.token_id in self._shared.eos_ids:
                 return
             if place >= unknown:
-                if not self._shared.policy.ngram_pays(agreed, rows + place - unknown):
+                cached_rows = self._shared.kv.committed
+                if not self._shared.policy.ngram_pays(agreed, rows + place - unknown, cached_rows):
                     return
                 depth = first.depth + 1 + place - unknown
                 yield NGram(first.chance * agreed, depth, guess, after)

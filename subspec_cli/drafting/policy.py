@@ -4,13 +4,15 @@ The costs are probed once, snapped to a grid and recorded (`PlanCosts`). No cloc
 trees. One rule serves all decisions: a draft step is worth its time while it adds more expected tokens than the run
 makes in that time. Let E be the expected tokens of the tree so far and A the tokens of recent rounds, s the time of
 this round and B the time of those. Then the run makes r = (E + A) / (s + B) tokens a second. A step of n rows that
-takes t(n) and adds g(n) tokens pays while g(n) > r t(n), and its width is the n that gains most.
+takes t(n) and adds g(n) tokens pays while g(n) > r t(n), and its width is the n that gains most. All times are those
+at the number of committed rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 from typing import Final
 
@@ -55,6 +57,8 @@ class Outlook:
     nodes: int
     spent_s: float
     """Cost of its draft steps so far."""
+    cached_rows: int
+    """Committed rows, which the pass and every draft step read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +78,13 @@ class DraftPolicy:
         most = self.max_tree
         return TreeLimits(max(0, min(most.depth, tokens_wanted - 1, most.nodes - 1)), most.width, most.nodes)
 
-    def step_s(self, rows: int) -> float:
+    def step_s(self, rows: int, cached_rows: int) -> float:
         """Return the cost of a draft step."""
-        return self.costs.step.at(rows)
+        return self.costs.step_s(rows, cached_rows)
 
-    def round_s(self, nodes: int, spent_s: float) -> float:
-        """Return the cost of a round: a pass over `nodes` after draft steps that cost `spent_s`."""
-        return self.costs.pass_s(nodes) + spent_s
+    def round_s(self, outlook: Outlook) -> float:
+        """Return the cost of a round: the draft steps so far, and a pass over the tree."""
+        return outlook.spent_s + self.costs.pass_s(outlook.nodes, outlook.cached_rows)
 
     def serial_rows(self, chances: Sequence[float], outlook: Outlook, history: History) -> int:
         """Return the rows of the next draft step before the pass; 0 ends the tree.
@@ -94,10 +98,11 @@ class DraftPolicy:
         )
         if self.fixed.width is not None and forced:
             return min(self.fixed.width, len(chances))
-        rate = history.tokens_per_s(outlook.expected_tokens, self.round_s(outlook.nodes, outlook.spent_s))
+        rate = history.tokens_per_s(outlook.expected_tokens, self.round_s(outlook))
+        step_s = partial(self.step_s, cached_rows=outlook.cached_rows)
         able = [chances[0], *(chance for chance in chances[1:MOST_ROWS] if chance >= LEAST_CHANCE)]
         gains = [
-            history.gain(chance) - rate * self.step_s(rows)
+            history.gain(chance) - rate * step_s(rows)
             for rows, chance in enumerate(accumulate(able), start=1)
         ]
         best = max(range(len(gains)), key=lambda index: (gains[index], -index))
@@ -105,27 +110,32 @@ class DraftPolicy:
             return 0
         return best + 1 if self.fixed.width is None else min(self.fixed.width, len(chances))
 
-    def ngram_pays(self, chance: float, rows: int) -> bool:
+    def ngram_pays(self, chance: float, rows: int, cached_rows: int) -> bool:
         """Return whether an n-gram guess of this chance, which saves a step if right, is worth one more row."""
-        return chance * self.step_s(1) > self.step_s(rows + 1) - self.step_s(rows)
+        more_s = self.step_s(rows + 1, cached_rows) - self.step_s(rows, cached_rows)
+        return chance * self.step_s(1, cached_rows) > more_s
 
     def least_leaf_chance(self, outlook: Outlook, history: History) -> float:
         """Return the least chance for which an open node is worth a row of the pass."""
-        rate = history.tokens_per_s(outlook.expected_tokens, self.round_s(outlook.nodes, outlook.spent_s))
-        row_s = (self.costs.pass_s(outlook.nodes + 8) - self.costs.pass_s(outlook.nodes)) / 8
+        rate = history.tokens_per_s(outlook.expected_tokens, self.round_s(outlook))
+        more = replace(outlook, nodes=outlook.nodes + 8)
+        row_s = (self.round_s(more) - self.round_s(outlook)) / 8
         return max(LEAST_CHANCE, rate * row_s)
 
-    def shadow_step_rows(self, chances: Sequence[float], *, layer: int, nodes: int, spent_s: float) -> int:
+    def shadow_step_rows(
+        self, chances: Sequence[float], *, layer: int, nodes: int, spent_s: float, cached_rows: int
+    ) -> int:
         """Return the rows of the next draft step in the shadow of a pass over `nodes`; 0 waits.
 
         The time that the link leaves idle is handed out layer by layer, at the costs' own prices. Every row saves a
         step of the next tree with its chance, so the width is the one with most chance per second.
         """
-        idle_s = max(0.0, _LINK_MARGIN * self.costs.link_s - self.costs.compute.at(nodes))
+        idle_s = max(0.0, _LINK_MARGIN * self.costs.link_s - self.costs.compute_s(nodes, cached_rows))
         allowed_s = idle_s * (layer + 1) / self.layers - spent_s
+        step_s = partial(self.step_s, cached_rows=cached_rows)
         likely = [chance for chance in chances[:MOST_ROWS] if chance >= LEAST_CHANCE]
-        rates = [gain / self.step_s(rows) for rows, gain in enumerate(accumulate(likely), start=1)]
+        rates = [gain / step_s(rows) for rows, gain in enumerate(accumulate(likely), start=1)]
         if not rates:
             return 0
         rows = max(range(len(rates)), key=lambda index: (rates[index], -index)) + 1
-        return rows if self.step_s(rows) <= allowed_s else 0
+        return rows if step_s(rows) <= allowed_s else 0

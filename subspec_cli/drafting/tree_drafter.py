@@ -56,6 +56,8 @@ class _Pass:
     proposal: Proposal
     max_depth: int
     """Depth of the last token that is still wanted, without the bonus token."""
+    cached_rows: int
+    """Committed rows when the pass begins."""
     spent_s: float = 0.0
 
 
@@ -81,7 +83,7 @@ class TreeDraft:
         while True:
             if rows := self._next_rows(frontier, limits, cost_s):
                 steps += 1
-                cost_s += policy.step_s(len(rows))
+                cost_s += policy.step_s(len(rows), shared.kv.committed)
                 frontier.start(rows)
             elif not frontier.is_drained:
                 frontier.drain()  # and decide again, knowing all tokens
@@ -90,7 +92,7 @@ class TreeDraft:
             else:
                 break
         proposal = Proposal(tree.freeze(self._leaves(tree, limits, cost_s)), steps, ready, cost_s)
-        self._pass = _Pass(frontier, proposal, max_depth=max(0, tokens_wanted - 1))
+        self._pass = _Pass(frontier, proposal, max(0, tokens_wanted - 1), shared.kv.committed)
         return proposal
 
     def work_in_shadow(self, layer: int) -> int:
@@ -103,11 +105,15 @@ class TreeDraft:
             free_rows = min(MOST_ROWS, nodes + policy.shadow_rows - current.frontier.tree.rows)
             rows = current.frontier.offer(free_rows, free_rows, current.max_depth).rows
             count = policy.shadow_step_rows(
-                [row.chance for row in rows], layer=layer, nodes=nodes, spent_s=current.spent_s
+                [row.chance for row in rows],
+                layer=layer,
+                nodes=nodes,
+                spent_s=current.spent_s,
+                cached_rows=current.cached_rows,
             )
             if not count:
                 return steps
-            current.spent_s += policy.step_s(count)
+            current.spent_s += policy.step_s(count, current.cached_rows)
             current.frontier.start(rows[:count])
             steps += 1
 
@@ -118,7 +124,7 @@ class TreeDraft:
         if current is None:
             return
         verified = current.proposal.tree
-        pass_s = shared.policy.costs.pass_s(len(verified))
+        pass_s = shared.policy.costs.pass_s(len(verified), current.cached_rows)
         shared.history.observe(verified, result, pass_s=pass_s, drafting_s=current.proposal.cost_s)
         if ends:
             return
@@ -146,7 +152,8 @@ class TreeDraft:
         if min(most_nodes, free_rows) < 1:
             return []
         offer = frontier.offer(most_nodes, min(free_rows, limits.width), limits.depth, first=tip)
-        outlook = Outlook(offer.expected_tokens, min(offer.nodes, limits.nodes), cost_s)
+        nodes = min(offer.nodes, limits.nodes)
+        outlook = Outlook(offer.expected_tokens, nodes, cost_s, self._shared.kv.committed)
         chances = [row.chance for row in offer.rows]
         return offer.rows[: policy.serial_rows(chances, outlook, self._shared.history)]
 
@@ -158,7 +165,7 @@ class TreeDraft:
         tip = tree.tip()
         chosen = [tip] if most > 0 and tree.nodes[tip].row is None else []
         nodes, expected = tree.likely(LEAST_CHANCE)
-        outlook = Outlook(expected, min(nodes, limits.nodes), cost_s)
+        outlook = Outlook(expected, min(nodes, limits.nodes), cost_s, self._shared.kv.committed)
         least = self._shared.policy.least_leaf_chance(outlook, self._shared.history)
         open_nodes = tree.best_open(most, max_depth=limits.depth + 1, eos_ids=frozenset())
         others = [node for node in open_nodes if node != tip and tree.nodes[node].chance >= least]

@@ -13,7 +13,7 @@ from typing import Final
 
 from subspec_cli.checkpoint.geometry import ModelGeometry
 from subspec_cli.checkpoint.layer_tensors import LAYER_MATRICES
-from subspec_cli.planning.costs import MachineCosts, RowTimes
+from subspec_cli.planning.costs import ATTENTION_ROWS, MachineCosts, RowTimes
 from subspec_cli.planning.device_profile import device_profile
 from subspec_cli.substitutes.settings import SubstituteSettings, substitute_layer_bytes
 
@@ -31,13 +31,15 @@ class _Rates:
     pageable: float
     disk: float
     exact_memory: float
-    """16-bit weights as the target reads them: padded rows, attention in float64."""
+    """16-bit weights as the target reads them, with padded rows."""
     fast_memory: float
     """16-bit weights as the draft reads them."""
     low_bit_memory: float
     exact_ops: float
     fast_ops: float
     low_bit_ops: float
+    attention_ops: float
+    """Scores, softmax and weighted sum: small products, and an exponential for each score."""
     layer_s: float
     """Overhead of a layer of any size: calls, norms, attention over a short prefix."""
     step_s: float
@@ -56,6 +58,7 @@ _CPU: Final = _Rates(
     exact_ops=0.8e12,
     fast_ops=0.4e12,
     low_bit_ops=0.4e12,
+    attention_ops=0.1e12,
     layer_s=0.2e-3,
     step_s=0.5e-3,
 )
@@ -72,6 +75,7 @@ _CUDA: Final = _Rates(
     exact_ops=40e12,
     fast_ops=80e12,
     low_bit_ops=40e12,
+    attention_ops=20e12,
     layer_s=0.03e-3,
     step_s=0.3e-3,
 )
@@ -110,6 +114,12 @@ def assumed_costs(
         seconds = (fixed_s + size_bytes / memory + (rows - 1) * 2 * weights / ops for rows in _ROWS)
         return RowTimes(_ROWS, tuple(seconds))
 
+    def attention(memory: float) -> RowTimes:
+        # Keys and values of the further cached rows are read once. Each query multiplies with all of them twice.
+        cached_bytes = ATTENTION_ROWS * geometry.kv_row_bytes / geometry.layers
+        products = 2 * ATTENTION_ROWS * geometry.heads * geometry.head_dim
+        return times(cached_bytes, products, memory, rates.attention_ops, 0.0)
+
     layer_bytes, head_bytes = geometry.layer_matrix_bytes, geometry.table_bytes
     return MachineCosts(
         link_bytes_per_s=link,
@@ -125,6 +135,8 @@ def assumed_costs(
         low_bit_head=times(
             low_bit_table_bytes(geometry), head_weights, rates.low_bit_memory, rates.low_bit_ops, 0.0
         ),
+        target_attention=attention(rates.exact_memory),
+        draft_attention=attention(rates.fast_memory),
         step_overhead_s=rates.step_s,
         origin="assumed",
     )

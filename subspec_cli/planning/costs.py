@@ -1,7 +1,7 @@
 """What things cost on a machine: rates and seconds that were measured, or are assumed and say so.
 
 Times snap to a geometric grid when they are measured. Then small noise between two probes decides nothing, and runs
-plan and draft alike.
+plan and draft alike. Layers are timed with a few cached rows; attention adds time in proportion to the further ones.
 """
 
 from __future__ import annotations
@@ -14,6 +14,10 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal, get_args
 
 CostOrigin = Literal["measured", "assumed"]
+BASE_CACHED_ROWS: Final = 256
+"""Cached rows that attention reads where layers are timed."""
+ATTENTION_ROWS: Final = 1024
+"""Cached rows beyond those, of which the attention times are the seconds."""
 _GRID_PER_DOUBLING: Final = 16
 """Grid points per factor of two: neighbours differ by 4.4 %."""
 
@@ -55,6 +59,20 @@ class RowTimes:
         return RowTimes(self.rows, tuple(seconds))
 
 
+def attention_weight(cached_rows: float) -> float:
+    """Return how often the attention times are added for so many cached rows; fewer than the base cost no less."""
+    return max(0.0, cached_rows - BASE_CACHED_ROWS) / ATTENTION_ROWS
+
+
+def attention_times(short: RowTimes, long: RowTimes, further_rows: int) -> RowTimes:
+    """Return what 1,024 more cached rows add, from times that differ by `further_rows` of them; never negative."""
+    seconds = (
+        max(0.0, more - less) * ATTENTION_ROWS / further_rows
+        for less, more in zip(short.seconds, long.seconds, strict=True)
+    )
+    return RowTimes(short.rows, tuple(seconds))
+
+
 def weighted_sum(parts: Sequence[tuple[float, RowTimes]]) -> RowTimes:
     """Return the times of several pieces run in sequence, each as often as its weight says."""
     rows = tuple(sorted({count for _, part in parts for count in part.rows}))
@@ -82,6 +100,10 @@ class MachineCosts:
     """The 16-bit head as the draft runs it."""
     low_bit_head: RowTimes
     """A 4-bit head as the draft runs it."""
+    target_attention: RowTimes
+    """What 1,024 more cached rows add to one layer of the target."""
+    draft_attention: RowTimes
+    """What 1,024 more cached rows add to one layer of the draft."""
     step_overhead_s: float
     """Host work of one draft step, on its batch and its tree, while the step waits for it."""
     origin: CostOrigin
@@ -97,9 +119,7 @@ class MachineCosts:
         for entry in dataclasses.fields(cls):
             value = values[entry.name]
             if entry.type == "RowTimes":
-                value = RowTimes(
-                    tuple(int(n) for n in value["rows"]), tuple(float(s) for s in value["seconds"])
-                )
+                value = _row_times(value)
             elif entry.name != "origin":
                 value = float(value)
             elif value not in get_args(CostOrigin):
@@ -108,20 +128,39 @@ class MachineCosts:
         return cls(**read)
 
 
+def _row_times(value: Mapping[str, Any]) -> RowTimes:
+    seconds = tuple(float(s) for s in value["seconds"])
+    if not all(0 <= s < math.inf for s in seconds):
+        raise ValueError(f"no times: {seconds}")
+    return RowTimes(tuple(int(n) for n in value["rows"]), seconds)
+
+
 @dataclass(frozen=True, slots=True)
 class PlanCosts:
-    """Times of one plan's passes and draft steps."""
+    """Times of one plan's passes and draft steps, by their rows and by the cached rows that they read."""
 
     link_s: float
     """Link time for the bytes of one pass."""
     compute: RowTimes
-    """Compute time of one target pass by its rows, without waiting for weights."""
+    """Compute time of one target pass by its rows, without waiting for weights, at `BASE_CACHED_ROWS`."""
     step: RowTimes
-    """One draft step by its rows."""
+    """One draft step by its rows, at `BASE_CACHED_ROWS`."""
+    pass_attention: RowTimes
+    """What 1,024 more cached rows add to a pass."""
+    step_attention: RowTimes
+    """What 1,024 more cached rows add to a draft step."""
 
-    def pass_s(self, rows: int) -> float:
+    def compute_s(self, rows: int, cached_rows: float) -> float:
+        """Return the seconds that a target pass computes."""
+        return self.compute.at(rows) + attention_weight(cached_rows) * self.pass_attention.at(rows)
+
+    def pass_s(self, rows: int, cached_rows: float) -> float:
         """Return the seconds of a target pass: link and compute overlap."""
-        return max(self.link_s, self.compute.at(rows))
+        return max(self.link_s, self.compute_s(rows, cached_rows))
+
+    def step_s(self, rows: int, cached_rows: float) -> float:
+        """Return the seconds of a draft step."""
+        return self.step.at(rows) + attention_weight(cached_rows) * self.step_attention.at(rows)
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""

@@ -14,7 +14,7 @@ from subspec_cli.checkpoint.geometry import ModelGeometry
 from subspec_cli.checkpoint.layer_tensors import spread
 from subspec_cli.errors import ResourceError, UsageError
 from subspec_cli.limits import MOST_ROWS
-from subspec_cli.planning.costs import MachineCosts, PlanCosts
+from subspec_cli.planning.costs import MachineCosts, PlanCosts, weighted_sum
 from subspec_cli.planning.device_profile import DeviceKind, EmbeddingPlace, device_profile
 from subspec_cli.planning.memory import HeadBits, PinnedLayers, PlanLine
 from subspec_cli.planning.reason import FasterBits, NoRoomToDraft, PlanReason, plan_reason
@@ -107,6 +107,8 @@ class OffloadPlan:
             link_s=link_s(machine, geometry.layer_matrix_bytes, len(self.streamed), from_disk),
             compute=pass_compute(machine, geometry),
             step=step_times(machine, geometry, len(self.shared), self.draft_head_bits, self.embedding),
+            pass_attention=weighted_sum([(geometry.layers, machine.target_attention)]),
+            step_attention=weighted_sum([(geometry.layers, machine.draft_attention)]),
         )
 
     def as_dict(self, *, reason: str, assumptions: Sequence[str]) -> dict[str, Any]:
@@ -270,7 +272,7 @@ def _tree_nodes(request: PlanRequest, timed: TimedLayout) -> int:
     """Return how many nodes may be verified: all that hide behind the link, and all that the best depth wants."""
     if request.fixed_depth is not None or request.fixed_width is not None:
         return request.tree_nodes
-    compute = pass_compute(request.costs, request.geometry)
+    compute = pass_compute(request.costs, request.geometry, request.cached_rows)
     hidden = hidden_nodes(timed.timing.link_s, compute, request.tree_nodes)
     wanted = verified_rows(timed.depth.depth, request.tree_nodes)
     enough = next((nodes for nodes in NODE_BUDGETS if nodes >= wanted), wanted)

@@ -13,7 +13,7 @@ from subspec_cli.config import Config
 from subspec_cli.errors import ResourceError, UsageError
 from subspec_cli.limits import MOST_CHUNK_ROWS, SHADOW_ROWS
 from subspec_cli.planning.assumed_costs import assumed_survival
-from subspec_cli.planning.costs import MachineCosts
+from subspec_cli.planning.costs import BASE_CACHED_ROWS, MachineCosts
 from subspec_cli.planning.device_profile import DeviceKind, DeviceProfile, device_profile
 from subspec_cli.substitutes.settings import SubstituteSettings, substitute_layer_bytes
 from subspec_cli.units import GIB, format_bytes
@@ -79,6 +79,8 @@ class PlanRequest:
     """Cache rows for drafting in the shadow of a pass; 0 switches it off."""
     least_context: int = LEAST_CONTEXT
     """Context that is not given up for speed."""
+    cached_rows: int = BASE_CACHED_ROWS
+    """Tokens in the cache for which times are predicted. They do not follow `context`: room alone costs no time."""
     samples: bool = False
     """Whether the temperature is above 0, so that every token of the vocabulary needs noise."""
     fixed_depth: int | None = None
@@ -130,6 +132,7 @@ def plan_request(
     profile, budget_bytes, ram_bytes = device_profile(limits.device), limits.budget_bytes, limits.ram_bytes
     if profile.budget_is_ram and ram_bytes is not None:
         budget_bytes = min(budget_bytes, max(0, ram_bytes - profile.process_bytes))
+    least_context = max(LEAST_CONTEXT, config.run.max_new_tokens + _PROMPT_TOKENS)
     return PlanRequest(
         geometry=geometry,
         budget_bytes=budget_bytes,
@@ -138,7 +141,8 @@ def plan_request(
         substitute_bits=settings.bits,
         tokenizer_bytes=tokenizer_bytes,
         context=config.memory.context,
-        least_context=max(LEAST_CONTEXT, config.run.max_new_tokens + _PROMPT_TOKENS),
+        least_context=least_context,
+        cached_rows=_mean_cached_rows(config.memory.context or least_context, geometry.max_positions, wanted),
         resident_layers=config.memory.resident_layers,
         tree_nodes=_most_tree_nodes(config, profile),
         prefill_rows=MOST_CHUNK_ROWS,
@@ -151,6 +155,14 @@ def plan_request(
         shadow_rows=0 if config.draft.no_shadow else SHADOW_ROWS,
         wanted=wanted,
     )
+
+
+def _mean_cached_rows(context: int, model_context: int, wanted: WantedTokens | None) -> int:
+    """Return the mean number of cached rows of an answer's passes, for which times are predicted."""
+    if wanted is not None:
+        return min(wanted.prompt + wanted.answer // 2, model_context)
+    # The mean of a context that fills up. One that nobody asked for is room that most answers leave empty.
+    return min(context, model_context) // 2
 
 
 def check_prompt_fits(wanted: WantedTokens, context: int | None, model_context: int) -> None:

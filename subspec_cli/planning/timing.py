@@ -14,7 +14,15 @@ from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 from subspec_cli.checkpoint.geometry import ModelGeometry
-from subspec_cli.planning.costs import CostOrigin, MachineCosts, RowTimes, weighted_sum
+from subspec_cli.planning.costs import (
+    BASE_CACHED_ROWS,
+    CostOrigin,
+    MachineCosts,
+    PlanCosts,
+    RowTimes,
+    attention_weight,
+    weighted_sum,
+)
 from subspec_cli.planning.device_profile import EmbeddingPlace
 from subspec_cli.planning.memory import HeadBits, MemoryLayout, MemoryModel, PinnedLayers
 from subspec_cli.planning.request import PlanRequest
@@ -42,9 +50,12 @@ class Basis:
     link_bytes_per_s: float
     pageable_bytes_per_s: float
     """Rate of copies from memory that is not pinned; the link's own where nothing is copied."""
-    plain_compute_s: float
-    """Computing of a pass of one row."""
     survival_origin: CostOrigin
+    timing: RoundTiming
+    plain: DepthOption
+    """Plain decoding."""
+    option: DepthOption
+    """The predicted depth."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +78,8 @@ class Prediction:
     """Probability that the target accepts one more level of the draft."""
     origin: CostOrigin
     """Where the costs come from."""
+    cached_rows: float
+    """Tokens in the KV cache for which these times are predicted."""
     basis: Basis
 
     @property
@@ -99,6 +112,8 @@ class DepthOption(NamedTuple):
     """A depth of the tree, and what follows from it alone; depth 0 is plain decoding."""
 
     depth: int
+    rows: int
+    """Rows of a pass over the tree."""
     tau: float
     """Tokens per pass, the bonus token included."""
     shadow_hit: float
@@ -114,9 +129,17 @@ def link_s(machine: MachineCosts, layer_bytes: int, streamed: int, from_disk: in
     )
 
 
-def pass_compute(machine: MachineCosts, geometry: ModelGeometry) -> RowTimes:
+def pass_compute(
+    machine: MachineCosts, geometry: ModelGeometry, cached_rows: int = BASE_CACHED_ROWS
+) -> RowTimes:
     """Return the compute times of one target pass, without waiting for weights."""
-    return weighted_sum([(geometry.layers, machine.target_layer), (1, machine.target_head)])
+    return weighted_sum(
+        [
+            (geometry.layers, machine.target_layer),
+            (geometry.layers * attention_weight(cached_rows), machine.target_attention),
+            (1, machine.target_head),
+        ]
+    )
 
 
 def step_times(
@@ -125,6 +148,8 @@ def step_times(
     shared: int,
     head_bits: HeadBits,
     embedding: EmbeddingPlace,
+    *,
+    cached_rows: int = BASE_CACHED_ROWS,
 ) -> RowTimes:
     """Return the times of one draft step: substitutes, shared layers, the draft's head and the overhead."""
     gather_s = _HOST_GATHER_S if embedding == "host" else 0.0
@@ -132,6 +157,7 @@ def step_times(
         [
             (geometry.layers - shared, machine.substitute_layer),
             (shared, machine.shared_layer),
+            (geometry.layers * attention_weight(cached_rows), machine.draft_attention),
             (1, machine.low_bit_head if head_bits == 4 else machine.draft_head),
             (1, RowTimes((1,), (machine.step_overhead_s + gather_s,))),
         ]
@@ -173,10 +199,12 @@ def depth_options(request: PlanRequest) -> tuple[DepthOption, ...]:
     """Return plain decoding, and the depths to choose from: only one if the user fixed it."""
     fixed, most_nodes = request.fixed_depth, request.tree_nodes
     depths = (0, fixed) if fixed else (0, *(depth for depth in DEPTHS if depth < most_nodes))
-    compute, survival = pass_compute(request.costs, request.geometry), request.likely_survival
+    compute = pass_compute(request.costs, request.geometry, request.cached_rows)
+    survival = request.likely_survival
     return tuple(
         DepthOption(
             depth,
+            verified_rows(depth, most_nodes),
             tau=sum(survival**level for level in range(depth + 1)),
             shadow_hit=_HIT_SHARE * survival**depth,
             compute_s=compute.at(verified_rows(depth, most_nodes)),
@@ -222,7 +250,7 @@ class RoundTimer:
         key = (layout.shared, layout.draft_head_bits, layout.embedding)
         if key not in self._draft_timings:
             costs = self._request.costs
-            times = step_times(costs, self._request.geometry, *key)
+            times = step_times(costs, self._request.geometry, *key, cached_rows=self._request.cached_rows)
             shadow_step_s = times.at(SHADOW_STEP_ROWS)
             units = math.ceil(shadow_step_s * costs.link_bytes_per_s / self._memory.slot_bytes)
             wanted_slots = min(max(3, units + 2), self._slot_counts[-1])
@@ -242,17 +270,38 @@ class _DraftTiming(NamedTuple):
 def predict(request: PlanRequest, timing: RoundTiming, option: DepthOption) -> Prediction:
     """Return the figures of a layout at one depth, with the figures that they depend on."""
     machine, plain = request.costs, depth_options(request)[0]
-    origin, survival = machine.origin, request.likely_survival
     survival_origin: CostOrigin = "assumed" if request.survival is None else "measured"
+    rates = (machine.link_bytes_per_s, machine.pageable_bytes_per_s)
     return Prediction(
-        plain_pass_s=pass_s(timing, plain),
-        pass_s=pass_s(timing, option),
-        step_s=timing.step_s,
+        **_times(timing, plain, option),
         depth=option.depth,
         tau=option.tau,
-        plain_tok_per_s=1 / round_s(timing, plain),
-        tok_per_s=option.tau / round_s(timing, option),
-        survival=survival,
-        origin=origin,
-        basis=Basis(machine.link_bytes_per_s, machine.pageable_bytes_per_s, plain.compute_s, survival_origin),
+        survival=request.likely_survival,
+        origin=machine.origin,
+        cached_rows=request.cached_rows,
+        basis=Basis(*rates, survival_origin, timing, plain, option),
     )
+
+
+def predict_at(prediction: Prediction, costs: PlanCosts, cached_rows: float) -> Prediction:
+    """Return the figures of the same plan and depth for another number of cached rows."""
+    basis = prediction.basis
+    timing = basis.timing._replace(
+        step_s=costs.step_s(STEP_ROWS, cached_rows), shadow_step_s=costs.step_s(SHADOW_STEP_ROWS, cached_rows)
+    )
+    plain, option = (
+        each._replace(compute_s=costs.compute_s(each.rows, cached_rows))
+        for each in (basis.plain, basis.option)
+    )
+    return dataclasses.replace(prediction, **_times(timing, plain, option), cached_rows=cached_rows)
+
+
+def _times(timing: RoundTiming, plain: DepthOption, option: DepthOption) -> dict[str, Any]:
+    """Return the fields of a prediction that depend on times."""
+    return {
+        "plain_pass_s": pass_s(timing, plain),
+        "pass_s": pass_s(timing, option),
+        "step_s": timing.step_s,
+        "plain_tok_per_s": 1 / round_s(timing, plain),
+        "tok_per_s": option.tau / round_s(timing, option),
+    }

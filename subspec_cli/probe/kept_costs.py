@@ -23,7 +23,7 @@ from subspec_cli.substitutes.settings import SubstituteSettings
 from subspec_cli.versions import library_versions
 
 _MOST_BYTES: Final = 1 << 20
-_FORMAT: Final = 2
+_FORMAT: Final = 3
 
 
 def known_costs(about: dict[str, Any]) -> MachineCosts | None:

@@ -6,6 +6,7 @@ model's files only some blocks are read, to time the link. A probe takes seconds
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,7 +27,7 @@ from subspec_cli.modeling.exact_attention import AttentionRules, ExactAttention
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.layers import LayerMath
 from subspec_cli.modeling.rope import RopeTable
-from subspec_cli.modeling.row_group import chunk_group
+from subspec_cli.modeling.row_group import RowGroup, padded_ids
 from subspec_cli.modeling.row_rules import RowRules
 from subspec_cli.modeling.substitute import (
     LowBitHead,
@@ -37,17 +38,27 @@ from subspec_cli.modeling.substitute import (
     resident_layer,
 )
 from subspec_cli.modeling.token_batch import TokenBatch, causal_batch
-from subspec_cli.planning.costs import MachineCosts, RowTimes, snapped
+from subspec_cli.planning.costs import BASE_CACHED_ROWS, MachineCosts, RowTimes, attention_times, snapped
 from subspec_cli.probe.timers import copy_rate, disk_rate, reading, time_rows
 from subspec_cli.reporter import Reporter
 from subspec_cli.streaming.layout import BlockLayout, layout_block
 from subspec_cli.substitutes.settings import SubstituteSettings
 
 _BEYOND_CACHES_BYTES: Final = 160 << 20
-_PREFIX: Final = 256
-"""Committed rows that attention reads."""
+_LONG_PREFIX: Final = 4096
+"""Cached rows at which attention is timed again, unless the model's positions end before."""
+_ATTENTION_BYTES: Final = 64 << 20
+"""Keys and values of the layers in which the draft's attention is timed."""
+_ATTENTION_TARGET_LAYERS: Final = 2
+"""Layers in which the target's attention is timed; it computes more than it reads."""
+_NARROW: Final = 64
+"""Width of those layers beside attention, so that their time is attention's."""
 _TIMED_PASS_ROWS: Final = (1, 8, 16, 32, 48, 64, 128)
 _TIMED_STEP_ROWS: Final = (1, 2, 3, 4, 6, 8)
+_ATTENTION_PASS_ROWS: Final = (1, 16, 64)
+_ATTENTION_STEP_ROWS: Final = (1, 4, 8)
+_TREE_DEPTH: Final = 24
+"""Depth of the trees whose verification is timed."""
 _DISK_LAYERS: Final = 4
 """Layers whose blocks are read to time the disk, spread over the model."""
 _TREE_S: Final = MappingProxyType({"cpu": 0.5e-3, "cuda": 0.1e-3})
@@ -66,14 +77,16 @@ def probe_machine(
     layouts = _disk_layouts(geometry, checkpoint)
     on_cpu = device.type == "cpu"
     workbench = _Workbench(geometry, settings, device)
+    attention = _AttentionWorkbench(geometry, settings, device)
     reporter.progress("link and target")
     if on_cpu:
         # A pass and the reader share cores and memory, so each is timed while the other runs.
         with reading(layouts) as beside:
-            target = workbench.target_layer()
+            target, target_attention = workbench.target_layer(), attention.of_target()
         link = pageable = disk = beside.bytes_per_s
     else:
-        target, disk = workbench.target_layer(), disk_rate(layouts)
+        target, target_attention = workbench.target_layer(), attention.of_target()
+        disk = disk_rate(layouts)
         link, pageable = copy_rate(device, pinned=True), copy_rate(device, pinned=False)
     reporter.progress("the draft's layers")
     return MachineCosts(
@@ -86,6 +99,8 @@ def probe_machine(
         shared_layer=workbench.shared_layer().snapped(),
         draft_head=workbench.draft_head(16).snapped(),
         low_bit_head=workbench.draft_head(4).snapped(),
+        target_attention=target_attention.snapped(),
+        draft_attention=attention.of_draft().snapped(),
         step_overhead_s=snapped(_TREE_S[device.type]),
         origin="measured",
     )
@@ -126,39 +141,60 @@ class _NoHead:
         return DraftLogits(hidden)
 
 
+def _tree_of(rows: int, prefix: int, rules: RowRules) -> RowGroup:
+    """Return a tree behind `prefix` cached rows: one long path, and leaves beside its end."""
+    number = torch.arange(rows)
+    depths = number.clamp_max(_TREE_DEPTH)
+    path = (number[None] < depths[:, None]) | torch.eye(rows, dtype=torch.bool)
+    return RowGroup(padded_ids([0] * rows, rules), prefix + depths, prefix, path)
+
+
 class _Workbench:
     """Times a few layers of dummy weights in the decoders of a session."""
 
-    def __init__(self, geometry: ModelGeometry, settings: SubstituteSettings, device: torch.device) -> None:
+    def __init__(
+        self,
+        geometry: ModelGeometry,
+        settings: SubstituteSettings,
+        device: torch.device,
+        *,
+        typical: Callable[[Sequence[float]], float] = statistics.median,
+    ) -> None:
         self._sizes, self._settings, self._device = geometry, settings, device
+        self._typical = typical
         self._dtype = torch_dtype(geometry.dtype)
         self.rules = RowRules(2) if device.type == "cpu" else RowRules(64, fixed_rows=True)
 
     @torch.inference_mode()
-    def target_layer(self) -> RowTimes:
-        """Time one layer of the target by rows."""
+    def target_layer(
+        self, prefix: int = BASE_CACHED_ROWS, row_counts: Sequence[int] = _TIMED_PASS_ROWS
+    ) -> RowTimes:
+        """Time one layer of the target by rows, with `prefix` cached rows."""
         layers = self._matrices(self._count(self._sizes.layer_matrix_bytes))
-        math = self._math(len(layers))
+        math = self._math(len(layers), prefix)
         attention = ExactAttention(
             math.geometry, AttentionRules("fused", 4), dtype=self._dtype, device=self._device
         )
         head = Head(self._ones(self._sizes.hidden), self._ones(1, self._sizes.hidden), 1e-6)
         decoder = TargetDecoder(math, attention, self._states, head, _DummyBlocks(layers), self.rules)
-        kv = self._cache(len(layers))
+        kv = self._cache(len(layers), prefix)
 
         def run(rows: int) -> None:
-            flow = decoder.begin([chunk_group([0] * rows, _PREFIX, self.rules)], kv)
+            flow = decoder.begin([_tree_of(rows, prefix, self.rules)], kv)
             for _ in decoder.layers(flow):
                 pass
 
-        return self._per_layer(run, _TIMED_PASS_ROWS, len(layers))
+        return self._per_layer(run, row_counts, len(layers))
 
     @torch.inference_mode()
-    def shared_layer(self) -> RowTimes:
-        """Time one layer of the draft that is a resident layer of the target, by rows."""
+    def shared_layer(
+        self, prefix: int = BASE_CACHED_ROWS, row_counts: Sequence[int] = _TIMED_STEP_ROWS
+    ) -> RowTimes:
+        """Time one layer of the draft that is a resident layer of the target, by rows, with `prefix` cached rows."""
         matrices = self._matrices(self._count(self._sizes.layer_matrix_bytes))
-        math = self._math(len(matrices))
-        return self._draft(math, [resident_layer(math, number, held) for number, held in enumerate(matrices)])
+        math = self._math(len(matrices), prefix)
+        layers = [resident_layer(math, number, held) for number, held in enumerate(matrices)]
+        return self._draft(math, layers, prefix, row_counts)
 
     @torch.inference_mode()
     def substitute_layer(self) -> RowTimes:
@@ -172,9 +208,9 @@ class _Workbench:
             ).items()
         }
         count = self._count(self._sizes.layer_matrix_bytes // 4)
-        math = self._math(count)
+        math = self._math(count, BASE_CACHED_ROWS)
         layers = [load_substitute(math, n, stored, self._settings, self._device) for n in range(count)]
-        return self._draft(math, layers)
+        return self._draft(math, layers, BASE_CACHED_ROWS, _TIMED_STEP_ROWS)
 
     @torch.inference_mode()
     def target_head(self) -> RowTimes:
@@ -201,25 +237,31 @@ class _Workbench:
         def run(states: Tensor) -> None:
             rank(head.guess(states), None)
 
-        steps = self._launched(lambda rows: partial(run, self._ones(rows, self._sizes.hidden)))
+        steps = self._launched(
+            lambda rows: partial(run, self._ones(rows, self._sizes.hidden)), _TIMED_STEP_ROWS
+        )
         return time_rows(steps, _TIMED_STEP_ROWS, finish=self._finish)
 
     def _head(self) -> Head:
         return Head(self._ones(self._sizes.hidden), self._ones(self._sizes.vocab, self._sizes.hidden), 1e-6)
 
-    def _draft(self, math: LayerMath, layers: list[SubstituteLayer]) -> RowTimes:
-        kv = self._cache(len(layers))
+    def _draft(
+        self, math: LayerMath, layers: list[SubstituteLayer], prefix: int, row_counts: Sequence[int]
+    ) -> RowTimes:
+        kv = self._cache(len(layers), prefix)
         draft = DraftDecoder(math, self._states, _NoHead(), layers)
 
         def run(batch: TokenBatch) -> None:
             draft.run(self._states(batch.positions), batch, kv)
 
-        steps = self._launched(lambda rows: partial(run, causal_batch([0] * rows, _PREFIX).to(self._device)))
-        return self._per_layer(steps, _TIMED_STEP_ROWS, len(layers))
+        steps = self._launched(
+            lambda rows: partial(run, causal_batch([0] * rows, prefix).to(self._device)), row_counts
+        )
+        return self._per_layer(steps, row_counts, len(layers))
 
-    def _launched(self, step_of: Callable[[int], Run]) -> Callable[[int], object]:
+    def _launched(self, step_of: Callable[[int], Run], row_counts: Sequence[int]) -> Callable[[int], object]:
         """Return draft steps by rows, launched as in a session: captured as graphs on a GPU, if possible."""
-        steps = {rows: step_of(rows) for rows in _TIMED_STEP_ROWS}
+        steps = {rows: step_of(rows) for rows in row_counts}
         if self._device.type == "cuda":
             steps = self._captured(steps)
         return lambda rows: steps[rows]()
@@ -233,8 +275,8 @@ class _Workbench:
         except RuntimeError:
             return steps  # the session tries again and reports why capturing failed
 
-    def _per_layer(self, run: Callable[[int], object], row_counts: tuple[int, ...], layers: int) -> RowTimes:
-        times = time_rows(run, row_counts, finish=self._finish)
+    def _per_layer(self, run: Callable[[int], object], row_counts: Sequence[int], layers: int) -> RowTimes:
+        times = time_rows(run, row_counts, finish=self._finish, typical=self._typical)
         return RowTimes(times.rows, tuple(seconds / layers for seconds in times.seconds))
 
     def _finish(self) -> None:
@@ -255,23 +297,61 @@ class _Workbench:
         shapes = self._sizes.layer_shapes()
         return tuple({name: self._ones(*shapes[name]) for name in LAYER_MATRICES} for _ in range(count))
 
-    def _math(self, layers: int) -> LayerMath:
+    def _math(self, layers: int, prefix: int) -> LayerMath:
         sizes = replace(self._sizes, layers=layers, windows=self._sizes.windows[:layers])
         small = {
             name: self._ones(*s) for name, s in sizes.layer_shapes().items() if name not in LAYER_MATRICES
         }
-        table = self._ones(_PREFIX + max(_TIMED_PASS_ROWS), 1, sizes.head_dim)
+        table = self._ones(prefix + max(_TIMED_PASS_ROWS), 1, sizes.head_dim)
         return LayerMath(sizes, (small,) * layers, RopeTable(table, table))
 
-    def _cache(self, layers: int) -> KVCache:
+    def _cache(self, layers: int, prefix: int) -> KVCache:
         kv = KVCache(
             layers=layers,
             kv_heads=self._sizes.kv_heads,
             head_dim=self._sizes.head_dim,
-            context=_PREFIX,
+            context=prefix,
             scratch=max(_TIMED_PASS_ROWS),
             dtype=self._dtype,
             device=self._device,
         )
-        kv.commit(range(_PREFIX), [0] * _PREFIX)
+        kv.commit(range(prefix), [0] * prefix)
         return kv
+
+
+class _AttentionWorkbench:
+    """Times what further cached rows add, in layers so narrow that their weights take no time."""
+
+    def __init__(self, geometry: ModelGeometry, settings: SubstituteSettings, device: torch.device) -> None:
+        # At least twice the base, or the difference would be noise.
+        self._prefix = max(2 * BASE_CACHED_ROWS, min(_LONG_PREFIX, geometry.max_positions))
+        self._geometry, self._settings, self._device = geometry, settings, device
+
+    def of_target(self) -> RowTimes:
+        """Return what 1,024 more cached rows add to one layer of the target, by rows."""
+        layers = self._layers(_ATTENTION_TARGET_LAYERS)
+        return self._added(lambda prefix: layers.target_layer(prefix, _ATTENTION_PASS_ROWS))
+
+    def of_draft(self) -> RowTimes:
+        """Return what 1,024 more cached rows add to one layer of the draft, by rows."""
+        # A step mostly reads keys and values, so the CPU's caches must not hold those of all layers.
+        geometry = self._geometry
+        layer_bytes = self._prefix * geometry.kv_row_bytes // geometry.layers
+        layers = self._layers(-(-_ATTENTION_BYTES // layer_bytes))
+        return self._added(lambda prefix: layers.shared_layer(prefix, _ATTENTION_STEP_ROWS))
+
+    def _layers(self, most: int) -> _Workbench:
+        count = min(self._geometry.layers, most)
+        narrow = replace(
+            self._geometry,
+            layers=count,
+            windows=self._geometry.windows[:count],
+            hidden=_NARROW,
+            feed_forward=_NARROW,
+        )
+        # The least of a few times, because the difference of two medians is mostly noise on a busy machine.
+        return _Workbench(narrow, self._settings, self._device, typical=min)
+
+    def _added(self, timed: Callable[[int], RowTimes]) -> RowTimes:
+        short, long = timed(BASE_CACHED_ROWS), timed(self._prefix)
+        return attention_times(short, long, self._prefix - BASE_CACHED_ROWS)

@@ -30,12 +30,13 @@ def time_rows(
     *,
     finish: Callable[[], None] = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
+    typical: Callable[[Sequence[float]], float] = statistics.median,
 ) -> RowTimes:
-    """Time `work(rows)` for each count, in seconds: the median of a few runs after one that is not counted.
+    """Time `work(rows)` for each count, in seconds: what is typical of a few runs after one that is not counted.
 
     `finish` waits for work that was only queued.
     """
-    medians = []
+    found = []
     for rows in row_counts:
         seconds = []
         for _ in range(_REPEATS + 1):
@@ -43,8 +44,8 @@ def time_rows(
             work(rows)
             finish()
             seconds.append(clock() - started)
-        medians.append(statistics.median(seconds[1:]))
-    return RowTimes(tuple(row_counts), tuple(medians))
+        found.append(typical(seconds[1:]))
+    return RowTimes(tuple(row_counts), tuple(found))
 
 
 def disk_rate(layouts: Sequence[BlockLayout], *, seconds: float = _LINK_S) -> float:
