@@ -28,7 +28,7 @@ from subspec_cli.units import MIB, format_bytes
 
 _MOST_RING_SLOTS: Final = 3
 """Pinned buffers of the ring, one layer each: one is copied, one is ready, one is being read."""
-_MARGIN_BYTES: Final = 24 * MIB
+_MARGIN_BYTES: Final = 16 * MIB
 """Interpreter growth, thread stacks, kernel scratch and the allocator's own waste."""
 _NOISE_BYTES: Final = 8
 """Noise of one token, float64 as the sampler adds it."""
