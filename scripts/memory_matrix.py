@@ -44,7 +44,7 @@ TURN_TOKENS: Final = 128
 """Context kept for a turn: a short message, its template and the answer."""
 RANDOM: Final = "random"
 SENTENCE: Final = "The json module encodes and decodes the JSON format. "
-COLUMNS: Final = ("budget", "planned", "peak", "share", "bare", "process", "largest line")
+COLUMNS: Final = ("budget MiB", "planned", "peak", "share", "bare", "process", "largest line")
 
 
 @dataclass(frozen=True)
