@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from itertools import combinations, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -44,7 +44,7 @@ TURN_TOKENS: Final = 128
 """Context kept for a turn: a short message, its template and the answer."""
 RANDOM: Final = "random"
 SENTENCE: Final = "The json module encodes and decodes the JSON format. "
-COLUMNS: Final = ("budget MiB", "planned", "peak", "share", "bare", "process", "largest line")
+COLUMNS: Final = ("run", "budget", "planned", "peak", "share", "process (bare)", "largest line")
 
 
 @dataclass(frozen=True)
@@ -233,26 +233,30 @@ def show(cells: Sequence[Cell], found: Sequence[Usage | str], options: argparse.
         ]
         print(json.dumps(rows))
     else:
-        names = [entry.name for entry in fields(Cell)]
-        print(f"| {' | '.join([*names, *COLUMNS])} |\n|{'---|' * (len(names) + len(COLUMNS))}")
+        print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
         for cell, usage in zip(cells, found, strict=True):
-            settings = [str(value) for value in asdict(cell).values()]
-            print(f"| {' | '.join([*settings, *columns(usage)])} |")
+            print(f"| {' | '.join([described(cell), *columns(usage)])} |")
     held = [isinstance(usage, Usage) and usage.holds for usage in found]
     print(f"{sum(held)} of {len(held)} cells within their budget", file=sys.stderr)
     return 0 if all(held) else 1
 
 
+def described(cell: Cell) -> str:
+    """The settings of a cell in a few words."""
+    parts = [cell.model, f"{cell.prompt_tokens} tokens", f"T {cell.temperature:g}", f"{cell.bits} bit"]
+    parts += [cell.budget, *(["chat"] if cell.turns > 1 else []), *(["reprobe"] if cell.reprobe else [])]
+    return ", ".join(parts)
+
+
 def columns(usage: Usage | str) -> list[str]:
     """The measured columns of one row, in MiB."""
     if isinstance(usage, str):
-        return [usage, *[""] * (len(COLUMNS) - 1)]
+        return [usage, *[""] * (len(COLUMNS) - 2)]
     sizes = (usage.budget_bytes, usage.planned_bytes, usage.peak_bytes)
-    whole = (usage.bare_bytes, usage.process_bytes)
     return [
         *(f"{size / MIB:.0f}" for size in sizes),
         f"{usage.peak_bytes / usage.budget_bytes:.0%}",
-        *(f"{size / MIB:.0f}" for size in whole),
+        f"{usage.process_bytes / MIB:.0f} ({usage.bare_bytes / MIB:.0f})",
         usage.largest_line,
     ]
 

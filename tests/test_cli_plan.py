@@ -76,10 +76,10 @@ def test_a_plan_is_drawn_in_eighty_columns(capsys, model):
 
 
 def test_the_bar_and_the_table_add_up(capsys, model):
-    found = document(capsys, model, "--device", "cpu", "--memory-gb", "0.135", "--context", 64)
+    found = document(capsys, model, "--device", "cpu", "--memory-gb", "0.15", "--context", 64)
     planned = found["plan"]
     assert sum(line["size_bytes"] for line in planned["lines"]) == planned["planned_bytes"]
-    assert planned["planned_bytes"] <= planned["budget_bytes"] == int(0.135 * GIB)
+    assert planned["planned_bytes"] <= planned["budget_bytes"] == int(0.15 * GIB)
     assert planned["prediction"]["origin"] == "assumed"
     assert found["least_budget_bytes"] <= planned["planned_bytes"]
     assert found["largest_context"] == 512
