@@ -27,6 +27,8 @@ PREFILL_CHUNK: Final = LARGE_BLOCK // 2
 large blocks may change, for every budget and mode."""
 MOST_CHUNK_ROWS: Final = PREFILL_CHUNK + GUARD
 """Rows of the first chunk."""
+ROW_SIZES: Final = (8, 16, 32, 48, 64)
+"""Row counts that a pass of the target is padded to, and multiples of the last."""
 SHADOW_ROWS: Final = 128
 """Cache rows for what is drafted while the target's weights arrive."""
 LEAST_RING_SLOTS: Final = 2

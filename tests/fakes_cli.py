@@ -114,6 +114,12 @@ class FakeSession:
     def peak_memory_bytes(self):
         return 400 << 20
 
+    def process_peak_bytes(self):
+        return 700 << 20
+
+    def bare_process_bytes(self):
+        return 300 << 20
+
     def encode_prompt(self, text, *, system, raw):
         self.calls.append(("encode", text, system, raw))
         return list(range(5))

@@ -64,22 +64,22 @@ def test_a_plan_is_drawn_in_eighty_columns(capsys, model):
     lines = out.splitlines()
     assert max(map(len, lines[1:])) <= 80
     bar = next(line for line in lines if line.startswith("["))
-    assert re.fullmatch(r"\[[a-m·]{76}\]", bar)
-    keys = [line[0] for line in lines[2:] if re.match(r"[a-m] ", line)]
+    assert re.fullmatch(r"\[[a-n·]{76}\]", bar)
+    keys = [line[0] for line in lines[2:] if re.match(r"[a-n] ", line)]
     assert set(bar.strip("[]·")) <= set(keys)
     assert keys == sorted(keys)
     assert re.search(r"^layers +[RTd]{12}$", out, re.M)
-    for fact in ("why", "budget", "context", "host RAM", "disk", "plain", "subspec", "assuming", "advice"):
+    for fact in ("why", "budget", "context", "process", "disk", "plain", "subspec", "assuming", "advice"):
         assert re.search(rf"^{fact} {{2,}}\S", out, re.M), fact
     assert re.search(r"not\s+prepared\s+yet", out)
     assert "(assumed)" in out
 
 
 def test_the_bar_and_the_table_add_up(capsys, model):
-    found = document(capsys, model, "--device", "cpu", "--memory-gb", "0.135", "--context", 64)
+    found = document(capsys, model, "--device", "cpu", "--memory-gb", "0.15", "--context", 64)
     planned = found["plan"]
     assert sum(line["size_bytes"] for line in planned["lines"]) == planned["planned_bytes"]
-    assert planned["planned_bytes"] <= planned["budget_bytes"] == int(0.135 * GIB)
+    assert planned["planned_bytes"] <= planned["budget_bytes"] == int(0.15 * GIB)
     assert planned["prediction"]["origin"] == "assumed"
     assert found["least_budget_bytes"] <= planned["planned_bytes"]
     assert found["largest_context"] == 512
@@ -88,10 +88,10 @@ def test_the_bar_and_the_table_add_up(capsys, model):
 
 
 def test_budgets_are_compared_and_those_that_are_too_small_say_so(capsys, model):
-    status, out, _ = plan(capsys, model, "--device", "cpu", "--compare", "0.2,0.01,0.13", "--context", 64)
+    status, out, _ = plan(capsys, model, "--device", "cpu", "--compare", "0.2,0.01,0.15", "--context", 64)
     assert status == 0
     rows = [line.split() for line in out.splitlines() if re.search(r"\dx +\d", line)]
-    assert [row[0] for row in rows] == ["0.13", "0.2"]
+    assert [row[0] for row in rows] == ["0.15", "0.2"]
     speeds = [float(row[4]) for row in rows]
     assert speeds == sorted(speeds)
     assert re.search(r"^0.01 GiB is too small: --memory-gb [0-9.]+ works", out, re.M)
@@ -135,7 +135,7 @@ def test_the_links_rate_is_taken_as_given(capsys, model):
 def test_a_gpu_is_planned_for_without_one(capsys, model, monkeypatch):
     found = document(capsys, model, "--device", "cuda", "--vram-gb", 1, "--ram-gb", 4)
     assert found["plan"]["device"] == "cuda"
-    assert {"CUDA context", "library workspaces"} <= {line["label"] for line in found["plan"]["lines"]}
+    assert {"CUDA context", "libraries"} <= {line["label"] for line in found["plan"]["lines"]}
     status, _, err = plan(capsys, model, "--device", "cuda")
     assert (status, "--vram-gb 8" in err) == (ExitCode.RESOURCE, True)
     for is_there, device in ((True, "cuda"), (False, "cpu")):

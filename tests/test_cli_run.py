@@ -44,7 +44,7 @@ def test_plain_text_on_stdout_and_figures_on_stderr(capsys, session, monkeypatch
     assert summary == (
         "7 tokens (stop) at 4.0 tok/s · tau 3.00 · first token 250 ms"
         " · prompt 5 (4 prefilled) · context 12 of 256 · 953.7 MiB at 0.67 GB/s"
-        " · memory 400.0 MiB of 1.00 GiB · exact"
+        " · memory 400.0 MiB of 1.00 GiB (whole process 700.0 MiB) · exact"
     )
     assert session.calls == [("encode", "What is it?", None, False), ("generate", 5, 512, ())]
     assert session.closed
@@ -113,9 +113,13 @@ def test_json_is_one_document_with_the_promised_keys(capsys, session):
         *("exactness", "exactness_reason", "speculation", "seed", "model", "revision"),
         *("stats", "predicted_beside_measured", "plan", "costs", "config", "versions"),
     ]
-    assert {"peak_memory_bytes", "budget_bytes", "acceptance_by_depth", "link_busy_share"} <= set(
-        document["stats"]
-    )
+    assert {
+        "peak_memory_bytes",
+        "budget_bytes",
+        "process_peak_bytes",
+        "acceptance_by_depth",
+        "link_busy_share",
+    } <= set(document["stats"])
     assert document["costs"]["link_s"] == 0.4
     assert (document["stats"]["tau"], document["stats"]["accepted_histogram"]) == (3.0, [0, 0, 2])
     assert document["config"]["sampling"]["seed"] == 5

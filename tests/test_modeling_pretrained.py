@@ -39,6 +39,14 @@ def test_text_survives_encoding(directory: Path) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+def test_what_a_tokenizer_was_made_from_is_freed(directory: Path) -> None:
+    """Python lists beside the tokenizer: half of its memory for a large vocabulary."""
+    tokenizer = ModelTokenizer(directory, VOCAB)
+    assert type(tokenizer._tokenizer).__name__ == "Qwen2Tokenizer"
+    assert not {"_vocab", "_merges"} & vars(tokenizer._tokenizer).keys()
+    assert tokenizer.encode("a b")
+
+
 def test_a_chat_is_laid_out_up_to_the_assistants_turn(directory: Path) -> None:
     tokenizer = ModelTokenizer(directory, VOCAB)
     assert tokenizer.has_chat_template

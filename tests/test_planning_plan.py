@@ -210,13 +210,13 @@ def test_every_byte_that_grows_has_a_line(request: PlanRequest) -> None:
     held = {line.label: line.size_bytes for line in plan.host_lines}
     assert held.get("sampling noise", 0) == (2 * noise_bytes if on_gpu else 0)
     assert line_bytes(plan, "CUDA context") == device_profile(request.device).context_bytes
-    assert line_bytes(plan, "library workspaces") == device_profile(request.device).library_bytes
+    assert line_bytes(plan, "libraries") == device_profile(request.device).library_bytes
 
 
 LABELS = {
     "embedding and head", "head", "draft head", "norms and biases", "resident layers", "substitutes",
     "stream slots", "KV cache", "workspace", "waiting prompt rows", "sampling noise", "CUDA context",
-    "library workspaces", "allocator rounding", "margin",
+    "libraries", "tokenizer", "kernels", "allocator rounding", "margin",
 }  # fmt: skip
 
 

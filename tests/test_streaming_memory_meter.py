@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from subspec_cli.streaming.memory_meter import (
     allocator_share,
     available_bytes,
     disk_read_bytes,
+    return_freed_memory_now,
     total_bytes,
 )
 from subspec_cli.units import GIB, MIB
@@ -59,6 +61,32 @@ def test_what_was_taken_before_the_start_does_not_count() -> None:
     meter = MemoryMeter(CPU)
     assert meter.current_bytes() < SIZE // 2
     assert meter.peak_bytes() < SIZE // 2
+
+
+def test_the_whole_process_is_the_bare_one_and_what_was_taken() -> None:
+    meter = MemoryMeter(CPU)
+    touched(SIZE).close()
+    assert meter.process_peak_bytes() == meter.bare_bytes + meter.peak_bytes()
+    assert meter.bare_bytes > MIB
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="another C library")
+def test_memory_freed_in_small_pieces_goes_back() -> None:
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    pieces = []
+    for _ in range(SIZE // 65_536):
+        pieces.append(libc.malloc(ctypes.c_size_t(65_536)))
+        ctypes.memset(pieces[-1], 1, 65_536)
+    meter = MemoryMeter(CPU)
+    last = pieces.pop()  # it lies above the others, so the heap cannot shrink from its end
+    for piece in pieces:
+        libc.free(piece)
+    held = memory_meter._status_bytes("VmRSS")
+    return_freed_memory_now()
+    assert held - memory_meter._status_bytes("VmRSS") > SIZE // 2
+    assert meter.current_bytes() == 0
+    libc.free(last)
 
 
 def test_where_the_peak_cannot_be_reset_the_earlier_one_is_left_out(

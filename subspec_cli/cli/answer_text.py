@@ -63,7 +63,10 @@ def summary_line(answer: Answer, session: Session) -> str:
     parts.append(f"context {stats.prompt_tokens + stats.new_tokens:,} of {about.context_tokens:,}")
     if stats.streamed_bytes:
         parts.append(f"{format_bytes(stats.streamed_bytes)} at {stats.link_gb_per_s:.2f} GB/s")
-    parts.append(f"memory {format_bytes(session.peak_memory_bytes())} of {format_bytes(about.budget_bytes)}")
+    parts.append(
+        f"memory {format_bytes(session.peak_memory_bytes())} of {format_bytes(about.budget_bytes)} "
+        f"(whole process {format_bytes(session.process_peak_bytes())})"
+    )
     parts.append(about.exactness)
     return " · ".join(parts)
 
@@ -118,6 +121,8 @@ def answer_document(answer: Answer, session: Session, config: Config) -> dict[st
             **stats.as_dict(),
             "peak_memory_bytes": session.peak_memory_bytes(),
             "budget_bytes": about.budget_bytes,
+            "bare_process_bytes": session.bare_process_bytes(),
+            "process_peak_bytes": session.process_peak_bytes(),
         },
         "predicted_beside_measured": comparison_of(answer, session).as_dict(),
         "plan": plan_document(about.plan),

@@ -20,8 +20,9 @@ _BAR_CELLS: Final = 76
 _LINE_CELLS: Final = 12
 _STRIP_CELLS: Final = 64
 _COLOURS: Final = ("cyan", "green", "yellow", "blue", "magenta", "red", "bright_cyan", "bright_green",
-                   "bright_yellow", "bright_blue", "bright_magenta", "bright_red")  # fmt: skip
-_KEYS: Final = "abcdefghijklm"
+                   "bright_yellow", "bright_blue", "bright_magenta", "bright_red", "white",
+                   "bright_white")  # fmt: skip
+_KEYS: Final = "abcdefghijklmn"
 _LEGEND: Final = {
     "R": "resident, drafts too",
     "T": "resident for the target",
@@ -108,7 +109,11 @@ def _facts(found: Forecast, plan: OffloadPlan) -> Iterator[tuple[str, str]]:
     yield "budget", f"{planned} of {budget} planned; the least that works is {least}"
     longer = f"; up to {bounds.largest_context} would fit, slower"
     yield "context", f"{plan.context} tokens planned{longer if bounds.largest_context > plan.context else ''}"
-    yield "host RAM", f"{format_bytes(plan.host_bytes)}{' more' if plan.device == 'cpu' else ''}: {host}"
+    if plan.device == "cpu":
+        whole = f"{format_bytes(plan.process_bytes)} in all, as a task manager shows it"
+        yield "process", f"{whole}: {planned} planned, {host} beside the budget"
+    else:
+        yield "host RAM", f"{format_bytes(plan.process_bytes)} for the whole process: {host}"
     yield "disk", _disk(found, plan)
     yield from _speeds(found, plan)
     if found.advice is not None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 import numpy as np
+from numpy.random import Generator, Philox
 from numpy.typing import NDArray
 
 from subspec_cli.config import SamplingConfig
@@ -115,8 +116,8 @@ def gumbel_noise(seed: int, noise_stream: int, position: int, vocab: int) -> Row
     Philox with key = seed and counter = (noise stream, position). Distinct counters never share a block, because the
     generator moves only the lowest of the four counter words.
     """
-    bits = np.random.Philox(key=seed, counter=[0, position, noise_stream, 0])
-    uniform = np.random.Generator(bits).random(vocab)
+    bits = Philox(key=seed, counter=[0, position, noise_stream, 0])
+    uniform = Generator(bits).random(vocab)
     # random() may return 0; the smallest positive double replaces it, far below any value that can be drawn.
     return -np.log(-np.log(np.maximum(uniform, np.finfo(np.float64).tiny)))
 

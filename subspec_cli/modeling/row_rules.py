@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_ROW_SIZES: Final = (8, 16, 32, 48, 64)
+from subspec_cli.limits import ROW_SIZES
+
 _SERIAL_ELEMENTS: Final = 32_768
 """Elementwise kernels run on one thread below this many elements (torch's grain size)."""
 
@@ -30,9 +31,9 @@ class RowRules:
 
     def padded(self, rows: int) -> int:
         """Rows after padding: one of a few sizes, since kernels keep code and scratch memory for each size."""
-        if rows > _ROW_SIZES[-1]:
-            return -(-rows // _ROW_SIZES[-1]) * _ROW_SIZES[-1]
-        sizes = (self.row_block, *_ROW_SIZES)
+        if rows > ROW_SIZES[-1]:
+            return -(-rows // ROW_SIZES[-1]) * ROW_SIZES[-1]
+        sizes = (self.row_block, *ROW_SIZES)
         return next(size for size in sizes if size >= rows and size % self.row_block == 0)
 
     def linear(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

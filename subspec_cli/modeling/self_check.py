@@ -38,6 +38,8 @@ _SAMPLED_ELEMENTS: Final = 1 << 15
 _MOST_SAMPLED_ROWS: Final = 192
 _PRODUCT_ROWS: Final = 8
 """Rows of the product that is compared with float64."""
+_PRODUCT_FEATURES: Final = 256
+"""Features of the product that are compared at a time."""
 _PRODUCT_TOLERANCE: Final = 2.0**-5
 """Largest difference from float64, as a share of the sum of magnitudes: far above rounding, far below junk."""
 
@@ -132,10 +134,13 @@ def _check_product(weight: Tensor) -> None:
     rows = _random_states(weight.shape[1], _PRODUCT_ROWS, weight.dtype, weight.device)[:_PRODUCT_ROWS]
     # What a kernel leaves unwritten holds what the memory held before: NaN, so that it shows.
     torch.full((_PRODUCT_ROWS, weight.shape[0]), torch.nan, dtype=weight.dtype, device=weight.device)
-    found = torch.nn.functional.linear(rows, weight).double()
-    wide, matrix = rows.double(), weight.double()
-    error = (found - wide @ matrix.T).abs() / (wide.abs() @ matrix.abs().T).clamp_min(1e-300)
-    wrong = int((~(error <= _PRODUCT_TOLERANCE)).sum())
+    found, wide, wrong = torch.nn.functional.linear(rows, weight), rows.double(), 0
+    # A few features at a time: a whole matrix in float64 would take more than the plan has for a pass.
+    for results, part in zip(found.split(_PRODUCT_FEATURES, 1), weight.split(_PRODUCT_FEATURES), strict=True):
+        matrix = part.double()
+        error = (results.double() - wide @ matrix.T).abs()
+        scale = (wide.abs() @ matrix.abs_().T).clamp_min(1e-300)
+        wrong += int((~(error / scale <= _PRODUCT_TOLERANCE)).sum())
     if wrong:
         raise ResourceError(
             f"matrix products are wrong on this machine: {wrong} of {found.numel()} results; OpenMP grants fewer "

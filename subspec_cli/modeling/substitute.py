@@ -230,7 +230,8 @@ def _kernel_layout(part: _StoredMatrix) -> tuple[Tensor, Tensor]:
     assert part.scale is not None
     assert part.shift is not None
     middle = 2 ** (part.bits - 1)
-    codes = unpack_codes(part.data, part.bits)[: part.scale.numel()].reshape(part.shape) + (8 - middle)
+    # In place: these codes are the largest temporary of loading, twice the size of what is stored.
+    codes = unpack_codes(part.data, part.bits)[: part.scale.numel()].reshape(part.shape).add_(8 - middle)
     zeros = middle * part.scale.float() - part.shift.float()
     pairs = torch.stack((part.scale.flatten().float(), zeros.flatten()), dim=-1).to(torch.bfloat16)
     return codes, pairs.view(part.shape[0], -1, 2).transpose(0, 1)

@@ -22,12 +22,13 @@ from subspec_cli.limits import (
 )
 from subspec_cli.planning.assumed_costs import low_bit_table_bytes
 from subspec_cli.planning.device_profile import EmbeddingPlace
+from subspec_cli.planning.library_memory import shared_layer_kernels, target_kernels, tokenizer_bytes
 from subspec_cli.planning.request import PlanRequest
 from subspec_cli.units import MIB, format_bytes
 
 _MOST_RING_SLOTS: Final = 3
 """Pinned buffers of the ring, one layer each: one is copied, one is ready, one is being read."""
-_MARGIN_BYTES: Final = 64 * MIB
+_MARGIN_BYTES: Final = 16 * MIB
 """Interpreter growth, thread stacks, kernel scratch and the allocator's own waste."""
 _NOISE_BYTES: Final = 8
 """Noise of one token, float64 as the sampler adds it."""
@@ -37,8 +38,6 @@ _SAMPLED_BYTES: Final = 40
 _PAGE_BYTES: Final = 4096
 _HOST_ROW_BYTES: Final = 128
 """Token ids, positions and texts of one row of context."""
-_TOKENIZER_FACTOR: Final = 8
-"""Memory of a loaded tokenizer, as a multiple of the bytes of its files."""
 
 HeadBits = Literal[4, 16]
 
@@ -112,7 +111,6 @@ class MemoryModel:
         """Activations of a prompt row from the gate block to the down block."""
         self._other_rows = request.scratch_rows + SMALL_BLOCK - 1
         """Most cache rows beside the context: the cache has a multiple of `SMALL_BLOCK`."""
-        self._tokenizer_bytes = _TOKENIZER_FACTOR * request.tokenizer_bytes
         self._low_bit_head_bytes = low_bit_table_bytes(geometry)
         self._small_bytes = (
             geometry.layers * geometry.layer_small_bytes + geometry.hidden * geometry.element_bytes
@@ -124,6 +122,8 @@ class MemoryModel:
         """Beside a GPU: the sampler's own, and twice as many positions in float32, which the GPU reads."""
         self._rounding_bytes = len(LAYER_MATRICES) * self._profile.rounding_bytes
         """Rounding per layer."""
+        kernels = target_kernels(geometry, request.prefill_rows, request.tree_nodes)
+        self._kernel_bytes = kernels * self._profile.kernel_bytes
         self._fixed_bytes = (
             geometry.table_bytes
             + self._small_bytes
@@ -131,9 +131,15 @@ class MemoryModel:
             + self._noise_bytes
             + self._profile.context_bytes
             + self._profile.library_bytes
+            + self._kernel_bytes
             + _MARGIN_BYTES
             + self._other_rows * self.row_bytes
         )
+        self._tokenizer_bytes = tokenizer_bytes(
+            request.tokenizer_bytes, self._fixed_bytes if self._profile.budget_is_ram else 0
+        )
+        if self._profile.budget_is_ram:
+            self._fixed_bytes += self._tokenizer_bytes
 
     def substitutes(self, layout: MemoryLayout) -> int:
         """Return how many layers have a substitute in memory."""
@@ -148,6 +154,7 @@ class MemoryModel:
             + substitutes * (self._request.substitute_bytes or 0)
             + layout.slots * self.slot_bytes
             + (self._low_bit_head_bytes if layout.draft_head_bits == 4 else 0)
+            + self._draft_kernel_bytes(layout)
             + (self._geometry.table_bytes if layout.embedding == "device" else 0)
             + (layout.resident + substitutes) * self._rounding_bytes
         )
@@ -192,8 +199,10 @@ class MemoryModel:
             PlanLine("workspace", self._work_bytes + rows * self._work_row_bytes),
             PlanLine("waiting prompt rows", prompt.held_bytes, f"{prompt.rows} rows a pass"),
             PlanLine("sampling noise", self._noise_bytes, f"{NOISE_ROWS} positions"),
+            PlanLine("tokenizer", self._tokenizer_bytes if profile.budget_is_ram else 0),
+            PlanLine("kernels", self._kernel_bytes + self._draft_kernel_bytes(layout), "compiled at first use"),
             PlanLine("CUDA context", profile.context_bytes, "outside the allocator"),
-            PlanLine("library workspaces", profile.library_bytes),
+            PlanLine("libraries", profile.library_bytes),
             PlanLine("allocator rounding", (layout.resident + substitutes) * self._rounding_bytes),
             PlanLine("margin", _MARGIN_BYTES),
         )  # fmt: skip
@@ -220,7 +229,7 @@ class MemoryModel:
         """Break down the host memory beside the budget."""
         process_bytes = self._profile.process_bytes
         if self._profile.budget_is_ram:
-            return (PlanLine("bare process", process_bytes, "beside the budget"),)
+            return (PlanLine("bare process", process_bytes),)
         pinned, ring = self.pinned(layout) or PinnedLayers(0, 0)
         streamed = self.layers - layout.resident
         found = (
@@ -251,7 +260,7 @@ class MemoryModel:
         return note
 
     def _workspace_bytes(self) -> int:
-        """Activations of the widest forward, attention's tiles and logits; the tokenizer if the budget is RAM."""
+        """Activations of the widest forward, attention's tiles and logits."""
         geometry, request = self._geometry, self._request
         width = 4 * geometry.hidden + 3 * geometry.feed_forward + 3 * geometry.heads * geometry.head_dim
         activations = request.prefill_rows * width * max(geometry.element_bytes, 4)
@@ -262,8 +271,15 @@ class MemoryModel:
         verified = request.tree_nodes * geometry.vocab * geometry.element_bytes
         # A tree is drafted while the last tree's logits are still held; the self-check compares those of two trees.
         logits = verified + max(verified, drafted)
-        tokenizer = self._tokenizer_bytes if self._profile.budget_is_ram else 0
-        return activations + tiles + logits + tokenizer
+        return activations + tiles + logits
+
+    def _draft_kernel_bytes(self, layout: MemoryLayout) -> int:
+        """Kernels of 16-bit matrices in draft steps: of resident layers, and of the target's head."""
+        if not layout.drafts:
+            return 0
+        kernels = shared_layer_kernels(self._geometry) if layout.shared else 0
+        kernels += MOST_ROWS if layout.draft_head_bits == 16 else 0
+        return kernels * self._profile.kernel_bytes
 
 
 def _work_row_bytes(geometry: ModelGeometry) -> int:

@@ -99,6 +99,11 @@ class OffloadPlan:
         """Host memory beside the budget."""
         return sum(line.size_bytes for line in self.host_lines)
 
+    @property
+    def process_bytes(self) -> int:
+        """Host memory of the whole process, the bare process included: what a task manager shows."""
+        return self.host_bytes + (self.total_bytes if device_profile(self.device).budget_is_ram else 0)
+
     def costs(self, machine: MachineCosts, geometry: ModelGeometry) -> PlanCosts:
         """Return what the passes and draft steps of this plan take, from the parts that were timed or assumed."""
         straight = device_profile(self.device).streams_from_disk
@@ -118,6 +123,7 @@ class OffloadPlan:
             "budget_bytes": self.budget_bytes,
             "planned_bytes": self.total_bytes,
             "host_bytes": self.host_bytes,
+            "process_bytes": self.process_bytes,
             "context": self.context,
             "resident_layers": list(self.resident),
             "shared_layers": list(self.shared),

@@ -10,7 +10,7 @@ from subspec_cli.decoding.drafter import PlainDrafter
 from subspec_cli.drafting.policy import DraftPolicy, FixedShape, TreeLimits
 from subspec_cli.drafting.tree_drafter import TreeDrafter
 from subspec_cli.limits import MOST_DEPTH, MOST_ROWS
-from subspec_cli.modeling.pretrained import ModelTokenizer
+from subspec_cli.modeling.pretrained import ModelTokenizer, import_libraries
 from subspec_cli.planning.request import WantedTokens, check_prompt_fits
 from subspec_cli.reporter import Reporter
 from subspec_cli.session.description import SessionDescription
@@ -40,7 +40,8 @@ def build_session(
     device = open_device(config.memory.device)
     return_freed_memory_at_once()
     directory, geometry = found.checkpoint.directory, found.geometry
-    # Every library is imported now: what memory grows by from here on is the model's.
+    import_libraries(str(found.checkpoint.config["model_type"]))
+    # Every library is imported now: what memory grows by from here on is the run's.
     meter = MemoryMeter(device)
     reporter.progress("loading the tokenizer")
     tokenizer = ModelTokenizer(directory, geometry.vocab)

@@ -39,7 +39,7 @@ from subspec_cli.session.blocks import open_blocks
 from subspec_cli.session.oom import oom_as_error
 from subspec_cli.session.opening import Opening, cap_allocator
 from subspec_cli.streaming.mapped_memory import gpu_view
-from subspec_cli.streaming.memory_meter import MemoryMeter
+from subspec_cli.streaming.memory_meter import MemoryMeter, return_freed_memory_now
 from subspec_cli.streaming.pinned_memory import PinRefusedError, pin
 from subspec_cli.streaming.streamer import StreamCounters
 from subspec_cli.substitutes.last_use import mark_used
@@ -220,6 +220,7 @@ class Loader:
             loaded[layer] = load_substitute(
                 math, layer, stored, found.prepared.manifest.settings, self._opening.device
             )
+        return_freed_memory_now()
         return loaded
 
     def _tables(self, opened: ExitStack) -> tuple[Embedding, Head]:

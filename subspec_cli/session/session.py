@@ -81,6 +81,14 @@ class Session:
         """Return the most memory that the process ever took beyond a bare one."""
         return self.loaded.meter.peak_bytes()
 
+    def process_peak_bytes(self) -> int:
+        """Return the most host memory that the whole process took, which a task manager shows."""
+        return self.loaded.meter.process_peak_bytes()
+
+    def bare_process_bytes(self) -> int:
+        """Return the host memory that the process took when all was imported and no model was loaded."""
+        return self.loaded.meter.bare_bytes
+
     def link_counters(self) -> StreamCounters:
         """Return the totals of the stream of weights so far."""
         return self.loaded.counters()

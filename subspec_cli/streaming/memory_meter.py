@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -63,33 +64,43 @@ def return_freed_memory_at_once() -> None:
     mallopt(_M_TRIM_THRESHOLD, 4 << 20)
 
 
+def return_freed_memory_now() -> None:
+    """Give memory that was freed in small pieces back to the system, where the C library knows how."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 class MemoryMeter:
     """Memory taken since the meter was made: resident set on the CPU, the allocator's reserve on a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._bare_bytes = 0
+        self.bare_bytes = _status_bytes("VmRSS")
+        """Host memory of the bare process: what its imports have taken."""
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             return
-        self._bare_bytes = _status_bytes("VmRSS")
         try:
             # Importing the libraries may have peaked above what stayed; that peak does not count.
             _CLEAR_REFS.write_text(_RESET_PEAK)
         except OSError:
-            self._bare_bytes = max(self._bare_bytes, _status_bytes("VmHWM"))
+            self.bare_bytes = max(self.bare_bytes, _status_bytes("VmHWM"))
 
     def current_bytes(self) -> int:
         """Memory taken at present."""
         if self._device.type == "cuda":
             return int(torch.cuda.memory_reserved(self._device))
-        return max(0, _status_bytes("VmRSS") - self._bare_bytes)
+        return max(0, _status_bytes("VmRSS") - self.bare_bytes)
 
     def peak_bytes(self) -> int:
         """Most memory taken at any time."""
         if self._device.type == "cuda":
             return int(torch.cuda.max_memory_reserved(self._device))
-        return max(0, _status_bytes("VmHWM") - self._bare_bytes)
+        return max(0, self.process_peak_bytes() - self.bare_bytes)
+
+    def process_peak_bytes(self) -> int:
+        """Most host memory of the whole process at any time, the bare process included."""
+        return _status_bytes("VmHWM")
 
 
 def disk_read_bytes() -> int | None:

@@ -1,0 +1,55 @@
+"""What libraries take beside a model's tensors: a tokenizer, and the code that they compile or first touch in a run.
+
+The figures were measured with transformers 5.23, tokenizers 0.22 and torch 2.13 on Linux, and are upper bounds.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from subspec_cli.checkpoint.geometry import ModelGeometry
+from subspec_cli.checkpoint.layer_tensors import LAYER_MATRICES
+from subspec_cli.limits import MOST_ROWS, ROW_SIZES
+from subspec_cli.units import MIB
+
+_TOKENIZER_BASE_BYTES: Final = 10 * MIB
+"""Of any tokenizer, most of it the words that it remembers."""
+_TOKENIZER_FACTOR: Final = 5.5
+"""Memory of a loaded tokenizer, as a multiple of the bytes of its files: 4.5 to 5.3."""
+_TOKENIZER_LOADING_FACTOR: Final = 22
+"""The same while its files are parsed into Python objects: 11 to 21.5."""
+_SMALL_ROW_BLOCKS: Final = 2
+"""Row blocks below the row sizes that the self-check may try."""
+
+
+def tokenizer_bytes(file_bytes: int, later_bytes: int) -> int:
+    """Return the memory of a tokenizer with files of this size.
+
+    It is loaded first. What it needs only while it loads counts as far as it exceeds `later_bytes`, the memory that
+    is taken afterwards in any case.
+    """
+    loaded_bytes = _TOKENIZER_BASE_BYTES + int(_TOKENIZER_FACTOR * file_bytes)
+    loading_bytes = _TOKENIZER_BASE_BYTES + _TOKENIZER_LOADING_FACTOR * file_bytes
+    return max(loaded_bytes, loading_bytes - later_bytes)
+
+
+def target_kernels(geometry: ModelGeometry, prefill_rows: int, tree_nodes: int) -> int:
+    """Return how many kernels the target's linears compile: one for each shape of weights and row count in use."""
+    return _layer_shapes(geometry) * _row_sizes(prefill_rows) + _row_sizes(tree_nodes)
+
+
+def shared_layer_kernels(geometry: ModelGeometry) -> int:
+    """Return how many kernels draft steps compile for resident layers, whose rows they do not pad."""
+    return _layer_shapes(geometry) * MOST_ROWS
+
+
+def _layer_shapes(geometry: ModelGeometry) -> int:
+    """Distinct shapes of a layer's linears; one with a bias has kernels of its own."""
+    shapes = geometry.layer_shapes()
+    return len({(shapes[name], name.replace("weight", "bias") in shapes) for name in LAYER_MATRICES})
+
+
+def _row_sizes(most_rows: int) -> int:
+    """Row counts after padding, for up to `most_rows` rows."""
+    largest = ROW_SIZES[-1]
+    return _SMALL_ROW_BLOCKS + len(ROW_SIZES) + max(0, -(-most_rows // largest) - 1)
