@@ -20,13 +20,10 @@ SMALL_BLOCK: Final = 64
 """Keys of a small block. The KV cache has a multiple of it in rows."""
 GUARD: Final = 64
 """Least distance of a row from its large blocks: the depth of the deepest tree that a user can ask for."""
-ATTENTION_WORK_BYTES: Final = 16 * MIB
+ATTENTION_WORK_BYTES: Final = 8 * MIB
 """Most bytes for the results of the blocks of a tile of rows, before they are summed."""
-PREFILL_CHUNK: Final = LARGE_BLOCK // 2
-"""Rows of a prompt that go through a layer together. Chunks end `GUARD` above a multiple of it, where the number of
-large blocks may change, for every budget and mode."""
-MOST_CHUNK_ROWS: Final = PREFILL_CHUNK + GUARD
-"""Rows of the first chunk."""
+PREFILL_CHUNK: Final = 256
+"""Rows of a prompt that go through a layer together. Chunks end at multiples of it, for every budget and mode."""
 ROW_SIZES: Final = (8, 16, 32, 48, 64)
 """Row counts that a pass of the target is padded to, and multiples of the last."""
 SHADOW_ROWS: Final = 128

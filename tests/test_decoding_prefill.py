@@ -26,8 +26,7 @@ from subspec_cli.drafting.draft_steps import DirectSteps
 from subspec_cli.drafting.history import History
 from subspec_cli.drafting.tree_drafter import TreeDrafter
 from subspec_cli.errors import UsageError
-from subspec_cli.limits import GUARD, MOST_CHUNK_ROWS, PREFILL_CHUNK
-from subspec_cli.modeling.key_blocks import large_blocks
+from subspec_cli.limits import PREFILL_CHUNK
 from subspec_cli.modeling.row_rules import RowRules
 
 
@@ -36,7 +35,7 @@ def spans(target):
 
 
 def test_prefill_chunks_end_at_fixed_positions():
-    first, second = PREFILL_CHUNK + GUARD, 2 * PREFILL_CHUNK + GUARD
+    first, second = PREFILL_CHUNK, 2 * PREFILL_CHUNK
     prompt = tuple(n % VOCAB for n in range(second + 9))
     engine, target, _ = machine(context=3 * PREFILL_CHUNK)
     assert emitted(list(engine.generate(request_for(prompt, 1)))) == plain_answer(TABLE, prompt, 1)
@@ -47,21 +46,18 @@ def test_prefill_chunks_end_at_fixed_positions():
     assert spans(target) == [(first - 3, first), (first, second), (second, second + 9)]
 
 
-def test_chunks_never_cross_where_large_blocks_begin():
-    rules = RowRules(2)
-    for start in (0, 1, GUARD - 1, GUARD, PREFILL_CHUNK, PREFILL_CHUNK + GUARD - 1, PREFILL_CHUNK + GUARD):
-        groups = list(prompt_groups([1] * 3000, start, rules))
-        assert [group.start for group in groups[1:]] == [g.start + g.rows for g in groups[:-1]]
-        assert groups[0].start == start
+def test_chunks_are_gapless_and_end_at_multiples():
+    for start in (0, 1, PREFILL_CHUNK - 1, PREFILL_CHUNK, PREFILL_CHUNK + 1):
+        groups = list(prompt_groups([1] * 3000, start, RowRules(2)))
+        assert [group.start for group in groups] == [start, *(g.start + g.rows for g in groups[:-1])]
         assert groups[-1].start + groups[-1].rows == 3000
-        for group in groups:
-            assert group.rows <= MOST_CHUNK_ROWS
-            assert len({large_blocks(int(position)) for position in group.positions}) == 1
+        assert all(group.start % PREFILL_CHUNK == 0 for group in groups[1:])
+        assert all(group.path is None for group in groups)
 
 
-@pytest.mark.parametrize(("most", "expected"), [(1 << 20, 1), (576, 2), (271, 3), (10, 3)])
+@pytest.mark.parametrize(("most", "expected"), [(1 << 20, 1), (512, 2), (271, 3), (10, 3)])
 def test_a_prompt_takes_as_few_passes_as_its_workspace_allows(most, expected):
-    prompt = tuple(n % VOCAB for n in range(2 * PREFILL_CHUNK + GUARD + 9))
+    prompt = tuple(n % VOCAB for n in range(2 * PREFILL_CHUNK + 9))
     kv, target = fake_cache(3 * PREFILL_CHUNK), FakeTarget(TABLE)
     engine = fake_engine(target, kv, PlainDrafter(), prompt_rows=most)
     outputs = list(engine.generate(request_for(prompt, 5)))
@@ -86,13 +82,13 @@ def test_an_interrupted_pass_over_a_prompt_keeps_what_was_committed():
 
 @pytest.mark.parametrize("passes", [1, 2])
 def test_every_layer_of_a_prompt_is_reported_without_the_rows_that_are_reused(passes):
-    prompt = tuple(n % VOCAB for n in range(PREFILL_CHUNK + GUARD + 80))
+    prompt = tuple(n % VOCAB for n in range(PREFILL_CHUNK + 80))
     kv, target = fake_cache(3 * PREFILL_CHUNK), FakeTarget(TABLE)
     engine = fake_engine(target, kv, PlainDrafter(), prompt_rows=1 << 20 if passes == 1 else 1)
     told = []
     list(engine.generate(request_for(prompt[:100], 1)))
     list(engine.generate(request_for(prompt, 1), told.append))
-    whole, first = len(prompt) - 100, PREFILL_CHUNK + GUARD - 100
+    whole, first = len(prompt) - 100, PREFILL_CHUNK - 100
     layers = [whole / 2, whole] if passes == 1 else [first / 2, first, (first + whole) / 2, whole]
     assert [(item.done_tokens, item.tokens) for item in told] == [(done, whole) for done in layers]
     assert told == sorted(told, key=lambda item: item.elapsed_s)

@@ -38,10 +38,10 @@ def test_what_a_tokenizer_needs_while_it_loads_counts_beyond_what_is_taken_later
 
 @pytest.mark.parametrize(("prefill_rows", "tree_nodes"), [(256, 64), (256, 20), (512, 65), (64, 130)])
 def test_every_row_count_of_a_pass_has_its_kernels(prefill_rows: int, tree_nodes: int) -> None:
-    """Also those of row blocks that the self-check tries and gives up."""
+    """Of the row block that is tried first; where it does not hold, the margin takes those of the others."""
 
     def sizes(most: int) -> int:
-        return len({RowRules(block).padded(n) for block in (2, 4, 8) for n in range(1, most + 1)})
+        return len({RowRules(2).padded(n) for n in range(1, most + 1)})
 
     # q has a bias and the shape of o, which has none; k and v, gate and up have the same kernels.
     geometry = make_geometry()

@@ -190,7 +190,7 @@ def test_every_byte_that_grows_has_a_line(request: PlanRequest) -> None:
     if request.substitute_bytes is not None:
         rows += request.shadow_rows
     whole_blocks = -(-rows // SMALL_BLOCK) * SMALL_BLOCK
-    assert whole_blocks <= line_bytes(plan, "KV cache") / geometry.kv_row_bytes < rows + SMALL_BLOCK
+    assert whole_blocks <= line_bytes(plan, "KV cache") / geometry.kv_row_bytes < rows + 2 * SMALL_BLOCK
     held_row_bytes = (geometry.hidden + geometry.feed_forward) * geometry.element_bytes
     held_rows = line_bytes(plan, "waiting prompt rows") // held_row_bytes
     assert plan.prompt_rows in (plan.context, held_rows + request.prefill_rows)
@@ -234,7 +234,7 @@ def test_every_byte_is_in_exactly_one_line(request: PlanRequest) -> None:
             assert len(set(labels)) == len(labels)
             assert set(labels) <= LABELS
             assert all(line.size_bytes > 0 for line in lines)
-            expected = item.base_bytes + 700 * memory.row_bytes + prompt.held_bytes
+            expected = item.base_bytes + memory.context_bytes(700) + prompt.held_bytes
             assert sum(line.size_bytes for line in lines) == expected
 
 

@@ -87,16 +87,16 @@ def test_a_slower_layout_holds_a_long_prompt_and_its_price_is_said() -> None:
 def test_the_answer_is_cut_to_what_the_budget_holds_and_that_is_said() -> None:
     wanted = WantedTokens(5000, 2000)
     request = make_request(wanted=wanted)
-    plan = make_plan(replace(request, budget_bytes=least_bytes(request, 6000)))
-    assert plan.context == 6000
-    assert plan.reason.context == ShorterContext(6000, wanted.context, None)
+    plan = make_plan(replace(request, budget_bytes=least_bytes(request, 6016)))
+    assert plan.context == 6016
+    assert plan.reason.context == ShorterContext(6016, wanted.context, None)
 
 
 def test_a_prompt_that_the_budget_cannot_hold_is_told_what_would_do() -> None:
     request = make_request(wanted=WantedTokens(5000, 512))
     small = replace(request, budget_bytes=least_bytes(request, 4000))
     with pytest.raises(
-        ResourceError, match=r"the prompt has 5000 tokens, a budget of .* holds 4000"
+        ResourceError, match=r"the prompt has 5000 tokens, a budget of .* holds 4032"
     ) as caught:
         make_plan(small)
     enough = re.search(r"--memory-gb ([\d.]+) holds the prompt and 512 tokens", caught.value.hint)
@@ -112,7 +112,7 @@ def test_a_context_of_the_users_that_does_not_fit_is_told_which_one_would() -> N
     request = make_request(context=6000, wanted=WantedTokens(10, 10))
     error = refusal(replace(request, budget_bytes=least_bytes(request, 4000)))
     assert error is not None
-    assert "a context of 4000 would fit" in error.message
+    assert "a context of 4032 would fit" in error.message
 
 
 def test_a_context_of_the_users_wins() -> None:

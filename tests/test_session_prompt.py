@@ -109,13 +109,13 @@ def test_a_small_budget_bounds_the_answer_before_it_refuses_the_prompt(model, mo
 
     monkeypatch.setattr(opening, "fastest_plan", noted)
     opened(model, "x" * 300, 212).close()
-    budget_bytes = seen[0].total_bytes(seen[0].front[0], 400)
+    budget_bytes = seen[0].total_bytes(seen[0].front[0], 448)
     with opened(model, "x" * 300, 212, memory={"vram_gb": budget_bytes / GIB}) as session:
         (note,) = session.description.notes
         assert session.plan.drafts
-        assert session.plan.context == 400
-        assert len(answer_to(session, "x" * 300, 212, raw=True).token_ids) == 100
-    assert "so the budget, which holds 400 tokens, leaves 100 for the answer, not 212" in note
+        assert session.plan.context == 448
+        assert len(answer_to(session, "x" * 300, 212, raw=True).token_ids) == 148
+    assert "so the budget, which holds 448 tokens, leaves 148 for the answer, not 212" in note
 
 
 def test_a_piped_document_needs_no_flags(model, capsys, monkeypatch, tmp_path):

@@ -59,7 +59,8 @@ def summary_line(answer: Answer, session: Session) -> str:
     if stats.drafted_tokens:
         parts.append(f"tau {stats.tau:.2f}")
     parts.append(f"first token {format_seconds(stats.ttft_s)}")
-    parts.append(f"prompt {stats.prompt_tokens} ({stats.prefilled_tokens} prefilled)")
+    passes = f" in {stats.prefill_passes} passes" if stats.prefill_passes > 1 else ""
+    parts.append(f"prompt {stats.prompt_tokens} ({stats.prefilled_tokens} prefilled{passes})")
     parts.append(f"context {stats.prompt_tokens + stats.new_tokens:,} of {about.context_tokens:,}")
     if stats.streamed_bytes:
         parts.append(f"{format_bytes(stats.streamed_bytes)} at {stats.link_gb_per_s:.2f} GB/s")

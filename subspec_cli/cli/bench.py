@@ -68,6 +68,9 @@ def _measure(config: Config, file: Path | None, suite: Suite, json_file: str | N
     output.note(loading_line(config, file, f"bench {suite}"))
     with ProgressLine(output) as progress:
         progress.update("loading libraries")
+        from subspec_cli.session.openmp import set_openmp_defaults
+
+        set_openmp_defaults()
         from subspec_cli.bench.runner import run_bench
 
         report = run_bench(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from rich.text import Text
 
-from subspec_cli.cli.plan_text import advice_text, assumptions, reason_text
+from subspec_cli.cli.plan_text import advice_text, assumptions, prompt_text, reason_text
 from subspec_cli.units import format_bytes, format_seconds, printable
 
 if TYPE_CHECKING:
@@ -109,6 +109,7 @@ def _facts(found: Forecast, plan: OffloadPlan) -> Iterator[tuple[str, str]]:
     yield "budget", f"{planned} of {budget} planned; the least that works is {least}"
     longer = f"; up to {bounds.largest_context} would fit, slower"
     yield "context", f"{plan.context} tokens planned{longer if bounds.largest_context > plan.context else ''}"
+    yield "prompt", prompt_text(plan)
     if plan.device == "cpu":
         whole = f"{format_bytes(plan.process_bytes)} in all, as a task manager shows it"
         yield "process", f"{whole}: {planned} planned, {host} beside the budget"

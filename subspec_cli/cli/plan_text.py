@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from subspec_cli.planning.advice import LEAST_GAIN, Advice, Change
+from subspec_cli.planning.memory import WAITING_ROWS
+from subspec_cli.planning.plan import OffloadPlan
 from subspec_cli.planning.reason import (
     ContextCost,
     FasterBits,
@@ -22,6 +24,20 @@ from subspec_cli.units import GIB, format_bytes
 def reason_text(reason: PlanReason) -> str:
     """Return why a plan is as it is, as one line."""
     return "; ".join(_reasons(reason))
+
+
+def prompt_text(plan: OffloadPlan) -> str:
+    """Return how many passes read a prompt, and why, as one line."""
+    if plan.prompt_rows < plan.context:
+        return (
+            f"one pass for every {plan.prompt_rows:,} tokens: {plan.slots} slots do not hold a layer's feed-forward, "
+            "so the activations of all rows of a pass wait in memory"
+        )
+    if not plan.streamed:
+        return f"one pass for up to {plan.context:,} tokens, as nothing is streamed"
+    if any(line.label == WAITING_ROWS for line in plan.lines):
+        return f"one pass for up to {plan.context:,} tokens, whose activations wait in memory between blocks"
+    return f"one pass for up to {plan.context:,} tokens: the slots hold a layer's whole feed-forward"
 
 
 def _reasons(reason: PlanReason) -> Iterator[str]:

@@ -7,15 +7,15 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 
 from subspec_cli.decoding.tree import TokenTree
-from subspec_cli.limits import GUARD, PREFILL_CHUNK
+from subspec_cli.limits import PREFILL_CHUNK
 from subspec_cli.modeling.row_group import RowGroup, chunk_group, padded_ids
 from subspec_cli.modeling.row_rules import RowRules
 
 
 def prompt_groups(token_ids: Sequence[int], start: int, rules: RowRules) -> Iterator[RowGroup]:
-    """Yield the chunks of a prompt's tokens from position `start` on; see `PREFILL_CHUNK` for their ends."""
+    """Yield the chunks of a prompt's tokens from position `start` on; they end at multiples of one constant."""
     while start < len(token_ids):
-        end = max(1, (start - GUARD) // PREFILL_CHUNK + 1) * PREFILL_CHUNK + GUARD
+        end = (start // PREFILL_CHUNK + 1) * PREFILL_CHUNK
         yield chunk_group(token_ids[start:end], start, rules)
         start = end
 

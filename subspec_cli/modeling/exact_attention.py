@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from subspec_cli.checkpoint.geometry import ModelGeometry
 from subspec_cli.limits import ATTENTION_WORK_BYTES, LARGE_BLOCK, SMALL_BLOCK
 from subspec_cli.modeling.block_kernels import BlockKernel, KernelName, block_kernel, padded_rows
 from subspec_cli.modeling.key_blocks import Span, TreeSpan, Window, WindowMasks, spans, tree_spans
+
+_MANY_NODES: Final = 4
+"""Nodes of one path that get a kernel call of their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,31 +43,53 @@ class ChainRows:
     first: int
 
 
-@dataclass(frozen=True, slots=True)
-class TreeCall:
-    """A kernel call for nodes of a tree: consecutive blocks in place, or blocks gathered for each node."""
+class Blocks(NamedTuple):
+    """Consecutive blocks of the cache."""
 
     first_key: int
-    """First cache row of the blocks that are read in place."""
-    blocks: int
+    number: int
     size: int
-    """Keys of a block."""
+
+    def of(self, cached: Tensor) -> Tensor:
+        """Return the blocks of `[K, C, D]` keys or values as a view `[B, K, size, D]`."""
+        K, _, D = cached.shape
+        end = self.first_key + self.number * self.size
+        return cached[:, self.first_key : end].view(K, self.number, self.size, D).transpose(0, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedCall:
+    """A kernel call for nodes of a tree over consecutive blocks in place."""
+
+    blocks: Blocks
     mask: Tensor | None
-    """`[B, 1, R, size]` in place, `[n * B, 1, 1, size]` gathered."""
+    """`[B, 1, R, size]`."""
     unseen: Tensor | None
     """`[B, n * G, 1]` where a node sees nothing of a block; None if each sees each block."""
-    slots: Tensor | None = None
-    """`[n * B * size]` cache rows of gathered blocks."""
+
+
+@dataclass(frozen=True, slots=True)
+class GatheredCall:
+    """A kernel call for nodes of a tree over one block, gathered for each of `I` paths of the tree."""
+
+    slots: Tensor
+    """`[I * SMALL_BLOCK]` cache rows."""
+    rows: Tensor
+    """`[I * R]` folded query rows that read each path; some stand twice, to fill up."""
+    paths: int
+    mask: Tensor
+    """`[I, 1, R, SMALL_BLOCK]`."""
 
 
 @dataclass(frozen=True, slots=True)
 class TreeTile:
-    """Nodes whose calls are computed together."""
+    """Nodes whose blocks are computed together."""
 
     nodes: Tensor
     """`[n]` indices into the tree."""
-    calls: tuple[TreeCall, ...]
-    """In the order of positions."""
+    placed: tuple[PlacedCall, ...]
+    gathered: tuple[tuple[GatheredCall, ...], ...]
+    """The calls for each block after those in place."""
 
 
 TreeRows = Mapping[Window, Sequence[TreeTile]]
@@ -120,7 +145,7 @@ class ExactAttention:
             window: [
                 self._tree_tile(tile, masks)
                 for span in found
-                for tile in span.tiles(self._tile_rows(span.span.large, len(span.gathered) * SMALL_BLOCK))
+                for tile in span.tiles(self._tile_rows(span.span.large, SMALL_BLOCK))
             ]
             for window, masks in self._masks.items()
         }
@@ -143,11 +168,12 @@ class ExactAttention:
                         list(self._chain_parts(folded, keys, values, tile, masks)), query[at]
                     )
             return output
-        for nodes in rows[window]:
-            chosen = query[nodes.nodes]
+        for tree in rows[window]:
+            chosen = query[tree.nodes]
             folded = self._fold(chosen)
-            parts = [self._tree_part(call, chosen, folded, keys, values) for call in nodes.calls]
-            output[nodes.nodes] = self._sum(parts, chosen)
+            parts = [self._placed_part(call, folded, keys, values) for call in tree.placed]
+            parts += [self._gathered_part(calls, folded, keys, values) for calls in tree.gathered]
+            output[tree.nodes] = self._sum(parts, chosen)
         return output
 
     def _chain_parts(
@@ -160,11 +186,11 @@ class ExactAttention:
             rows = masks.rows_that_see(distance, len(span), LARGE_BLOCK)
             mask = masks.large_rows(distance, rows)[None, None]
             yield self._in_place(
-                folded[:, : rows * self._G], keys, values, _Blocks(block * LARGE_BLOCK, 1, LARGE_BLOCK), mask
+                folded[:, : rows * self._G], keys, values, Blocks(block * LARGE_BLOCK, 1, LARGE_BLOCK), mask
             )
         if cut < end:
             yield self._in_place(
-                folded, keys, values, _Blocks(cut * LARGE_BLOCK, end - cut, LARGE_BLOCK), None
+                folded, keys, values, Blocks(cut * LARGE_BLOCK, end - cut, LARGE_BLOCK), None
             )
         for block in range(masks.first_small(span), span.small.stop):
             start = block * SMALL_BLOCK
@@ -174,63 +200,68 @@ class ExactAttention:
             rows = masks.rows_that_see(distance, len(span) - above, SMALL_BLOCK)
             mask = masks.small_rows(distance, rows)[None, None]
             at = slice(above * self._G, (above + rows) * self._G)
-            part = self._in_place(folded[:, at], keys, values, _Blocks(start, 1, SMALL_BLOCK), mask)
+            part = self._in_place(folded[:, at], keys, values, Blocks(start, 1, SMALL_BLOCK), mask)
             yield part._replace(first=at.start)
 
     def _tree_tile(self, tree: TreeSpan, masks: WindowMasks) -> TreeTile:
         """Make the calls of some nodes of a tree."""
         first, cut, end = masks.large_range(tree.span)
         small = range(max(tree.in_place.start, masks.first_small(tree.span)), tree.in_place.stop)
-        calls = []
+        placed = []
         if first < cut:
-            calls.append(self._placed(tree, range(first, cut), LARGE_BLOCK, masks))
+            placed.append(self._placed_call(tree, range(first, cut), LARGE_BLOCK, masks))
         if cut < end:
-            calls.append(TreeCall(cut * LARGE_BLOCK, end - cut, LARGE_BLOCK, None, None))
+            placed.append(PlacedCall(Blocks(cut * LARGE_BLOCK, end - cut, LARGE_BLOCK), None, None))
         if small:
-            calls.append(self._placed(tree, small, SMALL_BLOCK, masks))
-        distances = tree.positions[:, None] - torch.tensor(tree.gathered) * SMALL_BLOCK
-        calls.append(
-            TreeCall(
-                0,
-                len(tree.gathered),
-                SMALL_BLOCK,
-                masks.small_masks(distances.to(self._device)).view(-1, 1, 1, SMALL_BLOCK),
-                self._unseen(masks.unseen(distances.T, SMALL_BLOCK)),
-                tree.slots.reshape(-1).to(self._device),
-            )
-        )
-        return TreeTile(tree.nodes.to(self._device), tuple(calls))
+            placed.append(self._placed_call(tree, small, SMALL_BLOCK, masks))
+        gathered = tuple(self._gathered_calls(tree, block, masks) for block in tree.gathered)
+        return TreeTile(tree.nodes.to(self._device), tuple(placed), gathered)
 
-    def _placed(self, tree: TreeSpan, blocks: range, size: int, masks: WindowMasks) -> TreeCall:
+    def _placed_call(self, tree: TreeSpan, blocks: range, size: int, masks: WindowMasks) -> PlacedCall:
         """Make the call for masked blocks that are read in place."""
         distances = tree.positions - torch.tensor(blocks)[:, None] * size
         table = masks.large_masks if size == LARGE_BLOCK else masks.small_masks
-        mask = table(distances.to(self._device)).repeat_interleave(self._G, 1)
-        return TreeCall(
-            blocks.start * size, len(blocks), size, mask[:, None], self._unseen(masks.unseen(distances, size))
+        mask = table(distances.to(self._device)).repeat_interleave(self._G, 1)[:, None]
+        unseen = masks.unseen(distances, size).repeat_interleave(self._G, 1)[..., None]
+        return PlacedCall(
+            Blocks(blocks.start * size, len(blocks), size),
+            mask,
+            unseen.to(self._device) if unseen.any() else None,
         )
 
-    def _unseen(self, unseen: Tensor) -> Tensor | None:
-        """Return which folded rows `[B, n * G, 1]` see nothing of a block; None if there are none."""
-        if not unseen.any():
-            return None
-        return unseen.repeat_interleave(self._G, 1)[..., None].to(self._device)
+    def _gathered_calls(self, tree: TreeSpan, block: int, masks: WindowMasks) -> tuple[GatheredCall, ...]:
+        """Make the calls for one gathered block: one for each path of many nodes, one for all the others."""
+        distances = tree.positions - block * SMALL_BLOCK
+        hidden = masks.unseen(distances, SMALL_BLOCK).tolist()
+        carriers = [
+            (slots, seeing)
+            for slots, nodes in tree.carriers(block)
+            if (seeing := [node for node in nodes if not hidden[node]])
+        ]
+        few = [carrier for carrier in carriers if len(carrier[1]) < _MANY_NODES]
+        groups = [[carrier] for carrier in carriers if len(carrier[1]) >= _MANY_NODES] + (
+            [few] if few else []
+        )
+        return tuple(self._gathered_call(group, distances, masks) for group in groups)
 
-    def _tree_part(
-        self, call: TreeCall, query: Tensor, folded: Tensor, keys: Tensor, values: Tensor
-    ) -> _Part:
-        if call.slots is None:
-            part = self._in_place(
-                folded, keys, values, _Blocks(call.first_key, call.blocks, call.size), call.mask
-            )
-        else:
-            part = self._gathered(call, query, keys, values)
+    def _gathered_call(
+        self, carriers: Sequence[tuple[Tensor, list[int]]], distances: Tensor, masks: WindowMasks
+    ) -> GatheredCall:
+        width = max(len(nodes) for _, nodes in carriers)
+        nodes = torch.tensor([[*nodes, *[nodes[-1]] * (width - len(nodes))] for _, nodes in carriers])
+        rows = (nodes[..., None] * self._G + torch.arange(self._G)).flatten()
+        mask = masks.small_masks(distances[nodes].to(self._device)).repeat_interleave(self._G, 1)[:, None]
+        slots = torch.cat([slots for slots, _ in carriers])
+        return GatheredCall(slots.to(self._device), rows.to(self._device), len(carriers), mask)
+
+    def _placed_part(self, call: PlacedCall, folded: Tensor, keys: Tensor, values: Tensor) -> _Part:
+        part = self._in_place(folded, keys, values, call.blocks, call.mask)
         if call.unseen is not None:
             part.log_sum.masked_fill_(call.unseen, -torch.inf)
         return part
 
     def _in_place(
-        self, folded: Tensor, keys: Tensor, values: Tensor, blocks: _Blocks, mask: Tensor | None
+        self, folded: Tensor, keys: Tensor, values: Tensor, blocks: Blocks, mask: Tensor | None
     ) -> _Part:
         """Attend with `[K, R, D]` query rows to consecutive blocks; each block is an item of the kernel's batch."""
         rows = folded.shape[1]
@@ -242,17 +273,29 @@ class ExactAttention:
         )
         return _Part(0, output[:, :rows], log_sum[:, :rows])
 
-    def _gathered(self, call: TreeCall, query: Tensor, keys: Tensor, values: Tensor) -> _Part:
-        """Attend with each node to blocks of its own; nodes and their blocks are items of the kernel's batch."""
-        n, B, K, G, D = len(query), call.blocks, self._K, self._G, self._D
-        assert call.slots is not None
-        heads = padded_rows(query.view(n, 1, K, G, D), self.rules.row_multiple)
-        heads = heads.expand(n, B, *heads.shape[2:]).reshape(n * B, *heads.shape[2:])
-        own_keys = keys.index_select(1, call.slots).view(K, n * B, call.size, D).transpose(0, 1)
-        own_values = values.index_select(1, call.slots).view(K, n * B, call.size, D).transpose(0, 1)
-        output, log_sum = self._kernel(heads, own_keys, own_values, call.mask)
-        output = output[:, :G].reshape(n, B, G, K, D).transpose(0, 1).reshape(B, n * G, K, D)
-        return _Part(0, output, log_sum[:, :G].reshape(n, B, G, K).transpose(0, 1).reshape(B, n * G, K))
+    def _gathered_part(
+        self, calls: Sequence[GatheredCall], folded: Tensor, keys: Tensor, values: Tensor
+    ) -> _Part:
+        """Attend with each node to the block as its path has it; paths are items of the kernel's batch."""
+        K, rows, D = folded.shape
+        whole = folded.new_zeros((rows, K, D), dtype=torch.float32)
+        log_sum = folded.new_full((rows, K), -torch.inf, dtype=torch.float32)
+        for call in calls:
+            width = len(call.rows) // call.paths
+            query = folded.index_select(1, call.rows).view(K, call.paths, width, D).transpose(0, 1)
+            own_keys, own_values = (
+                cached.index_select(1, call.slots).view(K, call.paths, SMALL_BLOCK, D).transpose(0, 1)
+                for cached in (keys, values)
+            )
+            output, found = self._kernel(
+                padded_rows(query, self.rules.row_multiple),
+                own_keys,
+                own_values,
+                padded_rows(call.mask, self.rules.row_multiple),
+            )
+            whole.index_copy_(0, call.rows, output[:, :width].reshape(-1, K, D).float())
+            log_sum.index_copy_(0, call.rows, found[:, :width].reshape(-1, K))
+        return _Part(0, whole[None], log_sum[None])
 
     def _sum(self, parts: Sequence[_Part], query: Tensor) -> Tensor:
         """Sum the blocks of `[n, H, D]` queries in order, weighted by their log-sum-exp; returns `[n, H * D]`.
@@ -292,17 +335,3 @@ class ExactAttention:
         row_bytes += 2 * gathered_keys * self._K * self._D * self._element_bytes
         rows = ATTENTION_WORK_BYTES // row_bytes
         return rows // SMALL_BLOCK * SMALL_BLOCK if rows >= SMALL_BLOCK else max(1, rows)
-
-
-class _Blocks(NamedTuple):
-    """Consecutive blocks of the cache."""
-
-    first_key: int
-    number: int
-    size: int
-
-    def of(self, cached: Tensor) -> Tensor:
-        """Return the blocks of `[K, C, D]` keys or values as a view `[B, K, size, D]`."""
-        K, _, D = cached.shape
-        end = self.first_key + self.number * self.size
-        return cached[:, self.first_key : end].view(K, self.number, self.size, D).transpose(0, 1)

@@ -184,6 +184,29 @@ class TreeSpan:
     slots: Tensor
     """`[n, len(gathered) * SMALL_BLOCK]` cache rows of the gathered blocks; row 0 where a node has no key."""
 
+    def carriers(self, block: int) -> list[tuple[Tensor, list[int]]]:
+        """Return the gathered block of keys as each path of the tree has it, and the nodes that read it there.
+
+        Cache rows `[SMALL_BLOCK]`, and indices into `nodes`. Nodes on one path read the same cache rows, masked above
+        each node; so a path is gathered once. Nodes above the block are left out.
+        """
+        first = (block - self.gathered.start) * SMALL_BLOCK
+        slots = self.slots[:, first : first + SMALL_BLOCK]
+        seen = (self.positions - block * SMALL_BLOCK + 1).clamp(0, SMALL_BLOCK)
+        found: list[tuple[Tensor, list[int]]] = []
+        carrier_of: dict[int, int] = {}
+        for node in seen.argsort(descending=True, stable=True).tolist():
+            count = int(seen[node])
+            if not count:
+                continue
+            own = slots[node, :count].tolist()
+            # The last cache row is that of a tree's node, and tells all rows before it.
+            if own[-1] not in carrier_of:
+                carrier_of.update((slot, len(found)) for slot in own)
+                found.append((slots[node], []))
+            found[carrier_of[own[-1]]][1].append(node)
+        return found
+
     def tiles(self, rows: int) -> Iterator[TreeSpan]:
         """Cut into parts of at most `rows` nodes."""
         for first in range(0, len(self.nodes), rows):

@@ -64,7 +64,7 @@ _CPU: Final = DeviceProfile(
     process_bytes=384 * MIB,
     context_bytes=0,
     # 24 to 28 MiB measured: pages of torch's, oneDNN's and MKL's files that become resident when they first run.
-    library_bytes=30 * MIB,
+    library_bytes=28 * MIB,
     # 0.55 to 0.65 MiB measured for oneDNN's, over some sixty of them.
     kernel_bytes=13 * MIB // 20,
     rounding_bytes=0,

@@ -18,8 +18,8 @@ _TOKENIZER_FACTOR: Final = 5.5
 """Memory of a loaded tokenizer, as a multiple of the bytes of its files: 4.5 to 5.3."""
 _TOKENIZER_LOADING_FACTOR: Final = 22
 """The same while its files are parsed into Python objects: 11 to 21.5."""
-_SMALL_ROW_BLOCKS: Final = 2
-"""Row blocks below the row sizes that the self-check may try."""
+_SMALL_ROW_BLOCKS: Final = 1
+"""Row blocks below the row sizes. The self-check tries more only on machines where two rows do not hold."""
 
 
 def tokenizer_bytes(file_bytes: int, later_bytes: int) -> int:

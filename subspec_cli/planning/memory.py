@@ -36,9 +36,13 @@ _RANKED_BYTES: Final = 8
 _SAMPLED_BYTES: Final = 40
 """Per logit of a draft row, with all that ranking makes of it: noise, probabilities and indices of the filters."""
 _PAGE_BYTES: Final = 4096
+_KERNEL_WORK_BYTES: Final = 4 * MIB
+"""Scores and partial sums inside an attention kernel, on all threads."""
 _HOST_ROW_BYTES: Final = 128
 """Token ids, positions and texts of one row of context."""
 
+WAITING_ROWS: Final = "waiting prompt rows"
+"""Label of the line for activations that wait while the weights of their next block arrive."""
 HeadBits = Literal[4, 16]
 
 
@@ -109,8 +113,7 @@ class MemoryModel:
         """Bytes that one more row of context costs."""
         self._held_row_bytes = (geometry.hidden + geometry.feed_forward) * geometry.element_bytes
         """Activations of a prompt row from the gate block to the down block."""
-        self._other_rows = request.scratch_rows + SMALL_BLOCK - 1
-        """Most cache rows beside the context: the cache has a multiple of `SMALL_BLOCK`."""
+        self._scratch_rows = _whole_blocks(request.scratch_rows)
         self._low_bit_head_bytes = low_bit_table_bytes(geometry)
         self._small_bytes = (
             geometry.layers * geometry.layer_small_bytes + geometry.hidden * geometry.element_bytes
@@ -133,7 +136,7 @@ class MemoryModel:
             + self._profile.library_bytes
             + self._kernel_bytes
             + _MARGIN_BYTES
-            + self._other_rows * self.row_bytes
+            + self._scratch_rows * self.row_bytes
         )
         self._tokenizer_bytes = tokenizer_bytes(
             request.tokenizer_bytes, self._fixed_bytes if self._profile.budget_is_ram else 0
@@ -162,7 +165,15 @@ class MemoryModel:
     def whole_model_bytes(self, embedding: EmbeddingPlace, context: int) -> int:
         """Return what plain decoding takes with all layers resident."""
         whole = MemoryLayout(0, self.layers, False, 0, 16, embedding)
-        return self.base_bytes(whole) + context * self.row_bytes
+        return self.base_bytes(whole) + self.context_bytes(context)
+
+    def context_bytes(self, context: int) -> int:
+        """Return what a context adds to `base_bytes`: the KV cache has a whole number of blocks of rows."""
+        return _whole_blocks(context) * self.row_bytes
+
+    def largest_context(self, size_bytes: int) -> int:
+        """Return the longest context for so many bytes beside `base_bytes`."""
+        return max(0, size_bytes) // self.row_bytes // SMALL_BLOCK * SMALL_BLOCK
 
     def prompt_pass(self, layout: MemoryLayout, context: int, free_bytes: int) -> PromptPass:
         """Return how many rows of a prompt go through one pass, with `free_bytes` left of the budget.
@@ -180,10 +191,10 @@ class MemoryModel:
     def lines(self, layout: MemoryLayout, context: int, prompt: PromptPass) -> tuple[PlanLine, ...]:
         """Break down the device's memory.
 
-        The sum is `base_bytes`, `row_bytes` for each token of context, and what waits of a prompt.
+        The sum is `base_bytes`, `context_bytes`, and what waits of a prompt.
         """
         geometry, profile, substitutes = self._geometry, self._profile, self.substitutes(layout)
-        rows = context + self._other_rows
+        rows = _whole_blocks(context) + self._scratch_rows
         tables = 2 if layout.embedding == "device" else 1
         substitute_bytes = substitutes * (self._request.substitute_bytes or 0)
         found = (
@@ -197,7 +208,7 @@ class MemoryModel:
                      f"{layout.slots} x {format_bytes(self.slot_bytes)}"),
             PlanLine("KV cache", rows * geometry.kv_row_bytes, f"{rows} rows"),
             PlanLine("workspace", self._work_bytes + rows * self._work_row_bytes),
-            PlanLine("waiting prompt rows", prompt.held_bytes, f"{prompt.rows} rows a pass"),
+            PlanLine(WAITING_ROWS, prompt.held_bytes, f"{prompt.rows} rows a pass"),
             PlanLine("sampling noise", self._noise_bytes, f"{NOISE_ROWS} positions"),
             PlanLine("tokenizer", self._tokenizer_bytes if profile.budget_is_ram else 0),
             PlanLine("kernels", self._kernel_bytes + self._draft_kernel_bytes(layout), "compiled at first use"),
@@ -260,13 +271,15 @@ class MemoryModel:
         return note
 
     def _workspace_bytes(self) -> int:
-        """Activations of the widest forward, attention's tiles and logits."""
+        """Activations of the widest forward, attention's results and logits."""
         geometry, request = self._geometry, self._request
-        width = 4 * geometry.hidden + 3 * geometry.feed_forward + 3 * geometry.heads * geometry.head_dim
-        activations = request.prefill_rows * width * max(geometry.element_bytes, 4)
+        element_bytes, heads_width = geometry.element_bytes, geometry.heads * geometry.head_dim
+        activations = request.prefill_rows * _activation_bytes(geometry)
         group = geometry.heads // geometry.kv_heads
-        masks = [mask_table_bytes(window, group, geometry.element_bytes) for window in set(geometry.windows)]
-        tiles = 2 * ATTENTION_WORK_BYTES + sum(masks)
+        masks = sum(mask_table_bytes(window, group, element_bytes) for window in set(geometry.windows))
+        blocks = request.model_context // LARGE_BLOCK + LARGE_BLOCK // SMALL_BLOCK + 2
+        results = request.prefill_rows * heads_width * (blocks * element_bytes + 12)
+        tiles = min(results, ATTENTION_WORK_BYTES) + _KERNEL_WORK_BYTES + masks
         drafted = MOST_ROWS * geometry.vocab * (_SAMPLED_BYTES if request.samples else _RANKED_BYTES)
         verified = request.tree_nodes * geometry.vocab * geometry.element_bytes
         # A tree is drafted while the last tree's logits are still held; the self-check compares those of two trees.
@@ -282,6 +295,24 @@ class MemoryModel:
         return kernels * self._profile.kernel_bytes
 
 
+def _activation_bytes(geometry: ModelGeometry) -> int:
+    """Return the activations of one row: the most of norm, attention and feed-forward, which follow each other."""
+    hidden, element_bytes = geometry.hidden, geometry.element_bytes
+    qk_width = (geometry.heads + geometry.kv_heads) * geometry.head_dim
+    qkv_width = qk_width + geometry.kv_heads * geometry.head_dim
+    # A norm is computed in float32. Rotating makes a few copies of queries and keys.
+    norm = (2 * element_bytes + 3 * 4) * hidden
+    attention = 2 * element_bytes * hidden + 6 * element_bytes * qkv_width
+    if geometry.qk_norm:
+        attention += 3 * 4 * qk_width
+    feed_forward = element_bytes * (4 * hidden + 2 * geometry.feed_forward)
+    return max(norm, attention, feed_forward)
+
+
+def _whole_blocks(rows: int) -> int:
+    return -(-rows // SMALL_BLOCK) * SMALL_BLOCK
+
+
 def _work_row_bytes(geometry: ModelGeometry) -> int:
     """Return the work space for one row of context.
 
@@ -289,7 +320,7 @@ def _work_row_bytes(geometry: ModelGeometry) -> int:
     of one layer's keys and values that an attention kernel may make.
     """
     group, windows = geometry.heads // geometry.kv_heads, len(set(geometry.windows))
-    elements = 4 * geometry.head_dim + 2 * geometry.hidden + 2 * geometry.kv_heads * geometry.head_dim
+    elements = 4 * geometry.head_dim + geometry.hidden + 2 * geometry.kv_heads * geometry.head_dim
     return (elements + MOST_ROWS * (group + 1) * windows) * geometry.element_bytes + _HOST_ROW_BYTES
 
 

@@ -11,7 +11,7 @@ from typing import Final
 from subspec_cli.checkpoint.geometry import ModelGeometry
 from subspec_cli.config import Config
 from subspec_cli.errors import ResourceError, UsageError
-from subspec_cli.limits import MOST_CHUNK_ROWS, SHADOW_ROWS
+from subspec_cli.limits import PREFILL_CHUNK, SHADOW_ROWS
 from subspec_cli.planning.assumed_costs import assumed_survival
 from subspec_cli.planning.costs import BASE_CACHED_ROWS, MachineCosts
 from subspec_cli.planning.device_profile import DeviceKind, DeviceProfile, device_profile
@@ -145,7 +145,7 @@ def plan_request(
         cached_rows=_mean_cached_rows(config.memory.context or least_context, geometry.max_positions, wanted),
         resident_layers=config.memory.resident_layers,
         tree_nodes=_most_tree_nodes(config, profile),
-        prefill_rows=MOST_CHUNK_ROWS,
+        prefill_rows=PREFILL_CHUNK,
         model_context=geometry.max_positions,
         costs=costs,
         ram_bytes=ram_bytes,

@@ -54,16 +54,16 @@ class LayoutSearch:
 
     def total_bytes(self, timed: TimedLayout, context: int) -> int:
         """Return the sum of all memory lines."""
-        return timed.base_bytes + context * self.memory.row_bytes
+        return timed.base_bytes + self.memory.context_bytes(context)
 
     def fastest(self, budget_bytes: int, context: int) -> TimedLayout | None:
         """Return the fastest layout that the budget holds with this context."""
-        at = bisect.bisect_right(self._front_bytes, budget_bytes - context * self.memory.row_bytes)
+        at = bisect.bisect_right(self._front_bytes, budget_bytes - self.memory.context_bytes(context))
         return self.front[at - 1] if at else None
 
     def fastest_of_kind(self, budget_bytes: int, context: int, *, shared: bool) -> TimedLayout | None:
         """Return the fastest layout whose resident layers are all shared, or all for the target alone."""
-        free_bytes = budget_bytes - context * self.memory.row_bytes
+        free_bytes = budget_bytes - self.memory.context_bytes(context)
         fitting = [
             item
             for item in self._by_size
@@ -78,8 +78,8 @@ class LayoutSearch:
         """Return the longest context that the budget holds at all, up to the model's; 0 if there is none."""
         if not self.front:
             return 0
-        rows = (budget_bytes - self._front_bytes[0]) // self.memory.row_bytes
-        return max(0, min(rows, self.request.model_context))
+        longest = self.memory.largest_context(budget_bytes - self._front_bytes[0])
+        return min(longest, self.request.model_context)
 
     def best(self, budget_bytes: int) -> PlanOption | None:
         """Return context and layout for a budget; None if it holds no layout.
@@ -93,21 +93,34 @@ class LayoutSearch:
             return None if found is None else PlanOption(self.request.context, found)
         if self.request.wanted is not None:
             return self._for_prompt(budget_bytes, self.request.wanted)
-        contexts, row_bytes = usual_contexts(self.request.model_context), self.memory.row_bytes
-        sizes = {size + context * row_bytes for size in self._front_bytes for context in contexts}
+        contexts = usual_contexts(self.request.model_context)
+        added = [self.memory.context_bytes(context) for context in contexts]
+        sizes = {size + context_bytes for size in self._front_bytes for context_bytes in added}
         best: PlanOption | None = None
         for size in sorted(size for size in sizes if size <= budget_bytes):
             best = self._trade_context(size, contexts, best)
         return best
 
     def _for_prompt(self, budget_bytes: int, wanted: WantedTokens) -> PlanOption | None:
-        """Return the fastest layout that holds prompt and answer, else as much of the answer as the budget holds."""
+        """Return the layout that answers soonest, for all of the answer or as much of it as the budget holds."""
         context = min(wanted.context, self.request.model_context)
-        if (found := self.fastest(budget_bytes, context)) is not None:
+        if (found := self._soonest(budget_bytes, context, wanted)) is not None:
             return PlanOption(context, found)
         context = self.largest_context(budget_bytes)
-        found = self.fastest(budget_bytes, context) if context > wanted.prompt else None
+        found = self._soonest(budget_bytes, context, wanted) if context > wanted.prompt else None
         return None if found is None else PlanOption(context, found)
+
+    def _soonest(self, budget_bytes: int, context: int, wanted: WantedTokens) -> TimedLayout | None:
+        """Return the layout that reads the prompt and answers in the least time; computing the prompt is the same."""
+        free_bytes = budget_bytes - self.memory.context_bytes(context)
+
+        def seconds(item: TimedLayout) -> float:
+            prompt = self.memory.prompt_pass(item.layout, context, free_bytes - item.base_bytes)
+            passes = -(-wanted.prompt // prompt.rows)
+            return passes * item.timing.link_s + wanted.answer / item.tok_per_s
+
+        fitting = (item for item in self._by_size if item.base_bytes <= free_bytes)
+        return min(fitting, key=seconds, default=None)
 
     def _trade_context(
         self, budget_bytes: int, contexts: Sequence[int], smaller: PlanOption | None

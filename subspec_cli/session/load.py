@@ -17,7 +17,7 @@ from subspec_cli.decoding.drafter import Drafter
 from subspec_cli.decoding.engine import Engine
 from subspec_cli.drafting.captured_steps import make_draft_steps
 from subspec_cli.drafting.draft_steps import DraftSteps
-from subspec_cli.limits import MOST_CHUNK_ROWS
+from subspec_cli.limits import PREFILL_CHUNK
 from subspec_cli.modeling.decoder import DraftDecoder, DraftHead, Embedding, Head, TargetDecoder
 from subspec_cli.modeling.embedding import DiskEmbedding, table_embedding
 from subspec_cli.modeling.exact_attention import AttentionRules, ExactAttention
@@ -169,7 +169,7 @@ class Loader:
             blocks,
             kv,
             most_nodes=self._opening.plan.tree_nodes,
-            prefill_rows=MOST_CHUNK_ROWS,
+            prefill_rows=PREFILL_CHUNK,
         )
 
     def _kv_cache(self) -> KVCache:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ from subspec_cli.config_file import resolve_config
 from subspec_cli.errors import UsageError
 from subspec_cli.reporter import SILENT, Reporter
 from subspec_cli.session.found_model import find_model
+from subspec_cli.session.openmp import set_openmp_defaults
 
 if TYPE_CHECKING:
     from subspec_cli.session.build import TokenCount
@@ -62,9 +62,7 @@ def open_session(
     """
     found = find_model(config)
     reporter.progress("loading libraries")
-    # Read once, when torch loads OpenMP: threads that wait should spin for microseconds, not for milliseconds,
-    # or a draft step takes ten times as long whenever another program wants a core. The user's own value wins.
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    set_openmp_defaults()
     from subspec_cli.session.build import build_session
 
     return build_session(config, found, reporter, costs=costs, count=count)
