@@ -55,7 +55,7 @@ def test_chunks_are_gapless_and_end_at_multiples():
         assert all(group.path is None for group in groups)
 
 
-@pytest.mark.parametrize(("most", "expected"), [(1 << 20, 1), (512, 2), (271, 3), (10, 3)])
+@pytest.mark.parametrize(("most", "expected"), [(1 << 20, 1), (521, 1), (520, 2), (264, 3), (10, 3)])
 def test_a_prompt_takes_as_few_passes_as_its_workspace_allows(most, expected):
     prompt = tuple(n % VOCAB for n in range(2 * PREFILL_CHUNK + 9))
     kv, target = fake_cache(3 * PREFILL_CHUNK), FakeTarget(TABLE)

@@ -25,11 +25,11 @@ def prompt_passes(groups: Iterable[RowGroup], most_rows: int) -> list[list[RowGr
     passes: list[list[RowGroup]] = []
     rows = most_rows
     for group in groups:
-        if rows + group.padded > most_rows:
+        if rows + group.rows > most_rows:
             passes.append([])
             rows = 0
         passes[-1].append(group)
-        rows += group.padded
+        rows += group.rows
     return passes
 
 

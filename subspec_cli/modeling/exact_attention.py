@@ -180,8 +180,8 @@ class ExactAttention:
         self, folded: Tensor, keys: Tensor, values: Tensor, span: Span, masks: WindowMasks
     ) -> Iterator[_Part]:
         """Yield the blocks of rows at consecutive positions, in order."""
-        first, cut, end = masks.large_range(span)
-        for block in range(first, cut):
+        begin, cut, end = masks.large_range(span)
+        for block in range(begin, cut):
             distance = span.first - block * LARGE_BLOCK
             rows = masks.rows_that_see(distance, len(span), LARGE_BLOCK)
             mask = masks.large_rows(distance, rows)[None, None]
@@ -194,22 +194,20 @@ class ExactAttention:
             )
         for block in range(masks.first_small(span), span.small.stop):
             start = block * SMALL_BLOCK
-            above = max(0, start - span.first)
-            """Rows of the span below the block."""
-            distance = span.first + above - start
-            rows = masks.rows_that_see(distance, len(span) - above, SMALL_BLOCK)
-            mask = masks.small_rows(distance, rows)[None, None]
-            at = slice(above * self._G, (above + rows) * self._G)
+            first = max(span.first, start)  # rows before the block do not see it
+            rows = masks.rows_that_see(first - start, span.end - first, SMALL_BLOCK)
+            mask = masks.small_rows(first - start, rows)[None, None]
+            at = slice((first - span.first) * self._G, (first - span.first + rows) * self._G)
             part = self._in_place(folded[:, at], keys, values, Blocks(start, 1, SMALL_BLOCK), mask)
             yield part._replace(first=at.start)
 
     def _tree_tile(self, tree: TreeSpan, masks: WindowMasks) -> TreeTile:
         """Make the calls of some nodes of a tree."""
-        first, cut, end = masks.large_range(tree.span)
+        begin, cut, end = masks.large_range(tree.span)
         small = range(max(tree.in_place.start, masks.first_small(tree.span)), tree.in_place.stop)
         placed = []
-        if first < cut:
-            placed.append(self._placed_call(tree, range(first, cut), LARGE_BLOCK, masks))
+        if begin < cut:
+            placed.append(self._placed_call(tree, range(begin, cut), LARGE_BLOCK, masks))
         if cut < end:
             placed.append(PlacedCall(Blocks(cut * LARGE_BLOCK, end - cut, LARGE_BLOCK), None, None))
         if small:
