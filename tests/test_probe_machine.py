@@ -59,9 +59,9 @@ def test_every_part_is_timed_on_stand_ins_of_the_models_shapes(shelf, home, prob
     assert found.link_bytes_per_s > 0
     assert found.disk_bytes_per_s > 0
     for name in ("target_attention", "draft_attention"):
+        # Differences of times: 0 where the model is so small that noise is larger.
         times = getattr(found, name)
         assert all(0 <= a <= b for a, b in zip(times.seconds, times.seconds[1:], strict=False)), name
-        assert times.seconds[-1] > 0, name
         assert all(snapped(seconds) == seconds for seconds in times.seconds), name
     for name in (
         "target_layer",
