@@ -56,8 +56,8 @@ def check_speculates(session, answers):
 
 @pytest.mark.parametrize(
     ("dtype", "tied"),
-    [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, False)],
-    ids=["bf16-tied", "bf16-untied", "fp16-untied"],
+    [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, False), (torch.float32, False)],
+    ids=["bf16-tied", "bf16-untied", "fp16-untied", "fp32-untied"],
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_speculative_tokens_are_the_plain_ones(shelf, family, dtype, tied):
@@ -89,6 +89,31 @@ def test_both_arms_of_one_session_agree_on_long_texts(shelf, family, sampling):
     assert len(arms[0].token_ids) > 60 or arms[0].finish_reason == "stop"
     assert arms[1].stats.drafted_tokens == 0
     assert arms[1].stats.tau == 1
+
+
+@pytest.mark.parametrize("window", [1, 5, 70])
+@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+def test_windows_shorter_than_prompt_and_tree_change_no_token(shelf, family, window):
+    model = model_of(shelf, family, sliding_window=window)
+    for sampling in ("greedy", "warm"):
+        with open_tiny(model, sampling=SAMPLINGS[sampling], draft={"depth": 9}) as session:
+            arms = [
+                answer_to(session, LONG_PROMPT, 60, plain=plain, noise_stream=5) for plain in (False, True)
+            ]
+        assert arms[0].outcome == arms[1].outcome
+        assert arms[0].stats.drafted_tokens > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_across_the_first_large_block_change_no_token(shelf, family):
+    """Prompt and trees reach from small blocks alone into the positions that have a large one."""
+    model = model_of(shelf, family, max_position_embeddings=1024, sliding_window=600)
+    prompt = "All work and no play makes a dull day. " * 13  # 507 tokens
+    how = {"sampling": SAMPLINGS["warm"], "memory": {"context": 800}}
+    with open_tiny(model, **how) as session:
+        arms = [answer_to(session, prompt, 160, plain=plain, noise_stream=6) for plain in (False, True)]
+    assert arms[0].outcome == arms[1].outcome
+    assert len(arms[0].token_ids) > 100 or arms[0].finish_reason == "stop"
 
 
 @pytest.mark.parametrize(
