@@ -7,7 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from subspec_cli.limits import GUARD, LARGE_BLOCK, SMALL_BLOCK
+from subspec_cli.config_file import resolve_config
+from subspec_cli.errors import UsageError
+from subspec_cli.limits import GUARD, LARGE_BLOCK, MOST_DEPTH, SMALL_BLOCK
 from subspec_cli.modeling.key_blocks import (
     Span,
     WindowMasks,
@@ -159,3 +161,11 @@ def test_a_tree_reads_each_position_from_the_row_of_its_ancestor(committed: int)
 def test_the_tables_are_no_larger_than_planned(window: int | None) -> None:
     masks = WindowMasks(window, GROUP, torch.bfloat16, CPU)
     assert masks.size_bytes <= mask_table_bytes(window, GROUP, 2)
+
+
+def test_no_tree_is_deeper_than_the_guard() -> None:
+    """Or a large block would hold rows of the tree."""
+    assert MOST_DEPTH <= GUARD
+    assert resolve_config({"draft": {"depth": GUARD}}).draft.depth == GUARD
+    with pytest.raises(UsageError):
+        resolve_config({"draft": {"depth": GUARD + 1}})
