@@ -26,7 +26,6 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 
 from subspec_cli import load  # noqa: E402
 from subspec_cli.decoding.row_groups import prompt_groups  # noqa: E402
-from subspec_cli.modeling.decoder import TargetDecoder  # noqa: E402
 from subspec_cli.modeling.row_group import RowGroup, padded_ids  # noqa: E402
 from subspec_cli.session.session import Session  # noqa: E402
 
@@ -36,17 +35,9 @@ QUESTION = "Write a short story about a lighthouse keeper."
 ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
 
 
-def target_of(session: Session) -> TargetDecoder:
-    """Return the session's target decoder."""
-    about = session.loaded
-    return TargetDecoder(
-        about.math, about.attention, about.embed, about.head, about.blocks, about.self_check.rules
-    )
-
-
 def prefill(session: Session, token_ids: Sequence[int]) -> None:
     """Read a prompt into the session's empty cache."""
-    kv, target = session.loaded.kv, target_of(session)
+    kv, target = session.loaded.kv, session.loaded.target(session.loaded.blocks)
     kv.rewind(0)
     flow = target.begin(list(prompt_groups(token_ids, 0, target.rules)), kv)
     with closing(target.layers(flow)) as layers:
@@ -81,7 +72,7 @@ def spread(seconds: Sequence[float]) -> str:
 
 def tree_pass(session: Session) -> float:
     """Return the seconds of a pass over a tree of `NODES` nodes behind what is committed: the least of five."""
-    target, kv = target_of(session), session.loaded.kv
+    target, kv = session.loaded.target(session.loaded.blocks), session.loaded.kv
     number = torch.arange(NODES)
     depths = number.clamp_max(DEPTH)
     path = (number[None] < depths[:, None]) | torch.eye(NODES, dtype=torch.bool)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from tiny_models import ATTENTION_RULES, CPU
+from tiny_models import CPU
 from torch import Tensor
 
 from subspec_cli.checkpoint.geometry import ModelGeometry, geometry_from_config
 from subspec_cli.modeling.block_kernels import BlockKernel
-from subspec_cli.modeling.exact_attention import AttentionRules, ExactAttention
+from subspec_cli.modeling.exact_attention import FIRST_RULES, AttentionRules, ExactAttention
 
 
 def sizes_of(
@@ -29,7 +29,7 @@ def sizes_of(
 def attention_of(
     sizes: ModelGeometry,
     dtype: torch.dtype = torch.bfloat16,
-    rules: AttentionRules = ATTENTION_RULES,
+    rules: AttentionRules = FIRST_RULES,
     kernel: BlockKernel | None = None,
 ) -> ExactAttention:
     """The target's attention for these sizes."""

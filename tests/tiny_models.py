@@ -27,7 +27,7 @@ from subspec_cli.checkpoint.tensor_reader import read_tensors
 from subspec_cli.modeling.block_kernels import BlockKernel
 from subspec_cli.modeling.decoder import Head, TargetDecoder
 from subspec_cli.modeling.embedding import table_embedding
-from subspec_cli.modeling.exact_attention import AttentionRules, ExactAttention
+from subspec_cli.modeling.exact_attention import FIRST_RULES, AttentionRules, ExactAttention
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.layers import LayerMath
 from subspec_cli.modeling.pretrained import load_config
@@ -41,7 +41,6 @@ from subspec_cli.streaming.layout import BlockLayout, layout_block
 from subspec_cli.streaming.streamer import Streamer
 
 CPU = torch.device("cpu")
-ATTENTION_RULES = AttentionRules("fused", 4)
 AUTO: Any = AutoModelForCausalLM  # its methods are not annotated
 FAMILIES: dict[str, Any] = {
     "llama": LlamaConfig,
@@ -231,7 +230,7 @@ class Tiny:
         return table_embedding(self.weights["model.embed_tokens.weight"])(token_ids)
 
     def attention(
-        self, rules: AttentionRules = ATTENTION_RULES, kernel: BlockKernel | None = None
+        self, rules: AttentionRules = FIRST_RULES, kernel: BlockKernel | None = None
     ) -> ExactAttention:
         """The target's attention."""
         return ExactAttention(self.geometry, rules, dtype=self.dtype, device=CPU, kernel=kernel)

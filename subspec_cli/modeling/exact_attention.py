@@ -36,6 +36,10 @@ class AttentionRules:
     """Query rows of a kernel call are padded to a multiple of this."""
 
 
+FIRST_RULES: Final = AttentionRules("fused", 4)
+"""The rules that the self-check tries first, and that hold on most machines."""
+
+
 @dataclass(frozen=True, slots=True)
 class ChainRows:
     """Rows at consecutive positions from `first` on, each in the cache row of its position."""

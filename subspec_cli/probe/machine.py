@@ -23,7 +23,7 @@ from subspec_cli.checkpoint.layer_tensors import LAYER_BLOCKS, LAYER_MATRICES, b
 from subspec_cli.drafting.draft_steps import rank
 from subspec_cli.drafting.graph_capture import CudaGraphs, Run
 from subspec_cli.modeling.decoder import Block, DraftDecoder, DraftHead, DraftLogits, Head, TargetDecoder
-from subspec_cli.modeling.exact_attention import AttentionRules, ExactAttention
+from subspec_cli.modeling.exact_attention import FIRST_RULES, ExactAttention
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.layers import LayerMath
 from subspec_cli.modeling.rope import RopeTable
@@ -172,9 +172,7 @@ class _Workbench:
         """Time one layer of the target by rows, with `prefix` cached rows."""
         layers = self._matrices(self._count(self._sizes.layer_matrix_bytes))
         math = self._math(len(layers), prefix)
-        attention = ExactAttention(
-            math.geometry, AttentionRules("fused", 4), dtype=self._dtype, device=self._device
-        )
+        attention = ExactAttention(math.geometry, FIRST_RULES, dtype=self._dtype, device=self._device)
         head = Head(self._ones(self._sizes.hidden), self._ones(1, self._sizes.hidden), 1e-6)
         decoder = TargetDecoder(math, attention, self._states, head, _DummyBlocks(layers), self.rules)
         kv = self._cache(len(layers), prefix)

@@ -20,7 +20,7 @@ from subspec_cli.drafting.draft_steps import DraftSteps
 from subspec_cli.limits import PREFILL_CHUNK
 from subspec_cli.modeling.decoder import DraftDecoder, DraftHead, Embedding, Head, TargetDecoder
 from subspec_cli.modeling.embedding import DiskEmbedding, table_embedding
-from subspec_cli.modeling.exact_attention import AttentionRules, ExactAttention
+from subspec_cli.modeling.exact_attention import FIRST_RULES, AttentionRules, ExactAttention
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.layers import LayerMath
 from subspec_cli.modeling.pretrained import ModelTokenizer, end_token_ids, load_config
@@ -72,15 +72,19 @@ class LoadedModel:
     check_source: Callable[[], None]
     """Raises IntegrityError if weights that are still read from files changed since the files were opened."""
 
+    def target(self, blocks: TargetBlocks) -> TargetDecoder:
+        """Return the target under the rules of the self-check, with weights from `blocks`."""
+        return TargetDecoder(self.math, self.attention, self.embed, self.head, blocks, self.self_check.rules)
+
     def engine(self, drafter: Drafter, blocks: TargetBlocks | None = None) -> Engine:
         """Return an engine over this model's cache that drafts with `drafter`.
 
         `blocks` replaces the source of the target's weights.
         """
         blocks = blocks or self.blocks
-        rules = self.self_check.rules
-        target = TargetDecoder(self.math, self.attention, self.embed, self.head, blocks, rules)
-        return Engine(target, self.kv, drafter, counters=_counters(blocks), prompt_rows=self.prompt_rows)
+        return Engine(
+            self.target(blocks), self.kv, drafter, counters=_counters(blocks), prompt_rows=self.prompt_rows
+        )
 
     def counters(self) -> StreamCounters:
         """Return the totals of the stream so far; zeros if everything is resident."""
@@ -128,7 +132,12 @@ class Loader:
                 }
                 layers = [(substitutes | shared)[layer] for layer in range(found.geometry.layers)]
                 draft = self._draft_steps(DraftDecoder(math, embed, self._draft_head(head), layers), kv)
-            self_check = self._check(partial(self._target, math, embed, head, blocks), head, blocks, kv)
+            self_check = self._check(
+                partial(TargetDecoder, math, self._attention(FIRST_RULES), embed, head, blocks),
+                head,
+                blocks,
+                kv,
+            )
             mark_used(found.prepared.directory)
             return LoadedModel(
                 tokenizer=self._tokenizer,
@@ -150,11 +159,6 @@ class Loader:
     def _attention(self, rules: AttentionRules) -> ExactAttention:
         opening = self._opening
         return ExactAttention(opening.found.geometry, rules, dtype=opening.dtype, device=opening.device)
-
-    def _target(
-        self, math: LayerMath, embed: Embedding, head: Head, blocks: TargetBlocks, rules: RowRules
-    ) -> TargetDecoder:
-        return TargetDecoder(math, self._attention(AttentionRules("fused", 4)), embed, head, blocks, rules)
 
     def _check(
         self, target: Callable[[RowRules], TargetDecoder], head: Head, blocks: TargetBlocks, kv: KVCache
