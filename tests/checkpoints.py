@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from subspec_cli.checkpoint.checkpoint import open_checkpoint
-from subspec_cli.checkpoint.geometry import ModelGeometry, read_geometry
+from subspec_cli.checkpoint.geometry import ModelGeometry
+from subspec_cli.checkpoint.repository import read_repository
 
 RawTensor = tuple[str, tuple[int, ...], bytes]
 """dtype as safetensors spells it, shape, data."""
@@ -20,8 +21,7 @@ ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "U8": 1, "I64": 8}
 
 def geometry_in(directory: Path) -> ModelGeometry:
     """Geometry of the checkpoint in a directory."""
-    checkpoint = open_checkpoint(directory)
-    return read_geometry(checkpoint.config, checkpoint.tensors)
+    return read_repository(open_checkpoint(directory)).geometry
 
 
 def safetensors_bytes(tensors: dict[str, RawTensor]) -> bytes:

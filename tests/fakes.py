@@ -135,6 +135,9 @@ class FakeTarget(FakeModel):
     fails_at: int | None = None
     """Number of the forward that writes half its work and raises."""
 
+    def begin_answer(self, prompt_tokens: int) -> bool:
+        return False
+
     def begin(self, groups: Sequence[RowGroup], kv: KVCache) -> SimpleNamespace:
         assert all(group.padded == self.rules.padded(group.rows) for group in groups)
         return SimpleNamespace(groups=groups, kv=kv, prefixes=[])

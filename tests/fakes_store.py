@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from subspec_cli.checkpoint.checkpoint import open_checkpoint
-from subspec_cli.checkpoint.geometry import read_geometry
+from subspec_cli.checkpoint.repository import read_repository
 from subspec_cli.hub.retry import RetryPolicy
 from subspec_cli.hub.source_model import OpenedModel, ResolvedModel, open_model
 from subspec_cli.hub.weight_downloads import WeightDownloads
@@ -86,7 +86,7 @@ def run(
     } | changes
 
     def prepare(found: OpenedModel) -> PreparedModel:
-        geometry = read_geometry(found.checkpoint.config, found.checkpoint.tensors)
+        geometry = read_repository(found.checkpoint).geometry
         return preparation.prepare_model(found, replace(geometry, **geometry_changes), recipe, **how)
 
     if isinstance(model, str):

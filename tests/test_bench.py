@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from tiny_models import open_tokenizer
 
 from subspec_cli.bench import runner
 from subspec_cli.bench.report import AnswerPair, ArmAnswer
@@ -15,7 +16,6 @@ from subspec_cli.cli.documents import bench_document
 from subspec_cli.config_file import resolve_config
 from subspec_cli.errors import UsageError
 from subspec_cli.metrics import GenerationStats
-from subspec_cli.modeling.pretrained import ModelTokenizer
 
 TURNS = ["Tell me more.", "And then?"]
 
@@ -74,7 +74,7 @@ def test_the_context_holds_the_longest_conversation(shelf, questions):
     asked = [{"role": "user", "content": TURNS[0]}, {"role": "assistant", "content": ""}]
     asked.append({"role": "user", "content": TURNS[1]})
     assert read_questions(questions)[0].messages == asked
-    wanted = len(ModelTokenizer(shelf.model("qwen2"), 288).encode_messages(asked)) + 60 + 75
+    wanted = len(open_tokenizer(shelf.model("qwen2")).encode_messages(asked)) + 60 + 75
     report = bench(shelf, questions, max_new_tokens=60)
     assert report.plan.context == report.best_plain_plan.context == -(-wanted // 64) * 64
     assert bench(shelf, questions, memory={"context": 300}, limit=1).plan.context == 300

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,9 @@ from subspec_cli.checkpoint.checkpoint import (
     layer_entries,
     open_checkpoint,
 )
+from subspec_cli.checkpoint.source_directory import WeightIndex
 from subspec_cli.checkpoint.tensor_reader import read_hashed_tensors, read_tensors
+from subspec_cli.checkpoint.tensor_table import indexed_tensors
 from subspec_cli.errors import ExitCode, IntegrityError, SubspecError, UnsupportedModelError, UsageError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -145,9 +148,6 @@ def test_only_pickles(tmp_path):
         ("[1]", "holds a list"),
         ('{"a": 1, "a": 2}', "the key 'a' twice"),
         ('{"auto_map": {"AutoModel": "x.Y"}}', "needs remote code, which is not run"),
-        ('{"quantization_config": {"quant_method": "gptq"}}', r"already quantized \(gptq\)"),
-        ('{"quantization_config": {}}', r"already quantized \(unknown method\)"),
-        ('{"quantization_config": {"quant_method": "\\u001b[2J"}}', r"already quantized \(\\x1b"),
         ('{"a": "' + "x" * (9 << 20) + '"}', "at most 8388608 are read"),
     ],
 )  # fmt: skip
@@ -157,22 +157,19 @@ def test_config_that_rules_the_model_out(tmp_path, text, message):
     assert refused(tmp_path, UnsupportedModelError, message).exit_code == ExitCode.UNSUPPORTED
 
 
-def test_no_quantization_is_no_quantization(tmp_path):
-    open_checkpoint(write_checkpoint(tmp_path, quantization_config=None, auto_map={}))
+def test_an_empty_map_of_code_is_none(tmp_path):
+    open_checkpoint(write_checkpoint(tmp_path, auto_map={}))
 
 
-def test_index_and_files_must_agree(tmp_path):
+def test_an_index_that_cannot_be_used_is_named(tmp_path):
     write_checkpoint(tmp_path, shards=2)
     good = (tmp_path / INDEX).read_text()
-    second = "model-00002-of-00002.safetensors"
 
     def changed(change, message):
         (tmp_path / INDEX).write_text(good)
         edit_json(tmp_path / INDEX, change)
         refused(tmp_path, IntegrityError, message)
 
-    changed(lambda index: index["weight_map"].update({"ghost": second}), f"{second} lacks the tensor 'ghost'")
-    changed(lambda index: index["weight_map"].pop("model.norm.weight"), "model.norm.weight, .* into no file")
     changed(lambda index: index.update(weight_map={}), "no weight_map")
     changed(lambda index: index.update(weight_map=[1]), "no weight_map")
     changed(
@@ -182,7 +179,26 @@ def test_index_and_files_must_agree(tmp_path):
     (tmp_path / INDEX).write_text("{")
     refused(tmp_path, IntegrityError, "not JSON at byte 1")
     (tmp_path / INDEX).unlink()
-    refused(tmp_path, IntegrityError, "safetensors files, but neither")
+    refused(tmp_path, UnsupportedModelError, "but neither")
+
+
+def test_the_index_decides_where_a_tensor_is(tmp_path):
+    write_checkpoint(tmp_path, shards=2)
+    first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    good = json.loads((tmp_path / INDEX).read_text())["weight_map"]
+    tensors = open_checkpoint(tmp_path).tensors
+    held = {
+        file: [entry for name, entry in tensors.items() if good[name] == file] for file in (first, second)
+    }
+    stray = replace(held[first][0], path=tmp_path / second)
+    held[second].append(stray)
+    assert indexed_tensors(held, WeightIndex(b"", good)) == tensors, "the other copy is left aside"
+    unnamed = {name: file for name, file in good.items() if name != "model.norm.weight"}
+    assert indexed_tensors(held, WeightIndex(b"", unnamed)) == tensors, "one file alone holds it"
+    both = {name: file for name, file in good.items() if name != stray.name}
+    assert stray.name not in indexed_tensors(held, WeightIndex(b"", both)), "nobody says which"
+    ghost = good | {"ghost": second, "model.layers.0.self_attn.rotary_emb.inv_freq": first}
+    assert indexed_tensors(held, WeightIndex(b"", ghost)) == tensors, "nobody holds it, nobody needs it"
 
 
 def test_damaged_shard_is_named(tmp_path):

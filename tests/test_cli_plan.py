@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from checkpoints import safetensors_bytes, tiny_config, tiny_tensors, write_checkpoint
+from checkpoints import safetensors_bytes, tiny_config, tiny_tensors, write_checkpoint, write_tokenizer
 from fake_hub import MODEL
 
 import subspec_cli
@@ -165,12 +165,13 @@ def test_a_hidden_gpu_is_no_gpu(monkeypatch, tmp_path):
     assert not host_memory.has_gpu()
 
 
-def test_a_model_on_the_hub_costs_kilobytes_and_leaves_nothing_behind(capsys, server, cache):
+def test_a_model_on_the_hub_costs_kilobytes_and_leaves_nothing_behind(capsys, server, cache, tmp_path):
+    write_tokenizer(tmp_path)
     tensors = tiny_tensors()
     tensors["model.embed_tokens.weight"] = ("BF16", (65536, 32), bytes(4 << 20))
     server.files = {
         "config.json": json.dumps(tiny_config(vocab_size=65536)).encode(),
-        "tokenizer.json": b"{}",
+        "tokenizer.json": (tmp_path / "tokenizer.json").read_bytes(),
         "model.safetensors": safetensors_bytes(tensors),
     }
     found = document(capsys, MODEL, "--device", "cpu", "--memory-gb", 1)

@@ -4,10 +4,9 @@ import random
 
 import pytest
 from fakes import ByteTokenizer
-from tiny_models import SPECIAL_TOKENS, VOCAB, write_tiny_tokenizer
+from tiny_models import SPECIAL_TOKENS, open_tokenizer, write_tiny_tokenizer
 
 from subspec_cli.decoding.text import AnswerText, Detokenizer
-from subspec_cli.modeling.pretrained import ModelTokenizer
 
 BYTES = ByteTokenizer([bytes([value]) for value in range(256)])
 EOS = 256
@@ -33,7 +32,7 @@ def byte_level(tmp_path_factory):
     """A real byte-level tokenizer: one token a byte."""
     directory = tmp_path_factory.mktemp("tokenizer")
     write_tiny_tokenizer(directory)
-    return ModelTokenizer(directory, VOCAB)
+    return open_tokenizer(directory, family="llama")
 
 
 def streamed(tokenizer, token_ids):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from checkpoints import framed, safetensors_bytes, tiny_config, tiny_tensors, write_checkpoint
@@ -10,7 +11,7 @@ from fake_hub import COMMIT, MODEL, Fault
 from fakes_store import resolve_model
 
 from subspec_cli.checkpoint.checkpoint import open_checkpoint
-from subspec_cli.checkpoint.source_directory import check_config
+from subspec_cli.checkpoint.repository import read_repository
 from subspec_cli.errors import AccessError, IntegrityError, NetworkError, UnsupportedModelError, UsageError
 from subspec_cli.hub import model_outline
 from subspec_cli.hub.model_outline import outline_model
@@ -23,7 +24,7 @@ SINGLE = "model.safetensors"
 
 
 def outline(model=MODEL, revision=None):
-    return outline_model(model, revision, accept_config=check_config, reporter=Reporter(), retry_policy=HASTY)
+    return outline_model(model, revision, reporter=Reporter(), retry_policy=HASTY)
 
 
 def serve_large(server, layers=3, padding=4 << 20):
@@ -40,10 +41,12 @@ def serve_large(server, layers=3, padding=4 << 20):
 def test_an_outline_of_two_shards_is_that_of_the_files(server, tmp_path, cache):
     found, local = outline(), open_checkpoint(tmp_path / "source")
     assert (found.model_id, found.commit) == (MODEL, COMMIT)
-    assert found.config == local.config
-    assert {
-        name: (entry.dtype, entry.shape, entry.offset_bytes) for name, entry in found.tensors.items()
-    } == {name: (entry.dtype, entry.shape, entry.offset_bytes) for name, entry in local.tensors.items()}
+    ours = read_repository(local)
+    placed = {
+        name: replace(entry, path=tmp_path / "source" / entry.path)
+        for name, entry in found.repository.tensors.items()
+    }
+    assert replace(found.repository, tensors=placed) == ours, "one decision for plan, prepare and run"
     assert found.tokenizer_bytes == sum(
         path.stat().st_size for path in (tmp_path / "source").glob("tokenizer*")
     )
@@ -55,7 +58,7 @@ def test_an_outline_of_two_shards_is_that_of_the_files(server, tmp_path, cache):
 def test_kilobytes_are_read_of_a_model_of_megabytes(server, cache):
     data = serve_large(server)
     found = outline()
-    assert len(found.tensors) == len(tiny_tensors())
+    assert len(found.repository.tensors) == len(tiny_tensors())
     assert server.sent_bytes < 40 << 10 < len(data)
     assert found.received_bytes < 40 << 10
     assert [asked for name, asked in server.ranges if name == SINGLE] == ["bytes=0-32767"]
@@ -66,7 +69,7 @@ def test_a_header_longer_than_the_first_range_is_read_to_its_end(server):
     data = serve_large(server, layers=60)
     header_bytes = 8 + int.from_bytes(data[:8], "little")
     assert header_bytes > 64 << 10
-    assert len(outline().tensors) == len(tiny_tensors(layers=60))
+    assert len(outline().repository.tensors) == len(tiny_tensors(layers=60))
     asked = [asked for name, asked in server.ranges if name == SINGLE]
     assert asked == ["bytes=0-32767", f"bytes=32768-{header_bytes - 1}"]
 
@@ -75,7 +78,7 @@ def test_a_server_without_ranges_is_left_after_the_header(server):
     server.has_ranges = False
     serve_large(server, layers=60, padding=64 << 20)
     server.bytes_per_s = 64e6
-    assert len(outline().tensors) == len(tiny_tensors(layers=60))
+    assert len(outline().repository.tensors) == len(tiny_tensors(layers=60))
     assert server.sent_bytes < 16 << 20
 
 
@@ -171,7 +174,7 @@ def test_refusals_are_those_of_prepare(server):
 def test_a_broken_connection_is_tried_again_and_then_reported(server):
     serve_large(server)
     server.faults[SINGLE] = Fault(times=1, after_bytes=1000)
-    assert outline().tensors
+    assert outline().repository.tensors
     server.faults[SINGLE] = Fault(times=9, after_bytes=1000)
     with pytest.raises(NetworkError, match="cannot reach"):
         outline()

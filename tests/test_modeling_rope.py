@@ -1,7 +1,8 @@
-"""Rotary tables: those of the library, one per session."""
+"""Rotary tables: those of the library, by position and by the length of the prompt."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ from tiny_models import CPU, FAMILIES, tiny_settings
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
+from subspec_cli.checkpoint.geometry import geometry_from_config
+from subspec_cli.checkpoint.rope_settings import RopeSettings, read_rope
 from subspec_cli.modeling.rope import build_rope_table
 
 ROPES: dict[str, dict[str, Any]] = {
@@ -39,6 +42,13 @@ def config_with(kind: str, family: str = "llama") -> Any:
     return FAMILIES[family](**tiny_settings(family), rope_parameters=dict(ROPES[kind]))
 
 
+def settings_of(config: Any) -> RopeSettings:
+    """What we read in the config.json that the library writes."""
+    written = json.loads(config.to_json_string(use_diff=False))
+    written["architectures"] = None
+    return read_rope(written, geometry_from_config(written, "BF16"))
+
+
 def library_rows(
     config: Any, positions: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,7 +60,7 @@ def library_rows(
 @pytest.mark.parametrize("kind", [kind for kind in ROPES if kind != "longrope"])
 def test_tables_equal_the_library(kind: str, dtype: torch.dtype) -> None:
     config = config_with(kind)
-    table = build_rope_table(config, context=400, positions=FAR, dtype=dtype, device=CPU)
+    table = build_rope_table(settings_of(config), positions=FAR, dtype=dtype, device=CPU)
     positions = torch.tensor([0, 1, 2, 63, 64, 127, 128, 300, FAR - 1, 5])
     cos, sin = library_rows(config, positions, dtype)
     ours_cos, ours_sin = table.rows(positions)
@@ -59,30 +69,46 @@ def test_tables_equal_the_library(kind: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(ours_sin[:, 0], sin[0], atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize(("context", "far"), [(128, 127), (129, 128), (400, 399)])
-def test_longrope_takes_its_factors_by_the_context(context: int, far: int) -> None:
-    """Trap 10: the library decides by the largest position of a call; the session's context decides once."""
+@pytest.mark.parametrize(("prompt", "far"), [(10, 127), (128, 127), (129, 128), (400, 399)])
+def test_longrope_takes_its_factors_by_the_prompt(prompt: int, far: int) -> None:
+    """The library decides by the largest position of a call: here that of the prompt's last token."""
     config = config_with("longrope")
-    table = build_rope_table(config, context=context, positions=FAR, dtype=torch.float32, device=CPU)
+    table = build_rope_table(settings_of(config), positions=FAR, dtype=torch.float32, device=CPU)
+    table.begin(prompt)
     positions = torch.tensor([0, 1, 17, far])
     cos, sin = library_rows(config, positions, torch.float32)
     torch.testing.assert_close(table.rows(positions)[0][:, 0], cos[0], atol=1e-6, rtol=0)
     torch.testing.assert_close(table.rows(positions)[1][:, 0], sin[0], atol=1e-6, rtol=0)
 
 
-def test_a_deep_tree_past_the_switch_keeps_the_frequencies() -> None:
-    """Trap 10: positions beyond the original length, of tree nodes past a short context, stay short."""
+def test_a_token_generated_past_the_switch_is_turned_by_the_long_factors() -> None:
     config = config_with("longrope")
-    table = build_rope_table(config, context=128, positions=160, dtype=torch.float32, device=CPU)
-    deep = build_rope_table(config, context=128, positions=FAR, dtype=torch.float32, device=CPU)
-    assert torch.equal(table.cos, deep.cos[:160])
-    long = build_rope_table(config, context=129, positions=160, dtype=torch.float32, device=CPU)
-    assert not torch.equal(table.cos, long.cos)
+    table = build_rope_table(settings_of(config), positions=FAR, dtype=torch.float32, device=CPU)
+    for position in (127, 128, 200):
+        cos, _ = library_rows(config, torch.tensor([position]), torch.float32)
+        torch.testing.assert_close(table.rows(torch.tensor([position]))[0][:, 0], cos[0], atol=1e-6, rtol=0)
+
+
+def test_room_that_is_not_used_changes_nothing() -> None:
+    settings = settings_of(config_with("longrope"))
+    small, large = (
+        build_rope_table(settings, positions=n, dtype=torch.float32, device=CPU) for n in (100, FAR)
+    )
+    positions = torch.arange(100)
+    assert torch.equal(small.rows(positions)[0], large.rows(positions)[0])
+    assert not small.begin(90)
+
+
+def test_cached_rows_of_the_other_table_are_known_by_it() -> None:
+    table = build_rope_table(
+        settings_of(config_with("longrope")), positions=FAR, dtype=torch.float32, device=CPU
+    )
+    assert [table.begin(tokens) for tokens in (10, 128, 129, 300, 20)] == [False, False, True, False, True]
 
 
 def test_qwen_configs_without_a_head_dim_take_it_from_the_heads() -> None:
     config = config_with("default", "qwen2")
-    table = build_rope_table(config, context=8, positions=8, dtype=torch.float32, device=CPU)
+    table = build_rope_table(settings_of(config), positions=8, dtype=torch.float32, device=CPU)
     positions = torch.arange(8)
     cos, _ = Qwen2RotaryEmbedding(config)(torch.zeros(1), positions[None])
     torch.testing.assert_close(table.rows(positions)[0][:, 0], cos[0], atol=1e-6, rtol=0)

@@ -23,7 +23,7 @@ from subspec_cli.planning.memory import MemoryModel
 from subspec_cli.planning.plan import OffloadPlan, fastest_plan, make_plan
 from subspec_cli.planning.reason import FasterBits, GivenLayers, LayersThatPay, ShorterContext, WholeModel
 from subspec_cli.planning.request import DEFAULT_CONTEXT, PlanRequest
-from subspec_cli.planning.search import LayoutSearch, timed_layouts
+from subspec_cli.planning.search import LayoutSearch, layouts, timed_layouts
 from subspec_cli.planning.timing import predict_at
 from subspec_cli.substitutes.settings import SubstituteSettings, substitute_layer_bytes
 from subspec_cli.units import GIB, MIB
@@ -441,6 +441,13 @@ def test_streaming_can_be_asked_for_where_all_would_fit() -> None:
     plan = make_plan(make_request(budget_bytes=8 * GIB, resident_layers=0))
     assert plan.streamed_layers == 28
     assert plan.fits
+
+
+def test_no_4_bit_head_is_planned_for_a_vocabulary_that_no_kernel_takes() -> None:
+    """Loading would make none, so a plan that counts one would be of another run."""
+    for vocab, takes in ((32_000, True), (32_001, False)):
+        found = {layout.draft_head_bits for layout in layouts(make_request(make_geometry(vocab=vocab)))}
+        assert (4 in found) is takes
 
 
 def test_more_resident_layers_than_fit_are_refused() -> None:

@@ -11,7 +11,7 @@ import torch
 from fakes_session import answer_to, open_tiny
 
 from subspec_cli.checkpoint.checkpoint import open_checkpoint
-from subspec_cli.checkpoint.geometry import read_geometry
+from subspec_cli.checkpoint.repository import read_repository
 from subspec_cli.config import SamplingConfig
 from subspec_cli.decoding.sampler import make_sampler
 from subspec_cli.drafting.draft_steps import likeliest, rank, sampling_of
@@ -82,7 +82,7 @@ def test_every_part_is_timed_on_stand_ins_of_the_models_shapes(shelf, home, prob
 def test_attention_is_timed_below_two_prefixes(shelf, monkeypatch, max_positions, long):
     """The second one is bounded, and within the model's positions if those leave a difference to time."""
     checkpoint = open_checkpoint(shelf.model("qwen2"))
-    geometry = replace(read_geometry(checkpoint.config, checkpoint.tensors), max_positions=max_positions)
+    geometry = replace(read_repository(checkpoint).geometry, max_positions=max_positions)
     seen, sizes = [], []
 
     def batch(token_ids, start):

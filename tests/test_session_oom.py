@@ -14,7 +14,7 @@ from fakes_session import answer_to, open_tiny
 from tiny_models import CPU
 
 from subspec_cli.checkpoint.checkpoint import open_checkpoint
-from subspec_cli.checkpoint.geometry import read_geometry
+from subspec_cli.checkpoint.repository import read_repository
 from subspec_cli.errors import ExitCode, IntegrityError, ResourceError
 from subspec_cli.modeling.decoder import TargetDecoder
 from subspec_cli.modeling.target_blocks import TargetBlocks
@@ -145,7 +145,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
 def opening_for(directory: Path, streamed: tuple[int, ...], notes: list[str]) -> Opening:
     """An opening on a GPU, of a model of three layers."""
     checkpoint = open_checkpoint(directory)
-    geometry = read_geometry(checkpoint.config, checkpoint.tensors)
+    geometry = read_repository(checkpoint).geometry
     resident = tuple(layer for layer in range(geometry.layers) if layer not in streamed)
     nothing: Any = None
     plan = OffloadPlan(
@@ -173,7 +173,7 @@ def opening_for(directory: Path, streamed: tuple[int, ...], notes: list[str]) ->
         reason=nothing,
         fits=False,
     )
-    found = FoundModel(nothing, checkpoint, geometry)
+    found = FoundModel(nothing, checkpoint, read_repository(checkpoint))
     return Opening(found, plan, nothing, torch.device("cuda"), Reporter(note=notes.append))
 
 

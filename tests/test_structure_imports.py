@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 from check_structure import GROUND, PACKAGE, ROOMS
 
 DOORS = {
-    "transformers": ("modeling/pretrained.py", "modeling/rope.py", "session/load.py"),
+    "transformers": ("modeling/pretrained.py", "modeling/rope.py"),
     "optimum": ("modeling/quantization.py",),
     "huggingface_hub": ("hub/*", "substitutes/*"),
     "safetensors": ("checkpoint/*", "substitutes/*"),
@@ -29,7 +29,8 @@ DOORS = {
     ),
     "numpy": ("decoding/*", "drafting/*", "modeling/*"),
     "click": (),
-    "tokenizers": (),
+    "tokenizers": ("checkpoint/tokenizer_files.py",),
+    "sentencepiece": ("checkpoint/tokenizer_files.py",),
     "accelerate": (),
 }
 

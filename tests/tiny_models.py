@@ -21,16 +21,18 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 
 from subspec_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from subspec_cli.checkpoint.dtypes import torch_dtype
-from subspec_cli.checkpoint.geometry import ModelGeometry, read_geometry
+from subspec_cli.checkpoint.geometry import ModelGeometry
 from subspec_cli.checkpoint.layer_tensors import LAYER_MATRICES, block_entries, layer_prefix
+from subspec_cli.checkpoint.repository import Repository, read_repository
 from subspec_cli.checkpoint.tensor_reader import read_tensors
+from subspec_cli.checkpoint.tokenizer_files import TokenizerFacts
 from subspec_cli.modeling.block_kernels import BlockKernel
 from subspec_cli.modeling.decoder import Head, TargetDecoder
 from subspec_cli.modeling.embedding import table_embedding
 from subspec_cli.modeling.exact_attention import FIRST_RULES, AttentionRules, ExactAttention
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.layers import LayerMath
-from subspec_cli.modeling.pretrained import load_config
+from subspec_cli.modeling.pretrained import ModelTokenizer
 from subspec_cli.modeling.rope import build_rope_table
 from subspec_cli.modeling.row_group import chunk_group
 from subspec_cli.modeling.row_rules import RowRules
@@ -130,6 +132,11 @@ def make_tiny_model(
     return directory
 
 
+def open_tokenizer(directory: Path, rows: int = VOCAB, family: str = "qwen2") -> ModelTokenizer:
+    """The tokenizer of a model with so many rows in its tables."""
+    return ModelTokenizer(directory, TokenizerFacts(family, "", rows))
+
+
 def write_tiny_tokenizer(directory: Path) -> None:
     """256 bytes and the special tokens, with a chat template."""
     write_tokenizer(directory)
@@ -176,8 +183,12 @@ class Tiny:
         return open_checkpoint(self.directory)
 
     @cached_property
+    def repository(self) -> Repository:
+        return read_repository(self.checkpoint)
+
+    @cached_property
     def geometry(self) -> ModelGeometry:
-        return read_geometry(self.checkpoint.config, self.checkpoint.tensors)
+        return self.repository.geometry
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -185,8 +196,9 @@ class Tiny:
 
     @cached_property
     def weights(self) -> dict[str, Tensor]:
-        """All tensors by full name."""
-        return read_tensors(self.checkpoint.tensors.values())
+        """All tensors by full name, in the type of the matrices."""
+        stored = read_tensors(self.repository.tensors.values())
+        return {name: tensor.to(self.dtype) for name, tensor in stored.items()}
 
     @cached_property
     def small(self) -> tuple[dict[str, Tensor], ...]:
@@ -203,8 +215,7 @@ class Tiny:
     def math(self) -> LayerMath:
         """One shell over the small tensors."""
         rope = build_rope_table(
-            load_config(self.directory),
-            context=self.context,
+            self.repository.rope,
             positions=self.context + self.scratch,
             dtype=self.dtype,
             device=CPU,
@@ -213,7 +224,7 @@ class Tiny:
 
     def layouts(self, layer: int) -> list[BlockLayout]:
         """Where the blocks of a layer lie."""
-        return [layout_block(entries) for entries in block_entries(self.checkpoint.tensors, layer)]
+        return [layout_block(entries) for entries in block_entries(self.repository.tensors, layer)]
 
     def streamer(self, layers: Iterable[int], slots: int = 3) -> DiskStreamer:
         """A stream of these layers; the caller closes it."""

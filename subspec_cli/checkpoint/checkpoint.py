@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -22,13 +22,13 @@ from subspec_cli.checkpoint.source_directory import (
     SINGLE_NAME,
     WeightIndex,
     confine,
-    has_tokenizer,
-    no_tokenizer_error,
     no_weights_error,
     read_config,
     read_index,
 )
 from subspec_cli.checkpoint.tensor_reader import in_read_order
+from subspec_cli.checkpoint.tensor_table import indexed_tensors
+from subspec_cli.checkpoint.tokenizer_files import TOKENIZER_FILES, missing_tokenizer
 from subspec_cli.errors import IntegrityError, UsageError
 from subspec_cli.files.io_errors import read_error
 from subspec_cli.units import printable
@@ -55,6 +55,9 @@ class Checkpoint:
     config: dict[str, Any]
     """Content of config.json."""
     tensors: Mapping[str, TensorEntry]
+    """All that are stored, by name; where two files hold one, the one that the index names."""
+    index: WeightIndex | None
+    """None for a single weight file."""
     files: tuple[SourceFile, ...]
     """The safetensors files, by name."""
     fingerprint: str
@@ -78,7 +81,7 @@ def open_checkpoint(
 
     Raises:
         UsageError: no such directory.
-        UnsupportedModelError: no config, tokenizer or safetensors; remote code; already quantized.
+        UnsupportedModelError: no config, tokenizer or safetensors; remote code.
         IntegrityError: a damaged, missing or misplaced file.
         ResourceError: a file cannot be read.
     """
@@ -87,18 +90,26 @@ def open_checkpoint(
     directory = directory.resolve()
     config_bytes, config = read_config(directory)
     names, index = _weight_files(directory, incomplete)
-    if not has_tokenizer(directory):
-        raise no_tokenizer_error(printable(str(directory)))
-    headers = {name: read_header(confine(directory, name), incomplete.get(name)) for name in names}
-    if index is not None:
-        check_index(directory, index, {name: header.entries for name, header in headers.items()})
+    if no_tokenizer := missing_tokenizer(
+        (path.name for path in directory.iterdir()), printable(str(directory))
+    ):
+        raise no_tokenizer
+    for name in TOKENIZER_FILES:
+        confine(directory, name)
+    try:
+        headers = {name: read_header(confine(directory, name), incomplete.get(name)) for name in names}
+    except IntegrityError as error:
+        if index is None and confine(directory, INDEX_NAME).exists():
+            error.hint = f"if {SINGLE_NAME} is left over, remove it: {INDEX_NAME} names other files"
+        raise
     digest = hashlib.sha256()
     for part in (config_bytes, index.raw if index else b"", *(header.raw for header in headers.values())):
         digest.update(len(part).to_bytes(8, "little") + part)
     return Checkpoint(
         directory=directory,
         config=config,
-        tensors={entry.name: entry for header in headers.values() for entry in header.entries},
+        tensors=indexed_tensors({name: header.entries for name, header in headers.items()}, index),
+        index=index,
         files=tuple(_source_file(name, header) for name, header in headers.items() if name not in incomplete),
         fingerprint=digest.hexdigest()[:40],
     )
@@ -167,14 +178,7 @@ def _weight_files(
         return (SINGLE_NAME,), None
     index = read_index(directory)
     if index is None:
-        names = sorted(path.name for path in directory.iterdir())
-        if any(name.endswith(".safetensors") for name in names):
-            raise IntegrityError(
-                f"{printable(str(directory))} has safetensors files, but neither {SINGLE_NAME} "
-                f"nor {INDEX_NAME}",
-                f"fetch {INDEX_NAME} too",
-            )
-        raise no_weights_error(names, printable(str(directory)))
+        raise no_weights_error((path.name for path in directory.iterdir()), printable(str(directory)))
     missing = [n for n in index.file_names if n not in incomplete and not confine(directory, n).exists()]
     if missing:
         raise IntegrityError(
@@ -183,26 +187,6 @@ def _weight_files(
             "fetch them, or download the model again",
         )
     return index.file_names, index
-
-
-def check_index(directory: Path, index: WeightIndex, entries: Mapping[str, Iterable[TensorEntry]]) -> None:
-    """Check that index and files agree on where each tensor is. Raises IntegrityError."""
-    held = {name: {entry.name for entry in found} for name, found in entries.items()}
-    for tensor, name in index.file_of.items():
-        if tensor not in held[name]:
-            raise IntegrityError(
-                f"{printable(str(directory / name))} lacks the tensor {ascii(tensor)[:120]}, "
-                f"which {INDEX_NAME} puts there",
-                "download the file again",
-            )
-    for name, tensors in held.items():
-        for tensor in tensors:
-            if index.file_of.get(tensor) != name:
-                raise IntegrityError(
-                    f"{printable(str(directory / name))} holds the tensor {tensor}, "
-                    f"which {INDEX_NAME} puts into {printable(str(index.file_of.get(tensor, 'no file')))}",
-                    "download the model again",
-                )
 
 
 def _source_file(name: str, header: SafetensorsHeader) -> SourceFile:

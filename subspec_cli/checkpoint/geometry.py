@@ -1,4 +1,4 @@
-"""What a model is made of, read from its `config.json` and tensor table alone: no weights, no torch.
+"""What a model is made of, read from its `config.json` alone: no weights, no torch.
 
 The supported families share one layer: RMSNorm, grouped-query attention with rotary positions, RMSNorm,
 SiLU-gated feed-forward. Their differences (biases, norms on queries and keys, sliding windows) are fields here.
@@ -8,24 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final
 
-from subspec_cli.checkpoint.dtypes import DTYPES, WEIGHT_DTYPES
+from subspec_cli.checkpoint.config_fields import Family, family_of, read_fields, shown
+from subspec_cli.checkpoint.dtypes import DTYPES
 from subspec_cli.checkpoint.layer_tensors import LAYER_BLOCKS, LAYER_MATRICES
-from subspec_cli.checkpoint.safetensors_header import TensorEntry
-from subspec_cli.errors import IntegrityError, UnsupportedModelError
-from subspec_cli.units import printable
+from subspec_cli.errors import UnsupportedModelError
 
-SUPPORTED_ARCHITECTURES: Final = (
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-)
-_ROPE_TYPES: Final = ("default", "linear", "yarn", "longrope", "llama3")
-_LIBRARY_WINDOW: Final = 4096
-"""Sliding window, in positions, that the library assumes if config.json names none."""
+_LAYER_KINDS: Final = ("sliding_attention", "full_attention")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +25,7 @@ class ModelGeometry:
 
     architecture: str
     dtype: str
-    """Checkpoint dtype as safetensors writes it: BF16, F16 or F32."""
+    """Dtype of the matrices as safetensors writes it: BF16, F16 or F32. Everything is computed in it."""
     layers: int
     hidden: int
     feed_forward: int
@@ -133,161 +124,100 @@ class ModelGeometry:
         return shapes
 
 
-def read_geometry(config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> ModelGeometry:
-    """Geometry of a checkpoint, checked against its tensor table.
+def geometry_from_config(config: Mapping[str, Any], dtype: str) -> ModelGeometry:
+    """Geometry from a parsed `config.json`; `dtype` is that of the matrices.
 
     Raises:
-        UnsupportedModelError: another architecture, or a setting that is not supported.
-        IntegrityError: tensors that are missing, unexpected or of another shape.
+        UnsupportedModelError: another family, or a field that is not supported, by its name.
     """
-    geometry = geometry_from_config(config, _checkpoint_dtype(tensors))
-    if "lm_head.weight" in tensors:
-        # The library ties only equal tables, so running the stored head is right in both cases.
-        geometry = replace(geometry, tied_head=False)
-    _check_tensors(geometry, tensors)
-    return geometry
-
-
-def geometry_from_config(config: Mapping[str, Any], dtype: str) -> ModelGeometry:
-    """Geometry from a parsed `config.json`. Raises UnsupportedModelError with the field that is not supported."""
-    architecture = _architecture(config)
-    _refuse_unsupported_settings(config)
-    hidden, heads = _count(config, "hidden_size"), _count(config, "num_attention_heads")
-    layers = _count(config, "num_hidden_layers", most=10_000)
-    kv_heads = _count(config, "num_key_value_heads", default=heads)
+    family = family_of(config)
+    fields = read_fields(family, config)
+    if (act := fields["hidden_act"]) not in ("silu", "swish"):
+        raise UnsupportedModelError(f"hidden_act {shown(act)} is not supported, only silu")
+    heads, layers = _count(fields, "num_attention_heads"), _count(fields, "num_hidden_layers", most=10_000)
+    hidden, vocab = _count(fields, "hidden_size"), _count(fields, "vocab_size")
+    kv_heads = heads if fields["num_key_value_heads"] is None else _count(fields, "num_key_value_heads")
     if heads % kv_heads:
         raise UnsupportedModelError(
             f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
         )
-    bias = architecture in ("LlamaForCausalLM", "Qwen3ForCausalLM") and bool(
-        config.get("attention_bias", False)
-    )
+    if family.model_type == "llama" and hidden % heads:
+        raise UnsupportedModelError(f"hidden_size {hidden} is no multiple of num_attention_heads {heads}")
+    eps, pad = fields["rms_norm_eps"], fields["pad_token_id"]
+    if not 0 <= eps < math.inf:
+        raise UnsupportedModelError(f"config field rms_norm_eps is {shown(eps)}, not a small positive number")
+    if pad is not None and not -vocab <= pad < vocab:
+        raise UnsupportedModelError(f"config field pad_token_id is {pad}, the vocabulary has {vocab} tokens")
+    bias = bool(fields.get("attention_bias", False))
     return ModelGeometry(
-        architecture=architecture,
+        architecture=family.architecture,
         dtype=dtype,
         layers=layers,
         hidden=hidden,
-        feed_forward=_count(config, "intermediate_size"),
+        feed_forward=_count(fields, "intermediate_size"),
         heads=heads,
         kv_heads=kv_heads,
-        head_dim=_count(config, "head_dim", default=hidden // heads),
-        vocab=_count(config, "vocab_size"),
-        max_positions=_count(config, "max_position_embeddings"),
-        rms_norm_eps=_number(config, "rms_norm_eps", default=1e-6),
-        tied_head=bool(config.get("tie_word_embeddings", False)),
-        qkv_bias=architecture == "Qwen2ForCausalLM" or bias,
+        head_dim=_head_dim(config, fields),
+        vocab=vocab,
+        max_positions=_count(fields, "max_position_embeddings"),
+        rms_norm_eps=eps,
+        tied_head=fields["tie_word_embeddings"],
+        qkv_bias=family.model_type == "qwen2" or bias,
         output_bias=bias,
-        mlp_bias=architecture == "LlamaForCausalLM" and bool(config.get("mlp_bias", False)),
-        qk_norm=architecture == "Qwen3ForCausalLM",
-        windows=_windows(architecture, config, layers),
+        mlp_bias=bool(fields.get("mlp_bias", False)),
+        qk_norm=family.model_type == "qwen3",
+        windows=_windows(family, config, fields),
     )
 
 
-def _architecture(config: Mapping[str, Any]) -> str:
-    named = config.get("architectures") or ["(none named)"]
-    architecture = printable(str(named[0] if isinstance(named, list) else named))
-    if architecture not in SUPPORTED_ARCHITECTURES:
-        kind = "mixture-of-experts model " if any("expert" in key for key in config) else ""
+def _count(fields: Mapping[str, Any], key: str, *, least: int = 1, most: int = 1 << 28) -> int:
+    value: int = fields[key]
+    if type(value) is not int or not least <= value <= most:
         raise UnsupportedModelError(
-            f"{kind}{architecture} is not supported",
-            "supported are dense models: " + ", ".join(SUPPORTED_ARCHITECTURES),
-        )
-    return architecture
-
-
-def _refuse_unsupported_settings(config: Mapping[str, Any]) -> None:
-    if (act := config.get("hidden_act", "silu")) not in ("silu", "swish"):
-        raise UnsupportedModelError(f"hidden_act {printable(str(act))} is not supported, only silu")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise UnsupportedModelError(
-            f"rope_parameters or rope_scaling is no table: {printable(str(rope))[:80]}"
-        )
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in _ROPE_TYPES:
-        # `dynamic` depends on the longest position in a call. An unknown type must not run as another one.
-        raise UnsupportedModelError(
-            f"rotary positions of type {printable(str(rope_type))[:80]} are not run",
-            "supported types: " + ", ".join(_ROPE_TYPES),
-        )
-    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) not in (1.0, None):
-        raise UnsupportedModelError("partial_rotary_factor other than 1 is not supported")
-    for key in ("attn_logit_softcapping", "final_logit_softcapping", "attention_sinks", "num_local_experts"):
-        if config.get(key):
-            raise UnsupportedModelError(f"config field {key} is not supported")
-
-
-def _count(
-    config: Mapping[str, Any], key: str, *, default: int | None = None, least: int = 1, most: int = 1 << 28
-) -> int:
-    value = config.get(key)
-    value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise UnsupportedModelError(
-            f"config field {key} is {printable(str(value))[:80]}, not a count from {least} to {most}"
+            f"config field {key} is {shown(value)}, not a count from {least} to {most}"
         )
     return value
 
 
-def _number(config: Mapping[str, Any], key: str, *, default: float) -> float:
-    value = config.get(key, default)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise UnsupportedModelError(f"config field {key} is {printable(str(value))[:80]}, not a number")
-    return float(value)
+def _head_dim(config: Mapping[str, Any], fields: Mapping[str, Any]) -> int:
+    # Qwen2's code in the library reads a head_dim that its configuration class does not have.
+    given = {"head_dim": fields.get("head_dim", config.get("head_dim"))}
+    derived = fields["hidden_size"] // fields["num_attention_heads"]
+    size = derived if given["head_dim"] is None else _count(given, "head_dim", most=1 << 14)
+    if size < 2 or size % 2:
+        raise UnsupportedModelError(f"heads of size {size} are not supported: rotary positions turn pairs")
+    return size
 
 
-def _windows(architecture: str, config: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
-    everywhere = architecture == "MistralForCausalLM"
-    if architecture == "LlamaForCausalLM" or not (everywhere or config.get("use_sliding_window", False)):
-        return (None,) * layers
-    if config.get("sliding_window", _LIBRARY_WINDOW) is None:
-        return (None,) * layers
-    window = _count(config, "sliding_window", default=_LIBRARY_WINDOW)
-    if everywhere:
-        return (window,) * layers
-    if kinds := config.get("layer_types"):
-        known = isinstance(kinds, list) and all(
-            kind in ("sliding_attention", "full_attention") for kind in kinds
-        )
-        if not known or len(kinds) != layers:
+def _windows(family: Family, config: Mapping[str, Any], fields: Mapping[str, Any]) -> tuple[int | None, ...]:
+    layers: int = fields["num_hidden_layers"]
+    if "sliding_window" not in fields:
+        if config.get("sliding_window") is not None:
             raise UnsupportedModelError(
-                "config field layer_types does not name one known kind for each layer"
+                f"a {family.model_type} has no sliding_window, config.json sets {shown(config['sliding_window'])}",
+                'remove the field, or name the family that has it, such as "model_type": "mistral"',
             )
+        _check_kinds(config.get("layer_types"), layers, ("full_attention",))
+        return (None,) * layers
+    window = None
+    if fields.get("use_sliding_window", True) and fields["sliding_window"] is not None:
+        window = _count(fields, "sliding_window")
+    possible = _LAYER_KINDS if window is not None else ("full_attention",)
+    if "layer_types" not in fields:
+        # All layers of such a family have the same window.
+        _check_kinds(config.get("layer_types"), layers, possible[:1])
+        return (window,) * layers
+    if (kinds := fields["layer_types"]) is not None:
+        _check_kinds(kinds, layers, possible)
         return tuple(window if kind == "sliding_attention" else None for kind in kinds)
-    first = _count(config, "max_window_layers", default=28, least=0)
+    first = fields["max_window_layers"]
     return tuple(window if layer >= first else None for layer in range(layers))
 
 
-def _checkpoint_dtype(tensors: Mapping[str, TensorEntry]) -> str:
-    dtypes = sorted({entry.dtype for name, entry in tensors.items() if name.endswith("proj.weight")})
-    if len(dtypes) != 1 or dtypes[0] not in WEIGHT_DTYPES:
+def _check_kinds(kinds: object, layers: int, possible: tuple[str, ...]) -> None:
+    if kinds is None:
+        return
+    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in possible for kind in kinds):
         raise UnsupportedModelError(
-            f"weights of type {', '.join(dtypes) or '(none)'} are not supported",
-            "the checkpoint must be in one of BF16, F16, F32",
+            f"config field layer_types is {shown(kinds)}, not {layers} times {' or '.join(possible)}"
         )
-    return dtypes[0]
-
-
-def _check_tensors(geometry: ModelGeometry, tensors: Mapping[str, TensorEntry]) -> None:
-    expected = geometry.tensor_shapes()
-    missing = sorted(expected.keys() - tensors.keys())
-    if missing:
-        raise IntegrityError(f"{len(missing)} tensors are missing: {_some(missing)}")
-    unexpected = sorted(
-        name for name in tensors.keys() - expected.keys() if "rotary_emb.inv_freq" not in name
-    )
-    if unexpected:
-        raise IntegrityError(f"{len(unexpected)} tensors are not expected: {_some(unexpected)}")
-    for name, shape in expected.items():
-        if tensors[name].shape != shape:
-            raise IntegrityError(
-                f"tensor {printable(name)} has shape {list(tensors[name].shape)}, expected {list(shape)}"
-            )
-        if tensors[name].dtype != geometry.dtype:
-            raise IntegrityError(
-                f"tensor {printable(name)} is {tensors[name].dtype} in a {geometry.dtype} model"
-            )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(printable(name) for name in names[:4]) + (", …" if len(names) > 4 else "")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from subspec_cli.checkpoint.dtypes import DTYPES
-from subspec_cli.errors import IntegrityError
+from subspec_cli.errors import IntegrityError, UnsupportedModelError
 from subspec_cli.files.io_errors import read_error
 from subspec_cli.files.json_object import parse_json_object
 from subspec_cli.files.regular_file import open_regular
@@ -144,16 +144,20 @@ def _entry(name: str, info: object, path: Path, data_start: int) -> TensorEntry:
     if not isinstance(info, dict) or info.keys() != _FIELDS:
         raise _damaged(path, f"describes {name} otherwise than by dtype, shape and data_offsets")
     dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        known = ", ".join(DTYPES)
-        raise _damaged(path, f"gives {name} the dtype {ascii(dtype)[:40]}, expected one of {known}")
+    if not isinstance(dtype, str):
+        raise _damaged(path, f"gives {name} the dtype {ascii(dtype)[:40]}, expected a name")
+    if dtype not in DTYPES:
+        raise UnsupportedModelError(
+            f"{printable(str(path))} holds {name} in {ascii(dtype)[:40]}, a type that is not known here",
+            "give the 16-bit original",
+        )
     if not _is_list_of_sizes(shape) or len(shape) > MAX_DIMENSIONS:
         raise _damaged(
             path, f"gives {name} the shape {ascii(shape)[:80]}, expected up to {MAX_DIMENSIONS} sizes"
         )
     if not _is_list_of_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise _damaged(path, f"gives {name} the offsets {ascii(offsets)[:80]}, expected [begin, end]")
-    size_bytes = math.prod(shape) * DTYPES[dtype].size_bytes
+    size_bytes = -(-math.prod(shape) * DTYPES[dtype].bits // 8)
     if offsets[1] - offsets[0] != size_bytes:
         needed = f"{dtype} of shape {shape} needs {size_bytes}"
         raise _damaged(path, f"gives {name} {offsets[1] - offsets[0]} bytes, {needed}")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from subspec_cli.checkpoint.tokenizer_files import TOKENIZER_CHOICES
 from subspec_cli.errors import IntegrityError, UnsupportedModelError
 from subspec_cli.files.json_object import parse_json_object
 from subspec_cli.files.regular_file import read_small_file
@@ -17,12 +18,11 @@ from subspec_cli.units import printable
 CONFIG_NAME = "config.json"
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-TOKENIZER_CHOICES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
-"""Each of these sets of files is a complete tokenizer."""
 
 MAX_CONFIG_BYTES = 8 << 20
 MAX_INDEX_BYTES = 64 << 20
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+_SHARD_NAME = re.compile(r"model-\d+-of-\d+\.safetensors")
 _DRIVE = re.compile(r"[A-Za-z]:")
 
 
@@ -81,7 +81,7 @@ def read_config(directory: Path) -> tuple[bytes, dict[str, Any]]:
     path = confine(directory, CONFIG_NAME)
     shown = printable(str(directory / CONFIG_NAME))
     if not path.exists():
-        raise UnsupportedModelError(f"no {CONFIG_NAME} in {printable(str(directory))}: it holds no model")
+        raise no_config_error((entry.name for entry in directory.iterdir()), printable(str(directory)))
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise UnsupportedModelError(
             f"{shown} has {path.stat().st_size} bytes, at most {MAX_CONFIG_BYTES} are read"
@@ -101,16 +101,12 @@ def check_config(config: Mapping[str, Any]) -> None:
     """Refuse what no family can run, judged by config.json alone.
 
     Raises:
-        UnsupportedModelError: remote code, or weights that are quantized already.
+        UnsupportedModelError: remote code.
     """
     if config.get("auto_map"):
-        raise UnsupportedModelError("the model needs remote code, which is not run (auto_map in config.json)")
-    quantization = config.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         raise UnsupportedModelError(
-            f"the model is already quantized ({ascii(method or 'unknown method').strip(chr(39))[:40]})",
-            "give the 16-bit original",
+            "the model needs remote code, which is not run (auto_map in config.json)",
+            "if its model_type is a supported one, remove auto_map from config.json",
         )
 
 
@@ -165,16 +161,41 @@ def has_tokenizer(directory: Path) -> bool:
     return any(all(confine(directory, name).exists() for name in names) for names in TOKENIZER_CHOICES)
 
 
-def no_tokenizer_error(where: str) -> UnsupportedModelError:
-    """The error for a model without a tokenizer; `where` is the place that lacks it."""
-    return UnsupportedModelError(
-        f"no tokenizer in {where}: expected tokenizer.json, tokenizer.model, or vocab.json with merges.txt"
-    )
+def read_if_present(directory: Path, name: str, most_bytes: int) -> bytes | None:
+    """Content of a small file of a model; None if there is none.
+
+    Raises:
+        IntegrityError: as `confine` and `read_small_file`.
+        ResourceError: unreadable.
+    """
+    path = confine(directory, name)
+    return read_small_file(path, most_bytes) if path.exists() else None
 
 
-def no_weights_error(names: list[str], where: str) -> UnsupportedModelError:
-    """The error for a model without safetensors; `names` are its files, `where` is the place that holds them."""
-    pickles = sorted(name for name in names if os.path.basename(name).endswith(_PICKLE_SUFFIXES))
+def no_config_error(names: Iterable[str], where: str) -> UnsupportedModelError:
+    """The error for a place without config.json; `names` are its files."""
+    present = set(names)
+    if "adapter_config.json" in present:
+        return UnsupportedModelError(
+            f"{where} holds an adapter alone, not a model",
+            "merge it into its base model (peft: merge_and_unload, then save_pretrained) and give the result",
+        )
+    return UnsupportedModelError(f"no {CONFIG_NAME} in {where}: it holds no model", _other_form(present))
+
+
+def no_weights_error(names: Iterable[str], where: str) -> UnsupportedModelError:
+    """The error for a model without usable safetensors; `names` are its files, `where` the place that holds them."""
+    present = sorted(names)
+    pickles = [name for name in present if os.path.basename(name).endswith(_PICKLE_SUFFIXES)]
+    shards = [name for name in present if _SHARD_NAME.fullmatch(name)]
+    if shards:
+        way_out = f"fetch {INDEX_NAME} too"
+        if len(shards) == 1 and shards[0].endswith("-00001-of-00001.safetensors"):
+            way_out = f"it is the whole model: rename {shards[0]} to {SINGLE_NAME}"
+        return UnsupportedModelError(
+            f"{where} has {printable(', '.join(shards[:4]))}, but neither {SINGLE_NAME} nor {INDEX_NAME}",
+            way_out,
+        )
     if pickles:
         more = f" and {len(pickles) - 4} more" if len(pickles) > 4 else ""
         shown = printable(", ".join(pickles[:4])) + more
@@ -183,8 +204,20 @@ def no_weights_error(names: list[str], where: str) -> UnsupportedModelError:
             "look for a revision or a copy of the model with .safetensors files",
         )
     return UnsupportedModelError(
-        f"{where} has neither {SINGLE_NAME} nor {INDEX_NAME}; subspec reads safetensors"
+        f"{where} has neither {SINGLE_NAME} nor {INDEX_NAME}; subspec reads safetensors",
+        _other_form(set(present)),
     )
+
+
+def _other_form(names: set[str]) -> str:
+    """Hint that names the form in which the model is there, if it is a known one."""
+    if any(name.startswith("consolidated") for name in names):
+        return "consolidated files are the vendor's own format: take a copy in the Hugging Face layout"
+    if any(name.endswith(".gguf") for name in names):
+        return "GGUF files are not read: take the 16-bit original in the Hugging Face layout"
+    if any(name.startswith("adapter_model") for name in names):
+        return "it is an adapter: merge it into its base model and give the result"
+    return "give the directory that holds config.json, the tokenizer and the .safetensors files of one model"
 
 
 def tokenizer_bytes_in(directory: Path) -> int:

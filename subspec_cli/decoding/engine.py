@@ -141,7 +141,8 @@ class Engine:
                 f"the prompt has {len(prompt)} tokens, the context holds {self._kv.context}",
                 "shorten the prompt, or raise --context",
             )
-        reused = min(common_prefix(prompt, self._kv.token_ids), len(prompt) - 1)
+        turned_anew = self._target.begin_answer(len(prompt))
+        reused = 0 if turned_anew else min(common_prefix(prompt, self._kv.token_ids), len(prompt) - 1)
         self._kv.rewind(reused)
         passes = prompt_passes(prompt_groups(prompt, reused, self._target.rules), self._prompt_rows)
         for groups in passes:

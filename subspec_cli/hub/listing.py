@@ -16,10 +16,11 @@ from subspec_cli.checkpoint.source_directory import (
     WeightIndex,
     confine,
     first_missing_file,
+    no_config_error,
     no_weights_error,
     read_index,
 )
-from subspec_cli.errors import IntegrityError, NetworkError, UnsupportedModelError
+from subspec_cli.errors import IntegrityError, NetworkError
 from subspec_cli.files.regular_file import has_size
 from subspec_cli.hub.cache import cached_snapshot
 from subspec_cli.hub.hub_errors import explain_hub_error, not_a_hub
@@ -154,8 +155,8 @@ def _fetch_listing(
     sizes = {sibling.rfilename: sibling.size for sibling in found[0].siblings or ()}
     if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
         raise not_a_hub()
-    if SINGLE_NAME not in sizes and INDEX_NAME not in sizes:
-        raise no_weights_error(list(sizes), model_id)
     if CONFIG_NAME not in sizes:
-        raise UnsupportedModelError(f"{model_id} has no {CONFIG_NAME}: it holds no model")
+        raise no_config_error(sizes, model_id)
+    if SINGLE_NAME not in sizes and INDEX_NAME not in sizes:
+        raise no_weights_error(sizes, model_id)
     return Listing(commit, sizes)

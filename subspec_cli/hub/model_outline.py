@@ -6,14 +6,21 @@ A few kilobytes are read for a model of gigabytes. Nothing is written to disk.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from subspec_cli.checkpoint.checkpoint import check_index, open_checkpoint
+from subspec_cli.checkpoint.checkpoint import open_checkpoint
+from subspec_cli.checkpoint.repository import (
+    DECIDING_FILES,
+    Repository,
+    check_fields,
+    check_tokenizer_in,
+    decide_repository,
+    read_repository,
+)
 from subspec_cli.checkpoint.safetensors_header import TensorEntry, header_length, parse_entries
 from subspec_cli.checkpoint.source_directory import (
     CONFIG_NAME,
@@ -21,13 +28,14 @@ from subspec_cli.checkpoint.source_directory import (
     MAX_CONFIG_BYTES,
     MAX_INDEX_BYTES,
     SINGLE_NAME,
-    TOKENIZER_CHOICES,
+    WeightIndex,
     first_missing_file,
-    no_tokenizer_error,
     parse_config,
     parse_index,
     tokenizer_bytes_in,
 )
+from subspec_cli.checkpoint.tensor_table import indexed_tensors
+from subspec_cli.checkpoint.tokenizer_files import MAX_SMALL_FILE_BYTES, check_tokenizer, missing_tokenizer
 from subspec_cli.errors import IntegrityError
 from subspec_cli.hub.cache import cached_snapshot, repo_cache
 from subspec_cli.hub.download import DownloadContext
@@ -53,8 +61,7 @@ class ModelOutline:
     model_id: str
     commit: str
     """The hub's commit; for a directory and the demo, the checkpoint's fingerprint."""
-    config: dict[str, Any]
-    tensors: Mapping[str, TensorEntry]
+    repository: Repository
     tokenizer_bytes: int
     missing_bytes: int
     """Bytes that `prepare` would download."""
@@ -68,35 +75,37 @@ def outline_model(
     model: str,
     revision: str | None = None,
     *,
-    accept_config: Callable[[Mapping[str, Any]], None],
     reporter: Reporter,
     retry_policy: RetryPolicy = RETRY_POLICY,
 ) -> ModelOutline:
     """Outline a model. The network is used only for a model on the hub that is not complete in the cache.
 
-    Arguments and errors are those of `open_model`.
+    Arguments and errors are those of `open_model` and `decide_repository`.
     """
     name = parse_model_name(model)
     check_revision(name, revision)
     directory = name.directory or _complete_snapshot(name.model_id, revision)
     if directory is not None:
-        return _outline_directory(name.model_id, directory, accept_config, is_hub=name.directory is None)
+        return _outline_directory(name.model_id, directory, is_hub=name.directory is None)
     listing = find_listing(name.model_id, revision, retry_policy, reporter)
     channel = WorkerChannel(reporter)
     context = DownloadContext(name.model_id, listing.commit, repo_cache(name.model_id), retry_policy, channel)
     reader = _CommitReader(context)
     config: list[dict[str, Any]] = []
-    run_all([lambda: config.append(_read_config(reader, accept_config))], channel)
-    if not any(all(file in listing.sizes for file in names) for names in TOKENIZER_CHOICES):
-        raise no_tokenizer_error(printable(name.model_id))
-    tensors, weight_files = _read_headers(reader, listing, channel)
+    run_all([lambda: config.append(_read_config(reader))], channel)
+    if error := missing_tokenizer(listing.sizes, printable(name.model_id)):
+        raise error
+    small = _read_small_files(reader, listing, channel)
+    tensors, index, weight_files = _read_headers(reader, listing, channel)
+    where = printable(name.model_id)
+    repository = decide_repository(config[0], tensors, index, lambda file, _: small.get(file), where)
+    check_tokenizer(lambda file, _: small.get(file), where, repository.geometry.vocab)
     snapshot = context.cache.snapshot_path(listing.commit)
     needed = (CONFIG_NAME, *listing.small_files, *weight_files)
     return ModelOutline(
         model_id=name.model_id,
         commit=listing.commit,
-        config=config[0],
-        tensors=tensors,
+        repository=repository,
         tokenizer_bytes=sum(
             size or 0 for file, size in listing.sizes.items() if fnmatchcase(file, "tokenizer*")
         ),
@@ -113,16 +122,14 @@ def _complete_snapshot(model_id: str, revision: str | None) -> Path | None:
     return snapshot if snapshot is not None and first_missing_file(snapshot) is None else None
 
 
-def _outline_directory(
-    model_id: str, directory: Path, accept_config: Callable[[Mapping[str, Any]], None], *, is_hub: bool
-) -> ModelOutline:
+def _outline_directory(model_id: str, directory: Path, *, is_hub: bool) -> ModelOutline:
     checkpoint = open_checkpoint(directory)
-    accept_config(checkpoint.config)
+    repository = read_repository(checkpoint)
+    check_tokenizer_in(directory, repository)
     return ModelOutline(
         model_id=model_id,
         commit=directory.name if is_hub else checkpoint.fingerprint,
-        config=checkpoint.config,
-        tensors=checkpoint.tensors,
+        repository=repository,
         tokenizer_bytes=tokenizer_bytes_in(directory),
         missing_bytes=0,
         received_bytes=0,
@@ -130,16 +137,30 @@ def _outline_directory(
     )
 
 
-def _read_config(reader: _CommitReader, accept_config: Callable[[Mapping[str, Any]], None]) -> dict[str, Any]:
+def _read_config(reader: _CommitReader) -> dict[str, Any]:
     config = parse_config(reader.read_small_file(CONFIG_NAME, MAX_CONFIG_BYTES), CONFIG_NAME)
-    accept_config(config)
+    check_fields(config)
     return config
+
+
+def _read_small_files(reader: _CommitReader, listing: Listing, channel: WorkerChannel) -> dict[str, bytes]:
+    """The files that decide what the model is, besides its config and weights, by name."""
+    wanted = [name for name in DECIDING_FILES if name in listing.sizes]
+    if "tokenizer.json" in wanted:  # the other forms of the vocabulary are not read
+        wanted = [name for name in wanted if name not in ("tokenizer.model", "vocab.json", "merges.txt")]
+    found: dict[str, bytes] = {}
+
+    def read(name: str) -> None:
+        found[name] = reader.read_small_file(name, MAX_SMALL_FILE_BYTES)
+
+    run_all([partial(read, name) for name in wanted], channel)
+    return found
 
 
 def _read_headers(
     reader: _CommitReader, listing: Listing, channel: WorkerChannel
-) -> tuple[dict[str, TensorEntry], tuple[str, ...]]:
-    """The tensors of all weight files, by name, and the names of the files."""
+) -> tuple[dict[str, TensorEntry], WeightIndex | None, tuple[str, ...]]:
+    """The tensors of all weight files, by name, the index, and the names of the files."""
     entries: dict[str, tuple[TensorEntry, ...]] = {}
 
     def read(name: str) -> None:
@@ -147,14 +168,13 @@ def _read_headers(
 
     if SINGLE_NAME in listing.sizes:
         run_all([partial(read, SINGLE_NAME)], channel)
-        return {entry.name: entry for entry in entries[SINGLE_NAME]}, (SINGLE_NAME,)
+        return indexed_tensors(entries, None), None, (SINGLE_NAME,)
     raw: list[bytes] = []
     run_all([lambda: raw.append(reader.read_small_file(INDEX_NAME, MAX_INDEX_BYTES))], channel)
     index = parse_index(raw[0], INDEX_NAME)
     listing.check_index_names(index)
     run_all([partial(read, name) for name in index.file_names], channel)
-    check_index(Path(reader.model_id), index, entries)
-    return {entry.name: entry for found in entries.values() for entry in found}, index.file_names
+    return indexed_tensors(entries, index), index, index.file_names
 
 
 class _CommitReader:

@@ -148,6 +148,10 @@ class TargetDecoder:
                 pass
         return self.logits(flow, logits_from=logits_from)
 
+    def begin_answer(self, prompt_tokens: int) -> bool:
+        """Choose the rotary table for a prompt; return whether rows that are cached are turned by another one."""
+        return self.math.rope.begin(prompt_tokens)
+
     @torch.inference_mode()
     def begin(self, groups: Sequence[RowGroup], kv: KVCache) -> Flow:
         """Begin a pass over groups of rows: embed their tokens, ready for `layers`."""

@@ -21,12 +21,13 @@ def table_embedding(weight: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 class DiskEmbedding:
-    """Reads the rows of an untied table from its file: a few KB per token, and the table needs no memory."""
+    """Reads the rows of an untied table from its file, in `dtype`: a few KB per token, no memory for the table."""
 
-    def __init__(self, entry: TensorEntry) -> None:
+    def __init__(self, entry: TensorEntry, dtype: torch.dtype) -> None:
         self._entry = entry
-        self._dtype = torch_dtype(entry.dtype)
-        self._row_bytes = entry.shape[1] * self._dtype.itemsize
+        self._dtype = dtype
+        self._stored = torch_dtype(entry.dtype)
+        self._row_bytes = entry.shape[1] * self._stored.itemsize
         try:
             self._file = os.open(entry.path, os.O_RDONLY)
         except OSError as error:
@@ -40,7 +41,7 @@ class DiskEmbedding:
             if len(row) != self._row_bytes:
                 raise IntegrityError(f"{printable(str(self._entry.path))} ends inside the embedding table")
             rows += row
-        return torch.frombuffer(rows, dtype=self._dtype).view(len(token_ids), -1)
+        return torch.frombuffer(rows, dtype=self._stored).view(len(token_ids), -1).to(self._dtype)
 
     def close(self) -> None:
         """Close the file."""

@@ -1,4 +1,4 @@
-"""A model's configuration, tokenizer and end tokens through transformers; remote code is never run."""
+"""A model's tokenizer and chat template through transformers; remote code is never run."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
-from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig
 
+from subspec_cli.checkpoint.tokenizer_files import TokenizerFacts
 from subspec_cli.errors import IntegrityError, UnsupportedModelError
-from subspec_cli.files.json_object import parse_json_object
-from subspec_cli.files.regular_file import read_small_file
 from subspec_cli.streaming.memory_meter import return_freed_memory_now
 from subspec_cli.units import printable
 
-_MOST_CONFIG_BYTES: Final = 1 << 20
+_NO_LIMIT: Final = 1 << 40
+"""Tokens of the longest text that the library does not warn about; the plan judges the length of a text."""
 _USED_LATER: Final = ("encodings.unicode_escape", "jinja2", "transformers.tokenization_python")
 """Modules that transformers imports when it first encodes a text or applies a template."""
 
@@ -27,20 +27,18 @@ def import_libraries(model_type: str) -> None:
     """
     for name in _USED_LATER:
         import_module(name)
-    if model_type in CONFIG_MAPPING:
-        CONFIG_MAPPING[model_type]
+    CONFIG_MAPPING[model_type]
 
 
-def load_config(directory: Path) -> PreTrainedConfig:
-    """Load `config.json` as transformers' configuration object."""
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(
-            directory, trust_remote_code=False, local_files_only=True
-        )
-    except Exception as error:  # validators of the library raise any exception
-        raise UnsupportedModelError(
-            f"config.json is not understood: {printable(str(error))[:300]}"
-        ) from error
+def _tokenizer_config(directory: Path, facts: TokenizerFacts) -> PreTrainedConfig:
+    """The configuration by which the library chooses the class of a tokenizer.
+
+    It is made from what was decided and not from config.json, which may hold fields that stop the library.
+    """
+    config: PreTrainedConfig = CONFIG_MAPPING[facts.model_type]()
+    config.name_or_path = str(directory)
+    if facts.class_name:
+        config.tokenizer_class = facts.class_name
     return config
 
 
@@ -50,19 +48,20 @@ class ModelTokenizer:
     The plan judges the length of a text, so the library's warnings of long texts are off.
     """
 
-    def __init__(self, directory: Path, vocab: int) -> None:
+    def __init__(self, directory: Path, facts: TokenizerFacts) -> None:
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(
-                directory, trust_remote_code=False, local_files_only=True
+                directory,
+                config=_tokenizer_config(directory, facts),
+                model_max_length=_NO_LIMIT,
+                trust_remote_code=False,
+                local_files_only=True,
             )
         except Exception as error:  # parsers of the library raise any exception
             raise IntegrityError(
                 f"the tokenizer in {printable(str(directory))} cannot be loaded: {printable(str(error))[:300]}"
             ) from error
-        if len(self._tokenizer) > vocab:
-            raise UnsupportedModelError(
-                f"the tokenizer has {len(self._tokenizer)} tokens, the model's head only {vocab} rows"
-            )
+        self._rows = facts.rows
         self._drop_what_it_was_made_from()
 
     def _drop_what_it_was_made_from(self) -> None:
@@ -82,7 +81,7 @@ class ModelTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of raw text, with the special tokens that the tokenizer adds by itself."""
-        return list(self._tokenizer.encode(text, verbose=False))
+        return self._with_rows(self._tokenizer.encode(text, verbose=False))
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Token ids of a conversation, up to the beginning of the assistant's answer."""
@@ -95,7 +94,18 @@ class ModelTokenizer:
                 f"the chat template refuses this conversation: {printable(str(error))[:300]}",
                 "--raw completes the bare text, without the template",
             ) from error
-        return list(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
+        return self._with_rows(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
+
+    def _with_rows(self, token_ids: Sequence[int]) -> list[int]:
+        """Refuse tokens beyond the model's tables: the library adds special tokens that have no row."""
+        if (largest := max(token_ids, default=0)) >= self._rows:
+            token = printable(str(self._tokenizer.convert_ids_to_tokens(largest)))
+            raise UnsupportedModelError(
+                f"the prompt holds the token {token} with id {largest}, the model's tables only "
+                f"have {self._rows} rows",
+                "leave it out of the prompt",
+            )
+        return list(token_ids)
 
     def encode_prompt(self, text: str, *, system: str | None, raw: bool) -> list[int]:
         """Token ids of one prompt: through the chat template if there is one, unless `raw`."""
@@ -121,21 +131,3 @@ class ModelTokenizer:
                 list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
             )
         )
-
-    @property
-    def eos_id(self) -> int | None:
-        """The tokenizer's own end token; None if it has none."""
-        found: int | None = self._tokenizer.eos_token_id
-        return found
-
-
-def end_token_ids(directory: Path, config: PreTrainedConfig, tokenizer: ModelTokenizer) -> frozenset[int]:
-    """All tokens that end an answer: the generation config's, else the model config's, and the tokenizer's."""
-    named = config.eos_token_id
-    path = directory / "generation_config.json"
-    if path.is_file():
-        content = read_small_file(path, _MOST_CONFIG_BYTES)
-        generation = parse_json_object(content, printable(str(path)), IntegrityError)
-        named = generation.get("eos_token_id", named)
-    found = named if isinstance(named, list) else [named]
-    return frozenset(token for token in (*found, tokenizer.eos_id) if isinstance(token, int))

@@ -14,6 +14,7 @@ from subspec_cli.planning.device_profile import EmbeddingPlace
 from subspec_cli.planning.memory import HeadBits, MemoryLayout, MemoryModel
 from subspec_cli.planning.request import PlanRequest, WantedTokens, usual_contexts
 from subspec_cli.planning.timing import DepthOption, RoundTimer, RoundTiming
+from subspec_cli.substitutes.settings import group_size_for
 
 _MOST_OF_THE_OTHER_KIND: Final = 1
 """The best mix of shared and target-only layers is nearly pure; one layer of the other kind may use the rest."""
@@ -151,7 +152,10 @@ def layouts(request: PlanRequest) -> Iterator[MemoryLayout]:
     """Yield every layout of a request, of any size."""
     layers, slot_counts = request.geometry.layers, request.profile.slot_counts
     tied: tuple[EmbeddingPlace, ...] = ("tied",)
-    heads: tuple[tuple[bool, HeadBits], ...] = ((False, 16), (True, 16), (True, 4))
+    heads: list[tuple[bool, HeadBits]] = [(False, 16), (True, 16)]
+    # The low-bit kernels do not take every size of a vocabulary.
+    if group_size_for((request.geometry.vocab, request.geometry.hidden)) is not None:
+        heads.append((True, 4))
     for place in tied if request.geometry.tied_head else request.profile.untied_places:
         for drafts, head_bits in heads if request.substitute_bytes is not None else heads[:1]:
             for shared, target_only in _resident_layers(request, drafts=drafts):

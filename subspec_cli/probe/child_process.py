@@ -10,11 +10,12 @@ import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from subspec_cli.checkpoint.checkpoint import open_checkpoint
-from subspec_cli.checkpoint.geometry import read_geometry
+from subspec_cli.checkpoint.repository import read_repository
 from subspec_cli.planning.costs import MachineCosts
 from subspec_cli.reporter import Reporter
 from subspec_cli.substitutes.settings import SubstituteSettings
@@ -99,11 +100,12 @@ def main() -> None:
     overrides = tuple((name, bits) for name, bits in order["overrides"])
     settings = SubstituteSettings(order["bits"], order["optimizer"], overrides)
     checkpoint = open_checkpoint(Path(order["directory"]))
-    geometry = read_geometry(checkpoint.config, checkpoint.tensors)
+    repository = read_repository(checkpoint)
+    checkpoint = replace(checkpoint, tensors=repository.tensors)
     device = torch.device(order["device"])
     _say({"doing": "timing this machine"})
     reporter = Reporter(progress=lambda doing: _say({"doing": f"timing this machine: {doing}"}))
-    costs = probe_machine(geometry, settings, checkpoint, device, reporter)
+    costs = probe_machine(repository.geometry, settings, checkpoint, device, reporter)
     _say({"costs": costs.as_dict()})
 
 

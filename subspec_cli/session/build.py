@@ -40,11 +40,13 @@ def build_session(
     device = open_device(config.memory.device)
     return_freed_memory_at_once()
     directory, geometry = found.checkpoint.directory, found.geometry
-    import_libraries(str(found.checkpoint.config["model_type"]))
+    import_libraries(found.repository.tokenizer.model_type)
+    for note in found.repository.notes:
+        reporter.note(note)
     # Every library is imported now: what memory grows by from here on is the run's.
     meter = MemoryMeter(device)
     reporter.progress("loading the tokenizer")
-    tokenizer = ModelTokenizer(directory, geometry.vocab)
+    tokenizer = ModelTokenizer(directory, found.repository.tokenizer)
     wanted = None if count is None else count(tokenizer)
     if wanted is not None:
         check_prompt_fits(wanted, config.memory.context, geometry.max_positions)

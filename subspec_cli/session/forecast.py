@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from subspec_cli.checkpoint.geometry import ModelGeometry, read_geometry
+from subspec_cli.checkpoint.geometry import ModelGeometry
 from subspec_cli.config import BIT_WIDTHS, DEFAULT_BITS, Config
 from subspec_cli.errors import ResourceError, UsageError
 from subspec_cli.hub.model_outline import outline_model
@@ -18,7 +18,6 @@ from subspec_cli.planning.plan import OffloadPlan, PlanBounds, bounds_of, fastes
 from subspec_cli.planning.request import MemoryLimits, PlanRequest, budget_bytes, plan_request, ram_bytes
 from subspec_cli.probe.kept_costs import known_costs, probe_subject
 from subspec_cli.reporter import Reporter
-from subspec_cli.session.prepare import accept_config
 from subspec_cli.streaming.host_memory import has_gpu, host_available_bytes
 from subspec_cli.substitutes.prepared_model import PreparedModel, find_prepared_sets
 from subspec_cli.substitutes.settings import SubstituteSettings, substitute_layer_bytes
@@ -75,8 +74,10 @@ def forecast(
     `make_plan` raise, and UsageError for a bad budget.
     """
     device, device_reason = _device(config.memory.device)
-    outline = outline_model(model, config.model.revision, accept_config=accept_config, reporter=reporter)
-    geometry = read_geometry(outline.config, outline.tensors)
+    outline = outline_model(model, config.model.revision, reporter=reporter)
+    for note in outline.repository.notes:
+        reporter.note(note)
+    geometry = outline.repository.geometry
     prepared = _prepared(model, config)
     chosen = [item.manifest.settings for item in prepared] or [_settings(config)]
     compare_bytes = [gib_to_bytes(gib, "--compare") for gib in compare_gib]

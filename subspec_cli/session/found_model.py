@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from subspec_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from subspec_cli.checkpoint.geometry import ModelGeometry, read_geometry
+from subspec_cli.checkpoint.geometry import ModelGeometry
+from subspec_cli.checkpoint.repository import Repository, read_repository
 from subspec_cli.config import Config
 from subspec_cli.errors import IntegrityError, SubspecError, UsageError
 from subspec_cli.hub.command_hints import prepare_command
@@ -22,9 +23,15 @@ class FoundModel:
 
     prepared: PreparedModel
     checkpoint: Checkpoint
-    geometry: ModelGeometry
+    """Its tensors are those that the model needs."""
+    repository: Repository
     others: tuple[PreparedModel, ...] = ()
     """Substitutes of other widths for the same weights. The plan may take them if the user named no width."""
+
+    @property
+    def geometry(self) -> ModelGeometry:
+        """Sizes of the model."""
+        return self.repository.geometry
 
 
 def find_model(config: Config) -> FoundModel:
@@ -37,9 +44,10 @@ def find_model(config: Config) -> FoundModel:
     _check_prepared_revision(manifest, config.model.revision)
     checkpoint = open_checkpoint(find_source_directory(manifest.model_id, manifest.commit))
     check_pairing(prepared, checkpoint)
-    geometry = read_geometry(checkpoint.config, checkpoint.tensors)
+    repository = read_repository(checkpoint)
+    checkpoint = replace(checkpoint, tensors=repository.tensors)
     return FoundModel(
-        prepared, checkpoint, geometry, tuple(item for item in others if _fits(item, checkpoint))
+        prepared, checkpoint, repository, tuple(item for item in others if _fits(item, checkpoint))
     )
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor
-from transformers import PreTrainedConfig
 
 from subspec_cli.checkpoint.checkpoint import check_unchanged
 from subspec_cli.checkpoint.layer_tensors import LAYER_MATRICES, layer_prefix
@@ -23,7 +22,7 @@ from subspec_cli.modeling.embedding import DiskEmbedding, table_embedding
 from subspec_cli.modeling.exact_attention import FIRST_RULES, AttentionRules, ExactAttention
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.layers import LayerMath
-from subspec_cli.modeling.pretrained import ModelTokenizer, end_token_ids, load_config
+from subspec_cli.modeling.pretrained import ModelTokenizer
 from subspec_cli.modeling.rope import RopeTable, build_rope_table
 from subspec_cli.modeling.row_rules import RowRules
 from subspec_cli.modeling.self_check import SelfCheck, check_batch_invariance
@@ -115,9 +114,7 @@ class Loader:
 
     def _load(self) -> LoadedModel:
         found, plan = self._opening.found, self._opening.plan
-        directory = found.checkpoint.directory
-        config = load_config(directory)
-        small, rope = self._small_tensors(), self._rope(config)
+        small, rope = self._small_tensors(), self._rope()
         math = LayerMath(found.geometry, small, rope)
         substitutes = self._substitutes(math) if plan.drafts else {}
         with ExitStack() as opened:
@@ -141,7 +138,7 @@ class Loader:
             mark_used(found.prepared.directory)
             return LoadedModel(
                 tokenizer=self._tokenizer,
-                eos_ids=end_token_ids(directory, config, self._tokenizer),
+                eos_ids=frozenset(found.repository.end_ids),
                 math=math,
                 attention=self._attention(self_check.attention),
                 embed=embed,
@@ -190,7 +187,7 @@ class Loader:
 
     def _read(self, names: list[str]) -> dict[str, Tensor]:
         found = read_tensors([self._opening.found.checkpoint.tensors[name] for name in names])
-        return {name: tensor.to(self._opening.device) for name, tensor in found.items()}
+        return {name: tensor.to(self._opening.device, self._opening.dtype) for name, tensor in found.items()}
 
     def _small_tensors(self) -> tuple[dict[str, Tensor], ...]:
         """Return norms and biases of each layer, by their names inside it."""
@@ -203,12 +200,10 @@ class Loader:
             layers.append({name: found[prefix + name] for name in names})
         return tuple(layers)
 
-    def _rope(self, config: PreTrainedConfig) -> RopeTable:
-        context = self._opening.plan.context
+    def _rope(self) -> RopeTable:
         return build_rope_table(
-            config,
-            context=context,
-            positions=context + self._opening.plan.scratch_rows,
+            self._opening.found.repository.rope,
+            positions=self._opening.plan.context + self._opening.plan.scratch_rows,
             dtype=self._opening.dtype,
             device=self._opening.device,
         )
@@ -237,8 +232,9 @@ class Loader:
         if table in loaded:
             return table_embedding(loaded[table]), head
         if place == "host":
-            return self._host_embedding(read_tensors([checkpoint.tensors[table]])[table], opened), head
-        rows = DiskEmbedding(checkpoint.tensors[table])
+            host = read_tensors([checkpoint.tensors[table]])[table].to(self._opening.dtype)
+            return self._host_embedding(host, opened), head
+        rows = DiskEmbedding(checkpoint.tensors[table], self._opening.dtype)
         opened.callback(rows.close)
         return rows, head
 

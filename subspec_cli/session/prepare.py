@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from subspec_cli.checkpoint.geometry import ModelGeometry, geometry_from_config, read_geometry
+from subspec_cli.checkpoint.geometry import ModelGeometry
 from subspec_cli.checkpoint.layer_tensors import LAYER_MATRICES
-from subspec_cli.checkpoint.source_directory import check_config
+from subspec_cli.checkpoint.repository import Repository, check_fields, check_tokenizer_in, read_repository
 from subspec_cli.errors import UsageError
 from subspec_cli.hub.model_name import name_of_id
 from subspec_cli.hub.source_model import open_model
@@ -28,8 +28,6 @@ from subspec_cli.versions import library_versions
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_ASSUMED_DTYPE: Final = "BF16"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +92,14 @@ def prepare(
         latest[:] = [state]
         progress(state)
 
-    with open_model(model, revision, accept_config=accept_config, reporter=reporter) as opened:
-        geometry = read_geometry(opened.checkpoint.config, opened.checkpoint.tensors)
+    with open_model(model, revision, accept_config=check_fields, reporter=reporter) as opened:
+        repository = read_repository(opened.checkpoint)
+        geometry = repository.geometry
+        for note in repository.notes:
+            reporter.note(note)
+        _check_tokenizer(opened.checkpoint.directory, repository)
         prepared = prepare_model(
-            opened,
+            replace(opened, checkpoint=replace(opened.checkpoint, tensors=repository.tensors)),
             geometry,
             _recipe(settings),
             force=force,
@@ -127,6 +129,14 @@ def repair(
         revision=manifest.commit if is_on_hub else None,
         progress=progress,
     )
+
+
+def _check_tokenizer(directory: Path, repository: Repository) -> None:
+    """Load the tokenizer as `run` will, so that a fault in it shows before weights are fetched."""
+    check_tokenizer_in(directory, repository)
+    from subspec_cli.modeling.pretrained import ModelTokenizer
+
+    ModelTokenizer(directory, repository.tokenizer)
 
 
 def _report(
@@ -189,9 +199,3 @@ def _matching(overrides: Iterable[tuple[str, int]], bits: int) -> tuple[tuple[st
 
 _QUANTIZERS: Final = ("torch", "optimum-quanto")
 """Libraries that determine the bytes of substitutes."""
-
-
-def accept_config(config: Mapping[str, Any]) -> None:
-    """Refuse a model of an unsupported kind before any of its weights is fetched."""
-    check_config(config)
-    geometry_from_config(config, _ASSUMED_DTYPE)

@@ -30,7 +30,7 @@ def substitute_layer_bytes(geometry: ModelGeometry, settings: SubstituteSettings
     for name in LAYER_MATRICES:
         elements, group_size = math.prod(shapes[name]), group_size_for(shapes[name])
         if group_size is None:
-            total += elements * 2
+            total += elements * geometry.element_bytes
         elif settings.bits_of(name) == 8:
             total += elements + shapes[name][0] * 2
         else:
