@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Final
 
@@ -20,6 +21,11 @@ _LIBRARIES: Final = (
 def library_versions() -> dict[str, str]:
     """Installed version of each library, by package name."""
     return {name: _installed(name) for name in _LIBRARIES}
+
+
+def torch_has_gpu_code() -> bool:
+    """Whether PyTorch is a build for GPUs, whose libraries take memory on the CPU too."""
+    return "+cpu" not in _installed("torch") and sys.platform == "linux"
 
 
 def _installed(name: str) -> str:

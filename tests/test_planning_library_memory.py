@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from test_planning_plan import line_bytes, make_geometry, make_request
 
+from subspec_cli import versions
 from subspec_cli.limits import MOST_ROWS
 from subspec_cli.modeling.row_rules import RowRules
 from subspec_cli.planning.device_profile import device_profile
@@ -68,3 +69,15 @@ def test_the_whole_process_is_the_plan_and_the_bare_process() -> None:
     assert on_cpu.process_bytes == on_cpu.total_bytes + device_profile("cpu").process_bytes
     on_gpu = make_plan(make_request(device="cuda", budget_bytes=4 * GIB))
     assert on_gpu.process_bytes == on_gpu.host_bytes
+
+
+@pytest.mark.parametrize(
+    ("torch_version", "has_gpu_code"), [("2.13.0+cpu", False), ("2.13.0", True), ("2.13.0+cu130", True)]
+)
+def test_a_build_for_gpus_is_known_by_its_version(
+    monkeypatch: pytest.MonkeyPatch, torch_version: str, has_gpu_code: bool
+) -> None:
+    """Its libraries take 300 MiB more of the process, also on the CPU."""
+    monkeypatch.setattr(versions, "version", lambda name: torch_version)
+    monkeypatch.setattr(versions.sys, "platform", "linux")
+    assert versions.torch_has_gpu_code() is has_gpu_code

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Final, Literal
 
 from subspec_cli.units import GIB, MIB
+from subspec_cli.versions import torch_has_gpu_code
 
 DeviceKind = Literal["cpu", "cuda"]
 SlotUnit = Literal["block", "layer"]
@@ -61,7 +62,8 @@ _CPU: Final = DeviceProfile(
     # More nodes give 1 to 3 % more tokens a second on two cores, and take the memory of a slot.
     tree_nodes=64,
     # 255 MiB measured, and 345 MiB where transformers imports more for a model's type. It is beside the budget.
-    process_bytes=384 * MIB,
+    # PyTorch's build for CUDA takes 550 to 700 MiB, also where no GPU is used.
+    process_bytes=(704 if torch_has_gpu_code() else 384) * MIB,
     context_bytes=0,
     # 24 to 28 MiB measured: pages of torch's, oneDNN's and MKL's files that become resident when they first run.
     library_bytes=28 * MIB,
