@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import make_tiny_model
 from transformers import AutoModelForCausalLM
 
+from subspec_cli.__main__ import main
 from subspec_cli.checkpoint.checkpoint import open_checkpoint
 from subspec_cli.checkpoint.end_tokens import read_end_ids
 from subspec_cli.errors import SubspecError
@@ -392,8 +393,17 @@ def _move_token(directory: Path, number: int) -> None:
 
 @pytest.mark.parametrize(("family", "how", "change", "code", "words"), REFUSED.values(), ids=REFUSED)
 def test_a_refusal_names_the_thing_and_comes_before_weights_are_read(
-    tmp_path: Path, family: str, how: dict[str, Any], change: Change, code: int, words: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    family: str,
+    how: dict[str, Any],
+    change: Change,
+    code: int,
+    words: str,
 ) -> None:
+    """`plan`, `prepare` and what `run` reads refuse with the same words."""
+    monkeypatch.setenv("SUBSPEC_HOME", str(tmp_path / "home"))
     directory = make_tiny_model(tmp_path / "model", family, layers=2, **({"dtype": torch.bfloat16} | how))
     change(directory)
     with pytest.raises(SubspecError) as caught:
@@ -401,6 +411,16 @@ def test_a_refusal_names_the_thing_and_comes_before_weights_are_read(
     assert words in caught.value.message
     assert caught.value.exit_code == code
     assert "\n" not in caught.value.message
+    capsys.readouterr()
+    for argv in (
+        ["plan", str(directory), "--device", "cpu", "--memory-gb", "1"],
+        ["prepare", str(directory)],
+    ):
+        assert main(argv) == code
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert f"subspec: error: {caught.value.message}\n" in err
+    assert not list((tmp_path / "home").rglob("*.safetensors"))
 
 
 def test_a_method_over_whole_weights_is_a_note(tmp_path: Path) -> None:
