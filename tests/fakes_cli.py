@@ -87,6 +87,7 @@ class FakeDescription:
     budget_bytes: int = 1 << 30
     plan: FakePlan = FakePlan()
     versions: dict = field(default_factory=lambda: {"torch": "2"})
+    end_ids: tuple[int, ...] = (2, 7)
     has_chat_template: bool = True
     fresh_seed: bool = True
     costs: PlanCosts = COSTS

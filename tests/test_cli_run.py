@@ -110,7 +110,7 @@ def test_json_is_one_document_with_the_promised_keys(capsys, session):
     document = json.loads(out)
     assert list(document) == [
         *("text", "token_ids", "prompt_tokens", "prefilled_tokens", "new_tokens", "finish_reason"),
-        *("exactness", "exactness_reason", "speculation", "seed", "model", "revision"),
+        *("end_ids", "exactness", "exactness_reason", "speculation", "seed", "model", "revision"),
         *("stats", "predicted_beside_measured", "plan", "costs", "config", "versions"),
     ]
     assert {
@@ -121,6 +121,7 @@ def test_json_is_one_document_with_the_promised_keys(capsys, session):
         "link_busy_share",
     } <= set(document["stats"])
     assert document["costs"]["link_s"] == 0.4
+    assert document["end_ids"] == [2, 7]
     assert (document["stats"]["tau"], document["stats"]["accepted_histogram"]) == (3.0, [0, 0, 2])
     assert document["config"]["sampling"]["seed"] == 5
     reason = "as many resident layers as pay: 5.00 MiB to spare, a layer takes 9.00 MiB"

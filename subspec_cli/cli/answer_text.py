@@ -112,6 +112,7 @@ def answer_document(answer: Answer, session: Session, config: Config) -> dict[st
         "prefilled_tokens": stats.prefilled_tokens,
         "new_tokens": stats.new_tokens,
         "finish_reason": answer.finish_reason,
+        "end_ids": list(about.end_ids),
         "exactness": about.exactness,
         "exactness_reason": about.exactness_reason,
         "speculation": about.speculation,

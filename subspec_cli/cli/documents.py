@@ -29,6 +29,7 @@ def forecast_document(found: Forecast) -> dict[str, Any]:
         "model_bytes": geometry.model_bytes,
         "layer_bytes": geometry.layer_matrix_bytes,
         "dtype": geometry.dtype.lower(),
+        "end_ids": list(found.end_ids),
         "device": found.device,
         "device_reason": found.device_reason,
         "prepared": found.is_prepared,

@@ -112,6 +112,7 @@ def _describe(config: Config, opening: Opening, loaded: LoadedModel, notes: list
         costs=opening.costs,
         self_check=loaded.self_check,
         seed=secrets.randbits(63) if seed is None else seed,
+        end_ids=found.repository.end_ids,
         has_chat_template=loaded.tokenizer.has_chat_template,
         direct_io=streamer is None or streamer.is_direct,
         versions=library_versions(),

@@ -27,6 +27,8 @@ class SessionDescription:
     self_check: SelfCheck
     seed: int
     """Seed of the noise: the given one, or one drawn for this session."""
+    end_ids: tuple[int, ...]
+    """Tokens that end an answer."""
     has_chat_template: bool
     direct_io: bool
     """Whether weights are read past the page cache."""

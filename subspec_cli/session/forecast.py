@@ -42,6 +42,8 @@ class Forecast:
     model_id: str
     commit: str
     geometry: ModelGeometry
+    end_ids: tuple[int, ...]
+    """Tokens that end an answer."""
     device: str
     device_reason: str
     is_prepared: bool
@@ -104,6 +106,7 @@ def forecast(
         model_id=outline.model_id,
         commit=outline.commit,
         geometry=geometry,
+        end_ids=outline.repository.end_ids,
         device=device,
         device_reason=device_reason,
         is_prepared=bool(prepared),
