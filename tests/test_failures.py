@@ -19,6 +19,7 @@ FAULTS, PREPARED, FILES = (
     "test_substitutes_prepared_model",
     "test_files_atomic_write",
 )
+LIBRARY = "test_decoding_text_library"
 ENGINE, TRUST, OPENING = "test_decoding_engine", "test_session_trust", "test_session_open"
 SAME = "test_checkpoint_repository::test_the_answer_is_the_librarys"
 NAMED = "test_checkpoint_repository::test_a_refusal_names_the_thing_and_comes_before_weights_are_read"
@@ -186,6 +187,11 @@ COVERED = [
         "test_checkpoint_repository::test_a_single_file_beside_an_index_is_what_the_library_reads_and_is_said",
     ),
     ("T37", "test_checkpoint_repository::test_places_that_hold_no_usable_model_are_named"),
+    ("T04", f"{LIBRARY}::test_a_stop_string_that_is_or_spans_a_special_token_ends_the_answer"),
+    ("T04", f"{LIBRARY}::test_an_answer_ends_where_a_search_of_the_whole_text_ends_it"),
+    ("T07", f"{LIBRARY}::test_pieces_joined_are_the_text_decoded_whole"),
+    ("T07", f"{LIBRARY}::test_a_skipped_special_token_takes_no_space_with_it"),
+    ("T07", f"{LIBRARY}::test_a_run_of_byte_tokens_waits_until_it_is_whole_or_spoiled"),
 ]
 """Number in the list of failures, and a test that holds it."""
 

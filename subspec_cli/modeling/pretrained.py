@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
-from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from subspec_cli.checkpoint.tokenizer_files import TokenizerFacts
 from subspec_cli.errors import IntegrityError, UnsupportedModelError
+from subspec_cli.modeling.settling import Settling, byte_of_token, settling_of
 from subspec_cli.streaming.memory_meter import return_freed_memory_now
 from subspec_cli.units import printable
 
@@ -63,6 +71,9 @@ class ModelTokenizer:
             ) from error
         self._rows = facts.rows
         self._drop_what_it_was_made_from()
+        self.settling: Settling = _settling(self._tokenizer)
+        """When the text of a token is settled."""
+        self._has_text: dict[int, bool] = {}
 
     def _drop_what_it_was_made_from(self) -> None:
         """Free what loading has left behind: for 150,000 tokens 80 of 120 MiB.
@@ -124,10 +135,37 @@ class ModelTokenizer:
             return self.encode_chat(messages)
         return self.encode("".join(f"{message['content']}\n" for message in messages))
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of tokens, without special tokens; spaces are not cleaned up."""
-        return str(
-            self._tokenizer.decode(
-                list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
+    def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
+        """Text of tokens; special tokens have one only if `special`. Spaces are not cleaned up."""
+        if not token_ids:
+            return ""
+        text = self._tokenizer.decode(
+            list(token_ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False
         )
+        return str(text)
+
+    def drops(self, token_id: int, *, special: bool) -> bool:
+        """Whether decoding is the same without this token: it is unknown, or special and not written out."""
+        if self._tokenizer.convert_ids_to_tokens(token_id) is None:
+            return True
+        if special:
+            return False
+        if token_id not in self._has_text:
+            self._has_text[token_id] = self.decode([token_id]) == self.decode([token_id], special=True)
+        return not self._has_text[token_id]
+
+    def byte_of(self, token_id: int) -> int | None:
+        """The byte that a token of a byte run stands for; None for other tokens."""
+        if self.settling != "byte runs":
+            return None
+        return byte_of_token(self._tokenizer.convert_ids_to_tokens(token_id))
+
+
+def _settling(tokenizer: PreTrainedTokenizerBase) -> Settling:
+    """Return how a tokenizer's text settles; nothing is known of one that does not leave decoding to the library."""
+    if type(tokenizer).decode is not PreTrainedTokenizerFast.decode:
+        return "at the end"
+    if type(tokenizer)._decode is not PreTrainedTokenizerFast._decode:
+        return "at the end"
+    decoder = tokenizer.backend_tokenizer.decoder
+    return settling_of(None if decoder is None else json.loads(decoder.__getstate__()))
