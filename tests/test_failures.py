@@ -19,7 +19,7 @@ FAULTS, PREPARED, FILES = (
     "test_substitutes_prepared_model",
     "test_files_atomic_write",
 )
-LIBRARY = "test_decoding_text_library"
+LIBRARY, PRETRAINED = "test_decoding_text_library", "test_modeling_pretrained"
 ENGINE, TRUST, OPENING = "test_decoding_engine", "test_session_trust", "test_session_open"
 SAME = "test_checkpoint_repository::test_the_answer_is_the_librarys"
 NAMED = "test_checkpoint_repository::test_a_refusal_names_the_thing_and_comes_before_weights_are_read"
@@ -192,6 +192,9 @@ COVERED = [
     ("T07", f"{LIBRARY}::test_pieces_joined_are_the_text_decoded_whole"),
     ("T07", f"{LIBRARY}::test_a_skipped_special_token_takes_no_space_with_it"),
     ("T07", f"{LIBRARY}::test_a_run_of_byte_tokens_waits_until_it_is_whole_or_spoiled"),
+    ("A08", f"{PRETRAINED}::test_a_prompt_on_which_the_tokenizer_panics_is_refused_in_one_line"),
+    ("A08", f"{PRETRAINED}::test_a_decoder_that_panics_is_an_error_of_the_model"),
+    ("A08", f"{PRETRAINED}::test_what_is_no_failure_of_the_tokenizer_passes"),
 ]
 """Number in the list of failures, and a test that holds it."""
 

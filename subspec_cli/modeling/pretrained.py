@@ -17,7 +17,8 @@ from transformers import (
 )
 
 from subspec_cli.checkpoint.tokenizer_files import TokenizerFacts
-from subspec_cli.errors import IntegrityError, UnsupportedModelError
+from subspec_cli.errors import IntegrityError, PromptRefusedError, UnsupportedModelError
+from subspec_cli.files.silenced_stderr import silenced_stderr
 from subspec_cli.modeling.settling import Settling, byte_of_token, settling_of
 from subspec_cli.streaming.memory_meter import return_freed_memory_now
 from subspec_cli.units import printable
@@ -90,9 +91,21 @@ class ModelTokenizer:
         """Whether the model has a template that formats messages as in its training."""
         return bool(self._tokenizer.chat_template)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of raw text, with the special tokens that the tokenizer adds by itself."""
-        return self._with_rows(self._tokenizer.encode(text, verbose=False))
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of raw text, with the special tokens that the tokenizer adds by itself unless told not to.
+
+        Raises PromptRefusedError if the tokenizer fails, or gives a token that has no row in the model's tables.
+        """
+        try:
+            with silenced_stderr():
+                token_ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False)
+        except BaseException as error:
+            if (reason := _failure_of(error)) is None:
+                raise
+            raise PromptRefusedError(
+                f"the tokenizer cannot split this prompt: {reason}", "another wording may do"
+            ) from error
+        return self._with_rows(token_ids)
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Token ids of a conversation, up to the beginning of the assistant's answer."""
@@ -105,13 +118,13 @@ class ModelTokenizer:
                 f"the chat template refuses this conversation: {printable(str(error))[:300]}",
                 "--raw completes the bare text, without the template",
             ) from error
-        return self._with_rows(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
+        return self.encode(text, add_special_tokens=False)
 
     def _with_rows(self, token_ids: Sequence[int]) -> list[int]:
         """Refuse tokens beyond the model's tables: the library adds special tokens that have no row."""
         if (largest := max(token_ids, default=0)) >= self._rows:
             token = printable(str(self._tokenizer.convert_ids_to_tokens(largest)))
-            raise UnsupportedModelError(
+            raise PromptRefusedError(
                 f"the prompt holds the token {token} with id {largest}, the model's tables only "
                 f"have {self._rows} rows",
                 "leave it out of the prompt",
@@ -139,9 +152,17 @@ class ModelTokenizer:
         """Text of tokens; special tokens have one only if `special`. Spaces are not cleaned up."""
         if not token_ids:
             return ""
-        text = self._tokenizer.decode(
-            list(token_ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False
-        )
+        try:
+            text = self._tokenizer.decode(
+                list(token_ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False
+            )
+        except BaseException as error:
+            if (reason := _failure_of(error)) is None:
+                raise
+            raise UnsupportedModelError(
+                f"the tokenizer cannot decode its own tokens: {reason}",
+                "its tokenizer.json has a decoder that fails; another revision of the model may have a sound one",
+            ) from error
         return str(text)
 
     def drops(self, token_id: int, *, special: bool) -> bool:
@@ -159,6 +180,17 @@ class ModelTokenizer:
         if self.settling != "byte runs":
             return None
         return byte_of_token(self._tokenizer.convert_ids_to_tokens(token_id))
+
+
+def _failure_of(error: BaseException) -> str | None:
+    """Return what a tokenizer says when it fails; None for what must not be taken for its failure.
+
+    A panic of the library's Rust code is no `Exception`.
+    """
+    is_panic = type(error).__name__ == "PanicException"
+    if not is_panic and (not isinstance(error, Exception) or isinstance(error, MemoryError)):
+        return None
+    return printable(str(error))[:300]
 
 
 def _settling(tokenizer: PreTrainedTokenizerBase) -> Settling:
