@@ -71,9 +71,23 @@ def test_ctrl_c_stops_the_answer_and_a_second_one_leaves(talk):
     assert session.stopped
 
 
+class Tokenizer:
+    """Says what it was given to encode."""
+
+    def encode_prompt(self, text, *, system, raw):
+        self.asked = (text, system, raw)
+        return [1]
+
+
+def test_a_chats_template_is_tried_before_the_model_is_loaded(talk):
+    _, session, _, _ = talk(["/exit"])
+    tokenizer = Tokenizer()
+    assert session.count(tokenizer) is None
+    assert tokenizer.asked == ("Hello", "S", False)
+
+
 def test_a_chat_says_how_far_it_reaches(talk):
-    _, session, _, stderr = talk(["/exit"])
-    assert session.count is None
+    _, _, _, stderr = talk(["/exit"])
     assert "this chat holds 256 tokens, yours and the model's together" in stderr
     assert "/reset begins a new one" in stderr
 

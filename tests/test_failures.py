@@ -20,6 +20,7 @@ FAULTS, PREPARED, FILES = (
     "test_files_atomic_write",
 )
 LIBRARY, PRETRAINED = "test_decoding_text_library", "test_modeling_pretrained"
+TEMPLATE = "test_modeling_chat_template"
 ENGINE, TRUST, OPENING = "test_decoding_engine", "test_session_trust", "test_session_open"
 SAME = "test_checkpoint_repository::test_the_answer_is_the_librarys"
 NAMED = "test_checkpoint_repository::test_a_refusal_names_the_thing_and_comes_before_weights_are_read"
@@ -195,6 +196,13 @@ COVERED = [
     ("A08", f"{PRETRAINED}::test_a_prompt_on_which_the_tokenizer_panics_is_refused_in_one_line"),
     ("A08", f"{PRETRAINED}::test_a_decoder_that_panics_is_an_error_of_the_model"),
     ("A08", f"{PRETRAINED}::test_what_is_no_failure_of_the_tokenizer_passes"),
+    ("A02", f"{TEMPLATE}::test_a_template_that_takes_too_long_is_stopped"),
+    ("A02", f"{TEMPLATE}::test_the_clock_on_the_wall_ends_what_takes_no_processor_time"),
+    ("A03", f"{TEMPLATE}::test_a_template_that_takes_too_much_memory_is_stopped"),
+    ("A03", f"{TEMPLATE}::test_a_text_that_no_pipe_could_bring_is_refused"),
+    ("A14", f"{TEMPLATE}::test_a_template_that_cannot_be_used_says_why"),
+    ("A14", "test_session_prompt::test_a_template_that_cannot_be_used_is_refused_before_weights_are_read"),
+    ("A14", "test_session_prompt::test_a_template_that_only_refuses_a_system_message_is_no_obstacle"),
 ]
 """Number in the list of failures, and a test that holds it."""
 

@@ -13,6 +13,7 @@ from tiny_models import EOS_ID, Tiny, open_tokenizer
 from transformers import tokenization_utils_base
 
 from subspec_cli.errors import IntegrityError, PromptRefusedError, UnsupportedModelError
+from subspec_cli.modeling.chat_template import ChatTemplate
 from subspec_cli.modeling.pretrained import ModelTokenizer
 
 
@@ -104,6 +105,32 @@ def test_a_prompt_with_a_token_beyond_the_tables_is_refused(directory: Path) -> 
         PromptRefusedError, match=r"<\|im_end\|> with id 258, the model's tables only have 258"
     ):
         tokenizer.encode("a<|im_end|>")
+
+
+def test_a_prompt_that_was_counted_is_not_rendered_again(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rendered: list[Any] = []
+    monkeypatch.setattr(ChatTemplate, "render", lambda self, messages: rendered.append(messages) or "ab")
+    tokenizer = open_tokenizer(directory)
+    assert tokenizer.encode_chat(MESSAGES) == tokenizer.encode_chat(list(MESSAGES)) == [97, 98]
+    assert len(rendered) == 1
+    tokenizer.encode_chat([{"role": "user", "content": "other"}])
+    tokenizer.encode_chat(MESSAGES)
+    assert len(rendered) == 3
+
+
+def test_templates_by_name_have_a_default_or_are_refused(directory: Path) -> None:
+    """Some models have a second template, for tools."""
+    named = [
+        {"name": "default", "template": "d{{ messages[0].content }}"},
+        {"name": "tool_use", "template": "t"},
+    ]
+    change(directory / "tokenizer_config.json", chat_template=named)
+    assert open_tokenizer(directory).encode_chat([{"role": "user", "content": "e"}]) == [100, 101]
+    change(directory / "tokenizer_config.json", chat_template=named[1:])
+    with pytest.raises(PromptRefusedError, match="is broken: This model has multiple chat templates"):
+        open_tokenizer(directory).encode_chat(MESSAGES)
 
 
 RUNAWAY = ("(a+)+$", "(a|aa)+$", "(x+x+)+y")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
@@ -19,14 +20,15 @@ from transformers import (
 from subspec_cli.checkpoint.tokenizer_files import TokenizerFacts
 from subspec_cli.errors import IntegrityError, PromptRefusedError, UnsupportedModelError
 from subspec_cli.files.silenced_stderr import silenced_stderr
+from subspec_cli.modeling.chat_template import RAW_HINT, ChatTemplate
 from subspec_cli.modeling.settling import Settling, byte_of_token, settling_of
 from subspec_cli.streaming.memory_meter import return_freed_memory_now
 from subspec_cli.units import printable
 
 _NO_LIMIT: Final = 1 << 40
 """Tokens of the longest text that the library does not warn about; the plan judges the length of a text."""
-_USED_LATER: Final = ("encodings.unicode_escape", "jinja2", "transformers.tokenization_python")
-"""Modules that transformers imports when it first encodes a text or applies a template."""
+_USED_LATER: Final = ("encodings.unicode_escape", "transformers.tokenization_python")
+"""Modules that transformers imports when it first encodes a text."""
 
 
 def import_libraries(model_type: str) -> None:
@@ -75,6 +77,7 @@ class ModelTokenizer:
         self.settling: Settling = _settling(self._tokenizer)
         """When the text of a token is settled."""
         self._has_text: dict[int, bool] = {}
+        self._last_chat: tuple[list[dict[str, str]], list[int]] | None = None
 
     def _drop_what_it_was_made_from(self) -> None:
         """Free what loading has left behind: for 150,000 tokens 80 of 120 MiB.
@@ -108,17 +111,25 @@ class ModelTokenizer:
         return self._with_rows(token_ids)
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation, up to the beginning of the assistant's answer."""
+        """Token ids of a conversation, up to the beginning of the assistant's answer.
+
+        The last conversation is kept, as a prompt is counted first and answered later. Raises PromptRefusedError.
+        """
+        if self._last_chat is None or self._last_chat[0] != list(messages):
+            text = self._chat_template.render(messages)
+            kept = [dict(message) for message in messages]
+            self._last_chat = (kept, self.encode(text, add_special_tokens=False))
+        return list(self._last_chat[1])
+
+    @cached_property
+    def _chat_template(self) -> ChatTemplate:
+        """The template of a plain conversation; some models have others for tools beside it."""
         try:
-            text = self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # templates are programs and raise anything
-            raise UnsupportedModelError(
-                f"the chat template refuses this conversation: {printable(str(error))[:300]}",
-                "--raw completes the bare text, without the template",
-            ) from error
-        return self.encode(text, add_special_tokens=False)
+            template = self._tokenizer.get_chat_template()
+        except ValueError as error:
+            reason = printable(str(error))[:300]
+            raise PromptRefusedError(f"the chat template is broken: {reason}", RAW_HINT) from error
+        return ChatTemplate(template, self._tokenizer.special_tokens_map)
 
     def _with_rows(self, token_ids: Sequence[int]) -> list[int]:
         """Refuse tokens beyond the model's tables: the library adds special tokens that have no row."""

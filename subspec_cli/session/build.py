@@ -22,8 +22,11 @@ from subspec_cli.session.session import Engines, Session
 from subspec_cli.streaming.memory_meter import MemoryMeter, return_freed_memory_at_once
 from subspec_cli.versions import library_versions
 
-TokenCount = Callable[[ModelTokenizer], WantedTokens]
-"""Counts the tokens of a prompt that is known before the plan is made."""
+TokenCount = Callable[[ModelTokenizer], WantedTokens | None]
+"""Counts the tokens of a prompt that is known before the plan is made.
+
+None if there is no prompt yet; a prompt that the model's chat template refuses is refused here.
+"""
 
 
 def build_session(
