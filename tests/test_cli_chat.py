@@ -7,7 +7,7 @@ from subspec_cli.__main__ import main
 from subspec_cli.cli.answer_text import fullness_warning
 from subspec_cli.cli.live import Answer
 from subspec_cli.cli.output import Output
-from subspec_cli.errors import ResourceError, UsageError
+from subspec_cli.errors import PromptRefusedError, ResourceError, UsageError
 from subspec_cli.metrics import GenerationStats
 
 
@@ -127,6 +127,14 @@ def test_full_conversation_is_said_and_goes_on(talk):
     )
     assert status == 0
     assert "the chat is full: /reset clears it" in stderr
+
+
+def test_a_message_that_the_template_refuses_is_said_and_the_chat_goes_on(talk):
+    refusal = PromptRefusedError("the chat template refuses this conversation: no apples", "--raw has none")
+    status, session, _, stderr = talk(["Apples?", "Pears?", "/exit"], pieces=[refusal])
+    assert status == 0
+    assert ("ask", "Pears?") in session.calls
+    assert stderr.count("the chat template refuses this conversation: no apples") == 2
 
 
 def test_other_errors_end_it(talk):

@@ -203,6 +203,11 @@ COVERED = [
     ("A14", f"{TEMPLATE}::test_a_template_that_cannot_be_used_says_why"),
     ("A14", "test_session_prompt::test_a_template_that_cannot_be_used_is_refused_before_weights_are_read"),
     ("A14", "test_session_prompt::test_a_template_that_only_refuses_a_system_message_is_no_obstacle"),
+    ("T23", "test_cli_chat::test_a_message_that_the_template_refuses_is_said_and_the_chat_goes_on"),
+    (
+        "T23",
+        "test_session_prompt::test_a_message_that_the_template_refuses_leaves_the_conversation_as_it_was",
+    ),
 ]
 """Number in the list of failures, and a test that holds it."""
 

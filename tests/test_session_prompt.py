@@ -198,6 +198,22 @@ def test_a_template_that_only_refuses_a_system_message_is_no_obstacle(templated)
             list(session.chat("Be brief.").ask("Hello", max_new_tokens=2))
 
 
+def test_a_message_that_the_template_refuses_leaves_the_conversation_as_it_was(templated):
+    directory = templated(
+        "{% for message in messages %}{% if 'apple' in message.content %}{{ raise_exception('no apples') }}"
+        "{% endif %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    )
+    with open_tiny(directory) as session:
+        chat = session.chat()
+        Answer(chat.ask("Pears?", max_new_tokens=3, stop=()))
+        before = chat.messages
+        with pytest.raises(PromptRefusedError, match="refuses this conversation: no apples"):
+            Answer(chat.ask("An apple?", max_new_tokens=3, stop=()))
+        assert chat.messages == before
+        Answer(chat.ask("Plums?", max_new_tokens=3, stop=()))
+        assert [message["content"] for message in chat.messages[::2]] == ["Pears?", "Plums?"]
+
+
 # --- progress ---------------------------------------------------------------------------------------------------
 
 
