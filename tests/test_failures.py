@@ -195,6 +195,7 @@ COVERED = [
     ("T07", f"{LIBRARY}::test_a_run_of_byte_tokens_waits_until_it_is_whole_or_spoiled"),
     ("A08", f"{PRETRAINED}::test_a_prompt_on_which_the_tokenizer_panics_is_refused_in_one_line"),
     ("A08", f"{PRETRAINED}::test_a_decoder_that_panics_is_an_error_of_the_model"),
+    ("A08", f"{PRETRAINED}::test_a_tokenizer_that_panics_while_it_is_read_is_damaged"),
     ("A08", f"{PRETRAINED}::test_what_is_no_failure_of_the_tokenizer_passes"),
     ("A02", f"{TEMPLATE}::test_a_template_that_takes_too_long_is_stopped"),
     ("A02", f"{TEMPLATE}::test_the_clock_on_the_wall_ends_what_takes_no_processor_time"),

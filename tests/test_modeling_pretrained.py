@@ -189,6 +189,21 @@ def test_a_damaged_tokenizer_is_an_error_that_names_the_place(directory: Path, c
         open_tokenizer(directory)
 
 
+class PanicException(BaseException):
+    """Stands for the library's own, which cannot be made in Python."""
+
+
+def test_a_tokenizer_that_panics_while_it_is_read_is_damaged(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def panic(*args: Any, **how: Any) -> None:
+        raise PanicException("called `Option::unwrap()` on a `None` value")
+
+    monkeypatch.setattr("subspec_cli.modeling.pretrained.AutoTokenizer.from_pretrained", panic)
+    with pytest.raises(IntegrityError, match="cannot be loaded: called"):
+        open_tokenizer(directory)
+
+
 def test_code_in_a_models_directory_is_never_run(directory: Path) -> None:
     (directory / "evil.py").write_text("raise SystemExit('remote code ran')\n")
     change(directory / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.EvilTokenizer", None]})

@@ -68,9 +68,11 @@ class ModelTokenizer:
                 trust_remote_code=False,
                 local_files_only=True,
             )
-        except Exception as error:  # parsers of the library raise any exception
+        except BaseException as error:  # parsers of the library raise any exception, and panic
+            if (reason := _failure_of(error)) is None:
+                raise
             raise IntegrityError(
-                f"the tokenizer in {printable(str(directory))} cannot be loaded: {printable(str(error))[:300]}"
+                f"the tokenizer in {printable(str(directory))} cannot be loaded: {reason}"
             ) from error
         self._rows = facts.rows
         self._drop_what_it_was_made_from()
