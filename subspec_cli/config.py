@@ -206,7 +206,7 @@ class RunConfig:
 
     max_new_tokens: int = _setting(512, _whole(1), "Longest answer.", "N")
     stop: tuple[str, ...] = _setting(
-        (), _TEXTS, "End the answer before this text; may be given several times.", "TEXT"
+        (), _TEXTS, "End the answer before this text or special token; may be given several times.", "TEXT"
     )
     system: str | None = _setting(None, _TEXT, "System message of the chat template.", "TEXT")
     """None leaves it to the template."""

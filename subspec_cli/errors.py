@@ -57,6 +57,10 @@ class AccessError(SubspecError):
     exit_code = ExitCode.ACCESS
 
 
+class PromptRefusedError(UnsupportedModelError):
+    """The model's chat template or tokenizer refuses this prompt; another one may do."""
+
+
 class IntegrityError(SubspecError):
     """Stored or downloaded bytes do not match their checksum or format."""
 

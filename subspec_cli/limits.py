@@ -18,6 +18,8 @@ LARGE_BLOCK: Final = 512
 """Keys of a large block of the target's attention."""
 SMALL_BLOCK: Final = 64
 """Keys of a small block. The KV cache has a multiple of it in rows."""
+MOST_PROMPT_BYTES: Final = 16 * MIB
+"""Longest prompt that is read, and longest text that a chat template may make of a conversation."""
 GUARD: Final = 64
 """Least distance of a row from its large blocks: the depth of the deepest tree that a user can ask for."""
 ATTENTION_WORK_BYTES: Final = 8 * MIB

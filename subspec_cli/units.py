@@ -40,6 +40,16 @@ def format_seconds(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def plural(count: float, noun: str) -> str:
+    """Return a noun as it stands after a count: 1 token, 2 tokens, 0 passes."""
+    return noun if count == 1 else f"{noun}es" if noun.endswith("s") else f"{noun}s"
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a count and its noun: 1 token, 2 tokens."""
+    return f"{count} {plural(count, noun)}"
+
+
 def printable(text: str) -> str:
     """Make foreign text safe for a terminal: C0, C1 and bidirectional controls become escapes."""
     return _CONTROL.sub(lambda match: f"\\x{ord(match.group()):02x}", text)

@@ -353,6 +353,14 @@ class ByteTokenizer:
     def __init__(self, pieces: Sequence[bytes]) -> None:
         self.pieces = list(pieces)
 
-    def decode(self, token_ids: Sequence[int]) -> str:
+    settling = "whole characters"
+
+    def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
         shown = (self.pieces[token] for token in token_ids if token < len(self.pieces))
         return b"".join(shown).decode("utf-8", errors="replace")
+
+    def drops(self, token_id: int, *, special: bool) -> bool:
+        return token_id >= len(self.pieces)
+
+    def byte_of(self, token_id: int) -> None:
+        return None

@@ -7,7 +7,7 @@ from subspec_cli.__main__ import main
 from subspec_cli.cli.answer_text import fullness_warning
 from subspec_cli.cli.live import Answer
 from subspec_cli.cli.output import Output
-from subspec_cli.errors import ResourceError, UsageError
+from subspec_cli.errors import PromptRefusedError, ResourceError, UsageError
 from subspec_cli.metrics import GenerationStats
 
 
@@ -57,7 +57,7 @@ def test_other_ways_to_leave(talk, last):
 def test_live_chat(talk):
     status, _, stdout, _ = talk(["Hello?", EOFError()], argv=("run",))
     assert status == 0
-    assert "tok/s" in stdout
+    assert "1 token" in stdout
     assert stdout.endswith("Hi!\n")
 
 
@@ -71,9 +71,23 @@ def test_ctrl_c_stops_the_answer_and_a_second_one_leaves(talk):
     assert session.stopped
 
 
+class Tokenizer:
+    """Says what it was given to encode."""
+
+    def encode_prompt(self, text, *, system, raw):
+        self.asked = (text, system, raw)
+        return [1]
+
+
+def test_a_chats_template_is_tried_before_the_model_is_loaded(talk):
+    _, session, _, _ = talk(["/exit"])
+    tokenizer = Tokenizer()
+    assert session.count(tokenizer) is None
+    assert tokenizer.asked == ("Hello", "S", False)
+
+
 def test_a_chat_says_how_far_it_reaches(talk):
-    _, session, _, stderr = talk(["/exit"])
-    assert session.count is None
+    _, _, _, stderr = talk(["/exit"])
     assert "this chat holds 256 tokens, yours and the model's together" in stderr
     assert "/reset begins a new one" in stderr
 
@@ -113,6 +127,14 @@ def test_full_conversation_is_said_and_goes_on(talk):
     )
     assert status == 0
     assert "the chat is full: /reset clears it" in stderr
+
+
+def test_a_message_that_the_template_refuses_is_said_and_the_chat_goes_on(talk):
+    refusal = PromptRefusedError("the chat template refuses this conversation: no apples", "--raw has none")
+    status, session, _, stderr = talk(["Apples?", "Pears?", "/exit"], pieces=[refusal])
+    assert status == 0
+    assert ("ask", "Pears?") in session.calls
+    assert stderr.count("the chat template refuses this conversation: no apples") == 2
 
 
 def test_other_errors_end_it(talk):

@@ -8,6 +8,7 @@ from fakes_cli import FakeDescription, FakeSession, on_terminal, pipe_in, use_se
 
 from subspec_cli.__main__ import main
 from subspec_cli.planning.request import WantedTokens
+from subspec_cli.units import counted
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +50,22 @@ def test_plain_text_on_stdout_and_figures_on_stderr(capsys, session, monkeypatch
     assert session.calls == [("encode", "What is it?", None, False), ("generate", 5, 512, ())]
     assert session.closed
     assert session.stopped
+
+
+def test_an_answer_of_one_token_has_no_rate(capsys, monkeypatch):
+    use_session(monkeypatch, FakeSession(["x"]))
+    assert main(["run", "hello"]) == 0
+    summary = capsys.readouterr().err.splitlines()[-1]
+    assert summary.startswith("1 token (stop) · first token 250 ms · ")
+    assert "tok/s" not in summary
+
+
+@pytest.mark.parametrize(
+    ("count", "noun", "text"),
+    [(1, "token", "1 token"), (0, "token", "0 tokens"), (2, "pass", "2 passes"), (1, "pass", "1 pass")],
+)
+def test_nouns_follow_their_counts(count, noun, text):
+    assert counted(count, noun) == text
 
 
 def test_every_flag_reaches_the_session(capsys, session):

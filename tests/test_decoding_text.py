@@ -6,7 +6,8 @@ import pytest
 from fakes import ByteTokenizer
 from tiny_models import SPECIAL_TOKENS, open_tokenizer, write_tiny_tokenizer
 
-from subspec_cli.decoding.text import AnswerText, Detokenizer
+from subspec_cli.decoding.detokenizer import Detokenizer
+from subspec_cli.decoding.text import AnswerText
 
 BYTES = ByteTokenizer([bytes([value]) for value in range(256)])
 EOS = 256
@@ -37,7 +38,7 @@ def byte_level(tmp_path_factory):
 
 def streamed(tokenizer, token_ids):
     detokenizer = Detokenizer(tokenizer)
-    return [*(detokenizer.push(token) for token in token_ids), detokenizer.flush()]
+    return [*(detokenizer.push(token) for token in token_ids), detokenizer.pending()]
 
 
 def random_text(generator):
@@ -95,33 +96,20 @@ def test_a_character_after_a_long_run_of_invalid_bytes_comes_whole():
 def test_text_comes_with_the_token_that_completes_it():
     detokenizer = Detokenizer(BYTES)
     assert [detokenizer.push(byte) for byte in "aé€b".encode()] == ["a", "", "é", "", "", "€", "b"]
-    assert detokenizer.flush() == ""
+    assert detokenizer.pending() == ""
 
 
 def test_the_work_per_token_does_not_grow_with_the_answer():
     class Counting(ByteTokenizer):
         longest = 0
 
-        def decode(self, token_ids):
+        def decode(self, token_ids, *, special=False):
             self.longest = max(self.longest, len(token_ids))
             return super().decode(token_ids)
 
     tokenizer = Counting(BYTES.pieces)
     streamed(tokenizer, list(("→ ascii \udcff" * 60).encode(errors="surrogateescape")))
     assert tokenizer.longest <= 40
-
-
-class SpacingTokenizer:
-    """Like SentencePiece: a token's leading space is dropped at the start of what is decoded."""
-
-    words = ("▁Hello", "▁world", "ly", "▁!")
-
-    def decode(self, token_ids):
-        return "".join(self.words[token] for token in token_ids).replace("▁", " ").removeprefix(" ")
-
-
-def test_spaces_that_depend_on_the_neighbour_are_kept():
-    assert streamed(SpacingTokenizer(), [0, 1, 2, 3, 0]) == ["Hello", " world", "ly", " !", " Hello", ""]
 
 
 # --- answers ----------------------------------------------------------------------------------------------------

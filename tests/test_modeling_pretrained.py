@@ -12,7 +12,9 @@ import pytest
 from tiny_models import EOS_ID, Tiny, open_tokenizer
 from transformers import tokenization_utils_base
 
-from subspec_cli.errors import IntegrityError, UnsupportedModelError
+from subspec_cli.errors import IntegrityError, PromptRefusedError, UnsupportedModelError
+from subspec_cli.modeling.chat_template import ChatTemplate
+from subspec_cli.modeling.pretrained import ModelTokenizer
 
 
 @pytest.fixture
@@ -100,15 +102,105 @@ def test_a_prompt_with_a_token_beyond_the_tables_is_refused(directory: Path) -> 
     tokenizer = open_tokenizer(directory, 258)
     assert tokenizer.encode("a<|im_start|>") == [97, 257]
     with pytest.raises(
-        UnsupportedModelError, match=r"<\|im_end\|> with id 258, the model's tables only have 258"
+        PromptRefusedError, match=r"<\|im_end\|> with id 258, the model's tables only have 258"
     ):
         tokenizer.encode("a<|im_end|>")
+
+
+def test_a_prompt_that_was_counted_is_not_rendered_again(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rendered: list[Any] = []
+    monkeypatch.setattr(ChatTemplate, "render", lambda self, messages: rendered.append(messages) or "ab")
+    tokenizer = open_tokenizer(directory)
+    assert tokenizer.encode_chat(MESSAGES) == tokenizer.encode_chat(list(MESSAGES)) == [97, 98]
+    assert len(rendered) == 1
+    tokenizer.encode_chat([{"role": "user", "content": "other"}])
+    tokenizer.encode_chat(MESSAGES)
+    assert len(rendered) == 3
+
+
+def test_templates_by_name_have_a_default_or_are_refused(directory: Path) -> None:
+    """Some models have a second template, for tools."""
+    named = [
+        {"name": "default", "template": "d{{ messages[0].content }}"},
+        {"name": "tool_use", "template": "t"},
+    ]
+    change(directory / "tokenizer_config.json", chat_template=named)
+    assert open_tokenizer(directory).encode_chat([{"role": "user", "content": "e"}]) == [100, 101]
+    change(directory / "tokenizer_config.json", chat_template=named[1:])
+    with pytest.raises(PromptRefusedError, match="is broken: This model has multiple chat templates"):
+        open_tokenizer(directory).encode_chat(MESSAGES)
+
+
+RUNAWAY = ("(a+)+$", "(a|aa)+$", "(x+x+)+y")
+
+
+@pytest.mark.parametrize("pattern", RUNAWAY)
+def test_a_prompt_on_which_the_tokenizer_panics_is_refused_in_one_line(
+    directory: Path, pattern: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its regular expression backtracks without end; the library stops it by a panic, and writes on stderr."""
+    content = json.loads((directory / "tokenizer.json").read_text())
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, content["pre_tokenizer"]]}
+    (directory / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = fast_tokenizer(directory)
+    with pytest.raises(PromptRefusedError, match="the tokenizer cannot split this prompt: ") as caught:
+        tokenizer.encode("a" * 40 + "!" + "x" * 40)
+    assert caught.value.hint
+    assert capfd.readouterr().err == ""
+    assert tokenizer.encode("ab") == [97, 98], "another prompt may do"
+
+
+def fast_tokenizer(directory: Path) -> ModelTokenizer:
+    """Ours over the library's class that takes tokenizer.json as it is."""
+    change(directory / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    return open_tokenizer(directory, family="llama")
+
+
+def test_a_decoder_that_panics_is_an_error_of_the_model(directory: Path) -> None:
+    change(directory / "tokenizer.json", decoder={"type": "Strip", "content": "a", "start": 1, "stop": 1})
+    with pytest.raises(UnsupportedModelError, match="cannot decode its own tokens: slice index") as caught:
+        fast_tokenizer(directory).decode([97])
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("signal", [KeyboardInterrupt, SystemExit, MemoryError])
+def test_what_is_no_failure_of_the_tokenizer_passes(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, signal: type[BaseException]
+) -> None:
+    def interrupted(*args: Any, **how: Any) -> None:
+        raise signal
+
+    tokenizer = open_tokenizer(directory)
+    for name in ("encode", "decode"):
+        monkeypatch.setattr(tokenizer._tokenizer, name, interrupted)
+    with pytest.raises(signal):
+        tokenizer.encode("a")
+    with pytest.raises(signal):
+        tokenizer.decode([97])
 
 
 @pytest.mark.parametrize("content", ["not json", "{}", '{"model": {"type": "BPE"}}'])
 def test_a_damaged_tokenizer_is_an_error_that_names_the_place(directory: Path, content: str) -> None:
     (directory / "tokenizer.json").write_text(content)
     with pytest.raises(IntegrityError, match=f"the tokenizer in {directory} cannot be loaded"):
+        open_tokenizer(directory)
+
+
+class PanicException(BaseException):
+    """Stands for the library's own, which cannot be made in Python."""
+
+
+def test_a_tokenizer_that_panics_while_it_is_read_is_damaged(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def panic(*args: Any, **how: Any) -> None:
+        raise PanicException("called `Option::unwrap()` on a `None` value")
+
+    monkeypatch.setattr("subspec_cli.modeling.pretrained.AutoTokenizer.from_pretrained", panic)
+    with pytest.raises(IntegrityError, match="cannot be loaded: called"):
         open_tokenizer(directory)
 
 

@@ -7,7 +7,7 @@ from fakes_cli import pipe_in
 from fakes_session import Answer, answer_to, open_tiny
 
 from subspec_cli.__main__ import main
-from subspec_cli.errors import UsageError
+from subspec_cli.errors import PromptRefusedError, UsageError
 from subspec_cli.limits import PREFILL_CHUNK
 from subspec_cli.metrics import PrefillProgress
 from subspec_cli.planning.plan import fastest_plan
@@ -130,6 +130,88 @@ def test_a_piped_document_needs_no_flags(model, capsys, monkeypatch, tmp_path):
     assert document["plan"]["context"] == -(-(document["prompt_tokens"] + 9) // 64) * 64
     assert "context 448 tokens" in captured.err
     assert "reading the prompt" not in captured.err
+
+
+# --- chat templates ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def templated(shelf):
+    """Give a prepared model a chat template of the test's choice."""
+    directory = shelf.model("qwen3", tied=False, layers=1)
+    path = directory / "tokenizer_config.json"
+
+    def give(template):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
+        return directory
+
+    return give
+
+
+REFUSED = {
+    "{% if %}": "the chat template is broken: line 1: Expected an expression",
+    "{{ nobody.name }}": "the chat template is broken: 'nobody' is undefined",
+    "{% if false %}{{ messages }}{% endif %}": "the chat template gives an empty text",
+    "{{ ('a' * 3000000000) | length }}": "the chat template takes too much memory: more than 128.0 MiB",
+    "{{ 'a' * 20000000 }}": "the chat template gives a text of more than 16.0 MiB",
+    "{{ raise_exception('no') }}": "the chat template refuses this conversation: no",
+}
+
+
+@pytest.mark.parametrize("chats", [False, True])
+@pytest.mark.parametrize("template", REFUSED)
+def test_a_template_that_cannot_be_used_is_refused_before_weights_are_read(
+    templated, template, chats, monkeypatch, capsys, tmp_path
+):
+    refuse_loading(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    argv = ["run", "--model", str(templated(template)), "--device", "cpu", "--memory-gb", "0.3"]
+    if chats:
+        monkeypatch.setattr("subspec_cli.cli.run.read_prompt", lambda argument: None)
+    else:
+        argv.append("hi")
+    assert main(argv) == 3
+    captured = capsys.readouterr()
+    *_, said, hint = captured.err.splitlines()
+    assert said.startswith(f"subspec: error: {REFUSED[template]}")
+    assert "--raw" in hint
+    assert captured.out == ""
+
+
+def test_a_template_is_not_tried_where_it_is_not_used(templated):
+    directory = templated("{% if %}")
+    with opened(directory, "Hello") as session:  # counted and asked without the template
+        assert answer_to(session, "Hello", 2, raw=True).token_ids
+    with open_tiny(directory) as session:  # and a session of the API may get token ids only
+        assert answer_to(session, "Hello", 2, raw=True).token_ids
+
+
+def test_a_template_that_only_refuses_a_system_message_is_no_obstacle(templated):
+    directory = templated(
+        "{% for message in messages %}{% if message.role == 'system' %}{{ raise_exception('no system') }}"
+        "{% endif %}{{ message.content }}{% endfor %}"
+    )
+    with open_tiny(directory) as session:
+        assert list(session.chat().ask("Hello", max_new_tokens=2))
+        with pytest.raises(PromptRefusedError, match="no system"):
+            list(session.chat("Be brief.").ask("Hello", max_new_tokens=2))
+
+
+def test_a_message_that_the_template_refuses_leaves_the_conversation_as_it_was(templated):
+    directory = templated(
+        "{% for message in messages %}{% if 'apple' in message.content %}{{ raise_exception('no apples') }}"
+        "{% endif %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    )
+    with open_tiny(directory) as session:
+        chat = session.chat()
+        Answer(chat.ask("Pears?", max_new_tokens=3, stop=()))
+        before = chat.messages
+        with pytest.raises(PromptRefusedError, match="refuses this conversation: no apples"):
+            Answer(chat.ask("An apple?", max_new_tokens=3, stop=()))
+        assert chat.messages == before
+        Answer(chat.ask("Plums?", max_new_tokens=3, stop=()))
+        assert [message["content"] for message in chat.messages[::2]] == ["Pears?", "Plums?"]
 
 
 # --- progress ---------------------------------------------------------------------------------------------------

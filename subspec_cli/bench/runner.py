@@ -153,7 +153,8 @@ class _Run:
             for answer in _converse(session, question, number, limit=limit, plain=plain, history=history):
                 arms[plain].append(answer)
                 self._done += 1
-                self._say(f"{question.category}, {name}: {answer.stats.decode_tok_per_s:.2f} tok/s")
+                rate = answer.stats.decode_tok_per_s
+                self._say(f"{question.category}, {name}{f': {rate:.2f} tok/s' if rate else ''}")
             if not plain:
                 self._add_link(session, before, disk_before)
         for turn, (plain_answer, speculative) in enumerate(

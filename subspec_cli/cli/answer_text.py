@@ -10,7 +10,7 @@ from subspec_cli.cli.live import Answer
 from subspec_cli.cli.plan_text import reason_text
 from subspec_cli.config import Config
 from subspec_cli.planning.comparison import Comparison, compare
-from subspec_cli.units import format_bytes, format_seconds
+from subspec_cli.units import counted, format_bytes, format_seconds
 from subspec_cli.versions import __version__
 
 if TYPE_CHECKING:
@@ -55,7 +55,8 @@ def session_lines(session: Session, config: Config) -> list[str]:
 def summary_line(answer: Answer, session: Session) -> str:
     """The line that stays after an answer."""
     stats, about = answer.stats, session.description
-    parts = [f"{stats.new_tokens} tokens ({answer.finish_reason}) at {stats.decode_tok_per_s:.1f} tok/s"]
+    rate = f" at {stats.decode_tok_per_s:.1f} tok/s" if stats.decode_tok_per_s else ""
+    parts = [f"{counted(stats.new_tokens, 'token')} ({answer.finish_reason}){rate}"]
     if stats.drafted_tokens:
         parts.append(f"tau {stats.tau:.2f}")
     parts.append(f"first token {format_seconds(stats.ttft_s)}")
@@ -90,8 +91,8 @@ def fullness_warning(answer: Answer, session: Session) -> str:
         return f"the context is full, all {held:,} tokens: /reset begins a new conversation"
     share = 100 * (held - left) // held
     return (
-        f"the context is {share}% full: {left:,} of {held:,} tokens are left; a message that does not fit is "
-        "refused, and /reset begins a new conversation"
+        f"the context is {share}% full: {left:,} of {held:,} tokens are left; "
+        "a message that does not fit is refused, and /reset begins a new conversation"
     )
 
 

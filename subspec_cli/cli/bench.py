@@ -11,6 +11,7 @@ from subspec_cli.cli.interrupts import interrupt_status
 from subspec_cli.cli.options import Settings, with_settings
 from subspec_cli.config import BenchConfig, Config, DraftConfig, MemoryConfig, ModelConfig, SamplingConfig
 from subspec_cli.errors import NotIdenticalError, UsageError
+from subspec_cli.units import counted
 
 if TYPE_CHECKING:
     from subspec_cli.bench.runner import BenchProgress, BenchReport, BenchRow
@@ -82,7 +83,9 @@ def _measure(config: Config, file: Path | None, suite: Suite, json_file: str | N
     total = report.rows[-1] if report.rows else None
     if total is not None and report.exactness == "exact" and total.identical < total.answers:
         different = total.answers - total.identical
-        raise NotIdenticalError(f"{different} of {total.answers} answers differ from plain decoding")
+        raise NotIdenticalError(
+            f"{different} of {counted(total.answers, 'answer')} differ from plain decoding"
+        )
     if report.interrupted:
         raise typer.Exit(interrupt_status())
 

@@ -11,7 +11,7 @@ from subspec_cli.cli.interrupts import interrupt_status, is_terminating
 from subspec_cli.cli.live import collect_answer, make_view
 from subspec_cli.cli.output import Output
 from subspec_cli.config import Config
-from subspec_cli.errors import UsageError
+from subspec_cli.errors import PromptRefusedError, UsageError
 
 if TYPE_CHECKING:
     from subspec_cli.session import Chat, Session
@@ -74,7 +74,7 @@ def _answer(line: str, conversation: Chat, session: Session, config: Config, out
             line, max_new_tokens=limits.max_new_tokens, stop=limits.stop, on_prefill=view.show_prefill
         )
         answer = collect_answer(deltas, view)
-    except UsageError as error:  # a full context or a message that is too long does not end the chat
+    except (UsageError, PromptRefusedError) as error:  # another message, or /reset, may do
         output.note(f"{error.message}{f': {error.hint}' if error.hint else ''}", style="bold")
         return 0
     if not answer.is_interrupted:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from subspec_cli.metrics import GenerationStats, RangeTotals, rate_of_totals
 from subspec_cli.planning.comparison import Comparison
+from subspec_cli.units import counted
 
 if TYPE_CHECKING:
     from subspec_cli.bench.report import BenchReport
@@ -23,7 +24,7 @@ def comparison_line(comparison: Comparison) -> str:
     ]
     if given is not None:
         parts.append(f"{given:.2f} predicted for this tau")
-    where = "" if cached_rows is None else f" with {cached_rows:.0f} tokens in the cache"
+    where = "" if cached_rows is None else f" with {counted(round(cached_rows), 'token')} in the cache"
     return f"predicted ({comparison.origin} costs) | measured{where}: {' · '.join(parts)}"
 
 
@@ -32,7 +33,8 @@ def summary_lines(report: BenchReport) -> tuple[str, ...]:
     if not report.pairs:
         return ("nothing was measured",)
     total = report.rows[-1]
-    identical = f"{total.identical} of {total.answers} answers token for token identical ({report.exactness})"
+    answers = counted(total.answers, "answer")
+    identical = f"{total.identical} of {answers} token for token identical ({report.exactness})"
     lines = [identical if report.speculation else f"{identical}; speculation was off"]
     spread = sorted(ratio for pair in report.pairs if (ratio := pair.speedup_same_plan))
     if spread:
@@ -40,8 +42,8 @@ def summary_lines(report: BenchReport) -> tuple[str, ...]:
         lines.append(
             f"speedup over the same plan by answer: median {median:.2f}x, {spread[0]:.2f}x to {spread[-1]:.2f}x"
         )
-    if report.best_plain:
-        lines.append(f"plain decoding under its own best plan: {rate_of_totals(report.best_plain):.2f} tok/s")
+    if own_rate := rate_of_totals(report.best_plain):
+        lines.append(f"plain decoding under its own best plan: {own_rate:.2f} tok/s")
     if (ceiling := report.ceiling_tok_per_s) and report.link and total.speculative_tok_per_s:
         share = total.speculative_tok_per_s / ceiling
         lines.append(
@@ -79,8 +81,8 @@ def _range_text(item: RangeTotals) -> str:
     least, most = item.least_rows, item.most_rows
     name = f"{least} or more" if most is None else f"up to {most}" if not least else f"{least} to {most}"
     return (
-        f"{name} tokens in the cache: tau {item.tokens_per_pass:.2f} in {item.passes} passes, accepted "
-        f"{item.accepted_share:.0%} of the drafted tokens, {item.level_acceptance:.0%} a level"
+        f"{name} tokens in the cache: tau {item.tokens_per_pass:.2f} in {counted(item.passes, 'pass')}, "
+        f"accepted {item.accepted_share:.0%} of the drafted tokens, {item.level_acceptance:.0%} a level"
     )
 
 

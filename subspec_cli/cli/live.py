@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Self, TextIO
 from subspec_cli.cli.output import LiveArea, Output
 from subspec_cli.cli.output_progress import ProgressLine, prefill_text
 from subspec_cli.metrics import GenerationStats, PrefillProgress
-from subspec_cli.units import format_bytes, printable
+from subspec_cli.units import counted, format_bytes, printable
 
 if TYPE_CHECKING:
     from subspec_cli.session import Session, TextDelta
@@ -141,7 +141,8 @@ def make_view(output: Output, session: Session) -> View:
 
 def statistics_lines(stats: GenerationStats, memory_bytes: int, budget_bytes: int) -> list[str]:
     """The statistics under an unfinished answer: a line each for speed, time and memory."""
-    speed = [f"{stats.decode_tok_per_s:.1f} tok/s", f"{stats.new_tokens} tokens"]
+    speed = [f"{stats.decode_tok_per_s:.1f} tok/s"] if stats.decode_tok_per_s else []
+    speed.append(counted(stats.new_tokens, "token"))
     if stats.drafted_tokens:
         speed += [f"tau {stats.tau:.2f}", f"accepted {sparkline(stats.recent_accepted[-_SPARKLINE_WIDTH:])}"]
     times = time_shares(stats)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 from rich.text import Text
 
 from subspec_cli.cli.plan_text import advice_text, assumptions, prompt_text, reason_text
-from subspec_cli.units import format_bytes, format_seconds, printable
+from subspec_cli.units import counted, format_bytes, format_seconds, printable
 
 if TYPE_CHECKING:
     from subspec_cli.cli.output import Output
@@ -34,7 +34,7 @@ _LEGEND: Final = {
 def title(found: Forecast) -> str:
     """The model and the device of the plan."""
     geometry = found.geometry
-    size = f"{geometry.layers} layers, {format_bytes(geometry.model_bytes)} in {geometry.dtype.lower()}"
+    size = f"{counted(geometry.layers, 'layer')}, {format_bytes(geometry.model_bytes)} in {geometry.dtype.lower()}"
     return printable(f"{found.model_id} · {size} · {found.device} ({found.device_reason})")
 
 
@@ -134,10 +134,11 @@ def _speeds(found: Forecast, plan: OffloadPlan) -> Iterator[tuple[str, str]]:
     plain = f"{rate(guess.plain_tok_per_s)}, {format_seconds(guess.plain_pass_s)} a pass"
     if found.best_plain is not None:
         own = rate(found.best_plain.prediction.plain_tok_per_s)
-        plain += f"; {own} under its own best plan, {found.best_plain.resident_layers} layers resident"
+        layers = found.best_plain.resident_layers
+        plain += f"; {own} under its own best plan, {counted(layers, 'layer')} resident"
     yield "plain", plain
     if guess.depth:
-        steps = f"{guess.depth} draft steps of {short_time(guess.step_s)}"
+        steps = f"{counted(guess.depth, 'draft step')} of {short_time(guess.step_s)}"
         each = f"{guess.tau:.1f} tokens by {steps} and a pass of {short_time(guess.pass_s)}"
         yield "subspec", f"{rate(guess.tok_per_s)}, {guess.speedup:.1f}x: {each}"
     else:

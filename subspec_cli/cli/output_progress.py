@@ -12,7 +12,7 @@ from rich.table import Column
 
 from subspec_cli.cli.output import Output
 from subspec_cli.metrics import PrefillProgress
-from subspec_cli.units import format_seconds, printable
+from subspec_cli.units import format_seconds, plural, printable
 
 
 class ProgressLine:
@@ -80,7 +80,7 @@ class ProgressLine:
 
 def prefill_text(progress: PrefillProgress) -> str:
     """How far a prompt is read, such as `reading the prompt 1,536/6,000 tokens · 820 tok/s · 5.4 s left`."""
-    text = f"reading the prompt {int(progress.done_tokens):,}/{progress.tokens:,} tokens"
+    text = f"reading the prompt {int(progress.done_tokens):,}/{progress.tokens:,} {plural(progress.tokens, 'token')}"
     if progress.left_s is None:
         return text
     rate, left = progress.tok_per_s, format_seconds(progress.left_s)

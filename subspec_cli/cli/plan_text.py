@@ -18,7 +18,7 @@ from subspec_cli.planning.reason import (
     WholeModel,
 )
 from subspec_cli.planning.timing import Prediction
-from subspec_cli.units import GIB, format_bytes
+from subspec_cli.units import GIB, counted, format_bytes
 
 
 def reason_text(reason: PlanReason) -> str:
@@ -30,8 +30,8 @@ def prompt_text(plan: OffloadPlan) -> str:
     """Return how many passes read a prompt, and why, as one line."""
     if plan.prompt_rows < plan.context:
         return (
-            f"one pass for every {plan.prompt_rows:,} tokens: {plan.slots} slots do not hold a layer's feed-forward, "
-            "so the activations of all rows of a pass wait in memory"
+            f"one pass for every {plan.prompt_rows:,} tokens: {counted(plan.slots, 'slot')} cannot hold a layer's "
+            "feed-forward, so the activations of all rows of a pass wait in memory"
         )
     if not plan.streamed:
         return f"one pass for up to {plan.context:,} tokens, as nothing is streamed"
@@ -45,7 +45,8 @@ def _reasons(reason: PlanReason) -> Iterator[str]:
     if reason.draft is not None:
         yield _draft_text(reason.draft)
     if reason.no_draft is not None:
-        yield f"no draft, as the substitutes do not fit beside {reason.no_draft.prompt_tokens} tokens of prompt"
+        tokens = counted(reason.no_draft.prompt_tokens, "token")
+        yield f"no draft, as the substitutes do not fit beside {tokens} of prompt"
     if reason.context is not None:
         yield _context_text(reason.context)
     if reason.context_cost is not None:

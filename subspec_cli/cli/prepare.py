@@ -11,7 +11,7 @@ import typer
 from subspec_cli.cli.options import JsonOpt, Settings, with_settings
 from subspec_cli.config import DEFAULT_BITS, ModelConfig, SubstituteConfig
 from subspec_cli.errors import UsageError
-from subspec_cli.units import GIB, format_bytes, format_seconds
+from subspec_cli.units import GIB, counted, format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from subspec_cli.hub.weight_downloads import DownloadProgress
@@ -110,7 +110,7 @@ def report_lines(report: PrepareReport, model: str) -> list[str]:
     if report.sqnr_db is not None:
         quality += f" at {report.sqnr_db:.1f} dB"
     return [
-        f"{first}: {report.layers} layers, {kept} of weights, {quality}",
+        f"{first}: {counted(report.layers, 'layer')}, {kept} of weights, {quality}",
         f"in {report.directory}",
         f'next: subspec run --model {shlex.quote(model)} --vram-gb {_example_gib(report.source_bytes)} "…"',
     ]

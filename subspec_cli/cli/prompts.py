@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 
 from subspec_cli.errors import UsageError
+from subspec_cli.limits import MOST_PROMPT_BYTES
 
-_MAX_PROMPT_BYTES = 16 << 20
 _HOW = 'give it as an argument, subspec run "…", or pipe it in'
 
 
@@ -24,9 +24,9 @@ def read_prompt(argument: str | None) -> str | None:
 
 
 def _read_piped() -> str:
-    content = sys.stdin.buffer.read(_MAX_PROMPT_BYTES + 1)
-    if len(content) > _MAX_PROMPT_BYTES:
-        raise UsageError(f"the prompt on standard input is longer than {_MAX_PROMPT_BYTES >> 20} MiB")
+    content = sys.stdin.buffer.read(MOST_PROMPT_BYTES + 1)
+    if len(content) > MOST_PROMPT_BYTES:
+        raise UsageError(f"the prompt on standard input is longer than {MOST_PROMPT_BYTES >> 20} MiB")
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -25,6 +25,8 @@ PromptArg = Annotated[
         metavar="PROMPT", help="What to ask; left out, it is read from a pipe, else a chat begins."
     ),
 ]
+_FIRST_MESSAGE = "Hello"
+"""Stands for the first message of a chat."""
 JsonOpt = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout, and no text.")]
 
 
@@ -68,15 +70,17 @@ def _load(config: Config, output: Output, prompt: str | None) -> Session:
     return session
 
 
-def _counting(prompt: str | None, limits: RunConfig) -> TokenCount | None:
-    """Return what counts the tokens that the context must hold; None for a chat, whose length nobody knows."""
-    if prompt is None:
-        return None
+def _counting(prompt: str | None, limits: RunConfig) -> TokenCount:
+    """Return what counts the tokens that the context must hold.
+
+    Nobody knows the length of a chat, but that its template takes a message is known before weights are read.
+    """
     from subspec_cli.planning.request import WantedTokens
 
-    def count(tokenizer: ModelTokenizer) -> WantedTokens:
-        tokens = len(tokenizer.encode_prompt(prompt, system=limits.system, raw=limits.raw))
-        return WantedTokens(tokens, limits.max_new_tokens)
+    def count(tokenizer: ModelTokenizer) -> WantedTokens | None:
+        said = _FIRST_MESSAGE if prompt is None else prompt
+        tokens = len(tokenizer.encode_prompt(said, system=limits.system, raw=limits.raw))
+        return None if prompt is None else WantedTokens(tokens, limits.max_new_tokens)
 
     return count
 

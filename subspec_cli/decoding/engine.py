@@ -25,6 +25,7 @@ from subspec_cli.modeling.decoder import TargetDecoder
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.row_group import RowGroup
 from subspec_cli.streaming.streamer import StreamCounters
+from subspec_cli.units import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +139,7 @@ class Engine:
         prompt = request.prompt_ids
         if len(prompt) + 1 > self._kv.context:
             raise UsageError(
-                f"the prompt has {len(prompt)} tokens, the context holds {self._kv.context}",
+                f"the prompt has {counted(len(prompt), 'token')}, the context holds {self._kv.context}",
                 "shorten the prompt, or raise --context",
             )
         turned_anew = self._target.begin_answer(len(prompt))

@@ -24,7 +24,7 @@ from subspec_cli.planning.assumed_costs import low_bit_table_bytes
 from subspec_cli.planning.device_profile import EmbeddingPlace
 from subspec_cli.planning.library_memory import shared_layer_kernels, target_kernels, tokenizer_bytes
 from subspec_cli.planning.request import PlanRequest
-from subspec_cli.units import MIB, format_bytes
+from subspec_cli.units import MIB, counted, format_bytes
 
 _MOST_RING_SLOTS: Final = 3
 """Pinned buffers of the ring, one layer each: one is copied, one is ready, one is being read."""
@@ -208,7 +208,7 @@ class MemoryModel:
                      f"{layout.slots} x {format_bytes(self.slot_bytes)}"),
             PlanLine("KV cache", rows * geometry.kv_row_bytes, f"{rows} rows"),
             PlanLine("workspace", self._work_bytes + rows * self._work_row_bytes),
-            PlanLine(WAITING_ROWS, prompt.held_bytes, f"{prompt.rows} rows a pass"),
+            PlanLine(WAITING_ROWS, prompt.held_bytes, f"{counted(prompt.rows, 'row')} a pass"),
             PlanLine("sampling noise", self._noise_bytes, f"{NOISE_ROWS} positions"),
             PlanLine("tokenizer", self._tokenizer_bytes if profile.budget_is_ram else 0),
             PlanLine("kernels", self._kernel_bytes + self._draft_kernel_bytes(layout), "compiled at first use"),
@@ -249,7 +249,9 @@ class MemoryModel:
             PlanLine("embedding", self._host_table_bytes(layout)),
             PlanLine("sampling noise", self._host_noise_bytes, f"{NOISE_ROWS} positions"),
             PlanLine("pinned layers", pinned * self.layer_bytes, f"{pinned} of {streamed} streamed"),
-            PlanLine("pinned ring", ring * self.layer_bytes, f"{streamed - pinned} layers pass from disk"),
+            PlanLine(
+                "pinned ring", ring * self.layer_bytes, f"{counted(streamed - pinned, 'layer')} from disk"
+            ),
         )
         return tuple(line for line in found if line.size_bytes)
 

@@ -31,6 +31,7 @@ from subspec_cli.planning.timing import (
     step_times,
     verified_rows,
 )
+from subspec_cli.units import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +159,9 @@ def make_plan(request: PlanRequest) -> OffloadPlan:
     """
     layers = request.geometry.layers
     if request.resident_layers is not None and request.resident_layers > layers:
-        raise UsageError(f"--resident-layers {request.resident_layers}: the model has {layers} layers")
+        raise UsageError(
+            f"--resident-layers {request.resident_layers}: the model has {counted(layers, 'layer')}"
+        )
     if request.context is not None and request.context > request.model_context:
         raise UsageError(
             f"--context {request.context}: the model was made for {request.model_context} positions"

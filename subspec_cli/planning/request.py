@@ -16,7 +16,7 @@ from subspec_cli.planning.assumed_costs import assumed_survival
 from subspec_cli.planning.costs import BASE_CACHED_ROWS, MachineCosts
 from subspec_cli.planning.device_profile import DeviceKind, DeviceProfile, device_profile
 from subspec_cli.substitutes.settings import SubstituteSettings, substitute_layer_bytes
-from subspec_cli.units import GIB, format_bytes
+from subspec_cli.units import GIB, counted, format_bytes
 
 DEFAULT_CONTEXT: Final = 4096
 LEAST_CONTEXT: Final = 512
@@ -169,13 +169,13 @@ def check_prompt_fits(wanted: WantedTokens, context: int | None, model_context: 
     """Raise UsageError if a prompt leaves no row for an answer in the model's positions, or in the user's context."""
     if wanted.prompt >= model_context:
         raise UsageError(
-            f"the prompt has {wanted.prompt} tokens, the model was made for {model_context} positions, "
+            f"the prompt has {counted(wanted.prompt, 'token')}, the model was made for {model_context} positions, "
             "one of them for an answer",
             "shorten the prompt, or take a model with more positions",
         )
     if context is not None and wanted.prompt >= context:
         raise UsageError(
-            f"the prompt has {wanted.prompt} tokens, --context {context} holds {context}, "
+            f"the prompt has {counted(wanted.prompt, 'token')}, --context {context} holds {context}, "
             "one of them for an answer",
             f"leave --context out, or give --context {min(wanted.context, model_context)}",
         )

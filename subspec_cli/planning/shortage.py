@@ -6,7 +6,7 @@ from subspec_cli.errors import ResourceError
 from subspec_cli.planning.memory import MemoryModel, PromptPass
 from subspec_cli.planning.request import PlanRequest, WantedTokens, usual_contexts
 from subspec_cli.planning.search import LayoutSearch
-from subspec_cli.units import GIB, format_bytes
+from subspec_cli.units import GIB, counted, format_bytes
 
 
 def shortage(search: LayoutSearch) -> ResourceError:
@@ -38,12 +38,13 @@ def _prompt_shortage(search: LayoutSearch, wanted: WantedTokens, held: int) -> R
     """Return the error for a budget that holds the model, but not the prompt."""
     request = search.request
     context = min(wanted.context, request.model_context)
+    answer = min(wanted.answer, context - wanted.prompt)
     enough_bytes = search.total_bytes(search.front[0], context)
     return ResourceError(
-        f"the prompt has {wanted.prompt} tokens, a budget of {format_bytes(request.budget_bytes)} holds {held}, "
-        "one of them for an answer",
+        f"the prompt has {counted(wanted.prompt, 'token')}, a budget of {format_bytes(request.budget_bytes)} "
+        f"holds {held}, one of them for an answer",
         f"{request.profile.budget_option} {_enough_gib(enough_bytes):.2f} holds the prompt and "
-        f"{min(wanted.answer, context - wanted.prompt)} tokens of answer; or shorten the prompt",
+        f"{counted(answer, 'token')} of answer; or shorten the prompt",
     )
 
 

@@ -20,10 +20,14 @@ from subspec_cli.session.machine_costs import CostSource, ProbedCosts
 from subspec_cli.session.opening import Opening, open_device, plan_opening
 from subspec_cli.session.session import Engines, Session
 from subspec_cli.streaming.memory_meter import MemoryMeter, return_freed_memory_at_once
+from subspec_cli.units import counted
 from subspec_cli.versions import library_versions
 
-TokenCount = Callable[[ModelTokenizer], WantedTokens]
-"""Counts the tokens of a prompt that is known before the plan is made."""
+TokenCount = Callable[[ModelTokenizer], WantedTokens | None]
+"""Counts the tokens of a prompt that is known before the plan is made.
+
+None if there is no prompt yet; a prompt that the model's chat template refuses is refused here.
+"""
 
 
 def build_session(
@@ -79,9 +83,8 @@ def _bounded_answer(config: Config, opening: Opening, wanted: WantedTokens) -> s
     elif context == positions:
         limit = f"the model, made for {positions} positions,"
     left = context - wanted.prompt
-    return (
-        f"the prompt has {wanted.prompt} tokens, so {limit} leaves {left} for the answer, not {wanted.answer}"
-    )
+    prompt = counted(wanted.prompt, "token")
+    return f"the prompt has {prompt}, so {limit} leaves {left} for the answer, not {wanted.answer}"
 
 
 def _engines(draft: DraftConfig, opening: Opening, loaded: LoadedModel) -> Engines:

@@ -20,6 +20,7 @@ from subspec_cli.session.description import SessionDescription
 from subspec_cli.session.load import LoadedModel
 from subspec_cli.session.oom import oom_as_error
 from subspec_cli.streaming.streamer import StreamCounters
+from subspec_cli.units import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +201,6 @@ class Session:
             return UsageError("the prompt is empty")
         limit = self.description.context_tokens
         return UsageError(
-            f"the prompt has {prompt_tokens} tokens, the context holds {limit}, one of them for an answer",
+            f"the prompt has {counted(prompt_tokens, 'token')}, the context holds {limit}, one of them for an answer",
             "shorten the prompt (in a chat: /reset), or raise --context or the memory budget",
         )

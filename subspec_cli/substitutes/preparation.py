@@ -45,7 +45,7 @@ from subspec_cli.substitutes.prepared_model import PreparedModel, prepared_direc
 from subspec_cli.substitutes.quality import MatrixQuality
 from subspec_cli.substitutes.reuse import finished_manifest, reusable_layers
 from subspec_cli.substitutes.settings import SubstituteSettings
-from subspec_cli.units import printable
+from subspec_cli.units import counted, printable
 from subspec_cli.versions import __version__
 
 if TYPE_CHECKING:
@@ -261,7 +261,7 @@ def _layer_bytes(checkpoint: Checkpoint, layer_count: int) -> list[int]:
     found = layer_count_in_tensors(checkpoint)
     if found != layer_count:
         raise IntegrityError(
-            f"{printable(str(checkpoint.directory))} holds {found} layers, its config says {layer_count}"
+            f"{printable(str(checkpoint.directory))} holds {counted(found, 'layer')}, its config says {layer_count}"
         )
     return [
         sum(entry.size_bytes for entry in layer_entries(checkpoint, layer)) for layer in range(layer_count)

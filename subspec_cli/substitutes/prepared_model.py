@@ -20,7 +20,7 @@ from subspec_cli.hub.command_hints import prepare_command, repair_command
 from subspec_cli.hub.model_name import parse_model_name
 from subspec_cli.substitutes.manifest import MANIFEST_NAME, LayerFile, Manifest, read_manifest
 from subspec_cli.substitutes.settings import SubstituteSettings
-from subspec_cli.units import printable
+from subspec_cli.units import counted, printable
 
 if TYPE_CHECKING:
     import torch
@@ -151,8 +151,8 @@ def check_pairing(prepared: PreparedModel, checkpoint: Checkpoint) -> None:
     layer_count = layer_count_in_tensors(checkpoint)
     if [file.layer for file in manifest.layers] != list(range(layer_count)):
         raise IntegrityError(
-            f"{printable(str(prepared.directory / MANIFEST_NAME))} lists {len(manifest.layers)} layers, "
-            f"the model has {layer_count}",
+            f"{printable(str(prepared.directory / MANIFEST_NAME))} lists "
+            f"{counted(len(manifest.layers), 'layer')}, the model has {layer_count}",
             repair_command(manifest.model_id),
         )
 
