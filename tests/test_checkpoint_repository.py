@@ -13,7 +13,7 @@ import tiny_models
 import torch
 from fakes_session import Shelf, answer_to, open_tiny
 from library_answers import first_gap, library_answer, our_answer
-from repository_fuzz import TOKENIZERS
+from repository_fuzz import TOKENIZERS, Verdict, run_all
 from safetensors.torch import load_file, save_file
 from tiny_models import make_tiny_model
 from transformers import AutoModelForCausalLM
@@ -525,3 +525,17 @@ def test_other_forms_of_a_tokenizer(tmp_path: Path, write: Callable[[Path], None
     ours, _ = our_answer(directory, TEXT, 3)
     assert (ours.prompt_ids, ours.token_ids) == (theirs.prompt_ids, theirs.token_ids)
     assert len(ours.prompt_ids) > 3
+
+
+def test_changed_repositories_answer_as_the_library_does_or_are_refused(tmp_path: Path) -> None:
+    """A part of `python tests/repository_fuzz.py`, which makes 2,000 of them."""
+    faults: list[str] = []
+
+    def keep(verdict: Verdict) -> None:
+        if verdict.kind not in ("same", "refused"):
+            faults.append(f"{verdict.kind}: {verdict.what}")
+
+    counts = run_all(range(120), tmp_path, keep)
+    assert faults == []
+    assert counts["same"] > 20
+    assert counts["refused"] > 20

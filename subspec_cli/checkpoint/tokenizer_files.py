@@ -66,6 +66,12 @@ def check_tokenizer(read: ReadFile, where: str, rows: int) -> None:
     for number, token in (listed if isinstance(listed, dict) else {}).items():
         if number.isdecimal():
             ids[_content(token) or number] = int(number)
+    longest = settings.get("model_max_length")
+    if longest is not None and not isinstance(longest, int | float):
+        raise UnsupportedModelError(
+            f"model_max_length in tokenizer_config.json of {where} is {ascii(longest)[:60]}, not a number",
+            "correct the file",
+        )
     _json(read, where, "special_tokens_map.json")
     token, largest = max(ids.items(), key=lambda item: item[1])
     if largest >= rows:
