@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from subspec_cli.checkpoint.source_directory import (
     INDEX_NAME,
     SINGLE_NAME,
     WeightIndex,
+    check_small_files,
     confine,
     no_weights_error,
     read_config,
@@ -87,7 +89,8 @@ def open_checkpoint(
     """
     if not directory.is_dir():
         raise UsageError(f"no such directory: {printable(str(directory))}")
-    directory = directory.resolve()
+    directory = Path(os.path.realpath(directory))
+    check_small_files(directory)
     config_bytes, config = read_config(directory)
     names, index = _weight_files(directory, incomplete)
     if no_tokenizer := missing_tokenizer(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,7 @@ from subspec_cli.checkpoint.source_directory import (
     WeightIndex,
     confine,
     first_missing_file,
+    is_small_file,
     no_config_error,
     no_weights_error,
     read_index,
@@ -34,16 +34,6 @@ if TYPE_CHECKING:
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TIMEOUT_S = 20.0
-_SMALL_FILES = (
-    "generation_config.json",
-    "tokenizer*.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +47,7 @@ class Listing:
     @property
     def small_files(self) -> list[str]:
         """The files that a model needs besides config.json and the weights."""
-        wanted = [name for name in self.sizes if any(fnmatchcase(name, like) for like in _SMALL_FILES)]
+        wanted = [name for name in self.sizes if is_small_file(name) and name != CONFIG_NAME]
         index = [INDEX_NAME] if INDEX_NAME in self.sizes and SINGLE_NAME not in self.sizes else []
         return [*index, *(name for name in sorted(wanted) if "/" not in name)]
 

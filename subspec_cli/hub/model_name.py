@@ -37,7 +37,7 @@ def parse_model_name(model: str) -> ModelName:
         return ModelName(DEMO, DEMO_DIRECTORY)
     path = os.path.expanduser(model)
     if os.path.isdir(path):
-        directory = Path(path).resolve()
+        directory = Path(os.path.realpath(path))
         return ModelName(str(directory), directory)
     if os.path.isfile(path):
         raise UsageError(f"{shown} is a file", "give the directory that holds config.json and the weights")

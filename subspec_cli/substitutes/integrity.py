@@ -17,14 +17,13 @@ from subspec_cli.checkpoint.checkpoint import (
     layer_entries,
     open_checkpoint,
 )
-from subspec_cli.checkpoint.source_directory import confine
 from subspec_cli.errors import SubspecError
 from subspec_cli.files.io_errors import read_error
 from subspec_cli.files.regular_file import open_regular
 from subspec_cli.hub.command_hints import prepare_command
 from subspec_cli.hub.source_model import find_source_directory
 from subspec_cli.substitutes.inventory import UNREADABLE, StoredModel
-from subspec_cli.substitutes.manifest import MANIFEST_NAME, LayerFile, Manifest
+from subspec_cli.substitutes.manifest import MANIFEST_NAME, LayerFile, Manifest, layer_path
 
 _PIECE_BYTES: Final = 8 << 20
 _BLOB_NAME = re.compile(r"[0-9a-f]{64}")
@@ -98,12 +97,13 @@ class Verifier:
     def _verify_file(self, directory: Path, file: LayerFile) -> Finding | None:
         path = directory / file.name
         try:
-            confine(directory, file.name)
-            size_bytes = path.stat().st_size
+            size_bytes = layer_path(directory, file).stat().st_size
         except SubspecError as error:
             return Finding(path, error.message)
         except FileNotFoundError:
             return Finding(path, "missing")
+        except OSError as error:
+            return Finding(path, read_error(error, path).message)
         if size_bytes != file.size_bytes:
             return Finding(path, "wrong size", f"{file.size_bytes} bytes", f"{size_bytes} bytes")
         try:
@@ -185,6 +185,8 @@ class Verifier:
             return Finding(path, error.message)
         except FileNotFoundError:
             return Finding(path, "missing")
+        except OSError as error:
+            return Finding(path, read_error(error, path).message)
 
     def _read_spans(
         self, path: Path, spans: Sequence[tuple[int, int]], take: Callable[[int, memoryview], None]
@@ -217,7 +219,7 @@ class Verifier:
 
 def blob_of(path: Path) -> Path | None:
     """The file of the hub's cache, named by its SHA-256, that `path` links to; None for any other path."""
-    target = path.resolve()
+    target = Path(os.path.realpath(path))
     is_blob = path.is_symlink() and target.parent.name == "blobs" and _BLOB_NAME.fullmatch(target.name)
     return target if is_blob else None
 

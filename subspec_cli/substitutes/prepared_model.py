@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING
 
 from subspec_cli.checkpoint.checkpoint import Checkpoint, layer_count_in_tensors
 from subspec_cli.checkpoint.safetensors_header import TensorEntry, header_length, parse_entries
-from subspec_cli.checkpoint.source_directory import confine
 from subspec_cli.checkpoint.tensor_reader import read_hashed_file, view_tensor
 from subspec_cli.errors import IntegrityError, SubspecError, UnsupportedModelError, UsageError
 from subspec_cli.files.home import prepared_root
 from subspec_cli.files.io_errors import read_error
 from subspec_cli.hub.command_hints import prepare_command, repair_command
 from subspec_cli.hub.model_name import parse_model_name
-from subspec_cli.substitutes.manifest import MANIFEST_NAME, LayerFile, Manifest, read_manifest
+from subspec_cli.substitutes.manifest import MANIFEST_NAME, LayerFile, Manifest, layer_path, read_manifest
 from subspec_cli.substitutes.settings import SubstituteSettings
 from subspec_cli.units import printable
 
@@ -111,7 +110,7 @@ def load_layer(prepared: PreparedModel, layer: int) -> dict[str, torch.Tensor]:
     expected = _layer_file(prepared, layer)
     hint = repair_command(prepared.manifest.model_id)
     try:
-        path = confine(prepared.directory, expected.name)
+        path = layer_path(prepared.directory, expected)
         data, found_sha256 = read_hashed_file(path, expected.size_bytes)
         if found_sha256 != expected.sha256:
             raise IntegrityError(
