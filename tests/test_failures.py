@@ -188,6 +188,7 @@ COVERED = [
     ("T36", "test_checkpoint_confinement::test_a_directory_of_links_that_the_user_made_is_read"),
     ("T36", "test_checkpoint_confinement::test_a_blob_that_is_on_another_disk_is_read"),
     ("T36", REFUSED),
+    ("T36", "test_hub_model_name::test_a_folder_of_the_hubs_cache_means_its_snapshot"),
     ("A07", REFUSED),
     ("A13", REFUSED),
 ]
