@@ -227,7 +227,7 @@ def test_a_bad_manifest_is_refused_before_anything_is_loaded(tmp_path, capsys, d
     ("change", "message"),
     [
         (lambda directory: edit(directory, "config.json", rope_theta=5.0), "is not prepared"),
-        (lambda directory: os.utime(directory / SINGLE, (5, 5)), "were written again since it was prepared"),
+        (lambda directory: os.utime(directory / SINGLE, (5, 5)), "written again since it was prepared"),
     ],
 )
 def test_a_source_that_changed_is_never_paired_with_old_substitutes(tmp_path, capsys, change, message):

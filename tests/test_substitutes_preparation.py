@@ -17,6 +17,7 @@ from subspec_cli.substitutes.disk_space import estimate_file_bytes
 from subspec_cli.substitutes.manifest import JOURNAL_NAME, MANIFEST_NAME, layer_file_name, write_manifest
 from subspec_cli.substitutes.prepared_model import check_pairing, find_prepared, load_layer
 from subspec_cli.substitutes.settings import SubstituteSettings
+from subspec_cli.substitutes.source_stamp import make_stamp
 
 FINISHED = [".lock", *(f"layer-{layer:05d}.safetensors" for layer in range(LAYERS)), MANIFEST_NAME]
 
@@ -49,7 +50,7 @@ def test_writes_every_layer_and_a_manifest_that_fits(model):
     assert [(item.done_layers, item.reused_layers) for item in seen] == [(1, 0), (2, 0), (3, 0)]
     assert [item.done_bytes for item in seen] == [total // 3, total // 3 * 2, total]
     assert {(item.total_layers, item.total_bytes) for item in seen} == {(LAYERS, total)}
-    assert prepared.manifest.source_stamp == checkpoint.stamp
+    assert prepared.manifest.source_stamp == make_stamp(checkpoint)
 
 
 def test_second_time_returns_at_once_and_becomes_the_most_recent(model):

@@ -24,6 +24,7 @@ from subspec_cli.hub.command_hints import prepare_command
 from subspec_cli.hub.source_model import find_source_directory
 from subspec_cli.substitutes.inventory import UNREADABLE, StoredModel
 from subspec_cli.substitutes.manifest import MANIFEST_NAME, LayerFile, Manifest, layer_path
+from subspec_cli.substitutes.source_stamp import has_same_times
 
 _PIECE_BYTES: Final = 8 << 20
 _BLOB_NAME = re.compile(r"[0-9a-f]{64}")
@@ -119,9 +120,11 @@ class Verifier:
         if isinstance(target, SubspecError):
             blobs = [self._verify_blob(path) for path in sorted(directory.glob("*.safetensors"))]
             return [item for item in blobs if item] or [Finding(directory, target.message)]
-        if manifest.fingerprint != target.fingerprint or manifest.source_stamp not in ("", target.stamp):
+        if manifest.fingerprint != target.fingerprint or not has_same_times(manifest.source_stamp, target):
             again = prepare_command(manifest.model_id, bits=manifest.settings.bits)
-            what = f"the weights were written again since they were prepared; to follow them: {again}"
+            what = (
+                f"the weights were copied or written again since they were prepared; to follow them: {again}"
+            )
             return [Finding(target.directory, what, is_damage=False)]
         if target.directory not in self._hashes:
             self._hashes[target.directory] = self._hash_target(target)

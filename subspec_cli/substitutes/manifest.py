@@ -80,7 +80,7 @@ class Manifest:
     fingerprint: str
     """`Checkpoint.fingerprint` of the source."""
     source_stamp: str
-    """`Checkpoint.stamp` of a directory; empty for a model on the hub, where commits do not change."""
+    """`make_stamp` of a directory; empty for a model on the hub, where commits do not change."""
     dtype: str
     settings: SubstituteSettings
     group_size: int

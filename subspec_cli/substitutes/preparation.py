@@ -45,6 +45,7 @@ from subspec_cli.substitutes.prepared_model import PreparedModel, prepared_direc
 from subspec_cli.substitutes.quality import MatrixQuality
 from subspec_cli.substitutes.reuse import finished_manifest, reusable_layers
 from subspec_cli.substitutes.settings import SubstituteSettings
+from subspec_cli.substitutes.source_stamp import make_stamp
 from subspec_cli.units import printable
 from subspec_cli.versions import __version__
 
@@ -118,7 +119,7 @@ def prepare_model(
         source_directory=str(resolved.directory),
         commit=resolved.commit,
         fingerprint=checkpoint.fingerprint,
-        source_stamp=checkpoint.stamp if resolved.is_local else "",
+        source_stamp=make_stamp(checkpoint) if resolved.is_local else "",
         dtype=geometry.dtype,
         settings=settings,
         group_size=settings.group_size,

@@ -15,6 +15,16 @@ from subspec_cli.substitutes.manifest import Manifest
 from subspec_cli.units import printable
 
 
+def is_source_damaged(stored: StoredModel, findings: Sequence[Finding]) -> bool:
+    """Whether weights in a user's directory are damaged. Only the user can put them back."""
+    manifest = stored.manifest
+    return (
+        manifest is not None
+        and name_of_id(manifest.model_id).directory is not None
+        and any(finding.is_damage and finding.path.parent != stored.directory for finding in findings)
+    )
+
+
 def drop_damaged(stored: StoredModel, findings: Sequence[Finding]) -> Manifest:
     """Delete the damaged files, and return the manifest that says how to make them again.
 

@@ -10,6 +10,7 @@ from subspec_cli.checkpoint.tensor_reader import read_hashed_tensors
 from subspec_cli.errors import IntegrityError
 from subspec_cli.files.regular_file import has_size, sha256_file
 from subspec_cli.substitutes.manifest import JOURNAL_NAME, MANIFEST_NAME, LayerFile, Manifest, read_manifest
+from subspec_cli.substitutes.source_stamp import is_equal_stamp
 
 
 def finished_manifest(directory: Path, goal: Manifest, layer_count: int) -> Manifest | None:
@@ -22,7 +23,11 @@ def finished_manifest(directory: Path, goal: Manifest, layer_count: int) -> Mani
     if (directory / JOURNAL_NAME).exists():
         return None
     found = _read_usable(directory / MANIFEST_NAME)
-    if found is None or not found.is_same_set_as(goal) or found.source_stamp != goal.source_stamp:
+    if (
+        found is None
+        or not found.is_same_set_as(goal)
+        or not is_equal_stamp(found.source_stamp, goal.source_stamp)
+    ):
         return None
     if [file.layer for file in found.layers] != list(range(layer_count)):
         return None
@@ -41,7 +46,7 @@ def reusable_layers(directory: Path, goal: Manifest, checkpoint: Checkpoint) -> 
     for name in (MANIFEST_NAME, JOURNAL_NAME):  # the journal is the newer one
         found = _read_usable(directory / name)
         if found is not None and found.is_same_build_as(goal):
-            same_stamp = found.source_stamp == goal.source_stamp
+            same_stamp = is_equal_stamp(found.source_stamp, goal.source_stamp)
             listed |= {file.layer: (file, same_stamp) for file in found.layers}
     layer_count = layer_count_in_tensors(checkpoint)
     for layer, (file, same_stamp) in sorted(listed.items()):
