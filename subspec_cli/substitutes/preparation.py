@@ -43,7 +43,7 @@ from subspec_cli.substitutes.manifest import (
 )
 from subspec_cli.substitutes.prepared_model import PreparedModel, prepared_directory
 from subspec_cli.substitutes.quality import MatrixQuality
-from subspec_cli.substitutes.reuse import finished_manifest, reusable_layers
+from subspec_cli.substitutes.reuse import Twins, find_twins, finished_manifest, read_twin, reusable_layers
 from subspec_cli.substitutes.settings import SubstituteSettings
 from subspec_cli.substitutes.source_stamp import make_stamp
 from subspec_cli.units import printable
@@ -129,7 +129,9 @@ def prepare_model(
     )
     directory = prepared_directory(resolved.model_id, resolved.commit, settings)
     layer_bytes = _layer_bytes(checkpoint, geometry.layers)
-    work = _Preparation(goal, checkpoint, model.weight_downloads, directory, layer_bytes, progress)
+    work = _Preparation(
+        goal, checkpoint, model.weight_downloads, directory, layer_bytes, progress, reporter.note
+    )
     if not force and (finished := work.already_prepared()):
         return finished
     if not directory.exists():  # a refusal leaves nothing behind
@@ -152,6 +154,8 @@ class _Preparation:
     directory: Path
     layer_bytes: list[int]
     progress: Callable[[PrepareProgress], None]
+    note: Callable[[str], None]
+    twins: Twins = field(default_factory=dict)
     making_s: float = 0.0
     done: dict[int, LayerFile] = field(default_factory=dict)
     reused_layers: int = 0
@@ -176,6 +180,7 @@ class _Preparation:
         if not force:
             for file in reusable_layers(self.directory, self.goal, self.checkpoint):
                 self.reuse(file)
+            self.twins = find_twins(self.directory, self.goal)
         self.check_space()
         if force:  # an empty journal: from here on, the earlier set does not count as finished
             write_manifest(self.directory / JOURNAL_NAME, self.goal)
@@ -212,23 +217,26 @@ class _Preparation:
         check_disk_space(self.goal, self.checkpoint, self.weight_downloads, self.directory, left)
 
     def make_layer(self, layer: int, quantizer: Quantizer) -> None:
-        """Read, quantize and write one layer, then record it."""
-        from safetensors.torch import save
-
+        """Read one layer, quantize it or take what another set made of the same bytes, write it, then record it."""
         started_s = time.monotonic()
         tensors, source_sha256 = read_hashed_tensors(layer_entries(self.checkpoint, layer))
-        check_finite(tensors)
-        prefix = layer_prefix(layer)
-        packed, quality = quantizer({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
-        del tensors  # free them before the bytes of the file take memory
-        data = save({name: packed[name].contiguous() for name in sorted(packed)})
-        name = layer_file_name(layer)
-        atomic_write(self.directory / name, data)
-        sha256 = hashlib.sha256(data).hexdigest()
-        self.done[layer] = LayerFile(name, layer, len(data), sha256, source_sha256, quality)
+        file, data = self._twin_of(layer, source_sha256) or _made_layer(
+            layer, tensors, source_sha256, quantizer
+        )
+        atomic_write(self.directory / file.name, data)
+        self.done[layer] = file
         write_manifest(self.directory / JOURNAL_NAME, self._manifest())
         self.making_s += time.monotonic() - started_s
         self._report_progress()
+
+    def _twin_of(self, layer: int, source_sha256: str) -> tuple[LayerFile, bytes] | None:
+        """What another set made of the same 16-bit bytes."""
+        directory, file = self.twins.get((layer, source_sha256), (None, None))
+        if directory is None or file is None or (data := read_twin(directory, file)) is None:
+            return None
+        if not self.done:
+            self.note(f"layers of the same weights are in {printable(str(directory))}: they are copied")
+        return file, data
 
     def finish(self) -> PreparedModel:
         """Write the manifest, which makes the directory a prepared model, and remove the journal."""
@@ -256,6 +264,21 @@ class _Preparation:
                 download=self.weight_downloads.progress(),
             )
         )
+
+
+def _made_layer(
+    layer: int, tensors: dict[str, torch.Tensor], source_sha256: str, quantizer: Quantizer
+) -> tuple[LayerFile, bytes]:
+    """The record and the bytes of a layer's file. Raises IntegrityError for weights that are not finite."""
+    from safetensors.torch import save
+
+    check_finite(tensors)
+    prefix = layer_prefix(layer)
+    packed, quality = quantizer({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
+    tensors.clear()  # free them before the bytes of the file take memory
+    data = save({name: packed[name].contiguous() for name in sorted(packed)})
+    sha256 = hashlib.sha256(data).hexdigest()
+    return LayerFile(layer_file_name(layer), layer, len(data), sha256, source_sha256, quality), data
 
 
 def _layer_bytes(checkpoint: Checkpoint, layer_count: int) -> list[int]:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeAlias
 
 from subspec_cli.checkpoint.checkpoint import Checkpoint, layer_count_in_tensors, layer_entries
 from subspec_cli.checkpoint.tensor_reader import read_hashed_tensors
-from subspec_cli.errors import IntegrityError
-from subspec_cli.files.regular_file import has_size, sha256_file
+from subspec_cli.errors import IntegrityError, SubspecError
+from subspec_cli.files.home import prepared_root
+from subspec_cli.files.regular_file import has_size, read_small_file, sha256_file
 from subspec_cli.substitutes.manifest import JOURNAL_NAME, MANIFEST_NAME, LayerFile, Manifest, read_manifest
 from subspec_cli.substitutes.source_stamp import is_equal_stamp
+
+Twins: TypeAlias = dict[tuple[int, str], tuple[Path, LayerFile]]
+"""Layers of other sets with equal settings and headers (a copy of the model, another commit): the directory and the
+record, by the layer and the SHA-256 of its 16-bit bytes."""
 
 
 def finished_manifest(directory: Path, goal: Manifest, layer_count: int) -> Manifest | None:
@@ -57,6 +66,29 @@ def reusable_layers(directory: Path, goal: Manifest, checkpoint: Checkpoint) -> 
             continue
         if sha256_file(directory / file.name) == file.sha256:
             yield file
+
+
+def find_twins(directory: Path, goal: Manifest) -> Twins:
+    """The layers in other directories that were made as those of `goal` would be. Unreadable sets are left out."""
+    twins: Twins = {}
+    for path in sorted(prepared_root().glob(f"*/{MANIFEST_NAME}")):
+        if path.parent == directory:
+            continue
+        with contextlib.suppress(SubspecError, OSError):
+            found = read_manifest(path)
+            if replace(found, model_id=goal.model_id, commit=goal.commit).is_same_build_as(goal):
+                twins |= {(file.layer, file.source_sha256): (path.parent, file) for file in found.layers}
+    return twins
+
+
+def read_twin(directory: Path, file: LayerFile) -> bytes | None:
+    """The bytes of another set's layer; None if they are not those of its record."""
+    if not _is_present(directory, file):
+        return None
+    with contextlib.suppress(SubspecError):
+        data = read_small_file(directory / file.name, file.size_bytes)
+        return data if hashlib.sha256(data).hexdigest() == file.sha256 else None
+    return None
 
 
 def _read_usable(path: Path) -> Manifest | None:
