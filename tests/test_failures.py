@@ -192,6 +192,7 @@ COVERED = [
     ("T36", "test_hub_model_name::test_a_folder_of_the_hubs_cache_means_its_snapshot"),
     ("T36", f"{STAMP}::test_a_copy_with_new_times_is_told_from_other_weights_and_no_layer_is_made_again"),
     ("T36", "test_substitutes_preparation::test_a_copy_in_another_place_takes_the_layers_that_are_there"),
+    ("T36", f"{TRUST}::test_a_home_that_is_read_only_is_enough_to_run_and_to_see_that_all_is_prepared"),
     ("A07", REFUSED),
     ("A11", "test_checkpoint::test_weights_written_in_use_are_noticed_although_the_time_is_put_back"),
     ("A11", f"{STAMP}::test_weights_of_the_same_shape_with_the_old_time_are_not_paired"),

@@ -197,3 +197,26 @@ def test_a_damaged_file_of_the_hubs_cache_is_dropped_and_fetched_again(pristine,
     monkeypatch.setattr("subspec_cli.session.prepare.prepare", fetch)
     assert main(["models", "verify", "org/tiny", "--repair"]) == 0
     assert asked == [("org/tiny", COMMIT, False, False)]
+
+
+def test_a_home_that_is_read_only_is_enough_to_run_and_to_see_that_all_is_prepared(own, monkeypatch):
+    with open_tiny(own) as session:
+        expected = answer_to(session, "Hello", 10).outcome
+    tried = []
+
+    def refusing(name, real):
+        def call(path, *args, **how):
+            writes = name != "open" or args[0] & (os.O_CREAT | os.O_WRONLY | os.O_RDWR)
+            if writes and str(path).startswith(os.environ["SUBSPEC_HOME"]):
+                tried.append(str(path))
+                raise OSError(errno.EROFS, "Read-only file system", str(path))
+            return real(path, *args, **how)
+
+        return call
+
+    for name in ("open", "mkdir", "utime", "replace", "unlink"):
+        monkeypatch.setattr(os, name, refusing(name, getattr(os, name)))
+    with open_tiny(own) as session:
+        assert answer_to(session, "Hello", 10).outcome == expected
+    assert main(["prepare", str(own)]) == 0
+    assert tried
