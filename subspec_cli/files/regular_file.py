@@ -7,10 +7,14 @@ import os
 import stat
 from io import FileIO
 from pathlib import Path
+from typing import TypeAlias
 
 from subspec_cli.errors import IntegrityError
 from subspec_cli.files.io_errors import read_error
 from subspec_cli.units import format_bytes, printable
+
+FileState: TypeAlias = tuple[int, int, int]
+"""Inode, size in bytes and modification time in ns."""
 
 _FILE_KINDS = (
     (stat.S_ISDIR, "a directory"),
@@ -64,6 +68,11 @@ def sha256_file(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise read_error(error, path) from error
+
+
+def file_state(status: os.stat_result) -> FileState:
+    """What differs once a file is replaced or written: inode, size and modification time."""
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def has_size(path: Path, size_bytes: int) -> bool:

@@ -42,7 +42,6 @@ class Download:
         self._context = context
         self._remote = remote
         self._attempts = attempts
-        self._partial = context.cache.partial_path(remote.etag, remote.name)
         self._digest = ContentDigest(remote.etag, remote.size_bytes)
         self.have_bytes = 0
         """Bytes that are on disk."""
@@ -52,6 +51,7 @@ class Download:
         if has_size(context.cache.blob_path(remote.etag), remote.size_bytes):
             self._mark_done()
             return
+        self._partial = context.cache.claim_partial(remote.etag, remote.name)
         with contextlib.suppress(FileNotFoundError):
             self.have_bytes = self._partial.lstat().st_size
         if self.have_bytes > remote.size_bytes:
@@ -114,6 +114,11 @@ class Download:
             )
         self._context.cache.store_blob(self._partial, self._remote.etag)
         self._mark_done()
+
+    def release(self) -> None:
+        """Leave what is there to the next run. Call it once nothing of this download runs any more."""
+        if not self.is_done:
+            self._context.cache.release_partial(self._partial, self._remote.etag, self.name)
 
     def _mark_done(self) -> None:
         self._context.cache.link_file(self._context.commit, self.name, self._remote.etag)

@@ -24,11 +24,12 @@ from subspec_cli.checkpoint.checkpoint import (
 from subspec_cli.checkpoint.geometry import ModelGeometry
 from subspec_cli.checkpoint.layer_tensors import layer_prefix
 from subspec_cli.checkpoint.tensor_reader import check_finite, read_hashed_tensors
-from subspec_cli.errors import IntegrityError
+from subspec_cli.errors import BusyError, IntegrityError, SubspecError
 from subspec_cli.files.atomic_write import atomic_write, sweep_stale_temps
 from subspec_cli.files.home import make_home_directory
 from subspec_cli.files.io_errors import write_error
 from subspec_cli.files.lock import directory_lock
+from subspec_cli.files.regular_file import FileState, file_state, sha256_file
 from subspec_cli.hub.source_model import OpenedModel
 from subspec_cli.hub.weight_downloads import DownloadProgress, WeightDownloads
 from subspec_cli.reporter import Reporter
@@ -39,6 +40,7 @@ from subspec_cli.substitutes.manifest import (
     LayerFile,
     Manifest,
     layer_file_name,
+    layer_path,
     write_manifest,
 )
 from subspec_cli.substitutes.prepared_model import PreparedModel, prepared_directory
@@ -51,6 +53,8 @@ from subspec_cli.versions import __version__
 
 if TYPE_CHECKING:
     import torch
+
+_MOST_ROUNDS = 3  # of making what another process replaced meanwhile
 
 Quantizer: TypeAlias = (
     "Callable[[dict[str, torch.Tensor]], tuple[dict[str, torch.Tensor], dict[str, MatrixQuality]]]"
@@ -132,6 +136,8 @@ def prepare_model(
     work = _Preparation(
         goal, checkpoint, model.weight_downloads, directory, layer_bytes, progress, reporter.note
     )
+    if directory.is_dir():
+        sweep_stale_temps(directory)
     if not force and (finished := work.already_prepared()):
         return finished
     if not directory.exists():  # a refusal leaves nothing behind
@@ -140,7 +146,6 @@ def prepare_model(
     with directory_lock(directory, on_wait=reporter.note) as has_waited:
         if has_waited and not force and (finished := work.already_prepared()):
             return finished
-        sweep_stale_temps(directory)
         return work.run(recipe.quantizer, force=force)
 
 
@@ -159,6 +164,8 @@ class _Preparation:
     making_s: float = 0.0
     done: dict[int, LayerFile] = field(default_factory=dict)
     reused_layers: int = 0
+    states: dict[int, FileState] = field(default_factory=dict)
+    """Files of the done layers as they were when they were written or hashed."""
 
     def already_prepared(self) -> PreparedModel | None:
         """The complete set of an earlier run, marked as the latest; None if there is none or weights are missing."""
@@ -178,13 +185,29 @@ class _Preparation:
     def run(self, quantizer: Quantizer, *, force: bool) -> PreparedModel:
         """Make and record all layers that are missing. The caller holds the lock."""
         if not force:
-            for file in reusable_layers(self.directory, self.goal, self.checkpoint):
+            for file, state in reusable_layers(self.directory, self.goal, self.checkpoint):
+                self.states[file.layer] = state
                 self.reuse(file)
             self.twins = find_twins(self.directory, self.goal)
         self.check_space()
         if force:  # an empty journal: from here on, the earlier set does not count as finished
             write_manifest(self.directory / JOURNAL_NAME, self.goal)
         self.weight_downloads.start()
+        for _ in range(_MOST_ROUNDS):
+            self.make_missing(quantizer)
+            check_unchanged(self.checkpoint)
+            if self.weight_downloads.progress():
+                check_headers_unchanged(self.checkpoint)
+            if not self.drop_replaced() and (prepared := self.finish()):
+                return prepared
+        raise BusyError(
+            f"another process keeps writing other files into {printable(str(self.directory))}, "
+            "and the disk's locks do not keep it out",
+            "let it finish, then run the command again",
+        )
+
+    def make_missing(self, quantizer: Quantizer) -> None:
+        """Make all layers that are not done, each as soon as its weights are there."""
         waiting = [layer for layer in range(len(self.layer_bytes)) if layer not in self.done]
         while waiting or not self.weight_downloads.is_complete:
             ready = next((layer for layer in waiting if self.has_arrived(layer)), None)
@@ -194,10 +217,27 @@ class _Preparation:
             else:
                 self.make_layer(ready, quantizer)
                 waiting.remove(ready)
-        check_unchanged(self.checkpoint)
-        if self.weight_downloads.progress():
-            check_headers_unchanged(self.checkpoint)
-        return self.finish()
+
+    def drop_replaced(self) -> bool:
+        """Whether layers have other bytes than recorded. They then count as missing.
+
+        Where locks do not work, another preparation may have put its own files in place. Only files that were
+        replaced since they were written or hashed are read again.
+        """
+        replaced = []
+        for layer, file in self.done.items():
+            path = layer_path(self.directory, file)
+            with contextlib.suppress(OSError, SubspecError):
+                state = file_state(path.stat())
+                if state == self.states[layer]:
+                    continue
+                if sha256_file(path) == file.sha256:
+                    self.states[layer] = state
+                    continue
+            replaced.append(layer)
+        for layer in replaced:
+            del self.done[layer]
+        return bool(replaced)
 
     def has_arrived(self, layer: int) -> bool:
         """Whether all weight files of a layer are complete."""
@@ -223,7 +263,7 @@ class _Preparation:
         file, data = self._twin_of(layer, source_sha256) or _made_layer(
             layer, tensors, source_sha256, quantizer
         )
-        atomic_write(self.directory / file.name, data)
+        self.states[layer] = atomic_write(self.directory / file.name, data)
         self.done[layer] = file
         write_manifest(self.directory / JOURNAL_NAME, self._manifest())
         self.making_s += time.monotonic() - started_s
@@ -238,10 +278,15 @@ class _Preparation:
             self.note(f"layers of the same weights are in {printable(str(directory))}: they are copied")
         return file, data
 
-    def finish(self) -> PreparedModel:
-        """Write the manifest, which makes the directory a prepared model, and remove the journal."""
+    def finish(self) -> PreparedModel | None:
+        """Write the manifest, which makes the directory a prepared model, and remove the journal.
+
+        None if a layer was replaced until then: the manifest does not describe it.
+        """
         manifest = self._manifest()
         write_manifest(self.directory / MANIFEST_NAME, manifest)
+        if self.drop_replaced():
+            return None
         journal = self.directory / JOURNAL_NAME
         try:
             journal.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from subspec_cli.checkpoint.checkpoint import Checkpoint, layer_count_in_tensors
 from subspec_cli.checkpoint.tensor_reader import read_hashed_tensors
 from subspec_cli.errors import IntegrityError, SubspecError
 from subspec_cli.files.home import prepared_root
-from subspec_cli.files.regular_file import has_size, read_small_file, sha256_file
+from subspec_cli.files.regular_file import FileState, file_state, has_size, read_small_file, sha256_file
 from subspec_cli.substitutes.manifest import JOURNAL_NAME, MANIFEST_NAME, LayerFile, Manifest, read_manifest
 from subspec_cli.substitutes.source_stamp import is_equal_stamp
 
@@ -43,8 +43,10 @@ def finished_manifest(directory: Path, goal: Manifest, layer_count: int) -> Mani
     return found if all(_is_present(directory, file) for file in found.layers) else None
 
 
-def reusable_layers(directory: Path, goal: Manifest, checkpoint: Checkpoint) -> Iterator[LayerFile]:
-    """The recorded layers, ascending, whose files and source still hold the same bytes.
+def reusable_layers(
+    directory: Path, goal: Manifest, checkpoint: Checkpoint
+) -> Iterator[tuple[LayerFile, FileState]]:
+    """The recorded layers, ascending, whose files and source still hold the same bytes, and the files' states.
 
     Raises:
         UnsupportedModelError: a manifest is a newer version's.
@@ -64,8 +66,9 @@ def reusable_layers(directory: Path, goal: Manifest, checkpoint: Checkpoint) -> 
         # A different stamp does not mean different content: a copied or restored directory has new times, same bytes.
         if not same_stamp and _source_sha256(checkpoint, layer) != file.source_sha256:
             continue
+        state = file_state((directory / file.name).stat())
         if sha256_file(directory / file.name) == file.sha256:
-            yield file
+            yield file, state
 
 
 def find_twins(directory: Path, goal: Manifest) -> Twins:
