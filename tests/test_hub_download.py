@@ -313,7 +313,7 @@ def test_f26_the_token_goes_to_the_hub_and_not_to_its_storage(large, cache, monk
 
 def test_redirects_without_end_and_to_no_web_address(large):
     large.answers[ONE] = (302, {"Location": "/again/" + ONE}, b"")
-    with pytest.raises(NetworkError, match=r"cannot reach .* redirects"):
+    with pytest.raises(NetworkError, match="it redirects more than 5 times"):
         resolve_model(MODEL)
     head = {"X-Repo-Commit": COMMIT, "X-Linked-Etag": large.etag(ONE), "X-Linked-Size": "9"}
     large.answers[ONE] = (302, head | {"Location": "file:///etc/passwd"}, b"")

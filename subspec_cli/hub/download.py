@@ -11,6 +11,7 @@ from subspec_cli.errors import IntegrityError, NetworkError
 from subspec_cli.files.regular_file import has_size, open_regular
 from subspec_cli.hub.cache import RepoCache
 from subspec_cli.hub.hub_errors import explain_hub_error
+from subspec_cli.hub.listing import Listing
 from subspec_cli.hub.partial_file import Appender, ContentDigest
 from subspec_cli.hub.remote_file import RemoteFile, fetch_metadata, open_body
 from subspec_cli.hub.retry import Attempts, RetryPolicy, with_retries
@@ -25,10 +26,15 @@ class DownloadContext:
     """What all downloads of one commit share."""
 
     model_id: str
-    commit: str
+    listing: Listing
     cache: RepoCache
     retry_policy: RetryPolicy
     channel: WorkerChannel
+
+    @property
+    def commit(self) -> str:
+        """The commit."""
+        return self.listing.commit
 
     def new_attempts(self) -> Attempts:
         """A fresh count of attempts, for one request."""
@@ -191,7 +197,9 @@ def begin_download(context: DownloadContext, name: str) -> Download:
         return explain_hub_error(error, context.model_id, context.commit) or error
 
     remote = with_retries(
-        lambda: fetch_metadata(context.model_id, context.commit, name, context.retry_policy.stall_s),
+        lambda: fetch_metadata(
+            context.model_id, context.commit, context.listing.file(name), context.retry_policy.stall_s
+        ),
         attempts,
         explain,
     )
