@@ -63,7 +63,13 @@ def overwrite(path):
         file.write(bytes(4000))
 
 
-@pytest.mark.parametrize("change", [truncate, replace_by_copy, overwrite])
+def overwrite_and_put_the_time_back(path):
+    status = path.stat()
+    overwrite(path)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize("change", [truncate, replace_by_copy, overwrite, overwrite_and_put_the_time_back])
 def test_a_target_file_that_changes_while_answering_ends_the_answer_before_its_next_token(own, change):
     with open_tiny(own) as session:
         expected = answer_to(session, "Hello", 40).token_ids

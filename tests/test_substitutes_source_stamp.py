@@ -58,7 +58,7 @@ def test_weights_of_the_same_shape_with_the_old_time_are_not_paired(directory):
     put_back_in_place(shard, lambda data: data[:-300] + data[-150:] + data[-300:-150])
     with pytest.raises(UnsupportedModelError, match="other weights are in place") as caught:
         check_pairing(prepared, open_checkpoint(directory))
-    assert "makes only the layers that differ" in caught.value.hint
+    assert "make only the layers that differ: subspec prepare" in caught.value.hint
     quantizer = Quantizer()
     check_pairing(run(resolve_model(str(directory)), quantizer), open_checkpoint(directory))
     assert quantizer.calls == 1

@@ -149,7 +149,7 @@ def check_pairing(prepared: PreparedModel, checkpoint: Checkpoint) -> None:
                 "the weight files were copied or written again since it was prepared (other sizes or times)"
             )
         raise UnsupportedModelError(
-            f"{shown}: {what}", f"{again}: it compares the bytes, and makes only the layers that differ"
+            f"{shown}: {what}", f"compare the bytes, and make only the layers that differ: {again}"
         )
     layer_count = layer_count_in_tensors(checkpoint)
     if [file.layer for file in manifest.layers] != list(range(layer_count)):
