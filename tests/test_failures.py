@@ -202,6 +202,7 @@ COVERED = [
     ("T39", f"{DOWNLOAD}::test_two_downloads_where_locks_do_not_work"),
     ("T39", "test_files_temp_names::test_of_a_process_elsewhere_only_long_silence_counts"),
     ("A07", REFUSED),
+    ("A07", "test_hub_model_name::test_names"),
     (
         "A11",
         f"{TRUST}::test_a_target_file_that_changes_while_answering_ends_the_answer_before_its_next_token",

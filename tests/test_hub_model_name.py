@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,17 @@ def test_names(tmp_path, monkeypatch):
             parse(name)
     with pytest.raises(UsageError, match="is a file"):
         parse("file")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "gone").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe")
+    for name, what in (
+        ("loop", "a link that"),
+        ("./gone", "a link that"),
+        ("pipe", "neither a directory nor a"),
+    ):
+        with pytest.raises(UsageError, match=f"{name} is {what}") as caught:
+            parse(name)
+        assert caught.value.hint
     too_long = "a/" + "b" * 97
     paths = ("", " ", "a/b/c", "no/", "a b", "a/..", "C:\\x", "https://huggingface.co/a/b")
     odd = ("a/-b", "-a", "a--b", "a..b", too_long, "a\x1b[2J", "a\nb", "a\0", "\u202eab")

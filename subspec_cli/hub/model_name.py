@@ -49,6 +49,11 @@ def parse_model_name(model: str) -> ModelName:
         return ModelName(str(directory), directory)
     if os.path.isfile(path):
         raise UsageError(f"{shown} is a file", "give the directory that holds config.json and the weights")
+    if os.path.lexists(path):  # a name on the hub could be meant only by who does not see it
+        what = "a link that leads nowhere" if os.path.islink(path) else "neither a directory nor a file"
+        raise UsageError(
+            f"{shown} is {what}", "give the directory that holds config.json and the weights, or rename it"
+        )
     if model.startswith(("/", "./", "../", "~")) or model in (".", ".."):
         raise UsageError(f"no such directory: {shown}")
     if not _is_hub_id(model):
