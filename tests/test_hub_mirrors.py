@@ -14,7 +14,6 @@ from fakes_store import HASTE, LAYERS, resolve_model
 from subspec_cli.errors import ExitCode, NetworkError
 from subspec_cli.hub.model_outline import outline_model
 from subspec_cli.reporter import Reporter
-from subspec_cli.session.prepare import accept_config
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
@@ -193,7 +192,7 @@ def test_a_login_page_is_told_from_a_file_although_the_listing_is_good(hub):
 
 def test_an_outline_is_made_of_a_mirror_too(hub):
     hub.proxy, hub.lists_hashes, hub.faults = LISTED["no tags"], True, {}
-    outline = outline_model(MODEL, None, accept_config=accept_config, reporter=Reporter(), retry_policy=HASTE)
+    outline = outline_model(MODEL, None, reporter=Reporter(), retry_policy=HASTE)
     assert outline.commit == COMMIT
 
 
