@@ -8,6 +8,7 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -36,6 +37,10 @@ class Fault:
     """... and stays silent for this long before the reset."""
 
 
+Proxy = Callable[["FakeHubHandler", int, dict[str, str], bytes], tuple[int, dict[str, str], bytes]]
+"""From (request, status, headers, body) to what is sent: status, headers (an empty one is left out) and body."""
+
+
 class FakeHub(ThreadingHTTPServer):
     """Serves one repository; files whose names end in .safetensors are large (LFS) ones, named by SHA-256."""
 
@@ -55,6 +60,10 @@ class FakeHub(ThreadingHTTPServer):
         """By file name."""
         self.head_faults: dict[str, Fault] = {}
         """By path suffix; of HEAD and of the model's listing."""
+        self.proxy: Proxy | None = None
+        """Changes the answers about files, as a mirror or a proxy does."""
+        self.lists_hashes = False
+        self.lists_sizes = True
         self.commit = COMMIT
         self.storage: FakeHub | None = None
         """Another server, to which large files are redirected."""
@@ -141,7 +150,7 @@ class FakeHubHandler(BaseHTTPRequestHandler):
             f"/api/models/{MODEL}",
             *(f"/api/models/{MODEL}/revision/{r}" for r in ("main", hub.commit)),
         ):
-            siblings = [{"rfilename": name, "size": len(data)} for name, data in hub.files.items()]
+            siblings = [self.listed(name) for name in hub.files]
             return self.send_json({"id": MODEL, "sha": hub.commit, "siblings": siblings})
         for revision in (hub.commit, "main"):
             if path.startswith(f"/{MODEL}/resolve/{revision}/"):
@@ -151,6 +160,20 @@ class FakeHubHandler(BaseHTTPRequestHandler):
         if path.startswith(f"/api/models/{MODEL}/revision/"):
             return self.send(404, {"X-Error-Code": "RevisionNotFound"}, b"")
         return self.send(404, {"X-Error-Code": "RepoNotFound"}, b"")
+
+    def listed(self, name: str) -> dict[str, object]:
+        """One file in the listing."""
+        hub, size = self.server, len(self.server.files[name])
+        size_fields = {"size": size} if hub.lists_sizes else {}
+        if not hub.lists_hashes:
+            return {"rfilename": name, **size_fields}
+        lfs = {"lfs": {"size": size, "sha256": hub.etag(name), "pointerSize": 134}} if is_large(name) else {}
+        return {
+            "rfilename": name,
+            "blobId": git_sha1(hub.files[name]) if not lfs else "0" * 40,
+            **size_fields,
+            **lfs,
+        }
 
     def spoilt(self, path: str) -> tuple[int, dict[str, str], bytes] | None:
         """The answer that a test put in place of the real one."""
@@ -207,9 +230,14 @@ class FakeHubHandler(BaseHTTPRequestHandler):
         self.send(200, {"Content-Type": "application/json"}, json.dumps(value).encode())
 
     def send(self, status: int, headers: dict[str, str], body: bytes, fault: Fault | None = None) -> None:
+        if self.server.proxy is not None and "/api/" not in self.path:
+            status, headers, body = self.server.proxy(self, status, headers, body)
+        is_chunked = headers.get("Transfer-Encoding") == "chunked"
+        length = {} if is_chunked else {"Content-Length": str(len(body))}
         self.send_response(status)
-        for name, value in ({"Content-Length": str(len(body))} | headers).items():
-            self.send_header(name, value)
+        for name, value in (length | headers).items():
+            if value:
+                self.send_header(name, value)
         self.end_headers()
         if self.command == "HEAD":
             return
@@ -217,10 +245,12 @@ class FakeHubHandler(BaseHTTPRequestHandler):
         hub, step = self.server, 32 << 10
         for start in range(0, len(whole), step):
             piece = whole[start : start + step]
-            self.wfile.write(piece)
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece) if is_chunked else piece)
             hub.count(len(piece))
             if hub.bytes_per_s:
                 time.sleep(len(piece) / hub.bytes_per_s)
+        if is_chunked and fault is None:
+            self.wfile.write(b"0\r\n\r\n")
         if fault is not None:
             self.wfile.flush()
             time.sleep(fault.stall_s)

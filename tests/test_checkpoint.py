@@ -231,6 +231,33 @@ def test_changes_after_opening_are_seen(tmp_path):
         read_tensors(checkpoint.tensors.values())
 
 
+def test_weights_written_in_use_are_noticed_although_the_time_is_put_back(tmp_path):
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path, shards=2))
+    shard = tmp_path / checkpoint.files[1].name
+    status = shard.stat()
+    with open(shard, "r+b") as file:
+        file.seek(-8, os.SEEK_END)
+        file.write(b"\0" * 8)
+    os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(IntegrityError, match=r"in use .*its modification time was put back") as caught:
+        check_unchanged(checkpoint)
+    assert caught.value.hint
+
+
+def test_another_name_mode_or_reader_of_a_file_in_use_is_no_change(tmp_path):
+    """As when another snapshot of the hub's cache is made, or a backup runs."""
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path, shards=2))
+    one, two = (tmp_path / file.name for file in checkpoint.files)
+    os.link(one, tmp_path / "another-name")
+    two.chmod(0o400)
+    two.read_bytes()
+    assert all((tmp_path / file.name).stat().st_ctime_ns > file.ctime_ns for file in checkpoint.files)
+    check_unchanged(checkpoint)
+    os.utime(one)
+    with pytest.raises(IntegrityError, match="in use"):
+        check_unchanged(checkpoint)
+
+
 def test_hash_of_a_layer_is_of_its_bytes_alone(tmp_path):
     hashes = []
     for shards, seed in ((1, 0), (5, 0), (1, 1)):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
 from checkpoints import as_hub_snapshot, write_checkpoint
 from fake_hub import COMMIT
 
-from subspec_cli.checkpoint.checkpoint import layer_entries, open_checkpoint
+from subspec_cli.checkpoint.checkpoint import check_unchanged, layer_entries, open_checkpoint
 from subspec_cli.checkpoint.tensor_reader import read_tensors
 from subspec_cli.errors import IntegrityError
 
@@ -48,12 +49,44 @@ def test_index_cannot_lead_out(tmp_path, name):
     refused(tmp_path / "m", "no safetensors file inside the model directory")
 
 
-@pytest.mark.parametrize("name", [SINGLE, "config.json", "tokenizer.json"])
-def test_links_out_of_a_directory_are_refused(tmp_path, name):
-    write_checkpoint(tmp_path / "m")
-    (tmp_path / "m" / name).rename(tmp_path / "elsewhere")
-    (tmp_path / "m" / name).symlink_to(tmp_path / "elsewhere")
-    refused(tmp_path / "m", f"{name} in .* is a link to {tmp_path}/elsewhere")
+def test_a_directory_of_links_that_the_user_made_is_read(tmp_path):
+    """Links to another disk, and to a snapshot of the hub's cache, which are links themselves."""
+    write_checkpoint(tmp_path / "disk", shards=2)
+    snapshot = as_hub_snapshot(write_checkpoint(tmp_path / "m", shards=2), tmp_path / "cache", COMMIT)
+    for number, source in enumerate((tmp_path / "disk", snapshot)):
+        directory = tmp_path / f"links-{number}"
+        directory.mkdir()
+        for path in source.iterdir():
+            (directory / path.name).symlink_to(path)
+        checkpoint = open_checkpoint(directory)
+        assert read_tensors(layer_entries(checkpoint, 0))
+        assert checkpoint.stamp == open_checkpoint(source).stamp
+        shard = checkpoint.directory / checkpoint.files[0].name
+        os.utime(shard)
+        with pytest.raises(IntegrityError, match="changed while it was in use"):
+            check_unchanged(checkpoint)
+
+
+@pytest.mark.parametrize("name", [SINGLE, "config.json", "tokenizer.json", "generation_config.json"])
+def test_links_out_of_a_snapshot_are_refused(tmp_path, name):
+    """The files of a snapshot come from elsewhere. The command in the hint makes a directory that works."""
+    snapshot = as_hub_snapshot(write_checkpoint(tmp_path / "m"), tmp_path / "cache", COMMIT)
+    path = snapshot / name
+    (tmp_path / "elsewhere").write_bytes(path.read_bytes() if path.exists() else b"{}")
+    path.unlink(missing_ok=True)
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(IntegrityError, match=f"{name} in .* is a link to {tmp_path}/elsewhere") as caught:
+        open_checkpoint(snapshot)
+    command = caught.value.hint.partition(": ")[2].replace("DIRECTORY", str(tmp_path / "copy"))
+    subprocess.run(command, shell=True, check=True)
+    open_checkpoint(tmp_path / "copy")
+
+
+def test_a_blob_that_is_on_another_disk_is_read(tmp_path):
+    snapshot = as_hub_snapshot(write_checkpoint(tmp_path / "m"), tmp_path / "cache", COMMIT)
+    blob = (snapshot / SINGLE).resolve()
+    blob.symlink_to(blob.rename(tmp_path / "elsewhere"))
+    assert read_tensors(layer_entries(open_checkpoint(snapshot), 0))
 
 
 def test_links_within_and_a_linked_directory_are_fine(tmp_path):
@@ -74,7 +107,7 @@ def test_hub_cache_links_to_its_own_blobs_only(tmp_path):
     for target in ("../../../models--evil/blobs/x", "../../refs/main", "../../blobs/a/b"):
         link.unlink()
         link.symlink_to(target)
-        refused(snapshot, "outside the model directory")
+        refused(snapshot, "outside the hub's cache of this model")
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])

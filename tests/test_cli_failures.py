@@ -56,14 +56,24 @@ def lead_out(directory):
     edit(directory, INDEX, weight_map=files)
 
 
-def link_out(directory):
-    (directory / SECOND).rename(directory.parent / "x.safetensors")
-    (directory / SECOND).symlink_to(directory.parent / "x.safetensors")
+def replace_by(make, name=SECOND):
+    def damage(directory):
+        (directory / name).unlink(missing_ok=True)
+        make(directory / name)
+
+    return damage
 
 
-def make_pipe(directory):
-    (directory / SECOND).unlink()
-    os.mkfifo(directory / SECOND)
+def link_to_itself(path):
+    path.symlink_to(path.name)
+
+
+def link_to_zeros(path):
+    path.symlink_to("/dev/zero")
+
+
+def link_to_nothing(path):
+    path.symlink_to("nowhere")
 
 
 def change_tensors(change):
@@ -101,8 +111,8 @@ DAMAGED = {
     "F35 HTML page": (set_shard(b"<!DOCTYPE html><html></html>"), 6, "an HTML page"),
     "F37 NaN": (change_tensors(plant_nan), 6, "holds 2048 values that are NaN or infinite"),
     "F38 name leads out": (lead_out, 6, "'../x.safetensors', which is no safetensors file inside"),
-    "F39 link leads out": (link_out, 6, "is a link to"),
-    "F40 named pipe": (make_pipe, 6, "is a named pipe, not a file"),
+    "F40 named pipe": (replace_by(os.mkfifo), 6, "is a named pipe, not a file"),
+    "F40 link to a device": (replace_by(link_to_zeros), 6, "is a character device, not a file"),
     "F41 tensor missing": (change_tensors(lambda t: t.pop(NORM)), 6, f"1 tensors are missing: {NORM}"),
     "F42 tensor unexpected": (
         change_tensors(lambda t: t.update({"model.extra": t[NORM]})),
@@ -125,6 +135,19 @@ DAMAGED = {
     "F45 remote code": (set_config(auto_map={"AutoModel": "evil.Evil"}), 3, "needs remote code"),
     "F46 no tokenizer": (lambda directory: (directory / "tokenizer.json").unlink(), 3, "no tokenizer in"),
     "F47 quantized": (set_config(quantization_config={"quant_method": "awq"}), 3, "already quantized (awq)"),
+    "T36 link to nothing": (replace_by(link_to_nothing), 6, "nowhere, which is not there"),
+    "A07 weights": (replace_by(link_to_itself), 6, f"{SECOND} in "),
+    "A07 only file of the weights": (replace_by(link_to_itself, SINGLE), 6, "is a link that leads to itself"),
+    "A07 config": (replace_by(link_to_itself, "config.json"), 6, "config.json in "),
+    "A13 tokenizer": (
+        replace_by(os.mkfifo, "tokenizer.json"),
+        6,
+        "tokenizer.json is a named pipe, not a file",
+    ),
+    "A13 its settings": (replace_by(os.mkfifo, "tokenizer_config.json"), 6, "is a named pipe, not a file"),
+    "A13 generation": (replace_by(os.mkdir, "generation_config.json"), 6, "is a directory, not a file"),
+    "A13 chat template": (replace_by(link_to_zeros, "chat_template.jinja"), 6, "is a character device"),
+    "A13 index": (replace_by(os.mkfifo, INDEX), 6, f"{INDEX} is a named pipe, not a file"),
 }
 
 
@@ -204,7 +227,7 @@ def test_a_bad_manifest_is_refused_before_anything_is_loaded(tmp_path, capsys, d
     ("change", "message"),
     [
         (lambda directory: edit(directory, "config.json", rope_theta=5.0), "is not prepared"),
-        (lambda directory: os.utime(directory / SINGLE, (5, 5)), "were written again since it was prepared"),
+        (lambda directory: os.utime(directory / SINGLE, (5, 5)), "written again since it was prepared"),
     ],
 )
 def test_a_source_that_changed_is_never_paired_with_old_substitutes(tmp_path, capsys, change, message):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import stat
 from pathlib import Path
 
 import pytest
 
 from subspec_cli.errors import ExitCode, IntegrityError, ResourceError
-from subspec_cli.files.atomic_write import atomic_write, sweep_stale_temps
+from subspec_cli.files.atomic_write import atomic_write
+from subspec_cli.files.temp_names import temp_path
 
 
 def failing(number: int):
@@ -102,10 +104,12 @@ def test_interrupt_leaves_nothing(tmp_path, monkeypatch):
     assert names_in(tmp_path) == []
 
 
-def test_planted_link_is_not_written_through(tmp_path):
+def test_planted_link_is_not_written_through(tmp_path, monkeypatch):
+    """Even if somebody guessed the name."""
     victim = tmp_path / "victim"
     victim.write_bytes(b"precious")
-    (tmp_path / f".a.tmp.{os.getpid()}").symlink_to(victim)
+    monkeypatch.setattr(secrets, "token_hex", lambda size: "0" * 2 * size)
+    temp_path(tmp_path / "a").symlink_to(victim)
     with pytest.raises(IntegrityError, match="in the way"):
         atomic_write(tmp_path / "a", b"x")
     assert victim.read_bytes() == b"precious"
@@ -114,12 +118,3 @@ def test_planted_link_is_not_written_through(tmp_path):
 def test_missing_directory_is_named(tmp_path):
     with pytest.raises(ResourceError, match=r"ENOENT.*needed.*free"):
         atomic_write(tmp_path / "no" / "a", b"x")
-
-
-def test_sweep_takes_own_and_dead_temporary_files_only(tmp_path):
-    dead = next(pid for pid in range(4_000_000, 4_190_000) if not Path(f"/proc/{pid}").exists())
-    keep = ["layer-00000.safetensors", f".a.tmp.{os.getppid()}", ".a.tmp.x", ".a.tmp.99999999999999"]
-    for name in [*keep, f".a.tmp.{dead}", f".a.tmp.{os.getpid()}"]:
-        (tmp_path / name).write_bytes(b"x")
-    sweep_stale_temps(tmp_path)
-    assert names_in(tmp_path) == sorted(keep)

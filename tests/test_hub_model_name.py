@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,17 @@ def test_names(tmp_path, monkeypatch):
             parse(name)
     with pytest.raises(UsageError, match="is a file"):
         parse("file")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "gone").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe")
+    for name, what in (
+        ("loop", "a link that"),
+        ("./gone", "a link that"),
+        ("pipe", "neither a directory nor a"),
+    ):
+        with pytest.raises(UsageError, match=f"{name} is {what}") as caught:
+            parse(name)
+        assert caught.value.hint
     too_long = "a/" + "b" * 97
     paths = ("", " ", "a/b/c", "no/", "a b", "a/..", "C:\\x", "https://huggingface.co/a/b")
     odd = ("a/-b", "-a", "a--b", "a..b", too_long, "a\x1b[2J", "a\nb", "a\0", "\u202eab")
@@ -54,6 +66,41 @@ def test_canonical_ids_do_not_depend_on_where_one_stands(tmp_path, monkeypatch):
         name_of_id(str(tmp_path / "gone"))
     with pytest.raises(UsageError):
         name_of_id("../../x")
+
+
+def test_a_folder_of_the_hubs_cache_means_its_snapshot(tmp_path):
+    """Of `main`, or the only one; else the hint gives paths that work."""
+    repo = tmp_path / "models--org--my--tiny"
+    one, two = (repo / "snapshots" / (letter * 40) for letter in "ab")
+    (repo / "snapshots").mkdir(parents=True)
+    with pytest.raises(UsageError, match=r"none of its snapshots has a config\.json") as caught:
+        parse_model_name(str(repo))
+    assert caught.value.hint == "fetch the model: subspec prepare org/my--tiny"
+    for snapshot in (one, two):
+        snapshot.mkdir()
+    (one / "config.json").write_text("{}")
+    for given in (repo, repo / "snapshots", one):
+        assert parse_model_name(str(given)) == ModelName(str(one), one)
+    (two / "config.json").write_text("{}")
+    with pytest.raises(UsageError, match="2 snapshots, and none of them is its main one") as caught:
+        parse_model_name(str(repo))
+    assert caught.value.hint == f"give a snapshot: {one} or {two}"
+    (repo / "refs").mkdir()
+    for text, meant in ((two.name + "\n", two), (one.name, one)):
+        (repo / "refs" / "main").write_text(text)
+        assert parse_model_name(str(repo)).directory == meant
+    (repo / "refs" / "main").write_text("c" * 40)  # a commit that was never fetched
+    with pytest.raises(UsageError, match="none of them is its main one"):
+        parse_model_name(str(repo))
+
+
+def test_a_folder_that_only_looks_like_the_cache_is_itself(tmp_path):
+    for name in ("models--org--tiny", "x"):
+        (tmp_path / name / "snapshots" / "a").mkdir(parents=True)
+        (tmp_path / name / "snapshots" / "a" / "config.json").write_text("{}")
+    (tmp_path / "models--org--tiny" / "config.json").write_text("{}")
+    for name in ("models--org--tiny", "x", "x/snapshots"):
+        assert parse_model_name(str(tmp_path / name)).directory == tmp_path / name
 
 
 def test_prepare_command_is_quoted():

@@ -63,7 +63,13 @@ def overwrite(path):
         file.write(bytes(4000))
 
 
-@pytest.mark.parametrize("change", [truncate, replace_by_copy, overwrite])
+def overwrite_and_put_the_time_back(path):
+    status = path.stat()
+    overwrite(path)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize("change", [truncate, replace_by_copy, overwrite, overwrite_and_put_the_time_back])
 def test_a_target_file_that_changes_while_answering_ends_the_answer_before_its_next_token(own, change):
     with open_tiny(own) as session:
         expected = answer_to(session, "Hello", 40).token_ids
@@ -197,3 +203,26 @@ def test_a_damaged_file_of_the_hubs_cache_is_dropped_and_fetched_again(pristine,
     monkeypatch.setattr("subspec_cli.session.prepare.prepare", fetch)
     assert main(["models", "verify", "org/tiny", "--repair"]) == 0
     assert asked == [("org/tiny", COMMIT, False, False)]
+
+
+def test_a_home_that_is_read_only_is_enough_to_run_and_to_see_that_all_is_prepared(own, monkeypatch):
+    with open_tiny(own) as session:
+        expected = answer_to(session, "Hello", 10).outcome
+    tried = []
+
+    def refusing(name, real):
+        def call(path, *args, **how):
+            writes = name != "open" or args[0] & (os.O_CREAT | os.O_WRONLY | os.O_RDWR)
+            if writes and str(path).startswith(os.environ["SUBSPEC_HOME"]):
+                tried.append(str(path))
+                raise OSError(errno.EROFS, "Read-only file system", str(path))
+            return real(path, *args, **how)
+
+        return call
+
+    for name in ("open", "mkdir", "utime", "replace", "unlink"):
+        monkeypatch.setattr(os, name, refusing(name, getattr(os, name)))
+    with open_tiny(own) as session:
+        assert answer_to(session, "Hello", 10).outcome == expected
+    assert main(["prepare", str(own)]) == 0
+    assert tried

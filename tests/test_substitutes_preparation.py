@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,7 @@ from subspec_cli.substitutes.disk_space import estimate_file_bytes
 from subspec_cli.substitutes.manifest import JOURNAL_NAME, MANIFEST_NAME, layer_file_name, write_manifest
 from subspec_cli.substitutes.prepared_model import check_pairing, find_prepared, load_layer
 from subspec_cli.substitutes.settings import SubstituteSettings
+from subspec_cli.substitutes.source_stamp import make_stamp
 
 FINISHED = [".lock", *(f"layer-{layer:05d}.safetensors" for layer in range(LAYERS)), MANIFEST_NAME]
 
@@ -49,7 +51,7 @@ def test_writes_every_layer_and_a_manifest_that_fits(model):
     assert [(item.done_layers, item.reused_layers) for item in seen] == [(1, 0), (2, 0), (3, 0)]
     assert [item.done_bytes for item in seen] == [total // 3, total // 3 * 2, total]
     assert {(item.total_layers, item.total_bytes) for item in seen} == {(LAYERS, total)}
-    assert prepared.manifest.source_stamp == checkpoint.stamp
+    assert prepared.manifest.source_stamp == make_stamp(checkpoint)
 
 
 def test_second_time_returns_at_once_and_becomes_the_most_recent(model):
@@ -157,3 +159,41 @@ def test_estimate_is_above_quanto_like_sizes(model):
     wide = SubstituteSettings(2, "minmax", (("mlp.up_proj", 8),))
     more = estimate_file_bytes(checkpoint, 0, wide)
     assert more - estimate_file_bytes(checkpoint, 0, SubstituteSettings(2, "minmax")) > 64 * 32 * 0.75
+
+
+def test_a_copy_in_another_place_takes_the_layers_that_are_there(model, tmp_path):
+    """Only where the 16-bit bytes and the build are the same, and only files that are sound."""
+    first = run(model)
+    copy = resolve_model(str(shutil.copytree(model.directory, tmp_path / "copy", copy_function=shutil.copy)))
+    notices = []
+    quantizer = Quantizer()
+    second = run(copy, quantizer, notices=notices)
+    assert quantizer.calls == 0
+    assert notices == [f"layers of the same weights are in {first.directory}: they are copied"]
+    assert second.manifest.layers == first.manifest.layers
+    assert [second.manifest.model_id, second.directory] != [first.manifest.model_id, first.directory]
+    for layer in range(LAYERS):
+        load_layer(second, layer)
+    for path in second.directory.iterdir():
+        path.unlink()
+    (first.directory / layer_file_name(1)).write_bytes(b"damaged")
+    run(copy, quantizer)
+    assert quantizer.calls == 1
+    run(copy, quantizer, force=True)
+    assert quantizer.calls == 1 + LAYERS
+    run(copy, quantizer, bits=4)
+    assert quantizer.calls == 1 + 2 * LAYERS
+    run(model, quantizer := Quantizer(), versions={"torch": "3"}, force=True)
+    assert quantizer.calls == LAYERS
+
+
+def test_a_layer_of_other_weights_is_not_taken(model, tmp_path):
+    run(model)
+    tensors = tiny_tensors(layers=LAYERS)
+    name = "model.layers.1.mlp.up_proj.weight"
+    dtype, shape, data = tensors[name]
+    copy = shutil.copytree(model.directory, tmp_path / "copy")
+    write_weights(copy, tensors | {name: (dtype, shape, data[2:] + data[:2])}, shards=2)
+    quantizer = Quantizer()
+    run(resolve_model(str(copy)), quantizer)
+    assert quantizer.calls == 1

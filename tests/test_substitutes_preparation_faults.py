@@ -18,6 +18,7 @@ from fakes_store import LAYERS, Quantizer, content, place_of, resolve_model, run
 from subspec_cli.checkpoint.checkpoint import open_checkpoint
 from subspec_cli.errors import BusyError, ExitCode, IntegrityError, ResourceError
 from subspec_cli.files.lock import directory_lock
+from subspec_cli.files.temp_names import temp_path
 from subspec_cli.hub.source_model import ResolvedModel
 from subspec_cli.reporter import Reporter
 from subspec_cli.substitutes import preparation
@@ -78,6 +79,7 @@ def test_killed_at_every_step_then_continued_to_the_same_bytes(model, monkeypatc
                     raise Killed
                 return real(*args)
 
+            patch.setattr(os, "getpid", lambda: 4_190_001)  # no process has it
             patch.setattr(os, "fsync", partial(die, os.fsync))
             patch.setattr(os, "replace", partial(die, os.replace))
             patch.setattr(Path, "unlink", lambda *args, **kwargs: None)
@@ -259,8 +261,101 @@ def test_lock_that_cannot_be_written(tmp_path):
         pass
 
 
-def test_stale_temporary_files_are_swept(model):
+def test_stale_temporary_files_are_swept(model, monkeypatch):
     place = place_of(model)
     place.mkdir(parents=True)
-    (place / f".layer-00000.safetensors.tmp.{os.getpid()}").write_bytes(b"half")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: 4_190_001)
+        temp_path(place / "layer-00000.safetensors").write_bytes(b"half")
     assert sorted(path.name for path in run(model).directory.iterdir()) == sorted(FINISHED)
+
+
+class OtherBuild(Quantizer):
+    """Gives other bytes of the same size, as another version of a library would."""
+
+    def __call__(self, tensors):
+        made, quality = super().__call__(tensors)
+        return {name: tensor ^ 1 for name, tensor in made.items()}, quality
+
+
+@pytest.fixture
+def useless_locks(monkeypatch):
+    """Two containers on a network disk: flock excludes nobody, and both processes have one id."""
+    import fcntl
+
+    monkeypatch.setattr(fcntl, "flock", lambda handle, how: None)
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+
+
+@pytest.mark.usefixtures("useless_locks")
+@pytest.mark.parametrize("other", [Quantizer, OtherBuild])
+def test_two_preparations_where_locks_do_not_work(model, other):
+    """The first stops before its last layer, until the other has ended. Each leaves files that fit its manifest."""
+    first_waits, other_done = threading.Event(), threading.Event()
+    results = []
+
+    class Slow(Quantizer):
+        def __call__(self, tensors):
+            if self.calls == LAYERS - 1:
+                first_waits.set()
+                assert other_done.wait(20)
+            return super().__call__(tensors)
+
+    slow = Slow()
+    first = threading.Thread(target=lambda: results.append(run(model, slow)))
+    first.start()
+    assert first_waits.wait(20)
+    found = run(model, other(), versions={"torch": "other"})
+    for layer in range(LAYERS):
+        load_layer(found, layer)
+    other_done.set()
+    first.join()
+    (made,) = results
+    assert made == find_prepared(model.model_id)
+    for layer in range(LAYERS):
+        load_layer(made, layer)
+    assert slow.calls == (LAYERS if other is Quantizer else 2 * LAYERS - 1)
+    assert sorted(path.name for path in made.directory.iterdir()) == sorted(FINISHED)
+
+
+@pytest.mark.usefixtures("useless_locks")
+def test_two_preparations_side_by_side_where_locks_do_not_work(model):
+    """Both write all files at the same time; nobody loses one, and the set that stands is whole."""
+    faults, barrier = [], threading.Barrier(2)
+
+    def prepare(force):
+        try:
+            for _ in range(5):
+                barrier.wait(20)
+                run(model, force=force)
+        except BaseException as error:
+            faults.append(error)
+            barrier.abort()
+
+    threads = [threading.Thread(target=prepare, args=(force,)) for force in (True, True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert faults == []
+    found = run(model)
+    for layer in range(LAYERS):
+        load_layer(found, layer)
+    assert sorted(path.name for path in found.directory.iterdir()) == sorted(FINISHED)
+
+
+@pytest.mark.usefixtures("useless_locks")
+def test_another_process_that_never_stops_is_named(model, monkeypatch):
+    real = preparation.check_unchanged
+
+    def meddle(checkpoint):
+        (place_of(model) / "layer-00001.safetensors").write_bytes(b"other")
+        real(checkpoint)
+
+    monkeypatch.setattr(preparation, "check_unchanged", meddle)
+    quantizer = Quantizer()
+    with pytest.raises(BusyError, match="the disk's locks do not keep it out") as caught:
+        run(model, quantizer)
+    assert caught.value.hint
+    assert quantizer.calls == LAYERS + 2
+    assert MANIFEST_NAME not in content(place_of(model))

@@ -183,7 +183,7 @@ def test_source_must_be_the_one_prepared(tmp_path):
         check_pairing(PreparedModel(here, replace(good, fingerprint="0" * 40)), checkpoint)
     assert "0" * 40 in caught.value.message
     assert caught.value.hint == "subspec prepare org/tiny --bits 4"
-    with pytest.raises(UnsupportedModelError, match="were written again since it was prepared"):
+    with pytest.raises(UnsupportedModelError, match="written again since it was prepared"):
         check_pairing(PreparedModel(here, replace(good, source_stamp="0" * 16)), checkpoint)
     with pytest.raises(IntegrityError, match="lists 2 layers, the model has 3"):
         check_pairing(PreparedModel(here, replace(good, layers=tuple(layers[:2]))), checkpoint)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -13,7 +14,6 @@ from typing import Any
 from subspec_cli.checkpoint.layer_tensors import layer_prefix
 from subspec_cli.checkpoint.safetensors_header import (
     IncompleteFile,
-    SafetensorsHeader,
     TensorEntry,
     read_header,
 )
@@ -21,6 +21,7 @@ from subspec_cli.checkpoint.source_directory import (
     INDEX_NAME,
     SINGLE_NAME,
     WeightIndex,
+    check_small_files,
     confine,
     no_weights_error,
     read_config,
@@ -45,6 +46,10 @@ class SourceFile:
     size_bytes: int
     mtime_ns: int
     inode: int
+    ctime_ns: int
+    """When the file or its attributes last changed; no program can set it back."""
+    attributes: tuple[int, ...]
+    """Mode, number of names, owner and group: a change of these moves `ctime_ns` as well."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +92,8 @@ def open_checkpoint(
     """
     if not directory.is_dir():
         raise UsageError(f"no such directory: {printable(str(directory))}")
-    directory = directory.resolve()
+    directory = Path(os.path.realpath(directory))
+    check_small_files(directory)
     config_bytes, config = read_config(directory)
     names, index = _weight_files(directory, incomplete)
     if no_tokenizer := missing_tokenizer(
@@ -110,7 +116,9 @@ def open_checkpoint(
         config=config,
         tensors=indexed_tensors({name: header.entries for name, header in headers.items()}, index),
         index=index,
-        files=tuple(_source_file(name, header) for name, header in headers.items() if name not in incomplete),
+        files=tuple(
+            _source_file(name, header.status) for name, header in headers.items() if name not in incomplete
+        ),
         fingerprint=digest.hexdigest()[:40],
     )
 
@@ -118,23 +126,25 @@ def open_checkpoint(
 def check_unchanged(checkpoint: Checkpoint) -> None:
     """Check that the weight files are still those that were opened.
 
+    A file whose attributes changed may have another change time: it got another name, mode or owner.
+
     Raises:
-        IntegrityError: a file has another size, modification time or inode, or is gone.
+        IntegrityError: a file has another size, modification time or inode, or is gone, or was written and its
+            modification time put back.
     """
     for file in checkpoint.files:
         path = checkpoint.directory / file.name
         try:
-            status = path.stat()
+            found = _source_file(file.name, path.stat())
         except OSError as error:
             raise read_error(error, path) from error
-        if (status.st_size, status.st_mtime_ns, status.st_ino) != (
-            file.size_bytes,
-            file.mtime_ns,
-            file.inode,
-        ):
+        if found.attributes != file.attributes:
+            found = replace(found, ctime_ns=file.ctime_ns, attributes=file.attributes)
+        if found != file:
+            is_put_back = replace(found, ctime_ns=file.ctime_ns) == file
+            how = "its modification time was put back" if is_put_back else f"{found.size_bytes} now"
             raise IntegrityError(
-                f"{printable(str(path))} changed while it was in use "
-                f"({file.size_bytes} bytes then, {status.st_size} now)",
+                f"{printable(str(path))} changed while it was in use ({file.size_bytes} bytes then, {how})",
                 "let the other program finish, then run the command again",
             )
 
@@ -189,6 +199,6 @@ def _weight_files(
     return index.file_names, index
 
 
-def _source_file(name: str, header: SafetensorsHeader) -> SourceFile:
-    status = header.status
-    return SourceFile(name, status.st_size, status.st_mtime_ns, status.st_ino)
+def _source_file(name: str, status: os.stat_result) -> SourceFile:
+    attributes = (status.st_mode, status.st_nlink, status.st_uid, status.st_gid)
+    return SourceFile(name, status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns, attributes)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from subspec_cli.checkpoint.tokenizer_files import TOKENIZER_CHOICES
 from subspec_cli.errors import IntegrityError, UnsupportedModelError
+from subspec_cli.files.io_errors import read_error
 from subspec_cli.files.json_object import parse_json_object
-from subspec_cli.files.regular_file import read_small_file
+from subspec_cli.files.regular_file import read_small_file, refuse_special
 from subspec_cli.units import printable
 
 CONFIG_NAME = "config.json"
@@ -23,6 +27,18 @@ MAX_CONFIG_BYTES = 8 << 20
 MAX_INDEX_BYTES = 64 << 20
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _SHARD_NAME = re.compile(r"model-\d+-of-\d+\.safetensors")
+_SMALL_FILES = (
+    CONFIG_NAME,
+    "generation_config.json",
+    "tokenizer*.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
 _DRIVE = re.compile(r"[A-Za-z]:")
 
 
@@ -41,27 +57,70 @@ class WeightIndex:
 
 
 def confine(directory: Path, name: str) -> Path:
-    """Path of the file `name` of a model in `directory`. The file need not exist.
+    """Path of the file `name` of a model in `directory`. The file need not exist; what exists is a regular file.
+
+    A name comes from the model's own files, so it stays inside the directory. A link in a user's directory is the
+    user's own act, and may lead to any file. A snapshot in the hub's cache comes from elsewhere: its links lead to
+    the cache's own `blobs`, or stay in the snapshot.
 
     Raises:
-        IntegrityError: the name or a link leads out of the directory. The hub cache's own links from a
-            snapshot to its `blobs` are allowed.
+        IntegrityError: the name or a snapshot's link leads out of the directory, a link leads to itself or to
+            nothing, or a directory, a pipe or a device is in the file's place.
+        ResourceError: the place cannot be read.
     """
     if not is_inner_path(name):
         raise IntegrityError(
-            f"{ascii(name)[:200]} is outside the model directory {printable(str(directory))}"
+            f"{ascii(name)[:200]} is outside the model directory {printable(str(directory))}",
+            "the model is damaged or hostile: get it from another source",
         )
-    root = directory.resolve()
-    target = (root / name).resolve()
-    if target.is_relative_to(root):
-        return directory / name
-    if root.parent.name == "snapshots" and target.parent == (root.parent.parent / "blobs").resolve():
-        return directory / name
-    raise IntegrityError(
-        f"{printable(name)} in {printable(str(directory))} is a link to {printable(str(target))}, "
-        "outside the model directory",
-        "put the file itself there",
-    )
+    path = directory / name
+    root, target = Path(os.path.realpath(directory)), Path(os.path.realpath(path))
+    is_snapshot = root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--")
+    shown = f"{printable(name)} in {printable(str(directory))} is a link"
+    if is_snapshot and not target.is_relative_to(root) and not _leads_to_blob(root, name):
+        copy = f"cp -rL {shlex.quote(printable(str(root)))} DIRECTORY"
+        raise IntegrityError(
+            f"{shown} to {printable(str(target))}, outside the hub's cache of this model",
+            f"copy the files behind the links, and give the copy: {copy}",
+        )
+    try:
+        refuse_special(path, path.stat().st_mode)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise IntegrityError(f"{shown} that leads to itself", "replace the link by the file") from error
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+            raise read_error(error, path) from error
+        if path.is_symlink() and not is_snapshot:  # what the cache lacks is fetched again
+            raise IntegrityError(
+                f"{shown} to {printable(str(target))}, which is not there",
+                "put the file there, or remove the link",
+            ) from error
+    return path
+
+
+def _leads_to_blob(root: Path, name: str) -> bool:
+    """Whether a file of a snapshot is a link into `blobs`. A blob may itself be on another disk."""
+    place = Path(os.path.realpath((root / name).parent))
+    if not place.is_relative_to(root) or not (root / name).is_symlink():
+        return False
+    blob = place / os.readlink(root / name)
+    return os.path.realpath(blob.parent) == os.path.realpath(root.parent.parent / "blobs")
+
+
+def check_small_files(directory: Path) -> None:
+    """Check that all that a library reads beside the weights are regular files. Errors as `confine`."""
+    try:
+        names = sorted(os.listdir(directory))
+    except OSError as error:
+        raise read_error(error, directory) from error
+    for name in names:
+        if is_small_file(name):
+            confine(directory, name)
+
+
+def is_small_file(name: str) -> bool:
+    """Whether a name is that of a file that a model needs besides the weights and their index."""
+    return any(fnmatchcase(name, like) for like in _SMALL_FILES)
 
 
 def is_inner_path(name: str) -> bool:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import sys
 from pathlib import Path
 
 from subspec_cli.errors import IntegrityError
 from subspec_cli.files.io_errors import write_error
+from subspec_cli.files.regular_file import FileState, file_state
+from subspec_cli.files.temp_names import abandoned, is_temp_name, temp_path
 from subspec_cli.units import printable
 
 _WRITE_BYTES = 8 << 20  # a signal is handled between two writes of this size
-_TEMP_NAME = re.compile(r"\..+\.tmp\.([0-9]{1,10})")
 
 
-def atomic_write(path: Path, data: bytes) -> None:
+def atomic_write(path: Path, data: bytes) -> FileState:
     """Replace `path` by a file that holds `data`: temporary name, fsync, rename, fsync of the directory.
+
+    Returns the new file's state, by which a later replacement by another process can be told.
 
     The temporary file is removed on any failure, Ctrl-C included, and the old file stays.
 
@@ -25,7 +27,7 @@ def atomic_write(path: Path, data: bytes) -> None:
         ResourceError: no space, quota, permission, read-only or faulty disk.
         IntegrityError: the temporary name is taken, which only a foreign process can have done.
     """
-    temp = path.parent / f".{path.name}.tmp.{os.getpid()}"
+    temp = temp_path(path)
     # O_EXCL and O_NOFOLLOW: never write through a planted file or link. The kernel applies the umask to 0666,
     # so the umask need not be read here, which is only possible by setting it for all threads.
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
@@ -39,6 +41,7 @@ def atomic_write(path: Path, data: bytes) -> None:
         try:
             _write_all(handle, data)
             os.fsync(handle)
+            state = file_state(os.fstat(handle))
         finally:
             os.close(handle)
         os.replace(temp, path)
@@ -49,6 +52,7 @@ def atomic_write(path: Path, data: bytes) -> None:
         if isinstance(error, OSError):
             raise write_error(error, path, len(data)) from error
         raise
+    return state
 
 
 def sync_directory(directory: Path) -> None:
@@ -63,36 +67,13 @@ def sync_directory(directory: Path) -> None:
 
 
 def sweep_stale_temps(directory: Path) -> None:
-    """Remove temporary files of `atomic_write` whose process has ended. The caller holds the lock.
-
-    A name with our own process id comes from an earlier process: in containers, process ids repeat.
-    """
-    for path in directory.iterdir():
-        match = _TEMP_NAME.fullmatch(path.name)
-        if match and not _is_alive(int(match.group(1))):
+    """Remove temporary files of `atomic_write` whose process has ended. No lock is needed for it."""
+    with contextlib.suppress(OSError):  # a leftover only takes space
+        for path in abandoned(path for path in directory.iterdir() if is_temp_name(path.name)):
             path.unlink(missing_ok=True)
-
-
-def is_temp_name(name: str) -> bool:
-    """Whether a name is that of a temporary file of `atomic_write`."""
-    return _TEMP_NAME.fullmatch(name) is not None
 
 
 def _write_all(handle: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(handle, view[:_WRITE_BYTES]) :]
-
-
-def _is_alive(pid: int) -> bool:
-    if pid == os.getpid():
-        return False
-    if sys.platform == "win32":  # on Windows, signal 0 is Ctrl-C
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True

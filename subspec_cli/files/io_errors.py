@@ -28,11 +28,13 @@ def write_error(error: OSError, path: Path, need_bytes: int | None = None) -> Re
 
 
 def read_error(error: OSError, path: Path) -> IntegrityError | ResourceError:
-    """The error for a `path` that cannot be read; a missing file is an IntegrityError."""
+    """The error for a `path` that cannot be read; a missing file and a link to itself are IntegrityErrors."""
     text = f"cannot read {printable(str(path))}: {_reason(error)}"
-    if isinstance(error, FileNotFoundError):
-        return IntegrityError(text)
-    return ResourceError(text)
+    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+        return IntegrityError(text, "put the file there, or fetch the model again")
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return ResourceError(text, "run as a user who may read it, or make it readable")
+    return ResourceError(text, "check the disk, then run the command again")
 
 
 def _reason(error: OSError) -> str:

@@ -16,7 +16,8 @@ from subspec_cli.units import printable
 
 LOCK_NAME = ".lock"
 _POLL_S = 0.2
-# Network file systems without flock. Temporary names are unique, so working without a lock only wastes work.
+# Network file systems without flock; on others it excludes nobody. Names of unfinished files are unique and finished
+# ones are checked at the end, so working without a lock only wastes work.
 _NO_LOCKS_HERE = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
 

@@ -7,10 +7,14 @@ import os
 import stat
 from io import FileIO
 from pathlib import Path
+from typing import TypeAlias
 
 from subspec_cli.errors import IntegrityError
 from subspec_cli.files.io_errors import read_error
 from subspec_cli.units import format_bytes, printable
+
+FileState: TypeAlias = tuple[int, int, int]
+"""Inode, size in bytes and modification time in ns."""
 
 _FILE_KINDS = (
     (stat.S_ISDIR, "a directory"),
@@ -29,13 +33,13 @@ def open_regular(path: Path) -> FileIO:
         ResourceError: it cannot be opened.
     """
     try:
-        _refuse_special(path, path.stat().st_mode)
+        refuse_special(path, path.stat().st_mode)
         # O_NONBLOCK: do not wait if the path has just become a pipe. Regular files ignore the flag.
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
         file = FileIO(os.open(path, flags), "rb")
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise read_error(error if isinstance(error, OSError) else OSError(str(error)), path) from error
-    _refuse_special(path, os.fstat(file.fileno()).st_mode)
+    refuse_special(path, os.fstat(file.fileno()).st_mode)
     return file
 
 
@@ -66,12 +70,20 @@ def sha256_file(path: Path) -> str:
             raise read_error(error, path) from error
 
 
+def file_state(status: os.stat_result) -> FileState:
+    """What differs once a file is replaced or written: inode, size and modification time."""
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def has_size(path: Path, size_bytes: int) -> bool:
     """Whether `path` is a regular file of this size."""
     return path.is_file() and path.stat().st_size == size_bytes
 
 
-def _refuse_special(path: Path, mode: int) -> None:
+def refuse_special(path: Path, mode: int) -> None:
+    """Raise IntegrityError for a directory, pipe, socket or device. `mode` is the status's of `path`."""
     for is_kind, kind in _FILE_KINDS:
         if is_kind(mode):
-            raise IntegrityError(f"{printable(str(path))} is {kind}, not a file")
+            raise IntegrityError(
+                f"{printable(str(path))} is {kind}, not a file", "put the file itself in its place"
+            )

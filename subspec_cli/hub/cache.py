@@ -6,15 +6,19 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from subspec_cli.checkpoint.source_directory import CONFIG_NAME
 from subspec_cli.files.atomic_write import atomic_write, sync_directory
 from subspec_cli.files.io_errors import write_error
+from subspec_cli.files.temp_names import abandoned, owner_tag, temp_path
 
 _PARTIAL_SUFFIX = ".subspec.incomplete"
+_RELEASED = re.compile(r"[0-9a-f]+\.[0-9a-f]{8}\.subspec\.incomplete")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +37,36 @@ class RepoCache:
         """File of the content with this hash."""
         return self.directory / "blobs" / etag
 
-    def partial_path(self, etag: str, name: str) -> Path:
-        """File for the beginning of a blob. Its name says which content it is, so that a later run finds it.
+    def claim_partial(self, etag: str, name: str) -> Path:
+        """A file for the beginning of a blob that is this process's alone, with what earlier runs left of it.
 
-        The file's name is part of the path because files of equal content are fetched at the same time.
+        A file that was released, or whose process is gone, is taken over; of one whose process may live, for locks
+        do not work everywhere, a copy. The result need not exist. The name of the file in its repository is part
+        of it, because files of equal content are fetched at the same time.
         """
-        tag = hashlib.sha256(name.encode()).hexdigest()[:8]
-        return self.directory / "blobs" / f"{etag}.{tag}{_PARTIAL_SUFFIX}"
+        stem = _partial_stem(etag, name)
+        own = self.directory / "blobs" / f"{stem}.{owner_tag()}{_PARTIAL_SUFFIX}"
+        found = sorted(self._partials(stem), key=_size_bytes, reverse=True)
+        for path in self._ownerless(found):
+            with contextlib.suppress(OSError):  # another process was faster
+                os.rename(path, own)
+                return own
+        if found and not found[0].is_symlink():
+            try:
+                shutil.copyfile(found[0], own)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    own.unlink()
+        return own
+
+    def release_partial(self, partial: Path, etag: str, name: str) -> None:
+        """Leave a partial file to the next run, unless a longer one is there."""
+        released = self.directory / "blobs" / f"{_partial_stem(etag, name)}{_PARTIAL_SUFFIX}"
+        with contextlib.suppress(OSError):
+            if _size_bytes(released) > _size_bytes(partial):
+                partial.unlink()
+            else:
+                os.replace(partial, released)
 
     def make_directories(self) -> None:
         """Create the directories for blobs and for the lock. Raises ResourceError."""
@@ -64,10 +91,9 @@ class RepoCache:
         """
         pointer = self.snapshot_path(commit) / name
         _make_directory(pointer.parent)
-        temp = pointer.with_name(f".{pointer.name}.tmp.{os.getpid()}")
+        temp = temp_path(pointer)
         blob = self.blob_path(etag)
         try:
-            temp.unlink(missing_ok=True)
             try:
                 os.symlink(os.path.relpath(blob, pointer.parent), temp)
             except OSError as error:
@@ -76,6 +102,8 @@ class RepoCache:
                 shutil.copyfile(blob, temp)  # not moved: other snapshots may need the blob
             os.replace(temp, pointer)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                temp.unlink(missing_ok=True)
             raise write_error(error, pointer) from error
 
     def write_ref(self, revision: str, commit: str) -> None:
@@ -89,10 +117,19 @@ class RepoCache:
                 atomic_write(path, commit.encode())
 
     def remove_partial_files(self) -> None:
-        """Remove partial files that no run will continue. The caller holds the lock."""
-        for path in (self.directory / "blobs").glob(f"*{_PARTIAL_SUFFIX}"):
+        """Remove partial files that no run will continue. Those of processes that may live stay."""
+        for path in self._ownerless(self._partials("")):
             with contextlib.suppress(OSError):  # a leftover only takes space
                 path.unlink()
+
+    def _partials(self, stem: str) -> list[Path]:
+        return list((self.directory / "blobs").glob(f"{stem}*{_PARTIAL_SUFFIX}"))
+
+    def _ownerless(self, partials: Iterable[Path]) -> list[Path]:
+        """Those that were released, or whose process is gone, in the same order."""
+        paths = list(partials)
+        gone = set(abandoned(paths))
+        return [path for path in paths if path in gone or _RELEASED.fullmatch(path.name)]
 
 
 def repo_cache(model_id: str) -> RepoCache:
@@ -110,6 +147,17 @@ def cached_snapshot(model_id: str, revision: str | None) -> Path | None:
 
     found = try_to_load_from_cache(model_id, CONFIG_NAME, revision=revision)
     return Path(found).parent if isinstance(found, str) else None
+
+
+def _partial_stem(etag: str, name: str) -> str:
+    return f"{etag}.{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def _size_bytes(path: Path) -> int:
+    try:
+        return path.lstat().st_size
+    except OSError:
+        return 0
 
 
 def _make_directory(directory: Path) -> None:

@@ -11,6 +11,7 @@ from subspec_cli.errors import IntegrityError, NetworkError
 from subspec_cli.files.regular_file import has_size, open_regular
 from subspec_cli.hub.cache import RepoCache
 from subspec_cli.hub.hub_errors import explain_hub_error
+from subspec_cli.hub.listing import Listing
 from subspec_cli.hub.partial_file import Appender, ContentDigest
 from subspec_cli.hub.remote_file import RemoteFile, fetch_metadata, open_body
 from subspec_cli.hub.retry import Attempts, RetryPolicy, with_retries
@@ -25,10 +26,15 @@ class DownloadContext:
     """What all downloads of one commit share."""
 
     model_id: str
-    commit: str
+    listing: Listing
     cache: RepoCache
     retry_policy: RetryPolicy
     channel: WorkerChannel
+
+    @property
+    def commit(self) -> str:
+        """The commit."""
+        return self.listing.commit
 
     def new_attempts(self) -> Attempts:
         """A fresh count of attempts, for one request."""
@@ -42,7 +48,6 @@ class Download:
         self._context = context
         self._remote = remote
         self._attempts = attempts
-        self._partial = context.cache.partial_path(remote.etag, remote.name)
         self._digest = ContentDigest(remote.etag, remote.size_bytes)
         self.have_bytes = 0
         """Bytes that are on disk."""
@@ -52,6 +57,7 @@ class Download:
         if has_size(context.cache.blob_path(remote.etag), remote.size_bytes):
             self._mark_done()
             return
+        self._partial = context.cache.claim_partial(remote.etag, remote.name)
         with contextlib.suppress(FileNotFoundError):
             self.have_bytes = self._partial.lstat().st_size
         if self.have_bytes > remote.size_bytes:
@@ -114,6 +120,11 @@ class Download:
             )
         self._context.cache.store_blob(self._partial, self._remote.etag)
         self._mark_done()
+
+    def release(self) -> None:
+        """Leave what is there to the next run. Call it once nothing of this download runs any more."""
+        if not self.is_done:
+            self._context.cache.release_partial(self._partial, self._remote.etag, self.name)
 
     def _mark_done(self) -> None:
         self._context.cache.link_file(self._context.commit, self.name, self._remote.etag)
@@ -186,7 +197,9 @@ def begin_download(context: DownloadContext, name: str) -> Download:
         return explain_hub_error(error, context.model_id, context.commit) or error
 
     remote = with_retries(
-        lambda: fetch_metadata(context.model_id, context.commit, name, context.retry_policy.stall_s),
+        lambda: fetch_metadata(
+            context.model_id, context.commit, context.listing.file(name), context.retry_policy.stall_s
+        ),
         attempts,
         explain,
     )

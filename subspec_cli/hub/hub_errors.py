@@ -113,10 +113,19 @@ def _unreachable(error: Exception) -> NetworkError:
     )
 
 
-def not_a_hub() -> NetworkError:
+def lacks_header(name: str, header: str, meaning: str) -> NetworkError:
+    """The error for a file of which neither a header nor the hub's listing says something that is needed."""
+    return NetworkError(
+        f"{_endpoint()} does not answer like a Hugging Face hub: it sends no usable {header} for {printable(name)}, "
+        f"and its listing lacks {meaning}",
+        "set HF_ENDPOINT to another mirror, or fetch the model by other means and give its directory",
+    )
+
+
+def not_a_hub(why: str = "") -> NetworkError:
     """The error for an answer that no hub would give."""
     return NetworkError(
-        f"{_endpoint()} does not answer like a Hugging Face hub",
+        f"{_endpoint()} does not answer like a Hugging Face hub" + (f": {why}" if why else ""),
         "check HF_ENDPOINT, and whether a proxy or a login page stands in between",
     )
 

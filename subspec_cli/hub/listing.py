@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,7 @@ from subspec_cli.checkpoint.source_directory import (
     WeightIndex,
     confine,
     first_missing_file,
+    is_small_file,
     no_config_error,
     no_weights_error,
     read_index,
@@ -24,6 +24,7 @@ from subspec_cli.errors import IntegrityError, NetworkError
 from subspec_cli.files.regular_file import has_size
 from subspec_cli.hub.cache import cached_snapshot
 from subspec_cli.hub.hub_errors import explain_hub_error, not_a_hub
+from subspec_cli.hub.remote_file import ListedFile, content_hash
 from subspec_cli.hub.retry import Attempts, RetryPolicy, with_retries
 from subspec_cli.hub.workers import WorkerChannel, run_all
 from subspec_cli.reporter import Reporter
@@ -34,16 +35,6 @@ if TYPE_CHECKING:
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TIMEOUT_S = 20.0
-_SMALL_FILES = (
-    "generation_config.json",
-    "tokenizer*.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +44,17 @@ class Listing:
     commit: str
     sizes: Mapping[str, int | None]
     """Bytes by name; None if the hub gives no size. Empty if the listing is made from the cache."""
+    hashes: Mapping[str, str] = field(default_factory=dict)
+    """Hashes of the contents by name, of files whose hash the hub gives."""
+
+    def file(self, name: str) -> ListedFile:
+        """What is known of one file."""
+        return ListedFile(name, self.sizes.get(name), self.hashes.get(name))
 
     @property
     def small_files(self) -> list[str]:
         """The files that a model needs besides config.json and the weights."""
-        wanted = [name for name in self.sizes if any(fnmatchcase(name, like) for like in _SMALL_FILES)]
+        wanted = [name for name in self.sizes if is_small_file(name) and name != CONFIG_NAME]
         index = [INDEX_NAME] if INDEX_NAME in self.sizes and SINGLE_NAME not in self.sizes else []
         return [*index, *(name for name in sorted(wanted) if "/" not in name)]
 
@@ -152,11 +149,17 @@ def _fetch_listing(
 
     run_all([lambda: found.append(with_retries(ask, attempts, explain))], channel)
     commit = found[0].sha
-    sizes = {sibling.rfilename: sibling.size for sibling in found[0].siblings or ()}
+    siblings = found[0].siblings or ()
+    sizes = {sibling.rfilename: sibling.size for sibling in siblings}
+    hashes = {
+        # A large file's blob is its pointer.
+        sibling.rfilename: content_hash(sibling.lfs.sha256 if sibling.lfs else sibling.blob_id)
+        for sibling in siblings
+    }
     if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
-        raise not_a_hub()
+        raise not_a_hub("its listing names no commit (sha)")
     if CONFIG_NAME not in sizes:
         raise no_config_error(sizes, model_id)
     if SINGLE_NAME not in sizes and INDEX_NAME not in sizes:
         raise no_weights_error(sizes, model_id)
-    return Listing(commit, sizes)
+    return Listing(commit, sizes, {name: text for name, text in hashes.items() if text is not None})

@@ -89,7 +89,7 @@ def outline_model(
         return _outline_directory(name.model_id, directory, is_hub=name.directory is None)
     listing = find_listing(name.model_id, revision, retry_policy, reporter)
     channel = WorkerChannel(reporter)
-    context = DownloadContext(name.model_id, listing.commit, repo_cache(name.model_id), retry_policy, channel)
+    context = DownloadContext(name.model_id, listing, repo_cache(name.model_id), retry_policy, channel)
     reader = _CommitReader(context)
     config: list[dict[str, Any]] = []
     run_all([lambda: config.append(_read_config(reader))], channel)
@@ -217,7 +217,9 @@ class _CommitReader:
     def _fetch_metadata(self, name: str) -> RemoteFile:
         context = self._context
         return with_retries(
-            lambda: fetch_metadata(context.model_id, context.commit, name, context.retry_policy.stall_s),
+            lambda: fetch_metadata(
+                context.model_id, context.commit, context.listing.file(name), context.retry_policy.stall_s
+            ),
             context.new_attempts(),
             self._explain,
         )

@@ -99,9 +99,10 @@ class ContentDigest:
     def hexdigest_of(self, path: Path) -> str:
         """The hash of the whole file. Errors as `hash_rest_of`, and IntegrityError for another size."""
         self.hash_rest_of(path)
-        if self._position != self._size_bytes:
+        found_bytes = path.stat().st_size  # less than was hashed, if somebody cut it
+        if not self._position == found_bytes == self._size_bytes:
             raise IntegrityError(
-                f"{printable(str(path))} has {self._position} bytes, expected {self._size_bytes}",
+                f"{printable(str(path))} has {found_bytes} bytes, expected {self._size_bytes}",
                 "another program changes it; run the command again when that is done",
             )
         return self._hash.hexdigest()

@@ -99,7 +99,7 @@ def open_model(
         if not listing.is_complete(resolved.directory):
             cache.make_directories()
             stack.enter_context(directory_lock(cache.lock_directory, on_wait=reporter.note))
-        context = DownloadContext(name.model_id, listing.commit, cache, retry_policy, channel)
+        context = DownloadContext(name.model_id, listing, cache, retry_policy, channel)
         downloads = _begin(context, listing, accept_config)
         weight_downloads = WeightDownloads(cache.directory, downloads, channel)
         stack.callback(weight_downloads.close)

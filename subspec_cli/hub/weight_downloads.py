@@ -78,7 +78,11 @@ class WeightDownloads:
 
     def close(self) -> None:
         """Stop the downloads. Bytes that have arrived stay for the next run."""
-        self._workers.close()
+        if (
+            self._workers.close()
+        ):  # else a thread may still write, and the files are this process's until it ends
+            for download in self._downloads.values():
+                download.release()
 
 
 def begin_all(context: DownloadContext, names: Sequence[str]) -> list[Download]:
@@ -89,7 +93,12 @@ def begin_all(context: DownloadContext, names: Sequence[str]) -> list[Download]:
         downloads[name] = begin_download(context, name)
         downloads[name].fetch_header()
 
-    run_all([partial(begin, name) for name in names], context.channel)
+    try:
+        run_all([partial(begin, name) for name in names], context.channel)
+    except BaseException:
+        for download in downloads.values():
+            download.release()
+        raise
     return [downloads[name] for name in names]
 
 
@@ -97,6 +106,10 @@ def fetch_all(context: DownloadContext, names: Sequence[str]) -> None:
     """Fetch small files, a few at a time. Errors as `Download.finish`."""
 
     def fetch(name: str) -> None:
-        begin_download(context, name).finish()
+        download = begin_download(context, name)
+        try:
+            download.finish()
+        finally:
+            download.release()
 
     run_all([partial(fetch, name) for name in names], context.channel)

@@ -79,12 +79,13 @@ class Workers:
             raise self._failure
         return not self._left
 
-    def close(self) -> None:
-        """Stop the jobs, and wait a moment for their threads."""
+    def close(self) -> bool:
+        """Stop the jobs, and wait a moment for their threads. Returns whether all have ended."""
         self._channel.stop()
         deadline_s = time.monotonic() + _MAX_JOIN_S
         for thread in self._threads:
             thread.join(max(0.0, deadline_s - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
 
     def _work(self) -> None:
         while True:

@@ -22,7 +22,7 @@ from subspec_cli.substitutes.inventory import StoredModel
 from subspec_cli.substitutes.preparation import PrepareProgress, Quantizer, SubstituteRecipe, prepare_model
 from subspec_cli.substitutes.prepared_model import PreparedModel
 from subspec_cli.substitutes.quality import MatrixQuality, by_kind, matrix_kind, summed
-from subspec_cli.substitutes.repair import drop_damaged
+from subspec_cli.substitutes.repair import drop_damaged, is_source_damaged
 from subspec_cli.substitutes.settings import SubstituteSettings
 from subspec_cli.versions import library_versions
 
@@ -117,10 +117,12 @@ def prepare(
 def repair(
     stored: StoredModel, findings: Sequence[Finding], progress: Callable[[PrepareProgress], None]
 ) -> None:
-    """Make the damaged files of a prepared model again, and only those.
+    """Make the damaged files of a prepared model again, and only those; nothing while its own weights are damaged.
 
     Raises what `drop_damaged` and `prepare` raise.
     """
+    if is_source_damaged(stored, findings):
+        return
     manifest = drop_damaged(stored, findings)
     is_on_hub = name_of_id(manifest.model_id).directory is None
     prepare(

@@ -17,14 +17,14 @@ from subspec_cli.checkpoint.checkpoint import (
     layer_entries,
     open_checkpoint,
 )
-from subspec_cli.checkpoint.source_directory import confine
 from subspec_cli.errors import SubspecError
 from subspec_cli.files.io_errors import read_error
 from subspec_cli.files.regular_file import open_regular
 from subspec_cli.hub.command_hints import prepare_command
 from subspec_cli.hub.source_model import find_source_directory
 from subspec_cli.substitutes.inventory import UNREADABLE, StoredModel
-from subspec_cli.substitutes.manifest import MANIFEST_NAME, LayerFile, Manifest
+from subspec_cli.substitutes.manifest import MANIFEST_NAME, LayerFile, Manifest, layer_path
+from subspec_cli.substitutes.source_stamp import has_same_times
 
 _PIECE_BYTES: Final = 8 << 20
 _BLOB_NAME = re.compile(r"[0-9a-f]{64}")
@@ -98,12 +98,13 @@ class Verifier:
     def _verify_file(self, directory: Path, file: LayerFile) -> Finding | None:
         path = directory / file.name
         try:
-            confine(directory, file.name)
-            size_bytes = path.stat().st_size
+            size_bytes = layer_path(directory, file).stat().st_size
         except SubspecError as error:
             return Finding(path, error.message)
         except FileNotFoundError:
             return Finding(path, "missing")
+        except OSError as error:
+            return Finding(path, read_error(error, path).message)
         if size_bytes != file.size_bytes:
             return Finding(path, "wrong size", f"{file.size_bytes} bytes", f"{size_bytes} bytes")
         try:
@@ -119,9 +120,11 @@ class Verifier:
         if isinstance(target, SubspecError):
             blobs = [self._verify_blob(path) for path in sorted(directory.glob("*.safetensors"))]
             return [item for item in blobs if item] or [Finding(directory, target.message)]
-        if manifest.fingerprint != target.fingerprint or manifest.source_stamp not in ("", target.stamp):
+        if manifest.fingerprint != target.fingerprint or not has_same_times(manifest.source_stamp, target):
             again = prepare_command(manifest.model_id, bits=manifest.settings.bits)
-            what = f"the weights were written again since they were prepared; to follow them: {again}"
+            what = (
+                f"the weights were copied or written again since they were prepared; to follow them: {again}"
+            )
             return [Finding(target.directory, what, is_damage=False)]
         if target.directory not in self._hashes:
             self._hashes[target.directory] = self._hash_target(target)
@@ -185,6 +188,8 @@ class Verifier:
             return Finding(path, error.message)
         except FileNotFoundError:
             return Finding(path, "missing")
+        except OSError as error:
+            return Finding(path, read_error(error, path).message)
 
     def _read_spans(
         self, path: Path, spans: Sequence[tuple[int, int]], take: Callable[[int, memoryview], None]
@@ -217,7 +222,7 @@ class Verifier:
 
 def blob_of(path: Path) -> Path | None:
     """The file of the hub's cache, named by its SHA-256, that `path` links to; None for any other path."""
-    target = path.resolve()
+    target = Path(os.path.realpath(path))
     is_blob = path.is_symlink() and target.parent.name == "blobs" and _BLOB_NAME.fullmatch(target.name)
     return target if is_blob else None
 

@@ -11,10 +11,10 @@ from typing import Final, Literal
 
 from subspec_cli.checkpoint.checkpoint import open_checkpoint
 from subspec_cli.errors import SubspecError, UsageError
-from subspec_cli.files.atomic_write import is_temp_name
 from subspec_cli.files.home import prepared_root
 from subspec_cli.files.io_errors import read_error, write_error
 from subspec_cli.files.lock import LOCK_NAME, directory_lock
+from subspec_cli.files.temp_names import is_temp_name
 from subspec_cli.hub.model_name import parse_model_name
 from subspec_cli.hub.source_model import find_source_directory
 from subspec_cli.substitutes.last_use import LAST_USED_NAME, last_used_s

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -79,7 +80,7 @@ class Manifest:
     fingerprint: str
     """`Checkpoint.fingerprint` of the source."""
     source_stamp: str
-    """`Checkpoint.stamp` of a directory; empty for a model on the hub, where commits do not change."""
+    """`make_stamp` of a directory; empty for a model on the hub, where commits do not change."""
     dtype: str
     settings: SubstituteSettings
     group_size: int
@@ -107,6 +108,16 @@ class Manifest:
 def layer_file_name(layer: int) -> str:
     """layer-00017.safetensors."""
     return f"layer-{layer:05d}.safetensors"
+
+
+def layer_path(directory: Path, file: LayerFile) -> Path:
+    """Path of a layer's file. Raises IntegrityError for a link: nobody but this program writes the directory."""
+    path = directory / file.name
+    if path.is_symlink():
+        raise IntegrityError(
+            f"{printable(str(path))} is a link to {printable(os.readlink(path))}, not a file"
+        )
+    return path
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:

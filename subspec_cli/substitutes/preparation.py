@@ -24,11 +24,12 @@ from subspec_cli.checkpoint.checkpoint import (
 from subspec_cli.checkpoint.geometry import ModelGeometry
 from subspec_cli.checkpoint.layer_tensors import layer_prefix
 from subspec_cli.checkpoint.tensor_reader import check_finite, read_hashed_tensors
-from subspec_cli.errors import IntegrityError
+from subspec_cli.errors import BusyError, IntegrityError, SubspecError
 from subspec_cli.files.atomic_write import atomic_write, sweep_stale_temps
 from subspec_cli.files.home import make_home_directory
 from subspec_cli.files.io_errors import write_error
 from subspec_cli.files.lock import directory_lock
+from subspec_cli.files.regular_file import FileState, file_state, sha256_file
 from subspec_cli.hub.source_model import OpenedModel
 from subspec_cli.hub.weight_downloads import DownloadProgress, WeightDownloads
 from subspec_cli.reporter import Reporter
@@ -39,17 +40,21 @@ from subspec_cli.substitutes.manifest import (
     LayerFile,
     Manifest,
     layer_file_name,
+    layer_path,
     write_manifest,
 )
 from subspec_cli.substitutes.prepared_model import PreparedModel, prepared_directory
 from subspec_cli.substitutes.quality import MatrixQuality
-from subspec_cli.substitutes.reuse import finished_manifest, reusable_layers
+from subspec_cli.substitutes.reuse import Twins, find_twins, finished_manifest, read_twin, reusable_layers
 from subspec_cli.substitutes.settings import SubstituteSettings
+from subspec_cli.substitutes.source_stamp import make_stamp
 from subspec_cli.units import counted, printable
 from subspec_cli.versions import __version__
 
 if TYPE_CHECKING:
     import torch
+
+_MOST_ROUNDS = 3  # of making what another process replaced meanwhile
 
 Quantizer: TypeAlias = (
     "Callable[[dict[str, torch.Tensor]], tuple[dict[str, torch.Tensor], dict[str, MatrixQuality]]]"
@@ -118,7 +123,7 @@ def prepare_model(
         source_directory=str(resolved.directory),
         commit=resolved.commit,
         fingerprint=checkpoint.fingerprint,
-        source_stamp=checkpoint.stamp if resolved.is_local else "",
+        source_stamp=make_stamp(checkpoint) if resolved.is_local else "",
         dtype=geometry.dtype,
         settings=settings,
         group_size=settings.group_size,
@@ -128,7 +133,11 @@ def prepare_model(
     )
     directory = prepared_directory(resolved.model_id, resolved.commit, settings)
     layer_bytes = _layer_bytes(checkpoint, geometry.layers)
-    work = _Preparation(goal, checkpoint, model.weight_downloads, directory, layer_bytes, progress)
+    work = _Preparation(
+        goal, checkpoint, model.weight_downloads, directory, layer_bytes, progress, reporter.note
+    )
+    if directory.is_dir():
+        sweep_stale_temps(directory)
     if not force and (finished := work.already_prepared()):
         return finished
     if not directory.exists():  # a refusal leaves nothing behind
@@ -137,7 +146,6 @@ def prepare_model(
     with directory_lock(directory, on_wait=reporter.note) as has_waited:
         if has_waited and not force and (finished := work.already_prepared()):
             return finished
-        sweep_stale_temps(directory)
         return work.run(recipe.quantizer, force=force)
 
 
@@ -151,9 +159,13 @@ class _Preparation:
     directory: Path
     layer_bytes: list[int]
     progress: Callable[[PrepareProgress], None]
+    note: Callable[[str], None]
+    twins: Twins = field(default_factory=dict)
     making_s: float = 0.0
     done: dict[int, LayerFile] = field(default_factory=dict)
     reused_layers: int = 0
+    states: dict[int, FileState] = field(default_factory=dict)
+    """Files of the done layers as they were when they were written or hashed."""
 
     def already_prepared(self) -> PreparedModel | None:
         """The complete set of an earlier run, marked as the latest; None if there is none or weights are missing."""
@@ -173,12 +185,29 @@ class _Preparation:
     def run(self, quantizer: Quantizer, *, force: bool) -> PreparedModel:
         """Make and record all layers that are missing. The caller holds the lock."""
         if not force:
-            for file in reusable_layers(self.directory, self.goal, self.checkpoint):
+            for file, state in reusable_layers(self.directory, self.goal, self.checkpoint):
+                self.states[file.layer] = state
                 self.reuse(file)
+            self.twins = find_twins(self.directory, self.goal)
         self.check_space()
         if force:  # an empty journal: from here on, the earlier set does not count as finished
             write_manifest(self.directory / JOURNAL_NAME, self.goal)
         self.weight_downloads.start()
+        for _ in range(_MOST_ROUNDS):
+            self.make_missing(quantizer)
+            check_unchanged(self.checkpoint)
+            if self.weight_downloads.progress():
+                check_headers_unchanged(self.checkpoint)
+            if not self.drop_replaced() and (prepared := self.finish()):
+                return prepared
+        raise BusyError(
+            f"another process keeps writing other files into {printable(str(self.directory))}, "
+            "and the disk's locks do not keep it out",
+            "let it finish, then run the command again",
+        )
+
+    def make_missing(self, quantizer: Quantizer) -> None:
+        """Make all layers that are not done, each as soon as its weights are there."""
         waiting = [layer for layer in range(len(self.layer_bytes)) if layer not in self.done]
         while waiting or not self.weight_downloads.is_complete:
             ready = next((layer for layer in waiting if self.has_arrived(layer)), None)
@@ -188,10 +217,27 @@ class _Preparation:
             else:
                 self.make_layer(ready, quantizer)
                 waiting.remove(ready)
-        check_unchanged(self.checkpoint)
-        if self.weight_downloads.progress():
-            check_headers_unchanged(self.checkpoint)
-        return self.finish()
+
+    def drop_replaced(self) -> bool:
+        """Whether layers have other bytes than recorded. They then count as missing.
+
+        Where locks do not work, another preparation may have put its own files in place. Only files that were
+        replaced since they were written or hashed are read again.
+        """
+        replaced = []
+        for layer, file in self.done.items():
+            path = layer_path(self.directory, file)
+            with contextlib.suppress(OSError, SubspecError):
+                state = file_state(path.stat())
+                if state == self.states[layer]:
+                    continue
+                if sha256_file(path) == file.sha256:
+                    self.states[layer] = state
+                    continue
+            replaced.append(layer)
+        for layer in replaced:
+            del self.done[layer]
+        return bool(replaced)
 
     def has_arrived(self, layer: int) -> bool:
         """Whether all weight files of a layer are complete."""
@@ -211,28 +257,36 @@ class _Preparation:
         check_disk_space(self.goal, self.checkpoint, self.weight_downloads, self.directory, left)
 
     def make_layer(self, layer: int, quantizer: Quantizer) -> None:
-        """Read, quantize and write one layer, then record it."""
-        from safetensors.torch import save
-
+        """Read one layer, quantize it or take what another set made of the same bytes, write it, then record it."""
         started_s = time.monotonic()
         tensors, source_sha256 = read_hashed_tensors(layer_entries(self.checkpoint, layer))
-        check_finite(tensors)
-        prefix = layer_prefix(layer)
-        packed, quality = quantizer({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
-        del tensors  # free them before the bytes of the file take memory
-        data = save({name: packed[name].contiguous() for name in sorted(packed)})
-        name = layer_file_name(layer)
-        atomic_write(self.directory / name, data)
-        sha256 = hashlib.sha256(data).hexdigest()
-        self.done[layer] = LayerFile(name, layer, len(data), sha256, source_sha256, quality)
+        file, data = self._twin_of(layer, source_sha256) or _made_layer(
+            layer, tensors, source_sha256, quantizer
+        )
+        self.states[layer] = atomic_write(self.directory / file.name, data)
+        self.done[layer] = file
         write_manifest(self.directory / JOURNAL_NAME, self._manifest())
         self.making_s += time.monotonic() - started_s
         self._report_progress()
 
-    def finish(self) -> PreparedModel:
-        """Write the manifest, which makes the directory a prepared model, and remove the journal."""
+    def _twin_of(self, layer: int, source_sha256: str) -> tuple[LayerFile, bytes] | None:
+        """What another set made of the same 16-bit bytes."""
+        directory, file = self.twins.get((layer, source_sha256), (None, None))
+        if directory is None or file is None or (data := read_twin(directory, file)) is None:
+            return None
+        if not self.done:
+            self.note(f"layers of the same weights are in {printable(str(directory))}: they are copied")
+        return file, data
+
+    def finish(self) -> PreparedModel | None:
+        """Write the manifest, which makes the directory a prepared model, and remove the journal.
+
+        None if a layer was replaced until then: the manifest does not describe it.
+        """
         manifest = self._manifest()
         write_manifest(self.directory / MANIFEST_NAME, manifest)
+        if self.drop_replaced():
+            return None
         journal = self.directory / JOURNAL_NAME
         try:
             journal.unlink(missing_ok=True)
@@ -255,6 +309,21 @@ class _Preparation:
                 download=self.weight_downloads.progress(),
             )
         )
+
+
+def _made_layer(
+    layer: int, tensors: dict[str, torch.Tensor], source_sha256: str, quantizer: Quantizer
+) -> tuple[LayerFile, bytes]:
+    """The record and the bytes of a layer's file. Raises IntegrityError for weights that are not finite."""
+    from safetensors.torch import save
+
+    check_finite(tensors)
+    prefix = layer_prefix(layer)
+    packed, quality = quantizer({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
+    tensors.clear()  # free them before the bytes of the file take memory
+    data = save({name: packed[name].contiguous() for name in sorted(packed)})
+    sha256 = hashlib.sha256(data).hexdigest()
+    return LayerFile(layer_file_name(layer), layer, len(data), sha256, source_sha256, quality), data
 
 
 def _layer_bytes(checkpoint: Checkpoint, layer_count: int) -> list[int]:

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 
 from subspec_cli.checkpoint.checkpoint import Checkpoint, layer_count_in_tensors
 from subspec_cli.checkpoint.safetensors_header import TensorEntry, header_length, parse_entries
-from subspec_cli.checkpoint.source_directory import confine
 from subspec_cli.checkpoint.tensor_reader import read_hashed_file, view_tensor
 from subspec_cli.errors import IntegrityError, SubspecError, UnsupportedModelError, UsageError
 from subspec_cli.files.home import prepared_root
 from subspec_cli.files.io_errors import read_error
 from subspec_cli.hub.command_hints import prepare_command, repair_command
 from subspec_cli.hub.model_name import parse_model_name
-from subspec_cli.substitutes.manifest import MANIFEST_NAME, LayerFile, Manifest, read_manifest
+from subspec_cli.substitutes.manifest import MANIFEST_NAME, LayerFile, Manifest, layer_path, read_manifest
 from subspec_cli.substitutes.settings import SubstituteSettings
+from subspec_cli.substitutes.source_stamp import has_same_times, is_of_source, is_same_content
 from subspec_cli.units import counted, printable
 
 if TYPE_CHECKING:
@@ -92,12 +92,11 @@ def find_prepared_sets(model: str | None, bits: int | None = None) -> tuple[Prep
 
 
 def _is_same_source(manifest: Manifest, other: Manifest) -> bool:
-    return (manifest.model_id, manifest.commit, manifest.fingerprint, manifest.source_stamp) == (
+    return (manifest.model_id, manifest.commit, manifest.fingerprint) == (
         other.model_id,
         other.commit,
         other.fingerprint,
-        other.source_stamp,
-    )
+    ) and is_same_content(manifest.source_stamp, other.source_stamp)
 
 
 def load_layer(prepared: PreparedModel, layer: int) -> dict[str, torch.Tensor]:
@@ -111,7 +110,7 @@ def load_layer(prepared: PreparedModel, layer: int) -> dict[str, torch.Tensor]:
     expected = _layer_file(prepared, layer)
     hint = repair_command(prepared.manifest.model_id)
     try:
-        path = confine(prepared.directory, expected.name)
+        path = layer_path(prepared.directory, expected)
         data, found_sha256 = read_hashed_file(path, expected.size_bytes)
         if found_sha256 != expected.sha256:
             raise IntegrityError(
@@ -127,7 +126,7 @@ def load_layer(prepared: PreparedModel, layer: int) -> dict[str, torch.Tensor]:
 
 
 def check_pairing(prepared: PreparedModel, checkpoint: Checkpoint) -> None:
-    """Check that substitutes and 16-bit weights belong together. Others are never paired silently.
+    """Check that substitutes and 16-bit weights belong together, as far as `source_stamp` can tell unread weights.
 
     Raises:
         UnsupportedModelError: the weights are of another version than the substitutes.
@@ -142,11 +141,15 @@ def check_pairing(prepared: PreparedModel, checkpoint: Checkpoint) -> None:
             f"prepared from {manifest.fingerprint} (commit {printable(manifest.commit)})",
             again,
         )
-    if manifest.source_stamp not in ("", checkpoint.stamp):
+    if not is_of_source(manifest.source_stamp, checkpoint):
+        if has_same_times(manifest.source_stamp, checkpoint):
+            what = "other weights are in place of those that were prepared, with the same sizes and times"
+        else:
+            what = (
+                "the weight files were copied or written again since it was prepared (other sizes or times)"
+            )
         raise UnsupportedModelError(
-            f"the weights of {shown} were written again since it was prepared: stamp {checkpoint.stamp}, "
-            f"prepared from {manifest.source_stamp}",
-            again,
+            f"{shown}: {what}", f"compare the bytes, and make only the layers that differ: {again}"
         )
     layer_count = layer_count_in_tensors(checkpoint)
     if [file.layer for file in manifest.layers] != list(range(layer_count)):

@@ -8,10 +8,21 @@ from pathlib import Path
 from subspec_cli.errors import UsageError
 from subspec_cli.files.io_errors import write_error
 from subspec_cli.files.lock import directory_lock
+from subspec_cli.hub.model_name import name_of_id
 from subspec_cli.substitutes.integrity import Finding, blob_of
 from subspec_cli.substitutes.inventory import StoredModel
 from subspec_cli.substitutes.manifest import Manifest
 from subspec_cli.units import printable
+
+
+def is_source_damaged(stored: StoredModel, findings: Sequence[Finding]) -> bool:
+    """Whether weights in a user's directory are damaged. Only the user can put them back."""
+    manifest = stored.manifest
+    return (
+        manifest is not None
+        and name_of_id(manifest.model_id).directory is not None
+        and any(finding.is_damage and finding.path.parent != stored.directory for finding in findings)
+    )
 
 
 def drop_damaged(stored: StoredModel, findings: Sequence[Finding]) -> Manifest:
@@ -36,7 +47,8 @@ def drop_damaged(stored: StoredModel, findings: Sequence[Finding]) -> Manifest:
             if finding.path.parent == stored.directory:
                 _drop(finding.path)
             elif (
-                finding.found
+                name_of_id(manifest.model_id).directory is None
+                and finding.found
                 and (blob := blob_of(finding.path)) is not None
                 and blob.name == finding.expected
             ):
