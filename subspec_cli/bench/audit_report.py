@@ -121,6 +121,11 @@ class AuditReport:
         return tuple(difference for answer in self.answers for difference in answer.differences)
 
     @property
+    def library_in_reference(self) -> int:
+        """Rows whose 16-bit choice by the library is its own choice in float32."""
+        return sum(row.library_id == row.reference_id for row in self.rows)
+
+    @property
     def whole_in_reference(self) -> int:
         """Answers that are the library's greedy answers in float32."""
         return sum(answer.in_reference == len(answer.rows) for answer in self.answers)

@@ -48,9 +48,10 @@ def audit_lines(report: AuditReport) -> tuple[str, ...]:
     """Return the lines under the table."""
     tokens, name = len(report.rows), report.library_dtype
     in_reference, in_library = tokens - len(report.differences), sum(a.in_library for a in report.answers)
+    as_library = _agreement(report, in_library, report.whole_in_library, name)
     lines = [
         f"{_agreement(report, in_reference, report.whole_in_reference, 'float32')}; {_differences(report)}",
-        _agreement(report, in_library, report.whole_in_library, name),
+        f"{as_library}; its own choice in float32: {report.library_in_reference}",
     ]
     if not report.is_float32:
         lines.append(

@@ -93,6 +93,7 @@ def audit_document(report: AuditReport) -> dict[str, Any]:
         "tokens": len(report.rows),
         "as_float32": len(report.rows) - len(report.differences),
         "as_library": sum(answer.in_library for answer in report.answers),
+        "library_as_float32": report.library_in_reference,
         "answers_as_float32": report.whole_in_reference,
         "answers_as_library": report.whole_in_library,
         "near_ties": sum(difference.is_near_tie for difference in report.differences),

@@ -22,7 +22,9 @@ from subspec_cli.checkpoint.checkpoint import Checkpoint
 from subspec_cli.checkpoint.dtypes import torch_dtype
 from subspec_cli.checkpoint.layer_tensors import layer_prefix
 from subspec_cli.checkpoint.safetensors_header import TensorEntry
+from subspec_cli.errors import UnsupportedModelError
 from subspec_cli.streaming.memory_meter import return_freed_memory_now
+from subspec_cli.units import printable
 
 _MODELS: Final[Any] = AutoModelForCausalLM  # its methods are not annotated
 _ATTENTION: Final = "sdpa"
@@ -117,7 +119,9 @@ def _run_by_layer(
     with _quiet_library():
         shell = _load(checkpoint, dtype, layers=0)
         with torch.device("meta"):
-            full = _MODELS.from_config(_config(checkpoint), dtype=dtype, attn_implementation=_ATTENTION)
+            full = _MODELS.from_config(
+                _config(checkpoint), dtype=dtype, attn_implementation=_ATTENTION, trust_remote_code=False
+            )
     base, layers = shell.base_model, full.eval().base_model.layers
     places = [_Place() for _ in layers]
     base.layers = nn.ModuleList(places)
@@ -153,21 +157,31 @@ class _Place(nn.Module):
 
 
 def _config(checkpoint: Checkpoint) -> Any:  # noqa: ANN401 - the library's
-    return AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True)
+    return AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False, local_files_only=True)
 
 
 def _load(checkpoint: Checkpoint, dtype: torch.dtype, layers: int | None = None) -> Any:  # noqa: ANN401
-    """Load the library's model, or only its first `layers`."""
-    config = _config(checkpoint)
-    if layers is not None:
-        config.num_hidden_layers = layers
-    return _MODELS.from_pretrained(
-        checkpoint.directory,
-        config=config,
-        dtype=dtype,
-        attn_implementation=_ATTENTION,
-        local_files_only=True,
-    ).eval()
+    """Load the library's model, or only its first `layers`; raises UnsupportedModelError if it refuses."""
+    try:
+        config = _config(checkpoint)
+        if layers is not None:
+            config.num_hidden_layers = layers
+        return _MODELS.from_pretrained(
+            checkpoint.directory,
+            config=config,
+            dtype=dtype,
+            attn_implementation=_ATTENTION,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+        ).eval()
+    except MemoryError:
+        raise
+    except Exception as error:  # the library raises any exception
+        raise UnsupportedModelError(
+            f"transformers cannot load the model to compare with: {printable(str(error))[:300]}",
+            "subspec run answers without it",
+        ) from error
 
 
 def _layer_weights(checkpoint: Checkpoint, layer: int, dtype: torch.dtype) -> dict[str, Tensor]:
