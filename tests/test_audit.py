@@ -17,10 +17,12 @@ from subspec_cli.bench.audit_report import AuditedAnswer, AuditReport, Differenc
 from subspec_cli.checkpoint.checkpoint import open_checkpoint
 from subspec_cli.cli.audit_text import audit_lines
 from subspec_cli.config_file import resolve_config
+from subspec_cli.modeling import rope
 from subspec_cli.modeling.reference import AskedRows, LibraryModel
-from subspec_cli.modeling.rope import RopeTable, build_rope_table
 from subspec_cli.modeling.row_comparison import ComparedRow, RowErrors, RowLogits, compare_rows
 from subspec_cli.session import load as session_load
+from subspec_cli.session import open as session_open
+from subspec_cli.session.found_model import find_model
 
 one_thread = tiny_models.one_thread
 
@@ -104,6 +106,19 @@ def test_tokens_and_logits_are_the_librarys_within_rounding(shelf, questions, fa
         assert all(row.own == row.own_float32 for row in report.rows)
 
 
+@pytest.mark.parametrize("switch", [60, 130, 200])
+def test_answers_are_compared_up_to_where_longrope_changes_its_factors(shelf, questions, switch):
+    """A forward over all rows would turn the rows before that place by the other factors."""
+    factors = {"short_factor": [1.0] * 16, "long_factor": [3.0] * 16}
+    table = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": switch}
+    model = shelf.model("llama", rope_parameters=table | factors)
+    report = audited(model, questions)
+    assert report.problems == ()
+    lengths = [(answer.prompt_tokens, len(answer.rows)) for answer in report.answers]
+    assert all(prompt > switch or prompt + rows <= switch + 1 for prompt, rows in lengths)
+    assert any(prompt > switch and rows > 20 for prompt, rows in lengths)
+
+
 def test_both_ways_of_the_library_give_the_same_figures(shelf, questions, monkeypatch):
     """Without host memory to spare the library's layers are loaded one at a time."""
     model = model_of(shelf, "mistral")
@@ -119,18 +134,15 @@ def test_both_ways_of_the_library_give_the_same_figures(shelf, questions, monkey
 
 def wrong_rope(monkeypatch):
     """One factor of the rotation off by one percent."""
+    right = rope._inverse_frequencies
 
-    def build(config, **how):
-        table = build_rope_table(config, **how | {"dtype": torch.float32})
-        half = table.cos.shape[-1] // 2
-        pair = [4, 4 + half]
-        angles = torch.arange(len(table.cos))[:, None] * torch.atan2(
-            table.sin[1, :, pair], table.cos[1, :, pair]
-        )
-        table.cos[:, 0, pair], table.sin[:, 0, pair] = (1.01 * angles).cos(), (1.01 * angles).sin()
-        return RopeTable(table.cos.to(how["dtype"]), table.sin.to(how["dtype"]))
+    def wrong(*arguments):
+        frequencies, scaling = right(*arguments)
+        frequencies = frequencies.clone()
+        frequencies[4] *= 1.01
+        return frequencies, scaling
 
-    monkeypatch.setattr(session_load, "build_rope_table", build)
+    monkeypatch.setattr(rope, "_inverse_frequencies", wrong)
 
 
 def swapped_norms(monkeypatch):
@@ -148,14 +160,12 @@ def swapped_norms(monkeypatch):
 
 def wider_window(monkeypatch):
     """Windows see one key too many."""
-    find = audit.find_model
-
-    from subspec_cli.session import open as session_open
 
     def wider(config):
-        found = find(config)
+        found = find_model(config)
         windows = tuple(window and window + 1 for window in found.geometry.windows)
-        return replace(found, geometry=replace(found.geometry, windows=windows))
+        geometry = replace(found.geometry, windows=windows)
+        return replace(found, repository=replace(found.repository, geometry=geometry))
 
     monkeypatch.setattr(session_open, "find_model", wider)
 

@@ -59,6 +59,12 @@ class GivenAnswer:
         """The rows that gave the answer's tokens."""
         return AskedRows((*self.prompt, *self.token_ids[:-1]), len(self.prompt) - 1)
 
+    def up_to(self, switch: int | None) -> GivenAnswer:
+        """Return the answer up to where longrope changes its factors: rows before it would be turned anew."""
+        if switch is None or len(self.prompt) > switch:
+            return self
+        return dataclasses.replace(self, token_ids=self.token_ids[: switch - len(self.prompt) + 1])
+
 
 OnProgress = Callable[[AuditProgress], None]
 
@@ -78,9 +84,12 @@ def run_audit(config: Config, *, progress: OnProgress) -> AuditReport:
 
 def audit_answers(session: Session, given: Sequence[GivenAnswer], *, progress: OnProgress) -> AuditReport:
     """Compare answers of a session with the library."""
-    config, geometry = session.description.config, session.loaded.math.geometry
+    config = session.description.config
+    found = find_model(config)
+    geometry = found.geometry
+    given = [answer.up_to(found.repository.rope.switch) for answer in given]
     asked = [answer.asked for answer in given]
-    model = LibraryModel(find_model(config).checkpoint, geometry.dtype)
+    model = LibraryModel(found.checkpoint, geometry.dtype)
     whole = model.float32_bytes <= _MEMORY_SHARE * _free_bytes(session)
     way = "whole" if whole else "layer by layer"
     sides = [

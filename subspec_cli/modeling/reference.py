@@ -133,7 +133,7 @@ def _run_by_layer(
         calls.append([place.named for place in places])
     for number, layer in enumerate(layers):
         progress(number, len(layers))
-        layer.load_state_dict(_layer_weights(checkpoint, number, dtype), assign=True)
+        layer.load_state_dict(_layer_weights(checkpoint, number, layer, dtype), assign=True)
         for sequence, named in enumerate(calls):
             states[sequence] = layer(states[sequence], **named[number])
         layer.to("meta")
@@ -184,11 +184,12 @@ def _load(checkpoint: Checkpoint, dtype: torch.dtype, layers: int | None = None)
         ) from error
 
 
-def _layer_weights(checkpoint: Checkpoint, layer: int, dtype: torch.dtype) -> dict[str, Tensor]:
+def _layer_weights(
+    checkpoint: Checkpoint, number: int, layer: nn.Module, dtype: torch.dtype
+) -> dict[str, Tensor]:
     """Read the tensors of a layer, by their names inside it, with the format's own reader."""
-    prefix = layer_prefix(layer)
-    entries = [entry for name, entry in checkpoint.tensors.items() if name.startswith(prefix)]
-    return {entry.name.removeprefix(prefix): _read(entry).to(dtype) for entry in entries}
+    prefix, names = layer_prefix(number), layer.state_dict()
+    return {name: _read(checkpoint.tensors[prefix + name]).to(dtype) for name in names}
 
 
 def _read(entry: TensorEntry) -> Tensor:

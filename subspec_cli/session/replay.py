@@ -42,6 +42,7 @@ class Replay:
         """
         kv, rules = self._kv, self._target.rules
         kv.rewind(0)
+        self._target.begin_answer(len(prompt))
         *read, newest = prompt
         for groups in prompt_passes(prompt_groups(read, 0, rules), self._prompt_rows):
             first, end = groups[0].start, groups[-1].start + groups[-1].rows
