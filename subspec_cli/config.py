@@ -227,6 +227,18 @@ class BenchConfig:
     """None takes the suite's own."""
 
 
+@dataclass(frozen=True)
+class AuditConfig:
+    """What only `subspec audit` takes."""
+
+    tokens: int = _setting(24, _whole(1), "Longest answer.", "N")
+    limit: int | None = _setting(None, _whole(1), "Questions to answer, over all categories.", "N", "all")
+    questions: str | None = _setting(
+        None, _NAME, "Questions from a local JSON lines file, as MT-Bench's.", "FILE", "the shipped sample"
+    )
+    """None takes the shipped sample."""
+
+
 def _panel(title: str) -> dict[str, str]:
     return {"panel": title}
 
@@ -242,6 +254,7 @@ class Config:
     substitute: SubstituteConfig = SubstituteConfig()
     run: RunConfig = RunConfig()
     bench: BenchConfig = BenchConfig()
+    audit: AuditConfig = AuditConfig()
 
     def as_dict(self) -> dict[str, Any]:
         """Sections of plain values by key, for JSON."""

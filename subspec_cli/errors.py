@@ -80,6 +80,6 @@ class BusyError(SubspecError):
 
 
 class NotIdenticalError(SubspecError):
-    """Speculative and plain decoding gave different tokens although exactness was checked."""
+    """Tokens are not those promised: a benchmark's arms differ, or an audit finds more than rounding."""
 
     exit_code = ExitCode.NOT_IDENTICAL

@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 from tiny_models import make_tiny_model
 
+from subspec_cli.bench.audit import GivenAnswer, audit_answers
+from subspec_cli.bench.audit_report import AuditReport
+from subspec_cli.bench.suites import Question
 from subspec_cli.config_file import resolve_config
 from subspec_cli.metrics import GenerationStats
 from subspec_cli.reporter import Reporter
@@ -88,3 +91,10 @@ def answer_to(session: Session, prompt: str, limit: int = 40, *, raw: bool = Fal
     ids = session.encode_prompt(prompt, system=None, raw=raw)
     with closing(session.generate(ids, max_new_tokens=limit, stop=how.pop("stop", ()), **how)) as deltas:
         return Answer(deltas)
+
+
+def audit_of(session: Session, prompt: str, answer: Answer) -> AuditReport:
+    """A greedy answer beside the library's own forward."""
+    ids = session.encode_prompt(prompt, system=None, raw=False)
+    given = GivenAnswer(Question("1", "all", (prompt,)), tuple(ids), tuple(answer.token_ids), answer.text)
+    return audit_answers(session, [given], progress=lambda state: None)

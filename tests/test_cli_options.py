@@ -19,7 +19,7 @@ from subspec_cli.config import (
     settings_of,
 )
 
-COMMANDS = {"model": "run", "substitute": "prepare", "bench": "bench"}
+COMMANDS = {"model": "run", "substitute": "prepare", "bench": "bench", "audit": "audit"}
 
 
 @pytest.mark.parametrize("section", SECTIONS)

@@ -28,7 +28,7 @@ def test_defaults_are_greedy_and_json_able():
     assert config.sampling.is_greedy
     assert not resolve_config({"sampling": {"temperature": 0.7}}).sampling.is_greedy
     document = json.loads(json.dumps(config.as_dict()))
-    assert list(document) == ["model", "memory", "draft", "sampling", "substitute", "run", "bench"]
+    assert list(document) == ["model", "memory", "draft", "sampling", "substitute", "run", "bench", "audit"]
     assert document["run"] == {
         "max_new_tokens": 512,
         "system": None,

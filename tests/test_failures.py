@@ -152,6 +152,8 @@ COVERED = [
     ("F91", REFUSED),
     ("F91", "test_cli_models::test_control_characters_in_a_directorys_name_do_not_reach_the_terminal"),
     ("F94", f"{FILES}::test_planted_link_is_not_written_through"),
+    ("F95", "test_audit::test_a_planted_fault_is_found"),
+    ("F95", "test_audit::test_a_fault_ends_the_command_with_its_own_status"),
     ("T01", NAMED),
     ("T01", "test_modeling_pretrained::test_a_prompt_with_a_token_beyond_the_tables_is_refused"),
     ("T02", SAME),

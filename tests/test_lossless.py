@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from fakes_session import Answer, answer_to, open_tiny
+from fakes_session import Answer, answer_to, audit_of, open_tiny
 from tiny_models import FAMILIES, Tiny
 
 from subspec_cli.modeling.exact_attention import ChainRows, ExactAttention
@@ -94,12 +94,15 @@ def test_both_arms_of_one_session_agree_on_long_texts(shelf, family, sampling):
 @pytest.mark.parametrize("window", [1, 5, 70])
 @pytest.mark.parametrize("family", ["mistral", "qwen2"])
 def test_windows_shorter_than_prompt_and_tree_change_no_token(shelf, family, window):
+    """And the greedy tokens are the library's within rounding."""
     model = model_of(shelf, family, sliding_window=window)
     for sampling in ("greedy", "warm"):
         with open_tiny(model, sampling=SAMPLINGS[sampling], draft={"depth": 9}) as session:
             arms = [
                 answer_to(session, LONG_PROMPT, 60, plain=plain, noise_stream=5) for plain in (False, True)
             ]
+            if sampling == "greedy":
+                assert audit_of(session, LONG_PROMPT, arms[0]).problems == ()
         assert arms[0].outcome == arms[1].outcome
         assert arms[0].stats.drafted_tokens > 0
 

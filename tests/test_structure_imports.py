@@ -11,10 +11,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 from check_structure import GROUND, PACKAGE, ROOMS
 
 DOORS = {
-    "transformers": ("modeling/pretrained.py", "modeling/rope.py"),
+    "transformers": ("modeling/pretrained.py", "modeling/reference.py", "modeling/rope.py"),
     "optimum": ("modeling/quantization.py",),
     "huggingface_hub": ("hub/*", "substitutes/*"),
-    "safetensors": ("checkpoint/*", "substitutes/*"),
+    "safetensors": ("checkpoint/*", "substitutes/*", "modeling/reference.py"),
     "typer": ("cli/*",),
     "rich": ("cli/output*.py", "cli/live.py"),
     "torch": (

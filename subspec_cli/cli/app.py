@@ -1,4 +1,4 @@
-"""The command line: five commands. Each imports what it needs only when it runs."""
+"""The command line: six commands. Each imports what it needs only when it runs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated, Final
 
 import typer
 
+from subspec_cli.cli.audit import audit
 from subspec_cli.cli.bench import bench
 from subspec_cli.cli.models import models
 from subspec_cli.cli.plan import plan
@@ -29,6 +30,7 @@ app.command()(plan)
 app.command()(prepare)
 app.command()(run)
 app.command()(bench)
+app.command()(audit)
 app.add_typer(models)
 
 

@@ -1,15 +1,18 @@
-"""The JSON documents of plans, forecasts and benchmarks: their figures, and the words that the user reads."""
+"""The JSON documents of plans, forecasts, benchmarks and audits: their figures, and the words that the user reads."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from subspec_cli.cli.audit_text import audit_lines
 from subspec_cli.cli.comparison_text import summary_lines
 from subspec_cli.cli.plan_text import advice_text, assumptions, reason_text
 from subspec_cli.metrics import rate_of_totals
 from subspec_cli.planning.plan import OffloadPlan
 
 if TYPE_CHECKING:
+    from subspec_cli.bench.audit_report import AuditedAnswer, AuditReport, Difference
     from subspec_cli.bench.report import AnswerPair, ArmAnswer, BenchReport, BenchRow, LinkFigures
     from subspec_cli.session.forecast import Forecast
 
@@ -71,6 +74,58 @@ def bench_document(report: BenchReport) -> dict[str, Any]:
         "answers": [_pair(pair) for pair in report.pairs],
         **report.context,
         **{name: plan_document(plan) for name, plan in plans.items() if plan is not None},
+    }
+
+
+def audit_document(report: AuditReport) -> dict[str, Any]:
+    """Return the document of `audit --json`; errors are absolute differences from the float32 logits."""
+    sizes = {
+        "own_error": report.own,
+        "own_float32_error": report.own_float32,
+        "library_error": report.library,
+        "float32_unit": report.float32_unit,
+    }
+    return {
+        "passed": not report.problems,
+        "problems": list(report.problems),
+        "library_dtype": report.library_dtype,
+        "library_way": report.way,
+        "tokens": len(report.rows),
+        "as_float32": len(report.rows) - len(report.differences),
+        "as_library": sum(answer.in_library for answer in report.answers),
+        "library_as_float32": report.library_in_reference,
+        "answers_as_float32": report.whole_in_reference,
+        "answers_as_library": report.whole_in_library,
+        "near_ties": sum(difference.is_near_tie for difference in report.differences),
+        **{name: asdict(size) for name, size in sizes.items()},
+        "summary": list(audit_lines(report)),
+        "answers": [_audited(answer) for answer in report.answers],
+        **report.context,
+    }
+
+
+def _audited(answer: AuditedAnswer) -> dict[str, Any]:
+    return {
+        "question_id": answer.question_id,
+        "category": answer.category,
+        "prompt_tokens": answer.prompt_tokens,
+        "text": answer.text,
+        "as_float32": answer.in_reference,
+        "as_library": answer.in_library,
+        "first_difference": _difference(answer.differences[0]) if answer.differences else None,
+        "rows": [asdict(row) for row in answer.rows],
+    }
+
+
+def _difference(found: Difference) -> dict[str, Any]:
+    return {
+        "index": found.index,
+        "position": found.position,
+        "text": found.text,
+        "reference_text": found.reference_text,
+        "gap": found.row.gap,
+        "library_error": found.row.library.largest,
+        "near_tie": found.is_near_tie,
     }
 
 

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from subspec_cli.checkpoint.checkpoint import check_unchanged
@@ -53,6 +54,8 @@ class LoadedModel:
     eos_ids: frozenset[int]
     """Tokens that end an answer."""
     math: LayerMath
+    rope_table: Callable[[torch.dtype], RopeTable]
+    """Makes the rotary tables of the session in another type, for replays in float32."""
     attention: ExactAttention
     embed: Embedding
     head: Head
@@ -114,8 +117,8 @@ class Loader:
 
     def _load(self) -> LoadedModel:
         found, plan = self._opening.found, self._opening.plan
-        small, rope = self._small_tensors(), self._rope()
-        math = LayerMath(found.geometry, small, rope)
+        small = self._small_tensors()
+        math = LayerMath(found.geometry, small, self._rope(self._opening.dtype))
         substitutes = self._substitutes(math) if plan.drafts else {}
         with ExitStack() as opened:
             embed, head = self._tables(opened)
@@ -140,6 +143,7 @@ class Loader:
                 tokenizer=self._tokenizer,
                 eos_ids=frozenset(found.repository.end_ids),
                 math=math,
+                rope_table=self._rope,
                 attention=self._attention(self_check.attention),
                 embed=embed,
                 head=head,
@@ -200,11 +204,11 @@ class Loader:
             layers.append({name: found[prefix + name] for name in names})
         return tuple(layers)
 
-    def _rope(self) -> RopeTable:
+    def _rope(self, dtype: torch.dtype) -> RopeTable:
         return build_rope_table(
             self._opening.found.repository.rope,
             positions=self._opening.plan.context + self._opening.plan.scratch_rows,
-            dtype=self._opening.dtype,
+            dtype=dtype,
             device=self._opening.device,
         )
 
