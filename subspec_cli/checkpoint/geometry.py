@@ -16,7 +16,7 @@ from subspec_cli.checkpoint.dtypes import DTYPES
 from subspec_cli.checkpoint.layer_tensors import LAYER_BLOCKS, LAYER_MATRICES
 from subspec_cli.errors import UnsupportedModelError
 
-_LAYER_KINDS: Final = ("sliding_attention", "full_attention")
+LAYER_KINDS: Final = ("sliding_attention", "full_attention")
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +181,8 @@ def _count(fields: Mapping[str, Any], key: str, *, least: int = 1, most: int = 1
 
 def _head_dim(config: Mapping[str, Any], fields: Mapping[str, Any]) -> int:
     # Qwen2's code in the library reads a head_dim that its configuration class does not have.
+    if "head_dim" not in fields and config.get("head_dim", 0) is None:
+        raise UnsupportedModelError("config field head_dim is null", "remove the field")
     given = {"head_dim": fields.get("head_dim", config.get("head_dim"))}
     derived = fields["hidden_size"] // fields["num_attention_heads"]
     size = derived if given["head_dim"] is None else _count(given, "head_dim", most=1 << 14)
@@ -202,7 +204,7 @@ def _windows(family: Family, config: Mapping[str, Any], fields: Mapping[str, Any
     window = None
     if fields.get("use_sliding_window", True) and fields["sliding_window"] is not None:
         window = _count(fields, "sliding_window")
-    possible = _LAYER_KINDS if window is not None else ("full_attention",)
+    possible = LAYER_KINDS if window is not None else ("full_attention",)
     if "layer_types" not in fields:
         # All layers of such a family have the same window.
         _check_kinds(config.get("layer_types"), layers, possible[:1])

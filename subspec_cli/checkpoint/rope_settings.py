@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from subspec_cli.checkpoint.config_fields import shown
-from subspec_cli.checkpoint.geometry import ModelGeometry
+from subspec_cli.checkpoint.geometry import LAYER_KINDS, ModelGeometry
 from subspec_cli.errors import UnsupportedModelError
 from subspec_cli.units import printable
 
@@ -97,7 +97,7 @@ def _table(config: Mapping[str, Any]) -> dict[str, Any]:
         if config.get(name) and not isinstance(config[name], dict):
             raise UnsupportedModelError(f"config field {name} is {shown(config[name])}, not a table or null")
     table: dict[str, Any] = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    nested = [name for name, value in table.items() if isinstance(value, dict)]
+    nested = [name for name, value in table.items() if isinstance(value, dict) or name in LAYER_KINDS]
     if nested:
         raise UnsupportedModelError(
             f"rotary positions differ by kind of layer ({shown(', '.join(nested))}), which this family does not do",
