@@ -40,7 +40,15 @@ def run_python(code, *, shell_tail="", cwd=None):
     command = [sys.executable, "-c", code]
     if shell_tail:
         command = ["bash", "-c", f'"$0" -c "$1" {shell_tail}', sys.executable, code]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=60)
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=cwd,
+        timeout=60,
+        stdin=subprocess.DEVNULL,
+    )
 
 
 LIGHT_CASES = [

@@ -239,6 +239,11 @@ COVERED = [
     ("A11", "test_checkpoint::test_weights_written_in_use_are_noticed_although_the_time_is_put_back"),
     ("A11", f"{STAMP}::test_weights_of_the_same_shape_with_the_old_time_are_not_paired"),
     ("A13", REFUSED),
+    ("T08", f"{RUN}::test_a_piped_prompt_is_text_however_it_was_written"),
+    ("T08", f"{RUN}::test_an_argument_and_a_pipe_are_both_asked"),
+    ("T08", f"{RUN}::test_an_empty_pipe_beside_an_argument_changes_nothing"),
+    ("T08", f"{RUN}::test_nothing_is_read_beside_an_argument_where_nothing_is_piped"),
+    ("T08", f"{RUN}::test_a_pipe_that_stays_open_is_waited_for_aloud"),
 ]
 """Number in the list of failures, and a test that holds it."""
 
