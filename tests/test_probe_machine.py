@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.substitute import Int4Linear, LowBitHead, low_bit_table
 from subspec_cli.modeling.token_batch import causal_batch
 from subspec_cli.planning.costs import RowTimes, snapped
-from subspec_cli.probe import kept_costs, machine
+from subspec_cli.probe import child_process, kept_costs, machine
 from subspec_cli.probe.kept_costs import read_probe, write_probe
 from subspec_cli.reporter import Reporter
 from subspec_cli.session import build, load, machine_costs, opening
@@ -182,6 +183,26 @@ def test_timing_leaves_no_process_and_its_memory_behind(shelf, home, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         open_tiny(model, memory={"reprobe": True}, reporter=Reporter(interrupted))
     assert [process.poll() is None for process in started] == [False, False]
+
+
+def test_the_timing_process_ends_with_the_one_that_started_it(tmp_path):
+    """Its standard input ends when that process is gone, even by SIGKILL."""
+    (tmp_path / "torch.py").write_text("import sys, time; print('here', flush=True); time.sleep(60)")
+    command = [sys.executable, "-c", child_process._START, str(tmp_path), *sys.path]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        process.stdin.write("{}\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "here\n"
+        process.stdin.close()
+        assert process.wait(timeout=20) == 1
+
+
+@pytest.mark.probed
+def test_no_temporary_directory_is_needed_to_time_the_machine(shelf, home, probes, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    monkeypatch.setenv("TMPDIR", "/nowhere")
+    open_tiny(shelf.model("qwen2")).close()
+    assert len(probes) == 1
 
 
 def test_what_was_timed_is_kept_and_timed_anew_only_when_asked(shelf, home, probes):
