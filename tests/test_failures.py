@@ -251,6 +251,8 @@ COVERED = [
     ("T08", f"{RUN}::test_an_empty_pipe_beside_an_argument_changes_nothing"),
     ("T08", f"{RUN}::test_nothing_is_read_beside_an_argument_where_nothing_is_piped"),
     ("T08", f"{RUN}::test_a_pipe_that_stays_open_is_waited_for_aloud"),
+    ("T09", "test_streaming_host_memory::test_the_least_limit_counts_and_page_cache_is_not_taken"),
+    ("T09", "test_streaming_host_memory::test_a_budget_beyond_the_limit_is_refused_and_names_it"),
 ]
 """Number in the list of failures, and a test that holds it."""
 

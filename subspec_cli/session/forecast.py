@@ -18,7 +18,7 @@ from subspec_cli.planning.plan import OffloadPlan, PlanBounds, bounds_of, fastes
 from subspec_cli.planning.request import MemoryLimits, PlanRequest, budget_bytes, plan_request, ram_bytes
 from subspec_cli.probe.kept_costs import known_costs, probe_subject
 from subspec_cli.reporter import Reporter
-from subspec_cli.streaming.host_memory import has_gpu, host_available_bytes
+from subspec_cli.streaming.host_memory import has_gpu, host_memory
 from subspec_cli.substitutes.prepared_model import PreparedModel, find_prepared_sets
 from subspec_cli.substitutes.settings import SubstituteSettings, substitute_layer_bytes
 from subspec_cli.units import gib_to_bytes
@@ -146,7 +146,7 @@ def _device(name: str) -> tuple[str, str]:
 
 
 def _free_bytes(device: str) -> int | None:
-    return host_available_bytes() if device == "cpu" else None
+    return host_memory().free_bytes if device == "cpu" else None
 
 
 def _prepared(model: str, config: Config) -> tuple[PreparedModel, ...]:
