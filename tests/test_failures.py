@@ -253,6 +253,9 @@ COVERED = [
     ("T08", f"{RUN}::test_a_pipe_that_stays_open_is_waited_for_aloud"),
     ("T09", "test_streaming_host_memory::test_the_least_limit_counts_and_page_cache_is_not_taken"),
     ("T09", "test_streaming_host_memory::test_a_budget_beyond_the_limit_is_refused_and_names_it"),
+    ("T40", "test_probe_machine::test_costs_of_another_instruction_set_quota_or_core_count_are_timed_anew"),
+    ("T40", "test_probe_machine::test_plan_finds_the_costs_of_a_run_under_a_limit_of_threads"),
+    ("T40", "test_session_openmp::test_a_quota_of_processor_time_counts_as_cores"),
 ]
 """Number in the list of failures, and a test that holds it."""
 

@@ -1,5 +1,6 @@
 """Costs of a machine: timed once, kept, timed anew when asked; trees follow from what was kept."""
 
+import json
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,7 @@ from fakes_session import answer_to, open_tiny
 from subspec_cli.checkpoint.checkpoint import open_checkpoint
 from subspec_cli.checkpoint.repository import read_repository
 from subspec_cli.config import SamplingConfig
+from subspec_cli.config_file import resolve_config
 from subspec_cli.decoding.sampler import make_sampler
 from subspec_cli.drafting.draft_steps import likeliest, rank, sampling_of
 from subspec_cli.drafting.policy import DraftPolicy
@@ -23,9 +25,11 @@ from subspec_cli.modeling.substitute import Int4Linear, LowBitHead, low_bit_tabl
 from subspec_cli.modeling.token_batch import causal_batch
 from subspec_cli.planning.costs import RowTimes, snapped
 from subspec_cli.probe import child_process, kept_costs, machine
-from subspec_cli.probe.kept_costs import read_probe, write_probe
+from subspec_cli.probe.kept_costs import known_costs, read_probe, write_probe
 from subspec_cli.reporter import Reporter
 from subspec_cli.session import build, load, machine_costs, opening
+from subspec_cli.session import forecast as forecast_module
+from subspec_cli.session.forecast import forecast
 from subspec_cli.substitutes.settings import SubstituteSettings
 
 
@@ -244,6 +248,54 @@ def test_costs_of_an_older_format_are_timed_anew(shelf, home, probes, monkeypatc
         open_tiny(model).close()
     assert len(probes) == 2
     assert len(list((home / "probes").iterdir())) == 2
+
+
+SUBJECT = {
+    "quota": lambda patch: patch.setattr(
+        "subspec_cli.streaming.processors.processor_quota", lambda root: 1.5
+    ),
+    "cores": lambda patch: patch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2, 3, 4}),
+    "instructions": lambda patch: patch.setenv("ATEN_CPU_CAPABILITY", "default"),
+    "threads": lambda patch: patch.setenv("OMP_NUM_THREADS", "7"),
+    "hidden instructions": lambda patch: patch.setattr(
+        kept_costs, "processor_model", lambda: ("EPYC", ["avx2"])
+    ),
+}
+
+
+@pytest.mark.parametrize("change", SUBJECT.values(), ids=SUBJECT)
+def test_costs_of_another_instruction_set_quota_or_core_count_are_timed_anew(
+    shelf, home, probes, monkeypatch, change
+):
+    model = shelf.model("qwen2")
+    open_tiny(model).close()
+    with monkeypatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "")  # a run may set it
+        change(patch)
+        open_tiny(model).close()
+    assert len(probes) == 2
+    open_tiny(model).close()
+    assert len(probes) == 2, "the first costs are still there"
+
+
+def test_plan_finds_the_costs_of_a_run_under_a_limit_of_threads(shelf, home, monkeypatch):
+    """A run sets OpenMP's number of threads, which is a part of what its costs belong to."""
+    model, found = shelf.model("qwen2"), []
+
+    def recorded(about):
+        found.append(known_costs(about))
+        return found[-1]
+
+    monkeypatch.setattr(forecast_module, "known_costs", recorded)
+    monkeypatch.setenv("OMP_THREAD_LIMIT", "2")
+    monkeypatch.setenv("OMP_NUM_THREADS", "")
+    open_tiny(model).close()
+    (kept,) = (home / "probes").iterdir()
+    assert json.loads(kept.read_bytes())["about"]["environment"]["OMP_NUM_THREADS"] == "2"
+    monkeypatch.setenv("OMP_NUM_THREADS", "")
+    config = resolve_config({"memory": {"device": "cpu", "memory_gb": 1.0}})
+    forecast(str(model), config, link_gb_per_s=None, compare_gib=(), reporter=Reporter())
+    assert found[0] is not None
 
 
 def test_a_home_that_cannot_be_written_costs_only_the_record(home, monkeypatch):

@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -19,11 +18,27 @@ from subspec_cli.files.home import make_home_directory, subspec_home
 from subspec_cli.files.json_object import parse_json_object
 from subspec_cli.files.regular_file import read_small_file
 from subspec_cli.planning.costs import MachineCosts
+from subspec_cli.streaming.processors import gpu_models, processor_model, usable_processors
 from subspec_cli.substitutes.settings import SubstituteSettings
 from subspec_cli.versions import library_versions
 
 _MOST_BYTES: Final = 1 << 20
 _FORMAT: Final = 3
+_SPEED_VARIABLES: Final = (
+    "ATEN_CPU_CAPABILITY",
+    "DNNL_MAX_CPU_ISA",
+    "ONEDNN_MAX_CPU_ISA",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "MKL_NUM_THREADS",
+    "OMP_NUM_THREADS",
+    "OMP_PLACES",
+    "OMP_PROC_BIND",
+    "OMP_WAIT_POLICY",
+    "GOMP_CPU_AFFINITY",
+    "GOMP_SPINCOUNT",
+    "CUDA_VISIBLE_DEVICES",
+)
+"""With these users choose another instruction set, other threads or another GPU."""
 
 
 def known_costs(about: dict[str, Any]) -> MachineCosts | None:
@@ -43,26 +58,23 @@ def keep_costs(about: dict[str, Any], costs: MachineCosts) -> None:
 def probe_subject(
     geometry: ModelGeometry, settings: SubstituteSettings, device: str, directory: Path
 ) -> dict[str, Any]:
-    """Return everything that costs depend on: machine, threads, libraries, disk, model shapes, substitutes."""
+    """Return everything that costs depend on: machine, threads, libraries, disk, model shapes, substitutes.
+
+    Environment variables are read as they are. `plan` and `run` find the same costs, because both set OpenMP's first.
+    """
+    name, instructions = processor_model()
     return {
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": os.environ.get("OMP_NUM_THREADS", ""),
+        "processor": name,
+        "instructions": instructions,
+        "processors": dataclasses.asdict(usable_processors()),
+        "environment": {name: os.environ.get(name, "") for name in _SPEED_VARIABLES},
         "device": device,
+        "gpus": gpu_models() if device == "cuda" else [],
         "torch": library_versions()["torch"],
         "disk": directory.stat().st_dev,
         "geometry": dataclasses.asdict(geometry),
         "substitutes": {"bits": settings.bits, "overrides": list(settings.overrides)},
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def read_probe(about: Mapping[str, Any]) -> dict[str, Any] | None:

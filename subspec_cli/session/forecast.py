@@ -18,6 +18,7 @@ from subspec_cli.planning.plan import OffloadPlan, PlanBounds, bounds_of, fastes
 from subspec_cli.planning.request import MemoryLimits, PlanRequest, budget_bytes, plan_request, ram_bytes
 from subspec_cli.probe.kept_costs import known_costs, probe_subject
 from subspec_cli.reporter import Reporter
+from subspec_cli.session.openmp import set_openmp_defaults
 from subspec_cli.streaming.host_memory import has_gpu, host_memory
 from subspec_cli.substitutes.prepared_model import PreparedModel, find_prepared_sets
 from subspec_cli.substitutes.settings import SubstituteSettings, substitute_layer_bytes
@@ -75,6 +76,7 @@ def forecast(
     Without a budget, but with budgets to compare, only those are planned. Raises what `outline_model` and
     `make_plan` raise, and UsageError for a bad budget.
     """
+    set_openmp_defaults()  # so that the costs of a run are found, which depend on its threads
     device, device_reason = _device(config.memory.device)
     outline = outline_model(model, config.model.revision, reporter=reporter)
     for note in outline.repository.notes:
