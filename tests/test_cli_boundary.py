@@ -183,6 +183,12 @@ def test_bug_is_one_line_and_a_traceback_only_when_asked(capsys, monkeypatch):
         (PermissionError(errno.EACCES, "Permission denied", "/cache/x"), 7, "Permission denied: /cache/x"),
         (FileNotFoundError(errno.ENOENT, "No such file", "/x"), 1, "internal error: FileNotFoundError"),
         (KeyboardInterrupt(), 130, "subspec: interrupted"),
+        (
+            ImportError("x.so: failed to map segment from shared object"),
+            7,
+            "not enough memory to load a library",
+        ),
+        (ImportError("cannot import name 'x'"), 1, "internal error: ImportError"),
     ],
 )
 def test_what_the_machine_refuses(capsys, monkeypatch, error, status, message):

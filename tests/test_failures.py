@@ -256,6 +256,12 @@ COVERED = [
     ("T40", "test_probe_machine::test_costs_of_another_instruction_set_quota_or_core_count_are_timed_anew"),
     ("T40", "test_probe_machine::test_plan_finds_the_costs_of_a_run_under_a_limit_of_threads"),
     ("T40", "test_session_openmp::test_a_quota_of_processor_time_counts_as_cores"),
+    ("A09", "test_cli_failures::test_too_little_address_space_is_told_before_a_library_crashes"),
+    (
+        "A09",
+        "test_streaming_host_memory::test_too_little_for_the_libraries_is_refused_before_they_are_loaded",
+    ),
+    ("A09", "test_streaming_host_memory::test_what_the_libraries_leave_of_a_limit_is_the_most_of_a_budget"),
 ]
 """Number in the list of failures, and a test that holds it."""
 

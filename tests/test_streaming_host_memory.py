@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from subspec_cli.errors import ResourceError
 from subspec_cli.planning.request import budget_bytes
 from subspec_cli.streaming.cgroup import processor_quota
 from subspec_cli.streaming.host_memory import host_memory
+from subspec_cli.streaming.process_limits import check_libraries_fit
+from subspec_cli.streaming.processors import Processors
 from subspec_cli.units import GIB, MIB
 
 MEMINFO = f"MemTotal: {24 << 20} kB\nMemAvailable: {20 << 20} kB\n"
@@ -145,3 +148,33 @@ def test_a_budget_beyond_the_limit_is_refused_and_names_it(tmp_path):
 )
 def test_processor_quota(tmp_path, files, quota):
     assert processor_quota(machine(tmp_path, files)) == quota
+
+
+def limited(monkeypatch, **limits_bytes: int) -> None:
+    read = resource.getrlimit
+    chosen = {getattr(resource, name): (size, size) for name, size in limits_bytes.items()}
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: chosen.get(kind) or read(kind))
+
+
+@pytest.mark.parametrize(("name", "flag"), [("RLIMIT_AS", "-v"), ("RLIMIT_DATA", "-d")])
+def test_too_little_for_the_libraries_is_refused_before_they_are_loaded(monkeypatch, name, flag):
+    check_libraries_fit()
+    limited(monkeypatch, **{name: 300 * MIB})
+    with pytest.raises(
+        ResourceError, match=rf"ulimit {flag} 307200 allows 300\.0 MiB, libraries take"
+    ) as caught:
+        check_libraries_fit()
+    assert f"ulimit {flag} unlimited" in caught.value.hint
+
+
+def test_what_the_libraries_leave_of_a_limit_is_the_most_of_a_budget(tmp_path, monkeypatch):
+    limited(monkeypatch, RLIMIT_AS=3 * GIB)
+    monkeypatch.setattr(
+        "subspec_cli.streaming.process_limits.usable_processors", lambda: Processors(2, 2, None)
+    )
+    root = machine(tmp_path, {"proc/self/status": f"VmSize: {2 << 20} kB\n"})
+    memory = host_memory(root)
+    assert (memory.limit_bytes, memory.free_bytes) == (2 * GIB, GIB)
+    assert memory.owner == "ulimit -v 3145728 leaves beside the libraries"
+    (root / "proc/self/status").write_text(f"VmSize: {64 << 10} kB\n")
+    assert host_memory(root).free_bytes == 2 * GIB

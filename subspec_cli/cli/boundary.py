@@ -34,6 +34,7 @@ _ENVIRONMENT_ERRNOS = frozenset(
         errno.ENOMEM,
     )
 )
+_UNMAPPED_LIBRARY = ("failed to map segment", "annot allocate memory")
 
 
 def guarded(argv: Sequence[str], leave: Callable[[int], object] = lambda _status: None) -> int:
@@ -118,6 +119,8 @@ def _as_known(error: BaseException) -> SubspecError | None:
         return error
     if isinstance(error, MemoryError):
         return ResourceError("out of memory", "give a smaller --vram-gb or --context")
+    if isinstance(error, ImportError) and any(sign in str(error) for sign in _UNMAPPED_LIBRARY):
+        return ResourceError(f"not enough memory to load a library: {error}", "raise ulimit -v and ulimit -d")
     if isinstance(error, OSError) and error.errno in _ENVIRONMENT_ERRNOS:
         place = f": {os.fsdecode(error.filename)}" if isinstance(error.filename, str | bytes) else ""
         return ResourceError(f"{error.strerror}{place}")

@@ -20,6 +20,7 @@ from subspec_cli.probe.kept_costs import known_costs, probe_subject
 from subspec_cli.reporter import Reporter
 from subspec_cli.session.openmp import set_openmp_defaults
 from subspec_cli.streaming.host_memory import has_gpu, host_memory
+from subspec_cli.streaming.process_limits import check_libraries_fit
 from subspec_cli.substitutes.prepared_model import PreparedModel, find_prepared_sets
 from subspec_cli.substitutes.settings import SubstituteSettings, substitute_layer_bytes
 from subspec_cli.units import gib_to_bytes
@@ -86,6 +87,8 @@ def forecast(
     chosen = [item.manifest.settings for item in prepared] or [_settings(config)]
     compare_bytes = [gib_to_bytes(gib, "--compare") for gib in compare_gib]
     wants_one = config.memory.memory_gib is not None or not compare_bytes
+    if wants_one and config.memory.memory_gib is None and device == "cpu":
+        check_libraries_fit()  # a share of nothing would be called too small
     budget = budget_bytes(config, device, None, _free_bytes(device)) if wants_one else compare_bytes[0]
     limits = MemoryLimits(device_profile(device).kind, budget, ram_bytes(config, None))
 

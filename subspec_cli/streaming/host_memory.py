@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Final
 
 from subspec_cli.streaming.cgroup import ROOT, cgroup_memory_limits
-from subspec_cli.streaming.memory_limit import MemoryLimit
+from subspec_cli.streaming.memory_limit import MemoryLimit, kib_field
+from subspec_cli.streaming.process_limits import process_memory_limits
 
 _DRIVER: Final = Path("/proc/driver/nvidia/version")
 _WINDOWS_DRIVER: Final = Path("/dev/dxg")
 """Under WSL2 the GPU comes from Windows, and there is no Linux driver."""
 _ORDINARY_BYTES: Final = 8 << 30
 """Assumed outside Linux: an ordinary laptop."""
-_MACHINE: Final = "this machine has"
 
 
 def host_memory(root: Path = ROOT) -> MemoryLimit:
@@ -27,7 +27,8 @@ def host_memory(root: Path = ROOT) -> MemoryLimit:
     info = root / "proc/meminfo"
     total_bytes = kib_field(info, "MemTotal") or _ORDINARY_BYTES
     available_bytes = kib_field(info, "MemAvailable") or _ORDINARY_BYTES
-    limits = [MemoryLimit(total_bytes, available_bytes, _MACHINE), *cgroup_memory_limits(root)]
+    machine = MemoryLimit(total_bytes, available_bytes, "this machine has")
+    limits = [machine, *cgroup_memory_limits(root), *process_memory_limits(root)]
     least = min(limits, key=lambda limit: limit.limit_bytes)
     return replace(least, free_bytes=min(limit.free_bytes for limit in limits))
 
@@ -37,12 +38,3 @@ def has_gpu() -> bool:
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
         return False
     return _DRIVER.exists() or _WINDOWS_DRIVER.exists()
-
-
-def kib_field(path: Path, field: str) -> int:
-    """Bytes of a `kB` field in a file under /proc; 0 if there is no such file."""
-    try:
-        lines = path.read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), 0)

@@ -10,7 +10,8 @@ from typing import Final
 import torch
 
 from subspec_cli.errors import ResourceError
-from subspec_cli.streaming.host_memory import host_memory, kib_field
+from subspec_cli.streaming.host_memory import host_memory
+from subspec_cli.streaming.memory_limit import kib_field
 from subspec_cli.units import format_bytes
 
 _STATUS: Final = Path("/proc/self/status")
