@@ -262,6 +262,9 @@ COVERED = [
         "test_streaming_host_memory::test_too_little_for_the_libraries_is_refused_before_they_are_loaded",
     ),
     ("A09", "test_streaming_host_memory::test_what_the_libraries_leave_of_a_limit_is_the_most_of_a_budget"),
+    ("T22", "test_session_open_files::test_a_model_of_more_files_than_may_be_open_is_read"),
+    ("T22", "test_session_open_files::test_the_command_line_raises_the_limit"),
+    ("T22", "test_session_open_files::test_where_no_file_can_be_opened_the_limit_is_named"),
 ]
 """Number in the list of failures, and a test that holds it."""
 

@@ -19,6 +19,8 @@ from subspec_cli.cli.interrupts import (
     signals_as_interrupts,
 )
 from subspec_cli.errors import ExitCode, ResourceError, SubspecError, UsageError
+from subspec_cli.files.io_errors import TOO_MANY_FILES
+from subspec_cli.files.open_files import open_files_hint, raise_open_files_limit
 from subspec_cli.units import printable
 
 BROKEN_PIPE_STATUS = 141
@@ -30,8 +32,8 @@ _ENVIRONMENT_ERRNOS = frozenset(
         errno.EACCES,
         errno.EPERM,
         errno.EROFS,
-        errno.EMFILE,
         errno.ENOMEM,
+        *TOO_MANY_FILES,
     )
 )
 _UNMAPPED_LIBRARY = ("failed to map segment", "annot allocate memory")
@@ -43,6 +45,7 @@ def guarded(argv: Sequence[str], leave: Callable[[int], object] = lambda _status
     `leave` is called with the status while no signal can interrupt any more; signals are as before afterwards.
     """
     _tolerate_streams()
+    raise_open_files_limit()
     with signals_as_interrupts():
         try:
             status = _invoke(argv)
@@ -123,7 +126,9 @@ def _as_known(error: BaseException) -> SubspecError | None:
         return ResourceError(f"not enough memory to load a library: {error}", "raise ulimit -v and ulimit -d")
     if isinstance(error, OSError) and error.errno in _ENVIRONMENT_ERRNOS:
         place = f": {os.fsdecode(error.filename)}" if isinstance(error.filename, str | bytes) else ""
-        return ResourceError(f"{error.strerror}{place}")
+        return ResourceError(
+            f"{error.strerror}{place}", open_files_hint() if error.errno in TOO_MANY_FILES else ""
+        )
     return None
 
 
