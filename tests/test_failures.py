@@ -265,6 +265,13 @@ COVERED = [
     ("T22", "test_session_open_files::test_a_model_of_more_files_than_may_be_open_is_read"),
     ("T22", "test_session_open_files::test_the_command_line_raises_the_limit"),
     ("T22", "test_session_open_files::test_where_no_file_can_be_opened_the_limit_is_named"),
+    ("T20", "test_probe_machine::test_no_temporary_directory_is_needed_to_time_the_machine"),
+    ("T20", "test_probe_machine::test_a_home_that_cannot_be_written_costs_only_the_record"),
+    ("T20", "test_probe_machine::test_without_a_home_directory_the_machine_is_timed_each_time"),
+    ("T20", "test_probe_machine::test_plan_works_without_a_home_directory"),
+    ("T20", "test_probe_machine::test_a_use_that_cannot_be_recorded_is_said"),
+    ("T20", "test_config::test_a_home_that_may_not_be_read_has_no_settings"),
+    ("T20", "test_hub_source_model::test_without_a_home_directory_no_directory_is_made_for_downloads"),
 ]
 """Number in the list of failures, and a test that holds it."""
 

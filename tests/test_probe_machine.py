@@ -19,6 +19,7 @@ from subspec_cli.config_file import resolve_config
 from subspec_cli.decoding.sampler import make_sampler
 from subspec_cli.drafting.draft_steps import likeliest, rank, sampling_of
 from subspec_cli.drafting.policy import DraftPolicy
+from subspec_cli.errors import ResourceError
 from subspec_cli.modeling.decoder import DraftDecoder, DraftLogits, Head
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.substitute import Int4Linear, LowBitHead, low_bit_table
@@ -298,10 +299,51 @@ def test_plan_finds_the_costs_of_a_run_under_a_limit_of_threads(shelf, home, mon
     assert found[0] is not None
 
 
-def test_a_home_that_cannot_be_written_costs_only_the_record(home, monkeypatch):
+def test_a_home_that_cannot_be_written_costs_only_the_record(shelf, home, probes):
     (home / "probes").write_text("a file is in the way")
-    write_probe({"machine": 1}, {"x": 2})
+    with pytest.raises(ResourceError):
+        write_probe({"machine": 1}, {"x": 2})
     assert read_probe({"machine": 1}) is None
+    with open_tiny(shelf.model("qwen2")) as session:
+        (note,) = session.description.notes
+    assert note.startswith("the next run times this machine again: cannot write ")
+    assert len(probes) == 1
+
+
+def test_without_a_home_directory_the_machine_is_timed_each_time(shelf, monkeypatch, probes):
+    def unknown():
+        raise ResourceError("no home directory is known", "set SUBSPEC_HOME to a directory")
+
+    monkeypatch.setattr(kept_costs, "subspec_home", unknown)
+    with open_tiny(shelf.model("qwen2")) as session:
+        assert session.description.notes == (
+            "the next run times this machine again: no home directory is known",
+        )
+
+
+def test_plan_works_without_a_home_directory(shelf, monkeypatch):
+    model, notes = shelf.model("qwen2"), []
+    monkeypatch.delenv("SUBSPEC_HOME")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def unknown():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", unknown)
+    config = resolve_config({"memory": {"device": "cpu", "memory_gb": 1.0}})
+    found = forecast(
+        str(model), config, link_gb_per_s=None, compare_gib=(), reporter=Reporter(note=notes.append)
+    )
+    assert (found.is_prepared, found.plan is None) == (False, False)
+    (note,) = notes
+    assert note.startswith("no home directory is known, so nothing counts as prepared; set SUBSPEC_HOME")
+
+
+def test_a_use_that_cannot_be_recorded_is_said(shelf, home, monkeypatch):
+    monkeypatch.setattr(load, "mark_used", lambda directory: False)
+    with open_tiny(shelf.model("qwen2")) as session:
+        (note,) = session.description.notes
+    assert note.startswith("this use is not recorded, because ")
 
 
 def test_a_record_belongs_to_one_machine_and_model(home):

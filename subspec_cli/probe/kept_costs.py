@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -42,16 +41,16 @@ _SPEED_VARIABLES: Final = (
 
 
 def known_costs(about: dict[str, Any]) -> MachineCosts | None:
-    """Return the kept costs; None if there are none or they cannot be read."""
-    values = read_probe(about)
+    """Return the kept costs; None if there are none or they cannot be read, as without a home directory."""
     try:
+        values = read_probe(about)
         return None if values is None else MachineCosts.from_dict(values)
-    except (KeyError, TypeError, ValueError, AssertionError, AttributeError):
+    except (ResourceError, KeyError, TypeError, ValueError, AssertionError, AttributeError):
         return None
 
 
 def keep_costs(about: dict[str, Any], costs: MachineCosts) -> None:
-    """Keep costs for the next run."""
+    """Keep costs for the next run; raises ResourceError or IntegrityError if they cannot be written."""
     write_probe(about, costs.as_dict())
 
 
@@ -89,12 +88,11 @@ def read_probe(about: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def write_probe(about: Mapping[str, Any], costs: Mapping[str, Any]) -> None:
-    """Keep costs. If the home directory cannot be written, the next run probes again."""
+    """Keep costs. Raises ResourceError or IntegrityError if they cannot be written."""
     path = _path(about)
     document = {"about": _plain(about), "costs": costs}
-    with contextlib.suppress(ResourceError):
-        make_home_directory(path.parent)
-        atomic_write(path, json.dumps(document, indent=1).encode() + b"\n")
+    make_home_directory(path.parent)
+    atomic_write(path, json.dumps(document, indent=1).encode() + b"\n")
 
 
 def _path(about: Mapping[str, Any]) -> Path:

@@ -83,7 +83,7 @@ def forecast(
     for note in outline.repository.notes:
         reporter.note(note)
     geometry = outline.repository.geometry
-    prepared = _prepared(model, config)
+    prepared = _prepared(model, config, reporter)
     chosen = [item.manifest.settings for item in prepared] or [_settings(config)]
     compare_bytes = [gib_to_bytes(gib, "--compare") for gib in compare_gib]
     wants_one = config.memory.memory_gib is not None or not compare_bytes
@@ -154,10 +154,13 @@ def _free_bytes(device: str) -> int | None:
     return host_memory().free_bytes if device == "cpu" else None
 
 
-def _prepared(model: str, config: Config) -> tuple[PreparedModel, ...]:
-    """Return the sets of substitutes that are there; no set is no error."""
+def _prepared(model: str, config: Config, reporter: Reporter) -> tuple[PreparedModel, ...]:
+    """Return the sets of substitutes that are there; no set is no error, and neither is no place for sets."""
     try:
         return find_prepared_sets(model, config.model.bits)
+    except ResourceError as error:
+        reporter.note(f"{error}, so nothing counts as prepared; {error.hint}")
+        return ()
     except UsageError:
         return ()
 
