@@ -34,7 +34,8 @@ def find_config_file(explicit: str | None) -> Path | None:
     """The file to read: `explicit`, else subspec.toml here, else the user's own; None when there is none."""
     if explicit is not None:
         return Path(explicit)
-    return next((path for path in (Path(LOCAL_CONFIG), user_config_file()) if path.is_file()), None)
+    # Path.is_file raises where HOME is a directory that may not be read.
+    return next((path for path in (Path(LOCAL_CONFIG), user_config_file()) if os.path.isfile(path)), None)
 
 
 def user_config_file() -> Path:

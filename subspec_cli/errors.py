@@ -18,6 +18,7 @@ class ExitCode(IntEnum):
     RESOURCE = 7
     BUSY = 8
     NOT_IDENTICAL = 9
+    HUNG_UP = 129
     INTERRUPTED = 130
     TERMINATED = 143
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from typing import Final
 
 __version__: Final = "0.1.0"
@@ -29,6 +28,9 @@ def torch_has_gpu_code() -> bool:
 
 
 def _installed(name: str) -> str:
+    # Takes most of the time until signals are handled; only a session and `--json` need it.
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         return version(name)
     except PackageNotFoundError:

@@ -3,6 +3,7 @@
 import io
 import sys
 import types
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -281,6 +282,14 @@ def use_session(monkeypatch, session):
 def pipe_in(monkeypatch, content):
     """Let standard input be a pipe holding these bytes."""
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
+
+
+@contextmanager
+def opened_in(monkeypatch, file):
+    """Let standard input be this path or descriptor."""
+    with open(file, encoding="utf-8") as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        yield
 
 
 def on_terminal(monkeypatch):

@@ -23,6 +23,7 @@ from subspec_cli.modeling.row_comparison import ComparedRow, RowErrors, RowLogit
 from subspec_cli.session import load as session_load
 from subspec_cli.session import open as session_open
 from subspec_cli.session.found_model import find_model
+from subspec_cli.streaming.memory_limit import MemoryLimit
 
 one_thread = tiny_models.one_thread
 
@@ -123,7 +124,7 @@ def test_both_ways_of_the_library_give_the_same_figures(shelf, questions, monkey
     """Without host memory to spare the library's layers are loaded one at a time."""
     model = model_of(shelf, "mistral")
     whole = audited(model, questions)
-    monkeypatch.setattr(audit, "host_available_bytes", lambda: 1000)
+    monkeypatch.setattr(audit, "host_memory", lambda: MemoryLimit(1000, 1000, "this machine has"))
     parts = audited(model, questions)
     assert (whole.way, parts.way) == ("whole", "layer by layer")
     assert parts.rows == whole.rows

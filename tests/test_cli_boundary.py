@@ -40,7 +40,15 @@ def run_python(code, *, shell_tail="", cwd=None):
     command = [sys.executable, "-c", code]
     if shell_tail:
         command = ["bash", "-c", f'"$0" -c "$1" {shell_tail}', sys.executable, code]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=60)
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=cwd,
+        timeout=60,
+        stdin=subprocess.DEVNULL,
+    )
 
 
 LIGHT_CASES = [
@@ -175,6 +183,12 @@ def test_bug_is_one_line_and_a_traceback_only_when_asked(capsys, monkeypatch):
         (PermissionError(errno.EACCES, "Permission denied", "/cache/x"), 7, "Permission denied: /cache/x"),
         (FileNotFoundError(errno.ENOENT, "No such file", "/x"), 1, "internal error: FileNotFoundError"),
         (KeyboardInterrupt(), 130, "subspec: interrupted"),
+        (
+            ImportError("x.so: failed to map segment from shared object"),
+            7,
+            "not enough memory to load a library",
+        ),
+        (ImportError("cannot import name 'x'"), 1, "internal error: ImportError"),
     ],
 )
 def test_what_the_machine_refuses(capsys, monkeypatch, error, status, message):
@@ -215,6 +229,107 @@ def test_sigterm_outside_an_answer(capsys, monkeypatch):
     monkeypatch.setattr(sys.modules["subspec_cli.session"], "open_session", open_session)
     assert main(["run", "hello"]) == 143
     assert capsys.readouterr().err.endswith("subspec: terminated\n")
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_during_an_import_ends_the_process_whatever_the_library_makes_of_it(tmp_path, name, status):
+    """numpy answers an exception within its import by importing anew, torch goes on without numpy."""
+    (tmp_path / "library.py").write_text(f"""
+import os, signal, time
+try:
+    os.kill(os.getpid(), signal.{name})
+    time.sleep(5)
+except BaseException:
+    pass
+""")
+    code = """
+import sys
+sys.path.insert(0, ".")
+from fakes_cli import module
+def open_session(config, reporter, count):
+    import library
+    raise ImportError("cannot load module more than once per process")
+sys.modules["subspec_cli.session"] = module("subspec_cli.session", open_session=open_session)
+from subspec_cli.__main__ import main
+print("kept", end="")
+sys.exit(main(["run", "hello"]))
+"""
+    result = run_python(code, cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (status, "kept")
+    says = "interrupted" if status == 130 else "terminated"
+    assert result.stderr.splitlines()[1:] == [f"subspec: {says}"]
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "text"),
+    [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated"), ("SIGHUP", 129, "terminated")],
+)
+def test_a_signal_is_reported_whatever_exception_it_has_become(capsys, monkeypatch, name, status, text):
+    def open_session(config, reporter, *, count):
+        try:
+            signal.raise_signal(getattr(signal, name))
+        except KeyboardInterrupt:
+            raise ImportError("numpy is broken") from None
+
+    use_session(monkeypatch, FakeSession())
+    monkeypatch.setattr(sys.modules["subspec_cli.session"], "open_session", open_session)
+    assert main(["run", "hello"]) == status
+    assert capsys.readouterr().err.endswith(f"\nsubspec: {text}\n")
+
+
+def test_a_second_ctrl_c_at_once_is_the_same_one(capsys, monkeypatch):
+    class Bounced(FakeSession):
+        def generate(self, prompt_ids, **how):
+            for delta in super().generate(prompt_ids, **how):
+                yield delta
+                signal.raise_signal(signal.SIGINT)
+
+        def __exit__(self, *error):
+            signal.raise_signal(signal.SIGINT)
+            super().__exit__(*error)
+
+    session = Bounced()
+    use_session(monkeypatch, session)
+    assert main(["run", "hello"]) == 130
+    assert session.closed
+    assert "(interrupted)" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_signal_that_was_ignored_stays_ignored(capsys, monkeypatch):
+    """So `nohup subspec ...` goes on when the terminal closes."""
+
+    class HungUp(FakeSession):
+        def __exit__(self, *error):
+            signal.raise_signal(signal.SIGHUP)
+            super().__exit__(*error)
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        use_session(monkeypatch, HungUp())
+        assert main(["run", "hello"]) == 0
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_no_signal_and_no_exit_handler_comes_after_the_last_line(tmp_path):
+    """Libraries print at the interpreter's exit, and a second Ctrl-C there shows a traceback."""
+    code = """
+import atexit, signal, sys
+from subspec_cli import __main__
+from subspec_cli.cli import boundary
+atexit.register(print, "an exit handler ran")
+flush = boundary._flush_or_discard
+def interrupted(stream):
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.raise_signal(signum)
+    flush(stream)
+boundary._flush_or_discard = interrupted
+sys.argv[1:] = ["--version"]
+__main__.program()
+"""
+    result = run_python(code, cwd=tmp_path)
+    assert (result.returncode, result.stdout, result.stderr) == (0, f"subspec {__version__}\n", "")
 
 
 ENDLESS = """

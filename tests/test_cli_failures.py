@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -252,3 +254,18 @@ def test_a_set_moved_to_another_models_place_is_not_taken_for_it(tmp_path, capsy
     shutil.copy(first.directory / "layer-00000.safetensors", second.directory)
     assert main(["models", "verify", str(places[1])]) == 6
     assert "layer-00000.safetensors: wrong SHA-256" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["prepare", "plan"])
+def test_too_little_address_space_is_told_before_a_library_crashes(tmp_path, command):
+    """`ulimit -v` in a process of its own; libraries end with a segmentation fault within it."""
+    done = subprocess.run(
+        ["bash", "-c", f'ulimit -v 600000; exec "$0" -m subspec_cli {command} demo', sys.executable],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 7
+    assert "not enough address space to load torch: ulimit -v 600000 allows 585.9 MiB" in done.stderr

@@ -1,12 +1,16 @@
 """`subspec run` on a pipe and as JSON: what goes to stdout, what to stderr, and with which settings."""
 
 import json
+import os
 import sys
+import threading
+import time
 
 import pytest
-from fakes_cli import FakeDescription, FakeSession, on_terminal, pipe_in, use_session
+from fakes_cli import FakeDescription, FakeSession, on_terminal, opened_in, pipe_in, use_session
 
 from subspec_cli.__main__ import main
+from subspec_cli.cli import prompts
 from subspec_cli.planning.request import WantedTokens
 from subspec_cli.units import counted
 
@@ -179,6 +183,9 @@ def test_prompt_from_a_pipe(capsys, session, monkeypatch):
         (b"", "the prompt is empty"),
         (b" \n", "the prompt is empty"),
         (b"abc\xff", "standard input is not UTF-8 at byte 3"),
+        (b"\xef\xbb\xbfab\xff", "standard input is not UTF-8 at byte 5"),
+        ("\ufeffab".encode("utf-16-le") + b"c", "standard input is not UTF-16 at byte 6"),
+        ("ab".encode("utf-16-le"), "standard input is not text: character 1 is NUL"),
         (b"a" * ((16 << 20) + 1), "the prompt on standard input is longer than 16 MiB"),
     ],
 )
@@ -187,6 +194,61 @@ def test_bad_piped_prompt(capsys, session, monkeypatch, content, message):
     assert main(["run"]) == 2
     assert message in capsys.readouterr().err
     assert not session.configs
+
+
+@pytest.mark.parametrize("argv", [["run"], ["run", "-"]])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32", "utf-16-be"])
+def test_a_piped_prompt_is_text_however_it_was_written(session, monkeypatch, argv, encoding):
+    """A byte order mark and Windows' line ends are no part of the question."""
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    pipe_in(monkeypatch, f"{mark}What\r\nis caf\u00e9?\r\n".encode(encoding))
+    assert main(argv) == 0
+    assert session.calls[0] == ("encode", "What\nis caf\u00e9?", None, False)
+
+
+def test_an_argument_and_a_pipe_are_both_asked(capsys, session, monkeypatch, tmp_path):
+    (tmp_path / "notes").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n")
+    with opened_in(monkeypatch, tmp_path / "notes"):
+        assert main(["run", "Sum\r\nup"]) == 0
+    assert session.calls[0] == ("encode", "Sum\nup\n\none\ntwo", None, False)
+    assert "the prompt is the argument and 7 B of standard input" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b" \r\n"])
+def test_an_empty_pipe_beside_an_argument_changes_nothing(capsys, session, monkeypatch, tmp_path, content):
+    (tmp_path / "empty").write_bytes(content)
+    with opened_in(monkeypatch, tmp_path / "empty"):
+        assert main(["run", "Why?"]) == 0
+    assert session.calls[0] == ("encode", "Why?", None, False)
+    assert "standard input" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", [None, "/dev/null", "/dev/zero"])
+def test_nothing_is_read_beside_an_argument_where_nothing_is_piped(session, monkeypatch, device):
+    with opened_in(monkeypatch, device or os.devnull):
+        if device is None:
+            monkeypatch.setattr(sys, "stdin", None)
+        assert main(["run", "Why?"]) == 0
+    assert session.calls[0] == ("encode", "Why?", None, False)
+
+
+def test_a_pipe_that_stays_open_is_waited_for_aloud(capsys, session, monkeypatch):
+    monkeypatch.setattr(prompts, "_PATIENCE_S", 0.01)
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+
+    def answer():
+        time.sleep(0.1)
+        os.write(writing, b"late")
+        os.close(writing)
+
+    threading.Thread(target=answer).start()
+    with opened_in(monkeypatch, reading):
+        assert main(["run", "Sum up"]) == 0
+    assert session.calls[0] == ("encode", "Sum up\n\nlate", None, False)
+    first = capsys.readouterr().err.splitlines()[0]
+    assert first.startswith("waiting for the end of standard input")
+    assert "< /dev/null" in first
 
 
 def test_bad_prompt_argument(capsys, session):

@@ -22,6 +22,15 @@ def toml(tmp_path):
     return write
 
 
+def test_a_home_that_may_not_be_read_has_no_settings(tmp_path, monkeypatch):
+    def refused(self, **how):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Path, "stat", refused)
+    assert find_config_file(None) is None
+
+
 def test_defaults_are_greedy_and_json_able():
     config = resolve_config({})
     assert config == Config()

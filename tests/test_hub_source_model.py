@@ -13,10 +13,12 @@ from subspec_cli.errors import (
     ExitCode,
     IntegrityError,
     NetworkError,
+    ResourceError,
     UnsupportedModelError,
     UsageError,
 )
 from subspec_cli.hub import model_name
+from subspec_cli.hub.cache import repo_cache
 from subspec_cli.hub.source_model import find_source_directory
 
 
@@ -179,3 +181,11 @@ def test_directory_and_demo(tmp_path, monkeypatch):
     assert find_source_directory("demo") == directory
     with pytest.raises(UsageError, match="has no revisions"):
         resolve_model("demo", "main")
+
+
+def test_without_a_home_directory_no_directory_is_made_for_downloads(monkeypatch):
+    """The hub library would make one that is called `~`."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "~/.cache/huggingface/hub")
+    with pytest.raises(ResourceError, match="no home directory is known") as caught:
+        repo_cache("org/model")
+    assert "HF_HOME" in caught.value.hint

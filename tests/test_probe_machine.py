@@ -1,7 +1,9 @@
 """Costs of a machine: timed once, kept, timed anew when asked; trees follow from what was kept."""
 
+import json
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,18 +15,22 @@ from fakes_session import answer_to, open_tiny
 from subspec_cli.checkpoint.checkpoint import open_checkpoint
 from subspec_cli.checkpoint.repository import read_repository
 from subspec_cli.config import SamplingConfig
+from subspec_cli.config_file import resolve_config
 from subspec_cli.decoding.sampler import make_sampler
 from subspec_cli.drafting.draft_steps import likeliest, rank, sampling_of
 from subspec_cli.drafting.policy import DraftPolicy
+from subspec_cli.errors import ResourceError
 from subspec_cli.modeling.decoder import DraftDecoder, DraftLogits, Head
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.substitute import Int4Linear, LowBitHead, low_bit_table
 from subspec_cli.modeling.token_batch import causal_batch
 from subspec_cli.planning.costs import RowTimes, snapped
-from subspec_cli.probe import kept_costs, machine
-from subspec_cli.probe.kept_costs import read_probe, write_probe
+from subspec_cli.probe import child_process, kept_costs, machine
+from subspec_cli.probe.kept_costs import known_costs, read_probe, write_probe
 from subspec_cli.reporter import Reporter
 from subspec_cli.session import build, load, machine_costs, opening
+from subspec_cli.session import forecast as forecast_module
+from subspec_cli.session.forecast import forecast
 from subspec_cli.substitutes.settings import SubstituteSettings
 
 
@@ -184,6 +190,26 @@ def test_timing_leaves_no_process_and_its_memory_behind(shelf, home, monkeypatch
     assert [process.poll() is None for process in started] == [False, False]
 
 
+def test_the_timing_process_ends_with_the_one_that_started_it(tmp_path):
+    """Its standard input ends when that process is gone, even by SIGKILL."""
+    (tmp_path / "torch.py").write_text("import sys, time; print('here', flush=True); time.sleep(60)")
+    command = [sys.executable, "-c", child_process._START, str(tmp_path), *sys.path]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        process.stdin.write("{}\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "here\n"
+        process.stdin.close()
+        assert process.wait(timeout=20) == 1
+
+
+@pytest.mark.probed
+def test_no_temporary_directory_is_needed_to_time_the_machine(shelf, home, probes, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    monkeypatch.setenv("TMPDIR", "/nowhere")
+    open_tiny(shelf.model("qwen2")).close()
+    assert len(probes) == 1
+
+
 def test_what_was_timed_is_kept_and_timed_anew_only_when_asked(shelf, home, probes):
     model = shelf.model("qwen2")
     for _ in range(2):
@@ -225,10 +251,99 @@ def test_costs_of_an_older_format_are_timed_anew(shelf, home, probes, monkeypatc
     assert len(list((home / "probes").iterdir())) == 2
 
 
-def test_a_home_that_cannot_be_written_costs_only_the_record(home, monkeypatch):
+SUBJECT = {
+    "quota": lambda patch: patch.setattr(
+        "subspec_cli.streaming.processors.processor_quota", lambda root: 1.5
+    ),
+    "cores": lambda patch: patch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2, 3, 4}),
+    "instructions": lambda patch: patch.setenv("ATEN_CPU_CAPABILITY", "default"),
+    "threads": lambda patch: patch.setenv("OMP_NUM_THREADS", "7"),
+    "hidden instructions": lambda patch: patch.setattr(
+        kept_costs, "processor_model", lambda: ("EPYC", ["avx2"])
+    ),
+}
+
+
+@pytest.mark.parametrize("change", SUBJECT.values(), ids=SUBJECT)
+def test_costs_of_another_instruction_set_quota_or_core_count_are_timed_anew(
+    shelf, home, probes, monkeypatch, change
+):
+    model = shelf.model("qwen2")
+    open_tiny(model).close()
+    with monkeypatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "")  # a run may set it
+        change(patch)
+        open_tiny(model).close()
+    assert len(probes) == 2
+    open_tiny(model).close()
+    assert len(probes) == 2, "the first costs are still there"
+
+
+def test_plan_finds_the_costs_of_a_run_under_a_limit_of_threads(shelf, home, monkeypatch):
+    """A run sets OpenMP's number of threads, which is a part of what its costs belong to."""
+    model, found = shelf.model("qwen2"), []
+
+    def recorded(about):
+        found.append(known_costs(about))
+        return found[-1]
+
+    monkeypatch.setattr(forecast_module, "known_costs", recorded)
+    monkeypatch.setenv("OMP_THREAD_LIMIT", "2")
+    monkeypatch.setenv("OMP_NUM_THREADS", "")
+    open_tiny(model).close()
+    (kept,) = (home / "probes").iterdir()
+    assert json.loads(kept.read_bytes())["about"]["environment"]["OMP_NUM_THREADS"] == "2"
+    monkeypatch.setenv("OMP_NUM_THREADS", "")
+    config = resolve_config({"memory": {"device": "cpu", "memory_gb": 1.0}})
+    forecast(str(model), config, link_gb_per_s=None, compare_gib=(), reporter=Reporter())
+    assert found[0] is not None
+
+
+def test_a_home_that_cannot_be_written_costs_only_the_record(shelf, home, probes):
     (home / "probes").write_text("a file is in the way")
-    write_probe({"machine": 1}, {"x": 2})
+    with pytest.raises(ResourceError):
+        write_probe({"machine": 1}, {"x": 2})
     assert read_probe({"machine": 1}) is None
+    with open_tiny(shelf.model("qwen2")) as session:
+        (note,) = session.description.notes
+    assert note.startswith("the next run times this machine again: cannot write ")
+    assert len(probes) == 1
+
+
+def test_without_a_home_directory_the_machine_is_timed_each_time(shelf, monkeypatch, probes):
+    def unknown():
+        raise ResourceError("no home directory is known", "set SUBSPEC_HOME to a directory")
+
+    monkeypatch.setattr(kept_costs, "subspec_home", unknown)
+    with open_tiny(shelf.model("qwen2")) as session:
+        assert session.description.notes == (
+            "the next run times this machine again: no home directory is known",
+        )
+
+
+def test_plan_works_without_a_home_directory(shelf, monkeypatch):
+    model, notes = shelf.model("qwen2"), []
+    monkeypatch.delenv("SUBSPEC_HOME")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def unknown():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", unknown)
+    config = resolve_config({"memory": {"device": "cpu", "memory_gb": 1.0}})
+    found = forecast(
+        str(model), config, link_gb_per_s=None, compare_gib=(), reporter=Reporter(note=notes.append)
+    )
+    assert (found.is_prepared, found.plan is None) == (False, False)
+    (note,) = notes
+    assert note.startswith("no home directory is known, so nothing counts as prepared; set SUBSPEC_HOME")
+
+
+def test_a_use_that_cannot_be_recorded_is_said(shelf, home, monkeypatch):
+    monkeypatch.setattr(load, "mark_used", lambda directory: False)
+    with open_tiny(shelf.model("qwen2")) as session:
+        (note,) = session.description.notes
+    assert note.startswith("this use is not recorded, because ")
 
 
 def test_a_record_belongs_to_one_machine_and_model(home):

@@ -49,6 +49,7 @@ def run_alone(*arguments: str) -> tuple[dict[str, Any], list[str]]:
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
     )
     assert child.returncode == 0, child.stderr
     document, modules = child.stdout.splitlines()

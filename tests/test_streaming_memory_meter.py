@@ -36,7 +36,7 @@ def test_the_machine_has_memory_and_some_of_it_is_free() -> None:
 
 
 def test_off_linux_an_ordinary_machine_is_assumed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(_path: Path) -> str:
+    def missing(_path: Path, **_how: str) -> str:
         raise FileNotFoundError
 
     monkeypatch.setattr(Path, "read_text", missing)

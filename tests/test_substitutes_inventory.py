@@ -115,7 +115,7 @@ def test_last_use_is_noted_beside_the_manifest(model, monkeypatch):
     directory = run(model).directory
     before = content(directory)
     assert list_stored()[0].last_used_s is None
-    mark_used(directory)
+    assert mark_used(directory)
     os.utime(directory / LAST_USED_NAME, (7, 7))
     assert last_used_s(directory) == 7
     mark_used(directory)
@@ -128,14 +128,14 @@ def test_a_place_that_cannot_be_written_is_no_reason_not_to_run(model, tmp_path,
     directory = run(model).directory
     victim = tmp_path / "victim"
     (directory / LAST_USED_NAME).symlink_to(victim)
-    mark_used(directory)
+    assert not mark_used(directory)
     assert not victim.exists()
 
     def refuse(*args, **how):
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(os, "open", refuse)
-    mark_used(directory)
+    assert not mark_used(directory)
 
 
 # --- choosing and removing --------------------------------------------------------------------------------------

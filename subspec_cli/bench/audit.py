@@ -22,7 +22,7 @@ from subspec_cli.reporter import Reporter
 from subspec_cli.session import open_session
 from subspec_cli.session.found_model import find_model
 from subspec_cli.session.replay import Replay, float32_replay, own_replay
-from subspec_cli.streaming.host_memory import host_available_bytes
+from subspec_cli.streaming.host_memory import host_memory
 from subspec_cli.units import GIB
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ def _audited(answer: GivenAnswer, rows: Iterator[ComparedRow], tokenizer: ModelT
 
 def _free_bytes(session: Session) -> int:
     """Host memory that the library may take: what is free, and what `--ram-gb` leaves."""
-    free, limit = host_available_bytes(), session.description.config.memory.ram_gb
+    free, limit = host_memory().free_bytes, session.description.config.memory.ram_gb
     return free if limit is None else min(free, int(limit * GIB) - session.process_peak_bytes())
 
 

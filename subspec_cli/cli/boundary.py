@@ -8,11 +8,19 @@ import io
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TextIO
 
-from subspec_cli.cli.interrupts import interrupt_status, is_terminating, sigterm_as_interrupt
+from subspec_cli.cli.interrupts import (
+    ignore_signals,
+    interrupt_status,
+    interrupt_text,
+    is_terminating,
+    signals_as_interrupts,
+)
 from subspec_cli.errors import ExitCode, ResourceError, SubspecError, UsageError
+from subspec_cli.files.io_errors import TOO_MANY_FILES
+from subspec_cli.files.open_files import open_files_hint, raise_open_files_limit
 from subspec_cli.units import printable
 
 BROKEN_PIPE_STATUS = 141
@@ -24,23 +32,31 @@ _ENVIRONMENT_ERRNOS = frozenset(
         errno.EACCES,
         errno.EPERM,
         errno.EROFS,
-        errno.EMFILE,
         errno.ENOMEM,
+        *TOO_MANY_FILES,
     )
 )
+_UNMAPPED_LIBRARY = ("failed to map segment", "annot allocate memory")
 
 
-def guarded(argv: Sequence[str]) -> int:
-    """Run the command line. Every way out is an exit status, with at most a message and a hint on stderr."""
+def guarded(argv: Sequence[str], leave: Callable[[int], object] = lambda _status: None) -> int:
+    """Run the command line. Every way out is an exit status, with at most a message and a hint on stderr.
+
+    `leave` is called with the status while no signal can interrupt any more; signals are as before afterwards.
+    """
     _tolerate_streams()
-    try:
-        with sigterm_as_interrupt():
+    raise_open_files_limit()
+    with signals_as_interrupts():
+        try:
             status = _invoke(argv)
             sys.stdout.flush()
-    except BaseException as error:
-        status = _report(error, debug="--debug" in argv)
-    for stream in (sys.stdout, sys.stderr):
-        _flush_or_discard(stream)
+            ignore_signals()
+        except BaseException as error:
+            ignore_signals()
+            status = _report(error, debug="--debug" in argv)
+        for stream in (sys.stdout, sys.stderr):
+            _flush_or_discard(stream)
+        leave(status)
     return status
 
 
@@ -73,13 +89,13 @@ def _invoke(argv: Sequence[str]) -> int:
 
 def _report(error: BaseException, *, debug: bool) -> int:
     """Print what happened and return the exit status."""
+    if is_terminating() or _is_interrupt(error):
+        _say(interrupt_text())
+        return interrupt_status()
     if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):
         error = error.__context__  # how Rich reports a closed pipe
     if isinstance(error, BrokenPipeError):
         return BROKEN_PIPE_STATUS
-    if isinstance(error, KeyboardInterrupt):
-        _say("subspec: terminated" if is_terminating() else "subspec: interrupted")
-        return interrupt_status()
     if debug:
         _say("".join(traceback.format_exception(error)).rstrip(), one_line=False)
     known = _as_known(error)
@@ -93,15 +109,26 @@ def _report(error: BaseException, *, debug: bool) -> int:
     return known.exit_code
 
 
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Whether an exception is Ctrl-C, or what a library has made of it."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
 def _as_known(error: BaseException) -> SubspecError | None:
     """The error as a SubspecError; None if it is a bug and not the fault of the user or the machine."""
     if isinstance(error, SubspecError):
         return error
     if isinstance(error, MemoryError):
         return ResourceError("out of memory", "give a smaller --vram-gb or --context")
+    if isinstance(error, ImportError) and any(sign in str(error) for sign in _UNMAPPED_LIBRARY):
+        return ResourceError(f"not enough memory to load a library: {error}", "raise ulimit -v and ulimit -d")
     if isinstance(error, OSError) and error.errno in _ENVIRONMENT_ERRNOS:
         place = f": {os.fsdecode(error.filename)}" if isinstance(error.filename, str | bytes) else ""
-        return ResourceError(f"{error.strerror}{place}")
+        return ResourceError(
+            f"{error.strerror}{place}", open_files_hint() if error.errno in TOO_MANY_FILES else ""
+        )
     return None
 
 

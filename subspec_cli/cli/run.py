@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 PromptArg = Annotated[
     str | None,
     typer.Argument(
-        metavar="PROMPT", help="What to ask; left out, it is read from a pipe, else a chat begins."
+        metavar="PROMPT",
+        help="What to ask. Piped text comes after it; - or no PROMPT takes the piped text alone. Without both, a "
+        "chat begins.",
     ),
 ]
 _FIRST_MESSAGE = "Hello"
@@ -38,13 +40,13 @@ def run(settings: Settings, prompt: PromptArg = None, as_json: JsonOpt = False) 
 
 def _start(config: Config, file: Path | None, argument: str | None, *, as_json: bool) -> None:
     """Reject what cannot work, then load the model and answer."""
-    prompt = read_prompt(argument)
-    if prompt is None and (as_json or config.run.raw):
-        raise UsageError(f"{'--json' if as_json else '--raw'} needs a prompt; a chat has neither")
     from subspec_cli.cli.answer_text import loading_line
     from subspec_cli.cli.output import Output
 
     output = Output(plain=config.run.plain)
+    prompt = read_prompt(argument, output.note)
+    if prompt is None and (as_json or config.run.raw):
+        raise UsageError(f"{'--json' if as_json else '--raw'} needs a prompt; a chat has neither")
     output.note(loading_line(config, file))
     with _load(config, output, prompt) as session:
         if prompt is not None:

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Final
 
 from subspec_cli.errors import IntegrityError
+from subspec_cli.files.io_errors import read_error
 from subspec_cli.units import printable
 
 PAGE_BYTES: Final = 4096
 _REQUEST_BYTES: Final = 2 << 20
+_MOST_FILES: Final = 16
+"""Files that a reader keeps open. A large model has hundreds, which a process may not have open at the same time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,8 @@ class DirectReader:
 
     def __init__(self) -> None:
         self._files: dict[Path, tuple[int, bool]] = {}
+        """Descriptors of the files used last, latest at the end."""
+        self._is_direct = True
 
     def read_extents(self, extents: Iterable[Extent], buffer: memoryview) -> None:
         """Fill `buffer` with the extents. Raises IntegrityError with file, offset and bytes if a read fails."""
@@ -51,7 +56,7 @@ class DirectReader:
     @property
     def is_direct(self) -> bool:
         """Whether reads of every file opened so far bypass the page cache."""
-        return all(direct for _, direct in list(self._files.values()))
+        return self._is_direct
 
     def close(self) -> None:
         """Close the files."""
@@ -77,9 +82,14 @@ class DirectReader:
             os.posix_fadvise(descriptor, extent.first_byte, whole, os.POSIX_FADV_DONTNEED)
 
     def _open(self, path: Path) -> tuple[int, bool]:
-        if path not in self._files:
-            self._files[path] = _open_direct(path)
-        return self._files[path]
+        opened = self._files.pop(path, None)
+        if opened is None:
+            if len(self._files) >= _MOST_FILES:
+                os.close(self._files.pop(next(iter(self._files)))[0])
+            opened = _open_direct(path)
+            self._is_direct &= opened[1]
+        self._files[path] = opened
+        return opened
 
 
 def _open_direct(path: Path) -> tuple[int, bool]:
@@ -98,7 +108,7 @@ def _open_direct(path: Path) -> tuple[int, bool]:
     try:
         return os.open(path, os.O_RDONLY), False
     except OSError as error:
-        raise IntegrityError(f"cannot open {printable(str(path))}: {error.strerror}") from error
+        raise read_error(error, path) from error
 
 
 def _unreadable(extent: Extent, done: int, why: str) -> IntegrityError:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
+from typing import Final
 
 from subspec_cli.errors import IntegrityError, ResourceError
 from subspec_cli.files.free_space import DISK_FULL_HINT, PLACES_HINT, free_disk_bytes
+from subspec_cli.files.open_files import open_files_hint
 from subspec_cli.units import format_bytes, printable
 
+TOO_MANY_FILES: Final = frozenset((errno.EMFILE, errno.ENFILE))
 _HINTS = {
     errno.ENOSPC: DISK_FULL_HINT,
     errno.EDQUOT: f"free some of your disk quota, or choose another disk: {PLACES_HINT}",
@@ -21,6 +24,8 @@ def write_error(error: OSError, path: Path, need_bytes: int | None = None) -> Re
     figures = ""
     if need_bytes is not None:
         figures = f"; {format_bytes(need_bytes)} needed, {format_bytes(free_disk_bytes(path))} free"
+    if error.errno in TOO_MANY_FILES:
+        return ResourceError(f"cannot write {printable(str(path))}: {_reason(error)}", open_files_hint())
     return ResourceError(
         f"cannot write {printable(str(path))}: {_reason(error)}{figures}",
         _HINTS.get(error.errno or 0, f"choose a place that you can write: {PLACES_HINT}"),
@@ -34,6 +39,8 @@ def read_error(error: OSError, path: Path) -> IntegrityError | ResourceError:
         return IntegrityError(text, "put the file there, or fetch the model again")
     if error.errno in (errno.EACCES, errno.EPERM):
         return ResourceError(text, "run as a user who may read it, or make it readable")
+    if error.errno in TOO_MANY_FILES:
+        return ResourceError(text, open_files_hint())
     return ResourceError(text, "check the disk, then run the command again")
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from subspec_cli.checkpoint.source_directory import CONFIG_NAME
+from subspec_cli.errors import ResourceError
 from subspec_cli.files.atomic_write import atomic_write, sync_directory
 from subspec_cli.files.io_errors import write_error
 from subspec_cli.files.temp_names import abandoned, owner_tag, temp_path
@@ -137,6 +138,8 @@ def repo_cache(model_id: str) -> RepoCache:
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
+    if constants.HF_HUB_CACHE.startswith("~"):  # it would be a directory of that name here
+        raise ResourceError("no home directory is known", "set HF_HOME to a directory for downloads")
     root, folder = Path(constants.HF_HUB_CACHE), repo_folder_name(repo_id=model_id, repo_type="model")
     return RepoCache(root / folder, root / ".locks" / folder)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from subspec_cli.checkpoint.dtypes import torch_dtype
 from subspec_cli.checkpoint.safetensors_header import TensorEntry
 from subspec_cli.errors import IntegrityError
+from subspec_cli.files.io_errors import read_error
 from subspec_cli.units import printable
 
 
@@ -31,7 +32,7 @@ class DiskEmbedding:
         try:
             self._file = os.open(entry.path, os.O_RDONLY)
         except OSError as error:
-            raise IntegrityError(f"cannot open {printable(str(entry.path))}: {error.strerror}") from error
+            raise read_error(error, entry.path) from error
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         """`[P]` token ids to `[P, hidden]` rows."""

@@ -187,12 +187,18 @@ def _most_tree_nodes(config: Config, profile: DeviceProfile) -> int:
     return max(profile.tree_nodes, depth * width + 1)
 
 
-def budget_bytes(config: Config, device: str, total_bytes: int | None, available_bytes: int | None) -> int:
+def budget_bytes(
+    config: Config,
+    device: str,
+    total_bytes: int | None,
+    available_bytes: int | None,
+    owner: str = "this machine has",
+) -> int:
     """Return the budget that the user gave, else a share of the free memory.
 
     Raises:
         ResourceError: the budget exceeds `total_bytes`, the memory of the device, where that is known; or there is
-            no budget and the free memory is not known.
+            no budget and the free memory is not known. `owner` says who has or allows no more than `total_bytes`.
     """
     option = device_profile(device).budget_option
     if config.memory.memory_gib is None:
@@ -202,8 +208,8 @@ def budget_bytes(config: Config, device: str, total_bytes: int | None, available
     budget = int(config.memory.memory_gib * GIB)
     if total_bytes is not None and budget > total_bytes:
         raise ResourceError(
-            f"a budget of {format_bytes(budget)} is more than this machine has: {format_bytes(total_bytes)}",
-            f"{option} {total_bytes * 3 // 4 / (1 << 30):.1f} leaves a quarter to others",
+            f"a budget of {format_bytes(budget)} is more than {owner}: {format_bytes(total_bytes)}",
+            f"{option} {total_bytes * 3 / 4 / GIB:.2f} leaves a quarter to others",
         )
     return budget
 

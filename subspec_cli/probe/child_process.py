@@ -7,11 +7,14 @@ model's alone, on the CPU and on a GPU.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-import tempfile
+from collections import deque
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from typing import Any, Final
 
 from subspec_cli.checkpoint.checkpoint import open_checkpoint
@@ -45,38 +48,49 @@ def probe_in_subprocess(
         "optimizer": settings.optimizer,
         "overrides": settings.overrides,
     }
-    with tempfile.TemporaryFile("w+", errors="replace") as complaints:
+    complaints: deque[str] = deque(maxlen=1)
+    try:
+        process = subprocess.Popen(  # noqa: S603 - this very module
+            [sys.executable, "-c", _START, *sys.path],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+        )
+    except OSError as error:
+        raise ProbeFailedError(str(error)) from error
+    with process:
+        assert process.stderr is not None
+        # Its own thread, so that a full pipe stops nobody. A temporary file would need a place for one.
+        listener = Thread(target=complaints.extend, args=(filter(str.strip, process.stderr),), daemon=True)
+        listener.start()
         try:
-            process = subprocess.Popen(  # noqa: S603 - this very module
-                [sys.executable, "-c", _START, *sys.path],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=complaints,
-                text=True,
-            )
-        except OSError as error:
-            raise ProbeFailedError(str(error)) from error
-        with process:
-            try:
-                found = _follow(process, json.dumps(order), reporter)
-            except BaseException:
-                process.kill()
-                raise
-        if found is None:
-            complaints.seek(0)
-            lines = complaints.read().splitlines() or [f"it ended with {process.returncode}"]
-            raise ProbeFailedError(lines[-1])
+            found = _follow(process, json.dumps(order), reporter)
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            listener.join()
+    if found is None:
+        reason = complaints.pop() if complaints else f"it ended with {process.returncode}"
+        raise ProbeFailedError(reason.strip())
     return found
 
 
 def _follow(process: subprocess.Popen[str], order: str, reporter: Reporter) -> MachineCosts | None:
-    """Send the order and read the replies, one JSON object a line, until the process ends."""
+    """Send the order and read the replies, one JSON object a line, until the process ends.
+
+    Its standard input stays open: its end tells the process that this one has ended.
+    """
     assert process.stdin is not None
     assert process.stdout is not None
     try:
-        with process.stdin as orders:
-            orders.write(order)
+        process.stdin.write(order + "\n")
+        process.stdin.flush()
     except BrokenPipeError:
+        with suppress(BrokenPipeError):
+            process.stdin.close()  # it would try to send the rest
         return None
     found = None
     for line in process.stdout:
@@ -92,11 +106,12 @@ def _follow(process: subprocess.Popen[str], order: str, reporter: Reporter) -> M
 
 def main() -> None:
     """Run the subprocess: read an order from stdin, write progress and costs to stdout."""
+    order = json.loads(sys.stdin.readline())
+    Thread(target=_end_with_parent, daemon=True).start()
     import torch
 
     from subspec_cli.probe.machine import probe_machine
 
-    order = json.load(sys.stdin)
     overrides = tuple((name, bits) for name, bits in order["overrides"])
     settings = SubstituteSettings(order["bits"], order["optimizer"], overrides)
     checkpoint = open_checkpoint(Path(order["directory"]))
@@ -107,6 +122,12 @@ def main() -> None:
     reporter = Reporter(progress=lambda doing: _say({"doing": f"timing this machine: {doing}"}))
     costs = probe_machine(repository.geometry, settings, checkpoint, device, reporter)
     _say({"costs": costs.as_dict()})
+
+
+def _end_with_parent() -> None:
+    """End this process when the other end of its standard input is gone, however the parent has ended."""
+    os.read(sys.stdin.fileno(), 1)
+    os._exit(1)
 
 
 def _say(message: dict[str, Any]) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -19,50 +17,63 @@ from subspec_cli.files.home import make_home_directory, subspec_home
 from subspec_cli.files.json_object import parse_json_object
 from subspec_cli.files.regular_file import read_small_file
 from subspec_cli.planning.costs import MachineCosts
+from subspec_cli.streaming.processors import gpu_models, processor_model, usable_processors
 from subspec_cli.substitutes.settings import SubstituteSettings
 from subspec_cli.versions import library_versions
 
 _MOST_BYTES: Final = 1 << 20
 _FORMAT: Final = 3
+_SPEED_VARIABLES: Final = (
+    "ATEN_CPU_CAPABILITY",
+    "DNNL_MAX_CPU_ISA",
+    "ONEDNN_MAX_CPU_ISA",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "MKL_NUM_THREADS",
+    "OMP_NUM_THREADS",
+    "OMP_PLACES",
+    "OMP_PROC_BIND",
+    "OMP_WAIT_POLICY",
+    "GOMP_CPU_AFFINITY",
+    "GOMP_SPINCOUNT",
+    "CUDA_VISIBLE_DEVICES",
+)
+"""With these users choose another instruction set, other threads or another GPU."""
 
 
 def known_costs(about: dict[str, Any]) -> MachineCosts | None:
-    """Return the kept costs; None if there are none or they cannot be read."""
-    values = read_probe(about)
+    """Return the kept costs; None if there are none or they cannot be read, as without a home directory."""
     try:
+        values = read_probe(about)
         return None if values is None else MachineCosts.from_dict(values)
-    except (KeyError, TypeError, ValueError, AssertionError, AttributeError):
+    except (ResourceError, KeyError, TypeError, ValueError, AssertionError, AttributeError):
         return None
 
 
 def keep_costs(about: dict[str, Any], costs: MachineCosts) -> None:
-    """Keep costs for the next run."""
+    """Keep costs for the next run; raises ResourceError or IntegrityError if they cannot be written."""
     write_probe(about, costs.as_dict())
 
 
 def probe_subject(
     geometry: ModelGeometry, settings: SubstituteSettings, device: str, directory: Path
 ) -> dict[str, Any]:
-    """Return everything that costs depend on: machine, threads, libraries, disk, model shapes, substitutes."""
+    """Return everything that costs depend on: machine, threads, libraries, disk, model shapes, substitutes.
+
+    Environment variables are read as they are. `plan` and `run` find the same costs, because both set OpenMP's first.
+    """
+    name, instructions = processor_model()
     return {
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": os.environ.get("OMP_NUM_THREADS", ""),
+        "processor": name,
+        "instructions": instructions,
+        "processors": dataclasses.asdict(usable_processors()),
+        "environment": {name: os.environ.get(name, "") for name in _SPEED_VARIABLES},
         "device": device,
+        "gpus": gpu_models() if device == "cuda" else [],
         "torch": library_versions()["torch"],
         "disk": directory.stat().st_dev,
         "geometry": dataclasses.asdict(geometry),
         "substitutes": {"bits": settings.bits, "overrides": list(settings.overrides)},
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def read_probe(about: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -77,12 +88,11 @@ def read_probe(about: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def write_probe(about: Mapping[str, Any], costs: Mapping[str, Any]) -> None:
-    """Keep costs. If the home directory cannot be written, the next run probes again."""
+    """Keep costs. Raises ResourceError or IntegrityError if they cannot be written."""
     path = _path(about)
     document = {"about": _plain(about), "costs": costs}
-    with contextlib.suppress(ResourceError):
-        make_home_directory(path.parent)
-        atomic_write(path, json.dumps(document, indent=1).encode() + b"\n")
+    make_home_directory(path.parent)
+    atomic_write(path, json.dumps(document, indent=1).encode() + b"\n")
 
 
 def _path(about: Mapping[str, Any]) -> Path:

@@ -18,7 +18,9 @@ from subspec_cli.planning.plan import OffloadPlan, PlanBounds, bounds_of, fastes
 from subspec_cli.planning.request import MemoryLimits, PlanRequest, budget_bytes, plan_request, ram_bytes
 from subspec_cli.probe.kept_costs import known_costs, probe_subject
 from subspec_cli.reporter import Reporter
-from subspec_cli.streaming.host_memory import has_gpu, host_available_bytes
+from subspec_cli.session.openmp import set_openmp_defaults
+from subspec_cli.streaming.host_memory import has_gpu, host_memory
+from subspec_cli.streaming.process_limits import check_libraries_fit
 from subspec_cli.substitutes.prepared_model import PreparedModel, find_prepared_sets
 from subspec_cli.substitutes.settings import SubstituteSettings, substitute_layer_bytes
 from subspec_cli.units import gib_to_bytes
@@ -75,15 +77,18 @@ def forecast(
     Without a budget, but with budgets to compare, only those are planned. Raises what `outline_model` and
     `make_plan` raise, and UsageError for a bad budget.
     """
+    set_openmp_defaults()  # so that the costs of a run are found, which depend on its threads
     device, device_reason = _device(config.memory.device)
     outline = outline_model(model, config.model.revision, reporter=reporter)
     for note in outline.repository.notes:
         reporter.note(note)
     geometry = outline.repository.geometry
-    prepared = _prepared(model, config)
+    prepared = _prepared(model, config, reporter)
     chosen = [item.manifest.settings for item in prepared] or [_settings(config)]
     compare_bytes = [gib_to_bytes(gib, "--compare") for gib in compare_gib]
     wants_one = config.memory.memory_gib is not None or not compare_bytes
+    if wants_one and config.memory.memory_gib is None and device == "cpu":
+        check_libraries_fit()  # a share of nothing would be called too small
     budget = budget_bytes(config, device, None, _free_bytes(device)) if wants_one else compare_bytes[0]
     limits = MemoryLimits(device_profile(device).kind, budget, ram_bytes(config, None))
 
@@ -146,13 +151,16 @@ def _device(name: str) -> tuple[str, str]:
 
 
 def _free_bytes(device: str) -> int | None:
-    return host_available_bytes() if device == "cpu" else None
+    return host_memory().free_bytes if device == "cpu" else None
 
 
-def _prepared(model: str, config: Config) -> tuple[PreparedModel, ...]:
-    """Return the sets of substitutes that are there; no set is no error."""
+def _prepared(model: str, config: Config, reporter: Reporter) -> tuple[PreparedModel, ...]:
+    """Return the sets of substitutes that are there; no set is no error, and neither is no place for sets."""
     try:
         return find_prepared_sets(model, config.model.bits)
+    except ResourceError as error:
+        reporter.note(f"{error}, so nothing counts as prepared; {error.hint}")
+        return ()
     except UsageError:
         return ()
 

@@ -44,6 +44,7 @@ from subspec_cli.streaming.pinned_memory import PinRefusedError, pin
 from subspec_cli.streaming.streamer import StreamCounters
 from subspec_cli.substitutes.last_use import mark_used
 from subspec_cli.substitutes.prepared_model import load_layer
+from subspec_cli.units import printable
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +139,9 @@ class Loader:
                 blocks,
                 kv,
             )
-            mark_used(found.prepared.directory)
+            if not mark_used(found.prepared.directory):
+                place = printable(str(found.prepared.directory))
+                self._opening.reporter.note(f"this use is not recorded, because {place} cannot be written")
             return LoadedModel(
                 tokenizer=self._tokenizer,
                 eos_ids=frozenset(found.repository.end_ids),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from subspec_cli.checkpoint.geometry import ModelGeometry
+from subspec_cli.errors import IntegrityError, ResourceError
 from subspec_cli.planning.assumed_costs import assumed_costs
 from subspec_cli.planning.costs import MachineCosts
 from subspec_cli.probe.child_process import ProbeFailedError, probe_in_subprocess
@@ -45,5 +46,8 @@ class ProbedCosts:
                 f"this machine could not be timed, so the plan assumes what it can do: {reason}"
             )
             return assumed_costs(geometry, self.device, settings=settings)
-        keep_costs(subject, probed)
+        try:
+            keep_costs(subject, probed)
+        except (ResourceError, IntegrityError) as error:  # a read-only disk is no reason not to run
+            self.reporter.note(f"the next run times this machine again: {error}")
         return probed

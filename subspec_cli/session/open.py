@@ -11,6 +11,7 @@ from subspec_cli.errors import UsageError
 from subspec_cli.reporter import SILENT, Reporter
 from subspec_cli.session.found_model import find_model
 from subspec_cli.session.openmp import set_openmp_defaults
+from subspec_cli.streaming.process_limits import check_libraries_fit
 
 if TYPE_CHECKING:
     from subspec_cli.session.build import TokenCount
@@ -41,7 +42,7 @@ def load(
         UsageError: a setting is unknown or out of range, or the model is not prepared.
         UnsupportedModelError: the model or the device cannot be used.
         IntegrityError: files are damaged or changed.
-        ResourceError: the budget is too small, or larger than the machine.
+        ResourceError: the budget is too small, or larger than the machine; or a limit of this process is too low.
     """
     flags = _by_section({"model": model, "memory_gb": memory_gib, **settings})
     return open_session(resolve_config(flags), reporter)
@@ -63,6 +64,7 @@ def open_session(
     found = find_model(config)
     reporter.progress("loading libraries")
     set_openmp_defaults()
+    check_libraries_fit()
     from subspec_cli.session.build import build_session
 
     return build_session(config, found, reporter, costs=costs, count=count)

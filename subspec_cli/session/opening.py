@@ -18,6 +18,7 @@ from subspec_cli.planning.request import MemoryLimits, WantedTokens, budget_byte
 from subspec_cli.reporter import Reporter
 from subspec_cli.session.found_model import FoundModel
 from subspec_cli.session.machine_costs import CostSource
+from subspec_cli.streaming.host_memory import host_memory
 from subspec_cli.streaming.memory_meter import allocator_share, available_bytes, total_bytes
 
 
@@ -53,9 +54,11 @@ def plan_opening(
     """
     sets = (found.prepared, *found.others)
     host_bytes = available_bytes(torch.device("cpu")) if device.type == "cuda" else None
+    total, free = total_bytes(device), available_bytes(device)
+    owner = host_memory().owner if device.type == "cpu" else "this GPU has"
     limits = MemoryLimits(
         device_profile(device.type).kind,
-        budget_bytes(config, device.type, total_bytes(device), available_bytes(device)),
+        budget_bytes(config, device.type, total, free, owner),
         ram_bytes(config, host_bytes),
     )
     machines = [costs(found.geometry, prepared.manifest.settings) for prepared in sets]

@@ -17,6 +17,8 @@ from subspec_cli.errors import UsageError
 from subspec_cli.hub.model_name import name_of_id
 from subspec_cli.hub.source_model import open_model
 from subspec_cli.reporter import SILENT, Reporter
+from subspec_cli.session.openmp import set_openmp_defaults
+from subspec_cli.streaming.process_limits import check_libraries_fit
 from subspec_cli.substitutes.integrity import Finding
 from subspec_cli.substitutes.inventory import StoredModel
 from subspec_cli.substitutes.preparation import PrepareProgress, Quantizer, SubstituteRecipe, prepare_model
@@ -85,6 +87,8 @@ def prepare(
     `open_model` and `prepare_model` raise, and UsageError for a pattern that matches nothing.
     """
     started = time.perf_counter()
+    set_openmp_defaults()
+    check_libraries_fit()
     settings = replace(wanted, overrides=_matching(wanted.overrides, wanted.bits))
     latest: list[PrepareProgress] = []
 

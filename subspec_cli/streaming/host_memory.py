@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-_MEMORY: Final = Path("/proc/meminfo")
+from subspec_cli.streaming.cgroup import ROOT, cgroup_memory_limits
+from subspec_cli.streaming.memory_limit import MemoryLimit, kib_field
+from subspec_cli.streaming.process_limits import process_memory_limits
+
 _DRIVER: Final = Path("/proc/driver/nvidia/version")
 _WINDOWS_DRIVER: Final = Path("/dev/dxg")
 """Under WSL2 the GPU comes from Windows, and there is no Linux driver."""
@@ -14,14 +18,19 @@ _ORDINARY_BYTES: Final = 8 << 30
 """Assumed outside Linux: an ordinary laptop."""
 
 
-def host_total_bytes() -> int:
-    """Total memory of the host."""
-    return kib_field(_MEMORY, "MemTotal") or _ORDINARY_BYTES
+def host_memory(root: Path = ROOT) -> MemoryLimit:
+    """Return the host memory that this process may take at all, and what can be allocated now without swapping.
 
-
-def host_available_bytes() -> int:
-    """Host memory that could be allocated now without making the system swap."""
-    return kib_field(_MEMORY, "MemAvailable") or _ORDINARY_BYTES
+    That is the machine's memory, or what a container, a service or `ulimit` leaves of it. `root` is the directory
+    that holds `proc` and the mounted control groups.
+    """
+    info = root / "proc/meminfo"
+    total_bytes = kib_field(info, "MemTotal") or _ORDINARY_BYTES
+    available_bytes = kib_field(info, "MemAvailable") or _ORDINARY_BYTES
+    machine = MemoryLimit(total_bytes, available_bytes, "this machine has")
+    limits = [machine, *cgroup_memory_limits(root), *process_memory_limits(root)]
+    least = min(limits, key=lambda limit: limit.limit_bytes)
+    return replace(least, free_bytes=min(limit.free_bytes for limit in limits))
 
 
 def has_gpu() -> bool:
@@ -29,12 +38,3 @@ def has_gpu() -> bool:
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
         return False
     return _DRIVER.exists() or _WINDOWS_DRIVER.exists()
-
-
-def kib_field(path: Path, field: str) -> int:
-    """Bytes of a `kB` field in a file under /proc; 0 if there is no such file."""
-    try:
-        lines = path.read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), 0)

@@ -10,7 +10,8 @@ from typing import Final
 import torch
 
 from subspec_cli.errors import ResourceError
-from subspec_cli.streaming.host_memory import host_available_bytes, host_total_bytes, kib_field
+from subspec_cli.streaming.host_memory import host_memory
+from subspec_cli.streaming.memory_limit import kib_field
 from subspec_cli.units import format_bytes
 
 _STATUS: Final = Path("/proc/self/status")
@@ -22,17 +23,17 @@ _RESET_PEAK: Final = "5"
 
 
 def total_bytes(device: torch.device) -> int:
-    """Total memory of the device: the GPU's, or the host's RAM."""
+    """Total memory of the device: the GPU's, or the host memory that this process may take."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    return host_total_bytes()
+    return host_memory().limit_bytes
 
 
 def available_bytes(device: torch.device) -> int:
     """Memory that could be allocated now: free on a GPU, available without swapping on the host."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return host_available_bytes()
+    return host_memory().free_bytes
 
 
 def allocator_share(budget_bytes: int, context_bytes: int, device_bytes: int) -> float:
