@@ -272,6 +272,11 @@ COVERED = [
     ("T20", "test_probe_machine::test_a_use_that_cannot_be_recorded_is_said"),
     ("T20", "test_config::test_a_home_that_may_not_be_read_has_no_settings"),
     ("T20", "test_hub_source_model::test_without_a_home_directory_no_directory_is_made_for_downloads"),
+    ("A01", "test_session_openmp::test_the_users_spin_count_wins_but_threads_are_granted"),
+    ("A01", "test_modeling_self_check::test_products_that_leave_results_unwritten_are_refused"),
+    ("A01", "test_modeling_self_check::test_a_shortage_of_threads_that_begins_later_is_found"),
+    ("A01", f"{TRUST}::test_an_answer_ends_when_products_are_no_longer_whole"),
+    ("A04", "test_session_memory::test_a_run_stays_within_its_budget_and_imports_first"),
 ]
 """Number in the list of failures, and a test that holds it."""
 

@@ -10,7 +10,12 @@ from subspec_cli.errors import ResourceError
 from subspec_cli.modeling.block_kernels import fused_cpu_kernel
 from subspec_cli.modeling.decoder import Head, TargetDecoder
 from subspec_cli.modeling.row_rules import RowRules
-from subspec_cli.modeling.self_check import candidate_rules, check_batch_invariance, row_counts
+from subspec_cli.modeling.self_check import (
+    candidate_rules,
+    check_batch_invariance,
+    check_products,
+    row_counts,
+)
 
 NODES, PREFILL = 64, 128
 
@@ -185,6 +190,14 @@ def test_products_that_leave_results_unwritten_are_refused(qwen, monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "linear", half)
     with pytest.raises(ResourceError, match=r"512 of 1024 results.*OpenMP"):
         self_check(qwen)
+
+
+def test_a_shortage_of_threads_that_begins_later_is_found(monkeypatch):
+    check_products()
+    original = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda rows, weight: original(rows, weight) * 0.25)
+    with pytest.raises(ResourceError, match=r"2048 of 2048 results.*OpenMP"):
+        check_products()
 
 
 def test_the_smallest_row_block_that_holds_is_taken(qwen, monkeypatch):

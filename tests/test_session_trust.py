@@ -13,7 +13,7 @@ from fakes_session import answer_to, open_tiny, prepare_quietly, wanted
 from tiny_models import make_tiny_model, one_thread  # noqa: F401 - a fixture
 
 from subspec_cli.__main__ import main
-from subspec_cli.errors import ExitCode, IntegrityError
+from subspec_cli.errors import ExitCode, IntegrityError, ResourceError
 from subspec_cli.files import direct_io
 from subspec_cli.session.prepare import prepare
 from subspec_cli.substitutes.inventory import list_stored
@@ -86,6 +86,30 @@ def test_a_target_file_that_changes_while_answering_ends_the_answer_before_its_n
     assert caught.value.exit_code == ExitCode.INTEGRITY
     assert given == expected[: len(given)]
     assert len(given) < 40
+
+
+def test_an_answer_ends_when_products_are_no_longer_whole(own, monkeypatch):
+    """OpenMP grants fewer threads from some pass on: no token of that pass is given."""
+    from subspec_cli.session import session as session_module
+
+    calls = []
+
+    def check():
+        calls.append(None)
+        if len(calls) == 3:
+            raise ResourceError("matrix products are wrong on this machine")
+
+    with open_tiny(own) as session:
+        expected = answer_to(session, "Hello", 40).token_ids
+        session.reset()
+        monkeypatch.setattr(session_module, "check_products", check)
+        ids = session.encode_prompt("Hello", system=None, raw=False)
+        given = []
+        deltas = session.generate(ids, max_new_tokens=40, stop=())
+        with pytest.raises(ResourceError, match="products are wrong"):
+            given.extend(token for delta in deltas for token in delta.token_ids)
+    assert 0 < len(given) < len(expected)
+    assert given == expected[: len(given)]
 
 
 def test_a_model_held_in_memory_does_not_care_what_becomes_of_its_files(own):

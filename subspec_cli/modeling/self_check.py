@@ -142,11 +142,28 @@ def _check_product(weight: Tensor) -> None:
         scale = (wide.abs() @ matrix.abs_().T).clamp_min(1e-300)
         wrong += int((~(error / scale <= _PRODUCT_TOLERANCE)).sum())
     if wrong:
-        raise ResourceError(
-            f"matrix products are wrong on this machine: {wrong} of {found.numel()} results; OpenMP grants fewer "
-            f"threads than the {torch.get_num_threads()} that PyTorch asks for",
-            "OMP_DYNAMIC=false OMP_NUM_THREADS=1 subspec ..., or raise OMP_THREAD_LIMIT",
-        )
+        raise _unwritten(wrong, found.numel())
+
+
+def check_products() -> None:
+    """Check in some microseconds that products on the CPU still write their whole result.
+
+    OpenMP may begin to grant fewer threads while a session is open. Raises ResourceError if it does.
+    """
+    rows = torch.ones((_PRODUCT_ROWS, _PRODUCT_FEATURES), dtype=torch.bfloat16)
+    weight = torch.ones((_PRODUCT_FEATURES, _PRODUCT_FEATURES), dtype=torch.bfloat16)
+    torch.full((_PRODUCT_ROWS, _PRODUCT_FEATURES), torch.nan, dtype=torch.bfloat16)
+    found = torch.nn.functional.linear(rows, weight)
+    if wrong := int((found != _PRODUCT_FEATURES).sum()):
+        raise _unwritten(wrong, found.numel())
+
+
+def _unwritten(wrong: int, results: int) -> ResourceError:
+    return ResourceError(
+        f"matrix products are wrong on this machine: {wrong} of {results} results; OpenMP grants fewer "
+        f"threads than the {torch.get_num_threads()} that PyTorch asks for",
+        "OMP_DYNAMIC=false OMP_NUM_THREADS=1 subspec ..., or raise OMP_THREAD_LIMIT",
+    )
 
 
 def _rows_keep_bits(

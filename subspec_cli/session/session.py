@@ -13,6 +13,7 @@ from subspec_cli.decoding.sampler import Sampler, make_sampler
 from subspec_cli.decoding.text import AnswerText
 from subspec_cli.errors import IntegrityError, UsageError
 from subspec_cli.metrics import FinishReason, GenerationStats, OnPrefill
+from subspec_cli.modeling.self_check import check_products
 from subspec_cli.modeling.target_blocks import TargetBlocks
 from subspec_cli.planning.plan import OffloadPlan
 from subspec_cli.session.chat import Chat
@@ -182,7 +183,7 @@ class Session:
         return make_sampler(sampling, self.description.seed, number)
 
     def _checked(self, outputs: Iterator[PassOutput]) -> Generator[PassOutput, None, None]:
-        """Yield each output once it is certain that the files its weights were read from are unchanged.
+        """Yield each output once it is certain that weight files are unchanged and that products are whole.
 
         Raises ResourceError if memory runs out.
         """
@@ -191,6 +192,7 @@ class Session:
             with oom_as_error("answering", budget_bytes=budget_bytes, meter=self.loaded.meter):
                 for output in outputs:
                     self.loaded.check_source()
+                    check_products()
                     yield output
         except IntegrityError:
             self.loaded.check_source()  # a file that was cut short or replaced is the better reason
