@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+
 import pytest
 from test_planning_plan import line_bytes, make_geometry, make_request
 
@@ -78,6 +80,6 @@ def test_a_build_for_gpus_is_known_by_its_version(
     monkeypatch: pytest.MonkeyPatch, torch_version: str, has_gpu_code: bool
 ) -> None:
     """Its libraries take 300 MiB more of the process, also on the CPU."""
-    monkeypatch.setattr(versions, "version", lambda name: torch_version)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: torch_version)
     monkeypatch.setattr(versions.sys, "platform", "linux")
     assert versions.torch_has_gpu_code() is has_gpu_code

@@ -168,7 +168,7 @@ def test_a_template_that_cannot_be_used_is_refused_before_weights_are_read(
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     argv = ["run", "--model", str(templated(template)), "--device", "cpu", "--memory-gb", "0.3"]
     if chats:
-        monkeypatch.setattr("subspec_cli.cli.run.read_prompt", lambda argument: None)
+        monkeypatch.setattr("subspec_cli.cli.run.read_prompt", lambda *how: None)
     else:
         argv.append("hi")
     assert main(argv) == 3
