@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 from checkpoints import geometry_in, write_checkpoint
 from fake_hub import FakeHub, running
 from fakes_session import shelf as shelf
 from tiny_models import one_thread as one_thread
 from tiny_models import tiny as tiny
+
+
+@pytest.fixture(autouse=True, scope="session")
+def signals_arrive():
+    """A run in the background may ignore these signals, and so would all that it starts."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
