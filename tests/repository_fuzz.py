@@ -347,7 +347,7 @@ def change_tensors(directory: Path, chance: random.Random) -> str:  # noqa: C901
         case "shape":
             held[name] = held[name][..., :-1].contiguous()
             said = f"{name} cut"
-        case "head":
+        case "head" if embedding in held:
             held[head] = (
                 held[embedding].clone() if chance.random() < 0.5 else torch.randn_like(held[embedding])
             )

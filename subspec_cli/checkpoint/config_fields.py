@@ -32,6 +32,9 @@ _LISTED: Final[Mapping[str, type]] = MappingProxyType({"ids": int, "texts": str}
 """Kinds that are lists, or may be, and what is in them."""
 
 
+_TYPE_NAMES: Final = ("bfloat16", "float16", "float32", "float64", "half", "float", "double")
+
+
 @dataclass(frozen=True, slots=True)
 class Field:
     """One field of a configuration."""
@@ -212,11 +215,13 @@ def read_fields(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
                 f"config field {name} is {shown(config[name])}, not {_described(field)}",
                 "correct config.json, or take the model from its source again",
             )
-    for name in ("dtype", "torch_dtype"):
-        if not isinstance(config.get(name) or "", str):
-            raise UnsupportedModelError(
-                f"config field {name} is {shown(config[name])}, not the name of a type"
-            )
+    # The weights say what type they are of; the library only needs the name to be one that it knows.
+    name = next((name for name in ("dtype", "torch_dtype") if config.get(name) is not None), "dtype")
+    if config.get(name) not in (None, *_TYPE_NAMES):
+        raise UnsupportedModelError(
+            f"config field {name} is {shown(config[name])}, not the name of a type",
+            f"correct config.json: one of {', '.join(_TYPE_NAMES)}",
+        )
     for name in REFUSED_FIELDS:
         if config.get(name):
             raise UnsupportedModelError(f"config field {name} is not supported")
