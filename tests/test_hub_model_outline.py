@@ -184,9 +184,11 @@ def test_offline_with_a_cold_cache(server, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    notes = []
     with pytest.raises(NetworkError, match="offline mode is set"):
-        outline()
+        outline_model(MODEL, reporter=Reporter(note=notes.append), retry_policy=HASTY)
     assert server.requests == []
+    assert notes == [], "nothing is tried again: no wait changes the mode"
 
 
 def test_small_files_are_bounded(server, monkeypatch):

@@ -59,9 +59,11 @@ def explain_hub_error(error: Exception, model_id: str, revision: str | None) -> 
 
 def is_transfer_error(error: Exception) -> bool:
     """Whether a connection failed in a way that is worth a retry: refused, dropped, silent, cut short."""
+    names = {base.__name__ for base in type(error).__mro__}
+    if "OfflineModeIsEnabled" in names:  # a ConnectionError that no wait changes
+        return False
     if isinstance(error, ConnectionError):
         return True
-    names = {base.__name__ for base in type(error).__mro__}
     return _is_of_transfer_library(error) and bool(names & _RETRYABLE_FAULTS)
 
 
