@@ -85,6 +85,15 @@ _OVERRIDES = Rule(
     ),
     lambda value: tuple(value.items()),
 )
+_BIASES = Rule(
+    "a table of numbers by token id",
+    lambda value: (
+        isinstance(value, Mapping)
+        and all(key.isdecimal() for key in value)
+        and all(type(bias) in (int, float) and abs(bias) < 1e6 for bias in value.values())
+    ),
+    lambda value: tuple((int(key), float(bias)) for key, bias in value.items()),
+)
 
 
 @dataclass(frozen=True)
@@ -175,6 +184,32 @@ class SamplingConfig:
         "P",
     )
     top_k: int = _setting(0, _whole(0), "Sample among the K most likely tokens; 0 takes all.", "K")
+    min_p: float = _setting(
+        0.0,
+        _number("a number from 0 to 1", lambda value: 0 <= value <= 1),
+        "Sample among tokens at least this share as likely as the best.",
+        "P",
+    )
+    repetition_penalty: float = _setting(
+        1.0,
+        _number("a number above 0", lambda value: value > 0),
+        "Penalty of tokens of prompt and answer, as transformers applies it; 1 is none.",
+        "X",
+    )
+    presence_penalty: float = _setting(
+        0.0,
+        _number("a number from -100 to 100", lambda value: abs(value) <= 100),
+        "Taken once from each token of the answer.",
+        "X",
+    )
+    frequency_penalty: float = _setting(
+        0.0,
+        _number("a number from -100 to 100", lambda value: abs(value) <= 100),
+        "Taken from a token for each time that it is in the answer.",
+        "X",
+    )
+    logit_bias: tuple[tuple[int, float], ...] = _setting((), _BIASES)
+    """Added to the logits of tokens, by id."""
     seed: int | None = _setting(
         None, _whole(0, 2**63 - 1), "Same seed, same answer.", "S", "a fresh one, shown"
     )

@@ -269,7 +269,7 @@ class ScriptedDrafter:
     def begin(self, sampler: Sampler) -> ScriptedDrafter:
         return self
 
-    def grow(self, root_token: int, tokens_wanted: int) -> Proposal:
+    def grow(self, root_token: int, tokens_wanted: int, state: object = None) -> Proposal:
         self.wanted.append(tokens_wanted)
         return Proposal(self.propose(root_token, tokens_wanted))
 

@@ -6,6 +6,7 @@ from fakes import sampled
 
 from subspec_cli.config import SamplingConfig
 from subspec_cli.decoding.sampler import (
+    Filters,
     GreedySampler,
     GumbelSampler,
     allowed_tokens,
@@ -37,7 +38,7 @@ def naive_allowed(scaled, top_k, top_p):
 
 
 def kept(scaled, top_k=0, top_p=1.0):
-    return np.flatnonzero(allowed_tokens(np.array(scaled, dtype=np.float64), top_k, top_p)).tolist()
+    return np.flatnonzero(allowed_tokens(np.array(scaled, dtype=np.float64), Filters(top_k, top_p))).tolist()
 
 
 def test_greedy_takes_the_lowest_id_of_equals():
@@ -99,7 +100,7 @@ def random_rows():
 @pytest.mark.parametrize("top_k", [0, 1, 2, 5, 50, 400])
 def test_filters_equal_a_full_sort(top_k, top_p):
     for row in random_rows():
-        found = allowed_tokens(row, top_k, top_p)
+        found = allowed_tokens(row, Filters(top_k, top_p))
         assert found.tolist() == naive_allowed(row, top_k, top_p).tolist()
         assert found.any()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from subspec_cli.decoding.penalties import PathState
 from subspec_cli.decoding.sampler import Sampler
 from subspec_cli.decoding.tree import TokenTree
 from subspec_cli.decoding.verification import VerifyResult
@@ -30,8 +31,10 @@ class Proposal:
 class Draft(Protocol):
     """The drafting for one answer."""
 
-    def grow(self, root_token: int, tokens_wanted: int) -> Proposal:
+    def grow(self, root_token: int, tokens_wanted: int, state: PathState | None = None) -> Proposal:
         """Return a tree under `root_token`, the newest emitted token; `tokens_wanted` more tokens may follow it.
+
+        `state` is what penalties know behind the root; a draft may guess by it.
 
         The tree's `N` nodes may write scratch rows `[committed, committed + N)` of the KV cache.
         """
@@ -64,7 +67,12 @@ class PlainDrafter:
         """Return itself: there is no state."""
         return self
 
-    def grow(self, root_token: int, tokens_wanted: int) -> Proposal:  # noqa: ARG002
+    def grow(
+        self,
+        root_token: int,
+        tokens_wanted: int,  # noqa: ARG002
+        state: PathState | None = None,  # noqa: ARG002
+    ) -> Proposal:
         """Return the root alone."""
         return Proposal(TokenTree((root_token,), (-1,), (0,), (0.0,)))
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from subspec_cli.decoding.drafter import Draft, Drafter
 from subspec_cli.decoding.meter import PromptMeter, RoundMeter
+from subspec_cli.decoding.penalties import NO_PENALTIES, PathState, Penalties, begin_path
 from subspec_cli.decoding.row_groups import prompt_groups, prompt_passes, tree_group
 from subspec_cli.decoding.sampler import Sampler, sample_token
 from subspec_cli.decoding.text import StopRule
@@ -36,6 +37,7 @@ class Request:
     sampler: Sampler
     max_new_tokens: int
     stop: StopRule
+    penalties: Penalties = NO_PENALTIES
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,8 @@ class _Answer:
     request: Request
     draft: Draft
     output: PassOutput
+    state: PathState | None
+    """What penalties know behind the newest token; None without penalties."""
 
     @property
     def tokens_wanted(self) -> int:
@@ -93,13 +97,14 @@ class Engine:
             meter = RoundMeter(self._counters, self._kv.committed)
             with meter.timed("draft"):
                 proposals = [
-                    answer.draft.grow(answer.output.token_ids[-1], answer.tokens_wanted)
+                    answer.draft.grow(answer.output.token_ids[-1], answer.tokens_wanted, answer.state)
                     for answer in in_flight
                 ]
             with meter.timed("verify"):
                 results = self._verify(in_flight, [proposal.tree for proposal in proposals], meter)
             for answer, proposal, result in zip(in_flight, proposals, results, strict=True):
                 token_ids, finish_reason = self._commit(proposal.tree, result, answer.request.stop)
+                answer.state = None if answer.state is None else answer.state.after_all(token_ids)
                 answer.draft.learn(result, ends=finish_reason is not None)
                 stats = answer.output.stats.after_pass(meter.stats(proposal, result, len(token_ids)))
                 answer.output = PassOutput(token_ids, finish_reason, stats)
@@ -111,7 +116,7 @@ class Engine:
         """Run one pass over the trees of all answers, and draft in its shadow."""
         (answer,), (tree,) = in_flight, trees  # the cache holds one sequence
         logits = self._target_pass(tree, answer.draft, meter)
-        return [verify(tree, logits, answer.request.sampler, self._kv.committed)]
+        return [verify(tree, logits, answer.request.sampler, self._kv.committed, answer.state)]
 
     def _target_pass(self, tree: TokenTree, draft: Draft, meter: RoundMeter) -> Tensor:
         """Return the target's logits `[N, V]` of a tree's `N` nodes."""
@@ -152,14 +157,17 @@ class Engine:
                 groups, meter.pass_of(first - reused, end - reused, len(prompt) - reused)
             )
             self._kv.commit(range(end - first), prompt[first:end])
-        token = sample_token(request.sampler, host_row(logits[0], len(prompt) - 1), len(prompt))
+        row = host_row(logits[0], len(prompt) - 1)
+        state = begin_path(request.penalties, prompt, len(row))
+        token = sample_token(request.sampler, row, len(prompt), state)
+        state = None if state is None else state.after(token)
         stats = GenerationStats().after_prefill(
             prompt_tokens=len(prompt),
             prefilled_tokens=len(prompt) - reused,
             prefill_passes=len(passes),
             ttft_s=meter.elapsed_s(),
         )
-        return _Answer(request, draft, PassOutput((token,), request.stop.feed(token), stats))
+        return _Answer(request, draft, PassOutput((token,), request.stop.feed(token), stats), state)
 
     def _prompt_pass(self, groups: Sequence[RowGroup], on_layers: Callable[[float], None]) -> Tensor:
         """Run chunks of a prompt through all layers; return the logits `[1, V]` of the last row.

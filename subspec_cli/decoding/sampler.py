@@ -17,6 +17,7 @@ from numpy.random import Generator, Philox
 from numpy.typing import NDArray
 
 from subspec_cli.config import SamplingConfig
+from subspec_cli.decoding.penalties import PathState
 from subspec_cli.limits import NOISE_ROWS
 
 Row = NDArray[np.float64]
@@ -26,10 +27,11 @@ _LEAST_TEMPERATURE: Final = 1e-200
 
 @dataclass(frozen=True, slots=True)
 class Filters:
-    """Top-k, then top-p over the tokens that are left. 0 and 1 switch them off."""
+    """Top-k, then top-p over the tokens that are left, then min-p. 0, 1 and 0 switch them off."""
 
     top_k: int
     top_p: float
+    min_p: float = 0.0
 
 
 class Sampler(Protocol):
@@ -54,9 +56,10 @@ class Sampler(Protocol):
         ...
 
 
-def sample_token(sampler: Sampler, logits: Row, position: int) -> int:
-    """Return the token for `position`: the first argmax of the scores."""
-    return int(np.argmax(sampler.scores(logits, position)))
+def sample_token(sampler: Sampler, logits: Row, position: int, state: PathState | None = None) -> int:
+    """Return the token for `position`: the first argmax of the scores, behind the path that `state` knows."""
+    row = logits if state is None else state.adjust(logits)
+    return int(np.argmax(sampler.scores(row, position)))
 
 
 class GreedySampler:
@@ -80,9 +83,8 @@ class GumbelSampler:
     def __init__(self, sampling: SamplingConfig, seed: int, noise_stream: int) -> None:
         assert sampling.temperature > 0
         self.temperature = max(sampling.temperature, _LEAST_TEMPERATURE)
-        self.filters = (
-            Filters(sampling.top_k, sampling.top_p) if sampling.top_k or sampling.top_p < 1.0 else None
-        )
+        filters = Filters(sampling.top_k, sampling.top_p, sampling.min_p)
+        self.filters = None if filters == Filters(0, 1.0) else filters
         self._seed = seed
         self._request = noise_stream
         self._noise: OrderedDict[int, Row] = OrderedDict()
@@ -93,7 +95,7 @@ class GumbelSampler:
         scores = scaled + self.noise(position, len(logits))
         if self.filters is None:
             return scores
-        keep = allowed_tokens(scaled, self.filters.top_k, self.filters.top_p)
+        keep = allowed_tokens(scaled, self.filters)
         return np.where(keep, scores, -np.inf)
 
     def noise(self, position: int, vocab: int) -> Row:
@@ -122,12 +124,14 @@ def gumbel_noise(seed: int, noise_stream: int, position: int, vocab: int) -> Row
     return -np.log(-np.log(np.maximum(uniform, np.finfo(np.float64).tiny)))
 
 
-def allowed_tokens(scaled: Row, top_k: int, top_p: float) -> NDArray[np.bool_]:
-    """Return a mask `[V]` of the tokens that top-k, then top-p keep; ties in the order (-logit, token id).
+def allowed_tokens(scaled: Row, filters: Filters) -> NDArray[np.bool_]:
+    """Return a mask `[V]` of the tokens that top-k, top-p and min-p keep; ties in the order (-logit, token id).
 
     Among the tokens that top-k leaves, top-p keeps the shortest prefix of that order whose probability reaches
-    `top_p`. The decision uses one float64 row, so it does not depend on the rows that were computed beside it.
+    `top_p`. Min-p keeps what is at least that share as likely as the best. The decision uses one float64 row, so it
+    does not depend on the rows that were computed beside it.
     """
+    top_k, top_p = filters.top_k, filters.top_p
     keep = np.ones(len(scaled), dtype=np.bool_)
     if 0 < top_k < len(scaled):
         keep = _most_likely(scaled, top_k)
@@ -141,6 +145,8 @@ def allowed_tokens(scaled: Row, top_k: int, top_p: float) -> NDArray[np.bool_]:
         reached = int(np.searchsorted(np.cumsum(probabilities[order]), top_p))
         keep = np.zeros(len(scaled), dtype=np.bool_)
         keep[order[: reached + 1]] = True
+    if filters.min_p > 0.0:
+        keep &= scaled >= scaled.max() + np.log(filters.min_p)
     return keep
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from subspec_cli.decoding.penalties import PathState
 from subspec_cli.decoding.sampler import Row, Sampler, sample_token
 from subspec_cli.decoding.tree import TokenTree
 from subspec_cli.errors import IntegrityError
@@ -27,18 +28,22 @@ class VerifyResult:
         return len(self.accepted_nodes) - 1
 
 
-def verify(tree: TokenTree, logits: Tensor, sampler: Sampler, root_position: int) -> VerifyResult:
+def verify(
+    tree: TokenTree, logits: Tensor, sampler: Sampler, root_position: int, state: PathState | None = None
+) -> VerifyResult:
     """Follow the tokens that the target picks from the root until one is not in the tree.
 
     `logits` is `[N, V]` for the tree's `N` nodes; only rows on the path are copied to the host. `root_position` is
-    the root's absolute position. Raises IntegrityError if a row on the path is not finite.
+    the root's absolute position, and `state` what penalties know behind the root. Raises IntegrityError if a row on
+    the path is not finite.
     """
     children = tree.children()
     node, nodes, token_ids = 0, [0], []
     while True:
         position = root_position + tree.depths[node]
-        token = sample_token(sampler, host_row(logits[node], position), position + 1)
+        token = sample_token(sampler, host_row(logits[node], position), position + 1, state)
         token_ids.append(token)
+        state = None if state is None else state.after(token)
         if token not in children[node]:
             return VerifyResult(tuple(nodes), tuple(token_ids))
         node = children[node][token]

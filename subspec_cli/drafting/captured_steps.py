@@ -17,6 +17,7 @@ from typing import Final, Literal
 import torch
 from torch import Tensor
 
+from subspec_cli.decoding.penalties import PathState
 from subspec_cli.decoding.sampler import GreedySampler, Sampler
 from subspec_cli.drafting.draft_steps import (
     RANKED,
@@ -94,6 +95,9 @@ class CapturedSteps:
         self._graphs = GraphCache(graphs, kv.capacity)
         self._unread: deque[tuple[int, int, Callable[[], None]]] = deque()
         """Turn, row count and wait function of each step in flight."""
+
+    def penalize(self, state: PathState | None) -> None:
+        """Guess without penalties: a captured step has no place for them. The target applies them in any case."""
 
     def begin(self, sampler: Sampler) -> None:
         """Wait for the steps in flight, drop them, and start over; an interrupt may have stopped one at its start."""

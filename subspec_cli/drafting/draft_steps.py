@@ -12,7 +12,7 @@ wait for nothing, so a GPU holds them in one graph with the forward.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal, NamedTuple, NewType, Protocol
 
 import numpy as np
@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from subspec_cli.decoding.penalties import PathState
 from subspec_cli.decoding.sampler import Filters, GreedySampler, Row, Sampler
 from subspec_cli.modeling.decoder import DraftLogits
 from subspec_cli.modeling.kv_cache import KVCache
@@ -85,6 +86,13 @@ class DraftSteps(Protocol):
         """Let the steps to come guess what `sampler` picks; steps that were not read are dropped."""
         ...
 
+    def penalize(self, state: PathState | None) -> None:
+        """Let the steps to come guess by what penalties know behind the root; None ends it.
+
+        Steps below the root guess by the root's state, which is near enough: the target decides by each node's own.
+        """
+        ...
+
     def start(self, batch: TokenBatch, feeds: Sequence[Feed | None]) -> None:
         """Start a step over a batch on the host; it writes draft-made keys and values to scratch rows.
 
@@ -106,16 +114,23 @@ class DirectSteps:
         self.draft = draft
         self._kv = kv
         self._sampler: Sampler = GreedySampler()
+        self._state: PathState | None = None
         self._found: Found | None = None
 
     def begin(self, sampler: Sampler) -> None:
         """Keep the sampler; no step is in flight."""
         self._sampler = sampler
 
+    def penalize(self, state: PathState | None) -> None:
+        """Keep the state."""
+        self._state = state
+
     def start(self, batch: TokenBatch, feeds: Sequence[Feed | None]) -> None:
         """Run the step now."""
         assert not any(feeds)
         found = self.draft.forward(batch, self._kv)
+        if self._state is not None:
+            found = replace(found, logits=penalized(found.logits, self._state))
         ids, scores = rank(found, sampling_of(self._sampler, batch, found.logits))
         self._found = Found(ids.cpu().numpy(), scores.double().cpu().numpy())
 
@@ -123,6 +138,21 @@ class DirectSteps:
         """Return what the last step found."""
         assert self._found is not None
         return self._found
+
+
+def penalized(logits: Tensor, state: PathState) -> Tensor:
+    """Return draft logits `[N, V]` in float32 with the biases and penalties of a state."""
+    rows, rule = logits.float(), state.penalties
+    for token_id, bias in rule.bias:
+        rows[:, token_id] += bias
+    if rule.repetition != 1.0:
+        ids = torch.from_numpy(np.flatnonzero(state.seen)).to(rows.device)
+        came = rows[:, ids]
+        rows[:, ids] = torch.where(came < 0, came * rule.repetition, came / rule.repetition)
+    if rule.presence or rule.frequency:
+        taken = state.counts * rule.frequency + (state.counts > 0) * rule.presence
+        rows -= torch.from_numpy(taken).float().to(rows.device)
+    return rows
 
 
 def sampling_of(sampler: Sampler, batch: TokenBatch, logits: Tensor) -> Sampling | None:
@@ -146,14 +176,14 @@ class Sampling:
     noise: Tensor
     """`[N, V]` float32."""
     rule: Tensor
-    """`[3]` float32: temperature, top-k (the vocabulary's size if it filters nothing), top-p."""
+    """`[4]` float32: temperature, top-k (the vocabulary's size if it filters nothing), top-p, min-p."""
     is_filtered: bool
 
 
 def sampling_rule(sampler: Sampler, vocab: int) -> Tensor:
-    """Return the numbers of a sampler's rule, `[3]` on the host."""
+    """Return the numbers of a sampler's rule, `[4]` on the host."""
     filters = sampler.filters or Filters(0, 1.0)
-    return torch.tensor([sampler.temperature, filters.top_k or vocab, filters.top_p])
+    return torch.tensor([sampler.temperature, filters.top_k or vocab, filters.top_p, filters.min_p])
 
 
 def rank(found: DraftLogits, sampling: Sampling | None) -> tuple[Tensor, Tensor]:
@@ -182,15 +212,17 @@ def _scaled(logits: Tensor, sampling: Sampling | None) -> Tensor:
 
 
 def _kept(scaled: Tensor, sampling: Sampling) -> Tensor:
-    """Return a mask `[N, V]` of about what top-k and top-p keep: logits that differ by less than 1/32 count as equal.
+    """Return a mask `[N, V]` of about what top-k, top-p and min-p keep.
 
-    Sorting whole rows would take longer than the step. Shares are summed as whole numbers by their distance from the
-    best, so the order of the sum does not matter. A top-k larger than `_TOP_K` is not applied.
+    For top-p, logits that differ by less than 1/32 count as equal. Sorting whole rows would take longer than the step.
+    Shares are summed as whole numbers by their distance from the best, so the order of the sum does not matter. A top-k
+    larger than `_TOP_K` is not applied.
     """
     top_k, top_p = sampling.rule[1], sampling.rule[2]
     best = scaled.topk(min(_TOP_K, scaled.shape[1]), dim=-1).values
     last = best.index_select(1, (top_k.long() - 1).clamp(0, best.shape[1] - 1).view(1))
     within = (scaled >= last) | (top_k > best.shape[1])
+    within &= scaled >= best[:, :1] + sampling.rule[3].log()
     below = (best[:, :1] - scaled).nan_to_num(nan=torch.inf).clamp(0, _FARTHEST)
     places = (below * (_PLACES / _FARTHEST)).long().clamp_max(_PLACES - 1)
     shares = (below.neg_().exp_().mul_(within) * _WHOLE).long()

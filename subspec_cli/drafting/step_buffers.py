@@ -41,7 +41,7 @@ class StepBuffers:
         self.allowed = MappedTensor((TURNS, most_rows, capacity), torch.uint8, device)
         """Which cache rows each row attends to."""
         self.key_positions = MappedTensor((TURNS, capacity), torch.int32, device)
-        self.rule = MappedTensor((TURNS, 3), torch.float32, device)
+        self.rule = MappedTensor((TURNS, 4), torch.float32, device)
         """Temperature, top-k and top-p."""
         self.ids = MappedTensor((TURNS, most_rows, ranked), torch.int32, device)
         self.scores = MappedTensor((TURNS, most_rows, ranked), torch.float32, device)
@@ -66,7 +66,7 @@ class StepBuffers:
         self.key_positions.host[turn, :end] = batch.key_positions
 
     def fill_sampling(self, noise_places: Sequence[int], rule: Tensor) -> None:
-        """Write the places of the step's noise, and the `[3]` numbers of the sampler's rule."""
+        """Write the places of the step's noise, and the `[4]` numbers of the sampler's rule."""
         self.numbers.host[self.host_turn, 4, : len(noise_places)] = torch.tensor(noise_places)
         self.rule.host[self.host_turn] = rule
 

@@ -12,6 +12,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from subspec_cli.decoding.drafter import Proposal
+from subspec_cli.decoding.penalties import PathState
 from subspec_cli.decoding.sampler import Sampler
 from subspec_cli.decoding.verification import VerifyResult
 from subspec_cli.drafting.draft_steps import SHARPENING, DraftSteps
@@ -70,9 +71,10 @@ class TreeDraft:
         """What the last shadow has found below the newest token."""
         self._pass: _Pass | None = None
 
-    def grow(self, root_token: int, tokens_wanted: int) -> Proposal:
+    def grow(self, root_token: int, tokens_wanted: int, state: PathState | None = None) -> Proposal:
         """Return a tree under the root; rows `[committed, committed + nodes)` of the cache are its scratch."""
         shared, policy = self._shared, self._shared.policy
+        shared.steps.penalize(state)
         limits = policy.limits(tokens_wanted)
         tree = self._ready or GrowingTree(root_token, limits.nodes + policy.shadow_rows)
         assert tree.nodes[ROOT].token_id == root_token

@@ -9,6 +9,7 @@ from types import TracebackType
 
 from subspec_cli.decoding.drafter import Drafter
 from subspec_cli.decoding.engine import Engine, PassOutput, Request
+from subspec_cli.decoding.penalties import penalties_of
 from subspec_cli.decoding.sampler import Sampler, make_sampler
 from subspec_cli.decoding.text import AnswerText
 from subspec_cli.errors import IntegrityError, UsageError
@@ -150,7 +151,8 @@ class Session:
             stop=run.stop if stop is None else stop,
             max_new_tokens=limit,
         )
-        request = Request(tuple(prompt), self._sampler(seed, noise_stream), limit, text)
+        penalties = penalties_of(self.description.config.sampling)
+        request = Request(tuple(prompt), self._sampler(seed, noise_stream), limit, text, penalties)
         engine = self._engines.plain if plain else self._engines.speculative
         with closing(self._checked(engine.generate(request, on_prefill))) as outputs:
             for output in outputs:

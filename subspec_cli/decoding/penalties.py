@@ -1,0 +1,104 @@
+"""Penalties and biases on the target's logits, which depend on the tokens before a position.
+
+A `PathState` knows them at one node of a tree: it is made from its parent's by the node's token. So verification
+adjusts each row by the tokens on its own path, and plain and speculative decoding pick the same tokens.
+
+Formulas: the repetition penalty of Keskar et al. (CTRL, arXiv 1909.05858) over prompt and answer, as the library's
+processor applies it; the presence and frequency penalties of the OpenAI API over the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from subspec_cli.config import SamplingConfig
+from subspec_cli.errors import UsageError
+
+Row = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Penalties:
+    """Numbers that change logits; the defaults change nothing."""
+
+    repetition: float = 1.0
+    """Divides a positive logit of a token that came before, multiplies a negative one."""
+    presence: float = 0.0
+    """Subtracted once from each token of the answer."""
+    frequency: float = 0.0
+    """Subtracted for each time that a token is in the answer."""
+    bias: tuple[tuple[int, float], ...] = ()
+    """Added to the logits of these tokens, before the penalties."""
+
+    @property
+    def do_nothing(self) -> bool:
+        """Whether no logit is changed."""
+        return self == NO_PENALTIES
+
+
+NO_PENALTIES: Final = Penalties()
+
+
+@dataclass(frozen=True, slots=True)
+class PathState:
+    """What the penalties know at a node: the tokens of prompt and answer up to it. Arrays are never written to."""
+
+    penalties: Penalties
+    seen: NDArray[np.bool_]
+    """`[V]`: tokens of prompt and answer."""
+    counts: NDArray[np.int32]
+    """`[V]`: how often each token is in the answer."""
+
+    def after(self, token_id: int) -> PathState:
+        """Return the state of a child with this token."""
+        seen, counts = self.seen.copy(), self.counts.copy()
+        seen[token_id] = True
+        counts[token_id] += 1
+        return replace(self, seen=seen, counts=counts)
+
+    def after_all(self, token_ids: Iterable[int]) -> PathState:
+        """Return the state behind a path of tokens."""
+        state = self
+        for token_id in token_ids:
+            state = state.after(token_id)
+        return state
+
+    def adjust(self, logits: Row) -> Row:
+        """Return the logits `[V]` of the next token with biases and penalties applied; the argument stays."""
+        row, rule = logits.copy(), self.penalties
+        for token_id, bias in rule.bias:
+            row[token_id] += bias
+        if rule.repetition != 1.0:
+            came = row[self.seen]
+            row[self.seen] = np.where(came < 0, came * rule.repetition, came / rule.repetition)
+        if rule.presence or rule.frequency:
+            row -= self.counts * rule.frequency + (self.counts > 0) * rule.presence
+        return row
+
+
+def penalties_of(sampling: SamplingConfig) -> Penalties:
+    """Return the penalties of the settings."""
+    return Penalties(
+        sampling.repetition_penalty,
+        sampling.presence_penalty,
+        sampling.frequency_penalty,
+        sampling.logit_bias,
+    )
+
+
+def begin_path(penalties: Penalties, prompt_ids: Iterable[int], vocab: int) -> PathState | None:
+    """Return the state behind a prompt; None if there is nothing to adjust."""
+    if penalties.do_nothing:
+        return None
+    if beyond := [token_id for token_id, _ in penalties.bias if token_id >= vocab]:
+        raise UsageError(
+            f"logit_bias names the token {beyond[0]}, the model has {vocab}", "correct [sampling.logit_bias]"
+        )
+    seen = np.zeros(vocab, dtype=np.bool_)
+    seen[list(prompt_ids)] = True
+    return PathState(penalties, seen, np.zeros(vocab, dtype=np.int32))
