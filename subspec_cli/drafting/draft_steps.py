@@ -214,9 +214,9 @@ def _scaled(logits: Tensor, sampling: Sampling | None) -> Tensor:
 def _kept(scaled: Tensor, sampling: Sampling) -> Tensor:
     """Return a mask `[N, V]` of about what top-k, top-p and min-p keep.
 
-    For top-p, logits that differ by less than 1/32 count as equal. Sorting whole rows would take longer than the step.
-    Shares are summed as whole numbers by their distance from the best, so the order of the sum does not matter. A top-k
-    larger than `_TOP_K` is not applied.
+    For top-p, logits that differ by less than 1/32 count as equal. Sorting whole rows would take longer than the
+    step. Shares are summed as whole numbers by their distance from the best, so the order of the sum does not matter.
+    A top-k larger than `_TOP_K` is not applied.
     """
     top_k, top_p = sampling.rule[1], sampling.rule[2]
     best = scaled.topk(min(_TOP_K, scaled.shape[1]), dim=-1).values
