@@ -8,8 +8,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, NamedTuple
+
+from subspec_cli.units import SIZE_WORDS, parse_size_gib
 
 BIT_WIDTHS: Final = (2, 4, 8)
 """Bits that a substitute's weights may have."""
@@ -61,6 +64,17 @@ def _number(expected: str, accepts: Callable[[float], bool]) -> Rule:
     return Rule(expected, is_accepted, float)
 
 
+def _size() -> Rule:
+    numbers = _number(SIZE_WORDS, lambda gib: 0 < gib <= 1e6)
+
+    def in_gib(value: Any) -> Any:  # noqa: ANN401 - of any type, from TOML
+        with suppress(ValueError):
+            return parse_size_gib(value) if isinstance(value, str) else value
+        return None
+
+    return Rule(SIZE_WORDS, lambda value: numbers.accepts(in_gib(value)), lambda value: float(in_gib(value)))
+
+
 def _choice(*choices: object) -> Rule:
     words = [str(choice) for choice in choices]
     expected = f"{', '.join(words[:-1])} or {words[-1]}"
@@ -68,7 +82,8 @@ def _choice(*choices: object) -> Rule:
 
 
 _BITS = _choice(*BIT_WIDTHS)
-_GIB = _number("a number of GiB above 0", lambda gib: 0 < gib <= 1e6)
+SIZE: Final = _size()
+"""The rule of every size of memory: GiB as a number, or a text with a unit."""
 _SWITCH = Rule("true or false", lambda value: isinstance(value, bool))
 _TEXT = Rule("a text", lambda value: isinstance(value, str))
 _NAME = Rule("a text that is not empty", lambda value: isinstance(value, str) and bool(value.strip()))
@@ -115,18 +130,18 @@ class MemoryConfig:
 
     memory_gib: float | None = _setting(
         None,
-        _GIB,
-        "Memory to use, in GiB: the device's on cuda, RAM on cpu.",
-        "GIB",
+        SIZE,
+        "Memory to use: the device's on cuda, RAM on cpu. 8 is 8 GiB; 500MB, 800MiB, 8GB and 1.5GiB say the unit.",
+        "SIZE",
         key="vram_gb",
         alias="memory_gb",
     )
     """Budget of the device. None takes a share of the free memory."""
     ram_gb: float | None = _setting(
         None,
-        _GIB,
-        "Host memory to use, in GiB; what does not fit is read from disk.",
-        "GIB",
+        SIZE,
+        "Host memory to use, as a number of GiB or with a unit; what does not fit is read from disk.",
+        "SIZE",
         "what is free",
     )
     """On a GPU the host memory beside it, on cpu all of the process."""

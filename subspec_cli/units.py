@@ -4,12 +4,31 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Final
 
 from subspec_cli.errors import UsageError
 
 GIB = 1 << 30
 MIB = 1 << 20
+SIZE_WORDS: Final = (
+    "a size above 0: GiB as a number, such as 8, or with MB, MiB, GB or GiB, such as 500MB or 1.5GiB"
+)
+"""What `parse_size_gib` takes, for messages."""
+_UNIT_BYTES: Final = {"": GIB, "mb": 10**6, "mib": MIB, "gb": 10**9, "gib": GIB}
+_SIZE = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?) ?(|[mg]i?b)", re.IGNORECASE | re.ASCII)
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def parse_size_gib(text: str) -> float:
+    """Parse a size such as `500MB`, `1.5GiB` or `8`, a bare number of GiB, and return GiB.
+
+    Raises ValueError for anything else; the caller knows which option to name.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(text)
+    number, unit = match.groups()
+    return float(number) * _UNIT_BYTES[unit.lower()] / GIB
 
 
 def gib_to_bytes(gib: float, option: str) -> int:

@@ -111,7 +111,11 @@ def test_every_flag_of_the_issue_is_in_the_help(capsys, monkeypatch):
     ("argv", "message", "hint"),
     [
         (["run", "--vram-gbb", "1", "x"], "No such option: --vram-gbb", "subspec run --help"),
-        (["run", "--vram-gb", "8GBB", "x"], "'8GBB' is not a number", "subspec run --help"),
+        (
+            ["run", "--vram-gb", "8GBB", "x"],
+            "'8GBB' is not a size above 0: GiB as a number, such as 8, or with MB, MiB, GB or GiB",
+            "subspec run --help",
+        ),
         (["run", "a", "b"], "unexpected extra argument", "subspec run --help"),
         (["run", "--depth", "1.5", "x"], "'1.5' is not a whole number", "subspec run --help"),
         (["rnu"], "No such command 'rnu'", "subspec --help"),

@@ -60,7 +60,7 @@ def test_a_command_gets_what_flag_and_file_say(tmp_path):
 
     file = tmp_path / "settings.toml"
     file.write_text("[memory]\nvram_gb = 3\ncontext = 99\nreprobe = true\n[draft]\ndepth = 7\n")
-    invoke(measure, "m/x", "--memory-gb", 2, "--limit", 5, "--quick", "--config", file)
+    invoke(measure, "m/x", "--memory-gb", "2048MiB", "--limit", 5, "--quick", "--config", file)
     ((settings, model, out, quick),) = seen
     assert (model, out, quick, settings.file) == ("m/x", "-", True, file)
     assert settings.config.memory == MemoryConfig(memory_gib=2.0, context=99, reprobe=True)

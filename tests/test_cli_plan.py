@@ -111,10 +111,10 @@ def test_a_budget_that_is_too_small_exits_with_what_works(capsys, model):
     ("argv", "told"),
     [
         (["--vram-gb", "1"], "no model is named"),
-        (["demo", "--compare", "1,two"], "is no list of numbers"),
+        (["demo", "--compare", "1,two"], "is no list of sizes"),
         (["demo", "--link-gb-per-s", "0"], "is no rate"),
         (["demo", "--compare", "-1"], "is no budget"),
-        (["demo", "--ram-gb", "0"], "--ram-gb must be a number of GiB above 0"),
+        (["demo", "--ram-gb", "0"], "--ram-gb must be a size above 0"),
         (["demo", "--revision", "main"], "has no revisions"),
     ],
 )

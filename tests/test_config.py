@@ -8,6 +8,7 @@ import pytest
 from subspec_cli.config import Config
 from subspec_cli.config_file import find_config_file, read_config_file, resolve_config, user_config_file
 from subspec_cli.errors import ExitCode, UsageError
+from subspec_cli.units import GIB, SIZE_WORDS
 
 PRESETS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
 
@@ -63,13 +64,29 @@ def test_flag_wins_over_file_and_file_over_default(toml):
     assert resolve_config({"run": {"raw": False}}, toml("[run]\nraw = true\n")).run.raw is False
 
 
+@pytest.mark.parametrize(
+    ("written", "size_bytes"),
+    [
+        ("'500MB'", 500 * 10**6),
+        ("'800 MiB'", 800 << 20),
+        ("'1.5gib'", 3 << 29),
+        ("'8GB'", 8 * 10**9),
+        ("'8'", 8 * GIB),
+        ("8", 8 * GIB),
+    ],
+)
+def test_a_size_is_a_number_of_gib_or_has_a_unit(toml, written, size_bytes):
+    config = resolve_config({}, toml(f"[memory]\nvram_gb = {written}\nram_gb = {written}\n"))
+    assert round(config.memory.memory_gib * GIB) == round(config.memory.ram_gb * GIB) == size_bytes
+
+
 BAD_FLAGS = [
-    ("memory", "vram_gb", 0.0, "--vram-gb must be a number of GiB above 0, not 0.0"),
-    ("memory", "vram_gb", -1.0, "--vram-gb must be a number of GiB above 0, not -1.0"),
-    ("memory", "vram_gb", float("nan"), "--vram-gb must be a number of GiB above 0, not NaN"),
-    ("memory", "memory_gb", float("inf"), "--memory-gb must be a number of GiB above 0, not Infinity"),
-    ("memory", "vram_gb", 1e99, "--vram-gb must be a number of GiB above 0, not 1e+99"),
-    ("memory", "vram_gb", 10**400, "--vram-gb must be a number of GiB above 0"),
+    ("memory", "vram_gb", 0.0, f"--vram-gb must be {SIZE_WORDS}, not 0.0"),
+    ("memory", "vram_gb", -1.0, f"--vram-gb must be {SIZE_WORDS}, not -1.0"),
+    ("memory", "vram_gb", float("nan"), f"--vram-gb must be {SIZE_WORDS}, not NaN"),
+    ("memory", "memory_gb", float("inf"), f"--memory-gb must be {SIZE_WORDS}, not Infinity"),
+    ("memory", "vram_gb", 1e99, f"--vram-gb must be {SIZE_WORDS}, not 1e+99"),
+    ("memory", "vram_gb", 10**400, f"--vram-gb must be {SIZE_WORDS}"),
     ("memory", "device", "tpu", '--device must be auto, cuda or cpu, not "tpu"'),
     ("memory", "context", 15, "--context must be a whole number of at least 16, not 15"),
     ("memory", "resident_layers", -1, "--resident-layers must be a whole number of at least 0, not -1"),
@@ -122,13 +139,13 @@ BAD_FILES = [
     ("vram = 8", "vram = 8 stands outside any section", "did you mean vram_gb? keys:"),
     ("memory = 8", "memory = 8 must be a section", "write [memory] on a line of its own"),
     ("[[memory]]\nvram_gb = 8", 'memory = [{"vram_gb": 8}] must be a section', "write [memory]"),
-    ("[memory]\nvram_gb = '8'", 'memory.vram_gb = "8" must be a number of GiB above 0', "the flag --vram-gb"),
+    ("[memory]\nvram_gb = '8 apples'", 'memory.vram_gb = "8 apples" must be a size', "the flag --vram-gb"),
     (
         "[memory]\nvram_gb = true",
-        "memory.vram_gb = true must be a number of GiB above 0",
+        f"memory.vram_gb = true must be {SIZE_WORDS}",
         "the flag --vram-gb",
     ),
-    ("[memory]\nvram_gb = nan", "memory.vram_gb = NaN must be a number of GiB above 0", "the flag --vram-gb"),
+    ("[memory]\nvram_gb = nan", f"memory.vram_gb = NaN must be {SIZE_WORDS}", "the flag --vram-gb"),
     ("[memory]\nvram_gb=1\nmemory_gb=2", "memory.memory_gb = 2: given twice", "say the same thing"),
     ("[run]\ntop_k = 1", "run.top_k = 1: unknown key", "top_k belongs in [sampling]"),
     ("[run]\nraw = 1", "run.raw = 1 must be true or false", "the flag --raw"),

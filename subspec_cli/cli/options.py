@@ -17,8 +17,9 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from subspec_cli.config import Config, ModelConfig, Setting, flag_of, settings_of
+from subspec_cli.config import SIZE, Config, ModelConfig, Setting, flag_of, settings_of
 from subspec_cli.config_file import find_config_file, resolve_config
+from subspec_cli.units import SIZE_WORDS, parse_size_gib
 
 DebugOpt = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")]
@@ -97,6 +98,14 @@ def number(text: str) -> float:
         raise typer.BadParameter(f"{text!r} is not a number") from error
 
 
+def size(text: str) -> float:
+    """GiB of a size, or an error that shows what was written."""
+    try:
+        return parse_size_gib(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is not {SIZE_WORDS}") from error
+
+
 def whole(text: str) -> int:
     """A whole number, or an error that shows what was written."""
     try:
@@ -125,6 +134,8 @@ def _option(key: str, kind: Any, setting: Setting, **shown: Any) -> Parameter:  
     if typing.get_origin(kind) is tuple:
         kind = list[str]
     parser: Callable[[str], float] | None = {float: number, int: whole}.get(kind)
+    if setting.rule is SIZE:
+        parser = size
     names = f"{flag_of(key)}/{flag_of(_inverse(key))}" if kind is bool else flag_of(key)
     metavar = setting.metavar or None
     option = typer.Option(None, names, help=setting.help, metavar=metavar, parser=parser, **shown)

@@ -9,7 +9,7 @@ import typer
 from subspec_cli.cli.options import JsonOpt, Settings, number, with_settings
 from subspec_cli.config import DraftConfig, MemoryConfig, ModelConfig
 from subspec_cli.errors import UsageError
-from subspec_cli.units import GIB
+from subspec_cli.units import GIB, parse_size_gib
 
 if TYPE_CHECKING:
     from subspec_cli.cli.output import Output
@@ -38,7 +38,9 @@ LinkOpt = Annotated[
 CompareOpt = Annotated[
     str | None,
     typer.Option(
-        "--compare", metavar="GIB,GIB,…", help="Plan these budgets side by side, such as 6,8,12,24."
+        "--compare",
+        metavar="SIZE,SIZE,…",
+        help="Plan these budgets side by side, such as 6,8,12 or 500MB,1GiB.",
     ),
 ]
 
@@ -79,13 +81,13 @@ def plan(
 
 
 def budgets(text: str | None) -> list[float]:
-    """Parse the budgets of `--compare` in GiB, smallest first; raises UsageError if one is not a number."""
+    """Parse the budgets of `--compare` in GiB, smallest first; raises UsageError if one is not a size."""
     if text is None:
         return []
     try:
-        return sorted({float(part) for part in text.split(",") if part.strip()})
+        return sorted({parse_size_gib(part) for part in text.split(",") if part.strip()})
     except ValueError as error:
-        raise UsageError(f"--compare {text[:80]!r} is no list of numbers", "--compare 6,8,12,24") from error
+        raise UsageError(f"--compare {text[:80]!r} is no list of sizes", "--compare 6,8,12,24") from error
 
 
 def _show(found: Forecast, output: Output) -> None:
