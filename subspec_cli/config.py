@@ -116,7 +116,11 @@ class ModelConfig:
     """Which model, and which of its prepared substitutes."""
 
     model: str | None = _setting(
-        None, _NAME, "Hub id, local directory or [bold]demo[/bold].", "MODEL", "the model prepared last"
+        None,
+        _NAME,
+        "Hub id, local directory, [bold]demo[/bold], or the last name of a prepared model.",
+        "MODEL",
+        "the model used last",
     )
     revision: str | None = _setting(None, _NAME, "Branch, tag or commit on the hub.", "REV")
     """None takes the prepared one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from subspec_cli.hub.weight_downloads import WeightDownloads
 from subspec_cli.hub.workers import WorkerChannel
 from subspec_cli.reporter import Reporter
 from subspec_cli.substitutes import preparation
-from subspec_cli.substitutes.manifest import Manifest
+from subspec_cli.substitutes.manifest import Manifest, write_manifest
 from subspec_cli.substitutes.prepared_model import PreparedModel, prepared_directory
 from subspec_cli.substitutes.quality import MatrixQuality
 from subspec_cli.substitutes.settings import SubstituteSettings
@@ -116,3 +117,12 @@ def manifest_of(model_id="org/tiny", *, layers=(), settings=SETTINGS, **more) ->
         "library_versions": VERSIONS,
     }
     return Manifest(model_id=model_id, settings=settings, layers=tuple(layers), **(fields | more))
+
+
+def write_prepared(manifest: Manifest, age_s: int = 0) -> PreparedModel:
+    """Write a manifest where its set of substitutes lies, as if prepared `age_s` before the newest."""
+    directory = prepared_directory(manifest.model_id, manifest.commit, manifest.settings)
+    directory.mkdir(parents=True)
+    write_manifest(directory / "manifest.json", manifest)
+    os.utime(directory / "manifest.json", (2_000_000_000 - age_s,) * 2)
+    return PreparedModel(directory, manifest)

@@ -8,10 +8,12 @@ import time
 
 import pytest
 from fakes_cli import FakeDescription, FakeSession, on_terminal, opened_in, pipe_in, use_session
+from fakes_store import manifest_of, write_prepared
 
 from subspec_cli.__main__ import main
 from subspec_cli.cli import prompts
 from subspec_cli.planning.request import WantedTokens
+from subspec_cli.substitutes.last_use import mark_used
 from subspec_cli.units import counted
 
 
@@ -36,10 +38,7 @@ def test_plain_text_on_stdout_and_figures_on_stderr(capsys, session, monkeypatch
     assert "\x1b" not in captured.out + captured.err
     banner, model, plan, beside, summary = captured.err.splitlines()
     assert banner == "subspec 0.1.0 · loading the model prepared last …"
-    assert model == (
-        "model demo (most recently prepared) · cpu bfloat16 · context 256 tokens"
-        " · exact (rows checked in blocks of 2)"
-    )
+    assert model == ("model demo · cpu bfloat16 · context 256 tokens · exact (rows checked in blocks of 2)")
     assert plan == (
         "plan: 1 resident + 3 streamed layers · speculation on · 3.00 MiB of 1.00 GiB planned"
         " · as many resident layers as pay: 5.00 MiB to spare, a layer takes 9.00 MiB"
@@ -54,6 +53,23 @@ def test_plain_text_on_stdout_and_figures_on_stderr(capsys, session, monkeypatch
     assert session.calls == [("encode", "What is it?", None, False), ("generate", 5, 512, ())]
     assert session.closed
     assert session.stopped
+
+
+def test_a_prompt_that_is_a_models_name_is_remarked_on(capsys, session):
+    write_prepared(manifest_of("org/tiny"))
+    for prompt, model in (("tiny", []), ("org/tiny", []), ("tiny", ["--model", "demo"]), ("tin", [])):
+        assert main(["run", prompt, *model]) == 0
+        said = f"{prompt} is taken as the prompt; subspec run --model {prompt} talks to that model"
+        assert (said in capsys.readouterr().err) == (prompt != "tin" and not model)
+    assert main(["run", "tiny", "hi there"]) == 2
+    assert 'subspec run --model MODEL "…"' in capsys.readouterr().err
+
+
+def test_the_first_line_names_the_model_used_last(capsys, session):
+    mark_used(write_prepared(manifest_of("org/tiny")).directory)
+    write_prepared(manifest_of("demo"))
+    assert main(["run", "What is it?"]) == 0
+    assert "loading org/tiny, the model used last …" in capsys.readouterr().err.splitlines()[0]
 
 
 def test_an_answer_of_one_token_has_no_rate(capsys, monkeypatch):

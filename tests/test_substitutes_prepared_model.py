@@ -8,12 +8,13 @@ from dataclasses import replace
 
 import pytest
 from checkpoints import safetensors_bytes, write_checkpoint
-from fakes_store import SETTINGS, SHA256, manifest_of
+from fakes_store import SETTINGS, SHA256, manifest_of, write_prepared
 
 from subspec_cli.checkpoint.checkpoint import open_checkpoint
 from subspec_cli.errors import ExitCode, IntegrityError, UnsupportedModelError, UsageError
 from subspec_cli.files.home import prepared_root
-from subspec_cli.substitutes.manifest import LayerFile, Manifest, layer_file_name, write_manifest
+from subspec_cli.substitutes.last_use import mark_used
+from subspec_cli.substitutes.manifest import LayerFile, layer_file_name
 from subspec_cli.substitutes.prepared_model import (
     PreparedModel,
     check_pairing,
@@ -29,18 +30,10 @@ def subspec_home(tmp_path, monkeypatch):
     monkeypatch.setenv("SUBSPEC_HOME", str(tmp_path / "home"))
 
 
-def prepare(manifest: Manifest, age_s: int = 0) -> PreparedModel:
-    directory = prepared_directory(manifest.model_id, manifest.commit, manifest.settings)
-    directory.mkdir(parents=True)
-    write_manifest(directory / "manifest.json", manifest)
-    os.utime(directory / "manifest.json", (2_000_000_000 - age_s,) * 2)
-    return PreparedModel(directory, manifest)
-
-
 def with_layer(tensors) -> PreparedModel:
     data = safetensors_bytes(tensors)
     file = LayerFile(layer_file_name(0), 0, len(data), hashlib.sha256(data).hexdigest(), SHA256)
-    prepared = prepare(manifest_of(layers=[file]))
+    prepared = write_prepared(manifest_of(layers=[file]))
     (prepared.directory / file.name).write_bytes(data)
     return prepared
 
@@ -63,11 +56,11 @@ def test_directory_is_safe_short_and_distinct():
 
 def test_most_recent_of_all_or_of_a_model(tmp_path):
     directory = write_checkpoint(tmp_path / "local")
-    demo = prepare(manifest_of("demo"), age_s=5)
-    local = prepare(manifest_of(str(directory)), age_s=4)
-    older = prepare(manifest_of("org/tiny", commit="d" * 40), age_s=3)
-    eight = prepare(manifest_of("org/tiny", settings=SubstituteSettings(8, "minmax")), age_s=1)
-    newer = prepare(manifest_of("org/tiny"), age_s=2)
+    demo = write_prepared(manifest_of("demo"), age_s=5)
+    local = write_prepared(manifest_of(str(directory)), age_s=4)
+    older = write_prepared(manifest_of("org/tiny", commit="d" * 40), age_s=3)
+    eight = write_prepared(manifest_of("org/tiny", settings=SubstituteSettings(8, "minmax")), age_s=1)
+    newer = write_prepared(manifest_of("org/tiny"), age_s=2)
     (prepared_root() / "unfinished").mkdir()
     assert find_prepared(None) == find_prepared("org/tiny") == find_prepared(None, 8) == eight
     assert find_prepared("org/tiny", 4) == newer
@@ -86,7 +79,7 @@ def test_nothing_prepared_names_the_command(tmp_path):
         with pytest.raises(UsageError, match=message) as caught:
             find_prepared(model, bits)
         assert (caught.value.hint, caught.value.exit_code) == (hint, ExitCode.USAGE)
-    prepare(manifest_of())
+    write_prepared(manifest_of())
     with pytest.raises(UsageError, match="org/tiny is prepared with qint4-minmax, not with 8 bits"):
         find_prepared("org/tiny", 8)
     with pytest.raises(UsageError, match="no model is prepared with 8-bit substitutes yet"):
@@ -95,9 +88,41 @@ def test_nothing_prepared_names_the_command(tmp_path):
         find_prepared("./nowhere")
 
 
+def test_the_model_used_last_is_the_default():
+    used = write_prepared(manifest_of("org/tiny"), age_s=9)
+    demo = write_prepared(manifest_of("demo"))
+    assert find_prepared(None) == demo
+    mark_used(used.directory)
+    assert find_prepared(None) == used
+    newer = write_prepared(manifest_of("org/tiny", commit="d" * 40), age_s=8)
+    assert find_prepared(None) == newer  # of the model used last, what was prepared last
+    eight = write_prepared(manifest_of("demo", settings=SubstituteSettings(8, "minmax")), age_s=2)
+    assert find_prepared(None, 8) == eight
+
+
+def test_the_last_name_of_a_prepared_model_is_enough(tmp_path, monkeypatch):
+    directory = write_checkpoint(tmp_path / "far" / "smol-135m")
+    local = write_prepared(manifest_of(str(directory)))
+    tiny = write_prepared(manifest_of("org/tiny"))
+    assert (find_prepared("smol-135m"), find_prepared("tiny")) == (local, tiny)
+    write_prepared(manifest_of("other/tiny"))
+    with pytest.raises(UsageError, match="tiny may be org/tiny or other/tiny") as caught:
+        find_prepared("tiny")
+    assert caught.value.hint == "give the whole name, such as org/tiny"
+    for typed, meant in (("smol-135", "smol-135m"), ("Smol-135M", "smol-135m"), ("org/tiyn", "org/tiny")):
+        with pytest.raises(UsageError, match="is not prepared") as caught:
+            find_prepared(typed)
+        assert caught.value.hint == f"did you mean --model {meant}? if not: subspec prepare {typed}"
+    # A directory of this name, here, is what the user sees and means.
+    write_checkpoint(tmp_path / "tiny")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=f"{tmp_path}/tiny is not prepared"):
+        find_prepared("tiny")
+
+
 def test_damaged_manifest_of_another_model_is_no_obstacle():
-    wanted = prepare(manifest_of("demo"), age_s=9)
-    broken = prepare(manifest_of("org/tiny"))
+    wanted = write_prepared(manifest_of("demo"), age_s=9)
+    broken = write_prepared(manifest_of("org/tiny"))
     (broken.directory / "manifest.json").write_text("{")
     os.utime(broken.directory / "manifest.json", (2_000_000_000,) * 2)
     assert find_prepared("demo") == wanted
@@ -166,7 +191,7 @@ def test_layer_that_is_a_link_out_of_its_directory_is_not_opened(tmp_path):
 def test_hashed_file_is_still_parsed_with_suspicion():
     data = b"not a safetensors file at all"
     file = LayerFile(layer_file_name(0), 0, len(data), hashlib.sha256(data).hexdigest(), SHA256)
-    prepared = prepare(manifest_of(layers=[file]))
+    prepared = write_prepared(manifest_of(layers=[file]))
     (prepared.directory / file.name).write_bytes(data)
     with pytest.raises(IntegrityError, match="claims a header"):
         load_layer(prepared, 0)

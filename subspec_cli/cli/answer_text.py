@@ -10,7 +10,7 @@ from subspec_cli.cli.live import Answer
 from subspec_cli.cli.plan_text import reason_text
 from subspec_cli.config import Config
 from subspec_cli.planning.comparison import Comparison, compare
-from subspec_cli.units import counted, format_bytes, format_seconds
+from subspec_cli.units import counted, format_bytes, format_seconds, printable
 from subspec_cli.versions import __version__
 
 if TYPE_CHECKING:
@@ -22,7 +22,12 @@ _FREE_SHARE: Final = 0.25
 
 def loading_line(config: Config, file: Path | None, command: str = "") -> str:
     """The line printed before anything heavy is imported, so that the program never looks hung."""
-    model = config.model.model or "the model prepared last"
+    model = config.model.model
+    if model is None:
+        from subspec_cli.substitutes.prepared_names import last_used_id
+
+        used = last_used_id(config.model.bits)
+        model = "the model prepared last" if used is None else f"{printable(used)}, the model used last"
     source = f" (settings from {file})" if file is not None else ""
     return " · ".join(
         part for part in (f"subspec {__version__}", command, f"loading {model} …{source}") if part
@@ -32,9 +37,8 @@ def loading_line(config: Config, file: Path | None, command: str = "") -> str:
 def session_lines(session: Session, config: Config) -> list[str]:
     """The banner: model, device and exactness; the plan and its reason; notes on what differs from the plan."""
     about, plan = session.description, session.description.plan
-    how = "" if config.model.model else " (most recently prepared)"
     first = [
-        f"model {about.model_id}{how}",
+        f"model {about.model_id}",
         f"{about.device} {about.dtype}",
         f"context {about.context_tokens:,} tokens",
     ]

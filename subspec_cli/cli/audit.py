@@ -19,7 +19,7 @@ ModelArg = Annotated[
     typer.Argument(
         metavar="[MODEL]",
         help="Hub id, local directory or [bold]demo[/bold]; it must be prepared.",
-        show_default="the model prepared last",
+        show_default="the model used last",
     ),
 ]
 

@@ -83,7 +83,11 @@ def _invoke(argv: Sequence[str]) -> int:
         if not hasattr(error, "format_message"):
             raise
         used = getattr(getattr(error, "ctx", None), "command_path", "subspec")
-        raise UsageError(error.format_message().rstrip("."), f"{used} --help lists what it takes") from error
+        message = error.format_message().rstrip(".")
+        hint = f"{used} --help lists what it takes"
+        if used == "subspec run" and "unexpected extra argument" in message:
+            hint = f'quote the prompt, and name the model by --model: {used} --model MODEL "…"; {hint}'
+        raise UsageError(message, hint) from error
     return ExitCode.OK
 
 

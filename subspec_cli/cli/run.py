@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -47,6 +48,8 @@ def _start(config: Config, file: Path | None, argument: str | None, *, as_json: 
     prompt = read_prompt(argument, output.note)
     if prompt is None and (as_json or config.run.raw):
         raise UsageError(f"{'--json' if as_json else '--raw'} needs a prompt; a chat has neither")
+    if argument is not None and config.model.model is None:
+        _note_model_name(argument, output)
     output.note(loading_line(config, file))
     with _load(config, output, prompt) as session:
         if prompt is not None:
@@ -55,6 +58,16 @@ def _start(config: Config, file: Path | None, argument: str | None, *, as_json: 
         from subspec_cli.cli.chat import chat
 
         chat(session, config, output)
+
+
+def _note_model_name(argument: str, output: Output) -> None:
+    """Say so if the prompt is the name of a prepared model, as other programs take it there."""
+    from subspec_cli.substitutes.prepared_names import last_name, prepared_ids
+
+    if any(argument in (model_id, last_name(model_id)) for model_id in prepared_ids()):
+        output.note(
+            f"{argument} is taken as the prompt; subspec run --model {shlex.quote(argument)} talks to that model"
+        )
 
 
 def _load(config: Config, output: Output, prompt: str | None) -> Session:

@@ -22,6 +22,7 @@ from subspec_cli.session.openmp import set_openmp_defaults
 from subspec_cli.streaming.host_memory import has_gpu, host_memory
 from subspec_cli.streaming.process_limits import check_libraries_fit
 from subspec_cli.substitutes.prepared_model import PreparedModel, find_prepared_sets
+from subspec_cli.substitutes.prepared_names import full_name
 from subspec_cli.substitutes.settings import SubstituteSettings, substitute_layer_bytes
 from subspec_cli.units import gib_to_bytes
 
@@ -79,6 +80,7 @@ def forecast(
     """
     set_openmp_defaults()  # so that the costs of a run are found, which depend on its threads
     device, device_reason = _device(config.memory.device)
+    model = _whole_name(model)
     outline = outline_model(model, config.model.revision, reporter=reporter)
     for note in outline.repository.notes:
         reporter.note(note)
@@ -152,6 +154,14 @@ def _device(name: str) -> tuple[str, str]:
 
 def _free_bytes(device: str) -> int | None:
     return host_memory().free_bytes if device == "cpu" else None
+
+
+def _whole_name(model: str) -> str:
+    """Return the id that a prepared model's last name means; any other name as it is."""
+    try:
+        return full_name(model)
+    except ResourceError:  # `_prepared` says that the place of prepared models cannot be read
+        return model
 
 
 def _prepared(model: str, config: Config, reporter: Reporter) -> tuple[PreparedModel, ...]:

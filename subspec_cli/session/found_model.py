@@ -35,7 +35,7 @@ class FoundModel:
 
 
 def find_model(config: Config) -> FoundModel:
-    """Return the prepared model of the settings, or the latest one.
+    """Return the prepared model of the settings, or the one used last.
 
     Raises UsageError if it is not prepared, UnsupportedModelError or IntegrityError if files do not match.
     """

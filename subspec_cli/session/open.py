@@ -31,7 +31,7 @@ def load(
     No settings file is read. The first load on a machine probes it, which takes some seconds.
 
     Args:
-        model: hub id, local directory or `demo`; None takes the model prepared most recently.
+        model: hub id, local directory or `demo`; None takes the model used last.
         memory_gib: budget in GiB, of device memory on a GPU and of RAM on a CPU; None takes 3/4 of what is free.
         reporter: receives progress and notes; silent by default.
         settings: keys of the settings file's sections [model], [memory], [draft], [sampling] and [run], such as

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -20,6 +21,7 @@ from subspec_cli.hub.source_model import find_source_directory
 from subspec_cli.substitutes.last_use import LAST_USED_NAME, last_used_s
 from subspec_cli.substitutes.manifest import JOURNAL_NAME, MANIFEST_NAME, Manifest, read_manifest
 from subspec_cli.substitutes.prepared_model import directory_slug
+from subspec_cli.substitutes.prepared_names import full_name, near_name
 from subspec_cli.units import printable
 
 StoredState = Literal["complete", "partial", "unreadable"]
@@ -88,20 +90,24 @@ def find_stored(model: str) -> list[StoredModel]:
     """The sets of one model, the most recent first. The model itself may be gone from this machine.
 
     Raises:
-        UsageError: there is no such set.
+        UsageError: there is no such set, or several models have this last name.
         ResourceError: the directory of prepared models cannot be read.
     """
+    stored = list_stored()
+    model = full_name(model, [item.model_id for item in stored])
     names = {model, str(Path(model).expanduser().absolute())}
     with contextlib.suppress(UsageError):  # a directory that is gone may still have substitutes
         names.add(parse_model_name(model).model_id)
     slugs = tuple(f"{directory_slug(name)}--" for name in names)
     found = [
-        stored
-        for stored in list_stored()
-        if stored.model_id in names or (stored.manifest is None and stored.directory.name.startswith(slugs))
+        item
+        for item in stored
+        if item.model_id in names or (item.manifest is None and item.directory.name.startswith(slugs))
     ]
     if not found:
-        raise UsageError(f"{printable(model)} is not prepared", "subspec models list shows what is")
+        near = near_name(model)
+        meant = f"did you mean {shlex.quote(printable(near))}? " if near else ""
+        raise UsageError(f"{printable(model)} is not prepared", f"{meant}subspec models list shows what is")
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,10 +15,10 @@ from subspec_cli.checkpoint.safetensors_header import TensorEntry, header_length
 from subspec_cli.checkpoint.tensor_reader import read_hashed_file, view_tensor
 from subspec_cli.errors import IntegrityError, SubspecError, UnsupportedModelError, UsageError
 from subspec_cli.files.home import prepared_root
-from subspec_cli.files.io_errors import read_error
 from subspec_cli.hub.command_hints import prepare_command, repair_command
 from subspec_cli.hub.model_name import parse_model_name
 from subspec_cli.substitutes.manifest import MANIFEST_NAME, LayerFile, Manifest, layer_path, read_manifest
+from subspec_cli.substitutes.prepared_names import full_name, last_used_id, manifests_by_recency, near_name
 from subspec_cli.substitutes.settings import SubstituteSettings
 from subspec_cli.substitutes.source_stamp import has_same_times, is_of_source, is_same_content
 from subspec_cli.units import counted, printable
@@ -46,19 +47,20 @@ def prepared_directory(model_id: str, commit: str, settings: SubstituteSettings)
 
 
 def find_prepared(model: str | None, bits: int | None = None) -> PreparedModel:
-    """The most recently prepared set of substitutes, of one model or of any, with one width or any.
+    """The most recently prepared set of substitutes of a model, with one width or any.
 
     Args:
-        model: as the user names it: `demo`, a directory or a hub id; None takes any model.
+        model: as the user names it: `demo`, a directory, a hub id, or the last name of a prepared model; None takes
+            the model used last, or if none was ever used any.
         bits: width of the substitutes; None takes any width.
 
     Raises:
         UsageError: there is no such set; the hint is the command that prepares it.
         IntegrityError, UnsupportedModelError: the set that is meant has a damaged or newer manifest.
     """
-    model_id = None if model is None else parse_model_name(model).model_id
+    model_id = last_used_id(bits) if model is None else parse_model_name(full_name(model)).model_id
     other_labels = set()
-    for path in _manifests_by_recency():
+    for path in manifests_by_recency():
         try:
             manifest = read_manifest(path)
         except SubspecError:
@@ -83,7 +85,7 @@ def find_prepared_sets(model: str | None, bits: int | None = None) -> tuple[Prep
     if bits is not None:
         return (latest,)
     sets = {latest.manifest.settings.bits: latest}
-    for path in _manifests_by_recency():
+    for path in manifests_by_recency():
         with contextlib.suppress(SubspecError):
             manifest = read_manifest(path)
             if _is_same_source(manifest, latest.manifest):
@@ -176,14 +178,6 @@ def _layer_file(prepared: PreparedModel, layer: int) -> LayerFile:
     )
 
 
-def _manifests_by_recency() -> list[Path]:
-    try:
-        found = [(path.stat().st_mtime_ns, path) for path in prepared_root().glob(f"*/{MANIFEST_NAME}")]
-    except OSError as error:
-        raise read_error(error, prepared_root()) from error
-    return [path for _, path in sorted(found, reverse=True)]
-
-
 def _not_prepared(model_id: str | None, bits: int | None, other_labels: list[str]) -> UsageError:
     if model_id is None:
         width = f" with {bits}-bit substitutes" if bits else ""
@@ -192,7 +186,9 @@ def _not_prepared(model_id: str | None, bits: int | None, other_labels: list[str
     if other_labels:
         text = f"{shown} is prepared with {', '.join(other_labels)}, not with {bits} bits"
         return UsageError(text, prepare_command(model_id, bits=bits))
-    return UsageError(f"{shown} is not prepared", prepare_command(model_id, bits=bits))
+    command, near = prepare_command(model_id, bits=bits), near_name(model_id)
+    hint = f"did you mean --model {shlex.quote(printable(near))}? if not: {command}" if near else command
+    return UsageError(f"{shown} is not prepared", hint)
 
 
 def directory_slug(model_id: str) -> str:
