@@ -88,6 +88,7 @@ def test_a_fresh_seed_is_shown_and_can_be_given_again(model):
             seeds.append(session.description.seed)
             outcomes.append(answer_to(session, PROMPT, 16).outcome)
     assert seeds[0] != seeds[1]
+    assert max(seeds) < 2**53  # what readers of JSON keep of a number
     assert outcomes[0] != outcomes[1]
     with open_tiny(model, sampling={"temperature": 1.5, "seed": seeds[0]}) as session:
         assert (session.description.seed, session.description.fresh_seed) == (seeds[0], False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
+from typing import Final
 
 from subspec_cli.config import Config, DraftConfig
 from subspec_cli.decoding.drafter import PlainDrafter
@@ -23,6 +24,8 @@ from subspec_cli.streaming.memory_meter import MemoryMeter, return_freed_memory_
 from subspec_cli.units import counted
 from subspec_cli.versions import library_versions
 
+_SEED_BITS: Final = 53
+"""Bits of a fresh seed: as many as every reader of JSON keeps of a number."""
 TokenCount = Callable[[ModelTokenizer], WantedTokens | None]
 """Counts the tokens of a prompt that is known before the plan is made.
 
@@ -114,7 +117,7 @@ def _describe(config: Config, opening: Opening, loaded: LoadedModel, notes: list
         plan=opening.plan,
         costs=opening.costs,
         self_check=loaded.self_check,
-        seed=secrets.randbits(63) if seed is None else seed,
+        seed=secrets.randbits(_SEED_BITS) if seed is None else seed,
         end_ids=found.repository.end_ids,
         has_chat_template=loaded.tokenizer.has_chat_template,
         direct_io=streamer is None or streamer.is_direct,
