@@ -27,6 +27,8 @@ class SubspecError(Exception):
     """An error with a message that says what is wrong, with the figures, and a hint that names the remedy."""
 
     exit_code: ExitCode = ExitCode.BUG
+    follows_document: bool = False
+    """Whether the result is complete and written when this is raised, so that `--json` adds no second document."""
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
@@ -68,6 +70,12 @@ class IntegrityError(SubspecError):
     exit_code = ExitCode.INTEGRITY
 
 
+class DamageFoundError(IntegrityError):
+    """A check that ran to its end found damaged files; its result names them."""
+
+    follows_document = True
+
+
 class ResourceError(SubspecError):
     """Memory, disk space or a permission is missing."""
 
@@ -84,3 +92,4 @@ class NotIdenticalError(SubspecError):
     """Tokens are not those promised: a benchmark's arms differ, or an audit finds more than rounding."""
 
     exit_code = ExitCode.NOT_IDENTICAL
+    follows_document = True

@@ -1,6 +1,7 @@
 """Every way out of the program: its message, its exit status, and nothing else on the terminal."""
 
 import errno
+import json
 import os
 import re
 import signal
@@ -16,6 +17,8 @@ from subspec_cli.cli import boundary
 from subspec_cli.errors import (
     AccessError,
     BusyError,
+    DamageFoundError,
+    ExitCode,
     IntegrityError,
     NetworkError,
     NotIdenticalError,
@@ -105,6 +108,47 @@ def test_every_flag_of_the_issue_is_in_the_help(capsys, monkeypatch):
     assert "prepare" in capsys.readouterr().out
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"subspec {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["run", "--json", "--vram-gbb", "1", "x"], "No such option: --vram-gbb"),
+        (["run", "--json", "x"], "no model is prepared yet"),
+        (["models", "verify", "absent/model", "--json"], "absent/model is not prepared"),
+        (
+            ["bench", "sample", "--json", "-", "--top-p", "0"],
+            "--top-p must be a number above 0 and at most 1",
+        ),
+    ],
+)
+def test_with_json_an_error_is_the_one_document(capsys, argv, message):
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)["error"]
+    assert message in found["message"]
+    assert f"subspec: error: {found['message']}\n" in captured.err
+    assert (f" hint: {found['hint']}\n" in captured.err) == bool(found["hint"])
+    assert found["exit_code"] == 2
+    assert captured.out.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "argv", [["run", "--top-p", "0", "--", "--json"], ["bench", "sample", "--json", "x.json", "--top-p", "0"]]
+)
+def test_without_a_document_on_stdout_an_error_leaves_it_empty(capsys, argv):
+    assert main(argv) == 2
+    assert capsys.readouterr().out == ""
+
+
+def test_an_error_that_follows_its_document_adds_none(capsys, monkeypatch):
+    def show(*given, **how):
+        sys.stdout.write('{"models": []}\n')
+        raise DamageFoundError("1 file is damaged", "repair it")
+
+    monkeypatch.setattr(boundary, "_invoke", show)
+    assert main(["models", "verify", "--json"]) == ExitCode.INTEGRITY
+    assert capsys.readouterr().out == '{"models": []}\n'
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import itertools
+import json
 import os
 import sys
 import traceback
@@ -53,7 +55,7 @@ def guarded(argv: Sequence[str], leave: Callable[[int], object] = lambda _status
             ignore_signals()
         except BaseException as error:
             ignore_signals()
-            status = _report(error, debug="--debug" in argv)
+            status = _report(error, debug="--debug" in argv, as_json=_wants_document(argv))
         for stream in (sys.stdout, sys.stderr):
             _flush_or_discard(stream)
         leave(status)
@@ -91,8 +93,16 @@ def _invoke(argv: Sequence[str]) -> int:
     return ExitCode.OK
 
 
-def _report(error: BaseException, *, debug: bool) -> int:
-    """Print what happened and return the exit status."""
+def _wants_document(argv: Sequence[str]) -> bool:
+    """Whether stdout is to carry one JSON document. The arguments may be such that no parser takes them."""
+    words = list(argv[: argv.index("--")] if "--" in argv else argv)
+    if words[:1] == ["bench"]:  # its --json names a file; - is stdout
+        return "--json=-" in words or ("--json", "-") in itertools.pairwise(words)
+    return "--json" in words
+
+
+def _report(error: BaseException, *, debug: bool, as_json: bool) -> int:
+    """Print what happened, also as a JSON document if the result was to be one, and return the exit status."""
     if is_terminating() or _is_interrupt(error):
         _say(interrupt_text())
         return interrupt_status()
@@ -105,12 +115,21 @@ def _report(error: BaseException, *, debug: bool) -> int:
     known = _as_known(error)
     if known is None:
         reason = f"{type(error).__name__}: {error}".rstrip(": ")
-        _say(f"subspec: error: internal error: {reason}; run again with --debug for the traceback")
-        return ExitCode.BUG
+        known = SubspecError(f"internal error: {reason}; run again with --debug for the traceback")
+    # An error without a file may be that of stdout itself, which then holds a part of a document.
+    if as_json and not known.follows_document and not (isinstance(error, OSError) and not error.filename):
+        _write_document(known)
     _say(f"subspec: error: {known.message}")
     if known.hint:
         _say(f" hint: {known.hint}")
     return known.exit_code
+
+
+def _write_document(error: SubspecError) -> None:
+    """Write an error to stdout, as the one document of a `--json` run."""
+    found = {"message": error.message, "hint": error.hint, "exit_code": int(error.exit_code)}
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.write(json.dumps({"error": found}) + "\n")
 
 
 def _is_interrupt(error: BaseException | None) -> bool:

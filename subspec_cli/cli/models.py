@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from subspec_cli.cli.options import DebugOpt, JsonOpt
-from subspec_cli.errors import IntegrityError, UsageError
+from subspec_cli.errors import DamageFoundError, UsageError
 from subspec_cli.units import format_bytes
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def verify(
     if damaged:
         count = "1 file is" if damaged == 1 else f"{damaged} files are"
         restore = "put the named files back as they were, or remove the set and prepare the model again"
-        raise IntegrityError(f"{count} damaged", restore if repair else repair_command(model))
+        raise DamageFoundError(f"{count} damaged", restore if repair else repair_command(model))
     if not as_json:
         sound = sum(not found for _, found in results)
         output.result(f"{sound} of {len(results)} prepared models are as they were written")
