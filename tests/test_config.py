@@ -10,7 +10,7 @@ from subspec_cli.config_file import find_config_file, read_config_file, resolve_
 from subspec_cli.errors import ExitCode, UsageError
 from subspec_cli.units import GIB, SIZE_WORDS
 
-PRESETS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
+PRESETS = sorted((Path(__file__).parent.parent / "subspec_cli" / "presets").glob("*.toml"))
 
 
 @pytest.fixture

@@ -115,7 +115,7 @@ def test_documents_stand_alone():
     """No text refers to a design or to a task that is not in the repository."""
     texts = [
         path
-        for folder in ("subspec_cli", "tests", "scripts", "configs", ".github")
+        for folder in ("subspec_cli", "tests", "scripts", ".github")
         for path in (ROOT / folder).rglob("*")
         if path.suffix in (".py", ".md", ".toml", ".sh", ".yml") and path != Path(__file__)
     ]

@@ -1,4 +1,4 @@
-"""The command line: six commands. Each imports what it needs only when it runs."""
+"""The command line. Each command imports what it needs only when it runs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 
 from subspec_cli.cli.audit import audit
 from subspec_cli.cli.bench import bench
+from subspec_cli.cli.configuration import configuration
 from subspec_cli.cli.models import models
 from subspec_cli.cli.plan import plan
 from subspec_cli.cli.prepare import prepare
@@ -32,6 +33,7 @@ app.command()(run)
 app.command()(bench)
 app.command()(audit)
 app.add_typer(models)
+app.add_typer(configuration)
 
 
 @app.callback(invoke_without_command=True)

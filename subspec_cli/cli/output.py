@@ -60,6 +60,12 @@ class Output:
         self.stdout.write(as_json(document) + "\n")
         self.stdout.flush()
 
+    def tab_separated(self, rows: Sequence[Sequence[str]]) -> None:
+        """Write rows for other programs to stdout: a tab between cells, none inside, nothing cut."""
+        for row in rows:
+            self.stdout.write("\t".join(printable(" ".join(cell.split())) for cell in row) + "\n")
+        self.stdout.flush()
+
     def table(
         self,
         headers: Sequence[str],
