@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import sys
 
 import pytest
@@ -46,11 +47,37 @@ def test_list_shows_a_line_for_each_set_and_the_total(capsys, model, name):
     with pytest.raises(KeyboardInterrupt):
         run(model, Quantizer(1), bits=4)
     assert main(["models", "list"]) == 0
-    header, _, first, second, total = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
-    assert header.split() == ["model", "revision", "substitutes", "state", "target", "size", "last", "used"]
-    assert {first.split()[0], second.split()[0]} == {f"…{name[-35:]}"}
-    assert {first.split()[3], second.split()[3]} == {"complete", "partial"}
-    assert first.split()[-1] == "never"
+    header, *rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert header == [
+        "model",
+        "revision",
+        "substitutes",
+        "state",
+        "target_bytes",
+        "substitute_bytes",
+        "last_used",
+        "directory",
+    ]
+    assert [row[0] for row in rows] == [name, name]
+    assert {row[3] for row in rows} == {"complete", "partial"}
+    assert {row[6] for row in rows} == {""}
+
+
+@pytest.mark.parametrize(
+    ("width", "missing"),
+    [(40, {"revision", "target", "last", "substitutes"}), (80, {"revision", "target"}), (200, set())],
+)
+def test_list_fits_the_terminal(model, name, monkeypatch, width, missing):
+    run(model)
+    out, _ = on_terminal(monkeypatch)
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert main(["models", "list"]) == 0
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in out.getvalue().splitlines()]
+    assert max(map(len, lines)) <= width
+    header, _, row, total = [line for line in lines if line.strip()]
+    headers = {"model", "revision", "substitutes", "state", "target", "size", "last"}
+    assert headers - set(header.split()) == missing
+    assert row.split()[0][-12:] == name[-12:]
     assert total.split()[0] == "all"
 
 

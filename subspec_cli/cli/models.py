@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from subspec_cli.cli.models_table import fitted_table, label, tab_rows
 from subspec_cli.cli.options import DebugOpt, JsonOpt
 from subspec_cli.errors import DamageFoundError, UsageError
 from subspec_cli.units import format_bytes
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
     from subspec_cli.substitutes.inventory import StoredModel
 
 models = typer.Typer(name="models", help="List, verify, find and remove what [bold]prepare[/bold] wrote.")
-_HEADERS = ("model", "revision", "substitutes", "state", "target", "size", "last used")
-_REVISION_LETTERS = 12
-_NAME_LETTERS = 36
 
 ModelArg = Annotated[
     str, typer.Argument(metavar="MODEL", help="Hub id, directory or [bold]demo[/bold], as it was prepared.")
@@ -33,7 +31,10 @@ OptionalModelArg = Annotated[
 
 @models.command("list")
 def list_models(as_json: JsonOpt = False, _debug: DebugOpt = False) -> None:
-    """Show every prepared model: which, how, how large, complete or not, and when it was last used."""
+    """Show every prepared model: which, how, how large, complete or not, and when it was last used.
+
+    In a pipe nothing is cut: tabs separate the columns, and sizes are in bytes.
+    """
     from subspec_cli.cli.output import Output
     from subspec_cli.substitutes.inventory import list_stored
 
@@ -42,9 +43,10 @@ def list_models(as_json: JsonOpt = False, _debug: DebugOpt = False) -> None:
         output.document({"models": [stored_values(item) for item in stored]})
     elif not stored:
         output.note("no model is prepared yet; subspec prepare demo does the one that is shipped")
+    elif output.is_terminal:
+        output.table(*fitted_table(stored, output.out.width))
     else:
-        total = ["all", "", "", "", "", format_bytes(sum(item.size_bytes for item in stored)), ""]
-        output.table(_HEADERS, [*(_row(item) for item in stored), total])
+        output.tab_separated(tab_rows(stored))
 
 
 @models.command()
@@ -120,7 +122,7 @@ def remove(
     stored = find_stored(model)
     chosen = older(stored) if all_but_latest else stored
     for item in chosen:
-        output.note(f"{item.directory}: {format_bytes(item.size_bytes)}, {_label(item)}, {item.state}")
+        output.note(f"{item.directory}: {format_bytes(item.size_bytes)}, {label(item)}, {item.state}")
     if chosen and not yes and not _confirm_removal(output, chosen, as_json=as_json):
         output.note("nothing was removed")
         return
@@ -177,7 +179,7 @@ def _verify_set(
     findings = verifier.verify(stored)
     if stored.state == "partial":
         output.note(
-            f"{stored.model_id}, {_label(stored)}: not done yet; the same subspec prepare goes on with it"
+            f"{stored.model_id}, {label(stored)}: not done yet; the same subspec prepare goes on with it"
         )
     for finding in findings:
         output.note(finding.text, style="bold")
@@ -195,7 +197,7 @@ def _verify_set(
     for finding in left:
         output.note(f"still {finding.text}", style="bold")
     if not left:
-        output.note(f"repaired {stored.model_id}, {_label(stored)}")
+        output.note(f"repaired {stored.model_id}, {label(stored)}")
     return again, left
 
 
@@ -207,28 +209,6 @@ def _confirm_removal(output: Output, chosen: list[StoredModel], *, as_json: bool
         return output.ask(f"free {size}? [y/N] ").strip().lower() in ("y", "yes")
     except EOFError:
         return False
-
-
-def _row(stored: StoredModel) -> list[str]:
-    target_bytes, used_s = stored.target_bytes(), stored.last_used_s
-    return [
-        _shortened(stored.model_id),
-        stored.manifest.commit[:_REVISION_LETTERS] if stored.manifest else "-",
-        _label(stored),
-        stored.state,
-        "gone" if target_bytes is None else format_bytes(target_bytes),
-        format_bytes(stored.size_bytes),
-        "never" if used_s is None else f"{datetime.fromtimestamp(used_s):%Y-%m-%d %H:%M}",
-    ]
-
-
-def _shortened(model_id: str) -> str:
-    """The end of a long name, so that the other columns fit on the screen; --json has the whole name."""
-    return model_id if len(model_id) <= _NAME_LETTERS else f"…{model_id[1 - _NAME_LETTERS :]}"
-
-
-def _label(stored: StoredModel) -> str:
-    return stored.manifest.settings.label if stored.manifest else stored.problem
 
 
 def _finding_values(finding: Finding) -> dict[str, Any]:
