@@ -41,6 +41,8 @@ class Setting(NamedTuple):
     """Name in files, flags and records, if it is not the field's."""
     alias: str = ""
     """Second key of the same setting."""
+    letter: str = ""
+    """Its flag of one letter."""
 
 
 def _setting(default: object, rule: Rule, *words: str, **names: str) -> Any:  # noqa: ANN401 - as `field`
@@ -121,6 +123,7 @@ class ModelConfig:
         "Hub id, local directory, [bold]demo[/bold], or the last name of a prepared model.",
         "MODEL",
         "the model used last",
+        letter="m",
     )
     revision: str | None = _setting(None, _NAME, "Branch, tag or commit on the hub.", "REV")
     """None takes the prepared one."""
@@ -195,6 +198,7 @@ class SamplingConfig:
         _number("a number of at least 0", lambda value: value >= 0),
         "0 takes the most likely token.",
         "T",
+        letter="t",
     )
     top_p: float = _setting(
         1.0,
@@ -258,11 +262,11 @@ class SubstituteConfig:
 class RunConfig:
     """What only `subspec run` takes."""
 
-    max_new_tokens: int = _setting(512, _whole(1), "Longest answer.", "N")
+    max_new_tokens: int = _setting(512, _whole(1), "Longest answer.", "N", letter="n")
     stop: tuple[str, ...] = _setting(
         (), _TEXTS, "End the answer before this text or special token; may be given several times.", "TEXT"
     )
-    system: str | None = _setting(None, _TEXT, "System message of the chat template.", "TEXT")
+    system: str | None = _setting(None, _TEXT, "System message of the chat template.", "TEXT", letter="s")
     """None leaves it to the template."""
     raw: bool = _setting(False, _SWITCH, "Complete the bare text, without chat template.")
     plain: bool = _setting(False, _SWITCH, "No live statistics, no colours, also on a terminal.")
@@ -273,7 +277,7 @@ class BenchConfig:
     """What only `subspec bench` takes."""
 
     limit: int | None = _setting(None, _whole(1), "Questions to run, over all categories.", "N", "all")
-    max_new_tokens: int = _setting(128, _whole(1), "Longest answer of each turn.", "N")
+    max_new_tokens: int = _setting(128, _whole(1), "Longest answer of each turn.", "N", letter="n")
     plain_tokens: int | None = _setting(
         None, _whole(1), "Longest answer of the plain arm, the slow one.", "K", "as --max-new-tokens"
     )

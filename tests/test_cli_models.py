@@ -14,6 +14,7 @@ from fakes_cli import on_terminal
 from fakes_store import LAYERS, Quantizer, content, resolve_model, run
 
 from subspec_cli.__main__ import main
+from subspec_cli.cli.models_table import TAB_HEADERS
 from subspec_cli.errors import ExitCode
 from subspec_cli.files.lock import directory_lock
 from subspec_cli.substitutes.manifest import MANIFEST_NAME, layer_file_name
@@ -48,16 +49,7 @@ def test_list_shows_a_line_for_each_set_and_the_total(capsys, model, name):
         run(model, Quantizer(1), bits=4)
     assert main(["models", "list"]) == 0
     header, *rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
-    assert header == [
-        "model",
-        "revision",
-        "substitutes",
-        "state",
-        "target_bytes",
-        "substitute_bytes",
-        "last_used",
-        "directory",
-    ]
+    assert header == list(TAB_HEADERS)
     assert [row[0] for row in rows] == [name, name]
     assert {row[3] for row in rows} == {"complete", "partial"}
     assert {row[6] for row in rows} == {""}

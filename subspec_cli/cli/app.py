@@ -10,6 +10,7 @@ import typer
 from subspec_cli.cli.audit import audit
 from subspec_cli.cli.bench import bench
 from subspec_cli.cli.configuration import configuration
+from subspec_cli.cli.help import add_examples, show_help
 from subspec_cli.cli.models import models
 from subspec_cli.cli.plan import plan
 from subspec_cli.cli.prepare import prepare
@@ -32,8 +33,10 @@ app.command()(prepare)
 app.command()(run)
 app.command()(bench)
 app.command()(audit)
+app.command("help")(show_help)
 app.add_typer(models)
 app.add_typer(configuration)
+add_examples(app, models, configuration)
 
 
 @app.callback(invoke_without_command=True)

@@ -136,9 +136,11 @@ def _option(key: str, kind: Any, setting: Setting, **shown: Any) -> Parameter:  
     parser: Callable[[str], float] | None = {float: number, int: whole}.get(kind)
     if setting.rule is SIZE:
         parser = size
-    names = f"{flag_of(key)}/{flag_of(_inverse(key))}" if kind is bool else flag_of(key)
+    names = [f"{flag_of(key)}/{flag_of(_inverse(key))}" if kind is bool else flag_of(key)]
+    if setting.letter and key == setting.key:
+        names.append(f"-{setting.letter}")
     metavar = setting.metavar or None
-    option = typer.Option(None, names, help=setting.help, metavar=metavar, parser=parser, **shown)
+    option = typer.Option(None, *names, help=setting.help, metavar=metavar, parser=parser, **shown)
     return Parameter(key, Parameter.KEYWORD_ONLY, default=option, annotation=kind | None)
 
 
