@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from typing import Final
 
 from subspec_cli.errors import UsageError
@@ -38,12 +39,19 @@ def gib_to_bytes(gib: float, option: str) -> int:
     return int(gib * GIB)
 
 
-def format_bytes(size_bytes: float) -> str:
-    """Format bytes as a short text in binary units: 14.2 MiB."""
+def format_bytes(size_bytes: float, rounding: Callable[[float], int] | None = None) -> str:
+    """Format bytes as a short text in binary units: 14.2 MiB.
+
+    `rounding` replaces rounding to the nearest: `math.ceil` for what must be enough, `math.floor` for what is too
+    little, so that the two texts always differ.
+    """
     value = float(size_bytes)
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if abs(value) < 1024 or unit == "TiB":
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.{1 if value >= 10 else 2}f} {unit}"
+            digits = 0 if unit == "B" else 1 if value >= 10 else 2
+            if rounding is not None:
+                value = rounding(value * 10**digits) / 10**digits
+            return f"{value:.{digits}f} {unit}"
         value /= 1024
     raise AssertionError("unreachable")
 

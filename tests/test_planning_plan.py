@@ -26,7 +26,7 @@ from subspec_cli.planning.request import DEFAULT_CONTEXT, PlanRequest
 from subspec_cli.planning.search import LayoutSearch, layouts, timed_layouts
 from subspec_cli.planning.timing import predict_at
 from subspec_cli.substitutes.settings import SubstituteSettings, substitute_layer_bytes
-from subspec_cli.units import GIB, MIB
+from subspec_cli.units import GIB, MIB, parse_size_gib
 
 FAST = settings(max_examples=100, deadline=None)
 
@@ -386,6 +386,34 @@ def test_the_error_names_the_sizes_and_the_largest_line() -> None:
     )
     assert "--memory-gb" in caught.value.hint
     assert "--context" not in caught.value.hint
+
+
+@pytest.mark.parametrize(("bits", "helps"), [(8, True), (4, False), (2, False)])
+def test_fewer_bits_are_named_only_where_they_take_less_memory(bits: int, helps: bool) -> None:
+    with pytest.raises(ResourceError) as caught:
+        make_plan(make_request(budget_bytes=100 * MIB, substitute_bits=bits))
+    assert ("substitutes of 4 bits" in caught.value.hint) == helps
+    assert "fewer bits" not in caught.value.hint
+
+
+def test_a_budget_that_is_a_little_too_small_reads_as_less_than_the_least() -> None:
+    request = make_request(budget_bytes=100 * MIB)
+    with pytest.raises(ResourceError) as caught:
+        make_plan(request)
+    stated = re.match(r"--\S+ ([0-9.]+) works with a context of (\d+)", caught.value.hint)
+    assert stated
+    short, works = 0, int(float(stated[1]) * GIB)
+    request = replace(request, context=int(stated[2]))
+    while works - short > 1:  # the largest budget that is too small
+        middle = (short + works) // 2
+        refused = refusal(replace(request, budget_bytes=middle))
+        short, works = (middle, works) if refused else (short, middle)
+    error = refusal(replace(request, budget_bytes=short))
+    assert error
+    sizes = re.match(r"a budget of (.*) is too small: (.*) is the least", error.message)
+    assert sizes
+    given, least = (round(parse_size_gib(size) * GIB) for size in sizes.groups())
+    assert given < works <= least
 
 
 def test_a_long_context_that_was_asked_for_is_named_as_a_way_out() -> None:

@@ -70,9 +70,12 @@ def test_most_recent_of_all_or_of_a_model(tmp_path):
     assert find_prepared("org/tiny") == older
 
 
+NOTHING_YET = "subspec prepare demo (shipped), or another: subspec prepare Qwen/Qwen2.5-7B-Instruct"
+
+
 def test_nothing_prepared_names_the_command(tmp_path):
     for model, bits, message, hint in (
-        (None, None, "no model is prepared yet", "subspec prepare demo"),
+        (None, None, "no model is prepared yet", NOTHING_YET),
         ("org/tiny", None, "org/tiny is not prepared", "subspec prepare org/tiny"),
         ("org/tiny", 8, "org/tiny is not prepared", "subspec prepare org/tiny --bits 8"),
     ):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final
 
@@ -208,7 +209,8 @@ def budget_bytes(
     budget = int(config.memory.memory_gib * GIB)
     if total_bytes is not None and budget > total_bytes:
         raise ResourceError(
-            f"a budget of {format_bytes(budget)} is more than {owner}: {format_bytes(total_bytes)}",
+            f"a budget of {format_bytes(budget, math.ceil)} is more than {owner}: "
+            f"{format_bytes(total_bytes, math.floor)}",
             f"{option} {total_bytes * 3 / 4 / GIB:.2f} leaves a quarter to others",
         )
     return budget

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from subspec_cli.errors import ResourceError
 from subspec_cli.planning.memory import MemoryModel, PromptPass
 from subspec_cli.planning.request import PlanRequest, WantedTokens, usual_contexts
@@ -24,13 +26,17 @@ def shortage(search: LayoutSearch) -> ResourceError:
     largest = max(
         search.memory.lines(least.layout, context, PromptPass(0, 0)), key=lambda line: line.size_bytes
     )
-    lower = "a smaller --context or " if request.context and request.context > contexts[-1] else ""
+    lower = ["a smaller --context"] if request.context and request.context > contexts[-1] else []
+    # Two-bit codes lie in memory as four-bit ones, so only eight bits can become fewer.
+    lower += ["substitutes of 4 bits"] if request.substitute_bytes and request.substitute_bits > 4 else []
+    ways = " or ".join(lower)
     return ResourceError(
-        f"a budget of {format_bytes(request.budget_bytes)} is too small: {format_bytes(least_bytes)} is the least, "
+        f"a budget of {format_bytes(request.budget_bytes, math.floor)} is too small: "
+        f"{format_bytes(least_bytes, math.ceil)} is the least, "
         f"of which {largest.label} {format_bytes(largest.size_bytes)}"
         f"{f'; a context of {held} would fit' if held else ''}",
-        f"{request.profile.budget_option} {_enough_gib(least_bytes):.2f} works with a context of {context}; "
-        f"{lower}substitutes of fewer bits lower it",
+        f"{request.profile.budget_option} {_enough_gib(least_bytes):.2f} works with a context of {context}"
+        f"{f'; less is needed with {ways}' if ways else ''}",
     )
 
 
@@ -56,8 +62,8 @@ def _wanted_context(request: PlanRequest) -> int | None:
 def _ram_shortage(request: PlanRequest, memory: MemoryModel) -> ResourceError:
     least_bytes = memory.least_host_bytes()
     return ResourceError(
-        f"{format_bytes(request.ram_bytes or 0)} of host memory are too little: {format_bytes(least_bytes)} is the "
-        "least, with every streamed layer read from disk",
+        f"{format_bytes(request.ram_bytes or 0, math.floor)} of host memory are too little: "
+        f"{format_bytes(least_bytes, math.ceil)} is the least, with every streamed layer read from disk",
         f"--ram-gb {_enough_gib(least_bytes):.2f} works, and more lets layers wait in pinned memory",
     )
 

@@ -181,7 +181,10 @@ def _layer_file(prepared: PreparedModel, layer: int) -> LayerFile:
 def _not_prepared(model_id: str | None, bits: int | None, other_labels: list[str]) -> UsageError:
     if model_id is None:
         width = f" with {bits}-bit substitutes" if bits else ""
-        return UsageError(f"no model is prepared{width} yet", prepare_command("demo", bits=bits))
+        commands = [prepare_command(name, bits=bits) for name in ("demo", "Qwen/Qwen2.5-7B-Instruct")]
+        return UsageError(
+            f"no model is prepared{width} yet", f"{commands[0]} (shipped), or another: {commands[1]}"
+        )
     shown = printable(model_id)
     if other_labels:
         text = f"{shown} is prepared with {', '.join(other_labels)}, not with {bits} bits"
