@@ -17,6 +17,7 @@ from subspec_cli.__main__ import main
 from subspec_cli.cli.models_table import TAB_HEADERS
 from subspec_cli.errors import ExitCode
 from subspec_cli.files.lock import directory_lock
+from subspec_cli.substitutes.in_use import in_use, users_of
 from subspec_cli.substitutes.manifest import MANIFEST_NAME, layer_file_name
 
 
@@ -163,6 +164,36 @@ def test_remove_without_a_terminal_asks_for_yes(capsys, model, name):
         assert "removing needs a yes, and there is no terminal to ask on" in captured.err
         assert captured.out.startswith('{"error": ') if more else captured.out == ""
     assert content(directory) == before
+
+
+def test_remove_refuses_what_a_run_uses(capsys, model, name):
+    directory = run(model).directory
+    with in_use(directory):
+        before = content(directory)
+        assert main(["models", "remove", name, "--yes"]) == ExitCode.BUSY
+        told = capsys.readouterr().err
+        assert f"{directory} is in use (pid {os.getpid()})" in told
+        assert "--force removes it all the same" in told
+        assert content(directory).keys() == before.keys()
+        assert main(["models", "remove", name, "--yes", "--force"]) == 0
+    assert not directory.exists()
+
+
+def test_marks_of_ended_processes_do_not_count(model, name):
+    directory = run(model).directory
+    with in_use(directory), in_use(directory):
+        assert users_of(directory) == [os.getpid()] * 2
+    assert users_of(directory) == []
+    left = directory / "in-use-99-0123abcd"
+    left.touch()
+    assert users_of(directory) == []
+    assert left.exists()  # it may be about to be locked
+    os.utime(left, (1, 1))
+    assert users_of(directory) == []
+    assert not left.exists()
+    left.touch()
+    assert main(["models", "remove", name, "--yes"]) == 0
+    assert not directory.exists()
 
 
 @pytest.mark.parametrize(("typed", "removed"), [("y", True), ("YES ", True), ("", False), ("no", False)])

@@ -230,6 +230,7 @@ COVERED = [
     ("T39", f"{FAULTS}::test_another_process_that_never_stops_is_named"),
     ("T39", f"{DOWNLOAD}::test_two_downloads_where_locks_do_not_work"),
     ("T39", "test_files_temp_names::test_of_a_process_elsewhere_only_long_silence_counts"),
+    ("T41", "test_cli_models::test_remove_refuses_what_a_run_uses"),
     ("A07", REFUSED),
     ("A07", "test_hub_model_name::test_names"),
     (

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 import threading
@@ -21,6 +22,7 @@ from subspec_cli.reporter import Reporter
 from subspec_cli.session import open_session
 from subspec_cli.session.found_model import find_model
 from subspec_cli.session.prepare import prepare
+from subspec_cli.substitutes.in_use import users_of
 from subspec_cli.substitutes.prepared_model import find_prepared
 from subspec_cli.substitutes.settings import SubstituteSettings
 
@@ -123,6 +125,14 @@ def test_progress_is_told(shelf):
     open_session(resolve_config(flags), Reporter(told.append)).close()
     assert any("substitutes 2/2" in text for text in told)
     assert any("rows keep their bits" in text for text in told)
+
+
+def test_a_session_marks_its_substitutes_as_in_use(shelf):
+    model = shelf.model("qwen2")
+    directory = find_prepared(str(model)).directory
+    with open_tiny(model):
+        assert users_of(directory) == [os.getpid()]
+    assert users_of(directory) == []
 
 
 def test_closing_stops_the_reader(shelf):
@@ -250,10 +260,12 @@ def test_a_gpu_that_is_not_there_is_not_replaced_silently(shelf):
 # --- which model ------------------------------------------------------------------------------------------------
 
 
-def test_without_a_name_the_model_prepared_last_is_taken(shelf, own):
+def test_without_a_name_the_model_used_last_is_taken(shelf, own):
+    used = shelf.model("qwen2")
+    open_tiny(used).close()
     prepare_quietly(own)
     with open_tiny(None) as session:
-        assert session.description.model_id == str(own)
+        assert session.description.model_id == str(used)
 
 
 def test_a_model_that_is_not_prepared_is_named_with_the_command(shelf, tmp_path):

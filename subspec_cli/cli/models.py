@@ -110,13 +110,14 @@ def remove(
         bool, typer.Option("--all-but-latest", help="Keep the set that run takes.")
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Remove also what a run uses now.")] = False,
     as_json: JsonOpt = False,
     _debug: DebugOpt = False,
 ) -> None:
     """Delete MODEL's substitutes, after asking; its 16-bit weights are never touched."""
     from subspec_cli.cli.output import Output
     from subspec_cli.substitutes.inventory import all_but_latest as older
-    from subspec_cli.substitutes.inventory import find_stored, remove_stored
+    from subspec_cli.substitutes.inventory import find_stored, refuse_used, remove_stored
 
     output = Output()
     stored = find_stored(model)
@@ -126,6 +127,8 @@ def remove(
     if chosen and not yes and not _confirm_removal(output, chosen, as_json=as_json):
         output.note("nothing was removed")
         return
+    if not force:
+        refuse_used(chosen)
     freed_bytes = sum(remove_stored(item) for item in chosen)
     if as_json:
         removed = [str(item.directory) for item in chosen]

@@ -41,7 +41,7 @@ def directory_lock(directory: Path, on_wait: Callable[[str], None] | None = None
         raise write_error(error, path) from error
     try:
         reported = None
-        while (holder := _acquire(handle, path)) is not None:
+        while (holder := try_lock(handle, path)) is not None:
             busy = f"another process (pid {holder}) is preparing {printable(str(directory))}"
             if on_wait is None:
                 raise BusyError(busy, "wait until it is done, then run the command again")
@@ -54,8 +54,11 @@ def directory_lock(directory: Path, on_wait: Callable[[str], None] | None = None
         os.close(handle)
 
 
-def _acquire(handle: int, path: Path) -> str | None:
-    """Take the lock. Returns None on success, otherwise the holder's process id."""
+def try_lock(handle: int, path: Path) -> str | None:
+    """Take the lock of an open file, until it is closed. Returns None on success, else the holder's process id.
+
+    Where locks do not work, it succeeds. Raises ResourceError if the file cannot be locked or written.
+    """
     try:
         if sys.platform != "win32":
             import fcntl

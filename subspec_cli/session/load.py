@@ -42,6 +42,7 @@ from subspec_cli.streaming.mapped_memory import gpu_view
 from subspec_cli.streaming.memory_meter import MemoryMeter, return_freed_memory_now
 from subspec_cli.streaming.pinned_memory import PinRefusedError, pin
 from subspec_cli.streaming.streamer import StreamCounters
+from subspec_cli.substitutes.in_use import in_use
 from subspec_cli.substitutes.last_use import mark_used
 from subspec_cli.substitutes.prepared_model import load_layer
 from subspec_cli.units import printable
@@ -120,8 +121,9 @@ class Loader:
         found, plan = self._opening.found, self._opening.plan
         small = self._small_tensors()
         math = LayerMath(found.geometry, small, self._rope(self._opening.dtype))
-        substitutes = self._substitutes(math) if plan.drafts else {}
         with ExitStack() as opened:
+            opened.enter_context(in_use(found.prepared.directory))
+            substitutes = self._substitutes(math) if plan.drafts else {}
             embed, head = self._tables(opened)
             blocks = open_blocks(self._opening, opened)
             kv = self._kv_cache()

@@ -6,18 +6,20 @@ import contextlib
 import os
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
 from subspec_cli.checkpoint.checkpoint import open_checkpoint
-from subspec_cli.errors import SubspecError, UsageError
+from subspec_cli.errors import BusyError, SubspecError, UsageError
 from subspec_cli.files.home import prepared_root
 from subspec_cli.files.io_errors import read_error, write_error
 from subspec_cli.files.lock import LOCK_NAME, directory_lock
 from subspec_cli.files.temp_names import is_temp_name
 from subspec_cli.hub.model_name import parse_model_name
 from subspec_cli.hub.source_model import find_source_directory
+from subspec_cli.substitutes.in_use import IN_USE_NAME, users_of
 from subspec_cli.substitutes.last_use import LAST_USED_NAME, last_used_s
 from subspec_cli.substitutes.manifest import JOURNAL_NAME, MANIFEST_NAME, Manifest, read_manifest
 from subspec_cli.substitutes.prepared_model import directory_slug
@@ -123,6 +125,17 @@ def all_but_latest(stored: list[StoredModel]) -> list[StoredModel]:
     return [item for item in stored if item is not kept]
 
 
+def refuse_used(stored: Sequence[StoredModel]) -> None:
+    """Raise BusyError, which names the processes, if one of the sets is in use."""
+    for item in stored:
+        if users := users_of(item.directory):
+            pids = ", ".join(map(str, users))
+            raise BusyError(
+                f"{printable(str(item.directory))} is in use (pid {pids})",
+                "end that run first; --force removes it all the same",
+            )
+
+
 def remove_stored(stored: StoredModel) -> int:
     """Delete the files of one set, and return the bytes freed. The 16-bit weights stay.
 
@@ -150,7 +163,11 @@ def own_files(directory: Path) -> list[Path]:
     """The files in a set's directory that this program made."""
     known = {MANIFEST_NAME, JOURNAL_NAME, LOCK_NAME, LAST_USED_NAME}
     names = sorted(os.listdir(directory))
-    own = [name for name in names if name in known or _LAYER_NAME.fullmatch(name) or is_temp_name(name)]
+    own = [
+        name
+        for name in names
+        if name in known or _LAYER_NAME.fullmatch(name) or IN_USE_NAME.fullmatch(name) or is_temp_name(name)
+    ]
     return [directory / name for name in own if not (directory / name).is_dir()]
 
 

@@ -70,7 +70,9 @@ def full_name(model: str, ids: Collection[str] | None = None) -> str:
 
 
 def near_name(model: str) -> str | None:
-    """The name of a prepared model that is written much like `model`; None if there is none."""
+    """The name of a prepared model that is written much like `model`; None if there is none, or for a path."""
+    if model.startswith(("/", ".", "~")):
+        return None
     names = {name.lower(): name for full in reversed(prepared_ids()) for name in (full, last_name(full))}
     close = difflib.get_close_matches(model.lower(), names, n=1, cutoff=0.7)
     return names[close[0]] if close else None
