@@ -325,6 +325,7 @@ class Config:
         }
         values["run"]["stop"] = list(self.run.stop)
         values["substitute"]["overrides"] = dict(self.substitute.overrides)
+        values["sampling"]["logit_bias"] = {str(token): bias for token, bias in self.sampling.logit_bias}
         return values
 
 

@@ -49,6 +49,7 @@ def test_a_file_that_exists_is_left_as_it_is(capsys, here):
 
 def test_settings_are_shown_with_their_origin(capsys, here):
     text = '[memory]\nvram_gb = "500MiB"\n[run]\nstop = ["é"]\n[substitute.overrides]\n"*.down_proj" = 8\n'
+    text += "[sampling.logit_bias]\n65 = -4.0\n"
     (here / "subspec.toml").write_text(text)
     assert main(["config", "show"]) == 0
     shown = capsys.readouterr().out
