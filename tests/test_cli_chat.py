@@ -1,7 +1,7 @@
 """The chat: commands, Ctrl-C, and errors that end no conversation."""
 
 import pytest
-from fakes_cli import FakeSession, on_terminal, use_session
+from fakes_cli import FakeSession, on_terminal, pipe_in, use_session
 
 from subspec_cli.__main__ import main
 from subspec_cli.cli.answer_text import fullness_warning
@@ -109,7 +109,9 @@ def test_a_chat_that_is_three_quarters_full_says_so(used, told):
 
 
 def test_the_warning_follows_the_summary(talk, monkeypatch):
-    monkeypatch.setattr("subspec_cli.cli.chat.fullness_warning", lambda answer, session: "nearly full")
+    monkeypatch.setattr(
+        "subspec_cli.cli.conversation.fullness_warning", lambda answer, session: "nearly full"
+    )
     assert "exact\nnearly full\n" in talk(["Hello?", "/exit"])[3]
 
 
@@ -152,7 +154,7 @@ def test_line_that_is_no_utf_8(talk):
 
 def test_sigterm_is_no_ctrl_c(talk, monkeypatch):
     """SIGTERM must end the program, at the prompt and during an answer."""
-    monkeypatch.setattr("subspec_cli.cli.chat.is_terminating", lambda: True)
+    monkeypatch.setattr("subspec_cli.cli.conversation.is_terminating", lambda: True)
     status, _, _, _ = talk([KeyboardInterrupt()])
     assert status == 130
     status, _, _, _ = talk(["Hello?"], pieces=["Hi", KeyboardInterrupt()])
@@ -160,5 +162,26 @@ def test_sigterm_is_no_ctrl_c(talk, monkeypatch):
 
 
 def test_asking_reads_a_line(monkeypatch):
+    on_terminal(monkeypatch)
     monkeypatch.setattr("builtins.input", lambda prompt: f"{prompt}typed")
     assert Output().ask("> ") == "> typed"
+
+
+def test_chat_is_a_command_whose_files_begin_the_conversation(talk, tmp_path):
+    (tmp_path / "a.txt").write_text("one\n")
+    argv = ("chat", "--plain", "--file", "a.txt", "--system", "S")
+    status, session, _, _ = talk(["Sum up", "Again", "/exit"], argv=argv)
+    assert status == 0
+    asked = [call for call in session.calls if call[0] in ("ask", "chat")]
+    assert asked == [("chat", "S"), ("ask", "a.txt:\none\n\nSum up"), ("ask", "Again")]
+
+
+def test_chat_takes_the_lines_of_a_pipe_and_writes_answers_only(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    session = FakeSession(["Hi", "!"])
+    use_session(monkeypatch, session)
+    pipe_in(monkeypatch, b"One\nTwo\n")
+    assert main(["chat"]) == 0
+    assert [call[1] for call in session.calls if call[0] == "ask"] == ["One", "Two"]
+    assert capsys.readouterr().out == "Hi!\nHi!\n"

@@ -1,4 +1,4 @@
-"""The command line: six commands. Each imports what it needs only when it runs."""
+"""The command line: seven commands. Each imports what it needs only when it runs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 
 from subspec_cli.cli.audit import audit
 from subspec_cli.cli.bench import bench
+from subspec_cli.cli.chat import chat
 from subspec_cli.cli.models import models
 from subspec_cli.cli.plan import plan
 from subspec_cli.cli.prepare import prepare
@@ -29,6 +30,7 @@ app = typer.Typer(
 app.command()(plan)
 app.command()(prepare)
 app.command()(run)
+app.command()(chat)
 app.command()(bench)
 app.command()(audit)
 app.add_typer(models)

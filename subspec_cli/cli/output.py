@@ -86,7 +86,8 @@ class Output:
         """Read one line from the user, with line editing and history if the platform has them."""
         with suppress(ImportError):
             importlib.import_module("readline")
-        return input(prompt)
+        # Without a terminal `input` would write its prompt into the answers.
+        return input(prompt if sys.stdin.isatty() else "")
 
 
 class LiveArea:
