@@ -6,6 +6,7 @@ from fakes_cli import FakeSession, on_terminal, pipe_in, use_session
 from subspec_cli.__main__ import main
 from subspec_cli.cli.answer_text import fullness_warning
 from subspec_cli.cli.live import Answer
+from subspec_cli.cli.messages import read_lines
 from subspec_cli.cli.output import Output
 from subspec_cli.errors import PromptRefusedError, ResourceError, UsageError
 from subspec_cli.metrics import GenerationStats
@@ -30,6 +31,7 @@ def talk(tmp_path, monkeypatch):
             return line
 
         monkeypatch.setattr(Output, "ask", ask)
+        monkeypatch.setattr("subspec_cli.cli.chat.make_reader", lambda output: lambda: read_lines(output.ask))
         status = main(list(argv))
         assert session.closed
         assert next(script, None) is None, "the chat left before its script ended"
@@ -185,3 +187,8 @@ def test_chat_takes_the_lines_of_a_pipe_and_writes_answers_only(capsys, monkeypa
     assert main(["chat"]) == 0
     assert [call[1] for call in session.calls if call[0] == "ask"] == ["One", "Two"]
     assert capsys.readouterr().out == "Hi!\nHi!\n"
+
+
+def test_fences_hold_a_message_of_several_lines_that_is_no_command(talk):
+    _, session, _, _ = talk(['"""one', "/exit", 'two"""', '"""/exit"""', "/exit"])
+    assert [call[1] for call in session.calls if call[0] == "ask"] == ["one\n/exit\ntwo", "/exit"]

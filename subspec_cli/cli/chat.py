@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from subspec_cli.cli.loading import load_session, with_system_file
+from subspec_cli.cli.messages import Reader, read_lines
 from subspec_cli.cli.options import FilesOpt, Settings, SystemFileOpt, with_settings
 from subspec_cli.cli.prompts import read_named_file
 from subspec_cli.config import Config, DraftConfig, MemoryConfig, ModelConfig, RunConfig, SamplingConfig
@@ -37,7 +38,20 @@ def begin_chat(config: Config, file: Path | None, output: Output, *, first: str 
     from subspec_cli.cli.answer_text import loading_line
 
     output.note(loading_line(config, file))
+    reader = make_reader(output)
     with load_session(config, output, None) as session:
         from subspec_cli.cli.conversation import converse
 
-        converse(session, config, output, first=first)
+        converse(session, config, output, reader, first=first)
+
+
+def make_reader(output: Output) -> Reader:
+    """The line editor if the terminal can redraw lines, else a reader of plain lines.
+
+    Call it before the memory of a model is counted, so that the editor's libraries are no part of it.
+    """
+    if output.can_edit:
+        from subspec_cli.cli.line_editor import LineEditor, history_file
+
+        return LineEditor(history_file()).read
+    return lambda: read_lines(output.ask)

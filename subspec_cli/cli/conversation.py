@@ -9,6 +9,7 @@ import typer
 from subspec_cli.cli.answer_text import fullness_warning, reach_line, summary_line
 from subspec_cli.cli.interrupts import interrupt_status, is_terminating
 from subspec_cli.cli.live import collect_answer, make_view
+from subspec_cli.cli.messages import Reader
 from subspec_cli.cli.output import Output
 from subspec_cli.config import Config
 from subspec_cli.errors import PromptRefusedError, UsageError
@@ -16,11 +17,10 @@ from subspec_cli.errors import PromptRefusedError, UsageError
 if TYPE_CHECKING:
     from subspec_cli.session import Chat, Session
 
-_PROMPT = "> "
 _HELP = "/reset clears the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
 
 
-def converse(session: Session, config: Config, output: Output, *, first: str = "") -> None:
+def converse(session: Session, config: Config, output: Output, read: Reader, *, first: str = "") -> None:
     """Read messages and answer them until the user leaves; `first` comes before the first message."""
     conversation = session.chat(config.run.system)
     output.note(reach_line(session))
@@ -28,12 +28,12 @@ def converse(session: Session, config: Config, output: Output, *, first: str = "
     interrupts = 0
     while interrupts < 2:
         try:
-            line = output.ask(_PROMPT).strip()
+            message = read()
         except EOFError:
             output.note("")
             return
         except UnicodeDecodeError as error:
-            output.note(f"that line is not UTF-8 at byte {error.start}; not sent", style="bold")
+            output.note(f"that message is not UTF-8 at byte {error.start}; not sent", style="bold")
             continue
         except KeyboardInterrupt:
             if is_terminating():
@@ -42,9 +42,10 @@ def converse(session: Session, config: Config, output: Output, *, first: str = "
             output.note("" if interrupts > 1 else "\nCtrl-C again, Ctrl-D or /exit leaves")
             continue
         interrupts = 0
-        if line in ("/exit", "/quit"):
+        line = message.text
+        if message.is_typed and line in ("/exit", "/quit"):
             return
-        if _is_command(line):
+        if message.is_typed and _is_command(line):
             _obey(line, conversation, output)
         elif line:
             said = f"{first}\n\n{line}" if first else line

@@ -39,6 +39,8 @@ class Output:
         """Whether stdout can show text with statistics under it."""
         self.is_animated = self.stderr.isatty() and not plain and not dumb
         """Whether stderr can redraw a line of progress."""
+        self.can_edit = self.is_animated and sys.stdin is not None and sys.stdin.isatty()
+        """Whether a line editor can be used."""
         self.out = _console(self.stdout, terminal=self.is_live)
         self.err = _console(self.stderr, terminal=self.is_animated)
 
