@@ -1,13 +1,18 @@
 """The chat: commands, Ctrl-C, and errors that end no conversation."""
 
+import json
+
 import pytest
 from fakes_cli import FakeSession, on_terminal, pipe_in, use_session
 
 from subspec_cli.__main__ import main
+from subspec_cli.cli import conversation
 from subspec_cli.cli.answer_text import fullness_warning
+from subspec_cli.cli.chat_commands import ChatState
 from subspec_cli.cli.live import Answer
 from subspec_cli.cli.messages import read_lines
 from subspec_cli.cli.output import Output
+from subspec_cli.config import Config
 from subspec_cli.errors import PromptRefusedError, ResourceError, UsageError
 from subspec_cli.metrics import GenerationStats
 
@@ -47,7 +52,7 @@ def test_questions_commands_and_leaving(talk):
     assert asked == [("chat", "S"), ("ask", "Hello?"), ("reset",), ("ask", "/etc/hosts")]
     assert stdout == "Hi!\nHi!\n"
     assert "the conversation is cleared" in stderr
-    assert "no command /nope: /reset clears" in stderr
+    assert "no command /nope: /help lists them" in stderr
     assert stderr.count("tok/s") == 2
 
 
@@ -100,7 +105,7 @@ def test_a_chat_says_how_far_it_reaches(talk):
         (191, ""),
         (192, "the context is 75% full: 64 of 256 tokens are left"),
         (255, "the context is 99% full: 1 of 256 tokens are left"),
-        (256, "the context is full, all 256 tokens: /reset begins a new conversation"),
+        (256, "the context is full, all 256 tokens: /drop forgets the oldest turns, /reset all"),
     ],
 )
 def test_a_chat_that_is_three_quarters_full_says_so(used, told):
@@ -192,3 +197,124 @@ def test_chat_takes_the_lines_of_a_pipe_and_writes_answers_only(capsys, monkeypa
 def test_fences_hold_a_message_of_several_lines_that_is_no_command(talk):
     _, session, _, _ = talk(['"""one', "/exit", 'two"""', '"""/exit"""', "/exit"])
     assert [call[1] for call in session.calls if call[0] == "ask"] == ["one\n/exit\ntwo", "/exit"]
+
+
+def asked(session):
+    return [call[1] for call in session.calls if call[0] == "ask"]
+
+
+def test_help_lists_the_commands(talk):
+    _, session, _, stderr = talk(["/help", "/HELP", "/exit"])
+    for command in (
+        "/reset",
+        "/drop",
+        "/retry",
+        "/system TEXT",
+        "/set NAME VALUE",
+        "/save FILE",
+        "/load FILE",
+        "/exit",
+    ):
+        assert stderr.count(f"\n{command} ") == 2
+    assert asked(session) == []
+    start = stderr.index("/reset  ")
+    assert max(len(line) for line in stderr[start:].splitlines()) <= 40
+
+
+def test_unknown_words_after_a_slash_are_not_sent(talk):
+    _, session, _, stderr = talk(["/foo bar", "/reset now", "/etc/hosts is what?", "1/2", "/exit"])
+    assert asked(session) == ["/etc/hosts is what?", "1/2"]
+    assert "no command /foo" in stderr
+    assert "/reset takes nothing after it" in stderr
+    assert ("reset",) not in session.calls
+
+
+def test_settings_change_within_a_chat(talk):
+    lines = ["/set temperature 0.7", "/set seed 3", "/set max-new-tokens 9", "/set top_k", "Hello?", "/exit"]
+    _, session, _, stderr = talk(lines)
+    sampling = [call[1] for call in session.calls if call[0] == "sampling"][-1]
+    assert (sampling.temperature, sampling.seed) == (0.7, 3)
+    assert ("generate", 1, 9, ()) in session.calls
+    assert "top_k is 0" in stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("/set temperature -1", "--temperature must be a number of at least 0"),
+        ("/set top_p high", "--top-p must be a number above 0"),
+        ("/set max_new_tokens 0", "--max-new-tokens must be a whole number of at least 1"),
+        ("/set nonsense 1", "/set takes temperature, top_p, top_k, seed"),
+        ("/set", "/set takes temperature"),
+        ("/save", "/save needs a file"),
+        ("/load none.json", "none.json: No such file"),
+    ],
+)
+def test_commands_that_cannot_be_done(talk, line, message):
+    _, session, _, stderr = talk([line, "/exit"])
+    assert message in stderr
+    assert "sampling" not in [call[0] for call in session.calls]
+
+
+def test_the_system_message_can_be_changed(talk):
+    _, session, _, stderr = talk(["/system", "/system Be brief", "/exit"])
+    assert "the system message is: S" in stderr
+    assert ("system", "Be brief") in session.calls
+
+
+def test_a_chat_is_saved_and_loaded(talk, tmp_path):
+    _, session, _, stderr = talk(["Hello?", "/save a.json", "/save a.json", "/save! a.json", "/exit"])
+    assert "a.json exists: /save! a.json replaces it" in stderr
+    assert stderr.count("3 messages in a.json") == 2
+    said = [("system", "S"), ("user", "Hello?"), ("assistant", "Hi!")]
+    saved = json.loads((tmp_path / "a.json").read_text())
+    assert saved == {"messages": [{"role": role, "content": content} for role, content in said]}
+    _, session, _, stderr = talk(["/load a.json", "/retry", "/exit"])
+    assert "2 messages of a.json · context 9 of 256" in stderr
+    assert asked(session) == ["Hello?"]
+    assert len(session.messages) == 2
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        "{}",
+        '{"messages": [{"role": "user"}]}',
+        '{"messages": [{"role": "user", "content": "a"}]}',
+        '{"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]}',
+    ],
+)
+def test_a_file_that_is_no_chat(talk, tmp_path, content):
+    (tmp_path / "a.json").write_text(content)
+    _, session, _, stderr = talk(["Hello?", "/load a.json", "/exit"])
+    assert "/save writes such a file" in stderr or "expected a JSON object" in stderr
+    assert session.messages[0]["content"] == "Hello?"
+
+
+def test_retry_asks_the_last_question_again(talk):
+    _, session, _, stderr = talk(["/retry", "One?", "Two?", "/retry", "/exit"])
+    assert "nothing was asked yet" in stderr
+    assert asked(session) == ["One?", "Two?", "Two?"]
+    assert [message["content"] for message in session.messages] == ["One?", "Hi!", "Two?", "Hi!"]
+    assert "at temperature 0 the answer is the same" in stderr
+
+
+def test_a_retry_that_is_refused_keeps_the_answer(talk, monkeypatch):
+    _, session, _, _ = talk(["One?", "Two?", "/exit"])
+    state = ChatState(session, session, Config(), None, "Two?")
+    session.pieces = [UsageError("no room")]
+    conversation._retry(state, Output())
+    assert [message["content"] for message in session.messages] == ["One?", "Hi!", "Two?", "Hi!"]
+
+
+def test_oldest_turns_are_dropped_only_when_told_to(talk):
+    long = "x" * 100
+    _, session, _, stderr = talk([long, "Two?", "Three?", "/drop", "/drop", "/drop", "/exit"])
+    assert "the oldest turn is dropped · context 16 of 256" in stderr
+    assert session.messages == ()
+    assert talk(["/drop", "/exit"])[3].count("nothing was said") == 1
+
+
+def test_a_gauge_of_the_context_follows_an_answer(talk):
+    assert "context 9 of 256 · exact\n" in talk(["Hello?", "/exit"])[3]

@@ -73,6 +73,16 @@ def summary_line(answer: Answer, session: Session) -> str:
     return " · ".join(parts)
 
 
+def chat_line(answer: Answer, session: Session) -> str:
+    """The line that stays after an answer of a chat."""
+    stats, about = answer.stats, session.description
+    parts = [f"{counted(stats.new_tokens, 'token')} ({answer.finish_reason})"]
+    if stats.decode_tok_per_s:
+        parts.append(f"{stats.decode_tok_per_s:.1f} tok/s")
+    parts.append(f"context {stats.prompt_tokens + stats.new_tokens:,} of {about.context_tokens:,}")
+    return " · ".join([*parts, about.exactness])
+
+
 def reach_line(session: Session) -> str:
     """How far a chat reaches, and what happens then."""
     return (
@@ -88,11 +98,11 @@ def fullness_warning(answer: Answer, session: Session) -> str:
     if left > held * _FREE_SHARE:
         return ""
     if left <= 0:
-        return f"the context is full, all {held:,} tokens: /reset begins a new conversation"
+        return f"the context is full, all {held:,} tokens: /drop forgets the oldest turns, /reset all"
     share = 100 * (held - left) // held
     return (
         f"the context is {share}% full: {left:,} of {held:,} tokens are left; "
-        "a message that does not fit is refused, and /reset begins a new conversation"
+        "a message that does not fit is refused; /drop forgets the oldest turns, /reset all"
     )
 
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from subspec_cli.cli.answer_text import fullness_warning, reach_line, summary_line
+from subspec_cli.cli.answer_text import chat_line, fullness_warning, reach_line
+from subspec_cli.cli.chat_commands import EXIT, RETRY, ChatState, is_command, obey
 from subspec_cli.cli.interrupts import interrupt_status, is_terminating
 from subspec_cli.cli.live import collect_answer, make_view
 from subspec_cli.cli.messages import Reader
@@ -15,16 +16,13 @@ from subspec_cli.config import Config
 from subspec_cli.errors import PromptRefusedError, UsageError
 
 if TYPE_CHECKING:
-    from subspec_cli.session import Chat, Session
-
-_HELP = "/reset clears the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
+    from subspec_cli.session import Session
 
 
 def converse(session: Session, config: Config, output: Output, read: Reader, *, first: str = "") -> None:
     """Read messages and answer them until the user leaves; `first` comes before the first message."""
-    conversation = session.chat(config.run.system)
+    state = ChatState(session, session.chat(config.run.system), config, config.run.system)
     output.note(reach_line(session))
-    output.note(_HELP)
     interrupts = 0
     while interrupts < 2:
         try:
@@ -43,45 +41,49 @@ def converse(session: Session, config: Config, output: Output, read: Reader, *, 
             continue
         interrupts = 0
         line = message.text
-        if message.is_typed and line in ("/exit", "/quit"):
+        if message.is_typed and line in EXIT:
             return
-        if message.is_typed and _is_command(line):
-            _obey(line, conversation, output)
+        if message.is_typed and line == RETRY:
+            interrupts = _retry(state, output)
+        elif is_command(message):
+            output.note(obey(line, state))
         elif line:
             said = f"{first}\n\n{line}" if first else line
             first = ""
-            interrupts = _answer(said, conversation, session, config, output)
+            interrupts = _answer(said, state, output)
 
 
-def _is_command(line: str) -> bool:
-    """Whether a line is one word after one slash; `/etc/hosts` and sentences are messages."""
-    return line.startswith("/") and line.count("/") == 1 and len(line.split()) == 1
+def _retry(state: ChatState, output: Output) -> int:
+    """Ask the last question again: one that was answered with the next noise, or one that was refused."""
+    if not state.question:
+        output.note("nothing was asked yet")
+        return 0
+    before = state.chat.messages
+    if len(before) > 1 and before[-2]["content"] == state.question:
+        state.chat.replace_messages(before[:-2])
+        if state.config.sampling.is_greedy:
+            output.note("at temperature 0 the answer is the same: /set temperature 0.7 varies it")
+    interrupts = _answer(state.question, state, output)
+    if len(state.chat.messages) < len(before):  # refused
+        state.chat.replace_messages(before)
+    return interrupts
 
 
-def _obey(command: str, conversation: Chat, output: Output) -> None:
-    if command == "/reset":
-        conversation.reset()
-        output.note("the conversation is cleared")
-    elif command == "/help":
-        output.note(_HELP)
-    else:
-        output.note(f"no command {command}: {_HELP}")
-
-
-def _answer(line: str, conversation: Chat, session: Session, config: Config, output: Output) -> int:
+def _answer(said: str, state: ChatState, output: Output) -> int:
     """Answer one message. Returns 1 if Ctrl-C stopped the answer, so that another Ctrl-C at the prompt leaves."""
-    limits = config.run
+    limits, session = state.config.run, state.session
+    state.question = said
     try:
         view = make_view(output, session)
-        deltas = conversation.ask(
-            line, max_new_tokens=limits.max_new_tokens, stop=limits.stop, on_prefill=view.show_prefill
+        deltas = state.chat.ask(
+            said, max_new_tokens=limits.max_new_tokens, stop=limits.stop, on_prefill=view.show_prefill
         )
         answer = collect_answer(deltas, view)
     except (UsageError, PromptRefusedError) as error:  # another message, or /reset, may do
         output.note(f"{error.message}{f': {error.hint}' if error.hint else ''}", style="bold")
         return 0
     if not answer.is_interrupted:
-        output.note(summary_line(answer, session))
+        output.note(chat_line(answer, session))
         if warning := fullness_warning(answer, session):
             output.note(warning, style="bold")
         return 0
