@@ -1,12 +1,13 @@
 """The chat: commands, Ctrl-C, and errors that end no conversation."""
 
 import json
+import re
 
 import pytest
 from fakes_cli import FakeSession, on_terminal, pipe_in, use_session
 
 from subspec_cli.__main__ import main
-from subspec_cli.cli import conversation
+from subspec_cli.cli import chat_commands, conversation
 from subspec_cli.cli.answer_text import fullness_warning
 from subspec_cli.cli.chat_commands import ChatState
 from subspec_cli.cli.live import Answer
@@ -93,10 +94,16 @@ def test_a_chats_template_is_tried_before_the_model_is_loaded(talk):
     assert tokenizer.asked == ("Hello", "S", False)
 
 
-def test_a_chat_says_how_far_it_reaches(talk):
-    _, _, _, stderr = talk(["/exit"])
-    assert "this chat holds 256 tokens, yours and the model's together" in stderr
-    assert "/reset begins a new one" in stderr
+def test_the_header_has_two_lines_of_forty_columns_and_info_the_rest(talk):
+    _, _, _, stderr = talk(["/exit"], argv=("chat",))
+    header = (
+        re.sub(r"\x1b[^a-zA-Z]*[a-zA-Z]", "", stderr.split("loading substitutes 1/4")[-1])
+        .strip()
+        .splitlines()
+    )
+    assert header == ["demo · cpu · exact", "context 256 · /help lists commands"]
+    assert max(len(line) for line in header) <= 40
+    assert "plan: 1 resident" in talk(["/info", "/exit"])[3]
 
 
 @pytest.mark.parametrize(
@@ -217,8 +224,7 @@ def test_help_lists_the_commands(talk):
     ):
         assert stderr.count(f"\n{command} ") == 2
     assert asked(session) == []
-    start = stderr.index("/reset  ")
-    assert max(len(line) for line in stderr[start:].splitlines()) <= 40
+    assert max(len(line) for line in chat_commands._HELP.splitlines()) <= 40
 
 
 def test_unknown_words_after_a_slash_are_not_sent(talk):

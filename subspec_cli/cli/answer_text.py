@@ -30,7 +30,7 @@ def loading_line(config: Config, file: Path | None, command: str = "") -> str:
 
 
 def session_lines(session: Session, config: Config) -> list[str]:
-    """The banner: model, device and exactness; the plan and its reason; notes on what differs from the plan."""
+    """The banner: model, device and exactness; the plan and its reason."""
     about, plan = session.description, session.description.plan
     how = "" if config.model.model else " (most recently prepared)"
     first = [
@@ -48,8 +48,12 @@ def session_lines(session: Session, config: Config) -> list[str]:
     planned_bytes = sum(line.size_bytes for line in plan.lines)
     second.append(f"{format_bytes(planned_bytes)} of {format_bytes(about.budget_bytes)} planned")
     second.append(reason_text(plan.reason))
-    lines = [" · ".join(part for part in line if part) for line in (first, second)]
-    return [*lines, *(f"note: {note}" for note in about.notes)]
+    return [" · ".join(part for part in line if part) for line in (first, second)]
+
+
+def note_lines(session: Session) -> list[str]:
+    """What did not go as planned while loading."""
+    return [f"note: {note}" for note in session.description.notes]
 
 
 def summary_line(answer: Answer, session: Session) -> str:
@@ -83,12 +87,13 @@ def chat_line(answer: Answer, session: Session) -> str:
     return " · ".join([*parts, about.exactness])
 
 
-def reach_line(session: Session) -> str:
-    """How far a chat reaches, and what happens then."""
-    return (
-        f"this chat holds {session.description.context_tokens:,} tokens, yours and the model's together, "
-        "as --context or the budget allows; when they are used up, /reset begins a new one"
-    )
+def chat_header(session: Session) -> list[str]:
+    """The two lines that begin a chat, short enough for 40 columns."""
+    about = session.description
+    return [
+        f"{about.model_id} · {about.device} · {about.exactness}",
+        f"context {about.context_tokens:,} · /help lists commands",
+    ]
 
 
 def fullness_warning(answer: Answer, session: Session) -> str:

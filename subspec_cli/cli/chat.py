@@ -37,7 +37,8 @@ def begin_chat(config: Config, file: Path | None, output: Output, *, first: str 
     """Load the model and hold a conversation; `first` comes before the first message."""
     from subspec_cli.cli.answer_text import loading_line
 
-    output.note(loading_line(config, file))
+    if not output.is_animated:  # else the line of progress says so, and leaves the screen again
+        output.note(loading_line(config, file))
     reader = make_reader(output)
     with load_session(config, output, None) as session:
         from subspec_cli.cli.conversation import converse

@@ -1,4 +1,4 @@
-"""The commands of a chat: /help, /reset, /drop, /system, /set, /save and /load, and what each answers."""
+"""The commands of a chat, such as /set or /save, and what each answers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from subspec_cli.cli.answer_text import session_lines
 from subspec_cli.cli.messages import FENCE, Message
 from subspec_cli.cli.output import as_json
 from subspec_cli.config import Config, SamplingConfig, settings_of
@@ -34,6 +35,7 @@ _HELP: Final = f"""\
 /set NAME VALUE  as temperature 0.7
 /save FILE       keep it; /save! anew
 /load FILE       go on with a saved one
+/info            show model and plan
 /exit            leave, as Ctrl-D
 Ctrl-C stops an answer. Ctrl-J breaks
 a line, {FENCE} holds several."""
@@ -70,6 +72,11 @@ def obey(line: str, state: ChatState) -> str:
 
 def _help(state: ChatState, argument: str) -> str:  # noqa: ARG001 - as every command
     return _HELP
+
+
+def _info(state: ChatState, argument: str) -> str:
+    _take_nothing("/info", argument)
+    return "\n".join(session_lines(state.session, state.config))
 
 
 def _reset(state: ChatState, argument: str) -> str:
@@ -198,6 +205,7 @@ def _take_nothing(command: str, argument: str) -> None:
 
 _ACTS: Final[dict[str, Callable[[ChatState, str], str]]] = {
     "/help": _help,
+    "/info": _info,
     "/reset": _reset,
     "/drop": _drop,
     "/system": _system,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from subspec_cli.cli.answer_text import chat_line, fullness_warning, reach_line
+from subspec_cli.cli.answer_text import chat_line, fullness_warning
 from subspec_cli.cli.chat_commands import EXIT, RETRY, ChatState, is_command, obey
 from subspec_cli.cli.interrupts import interrupt_status, is_terminating
 from subspec_cli.cli.live import collect_answer, make_view
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 def converse(session: Session, config: Config, output: Output, read: Reader, *, first: str = "") -> None:
     """Read messages and answer them until the user leaves; `first` comes before the first message."""
     state = ChatState(session, session.chat(config.run.system), config, config.run.system)
-    output.note(reach_line(session))
     interrupts = 0
     while interrupts < 2:
         try:

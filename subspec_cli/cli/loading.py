@@ -33,7 +33,7 @@ def with_system_file(settings: Settings, path: Path | None) -> Config:
 
 def load_session(config: Config, output: Output, prompt: str | None) -> Session:
     """Open the session and say what was loaded. Without a prompt the session is for a chat."""
-    from subspec_cli.cli.answer_text import session_lines
+    from subspec_cli.cli.answer_text import chat_header, note_lines, session_lines
     from subspec_cli.cli.output_progress import ProgressLine
 
     with ProgressLine(output) as progress:
@@ -42,7 +42,8 @@ def load_session(config: Config, output: Output, prompt: str | None) -> Session:
         from subspec_cli.session import open_session
 
         session = open_session(config, Reporter(progress.update), count=_counting(prompt, config.run))
-    for line in session_lines(session, config):
+    header = chat_header(session) if prompt is None else session_lines(session, config)
+    for line in (*header, *note_lines(session)):
         output.note(line)
     return session
 
