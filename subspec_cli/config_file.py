@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 import os
@@ -28,6 +29,12 @@ def resolve_config(flags: Mapping[str, Mapping[str, object]], file: Path | None 
         from_flags = _read_section(section, given, path=None)
         sections[section] = section_type(**{**from_file.get(section, {}), **from_flags})
     return Config(**sections)
+
+
+def with_setting(config: Config, section: str, key: str, value: object) -> Config:
+    """The settings with one more value; raises UsageError if the setting does not take it."""
+    values = _read_section(section, {key: value}, path=None)
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
 
 
 def find_config_file(explicit: str | None) -> Path | None:

@@ -103,6 +103,7 @@ class FakeSession:
         self.description = description or FakeDescription()
         self.calls = []
         self.closed = self.stopped = False
+        self.messages = ()
 
     def __enter__(self):
         return self
@@ -161,10 +162,26 @@ class FakeSession:
 
     def ask(self, text, **how):
         self.calls.append(("ask", text))
-        return self.generate([1], **how)
+        for delta in self.generate([1], **how):
+            yield delta
+            said = "".join(piece for piece in self.pieces if isinstance(piece, str))
+        self.messages += ({"role": "user", "content": text}, {"role": "assistant", "content": said})
 
     def reset(self):
         self.calls.append(("reset",))
+        self.messages = ()
+
+    def replace_messages(self, messages):
+        self.messages = tuple(messages)
+
+    def set_system(self, system):
+        self.calls.append(("system", system))
+
+    def set_sampling(self, sampling):
+        self.calls.append(("sampling", sampling))
+
+    def encode_messages(self, messages, *, system):
+        return [0] * sum(len(message["content"]) for message in messages)
 
 
 @dataclass(frozen=True)

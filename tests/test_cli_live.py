@@ -5,10 +5,11 @@ import sys
 
 import pytest
 from fakes_cli import FakeSession, Terminal, on_terminal, use_session
+from rich.cells import cell_len
 
 from subspec_cli.__main__ import main
 from subspec_cli.cli.live import LiveView, PlainView, sparkline, statistics_lines
-from subspec_cli.cli.output import Output, as_json
+from subspec_cli.cli.output import LiveArea, Output, as_json
 from subspec_cli.cli.output_progress import ProgressLine, prefill_text, time_left
 from subspec_cli.metrics import GenerationStats, PassStats, PrefillProgress
 
@@ -102,18 +103,34 @@ def test_live_area_redraws_partial_line_above_statistics():
     assert shown.endswith("second\n")
 
 
-def test_long_partial_line_shows_its_end(monkeypatch):
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_a_long_line_is_written_once_and_wrapped_by_words(monkeypatch, size):
     monkeypatch.setenv("COLUMNS", "20")
     monkeypatch.setenv("LINES", "10")
-    stream = Terminal()
-    output = Output(stdout=stream, stderr=Terminal())
+    rows = []
+    monkeypatch.setattr(LiveArea, "write_line", lambda self, row: rows.append(row.rstrip()))
+    output = Output(stdout=Terminal(), stderr=Terminal())
+    text = " ".join(f"word{number:03d}" for number in range(90)) + " \u65e5\u672c" * 9 + "\n    indented"
     with LiveView(output.area(), memory_bytes=lambda: 0, budget_bytes=1, clock=ticking()) as view:
-        view.feed(" ".join(f"word{number:03d}" for number in range(90)), some_stats())
-        drawn = stream.getvalue()
-        assert "word089" in drawn
-        assert "word001" not in drawn
-        assert "memory" in drawn
-    assert "word001" in stream.getvalue()[len(drawn) :]
+        for at in range(0, len(text), size):
+            view.feed(text[at : at + size], some_stats())
+    assert max(cell_len(row) for row in rows) <= 20
+    assert " ".join(rows).split() == text.split()
+    assert rows[-1] == "    indented"
+    assert rows[0] == "word000 word001"
+
+
+def test_notes_are_wrapped_by_words_and_paths_left_whole(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")
+    terminal = Terminal()
+    path = "/a/very/long/path/of/a/model"
+    Output(stderr=terminal, plain=True).note(f"one two three four five {path} six")
+    assert [line.rstrip() for line in terminal.getvalue().splitlines()] == [
+        "one two three four",
+        "five",
+        path,
+        "six",
+    ]
 
 
 def test_ctrl_c_restores_the_terminal(monkeypatch):

@@ -203,7 +203,7 @@ def test_prompt_from_a_pipe(capsys, session, monkeypatch):
         (b"\xef\xbb\xbfab\xff", "standard input is not UTF-8 at byte 5"),
         ("\ufeffab".encode("utf-16-le") + b"c", "standard input is not UTF-16 at byte 6"),
         ("ab".encode("utf-16-le"), "standard input is not text: character 1 is NUL"),
-        (b"a" * ((16 << 20) + 1), "the prompt on standard input is longer than 16 MiB"),
+        (b"a" * ((16 << 20) + 1), "standard input is longer than 16 MiB"),
     ],
 )
 def test_bad_piped_prompt(capsys, session, monkeypatch, content, message):
@@ -334,3 +334,51 @@ def test_what_did_not_go_as_planned_stays_on_the_screen(capsys, monkeypatch):
     use_session(monkeypatch, FakeSession(description=FakeDescription(notes=(note,))))
     assert main(["run", "hello"]) == 0
     assert f"note: {note}" in capsys.readouterr().err.splitlines()
+
+
+def test_files_follow_the_argument_under_their_names_and_the_pipe_comes_last(
+    capsys, session, monkeypatch, tmp_path
+):
+    (tmp_path / "a.py").write_bytes(b"\xef\xbb\xbfx = 1\r\ny = 2\r\n")
+    (tmp_path / "b.txt").write_bytes("caf\u00e9\n".encode("utf-16"))
+    (tmp_path / "piped").write_bytes(b"last\n")
+    argv = ["run", "Compare", "--file", str(tmp_path / "a.py"), "--file", "b.txt"]
+    with opened_in(monkeypatch, tmp_path / "piped"):
+        assert main(argv) == 0
+    text = "Compare\n\na.py:\nx = 1\ny = 2\n\nb.txt:\ncaf\u00e9\n\nlast"
+    assert session.calls[0] == ("encode", text, None, False)
+    assert "the prompt is the argument, the files and 4 B of standard input" in capsys.readouterr().err
+
+
+def test_a_file_alone_is_a_prompt_on_a_terminal(session, monkeypatch, tmp_path):
+    on_terminal(monkeypatch)
+    (tmp_path / "a.txt").write_text("What?")
+    assert main(["run", "--file", "a.txt", "--plain"]) == 0
+    assert session.calls[0] == ("encode", "a.txt:\nWhat?", None, False)
+
+
+@pytest.mark.parametrize("option", ["--file", "--system-file"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file"),
+        (b"ab\xff", "is not UTF-8 at byte 2"),
+        (b"a\0", "is not text: character 1 is NUL"),
+    ],
+)
+def test_a_file_that_is_no_text(capsys, session, tmp_path, option, content, message):
+    if content is not None:
+        (tmp_path / "a.txt").write_bytes(content)
+    assert main(["run", "Why?", option, "a.txt"]) == 2
+    error = capsys.readouterr().err
+    assert "a.txt" in error
+    assert message in error
+    assert session.calls == []
+
+
+def test_the_system_message_may_be_a_file(capsys, session, tmp_path):
+    (tmp_path / "system.txt").write_bytes(b"Be\r\nbrief.\r\n")
+    assert main(["run", "Why?", "--system-file", "system.txt"]) == 0
+    assert session.calls[0] == ("encode", "Why?", "Be\nbrief.", False)
+    assert main(["run", "Why?", "--system-file", "system.txt", "--system", "S"]) == 2
+    assert "--system and --system-file are both given" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from fakes import collect
 from fakes_session import Answer, answer_to, open_tiny, prepare_quietly
 from tiny_models import EOS_ID
 
+from subspec_cli.config import SamplingConfig
 from subspec_cli.errors import ExitCode, IntegrityError, UsageError
 from subspec_cli.modeling.decoder import TargetDecoder
 
@@ -150,6 +151,27 @@ def test_raw_prompts_bypass_the_template(session):
         [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "héllo"}]
     )
     assert len(templated) > 30
+
+
+def test_sampling_set_later_is_the_sampling_given_at_first(model, sampling):
+    expected = [answer_to(sampling, PROMPT, 16, noise_stream=number).outcome for number in range(2)]
+    settings = sampling.description.config.sampling
+    with open_tiny(model) as other:
+        greedy = answer_to(other, PROMPT, 16).outcome
+        other.set_sampling(settings)
+        assert [answer_to(other, PROMPT, 16).outcome for _ in range(2)] == expected
+        other.set_sampling(SamplingConfig())
+        assert answer_to(other, PROMPT, 16).outcome == greedy
+
+
+def test_a_chat_goes_on_from_another_conversation(session):
+    chat = session.chat("Be brief.")
+    first = asked(chat, "Hello")
+    other = session.chat(None)
+    other.replace_messages(chat.messages)
+    other.set_system("Be brief.")
+    assert asked(other, "And then?").outcome == asked(chat, "And then?").outcome
+    assert other.messages[1]["content"] == first.text
 
 
 # --- chat -------------------------------------------------------------------------------------------------------

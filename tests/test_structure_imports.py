@@ -17,6 +17,7 @@ DOORS = {
     "safetensors": ("checkpoint/*", "substitutes/*", "modeling/reference.py"),
     "typer": ("cli/*",),
     "rich": ("cli/output*.py", "cli/live.py"),
+    "prompt_toolkit": ("cli/line_editor.py",),
     "torch": (
         "checkpoint/*",
         "substitutes/*",

@@ -35,7 +35,7 @@ def loading_line(config: Config, file: Path | None, command: str = "") -> str:
 
 
 def session_lines(session: Session, config: Config) -> list[str]:
-    """The banner: model, device and exactness; the plan and its reason; notes on what differs from the plan."""
+    """The banner: model, device and exactness; the plan and its reason."""
     about, plan = session.description, session.description.plan
     first = [
         f"model {about.model_id}",
@@ -52,8 +52,12 @@ def session_lines(session: Session, config: Config) -> list[str]:
     planned_bytes = sum(line.size_bytes for line in plan.lines)
     second.append(f"{format_bytes(planned_bytes)} of {format_bytes(about.budget_bytes)} planned")
     second.append(reason_text(plan.reason))
-    lines = [" · ".join(part for part in line if part) for line in (first, second)]
-    return [*lines, *(f"note: {note}" for note in about.notes)]
+    return [" · ".join(part for part in line if part) for line in (first, second)]
+
+
+def note_lines(session: Session) -> list[str]:
+    """What did not go as planned while loading."""
+    return [f"note: {note}" for note in session.description.notes]
 
 
 def summary_line(answer: Answer, session: Session) -> str:
@@ -77,12 +81,23 @@ def summary_line(answer: Answer, session: Session) -> str:
     return " · ".join(parts)
 
 
-def reach_line(session: Session) -> str:
-    """How far a chat reaches, and what happens then."""
-    return (
-        f"this chat holds {session.description.context_tokens:,} tokens, yours and the model's together, "
-        "as --context or the budget allows; when they are used up, /reset begins a new one"
-    )
+def chat_line(answer: Answer, session: Session) -> str:
+    """The line that stays after an answer of a chat."""
+    stats, about = answer.stats, session.description
+    parts = [f"{counted(stats.new_tokens, 'token')} ({answer.finish_reason})"]
+    if stats.decode_tok_per_s:
+        parts.append(f"{stats.decode_tok_per_s:.1f} tok/s")
+    parts.append(f"context {stats.prompt_tokens + stats.new_tokens:,} of {about.context_tokens:,}")
+    return " · ".join([*parts, about.exactness])
+
+
+def chat_header(session: Session) -> list[str]:
+    """The two lines that begin a chat, short enough for 40 columns."""
+    about = session.description
+    return [
+        f"{about.model_id} · {about.device} · {about.exactness}",
+        f"context {about.context_tokens:,} · /help lists commands",
+    ]
 
 
 def fullness_warning(answer: Answer, session: Session) -> str:
@@ -92,11 +107,11 @@ def fullness_warning(answer: Answer, session: Session) -> str:
     if left > held * _FREE_SHARE:
         return ""
     if left <= 0:
-        return f"the context is full, all {held:,} tokens: /reset begins a new conversation"
+        return f"the context is full, all {held:,} tokens: /drop forgets the oldest turns, /reset all"
     share = 100 * (held - left) // held
     return (
         f"the context is {share}% full: {left:,} of {held:,} tokens are left; "
-        "a message that does not fit is refused, and /reset begins a new conversation"
+        "a message that does not fit is refused; /drop forgets the oldest turns, /reset all"
     )
 
 

@@ -9,6 +9,7 @@ import typer
 
 from subspec_cli.cli.audit import audit
 from subspec_cli.cli.bench import bench
+from subspec_cli.cli.chat import chat
 from subspec_cli.cli.configuration import configuration
 from subspec_cli.cli.help import add_examples, show_help
 from subspec_cli.cli.models import models
@@ -31,6 +32,7 @@ app = typer.Typer(
 app.command()(plan)
 app.command()(prepare)
 app.command()(run)
+app.command()(chat)
 app.command()(bench)
 app.command()(audit)
 app.command("help")(show_help)

@@ -1,88 +1,58 @@
-"""The interactive chat of `subspec run` on a terminal."""
+"""`subspec chat`: a conversation with the model, on a terminal or line by line from a pipe."""
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer
-
-from subspec_cli.cli.answer_text import fullness_warning, reach_line, summary_line
-from subspec_cli.cli.interrupts import interrupt_status, is_terminating
-from subspec_cli.cli.live import collect_answer, make_view
-from subspec_cli.cli.output import Output
-from subspec_cli.config import Config
-from subspec_cli.errors import PromptRefusedError, UsageError
+from subspec_cli.cli.loading import load_session, with_system_file
+from subspec_cli.cli.messages import Reader, read_lines
+from subspec_cli.cli.options import FilesOpt, Settings, SystemFileOpt, with_settings
+from subspec_cli.cli.prompts import read_named_file
+from subspec_cli.config import Config, DraftConfig, MemoryConfig, ModelConfig, RunConfig, SamplingConfig
+from subspec_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from subspec_cli.session import Chat, Session
-
-_PROMPT = "> "
-_HELP = "/reset clears the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
+    from subspec_cli.cli.output import Output
 
 
-def chat(session: Session, config: Config, output: Output) -> None:
-    """Read messages and answer them until the user leaves."""
-    conversation = session.chat(config.run.system)
-    output.note(reach_line(session))
-    output.note(_HELP)
-    interrupts = 0
-    while interrupts < 2:
-        try:
-            line = output.ask(_PROMPT).strip()
-        except EOFError:
-            output.note("")
-            return
-        except UnicodeDecodeError as error:
-            output.note(f"that line is not UTF-8 at byte {error.start}; not sent", style="bold")
-            continue
-        except KeyboardInterrupt:
-            if is_terminating():
-                raise
-            interrupts += 1
-            output.note("" if interrupts > 1 else "\nCtrl-C again, Ctrl-D or /exit leaves")
-            continue
-        interrupts = 0
-        if line in ("/exit", "/quit"):
-            return
-        if _is_command(line):
-            _obey(line, conversation, output)
-        elif line:
-            interrupts = _answer(line, conversation, session, config, output)
+@with_settings(ModelConfig, RunConfig, MemoryConfig, DraftConfig, SamplingConfig, without=("run.raw",))
+def chat(settings: Settings, files: FilesOpt = None, system_file: SystemFileOpt = None) -> None:
+    """Talk with the model; each answer has exactly the tokens the 16-bit model alone would give."""
+    import sys
+
+    from subspec_cli.cli.output import Output
+
+    config = with_system_file(settings, system_file)
+    if sys.stdin is None:
+        raise UsageError("a chat needs standard input", 'subspec run "…" answers one prompt')
+    # A chat has a template, also where the settings file asks `run` for bare text.
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, raw=False))
+    first = "\n\n".join(read_named_file(path) for path in files or [])
+    begin_chat(config, settings.file, Output(plain=config.run.plain), first=first)
 
 
-def _is_command(line: str) -> bool:
-    """Whether a line is one word after one slash; `/etc/hosts` and sentences are messages."""
-    return line.startswith("/") and line.count("/") == 1 and len(line.split()) == 1
+def begin_chat(config: Config, file: Path | None, output: Output, *, first: str = "") -> None:
+    """Load the model and hold a conversation; `first` comes before the first message."""
+    from subspec_cli.cli.answer_text import loading_line
+
+    if not output.is_animated:  # else the line of progress says so, and leaves the screen again
+        output.note(loading_line(config, file))
+    reader = make_reader(output)
+    with load_session(config, output, None) as session:
+        from subspec_cli.cli.conversation import converse
+
+        converse(session, config, output, reader, first=first)
 
 
-def _obey(command: str, conversation: Chat, output: Output) -> None:
-    if command == "/reset":
-        conversation.reset()
-        output.note("the conversation is cleared")
-    elif command == "/help":
-        output.note(_HELP)
-    else:
-        output.note(f"no command {command}: {_HELP}")
+def make_reader(output: Output) -> Reader:
+    """The line editor if the terminal can redraw lines, else a reader of plain lines.
 
+    Call it before the memory of a model is counted, so that the editor's libraries are no part of it.
+    """
+    if output.can_edit:
+        from subspec_cli.cli.line_editor import LineEditor, history_file
 
-def _answer(line: str, conversation: Chat, session: Session, config: Config, output: Output) -> int:
-    """Answer one message. Returns 1 if Ctrl-C stopped the answer, so that another Ctrl-C at the prompt leaves."""
-    limits = config.run
-    try:
-        view = make_view(output, session)
-        deltas = conversation.ask(
-            line, max_new_tokens=limits.max_new_tokens, stop=limits.stop, on_prefill=view.show_prefill
-        )
-        answer = collect_answer(deltas, view)
-    except (UsageError, PromptRefusedError) as error:  # another message, or /reset, may do
-        output.note(f"{error.message}{f': {error.hint}' if error.hint else ''}", style="bold")
-        return 0
-    if not answer.is_interrupted:
-        output.note(summary_line(answer, session))
-        if warning := fullness_warning(answer, session):
-            output.note(warning, style="bold")
-        return 0
-    output.note("interrupted", style="bold")
-    if is_terminating():
-        raise typer.Exit(interrupt_status())
-    return 1
+        return LineEditor(history_file()).read
+    return lambda: read_lines(output.ask)

@@ -1,4 +1,4 @@
-"""Views of an answer during generation: text above live statistics, or text alone."""
+"""Views of an answer during generation: rows of words above live statistics, or text alone."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class PlainView(View):
 
 
 class LiveView(View):
-    """Finished lines scroll up as ordinary text; the unfinished line is shown above the statistics."""
+    """Full rows scroll up as ordinary text; the unfinished row is shown above the statistics."""
 
     def __init__(
         self,
@@ -113,10 +113,11 @@ class LiveView(View):
             self._redraw_at_s = self._clock() + _REDRAW_INTERVAL_S
 
     def feed(self, text: str, stats: GenerationStats) -> None:
-        """Write finished lines, and redraw the rest a few times a second."""
-        *lines, self._partial = (self._partial + printable(text)).split("\n")
-        for line in lines:
-            self._area.write_line(line)
+        """Write full rows, and redraw the rest a few times a second."""
+        *lines, last = (self._partial + printable(text)).split("\n")
+        *full, self._partial = self._area.rows(last)
+        for row in (*(row for line in lines for row in self._area.rows(line)), *full):
+            self._area.write_line(row)
         if self._clock() >= self._redraw_at_s:
             statistics = statistics_lines(stats, self._memory_bytes(), self._budget_bytes)
             self._area.show(self._partial, statistics)

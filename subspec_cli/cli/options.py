@@ -32,6 +32,21 @@ ConfigOpt = Annotated[
         show_default="subspec.toml, else the user's config.toml",
     ),
 ]
+FilesOpt = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--file",
+        metavar="PATH",
+        help="Text file to ask about, under its name; may be given several times.",
+        show_default=False,
+    ),
+]
+SystemFileOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "--system-file", metavar="PATH", help="Read the system message from a text file.", show_default=False
+    ),
+]
 _CONFIG = Parameter("config_file", Parameter.KEYWORD_ONLY, default=None, annotation=ConfigOpt)
 _DEBUG = Parameter("_debug", Parameter.KEYWORD_ONLY, default=False, annotation=DebugOpt)
 

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +15,7 @@ from types import TracebackType
 from typing import Any, Self, TextIO
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
@@ -39,12 +41,15 @@ class Output:
         """Whether stdout can show text with statistics under it."""
         self.is_animated = self.stderr.isatty() and not plain and not dumb
         """Whether stderr can redraw a line of progress."""
+        self.can_edit = self.is_animated and sys.stdin is not None and sys.stdin.isatty()
+        """Whether a line editor can be used."""
         self.out = _console(self.stdout, terminal=self.is_live)
         self.err = _console(self.stderr, terminal=self.is_animated)
 
     def note(self, text: str, *, style: str = "dim") -> None:
-        """Write a line that is not part of the result to stderr."""
-        self.err.print(Text(printable(text), style=style), soft_wrap=True)
+        """Write a line that is not part of the result to stderr, wrapped by words on a terminal."""
+        shown = _wrapped(printable(text), self.err.width) if self.stderr.isatty() else printable(text)
+        self.err.print(Text(shown, style=style), soft_wrap=True)
         self.stderr.flush()
 
     def result(self, text: str) -> None:
@@ -92,7 +97,8 @@ class Output:
         """Read one line from the user, with line editing and history if the platform has them."""
         with suppress(ImportError):
             importlib.import_module("readline")
-        return input(prompt)
+        # Without a terminal `input` would write its prompt into the answers.
+        return input(prompt if sys.stdin.isatty() else "")
 
 
 class LiveArea:
@@ -118,16 +124,33 @@ class LiveArea:
     ) -> None:
         self._live.stop()
 
+    def rows(self, line: str) -> list[str]:
+        """A line as rows of the screen, wrapped by words. As the line grows, only its last row changes."""
+        if cell_len(line) <= self._console.width:
+            return [line]
+        *full, last = (row.plain for row in Text(line).wrap(self._console, self._console.width))
+        # Rich drops spaces that do not fit, but a word may follow them.
+        return [*full, last.rstrip() + line[len(line.rstrip()) :]]
+
     def write_line(self, line: str) -> None:
-        """Write a finished line. The terminal wraps it, so that it can be copied as one line."""
+        """Write a finished row or line."""
         self._console.print(Text(line), soft_wrap=True)
 
     def show(self, partial: str, statistics: Sequence[str]) -> None:
-        """Redraw the unfinished line (only its end if it is longer than the screen) and the statistics."""
-        rows = max(1, self._console.height - len(statistics) - 2)
-        tail = list(Text(partial).wrap(self._console, self._console.width))[-rows:] if partial else []
+        """Redraw the unfinished row and the statistics; as many of these as there is room for."""
+        tail = [Text(partial)] if partial else []
+        statistics = statistics[: max(0, self._console.height - 3)]
         lines = [Text(line, style="dim", no_wrap=True, overflow="ellipsis") for line in statistics]
         self._live.update(Group(*tail, *lines), refresh=True)
+
+
+def _wrapped(text: str, width: int) -> str:
+    """Text wrapped by words. A path longer than a row is left whole, for the terminal to wrap."""
+    rows = (
+        textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False) or [""]
+        for line in text.split("\n")
+    )
+    return "\n".join("\n".join(row) for row in rows)
 
 
 def as_json(document: Mapping[str, Any], *, indent: int | None = None) -> str:

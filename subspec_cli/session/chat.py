@@ -66,6 +66,14 @@ class Chat:
         """Continue the conversation as if the last answer had been `text`."""
         self._messages[-1] = {"role": "assistant", "content": text}
 
+    def replace_messages(self, messages: Sequence[dict[str, str]]) -> None:
+        """Continue from another conversation: `role` and `content` of turns, without the system message."""
+        self._messages = list(messages)
+
+    def set_system(self, system: str) -> None:
+        """Continue with another system message."""
+        self._system = system
+
     def reset(self) -> None:
         """Forget the conversation and empty the cache."""
         self._messages = []

@@ -7,6 +7,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from types import TracebackType
 
+from subspec_cli.config import SamplingConfig
 from subspec_cli.decoding.drafter import Drafter
 from subspec_cli.decoding.engine import Engine, PassOutput, Request
 from subspec_cli.decoding.penalties import penalties_of
@@ -162,6 +163,13 @@ class Session:
         """Empty the KV cache, so that the next prompt is prefilled whole."""
         self.loaded.kv.rewind(0)
 
+    def set_sampling(self, sampling: SamplingConfig) -> None:
+        """Choose tokens of later answers by other settings. A new seed begins with noise stream 0."""
+        about = self.description
+        seed = about.seed if sampling.seed is None else sampling.seed
+        self._noise_streams = self._noise_streams if seed == about.seed else 0
+        self.description = replace(about, config=replace(about.config, sampling=sampling), seed=seed)
+
     def chat(self, system: str | None = None) -> Chat:
         """Begin a conversation over this session's cache; without `system` the settings' system message is used."""
         return Chat(self, self.description.config.run.system if system is None else system)
@@ -206,5 +214,5 @@ class Session:
         limit = self.description.context_tokens
         return UsageError(
             f"the prompt has {counted(prompt_tokens, 'token')}, the context holds {limit}, one of them for an answer",
-            "shorten the prompt (in a chat: /reset), or raise --context or the memory budget",
+            "shorten the prompt (in a chat: /drop or /reset, then /retry), or raise --context or the memory budget",
         )
