@@ -169,6 +169,7 @@ def test_bench_table_and_json_file(capsys, benching, tmp_path):
         "max_new_tokens": 48,
         "plain_tokens": 16,
         "questions": None,
+        "repeat": 1,
     }
     captured = capsys.readouterr()
     header, _, row, total, *_ = [line for line in captured.out.splitlines() if line.strip()]

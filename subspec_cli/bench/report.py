@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import statistics
+import typing
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
+from subspec_cli.bench.answers import AnswerPair, BestPlainAnswer
 from subspec_cli.metrics import (
     Exactness,
-    FinishReason,
-    GenerationStats,
     RangeTotals,
     ranges_of_totals,
     rate_of_totals,
@@ -19,40 +20,18 @@ from subspec_cli.planning.comparison import Comparison, compare
 from subspec_cli.planning.costs import PlanCosts
 from subspec_cli.planning.plan import OffloadPlan
 
-
-@dataclass(frozen=True, slots=True)
-class ArmAnswer:
-    """One answer of one arm."""
-
-    token_ids: tuple[int, ...]
-    text: str
-    finish_reason: FinishReason | Literal["interrupted"]
-    stats: GenerationStats
+Figure = Literal["plain_tok_per_s", "speculative_tok_per_s", "speedup_same_plan", "speedup"]
+"""A measured figure of a row."""
+FIGURES: Final = typing.get_args(Figure)
 
 
 @dataclass(frozen=True, slots=True)
-class AnswerPair:
-    """The same turn answered by plain and by speculative decoding."""
+class Spread:
+    """One figure over the repetitions."""
 
-    question_id: str
-    category: str
-    turn: int
-    plain: ArmAnswer
-    speculative: ArmAnswer
-
-    @property
-    def identical(self) -> bool:
-        """Whether both have the same tokens, up to the shorter limit."""
-        plain, speculative = self.plain.token_ids, self.speculative.token_ids
-        if self.plain.finish_reason == "length":
-            return speculative[: len(plain)] == plain
-        return speculative == plain
-
-    @property
-    def speedup_same_plan(self) -> float:
-        """Ratio of the two decode speeds; 0 if either answer is a single token."""
-        plain, speculative = self.plain.stats.decode_tok_per_s, self.speculative.stats.decode_tok_per_s
-        return speculative / plain if plain and speculative else 0.0
+    median: float
+    least: float
+    most: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +40,18 @@ class BenchRow:
 
     category: str
     answers: int
-    plain_tok_per_s: float | None
-    speculative_tok_per_s: float | None
-    speedup_same_plan: float | None
-    speedup: float | None
-    tau: float | None
+    """Pairs of answers, of all repetitions."""
     identical: int
+    tau: float | None
     prefilled_tokens: int
-    """Prompt tokens that the speculative arm computed, without reused rows."""
+    """Prompt tokens that each arm computed, in one repetition."""
+    measured: Mapping[Figure, Spread]
+    """Figures over the repetitions; a figure that could not be measured is absent."""
+
+    def median(self, figure: Figure) -> float | None:
+        """Return a figure's median over the repetitions; None if it was not measured."""
+        found = self.measured.get(figure)
+        return None if found is None else found.median
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +83,8 @@ class BenchReport:
 
     suite: str
     pairs: tuple[AnswerPair, ...]
-    best_plain: tuple[GenerationStats, ...]
-    """Plain answers under plain decoding's own best plan."""
+    best_plain: tuple[BestPlainAnswer, ...]
+    """Plain answers under plain decoding's own best plan, measured before and after the pairs."""
     link: LinkFigures | None
     exactness: Exactness | Literal["unchecked"]
     speculation: bool
@@ -146,18 +129,48 @@ class BenchReport:
         """Passes of the speculative arm by the cached rows that they read."""
         return ranges_of_totals(pair.speculative.stats for pair in self.pairs)
 
+    def best_plain_tok_per_s(self, when: Literal["before", "after"] | None = None) -> float | None:
+        """Speed under plain decoding's own best plan, before the pairs, after them, or over both."""
+        stats = [item.answer.stats for item in self.best_plain if when in (None, item.when)]
+        return rate_of_totals(stats) or None
+
     def _row(self, category: str, pairs: Sequence[AnswerPair]) -> BenchRow:
-        plain = rate_of_totals(pair.plain.stats for pair in pairs) or None
-        speculative = rate_of_totals(pair.speculative.stats for pair in pairs) or None
-        best = rate_of_totals(self.best_plain) or None
+        repetitions = whole_repetitions(pairs)
         return BenchRow(
             category=category,
             answers=len(pairs),
-            plain_tok_per_s=plain,
-            speculative_tok_per_s=speculative,
-            speedup_same_plan=speculative / plain if plain and speculative else None,
-            speedup=speculative / best if best and speculative else None,
-            tau=tau_of_totals(pair.speculative.stats for pair in pairs) or None,
             identical=sum(pair.identical for pair in pairs),
-            prefilled_tokens=sum(pair.speculative.stats.prefilled_tokens for pair in pairs),
+            tau=tau_of_totals(pair.speculative.stats for pair in pairs) or None,
+            prefilled_tokens=sum(pair.speculative.stats.prefilled_tokens for pair in repetitions[0]),
+            measured=_measured(repetitions, self.best_plain_tok_per_s()),
         )
+
+
+def whole_repetitions(pairs: Sequence[AnswerPair]) -> list[list[AnswerPair]]:
+    """Return the pairs of each repetition, without a later one that has fewer pairs than the first."""
+    numbers = dict.fromkeys(pair.repetition for pair in pairs)
+    repetitions = [[pair for pair in pairs if pair.repetition == number] for number in numbers]
+    return [found for found in repetitions if len(found) == len(repetitions[0])]
+
+
+def spread_of(values: Iterable[float]) -> Spread | None:
+    """Return median, least and most of some values; None without values."""
+    found = list(values)
+    return Spread(statistics.median(found), min(found), max(found)) if found else None
+
+
+def _measured(repetitions: Iterable[Sequence[AnswerPair]], best_plain: float | None) -> dict[Figure, Spread]:
+    values: dict[Figure, list[float]] = {}
+    for pairs in repetitions:
+        plain = rate_of_totals(pair.plain.stats for pair in pairs)
+        speculative = rate_of_totals(pair.speculative.stats for pair in pairs)
+        figures: dict[Figure, float] = {
+            "plain_tok_per_s": plain,
+            "speculative_tok_per_s": speculative,
+            "speedup_same_plan": speculative / plain if plain else 0.0,
+            "speedup": speculative / best_plain if best_plain else 0.0,
+        }
+        for figure, value in figures.items():
+            if value:
+                values.setdefault(figure, []).append(value)
+    return {figure: spread for figure, found in values.items() if (spread := spread_of(found))}

@@ -1,22 +1,28 @@
-"""Replaying a suite: plain and speculative decoding of every question, in turn, in one run.
+"""Replaying a suite: plain and speculative decoding of every turn, one right after the other, in one run.
 
-Both arms share the target, the plan and the noise streams, so the same seed draws the same noise. Each arm starts
-every question from an empty cache. At the end plain decoding is measured again under its own best plan, which needs
-no substitutes: that is what a user would have without speculation.
+Both arms share the target, the plan and the noise streams, so the same seed draws the same noise. The first arm of a
+turn is plain for even questions and speculative for odd ones, and the other way round in every second repetition, so
+that a machine that becomes faster or slower favours neither. Each arm answers each turn from an empty KV cache and
+continues from the same conversation: both prefill the same tokens, and none reads rows that the other has made.
+
+Before and after, plain decoding is measured under its own best plan, which needs no substitutes: that is what a user
+would have without speculation. Two plans do not fit one memory budget at a time, so it cannot be measured in between.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from subspec_cli.bench.report import AnswerPair, ArmAnswer, BenchReport, BenchRow, LinkFigures
+from subspec_cli.bench.answers import AnswerPair, ArmAnswer, BestPlainAnswer
+from subspec_cli.bench.machine_use import read_use
+from subspec_cli.bench.report import BenchReport, BenchRow, LinkFigures
 from subspec_cli.bench.suites import Question, load_suite
 from subspec_cli.config import Config
-from subspec_cli.metrics import Exactness, GenerationStats
+from subspec_cli.metrics import Exactness
 from subspec_cli.planning.costs import PlanCosts
 from subspec_cli.planning.plan import OffloadPlan
 from subspec_cli.planning.request import WantedTokens
@@ -32,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["BenchProgress", "BenchReport", "BenchRow", "run_bench"]
 
 _BEST_PLAIN_QUESTIONS: Final = 2
+_WARM_UP_TOKENS: Final = 16
 _READ_AGAIN: Final = 1.25
 """Room for an answer that later turns read as text: cut into tokens anew, it may have a few more."""
 
@@ -41,7 +48,7 @@ class BenchProgress:
     """Progress of a run."""
 
     done: int
-    """Answers of both arms and of the closing plain measurement."""
+    """Answers of both arms and of plain decoding under its own best plan."""
     total: int
     elapsed_s: float
     status: str
@@ -64,7 +71,7 @@ class _Run:
         self._started = time.perf_counter()
         self._done = 0
         self._pairs: list[AnswerPair] = []
-        self._best_plain: list[GenerationStats] = []
+        self._best_plain: list[BestPlainAnswer] = []
         self._link: LinkFigures | None = None
         self._context: dict[str, Any] = {}
         self._plan: OffloadPlan | None = None
@@ -73,39 +80,12 @@ class _Run:
         self._exactness: Exactness | Literal["unchecked"] = "unchecked"
         self._speculation = False
 
-    def measure_pairs(self) -> None:
-        """Measure both arms over all questions under one plan."""
-        with open_session(self._config, Reporter(self._say), count=self._count) as session:
-            about = session.description
-            self._exactness, self._speculation = about.exactness, about.speculation
-            self._plan, self._costs = about.plan, about.costs
-            self._context = _context(session, self._config)
-            for number, question in enumerate(self._questions):
-                self._measure_question(session, number, question)
-            self._context["peak_memory_bytes"] = session.peak_memory_bytes()
-
-    def measure_best_plain(self) -> None:
-        """Measure plain decoding with as many resident layers as fit without substitutes, in the same context."""
-        config = dataclasses.replace(
-            self._config,
-            draft=dataclasses.replace(self._config.draft, no_speculation=True),
-            memory=dataclasses.replace(
-                # The costs are those of the speculative arm, also if the user wants a new probe.
-                self._config.memory,
-                resident_layers=None,
-                context=None if self._plan is None else self._plan.context,
-                reprobe=False,
-            ),
-        )
-        with open_session(config, Reporter(self._say)) as session:
-            self._best_plain_plan = plan = session.description.plan
-            for question in self._questions[:_BEST_PLAIN_QUESTIONS]:
-                self._say(f"plain under its own best plan: {plan.resident_layers} resident layers")
-                answer = next(
-                    _converse(session, question, 0, limit=self._plain_limit, plain=True, history=())
-                )
-                self._best_plain.append(answer.stats)
-                self._done += 1
+    def measure(self) -> None:
+        """Measure everything."""
+        self._measure_best_plain("before", reprobe=self._config.memory.reprobe)
+        # The first session has timed the machine, and all go by the same costs.
+        self._measure_pairs(_with_memory(self._config, reprobe=False))
+        self._measure_best_plain("after", reprobe=False)
 
     def report(self, *, interrupted: bool) -> BenchReport:
         """Return what was measured so far."""
@@ -123,6 +103,67 @@ class _Run:
             best_plain_plan=self._best_plain_plan,
         )
 
+    def _measure_pairs(self, config: Config) -> None:
+        """Measure both arms over all questions under one plan."""
+        with open_session(config, Reporter(self._say), count=self._count) as session:
+            about = session.description
+            self._exactness, self._speculation = about.exactness, about.speculation
+            self._plan, self._costs = about.plan, about.costs
+            self._context = _context(session, self._config)
+            self._warm_up(session)
+            for repetition in range(self._config.bench.repeat):
+                for number, question in enumerate(self._questions):
+                    self._measure_question(session, repetition, number, question)
+            self._context["peak_memory_bytes"] = session.peak_memory_bytes()
+
+    def _measure_best_plain(self, when: Literal["before", "after"], *, reprobe: bool) -> None:
+        """Measure plain decoding with as many resident layers as fit without substitutes, in the same context."""
+        config = _with_memory(self._config, resident_layers=None, reprobe=reprobe)
+        config = dataclasses.replace(config, draft=dataclasses.replace(config.draft, no_speculation=True))
+        with open_session(config, Reporter(self._say), count=self._count) as session:
+            self._best_plain_plan = plan = session.description.plan
+            self._warm_up(session)
+            for number, question in enumerate(self._best_plain_questions):
+                self._say(f"plain under its own best plan: {plan.resident_layers} resident layers")
+                messages = [{"role": "user", "content": question.turns[0]}]
+                answer = self._answer(session, messages, 2 * number, plain=True)
+                self._best_plain.append(BestPlainAnswer(question.question_id, when, answer))
+                self._done += 1
+
+    def _measure_question(self, session: Session, repetition: int, number: int, question: Question) -> None:
+        messages: list[dict[str, str]] = []
+        for turn, text in enumerate(question.turns):
+            messages.append({"role": "user", "content": text})
+            # Two noise streams a question: the same in both arms, so the same noise.
+            noise_stream, arms = 2 * number + turn, {}
+            for plain in (False, True) if (number + repetition) % 2 else (True, False):
+                before, disk_before = session.link_counters(), disk_read_bytes()
+                arms[plain] = answer = self._answer(session, messages, noise_stream, plain=plain)
+                if not plain:
+                    self._add_link(session, before, disk_before)
+                self._done += 1
+                rate, name = answer.stats.decode_tok_per_s, "plain" if plain else "speculative"
+                self._say(f"{question.category}, {name}{f': {rate:.2f} tok/s' if rate else ''}")
+            pair = AnswerPair(
+                question.question_id, question.category, turn + 1, arms[True], arms[False], repetition + 1
+            )
+            self._pairs.append(pair)
+            messages.append({"role": "assistant", "content": pair.speculative.text})
+
+    def _warm_up(self, session: Session) -> None:
+        """Give a short answer that does not count: the first one pays for what later ones find ready."""
+        self._say("warming up")
+        messages = [{"role": "user", "content": self._questions[0].turns[0]}]
+        _generate(session, messages, 0, limit=min(_WARM_UP_TOKENS, self._limit), plain=False)
+
+    def _answer(
+        self, session: Session, messages: Sequence[dict[str, str]], noise_stream: int, *, plain: bool
+    ) -> ArmAnswer:
+        limit = self._plain_limit if plain else self._limit
+        before = read_use()
+        answer = _generate(session, messages, noise_stream, limit=limit, plain=plain)
+        return dataclasses.replace(answer, use=read_use().since(before))
+
     def _count(self, tokenizer: ModelTokenizer) -> WantedTokens:
         """Count the longest conversation, in which every answer is as long as it may be."""
         said = [
@@ -134,35 +175,16 @@ class _Run:
         return WantedTokens(max(map(len, said)), answers)
 
     @property
+    def _best_plain_questions(self) -> Sequence[Question]:
+        return self._questions[:_BEST_PLAIN_QUESTIONS]
+
+    @property
     def _limit(self) -> int:
         return self._config.bench.max_new_tokens
 
     @property
     def _plain_limit(self) -> int:
         return min(self._config.bench.plain_tokens or self._limit, self._limit)
-
-    def _measure_question(self, session: Session, number: int, question: Question) -> None:
-        # A shortened plain arm continues the speculative arm's answers, so it has to come second.
-        shortened = self._plain_limit < self._limit
-        arms: dict[bool, list[ArmAnswer]] = {False: [], True: []}
-        for plain in (False, True) if shortened or number % 2 else (True, False):
-            name = "plain" if plain else "speculative"
-            history = tuple(answer.text for answer in arms[False]) if plain and shortened else ()
-            before, disk_before = session.link_counters(), disk_read_bytes()
-            limit = self._plain_limit if plain else self._limit
-            for answer in _converse(session, question, number, limit=limit, plain=plain, history=history):
-                arms[plain].append(answer)
-                self._done += 1
-                rate = answer.stats.decode_tok_per_s
-                self._say(f"{question.category}, {name}{f': {rate:.2f} tok/s' if rate else ''}")
-            if not plain:
-                self._add_link(session, before, disk_before)
-        for turn, (plain_answer, speculative) in enumerate(
-            zip(arms[True], arms[False], strict=True), start=1
-        ):
-            self._pairs.append(
-                AnswerPair(question.question_id, question.category, turn, plain_answer, speculative)
-            )
 
     def _add_link(self, session: Session, before: StreamCounters, disk_before: int | None) -> None:
         moved = session.link_counters().since(before)
@@ -180,7 +202,7 @@ class _Run:
 
     def _say(self, status: str) -> None:
         turns = sum(len(question.turns) for question in self._questions)
-        total = 2 * turns + min(_BEST_PLAIN_QUESTIONS, len(self._questions))
+        total = 2 * turns * self._config.bench.repeat + 2 * len(self._best_plain_questions)
         elapsed_s = time.perf_counter() - self._started
         self._progress(BenchProgress(self._done, total, elapsed_s, status))
 
@@ -190,33 +212,28 @@ def run_bench(config: Config, suite: str, *, progress: Callable[[BenchProgress],
     questions = load_suite(suite, config.bench.questions, config.bench.limit)
     run = _Run(config, suite, questions, progress)
     try:
-        run.measure_pairs()
-        run.measure_best_plain()
+        run.measure()
     except KeyboardInterrupt:
         return run.report(interrupted=True)
     return run.report(interrupted=False)
 
 
-def _converse(
-    session: Session, question: Question, number: int, *, limit: int, plain: bool, history: Sequence[str]
-) -> Iterator[ArmAnswer]:
-    """Answer all turns of a question from an empty cache; `history` replaces the arm's own earlier answers."""
+def _generate(
+    session: Session, messages: Sequence[dict[str, str]], noise_stream: int, *, limit: int, plain: bool
+) -> ArmAnswer:
+    """Answer the last message of a conversation from an empty cache."""
     session.reset()
-    chat = session.chat(None)
-    for turn, text in enumerate(question.turns):
-        token_ids: list[int] = []
-        pieces: list[str] = []
-        last = None
-        # Two noise streams a question: the same in both arms, so the same noise.
-        noise_stream = 2 * number + turn
-        for delta in chat.ask(text, max_new_tokens=limit, stop=(), plain=plain, noise_stream=noise_stream):
-            token_ids.extend(delta.token_ids)
-            pieces.append(delta.text)
-            last = delta
-        assert last is not None
-        if turn < len(history):
-            chat.replace_answer(history[turn])
-        yield ArmAnswer(tuple(token_ids), "".join(pieces), last.finish_reason or "interrupted", last.stats)
+    prompt = session.encode_messages(messages, system=session.description.config.run.system)
+    deltas = list(
+        session.generate(prompt, max_new_tokens=limit, stop=(), plain=plain, noise_stream=noise_stream)
+    )
+    token_ids = tuple(token for delta in deltas for token in delta.token_ids)
+    text = "".join(delta.text for delta in deltas)
+    return ArmAnswer(token_ids, text, deltas[-1].finish_reason or "interrupted", deltas[-1].stats)
+
+
+def _with_memory(config: Config, **changes: Any) -> Config:  # noqa: ANN401 - as `dataclasses.replace`
+    return dataclasses.replace(config, memory=dataclasses.replace(config.memory, **changes))
 
 
 def _context(session: Session, config: Config) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import typer
 
@@ -14,6 +15,7 @@ from subspec_cli.errors import NotIdenticalError, UsageError
 from subspec_cli.units import counted
 
 if TYPE_CHECKING:
+    from subspec_cli.bench.report import Figure, Spread
     from subspec_cli.bench.runner import BenchProgress, BenchReport, BenchRow
     from subspec_cli.cli.output import Output
 
@@ -28,7 +30,13 @@ _HEADERS = (
     "tau",
     "prefilled",
 )
-
+_FIGURES: Final[Mapping[Figure, str]] = {
+    "plain_tok_per_s": "",
+    "speculative_tok_per_s": "",
+    "speedup_same_plan": "x",
+    "speedup": "x",
+}
+"""Measured columns, and the unit behind their figures."""
 
 Suite = Literal["mt-bench", "sample"]
 SuiteArg = Annotated[
@@ -125,14 +133,15 @@ def _cells(row: BenchRow) -> list[str]:
         row.category,
         str(row.answers),
         str(row.identical),
-        _figure(row.plain_tok_per_s),
-        _figure(row.speculative_tok_per_s),
-        _figure(row.speedup_same_plan, "x"),
-        _figure(row.speedup, "x"),
-        _figure(row.tau),
+        *(_spread(row.measured.get(figure), unit) for figure, unit in _FIGURES.items()),
+        "-" if row.tau is None else f"{row.tau:.2f}",
         str(row.prefilled_tokens),
     ]
 
 
-def _figure(value: float | None, unit: str = "") -> str:
-    return "-" if value is None else f"{value:.2f}{unit}"
+def _spread(spread: Spread | None, unit: str) -> str:
+    """The median, and the range if there is one."""
+    if spread is None:
+        return "-"
+    median = f"{spread.median:.2f}{unit}"
+    return median if spread.least == spread.most else f"{median} ({spread.least:.2f}..{spread.most:.2f})"

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from subspec_cli.metrics import GenerationStats, RangeTotals, rate_of_totals
+from subspec_cli.metrics import GenerationStats, RangeTotals
 from subspec_cli.planning.comparison import Comparison
 from subspec_cli.units import counted
 
@@ -42,15 +42,16 @@ def summary_lines(report: BenchReport) -> tuple[str, ...]:
         lines.append(
             f"speedup over the same plan by answer: median {median:.2f}x, {spread[0]:.2f}x to {spread[-1]:.2f}x"
         )
-    if own_rate := rate_of_totals(report.best_plain):
-        lines.append(f"plain decoding under its own best plan: {own_rate:.2f} tok/s")
-    if (ceiling := report.ceiling_tok_per_s) and report.link and total.speculative_tok_per_s:
-        share = total.speculative_tok_per_s / ceiling
+    if best_rate := report.best_plain_tok_per_s():
+        lines.append(_best_plain_text(report, best_rate))
+    rate = total.median("speculative_tok_per_s")
+    if (ceiling := report.ceiling_tok_per_s) and report.link and rate:
+        share = rate / ceiling
         lines.append(
             f"ceiling {ceiling:.2f} tok/s = tau {total.tau:.2f} x {report.link.gb_per_s:.2f} GB/s / "
             f"{report.link.streamed_bytes_per_pass / 1e9:.2f} GB per pass; reached {share:.0%}"
         )
-    if total.speculative_tok_per_s and report.speculation:
+    if rate and report.speculation:
         lines.append(_work_line([pair.speculative.stats for pair in report.pairs]))
         lines.extend(_range_text(item) for item in report.by_cached_rows)
     if report.comparison is not None:
@@ -60,6 +61,17 @@ def summary_lines(report: BenchReport) -> tuple[str, ...]:
             f"{report.link.cold_share:.0%} of the streamed bytes came from storage, not from a cache"
         )
     return tuple(lines)
+
+
+def _best_plain_text(report: BenchReport, rate: float) -> str:
+    """The speed under plain decoding's own best plan, and how far it moved while the arms were measured."""
+    before, after = (report.best_plain_tok_per_s(when) for when in ("before", "after"))
+    text = f"plain decoding under its own best plan: {rate:.2f} tok/s"
+    return (
+        f"{text}; {before:.2f} before, {after:.2f} after ({after / before - 1:+.0%})"
+        if before and after
+        else text
+    )
 
 
 def _work_line(answers: Sequence[GenerationStats]) -> str:
