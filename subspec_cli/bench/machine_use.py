@@ -92,3 +92,8 @@ def cpu_times(stat: str, cores: Iterable[int], ticks_per_s: int) -> tuple[float,
             busy += sum(int(columns[column]) for column in _BUSY_COLUMNS)
             steal += int(columns[_STEAL_COLUMN]) if len(columns) > _STEAL_COLUMN else 0
     return busy / ticks_per_s, steal / ticks_per_s
+
+
+def read_load_per_core() -> float | None:
+    """Return the mean number of processes that ran or waited in the last minute, per core; None if it is unknown."""
+    return os.getloadavg()[0] / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import statistics
-import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 from subspec_cli.bench.answers import AnswerPair, BestPlainAnswer
+from subspec_cli.bench.figures import Arm, Figure, Spread, spread_of
+from subspec_cli.bench.machine_use import MachineUse, total_use
+from subspec_cli.bench.voids import PlainRates, Void, row_voids
 from subspec_cli.metrics import (
     Exactness,
     RangeTotals,
@@ -19,19 +20,6 @@ from subspec_cli.metrics import (
 from subspec_cli.planning.comparison import Comparison, compare
 from subspec_cli.planning.costs import PlanCosts
 from subspec_cli.planning.plan import OffloadPlan
-
-Figure = Literal["plain_tok_per_s", "speculative_tok_per_s", "speedup_same_plan", "speedup"]
-"""A measured figure of a row."""
-FIGURES: Final = typing.get_args(Figure)
-
-
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """One figure over the repetitions."""
-
-    median: float
-    least: float
-    most: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +34,19 @@ class BenchRow:
     prefilled_tokens: int
     """Prompt tokens that each arm computed, in one repetition."""
     measured: Mapping[Figure, Spread]
-    """Figures over the repetitions; a figure that could not be measured is absent."""
+    """Figures over the repetitions, void ones too; a figure that could not be measured is absent."""
+    uses: Mapping[Arm, MachineUse]
+    """Who used the processors during each arm."""
+    voids: tuple[Void, ...]
+    """Figures that mean nothing, with the reasons."""
 
-    def median(self, figure: Figure) -> float | None:
-        """Return a figure's median over the repetitions; None if it was not measured."""
-        found = self.measured.get(figure)
-        return None if found is None else found.median
+    def spread(self, figure: Figure) -> Spread | None:
+        """Return a figure over the repetitions; None if it was not measured or is void."""
+        return None if self.is_void(figure) else self.measured.get(figure)
+
+    def is_void(self, figure: Figure) -> bool:
+        """Return whether a figure was measured and means nothing."""
+        return any(void.figure == figure for void in self.voids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +92,8 @@ class BenchReport:
     """The plan's costs."""
     best_plain_plan: OffloadPlan | None = None
     """Plain decoding's own best plan; None until it is measured."""
+    load_per_core: float | None = None
+    """Load of the machine before the benchmark; None if it is unknown."""
 
     @property
     def rows(self) -> tuple[BenchRow, ...]:
@@ -136,14 +133,29 @@ class BenchReport:
 
     def _row(self, category: str, pairs: Sequence[AnswerPair]) -> BenchRow:
         repetitions = whole_repetitions(pairs)
+        measured = _measured(repetitions, self.best_plain_tok_per_s())
+        tau = tau_of_totals(pair.speculative.stats for pair in pairs) or None
+        uses: dict[Arm, MachineUse] = {
+            "plain": total_use(pair.plain.use for pair in pairs),
+            "speculative": total_use(pair.speculative.use for pair in pairs),
+            "best_plain": total_use(item.answer.use for item in self.best_plain),
+        }
         return BenchRow(
             category=category,
             answers=len(pairs),
             identical=sum(pair.identical for pair in pairs),
-            tau=tau_of_totals(pair.speculative.stats for pair in pairs) or None,
+            tau=tau,
             prefilled_tokens=sum(pair.speculative.stats.prefilled_tokens for pair in repetitions[0]),
-            measured=_measured(repetitions, self.best_plain_tok_per_s()),
+            measured=measured,
+            uses=uses,
+            voids=row_voids(measured, tau, uses, self._plain_rates, self.load_per_core),
         )
+
+    @property
+    def _plain_rates(self) -> PlainRates:
+        asked = {item.question_id for item in self.best_plain}
+        same = [pair.plain.stats for pair in self.pairs if pair.turn == 1 and pair.question_id in asked]
+        return PlainRates(self.best_plain_tok_per_s(), rate_of_totals(same) or None)
 
 
 def whole_repetitions(pairs: Sequence[AnswerPair]) -> list[list[AnswerPair]]:
@@ -151,12 +163,6 @@ def whole_repetitions(pairs: Sequence[AnswerPair]) -> list[list[AnswerPair]]:
     numbers = dict.fromkeys(pair.repetition for pair in pairs)
     repetitions = [[pair for pair in pairs if pair.repetition == number] for number in numbers]
     return [found for found in repetitions if len(found) == len(repetitions[0])]
-
-
-def spread_of(values: Iterable[float]) -> Spread | None:
-    """Return median, least and most of some values; None without values."""
-    found = list(values)
-    return Spread(statistics.median(found), min(found), max(found)) if found else None
 
 
 def _measured(repetitions: Iterable[Sequence[AnswerPair]], best_plain: float | None) -> dict[Figure, Spread]:

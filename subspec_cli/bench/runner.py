@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from subspec_cli.bench.answers import AnswerPair, ArmAnswer, BestPlainAnswer
-from subspec_cli.bench.machine_use import read_use
-from subspec_cli.bench.report import BenchReport, BenchRow, LinkFigures
+from subspec_cli.bench.machine_use import read_load_per_core, read_use
+from subspec_cli.bench.report import BenchReport, LinkFigures
 from subspec_cli.bench.suites import Question, load_suite
 from subspec_cli.config import Config
 from subspec_cli.metrics import Exactness
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from subspec_cli.modeling.pretrained import ModelTokenizer
     from subspec_cli.session import Session
     from subspec_cli.streaming.streamer import StreamCounters
-
-__all__ = ["BenchProgress", "BenchReport", "BenchRow", "run_bench"]
 
 _BEST_PLAIN_QUESTIONS: Final = 2
 _WARM_UP_TOKENS: Final = 16
@@ -69,6 +67,7 @@ class _Run:
         self._questions = questions
         self._progress = progress
         self._started = time.perf_counter()
+        self._load_per_core = read_load_per_core()
         self._done = 0
         self._pairs: list[AnswerPair] = []
         self._best_plain: list[BestPlainAnswer] = []
@@ -101,6 +100,7 @@ class _Run:
             plan=self._plan,
             costs=self._costs,
             best_plain_plan=self._best_plain_plan,
+            load_per_core=self._load_per_core,
         )
 
     def _measure_pairs(self, config: Config) -> None:

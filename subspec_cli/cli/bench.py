@@ -15,8 +15,9 @@ from subspec_cli.errors import NotIdenticalError, UsageError
 from subspec_cli.units import counted
 
 if TYPE_CHECKING:
-    from subspec_cli.bench.report import Figure, Spread
-    from subspec_cli.bench.runner import BenchProgress, BenchReport, BenchRow
+    from subspec_cli.bench.figures import Figure, Spread
+    from subspec_cli.bench.report import BenchReport, BenchRow
+    from subspec_cli.bench.runner import BenchProgress
     from subspec_cli.cli.output import Output
 
 _HEADERS = (
@@ -113,7 +114,7 @@ def _show(report: BenchReport, output: Output, json_file: str | None) -> None:
     from subspec_cli.cli.output import as_json
 
     aside = json_file == "-"
-    output.table(_HEADERS, [_cells(row) for row in report.rows], aside=aside)
+    output.table(_HEADERS, [table_cells(row) for row in report.rows], aside=aside)
     say = output.note if aside else output.result
     for line in summary_lines(report):
         say(line)
@@ -128,12 +129,16 @@ def _show(report: BenchReport, output: Output, json_file: str | None) -> None:
         output.note(f"written to {json_file}")
 
 
-def _cells(row: BenchRow) -> list[str]:
+def table_cells(row: BenchRow) -> list[str]:
+    """Return the cells of one row; a figure that means nothing is `void`."""
     return [
         row.category,
         str(row.answers),
         str(row.identical),
-        *(_spread(row.measured.get(figure), unit) for figure, unit in _FIGURES.items()),
+        *(
+            "void" if row.is_void(figure) else _spread(row.spread(figure), unit)
+            for figure, unit in _FIGURES.items()
+        ),
         "-" if row.tau is None else f"{row.tau:.2f}",
         str(row.prefilled_tokens),
     ]
