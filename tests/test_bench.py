@@ -59,6 +59,9 @@ def test_both_arms_answer_every_turn_alike(shelf, questions):
     assert (seen[-1].done, seen[-1].total) == (11, 12), "the last word is said before the last answer"
     document = json.loads(json.dumps(bench_document(report)))
     assert len(document["answers"]) == 4
+    assert document["versions"].keys() > {"subspec", "torch", "numpy"}
+    assert document["record"].keys() > {"kind", "date", "host", "cpu", "cores", "command"}
+    assert all(document["record"][key] for key in ("date", "cpu", "cores", "command"))
     beside = document["predicted_beside_measured"]
     assert beside["predicted_pass_s"] == pytest.approx(document["plan"]["prediction"]["pass_s"])
     speculative = [pair.speculative.stats for pair in report.pairs]

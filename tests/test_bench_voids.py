@@ -11,7 +11,7 @@ from subspec_cli.bench.figures import Spread
 from subspec_cli.bench.machine_use import MachineUse, cpu_times, total_use
 from subspec_cli.bench.report import BenchReport
 from subspec_cli.bench.voids import PlainRates, pair_reasons, row_voids
-from subspec_cli.cli.bench import table_cells
+from subspec_cli.cli.bench_table import table_cells
 from subspec_cli.cli.comparison_text import prediction_note, summary_lines
 from subspec_cli.cli.documents import bench_document
 from subspec_cli.metrics import GenerationStats

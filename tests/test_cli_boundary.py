@@ -65,7 +65,7 @@ LIGHT_CASES = [
     (["run", "--no-such-flag"], 2),
     (["bench", "mt-bench", "--top-p", "0"], 2),
     (["bench", "no-such-suite"], 2),
-    (["bench", "sample", "--json", "no/such/dir/out.json"], 2),
+    (["bench", "sample", "--output", "no/such/dir/out.json"], 2),
     (["bench", "mt-bench", "--questions", "absent.jsonl"], 2),
     (["prepare", "demo", "--bits", "3"], 2),
     (["prepare", " "], 2),

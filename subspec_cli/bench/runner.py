@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from subspec_cli.bench.answers import AnswerPair, ArmAnswer, BestPlainAnswer
 from subspec_cli.bench.machine_use import read_load_per_core, read_use
+from subspec_cli.bench.record import fingerprint, made_here, versions
 from subspec_cli.bench.report import BenchReport, LinkFigures
 from subspec_cli.bench.suites import Question, load_suite
 from subspec_cli.config import Config
@@ -72,7 +73,12 @@ class _Run:
         self._pairs: list[AnswerPair] = []
         self._best_plain: list[BestPlainAnswer] = []
         self._link: LinkFigures | None = None
-        self._context: dict[str, Any] = {}
+        self._context: dict[str, Any] = {
+            "record": made_here(),
+            "versions": versions(),
+            "questions_sha256": fingerprint(questions),
+            "config": config.as_dict(),
+        }
         self._plan: OffloadPlan | None = None
         self._costs: PlanCosts | None = None
         self._best_plain_plan: OffloadPlan | None = None
@@ -109,7 +115,7 @@ class _Run:
             about = session.description
             self._exactness, self._speculation = about.exactness, about.speculation
             self._plan, self._costs = about.plan, about.costs
-            self._context = _context(session, self._config)
+            self._context |= _context(session)
             self._warm_up(session)
             for repetition in range(self._config.bench.repeat):
                 for number, question in enumerate(self._questions):
@@ -236,7 +242,7 @@ def _with_memory(config: Config, **changes: Any) -> Config:  # noqa: ANN401 - as
     return dataclasses.replace(config, memory=dataclasses.replace(config.memory, **changes))
 
 
-def _context(session: Session, config: Config) -> dict[str, Any]:
+def _context(session: Session) -> dict[str, Any]:
     about = session.description
     return {
         "model": about.model_id,
@@ -248,6 +254,4 @@ def _context(session: Session, config: Config) -> dict[str, Any]:
         "direct_io": about.direct_io,
         "budget_bytes": about.budget_bytes,
         "costs": about.costs.as_dict(),
-        "config": config.as_dict(),
-        "versions": about.versions,
     }

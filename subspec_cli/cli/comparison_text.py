@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
 from subspec_cli.bench.figures import spread_of
 from subspec_cli.bench.voids import pair_reasons
+from subspec_cli.cli.bench_table import FIGURE_NAMES
 from subspec_cli.metrics import GenerationStats, RangeTotals
 from subspec_cli.planning.comparison import Comparison
 from subspec_cli.units import counted
 
 if TYPE_CHECKING:
-    from subspec_cli.bench.figures import Figure
     from subspec_cli.bench.report import BenchReport
 
-FIGURE_NAMES: Final[Mapping[Figure, str]] = {
-    "plain_tok_per_s": "plain tok/s",
-    "speculative_tok_per_s": "subspec tok/s",
-    "speedup_same_plan": "speedup same plan",
-    "speedup": "speedup",
-}
-"""Headings of the measured columns."""
 _MOST_OFF: Final = 2.0
 """Largest error of a prediction that is passed over in silence, as a factor."""
 
