@@ -65,6 +65,8 @@ LIGHT_CASES = [
     (["run", "--no-such-flag"], 2),
     (["bench", "mt-bench", "--top-p", "0"], 2),
     (["bench", "no-such-suite"], 2),
+    (["bench", "compare", "one.json"], 2),
+    (["bench", "compare", "one.json", "two.json"], 2),
     (["bench", "sample", "--output", "no/such/dir/out.json"], 2),
     (["bench", "mt-bench", "--questions", "absent.jsonl"], 2),
     (["prepare", "demo", "--bits", "3"], 2),
@@ -116,7 +118,7 @@ def test_every_flag_of_the_issue_is_in_the_help(capsys, monkeypatch):
         (["run", "--depth", "1.5", "x"], "'1.5' is not a whole number", "subspec run --help"),
         (["rnu"], "No such command 'rnu'", "subspec --help"),
         (["prepare"], "Missing argument 'MODEL'", "subspec prepare --help"),
-        (["bench", "squad"], "'squad' is not one of 'mt-bench', 'sample'", "subspec bench --help"),
+        (["bench", "squad"], "'squad' is not one of 'mt-bench', 'sample', 'compare'", "subspec bench --help"),
         (
             ["run", "--vram-gb", "1", "--memory-gb", "2", "x"],
             "--memory-gb: given twice",

@@ -17,12 +17,23 @@ from subspec_cli.units import counted
 if TYPE_CHECKING:
     from subspec_cli.bench.report import BenchReport
     from subspec_cli.bench.runner import BenchProgress
+    from subspec_cli.cli.bench_table import Format
     from subspec_cli.cli.output import Output
 
 Suite = Literal["mt-bench", "sample"]
 SuiteArg = Annotated[
-    Suite,
-    typer.Argument(metavar="SUITE", help="mt-bench: 80 questions from the hub; sample: 16 that are shipped."),
+    Literal["mt-bench", "sample", "compare"],
+    typer.Argument(
+        metavar="SUITE",
+        help="mt-bench: 80 questions from the hub; sample: 16 that are shipped; compare: two records.",
+    ),
+]
+RecordsArg = Annotated[
+    list[str] | None, typer.Argument(metavar="[A.json B.json]", help="Records for compare.")
+]
+FormatOpt = Annotated[
+    Literal["table", "markdown", "csv", "json"],
+    typer.Option("--format", metavar="FORMAT", help="table, markdown, csv or json."),
 ]
 OutputOpt = Annotated[
     str | None, typer.Option("--output", metavar="FILE", help="Write the JSON record to FILE.")
@@ -36,26 +47,55 @@ ForceOpt = Annotated[
 class Outputs:
     """Where the figures go."""
 
-    as_json: bool
-    """Whether stdout takes the JSON record."""
+    shape: Format
+    """What stdout takes."""
     file: Path | None
     """File for the JSON record."""
 
 
 @with_settings(
-    BenchConfig, "output", "force", "as_json", ModelConfig, MemoryConfig, DraftConfig, SamplingConfig
+    BenchConfig,
+    "output",
+    "force",
+    "shape",
+    "as_json",
+    ModelConfig,
+    MemoryConfig,
+    DraftConfig,
+    SamplingConfig,
 )
 def bench(
     settings: Settings,
     suite: SuiteArg,
+    records: RecordsArg = None,
     output: OutputOpt = None,
     force: ForceOpt = False,
+    shape: FormatOpt = "table",
     as_json: JsonOpt = False,
 ) -> None:
     """Measure the speed-up over plain offloading, and that every answer is token for token the same."""
-    outputs = Outputs(as_json, None if output is None else Path(output))
+    outputs = Outputs("json" if as_json else shape, None if output is None else Path(output))
+    if suite == "compare":
+        _compare(settings, records or [], outputs)
+        return
+    if records:
+        raise UsageError(f"unexpected {records[0]!r} after {suite}", "--output FILE writes the record")
     _check_files(settings.config, outputs, force=force)
     _measure(settings.config, settings.file, suite, outputs)
+
+
+def _compare(settings: Settings, records: list[str], outputs: Outputs) -> None:
+    if len(records) != 2:
+        raise UsageError(
+            f"compare takes two records, not {len(records)}", "subspec bench compare A.json B.json"
+        )
+    given = [key for values in settings.flags.values() for key, value in values.items() if value is not None]
+    if given or outputs.file is not None:
+        raise UsageError("compare takes --format and --json alone", "subspec bench compare A.json B.json")
+    from subspec_cli.cli.bench_compare import show_comparison
+    from subspec_cli.cli.output import Output
+
+    show_comparison([Path(name) for name in records], Output(), outputs.shape)
 
 
 def _check_files(config: Config, outputs: Outputs, *, force: bool) -> None:
@@ -88,7 +128,7 @@ def _measure(config: Config, file: Path | None, suite: Suite, outputs: Outputs) 
             suite,
             progress=lambda state: progress.update(progress_text(state), state.done, state.total),
         )
-    _show(report, output, outputs)
+    show_report(report, output, outputs)
     total = report.rows[-1] if report.rows else None
     if total is not None and report.exactness == "exact" and total.identical < total.answers:
         different = total.answers - total.identical
@@ -107,20 +147,31 @@ def progress_text(state: BenchProgress) -> str:
     return " · ".join(part for part in parts if part)
 
 
-def _show(report: BenchReport, output: Output, outputs: Outputs) -> None:
-    """Print the table and the summary; they go to stderr if stdout takes the JSON document."""
-    from subspec_cli.cli.bench_table import HEADERS, table_cells
+def show_report(report: BenchReport, output: Output, outputs: Outputs) -> None:
+    """Print the figures in their format. JSON and CSV are alone on stdout; the rest goes to stderr then."""
+    from subspec_cli.cli.bench_table import HEADERS, csv_text, markdown_lines, table_cells
     from subspec_cli.cli.comparison_text import summary_lines
     from subspec_cli.cli.documents import bench_document
     from subspec_cli.cli.output import as_json
 
-    output.table(HEADERS, [table_cells(row) for row in report.rows], aside=outputs.as_json)
-    say = output.note if outputs.as_json else output.result
+    cells = [table_cells(row) for row in report.rows]
+    if outputs.shape == "markdown":
+        for line in (*markdown_lines(HEADERS, cells), ""):
+            output.result(line)
+    else:
+        output.table(HEADERS, cells, aside=outputs.shape != "table")
+    if outputs.shape == "csv":
+        output.result(csv_text(report.rows))
     for line in summary_lines(report):
-        say(line)
+        if outputs.shape == "markdown":
+            output.result(f"- {line}")
+        elif outputs.shape == "table":
+            output.result(line)
+        else:
+            output.note(line)
     if report.interrupted:
         output.note("interrupted: these are the answers that were done", style="bold")
-    if outputs.as_json:
+    if outputs.shape == "json":
         output.document(bench_document(report))
     if outputs.file is not None:
         from subspec_cli.files.atomic_write import atomic_write

@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 from subspec_cli.bench.figures import FIGURES, Figure, Spread
 
 if TYPE_CHECKING:
     from subspec_cli.bench.report import BenchRow
 
+Format = Literal["table", "markdown", "csv", "json"]
 FIGURE_NAMES: Final[Mapping[Figure, str]] = {
     "plain_tok_per_s": "plain tok/s",
     "speculative_tok_per_s": "subspec tok/s",
