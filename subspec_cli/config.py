@@ -261,6 +261,7 @@ class BenchConfig:
     repeat: int = _setting(1, _whole(1), "Times to ask every question; figures are medians.", "N")
     questions: str | None = _setting(None, _NAME, "MT-Bench questions from a local JSON lines file.", "FILE")
     """None takes the suite's own."""
+    resume: str | None = _setting(None, _NAME, "Continue an interrupted record, which is updated.", "FILE")
 
 
 @dataclass(frozen=True)

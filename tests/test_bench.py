@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -15,6 +16,7 @@ from subspec_cli.bench.runner import run_bench
 from subspec_cli.bench.suites import load_suite, read_questions
 from subspec_cli.cli.comparison_text import summary_lines
 from subspec_cli.cli.documents import bench_document
+from subspec_cli.cli.output import as_json
 from subspec_cli.config_file import resolve_config
 from subspec_cli.errors import UsageError
 from subspec_cli.metrics import GenerationStats
@@ -176,6 +178,74 @@ def test_ctrl_c_keeps_what_is_done(shelf, questions):
     assert report.interrupted
     assert len(report.pairs) == 2
     assert {item.when for item in report.best_plain} == {"before"}
+
+
+@pytest.fixture
+def interrupted(shelf, questions, tmp_path):
+    """A record with two of four pairs, and what those pairs are."""
+
+    def stop(state):
+        if state.done == 7:
+            raise KeyboardInterrupt
+
+    report = bench(shelf, questions, stop)
+    path = tmp_path / "record.json"
+    path.write_text(as_json(bench_document(report)))
+    return path, report
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(shelf, questions, interrupted):
+    path, before = interrupted
+    seen = []
+    after = bench(shelf, questions, seen.append, resume=str(path))
+    assert len(before.pairs) == 2
+    assert after.pairs[:2] == tuple(
+        dataclasses.replace(
+            pair,
+            plain=forgetful(pair.plain),
+            speculative=forgetful(pair.speculative),
+        )
+        for pair in before.pairs
+    )
+    assert [item.when for item in after.best_plain] == ["before", "before", "after", "after"]
+    assert not after.interrupted
+    assert sum(state.status.startswith("c0, ") for state in seen) == 0
+    assert (seen[-1].done, seen[-1].total) == (11, 12)
+    whole = bench(shelf, questions)
+    assert [pair.plain.token_ids for pair in after.pairs] == [pair.plain.token_ids for pair in whole.pairs]
+    assert after.link.streamed_bytes == whole.link.streamed_bytes
+
+
+def forgetful(answer):
+    """An answer without what only the live display needs, which records leave out."""
+    return dataclasses.replace(answer, stats=dataclasses.replace(answer.stats, recent_accepted=()))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "difference"),
+    [
+        ({"max_new_tokens": 9}, "bench.max_new_tokens: 10 and 9"),
+        ({"limit": 1}, "bench.limit: 2 and 1"),
+        ({"repeat": 2}, "bench.repeat: 1 and 2"),
+    ],
+)
+def test_other_settings_are_not_mixed_into_a_record(shelf, questions, interrupted, lengths, difference):
+    with pytest.raises(UsageError, match=difference):
+        bench(shelf, questions, resume=str(interrupted[0]), **lengths)
+
+
+def test_a_record_that_does_not_fit_is_refused(shelf, questions, interrupted):
+    path, _ = interrupted
+    document = json.loads(path.read_text())
+    for changed, message in [
+        ({"interrupted": False}, "the record is complete"),
+        ({"answers": [{}]}, "the record was changed"),
+        ({"versions": document["versions"] | {"torch": "1"}}, "version of torch: 1 and"),
+        ({"revision": "other"}, "revision was other in the record"),
+    ]:
+        path.write_text(json.dumps(document | changed))
+        with pytest.raises(UsageError, match=message):
+            bench(shelf, questions, resume=str(path))
 
 
 @pytest.mark.parametrize(

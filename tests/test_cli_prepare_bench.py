@@ -171,6 +171,7 @@ def test_bench_table_and_json_file(capsys, benching, tmp_path):
         "plain_tokens": 16,
         "questions": None,
         "repeat": 1,
+        "resume": None,
     }
     captured = capsys.readouterr()
     header, _, row, total, *_ = [line for line in captured.out.splitlines() if line.strip()]
@@ -215,6 +216,17 @@ def test_bench_overwrites_only_the_record_of_the_same_command(capsys, benching, 
     record = {"record": {"kind": "subspec bench", "command": shlex.join(["subspec", *argv])}}
     target.write_text(json.dumps(record))
     assert main(argv) == 0
+    assert json.loads(target.read_text())["model"] == "demo"
+
+
+def test_bench_updates_the_record_that_it_resumes(capsys, benching, tmp_path):
+    calls = benching(bench_report())
+    target = tmp_path / "out.json"
+    assert main(["bench", "sample", "--resume", str(target)]) == 2
+    assert "no such file" in capsys.readouterr().err
+    target.write_text("an interrupted record")
+    assert main(["bench", "sample", "--resume", str(target)]) == 0
+    assert calls[0][0].bench.resume == str(target)
     assert json.loads(target.read_text())["model"] == "demo"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -70,7 +71,10 @@ def _settings(document: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         yield key, document.get(key)
     for section, values in document.get("config", {}).items():
         for key, value in values.items():
-            yield f"{section}.{key}", list(value) if isinstance(value, tuple) else value
+            if (section, key) == ("bench", "resume"):  # says where answers come from, not what they are
+                continue
+            # As JSON has it, because one of the two may come from a file.
+            yield f"{section}.{key}", json.loads(json.dumps(value, default=str))
     for name, version in document.get("versions", {}).items():
         yield f"version of {name}", version
     for field in _MACHINE:

@@ -13,14 +13,17 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from subspec_cli.bench.answers import AnswerPair, ArmAnswer, BestPlainAnswer
 from subspec_cli.bench.machine_use import read_load_per_core, read_use
-from subspec_cli.bench.record import fingerprint, made_here, versions
+from subspec_cli.bench.record import fingerprint, made_here, read_record, versions
 from subspec_cli.bench.report import BenchReport, LinkFigures
+from subspec_cli.bench.resumed import KeptAnswers, check_session, kept_answers
 from subspec_cli.bench.suites import Question, load_suite
 from subspec_cli.config import Config
 from subspec_cli.metrics import Exactness
@@ -63,22 +66,26 @@ class _Run:
         questions: Sequence[Question],
         progress: Callable[[BenchProgress], None],
     ) -> None:
-        self._config = config
         self._suite = suite
         self._questions = questions
         self._progress = progress
         self._started = time.perf_counter()
         self._load_per_core = read_load_per_core()
         self._done = 0
-        self._pairs: list[AnswerPair] = []
-        self._best_plain: list[BestPlainAnswer] = []
-        self._link: LinkFigures | None = None
         self._context: dict[str, Any] = {
             "record": made_here(),
             "versions": versions(),
             "questions_sha256": fingerprint(questions),
             "config": config.as_dict(),
         }
+        self._kept, resume = KeptAnswers(), config.bench.resume
+        if resume is not None:
+            self._kept = kept_answers(read_record(Path(resume)), {"suite": suite, **self._context})
+        self._config = config if self._kept.seed is None else _with_seed(config, self._kept.seed)
+        self._reprobe = config.memory.reprobe and resume is None
+        self._pairs: list[AnswerPair] = []
+        self._best_plain: list[BestPlainAnswer] = []
+        self._link = self._kept.link
         self._plan: OffloadPlan | None = None
         self._costs: PlanCosts | None = None
         self._best_plain_plan: OffloadPlan | None = None
@@ -87,10 +94,9 @@ class _Run:
 
     def measure(self) -> None:
         """Measure everything."""
-        self._measure_best_plain("before", reprobe=self._config.memory.reprobe)
-        # The first session has timed the machine, and all go by the same costs.
-        self._measure_pairs(_with_memory(self._config, reprobe=False))
-        self._measure_best_plain("after", reprobe=False)
+        self._measure_best_plain("before")
+        self._measure_pairs()
+        self._measure_best_plain("after")
 
     def report(self, *, interrupted: bool) -> BenchReport:
         """Return what was measured so far."""
@@ -109,26 +115,38 @@ class _Run:
             load_per_core=self._load_per_core,
         )
 
-    def _measure_pairs(self, config: Config) -> None:
-        """Measure both arms over all questions under one plan."""
+    @contextmanager
+    def _session(self, config: Config) -> Iterator[Session]:
+        """Open a session and warm it up. The first one may time the machine; all go by the same costs."""
+        config, self._reprobe = _with_memory(config, reprobe=self._reprobe), False
         with open_session(config, Reporter(self._say), count=self._count) as session:
+            self._warm_up(session)
+            yield session
+
+    def _measure_pairs(self) -> None:
+        """Measure both arms over all questions under one plan."""
+        with self._session(self._config) as session:
             about = session.description
             self._exactness, self._speculation = about.exactness, about.speculation
             self._plan, self._costs = about.plan, about.costs
             self._context |= _context(session)
-            self._warm_up(session)
+            check_session(self._kept, self._context, about.plan)
             for repetition in range(self._config.bench.repeat):
                 for number, question in enumerate(self._questions):
                     self._measure_question(session, repetition, number, question)
             self._context["peak_memory_bytes"] = session.peak_memory_bytes()
 
-    def _measure_best_plain(self, when: Literal["before", "after"], *, reprobe: bool) -> None:
+    def _measure_best_plain(self, when: Literal["before", "after"]) -> None:
         """Measure plain decoding with as many resident layers as fit without substitutes, in the same context."""
-        config = _with_memory(self._config, resident_layers=None, reprobe=reprobe)
+        kept = [item for item in self._kept.best_plain if item.when == when]
+        if len(kept) == len(self._best_plain_questions):
+            self._best_plain += kept
+            self._done += len(kept)
+            return
+        config = _with_memory(self._config, resident_layers=None)
         config = dataclasses.replace(config, draft=dataclasses.replace(config.draft, no_speculation=True))
-        with open_session(config, Reporter(self._say), count=self._count) as session:
+        with self._session(config) as session:
             self._best_plain_plan = plan = session.description.plan
-            self._warm_up(session)
             for number, question in enumerate(self._best_plain_questions):
                 self._say(f"plain under its own best plan: {plan.resident_layers} resident layers")
                 messages = [{"role": "user", "content": question.turns[0]}]
@@ -140,21 +158,44 @@ class _Run:
         messages: list[dict[str, str]] = []
         for turn, text in enumerate(question.turns):
             messages.append({"role": "user", "content": text})
-            # Two noise streams a question: the same in both arms, so the same noise.
-            noise_stream, arms = 2 * number + turn, {}
-            for plain in (False, True) if (number + repetition) % 2 else (True, False):
-                before, disk_before = session.link_counters(), disk_read_bytes()
-                arms[plain] = answer = self._answer(session, messages, noise_stream, plain=plain)
-                if not plain:
-                    self._add_link(session, before, disk_before)
-                self._done += 1
-                rate, name = answer.stats.decode_tok_per_s, "plain" if plain else "speculative"
-                self._say(f"{question.category}, {name}{f': {rate:.2f} tok/s' if rate else ''}")
-            pair = AnswerPair(
-                question.question_id, question.category, turn + 1, arms[True], arms[False], repetition + 1
-            )
+            done = len(self._pairs)
+            if done < len(self._kept.pairs):
+                self._done += 2
+                pair = self._kept.pairs[done]
+            else:
+                # Two noise streams a question: the same in both arms, so the same noise.
+                arms = self._measure_turn(
+                    session,
+                    messages,
+                    2 * number + turn,
+                    plain_first=(number + repetition) % 2 == 0,
+                    category=question.category,
+                )
+                pair = AnswerPair(question.question_id, question.category, turn + 1, *arms, repetition + 1)
             self._pairs.append(pair)
             messages.append({"role": "assistant", "content": pair.speculative.text})
+
+    def _measure_turn(
+        self,
+        session: Session,
+        messages: Sequence[dict[str, str]],
+        noise_stream: int,
+        *,
+        plain_first: bool,
+        category: str,
+    ) -> tuple[ArmAnswer, ArmAnswer]:
+        """Return the plain and the speculative answer."""
+        arms, link = dict[bool, ArmAnswer](), self._link
+        for plain in (plain_first, not plain_first):
+            before, disk_before = session.link_counters(), disk_read_bytes()
+            arms[plain] = answer = self._answer(session, messages, noise_stream, plain=plain)
+            if not plain:
+                link = self._link_after(session, before, disk_before)
+            self._done += 1
+            rate, name = answer.stats.decode_tok_per_s, "plain" if plain else "speculative"
+            self._say(f"{category}, {name}{f': {rate:.2f} tok/s' if rate else ''}")
+        self._link = link  # only now: a turn that is cut short is measured again when the record is resumed
+        return arms[True], arms[False]
 
     def _warm_up(self, session: Session) -> None:
         """Give a short answer that does not count: the first one pays for what later ones find ready."""
@@ -192,12 +233,12 @@ class _Run:
     def _plain_limit(self) -> int:
         return min(self._config.bench.plain_tokens or self._limit, self._limit)
 
-    def _add_link(self, session: Session, before: StreamCounters, disk_before: int | None) -> None:
+    def _link_after(self, session: Session, before: StreamCounters, disk_before: int | None) -> LinkFigures:
         moved = session.link_counters().since(before)
         disk_after = disk_read_bytes()
         read = None if disk_before is None or disk_after is None else disk_after - disk_before
         old = self._link or LinkFigures(session.description.plan.streamed_bytes_per_pass, 0, 0.0, 0)
-        self._link = LinkFigures(
+        return LinkFigures(
             streamed_bytes_per_pass=old.streamed_bytes_per_pass,
             streamed_bytes=old.streamed_bytes + moved.streamed_bytes,
             read_time_s=old.read_time_s + moved.read_time_s,
@@ -213,8 +254,16 @@ class _Run:
         self._progress(BenchProgress(self._done, total, elapsed_s, status))
 
 
-def run_bench(config: Config, suite: str, *, progress: Callable[[BenchProgress], None]) -> BenchReport:
-    """Measure a suite. Ctrl-C ends it early and keeps what is done; other failures are raised."""
+def run_bench(
+    config: Config,
+    suite: str,
+    *,
+    progress: Callable[[BenchProgress], None],
+) -> BenchReport:
+    """Measure a suite. Ctrl-C ends it early and keeps what is done; other failures are raised.
+
+    Raises UsageError if a record is to be resumed that is complete or was made with other settings.
+    """
     questions = load_suite(suite, config.bench.questions, config.bench.limit)
     run = _Run(config, suite, questions, progress)
     try:
@@ -236,6 +285,10 @@ def _generate(
     token_ids = tuple(token for delta in deltas for token in delta.token_ids)
     text = "".join(delta.text for delta in deltas)
     return ArmAnswer(token_ids, text, deltas[-1].finish_reason or "interrupted", deltas[-1].stats)
+
+
+def _with_seed(config: Config, seed: int) -> Config:
+    return dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, seed=seed))
 
 
 def _with_memory(config: Config, **changes: Any) -> Config:  # noqa: ANN401 - as `dataclasses.replace`

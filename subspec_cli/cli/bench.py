@@ -74,7 +74,7 @@ def bench(
     as_json: JsonOpt = False,
 ) -> None:
     """Measure the speed-up over plain offloading, and that every answer is token for token the same."""
-    outputs = Outputs("json" if as_json else shape, None if output is None else Path(output))
+    outputs = Outputs("json" if as_json else shape, _path(output or settings.config.bench.resume))
     if suite == "compare":
         _compare(settings, records or [], outputs)
         return
@@ -103,10 +103,17 @@ def _check_files(config: Config, outputs: Outputs, *, force: bool) -> None:
     questions = config.bench.questions
     if questions is not None and not Path(questions).is_file():
         raise UsageError(f"--questions {questions}: no such file")
-    if outputs.file is not None:
+    resume = config.bench.resume
+    if resume is not None and not Path(resume).is_file():
+        raise UsageError(f"--resume {resume}: no such file")
+    if outputs.file is not None and outputs.file != _path(resume):
         from subspec_cli.bench.record import check_target
 
         check_target(outputs.file, force=force)
+
+
+def _path(name: str | None) -> Path | None:
+    return None if name is None else Path(name)
 
 
 def _measure(config: Config, file: Path | None, suite: Suite, outputs: Outputs) -> None:
