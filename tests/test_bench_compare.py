@@ -14,7 +14,7 @@ from test_bench_voids import report
 from subspec_cli.__main__ import main
 from subspec_cli.bench.figures import Spread
 from subspec_cli.bench.record_comparison import ComparedFigure, compare_records, differences
-from subspec_cli.cli.bench import Outputs, show_report
+from subspec_cli.cli.bench import Outputs, show_report, write_report
 from subspec_cli.cli.documents import bench_document
 from subspec_cli.cli.output import Output
 from subspec_cli.errors import UsageError
@@ -56,6 +56,17 @@ def test_markdown_is_a_table_and_a_list():
     assert lines[1] == "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
     assert lines[2] == "| writing | 1 | 1 | 1.00 | 60.00 | void | void | 5.00 | 0 |"
     assert lines[5].startswith("- void: speedup same plan")
+
+
+def test_the_record_is_written_also_if_nobody_reads_the_table(tmp_path):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise OSError("gone")
+
+    target = tmp_path / "out.json"
+    with pytest.raises(OSError, match="gone"):
+        write_report(report(), Output(stdout=Closed(), stderr=io.StringIO()), Outputs("markdown", target))
+    assert json.loads(target.read_text())["suite"] == "sample"
 
 
 def test_csv_is_alone_on_stdout_with_numbers_and_reasons():

@@ -135,7 +135,7 @@ def _measure(config: Config, file: Path | None, suite: Suite, outputs: Outputs) 
             suite,
             progress=lambda state: progress.update(progress_text(state), state.done, state.total),
         )
-    show_report(report, output, outputs)
+    write_report(report, output, outputs)
     total = report.rows[-1] if report.rows else None
     if total is not None and report.exactness == "exact" and total.identical < total.answers:
         different = total.answers - total.identical
@@ -154,12 +154,26 @@ def progress_text(state: BenchProgress) -> str:
     return " · ".join(part for part in parts if part)
 
 
+def write_report(report: BenchReport, output: Output, outputs: Outputs) -> None:
+    """Write the record, then print the figures: a reader that leaves early or a full disk costs one of them alone."""
+    from subspec_cli.cli.documents import bench_document
+    from subspec_cli.cli.output import as_json
+
+    try:
+        if outputs.file is not None:
+            from subspec_cli.files.atomic_write import atomic_write
+
+            atomic_write(outputs.file, as_json(bench_document(report), indent=1).encode() + b"\n")
+            output.note(f"written to {outputs.file}")
+    finally:
+        show_report(report, output, outputs)
+
+
 def show_report(report: BenchReport, output: Output, outputs: Outputs) -> None:
     """Print the figures in their format. JSON and CSV are alone on stdout; the rest goes to stderr then."""
     from subspec_cli.cli.bench_table import HEADERS, csv_text, markdown_lines, table_cells
     from subspec_cli.cli.comparison_text import summary_lines
     from subspec_cli.cli.documents import bench_document
-    from subspec_cli.cli.output import as_json
 
     cells = [table_cells(row) for row in report.rows]
     if outputs.shape == "markdown":
@@ -180,8 +194,3 @@ def show_report(report: BenchReport, output: Output, outputs: Outputs) -> None:
         output.note("interrupted: these are the answers that were done", style="bold")
     if outputs.shape == "json":
         output.document(bench_document(report))
-    if outputs.file is not None:
-        from subspec_cli.files.atomic_write import atomic_write
-
-        atomic_write(outputs.file, as_json(bench_document(report), indent=1).encode() + b"\n")
-        output.note(f"written to {outputs.file}")
