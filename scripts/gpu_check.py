@@ -168,7 +168,7 @@ def measure(check: Check) -> bool:
         target.unlink(missing_ok=True)
         done = check.run(
             "-m", "subspec_cli", "bench", "sample", "--model", str(check.model), "--device", check.device,
-            "--limit", "2", "--max-new-tokens", "48", "--plain-tokens", "8", "--json", str(target),
+            "--limit", "2", "--max-new-tokens", "48", "--plain-tokens", "8", "--output", str(target),
             *check.geometry.flags, *arm.flags,
         )  # fmt: skip
         if not add(check, f"{arm.name}: bench", f"exit status {done.returncode}", done.returncode == 0):

@@ -281,8 +281,10 @@ class BenchConfig:
     plain_tokens: int | None = _setting(
         None, _whole(1), "Longest answer of the plain arm, the slow one.", "K", "as --max-new-tokens"
     )
+    repeat: int = _setting(1, _whole(1), "Times to ask every question; figures are medians.", "N")
     questions: str | None = _setting(None, _NAME, "MT-Bench questions from a local JSON lines file.", "FILE")
     """None takes the suite's own."""
+    resume: str | None = _setting(None, _NAME, "Continue an interrupted record, which is updated.", "FILE")
 
 
 @dataclass(frozen=True)

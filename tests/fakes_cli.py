@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from subspec_cli.bench.report import AnswerPair, ArmAnswer, BenchReport
+from subspec_cli.bench.answers import AnswerPair, ArmAnswer
+from subspec_cli.bench.report import BenchReport
 from subspec_cli.metrics import GenerationStats, PassStats, PrefillProgress
 from subspec_cli.planning.costs import PlanCosts, RowTimes
 from subspec_cli.planning.reason import LayersThatPay, PlanReason

@@ -79,7 +79,7 @@ def test_a_command_gets_what_flag_and_file_say(tmp_path):
         ("subspec run --me", ["--memory-gb"]),
         ("subspec run --no-sh", ["--no-shadow"]),
         ("subspec bench --max", ["--max-new-tokens"]),
-        ("subspec bench ", ["mt-bench", "sample"]),
+        ("subspec bench ", ["mt-bench", "sample", "compare"]),
         ("subspec prepare demo --optimizer ", ["minmax", "hqq"]),
         ("subspec pl", ["plan"]),
     ],

@@ -1,6 +1,7 @@
 """`subspec prepare` and `subspec bench`: what they show, write and return."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -160,7 +161,7 @@ def benching(monkeypatch):
 
 def test_bench_table_and_json_file(capsys, benching, tmp_path):
     calls = benching(bench_report())
-    argv = "bench sample --limit 2 --max-new-tokens 48 --plain-tokens 16 --vram-gb 1 --json out.json"
+    argv = "bench sample --limit 2 --max-new-tokens 48 --plain-tokens 16 --vram-gb 1 --output out.json"
     assert main(argv.split()) == 0
     config, suite = calls[0]
     assert suite == "sample"
@@ -169,6 +170,8 @@ def test_bench_table_and_json_file(capsys, benching, tmp_path):
         "max_new_tokens": 48,
         "plain_tokens": 16,
         "questions": None,
+        "repeat": 1,
+        "resume": None,
     }
     captured = capsys.readouterr()
     header, _, row, total, *_ = [line for line in captured.out.splitlines() if line.strip()]
@@ -191,16 +194,45 @@ def test_bench_table_and_json_file(capsys, benching, tmp_path):
 
 def test_bench_json_on_stdout_is_alone_there(capsys, benching):
     benching(bench_report())
-    assert main(["bench", "sample", "--json", "-"]) == 0
+    assert main(["bench", "sample", "--json"]) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out)["interrupted"] is False
     assert "writing" in captured.err
     assert "median 6.10x" in captured.err
 
 
+def test_bench_overwrites_only_the_record_of_the_same_command(capsys, benching, tmp_path, monkeypatch):
+    calls = benching(bench_report())
+    target = tmp_path / "out.json"
+    argv = ["bench", "sample", "--output", str(target)]
+    monkeypatch.setattr(sys, "argv", ["subspec", *argv])
+    for content in ("mine", "{}", '{"record": {"kind": "subspec bench", "command": "subspec bench x"}}'):
+        target.write_text(content)
+        assert main(argv) == 2
+        assert target.read_text() == content
+        assert "exists and is not a record of the same command" in capsys.readouterr().err
+    assert not calls
+    assert main([*argv, "--force"]) == 0
+    record = {"record": {"kind": "subspec bench", "command": shlex.join(["subspec", *argv])}}
+    target.write_text(json.dumps(record))
+    assert main(argv) == 0
+    assert json.loads(target.read_text())["model"] == "demo"
+
+
+def test_bench_updates_the_record_that_it_resumes(capsys, benching, tmp_path):
+    calls = benching(bench_report())
+    target = tmp_path / "out.json"
+    assert main(["bench", "sample", "--resume", str(target)]) == 2
+    assert "no such file" in capsys.readouterr().err
+    target.write_text("an interrupted record")
+    assert main(["bench", "sample", "--resume", str(target)]) == 0
+    assert calls[0][0].bench.resume == str(target)
+    assert json.loads(target.read_text())["model"] == "demo"
+
+
 def test_bench_interrupted_shows_what_is_done(capsys, benching, tmp_path):
     benching(bench_report(interrupted=True))
-    assert main(["bench", "mt-bench", "--json", "out.json"]) == 130
+    assert main(["bench", "mt-bench", "--output", "out.json"]) == 130
     captured = capsys.readouterr()
     assert "writing" in captured.out
     assert "interrupted: these are the answers that were done" in captured.err
@@ -217,8 +249,8 @@ def test_bench_fails_when_exact_answers_differ(capsys, benching, exactness, stat
 
 def test_bench_refuses_what_would_be_lost_later(capsys, benching, tmp_path):
     calls = benching(bench_report())
-    assert main(["bench", "sample", "--json", "absent/out.json"]) == 2
-    assert main(["bench", "sample", "--json", str(tmp_path)]) == 2
+    assert main(["bench", "sample", "--output", "absent/out.json"]) == 2
+    assert main(["bench", "sample", "--output", str(tmp_path)]) == 2
     assert "cannot be written" in capsys.readouterr().err
     assert main(["bench", "mt-bench", "--questions", "absent.jsonl"]) == 2
     assert "--questions absent.jsonl: no such file" in capsys.readouterr().err

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from subspec_cli.bench.report import AnswerPair, ArmAnswer, BenchReport, LinkFigures
+from subspec_cli.bench.answers import AnswerPair, ArmAnswer
+from subspec_cli.bench.report import BenchReport, LinkFigures
 from subspec_cli.cli.documents import bench_document
 from subspec_cli.metrics import GenerationStats
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from subspec_cli.bench.answers import AnswerPair, BestPlainAnswer
+from subspec_cli.bench.figures import Arm, Figure, Spread, spread_of
+from subspec_cli.bench.machine_use import MachineUse, total_use
+from subspec_cli.bench.voids import PlainRates, Void, row_voids
 from subspec_cli.metrics import (
     Exactness,
-    FinishReason,
-    GenerationStats,
     RangeTotals,
     ranges_of_totals,
     rate_of_totals,
@@ -21,54 +23,30 @@ from subspec_cli.planning.plan import OffloadPlan
 
 
 @dataclass(frozen=True, slots=True)
-class ArmAnswer:
-    """One answer of one arm."""
-
-    token_ids: tuple[int, ...]
-    text: str
-    finish_reason: FinishReason | Literal["interrupted"]
-    stats: GenerationStats
-
-
-@dataclass(frozen=True, slots=True)
-class AnswerPair:
-    """The same turn answered by plain and by speculative decoding."""
-
-    question_id: str
-    category: str
-    turn: int
-    plain: ArmAnswer
-    speculative: ArmAnswer
-
-    @property
-    def identical(self) -> bool:
-        """Whether both have the same tokens, up to the shorter limit."""
-        plain, speculative = self.plain.token_ids, self.speculative.token_ids
-        if self.plain.finish_reason == "length":
-            return speculative[: len(plain)] == plain
-        return speculative == plain
-
-    @property
-    def speedup_same_plan(self) -> float:
-        """Ratio of the two decode speeds; 0 if either answer is a single token."""
-        plain, speculative = self.plain.stats.decode_tok_per_s, self.speculative.stats.decode_tok_per_s
-        return speculative / plain if plain and speculative else 0.0
-
-
-@dataclass(frozen=True, slots=True)
 class BenchRow:
     """One line of the table."""
 
     category: str
     answers: int
-    plain_tok_per_s: float | None
-    speculative_tok_per_s: float | None
-    speedup_same_plan: float | None
-    speedup: float | None
-    tau: float | None
+    """Pairs of answers, of all repetitions."""
     identical: int
+    tau: float | None
     prefilled_tokens: int
-    """Prompt tokens that the speculative arm computed, without reused rows."""
+    """Prompt tokens that each arm computed, in one repetition."""
+    measured: Mapping[Figure, Spread]
+    """Figures over the repetitions, void ones too; a figure that could not be measured is absent."""
+    uses: Mapping[Arm, MachineUse]
+    """Who used the processors during each arm."""
+    voids: tuple[Void, ...]
+    """Figures that mean nothing, with the reasons."""
+
+    def spread(self, figure: Figure) -> Spread | None:
+        """Return a figure over the repetitions; None if it was not measured or is void."""
+        return None if self.is_void(figure) else self.measured.get(figure)
+
+    def is_void(self, figure: Figure) -> bool:
+        """Return whether a figure was measured and means nothing."""
+        return any(void.figure == figure for void in self.voids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +78,8 @@ class BenchReport:
 
     suite: str
     pairs: tuple[AnswerPair, ...]
-    best_plain: tuple[GenerationStats, ...]
-    """Plain answers under plain decoding's own best plan."""
+    best_plain: tuple[BestPlainAnswer, ...]
+    """Plain answers under plain decoding's own best plan, measured before and after the pairs."""
     link: LinkFigures | None
     exactness: Exactness | Literal["unchecked"]
     speculation: bool
@@ -114,6 +92,8 @@ class BenchReport:
     """The plan's costs."""
     best_plain_plan: OffloadPlan | None = None
     """Plain decoding's own best plan; None until it is measured."""
+    load_per_core: float | None = None
+    """Load of the machine before the benchmark; None if it is unknown."""
 
     @property
     def rows(self) -> tuple[BenchRow, ...]:
@@ -146,18 +126,57 @@ class BenchReport:
         """Passes of the speculative arm by the cached rows that they read."""
         return ranges_of_totals(pair.speculative.stats for pair in self.pairs)
 
+    def best_plain_tok_per_s(self, when: Literal["before", "after"] | None = None) -> float | None:
+        """Speed under plain decoding's own best plan, before the pairs, after them, or over both."""
+        stats = [item.answer.stats for item in self.best_plain if when in (None, item.when)]
+        return rate_of_totals(stats) or None
+
     def _row(self, category: str, pairs: Sequence[AnswerPair]) -> BenchRow:
-        plain = rate_of_totals(pair.plain.stats for pair in pairs) or None
-        speculative = rate_of_totals(pair.speculative.stats for pair in pairs) or None
-        best = rate_of_totals(self.best_plain) or None
+        repetitions = whole_repetitions(pairs)
+        measured = _measured(repetitions, self.best_plain_tok_per_s())
+        tau = tau_of_totals(pair.speculative.stats for pair in pairs) or None
+        uses: dict[Arm, MachineUse] = {
+            "plain": total_use(pair.plain.use for pair in pairs),
+            "speculative": total_use(pair.speculative.use for pair in pairs),
+            "best_plain": total_use(item.answer.use for item in self.best_plain),
+        }
         return BenchRow(
             category=category,
             answers=len(pairs),
-            plain_tok_per_s=plain,
-            speculative_tok_per_s=speculative,
-            speedup_same_plan=speculative / plain if plain and speculative else None,
-            speedup=speculative / best if best and speculative else None,
-            tau=tau_of_totals(pair.speculative.stats for pair in pairs) or None,
             identical=sum(pair.identical for pair in pairs),
-            prefilled_tokens=sum(pair.speculative.stats.prefilled_tokens for pair in pairs),
+            tau=tau,
+            prefilled_tokens=sum(pair.speculative.stats.prefilled_tokens for pair in repetitions[0]),
+            measured=measured,
+            uses=uses,
+            voids=row_voids(measured, tau, uses, self._plain_rates, self.load_per_core),
         )
+
+    @property
+    def _plain_rates(self) -> PlainRates:
+        asked = {item.question_id for item in self.best_plain}
+        same = [pair.plain.stats for pair in self.pairs if pair.turn == 1 and pair.question_id in asked]
+        return PlainRates(self.best_plain_tok_per_s(), rate_of_totals(same) or None)
+
+
+def whole_repetitions(pairs: Sequence[AnswerPair]) -> list[list[AnswerPair]]:
+    """Return the pairs of each repetition, without a later one that has fewer pairs than the first."""
+    numbers = dict.fromkeys(pair.repetition for pair in pairs)
+    repetitions = [[pair for pair in pairs if pair.repetition == number] for number in numbers]
+    return [found for found in repetitions if len(found) == len(repetitions[0])]
+
+
+def _measured(repetitions: Iterable[Sequence[AnswerPair]], best_plain: float | None) -> dict[Figure, Spread]:
+    values: dict[Figure, list[float]] = {}
+    for pairs in repetitions:
+        plain = rate_of_totals(pair.plain.stats for pair in pairs)
+        speculative = rate_of_totals(pair.speculative.stats for pair in pairs)
+        figures: dict[Figure, float] = {
+            "plain_tok_per_s": plain,
+            "speculative_tok_per_s": speculative,
+            "speedup_same_plan": speculative / plain if plain else 0.0,
+            "speedup": speculative / best_plain if best_plain else 0.0,
+        }
+        for figure, value in figures.items():
+            if value:
+                values.setdefault(figure, []).append(value)
+    return {figure: spread for figure, found in values.items() if (spread := spread_of(found))}

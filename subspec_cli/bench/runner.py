@@ -1,8 +1,12 @@
-"""Replaying a suite: plain and speculative decoding of every question, in turn, in one run.
+"""Replaying a suite: plain and speculative decoding of every turn, one right after the other, in one run.
 
-Both arms share the target, the plan and the noise streams, so the same seed draws the same noise. Each arm starts
-every question from an empty cache. At the end plain decoding is measured again under its own best plan, which needs
-no substitutes: that is what a user would have without speculation.
+Both arms share the target, the plan and the noise streams, so the same seed draws the same noise. The first arm of a
+turn is plain for even questions and speculative for odd ones, and the other way round in every second repetition, so
+that a machine that becomes faster or slower favours neither. Each arm answers each turn from an empty KV cache and
+continues from the same conversation: both prefill the same tokens, and none reads rows that the other has made.
+
+Before and after, plain decoding is measured under its own best plan, which needs no substitutes: that is what a user
+would have without speculation. Two plans do not fit one memory budget at a time, so it cannot be measured in between.
 """
 
 from __future__ import annotations
@@ -10,13 +14,19 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from subspec_cli.bench.report import AnswerPair, ArmAnswer, BenchReport, BenchRow, LinkFigures
+from subspec_cli.bench.answers import AnswerPair, ArmAnswer, BestPlainAnswer
+from subspec_cli.bench.machine_use import read_load_per_core, read_use
+from subspec_cli.bench.record import fingerprint, made_here, read_record, versions
+from subspec_cli.bench.report import BenchReport, LinkFigures
+from subspec_cli.bench.resumed import KeptAnswers, check_session, kept_answers
 from subspec_cli.bench.suites import Question, load_suite
 from subspec_cli.config import Config
-from subspec_cli.metrics import Exactness, GenerationStats
+from subspec_cli.metrics import Exactness
 from subspec_cli.planning.costs import PlanCosts
 from subspec_cli.planning.plan import OffloadPlan
 from subspec_cli.planning.request import WantedTokens
@@ -29,9 +39,8 @@ if TYPE_CHECKING:
     from subspec_cli.session import Session
     from subspec_cli.streaming.streamer import StreamCounters
 
-__all__ = ["BenchProgress", "BenchReport", "BenchRow", "run_bench"]
-
 _BEST_PLAIN_QUESTIONS: Final = 2
+_WARM_UP_TOKENS: Final = 16
 _READ_AGAIN: Final = 1.25
 """Room for an answer that later turns read as text: cut into tokens anew, it may have a few more."""
 
@@ -41,7 +50,7 @@ class BenchProgress:
     """Progress of a run."""
 
     done: int
-    """Answers of both arms and of the closing plain measurement."""
+    """Answers of both arms and of plain decoding under its own best plan."""
     total: int
     elapsed_s: float
     status: str
@@ -57,55 +66,37 @@ class _Run:
         questions: Sequence[Question],
         progress: Callable[[BenchProgress], None],
     ) -> None:
-        self._config = config
         self._suite = suite
         self._questions = questions
         self._progress = progress
         self._started = time.perf_counter()
+        self._load_per_core = read_load_per_core()
         self._done = 0
+        self._context: dict[str, Any] = {
+            "record": made_here(),
+            "versions": versions(),
+            "questions_sha256": fingerprint(questions),
+            "config": config.as_dict(),
+        }
+        self._kept, resume = KeptAnswers(), config.bench.resume
+        if resume is not None:
+            self._kept = kept_answers(read_record(Path(resume)), {"suite": suite, **self._context})
+        self._config = config if self._kept.seed is None else _with_seed(config, self._kept.seed)
+        self._reprobe = config.memory.reprobe and resume is None
         self._pairs: list[AnswerPair] = []
-        self._best_plain: list[GenerationStats] = []
-        self._link: LinkFigures | None = None
-        self._context: dict[str, Any] = {}
+        self._best_plain: list[BestPlainAnswer] = []
+        self._link = self._kept.link
         self._plan: OffloadPlan | None = None
         self._costs: PlanCosts | None = None
         self._best_plain_plan: OffloadPlan | None = None
         self._exactness: Exactness | Literal["unchecked"] = "unchecked"
         self._speculation = False
 
-    def measure_pairs(self) -> None:
-        """Measure both arms over all questions under one plan."""
-        with open_session(self._config, Reporter(self._say), count=self._count) as session:
-            about = session.description
-            self._exactness, self._speculation = about.exactness, about.speculation
-            self._plan, self._costs = about.plan, about.costs
-            self._context = _context(session, self._config)
-            for number, question in enumerate(self._questions):
-                self._measure_question(session, number, question)
-            self._context["peak_memory_bytes"] = session.peak_memory_bytes()
-
-    def measure_best_plain(self) -> None:
-        """Measure plain decoding with as many resident layers as fit without substitutes, in the same context."""
-        config = dataclasses.replace(
-            self._config,
-            draft=dataclasses.replace(self._config.draft, no_speculation=True),
-            memory=dataclasses.replace(
-                # The costs are those of the speculative arm, also if the user wants a new probe.
-                self._config.memory,
-                resident_layers=None,
-                context=None if self._plan is None else self._plan.context,
-                reprobe=False,
-            ),
-        )
-        with open_session(config, Reporter(self._say)) as session:
-            self._best_plain_plan = plan = session.description.plan
-            for question in self._questions[:_BEST_PLAIN_QUESTIONS]:
-                self._say(f"plain under its own best plan: {plan.resident_layers} resident layers")
-                answer = next(
-                    _converse(session, question, 0, limit=self._plain_limit, plain=True, history=())
-                )
-                self._best_plain.append(answer.stats)
-                self._done += 1
+    def measure(self) -> None:
+        """Measure everything."""
+        self._measure_best_plain("before")
+        self._measure_pairs()
+        self._measure_best_plain("after")
 
     def report(self, *, interrupted: bool) -> BenchReport:
         """Return what was measured so far."""
@@ -121,7 +112,104 @@ class _Run:
             plan=self._plan,
             costs=self._costs,
             best_plain_plan=self._best_plain_plan,
+            load_per_core=self._load_per_core,
         )
+
+    @contextmanager
+    def _session(self, config: Config) -> Iterator[Session]:
+        """Open a session and warm it up. The first one may time the machine; all go by the same costs."""
+        config, self._reprobe = _with_memory(config, reprobe=self._reprobe), False
+        with open_session(config, Reporter(self._say), count=self._count) as session:
+            self._warm_up(session)
+            yield session
+
+    def _measure_pairs(self) -> None:
+        """Measure both arms over all questions under one plan."""
+        with self._session(self._config) as session:
+            about = session.description
+            self._exactness, self._speculation = about.exactness, about.speculation
+            self._plan, self._costs = about.plan, about.costs
+            self._context |= _context(session)
+            check_session(self._kept, self._context, about.plan)
+            for repetition in range(self._config.bench.repeat):
+                for number, question in enumerate(self._questions):
+                    self._measure_question(session, repetition, number, question)
+            self._context["peak_memory_bytes"] = session.peak_memory_bytes()
+
+    def _measure_best_plain(self, when: Literal["before", "after"]) -> None:
+        """Measure plain decoding with as many resident layers as fit without substitutes, in the same context."""
+        kept = [item for item in self._kept.best_plain if item.when == when]
+        if len(kept) == len(self._best_plain_questions):
+            self._best_plain += kept
+            self._done += len(kept)
+            return
+        config = _with_memory(self._config, resident_layers=None)
+        config = dataclasses.replace(config, draft=dataclasses.replace(config.draft, no_speculation=True))
+        with self._session(config) as session:
+            self._best_plain_plan = plan = session.description.plan
+            for number, question in enumerate(self._best_plain_questions):
+                self._say(f"plain under its own best plan: {plan.resident_layers} resident layers")
+                messages = [{"role": "user", "content": question.turns[0]}]
+                answer = self._answer(session, messages, 2 * number, plain=True)
+                self._best_plain.append(BestPlainAnswer(question.question_id, when, answer))
+                self._done += 1
+
+    def _measure_question(self, session: Session, repetition: int, number: int, question: Question) -> None:
+        messages: list[dict[str, str]] = []
+        for turn, text in enumerate(question.turns):
+            messages.append({"role": "user", "content": text})
+            done = len(self._pairs)
+            if done < len(self._kept.pairs):
+                self._done += 2
+                pair = self._kept.pairs[done]
+            else:
+                # Two noise streams a question: the same in both arms, so the same noise.
+                arms = self._measure_turn(
+                    session,
+                    messages,
+                    2 * number + turn,
+                    plain_first=(number + repetition) % 2 == 0,
+                    category=question.category,
+                )
+                pair = AnswerPair(question.question_id, question.category, turn + 1, *arms, repetition + 1)
+            self._pairs.append(pair)
+            messages.append({"role": "assistant", "content": pair.speculative.text})
+
+    def _measure_turn(
+        self,
+        session: Session,
+        messages: Sequence[dict[str, str]],
+        noise_stream: int,
+        *,
+        plain_first: bool,
+        category: str,
+    ) -> tuple[ArmAnswer, ArmAnswer]:
+        """Return the plain and the speculative answer."""
+        arms, link = dict[bool, ArmAnswer](), self._link
+        for plain in (plain_first, not plain_first):
+            before, disk_before = session.link_counters(), disk_read_bytes()
+            arms[plain] = answer = self._answer(session, messages, noise_stream, plain=plain)
+            if not plain:
+                link = self._link_after(session, before, disk_before)
+            self._done += 1
+            rate, name = answer.stats.decode_tok_per_s, "plain" if plain else "speculative"
+            self._say(f"{category}, {name}{f': {rate:.2f} tok/s' if rate else ''}")
+        self._link = link  # only now: a turn that is cut short is measured again when the record is resumed
+        return arms[True], arms[False]
+
+    def _warm_up(self, session: Session) -> None:
+        """Give a short answer that does not count: the first one pays for what later ones find ready."""
+        self._say("warming up")
+        messages = [{"role": "user", "content": self._questions[0].turns[0]}]
+        _generate(session, messages, 0, limit=min(_WARM_UP_TOKENS, self._limit), plain=False)
+
+    def _answer(
+        self, session: Session, messages: Sequence[dict[str, str]], noise_stream: int, *, plain: bool
+    ) -> ArmAnswer:
+        limit = self._plain_limit if plain else self._limit
+        before = read_use()
+        answer = _generate(session, messages, noise_stream, limit=limit, plain=plain)
+        return dataclasses.replace(answer, use=read_use().since(before))
 
     def _count(self, tokenizer: ModelTokenizer) -> WantedTokens:
         """Count the longest conversation, in which every answer is as long as it may be."""
@@ -134,6 +222,10 @@ class _Run:
         return WantedTokens(max(map(len, said)), answers)
 
     @property
+    def _best_plain_questions(self) -> Sequence[Question]:
+        return self._questions[:_BEST_PLAIN_QUESTIONS]
+
+    @property
     def _limit(self) -> int:
         return self._config.bench.max_new_tokens
 
@@ -141,35 +233,12 @@ class _Run:
     def _plain_limit(self) -> int:
         return min(self._config.bench.plain_tokens or self._limit, self._limit)
 
-    def _measure_question(self, session: Session, number: int, question: Question) -> None:
-        # A shortened plain arm continues the speculative arm's answers, so it has to come second.
-        shortened = self._plain_limit < self._limit
-        arms: dict[bool, list[ArmAnswer]] = {False: [], True: []}
-        for plain in (False, True) if shortened or number % 2 else (True, False):
-            name = "plain" if plain else "speculative"
-            history = tuple(answer.text for answer in arms[False]) if plain and shortened else ()
-            before, disk_before = session.link_counters(), disk_read_bytes()
-            limit = self._plain_limit if plain else self._limit
-            for answer in _converse(session, question, number, limit=limit, plain=plain, history=history):
-                arms[plain].append(answer)
-                self._done += 1
-                rate = answer.stats.decode_tok_per_s
-                self._say(f"{question.category}, {name}{f': {rate:.2f} tok/s' if rate else ''}")
-            if not plain:
-                self._add_link(session, before, disk_before)
-        for turn, (plain_answer, speculative) in enumerate(
-            zip(arms[True], arms[False], strict=True), start=1
-        ):
-            self._pairs.append(
-                AnswerPair(question.question_id, question.category, turn, plain_answer, speculative)
-            )
-
-    def _add_link(self, session: Session, before: StreamCounters, disk_before: int | None) -> None:
+    def _link_after(self, session: Session, before: StreamCounters, disk_before: int | None) -> LinkFigures:
         moved = session.link_counters().since(before)
         disk_after = disk_read_bytes()
         read = None if disk_before is None or disk_after is None else disk_after - disk_before
         old = self._link or LinkFigures(session.description.plan.streamed_bytes_per_pass, 0, 0.0, 0)
-        self._link = LinkFigures(
+        return LinkFigures(
             streamed_bytes_per_pass=old.streamed_bytes_per_pass,
             streamed_bytes=old.streamed_bytes + moved.streamed_bytes,
             read_time_s=old.read_time_s + moved.read_time_s,
@@ -180,46 +249,53 @@ class _Run:
 
     def _say(self, status: str) -> None:
         turns = sum(len(question.turns) for question in self._questions)
-        total = 2 * turns + min(_BEST_PLAIN_QUESTIONS, len(self._questions))
+        total = 2 * turns * self._config.bench.repeat + 2 * len(self._best_plain_questions)
         elapsed_s = time.perf_counter() - self._started
         self._progress(BenchProgress(self._done, total, elapsed_s, status))
 
 
-def run_bench(config: Config, suite: str, *, progress: Callable[[BenchProgress], None]) -> BenchReport:
-    """Measure a suite. Ctrl-C ends it early and keeps what is done; other failures are raised."""
+def run_bench(
+    config: Config,
+    suite: str,
+    *,
+    progress: Callable[[BenchProgress], None],
+) -> BenchReport:
+    """Measure a suite. Ctrl-C ends it early and keeps what is done; other failures are raised.
+
+    Raises UsageError if a record is to be resumed that is complete or was made with other settings.
+    """
     questions = load_suite(suite, config.bench.questions, config.bench.limit)
     run = _Run(config, suite, questions, progress)
     try:
-        run.measure_pairs()
-        run.measure_best_plain()
+        run.measure()
     except KeyboardInterrupt:
         return run.report(interrupted=True)
     return run.report(interrupted=False)
 
 
-def _converse(
-    session: Session, question: Question, number: int, *, limit: int, plain: bool, history: Sequence[str]
-) -> Iterator[ArmAnswer]:
-    """Answer all turns of a question from an empty cache; `history` replaces the arm's own earlier answers."""
+def _generate(
+    session: Session, messages: Sequence[dict[str, str]], noise_stream: int, *, limit: int, plain: bool
+) -> ArmAnswer:
+    """Answer the last message of a conversation from an empty cache."""
     session.reset()
-    chat = session.chat(None)
-    for turn, text in enumerate(question.turns):
-        token_ids: list[int] = []
-        pieces: list[str] = []
-        last = None
-        # Two noise streams a question: the same in both arms, so the same noise.
-        noise_stream = 2 * number + turn
-        for delta in chat.ask(text, max_new_tokens=limit, stop=(), plain=plain, noise_stream=noise_stream):
-            token_ids.extend(delta.token_ids)
-            pieces.append(delta.text)
-            last = delta
-        assert last is not None
-        if turn < len(history):
-            chat.replace_answer(history[turn])
-        yield ArmAnswer(tuple(token_ids), "".join(pieces), last.finish_reason or "interrupted", last.stats)
+    prompt = session.encode_messages(messages, system=session.description.config.run.system)
+    deltas = list(
+        session.generate(prompt, max_new_tokens=limit, stop=(), plain=plain, noise_stream=noise_stream)
+    )
+    token_ids = tuple(token for delta in deltas for token in delta.token_ids)
+    text = "".join(delta.text for delta in deltas)
+    return ArmAnswer(token_ids, text, deltas[-1].finish_reason or "interrupted", deltas[-1].stats)
 
 
-def _context(session: Session, config: Config) -> dict[str, Any]:
+def _with_seed(config: Config, seed: int) -> Config:
+    return dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, seed=seed))
+
+
+def _with_memory(config: Config, **changes: Any) -> Config:  # noqa: ANN401 - as `dataclasses.replace`
+    return dataclasses.replace(config, memory=dataclasses.replace(config.memory, **changes))
+
+
+def _context(session: Session) -> dict[str, Any]:
     about = session.description
     return {
         "model": about.model_id,
@@ -231,6 +307,4 @@ def _context(session: Session, config: Config) -> dict[str, Any]:
         "direct_io": about.direct_io,
         "budget_bytes": about.budget_bytes,
         "costs": about.costs.as_dict(),
-        "config": config.as_dict(),
-        "versions": about.versions,
     }

@@ -2,65 +2,121 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from subspec_cli.cli.interrupts import interrupt_status
-from subspec_cli.cli.options import Settings, with_settings
+from subspec_cli.cli.options import JsonOpt, Settings, with_settings
 from subspec_cli.config import BenchConfig, Config, DraftConfig, MemoryConfig, ModelConfig, SamplingConfig
 from subspec_cli.errors import NotIdenticalError, UsageError
 from subspec_cli.units import counted
 
 if TYPE_CHECKING:
-    from subspec_cli.bench.runner import BenchProgress, BenchReport, BenchRow
+    from subspec_cli.bench.report import BenchReport
+    from subspec_cli.bench.runner import BenchProgress
+    from subspec_cli.cli.bench_table import Format
     from subspec_cli.cli.output import Output
-
-_HEADERS = (
-    "category",
-    "answers",
-    "identical",
-    "plain tok/s",
-    "subspec tok/s",
-    "speedup same plan",
-    "speedup",
-    "tau",
-    "prefilled",
-)
-
 
 Suite = Literal["mt-bench", "sample"]
 SuiteArg = Annotated[
-    Suite,
-    typer.Argument(metavar="SUITE", help="mt-bench: 80 questions from the hub; sample: 16 that are shipped."),
+    Literal["mt-bench", "sample", "compare"],
+    typer.Argument(
+        metavar="SUITE",
+        help="mt-bench: 80 questions from the hub; sample: 16 that are shipped; compare: two records.",
+    ),
 ]
-JsonOpt = Annotated[
-    str | None,
-    typer.Option("--json", metavar="FILE", help="Write every answer's figures to FILE; - is stdout."),
+RecordsArg = Annotated[
+    list[str] | None, typer.Argument(metavar="[A.json B.json]", help="Records for compare.")
+]
+FormatOpt = Annotated[
+    Literal["table", "markdown", "csv", "json"],
+    typer.Option("--format", metavar="FORMAT", help="table, markdown, csv or json."),
+]
+OutputOpt = Annotated[
+    str | None, typer.Option("--output", metavar="FILE", help="Write the JSON record to FILE.")
+]
+ForceOpt = Annotated[
+    bool, typer.Option("--force", help="Let --output overwrite what is no record of the same command.")
 ]
 
 
-@with_settings(BenchConfig, "json_file", ModelConfig, MemoryConfig, DraftConfig, SamplingConfig)
-def bench(settings: Settings, suite: SuiteArg, json_file: JsonOpt = None) -> None:
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """Where the figures go."""
+
+    shape: Format
+    """What stdout takes."""
+    file: Path | None
+    """File for the JSON record."""
+
+
+@with_settings(
+    BenchConfig,
+    "output",
+    "force",
+    "shape",
+    "as_json",
+    ModelConfig,
+    MemoryConfig,
+    DraftConfig,
+    SamplingConfig,
+)
+def bench(
+    settings: Settings,
+    suite: SuiteArg,
+    records: RecordsArg = None,
+    output: OutputOpt = None,
+    force: ForceOpt = False,
+    shape: FormatOpt = "table",
+    as_json: JsonOpt = False,
+) -> None:
     """Measure the speed-up over plain offloading, and that every answer is token for token the same."""
-    _check_files(settings.config, json_file)
-    _measure(settings.config, settings.file, suite, json_file)
+    outputs = Outputs("json" if as_json else shape, _path(output or settings.config.bench.resume))
+    if suite == "compare":
+        _compare(settings, records or [], outputs)
+        return
+    if records:
+        raise UsageError(f"unexpected {records[0]!r} after {suite}", "--output FILE writes the record")
+    _check_files(settings.config, outputs, force=force)
+    _measure(settings.config, settings.file, suite, outputs)
 
 
-def _check_files(config: Config, json_file: str | None) -> None:
+def _compare(settings: Settings, records: list[str], outputs: Outputs) -> None:
+    if len(records) != 2:
+        raise UsageError(
+            f"compare takes two records, not {len(records)}", "subspec bench compare A.json B.json"
+        )
+    given = [key for values in settings.flags.values() for key, value in values.items() if value is not None]
+    if given or outputs.file is not None:
+        raise UsageError("compare takes --format and --json alone", "subspec bench compare A.json B.json")
+    from subspec_cli.cli.bench_compare import show_comparison
+    from subspec_cli.cli.output import Output
+
+    show_comparison([Path(name) for name in records], Output(), outputs.shape)
+
+
+def _check_files(config: Config, outputs: Outputs, *, force: bool) -> None:
     """Check the files now: a bad path would otherwise fail after an hour of measuring."""
     questions = config.bench.questions
     if questions is not None and not Path(questions).is_file():
         raise UsageError(f"--questions {questions}: no such file")
-    if json_file is None or json_file == "-":
-        return
-    target = Path(json_file)
-    if not target.parent.is_dir() or target.is_dir():
-        raise UsageError(f"--json {json_file} cannot be written", "name a file in a directory that exists")
+    resume = config.bench.resume
+    if resume is not None and not Path(resume).is_file():
+        raise UsageError(f"--resume {resume}: no such file")
+    if outputs.file is not None and outputs.file != _path(resume):
+        from subspec_cli.bench.record import check_target
+
+        check_target(outputs.file, force=force)
 
 
-def _measure(config: Config, file: Path | None, suite: Suite, json_file: str | None) -> None:
+def _path(name: str | None) -> Path | None:
+    return None if name is None else Path(name)
+
+
+def _measure(config: Config, file: Path | None, suite: Suite, outputs: Outputs) -> None:
     from subspec_cli.cli.answer_text import loading_line
     from subspec_cli.cli.output import Output
     from subspec_cli.cli.output_progress import ProgressLine
@@ -79,7 +135,7 @@ def _measure(config: Config, file: Path | None, suite: Suite, json_file: str | N
             suite,
             progress=lambda state: progress.update(progress_text(state), state.done, state.total),
         )
-    _show(report, output, json_file)
+    write_report(report, output, outputs)
     total = report.rows[-1] if report.rows else None
     if total is not None and report.exactness == "exact" and total.identical < total.answers:
         different = total.answers - total.identical
@@ -98,41 +154,43 @@ def progress_text(state: BenchProgress) -> str:
     return " · ".join(part for part in parts if part)
 
 
-def _show(report: BenchReport, output: Output, json_file: str | None) -> None:
-    """Print the table and the summary; they go to stderr if stdout takes the JSON document."""
-    from subspec_cli.cli.comparison_text import summary_lines
+def write_report(report: BenchReport, output: Output, outputs: Outputs) -> None:
+    """Write the record, then print the figures: a reader that leaves early or a full disk costs one of them alone."""
     from subspec_cli.cli.documents import bench_document
     from subspec_cli.cli.output import as_json
 
-    aside = json_file == "-"
-    output.table(_HEADERS, [_cells(row) for row in report.rows], aside=aside)
-    say = output.note if aside else output.result
+    try:
+        if outputs.file is not None:
+            from subspec_cli.files.atomic_write import atomic_write
+
+            atomic_write(outputs.file, as_json(bench_document(report), indent=1).encode() + b"\n")
+            output.note(f"written to {outputs.file}")
+    finally:
+        show_report(report, output, outputs)
+
+
+def show_report(report: BenchReport, output: Output, outputs: Outputs) -> None:
+    """Print the figures in their format. JSON and CSV are alone on stdout; the rest goes to stderr then."""
+    from subspec_cli.cli.bench_table import HEADERS, csv_text, markdown_lines, table_cells
+    from subspec_cli.cli.comparison_text import summary_lines
+    from subspec_cli.cli.documents import bench_document
+
+    cells = [table_cells(row) for row in report.rows]
+    if outputs.shape == "markdown":
+        for line in (*markdown_lines(HEADERS, cells), ""):
+            output.result(line)
+    else:
+        output.table(HEADERS, cells, aside=outputs.shape != "table")
+    if outputs.shape == "csv":
+        output.result(csv_text(report.rows))
     for line in summary_lines(report):
-        say(line)
+        if outputs.shape == "markdown":
+            output.result(f"- {line}")
+        elif outputs.shape == "table":
+            output.result(line)
+        else:
+            output.note(line)
     if report.interrupted:
         output.note("interrupted: these are the answers that were done", style="bold")
-    if aside:
+    if outputs.shape == "json":
         output.document(bench_document(report))
-    elif json_file is not None:
-        from subspec_cli.files.atomic_write import atomic_write
-
-        atomic_write(Path(json_file), as_json(bench_document(report), indent=1).encode() + b"\n")
-        output.note(f"written to {json_file}")
-
-
-def _cells(row: BenchRow) -> list[str]:
-    return [
-        row.category,
-        str(row.answers),
-        str(row.identical),
-        _figure(row.plain_tok_per_s),
-        _figure(row.speculative_tok_per_s),
-        _figure(row.speedup_same_plan, "x"),
-        _figure(row.speedup, "x"),
-        _figure(row.tau),
-        str(row.prefilled_tokens),
-    ]
-
-
-def _figure(value: float | None, unit: str = "") -> str:
-    return "-" if value is None else f"{value:.2f}{unit}"

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Final
 
-from subspec_cli.metrics import GenerationStats, RangeTotals, rate_of_totals
+from subspec_cli.bench.figures import spread_of
+from subspec_cli.bench.voids import pair_reasons
+from subspec_cli.cli.bench_table import FIGURE_NAMES
+from subspec_cli.metrics import GenerationStats, RangeTotals
 from subspec_cli.planning.comparison import Comparison
 from subspec_cli.units import counted
 
 if TYPE_CHECKING:
     from subspec_cli.bench.report import BenchReport
+
+_MOST_OFF: Final = 2.0
+"""Largest error of a prediction that is passed over in silence, as a factor."""
 
 
 def comparison_line(comparison: Comparison) -> str:
@@ -35,31 +40,88 @@ def summary_lines(report: BenchReport) -> tuple[str, ...]:
     total = report.rows[-1]
     answers = counted(total.answers, "answer")
     identical = f"{total.identical} of {answers} token for token identical ({report.exactness})"
-    lines = [identical if report.speculation else f"{identical}; speculation was off"]
-    spread = sorted(ratio for pair in report.pairs if (ratio := pair.speedup_same_plan))
-    if spread:
-        median = statistics.median(spread)
-        lines.append(
-            f"speedup over the same plan by answer: median {median:.2f}x, {spread[0]:.2f}x to {spread[-1]:.2f}x"
-        )
-    if own_rate := rate_of_totals(report.best_plain):
-        lines.append(f"plain decoding under its own best plan: {own_rate:.2f} tok/s")
-    if (ceiling := report.ceiling_tok_per_s) and report.link and total.speculative_tok_per_s:
-        share = total.speculative_tok_per_s / ceiling
+    lines = [*void_lines(report), identical if report.speculation else f"{identical}; speculation was off"]
+    lines.extend(_answer_ratios(report))
+    if best_rate := report.best_plain_tok_per_s():
+        lines.append(_best_plain_text(report, best_rate))
+    rate = total.spread("speculative_tok_per_s")
+    if (ceiling := report.ceiling_tok_per_s) and report.link and rate:
         lines.append(
             f"ceiling {ceiling:.2f} tok/s = tau {total.tau:.2f} x {report.link.gb_per_s:.2f} GB/s / "
-            f"{report.link.streamed_bytes_per_pass / 1e9:.2f} GB per pass; reached {share:.0%}"
+            f"{report.link.streamed_bytes_per_pass / 1e9:.2f} GB per pass; reached {rate.median / ceiling:.0%}"
         )
-    if total.speculative_tok_per_s and report.speculation:
+    if total.tau and report.speculation:
         lines.append(_work_line([pair.speculative.stats for pair in report.pairs]))
         lines.extend(_range_text(item) for item in report.by_cached_rows)
     if report.comparison is not None:
         lines.append(comparison_line(report.comparison))
+        if note := prediction_note(report.comparison):
+            lines.append(note)
     if report.link and report.link.cold_share is not None:
         lines.append(
             f"{report.link.cold_share:.0%} of the streamed bytes came from storage, not from a cache"
         )
-    return tuple(lines)
+    return (*lines, *_processor_lines(report))
+
+
+def void_lines(report: BenchReport) -> list[str]:
+    """Return a line for each reason that makes figures void, with the figures and their rows."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in report.rows:
+        for reason in dict.fromkeys(void.reason for void in row.voids):
+            figures = ", ".join(FIGURE_NAMES[void.figure] for void in row.voids if void.reason == reason)
+            found.setdefault((figures, reason), []).append(row.category)
+    return [f"void: {figures} of {', '.join(rows)}: {reason}" for (figures, reason), rows in found.items()]
+
+
+def prediction_note(comparison: Comparison) -> str | None:
+    """Return a hint if a prediction was off by more than 2; None if it was not."""
+    measured = comparison.tok_per_s
+    predicted = comparison.predicted_tok_per_s_given_tau or comparison.predicted_tok_per_s
+    if not measured or not predicted or 1 / _MOST_OFF <= measured / predicted <= _MOST_OFF:
+        return None
+    off = max(measured / predicted, predicted / measured)
+    word = "slower" if measured < predicted else "faster"
+    return f"note: {off:.1f} times {word} than predicted: --reprobe times this machine anew"
+
+
+def _answer_ratios(report: BenchReport) -> Iterator[str]:
+    """The spread of the ratios over the answers, without those that are void."""
+    pairs = [pair for pair in report.pairs if pair.speedup_same_plan]
+    spread = spread_of(
+        pair.speedup_same_plan for pair in pairs if not pair_reasons(pair, report.load_per_core)
+    )
+    void = sum(bool(pair_reasons(pair, report.load_per_core)) for pair in pairs)
+    left_out = f" ({counted(void, 'answer')} void)" if void else ""
+    if spread is not None:
+        yield (
+            f"speedup over the same plan by answer: median {spread.median:.2f}x, "
+            f"{spread.least:.2f}x to {spread.most:.2f}x{left_out}"
+        )
+
+
+def _processor_lines(report: BenchReport) -> Iterator[str]:
+    """Who used the processors, over all answers."""
+    shares = [
+        f"{arm.replace('_', ' ')} {use.own_share:.0%} | {use.others_share:.0%}"
+        for arm, use in report.rows[-1].uses.items()
+        if use.own_share is not None and use.others_share is not None
+    ]
+    if shares:
+        load = report.load_per_core
+        before = "" if load is None else f"; load before {load:.2f} a core"
+        yield f"share of the cores, subspec | others: {' · '.join(shares)}{before}"
+
+
+def _best_plain_text(report: BenchReport, rate: float) -> str:
+    """The speed under plain decoding's own best plan, and how far it moved while the arms were measured."""
+    before, after = (report.best_plain_tok_per_s(when) for when in ("before", "after"))
+    text = f"plain decoding under its own best plan: {rate:.2f} tok/s"
+    return (
+        f"{text}; {before:.2f} before, {after:.2f} after ({after / before - 1:+.0%})"
+        if before and after
+        else text
+    )
 
 
 def _work_line(answers: Sequence[GenerationStats]) -> str:

@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from subspec_cli.bench.figures import FIGURES
+from subspec_cli.bench.voids import pair_reasons
 from subspec_cli.cli.audit_text import audit_lines
 from subspec_cli.cli.comparison_text import summary_lines
 from subspec_cli.cli.plan_text import advice_text, assumptions, reason_text
-from subspec_cli.metrics import rate_of_totals
 from subspec_cli.planning.plan import OffloadPlan
 
 if TYPE_CHECKING:
+    from subspec_cli.bench.answers import AnswerPair, ArmAnswer, BestPlainAnswer
     from subspec_cli.bench.audit_report import AuditedAnswer, AuditReport, Difference
-    from subspec_cli.bench.report import AnswerPair, ArmAnswer, BenchReport, BenchRow, LinkFigures
+    from subspec_cli.bench.report import BenchReport, BenchRow
     from subspec_cli.session.forecast import Forecast
 
 
@@ -64,14 +66,18 @@ def bench_document(report: BenchReport) -> dict[str, Any]:
         "exactness": report.exactness,
         "speculation": report.speculation,
         "interrupted": report.interrupted,
-        "rows": [_fields(row) for row in report.rows],
+        "rows": [_row(row) for row in report.rows],
         "summary": list(summary_lines(report)),
         "predicted_beside_measured": report.comparison.as_dict() if report.comparison else None,
         "by_cached_rows": [item.as_dict() for item in report.by_cached_rows],
+        "load_per_core": report.load_per_core,
         "ceiling_tok_per_s": report.ceiling_tok_per_s,
-        "link": None if report.link is None else {**_fields(report.link), "gb_per_s": report.link.gb_per_s},
-        "best_plain_tok_per_s": rate_of_totals(report.best_plain) if report.best_plain else None,
-        "answers": [_pair(pair) for pair in report.pairs],
+        "link": None if report.link is None else {**asdict(report.link), "gb_per_s": report.link.gb_per_s},
+        "best_plain_tok_per_s": report.best_plain_tok_per_s(),
+        "best_plain_before_tok_per_s": report.best_plain_tok_per_s("before"),
+        "best_plain_after_tok_per_s": report.best_plain_tok_per_s("after"),
+        "best_plain_answers": [_best_plain(item) for item in report.best_plain],
+        "answers": [_pair(pair, report.load_per_core) for pair in report.pairs],
         **report.context,
         **{name: plan_document(plan) for name, plan in plans.items() if plan is not None},
     }
@@ -133,20 +139,46 @@ def _plan_or_none(plan: OffloadPlan | None) -> dict[str, Any] | None:
     return None if plan is None else plan_document(plan)
 
 
-def _fields(item: BenchRow | LinkFigures) -> dict[str, Any]:
-    return {name: getattr(item, name) for name in item.__slots__}
+def _row(row: BenchRow) -> dict[str, Any]:
+    """Medians under the names of the figures, null if void, and their least and most beside them."""
+    spreads = {figure: row.spread(figure) for figure in FIGURES}
+    return {
+        "category": row.category,
+        "answers": row.answers,
+        "identical": row.identical,
+        **{figure: spread.median if spread else None for figure, spread in spreads.items()},
+        "spread": {figure: [spread.least, spread.most] for figure, spread in spreads.items() if spread},
+        "void": {
+            figure: [void.reason for void in row.voids if void.figure == figure]
+            for figure in FIGURES
+            if row.is_void(figure)
+        },
+        "processors": {
+            arm: {"own_share": use.own_share, "others_share": use.others_share}
+            for arm, use in row.uses.items()
+        },
+        "tau": row.tau,
+        "prefilled_tokens": row.prefilled_tokens,
+    }
 
 
-def _pair(pair: AnswerPair) -> dict[str, Any]:
+def _pair(pair: AnswerPair, load_per_core: float | None) -> dict[str, Any]:
+    void = pair_reasons(pair, load_per_core)
     return {
         "question_id": pair.question_id,
         "category": pair.category,
         "turn": pair.turn,
+        "repetition": pair.repetition,
         "identical": pair.identical,
-        "speedup_same_plan": pair.speedup_same_plan,
+        "speedup_same_plan": None if void else pair.speedup_same_plan,
+        "void": list(void),
         "plain": _arm(pair.plain),
         "speculative": _arm(pair.speculative),
     }
+
+
+def _best_plain(item: BestPlainAnswer) -> dict[str, Any]:
+    return {"question_id": item.question_id, "when": item.when, **_arm(item.answer)}
 
 
 def _arm(answer: ArmAnswer) -> dict[str, Any]:
@@ -155,4 +187,5 @@ def _arm(answer: ArmAnswer) -> dict[str, Any]:
         "token_ids": list(answer.token_ids),
         "finish_reason": answer.finish_reason,
         **answer.stats.as_dict(),
+        "processors": asdict(answer.use),
     }
