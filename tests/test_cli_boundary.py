@@ -35,6 +35,7 @@ HEAVY = ("torch", "transformers", "numpy", "optimum", "huggingface_hub")
 def no_settings(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.setenv("SUBSPEC_HOME", str(tmp_path / "home"))
 
 
 def run_python(code, *, shell_tail="", cwd=None):

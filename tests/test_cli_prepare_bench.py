@@ -24,6 +24,7 @@ from subspec_cli.cli.prepare import progress_share, progress_text
 def no_settings(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.setenv("SUBSPEC_HOME", str(tmp_path / "home"))
 
 
 @pytest.fixture

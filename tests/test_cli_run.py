@@ -21,6 +21,7 @@ from subspec_cli.units import counted
 def no_settings(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.setenv("SUBSPEC_HOME", str(tmp_path / "home"))
 
 
 @pytest.fixture
