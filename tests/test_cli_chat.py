@@ -250,7 +250,7 @@ def test_settings_change_within_a_chat(talk):
         ("/set temperature -1", "--temperature must be a number of at least 0"),
         ("/set top_p high", "--top-p must be a number above 0"),
         ("/set max_new_tokens 0", "--max-new-tokens must be a whole number of at least 1"),
-        ("/set nonsense 1", "/set takes temperature, top_p, top_k, seed"),
+        ("/set nonsense 1", "/set takes temperature, top_p, top_k"),
         ("/set", "/set takes temperature"),
         ("/save", "/save needs a file"),
         ("/load none.json", "none.json: No such file"),

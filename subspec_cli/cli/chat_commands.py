@@ -111,7 +111,7 @@ def _system(state: ChatState, argument: str) -> str:
 def _set(state: ChatState, argument: str) -> str:
     name, _, text = argument.partition(" ")
     key = name.replace("-", "_")
-    sampling = settings_of(SamplingConfig)
+    sampling = [key for key, setting in settings_of(SamplingConfig).items() if setting.help]
     if key not in (*sampling, *_RUN_SETTINGS):
         raise UsageError(f"/set takes {', '.join((*sampling, *_RUN_SETTINGS))}", "/set temperature 0.7")
     if not text:
