@@ -120,7 +120,7 @@ def test_every_flag_of_the_issue_is_in_the_help(capsys, monkeypatch):
         (["run", "--json", "x"], "no model is prepared yet"),
         (["models", "verify", "absent/model", "--json"], "absent/model is not prepared"),
         (
-            ["bench", "sample", "--json", "-", "--top-p", "0"],
+            ["bench", "sample", "--json", "--top-p", "0"],
             "--top-p must be a number above 0 and at most 1",
         ),
     ],
@@ -137,7 +137,8 @@ def test_with_json_an_error_is_the_one_document(capsys, argv, message):
 
 
 @pytest.mark.parametrize(
-    "argv", [["run", "--top-p", "0", "--", "--json"], ["bench", "sample", "--json", "x.json", "--top-p", "0"]]
+    "argv",
+    [["run", "--top-p", "0", "--", "--json"], ["bench", "sample", "--output", "x.json", "--top-p", "0"]],
 )
 def test_without_a_document_on_stdout_an_error_leaves_it_empty(capsys, argv):
     assert main(argv) == 2

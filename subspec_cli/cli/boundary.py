@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
-import itertools
 import json
 import os
 import sys
@@ -96,8 +95,6 @@ def _invoke(argv: Sequence[str]) -> int:
 def _wants_document(argv: Sequence[str]) -> bool:
     """Whether stdout is to carry one JSON document. The arguments may be such that no parser takes them."""
     words = list(argv[: argv.index("--")] if "--" in argv else argv)
-    if words[:1] == ["bench"]:  # its --json names a file; - is stdout
-        return "--json=-" in words or ("--json", "-") in itertools.pairwise(words)
     return "--json" in words
 
 
