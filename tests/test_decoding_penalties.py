@@ -33,7 +33,7 @@ def library(processor, ids: list[int], row: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("penalty", [1.1, 1.7, 0.5])
 @pytest.mark.parametrize("answer", [[], [4], [9, 9, 17, 60]])
 def test_the_repetition_penalty_is_the_librarys_over_prompt_and_answer(penalty, answer):
-    state = begin_path(Penalties(repetition=penalty), PROMPT, VOCAB).after_all(answer)
+    state = begin_path(Penalties(repetition=penalty), PROMPT, VOCAB).after(*answer)
     for seed in range(5):
         row = logits_of(seed)
         wanted = library(RepetitionPenaltyLogitsProcessor(penalty), [*PROMPT, *answer], row)
@@ -42,7 +42,7 @@ def test_the_repetition_penalty_is_the_librarys_over_prompt_and_answer(penalty, 
 
 def test_presence_and_frequency_follow_the_formula_of_the_api():
     """mu[j] - c[j] * frequency - (c[j] > 0) * presence, over the answer alone."""
-    state = begin_path(Penalties(presence=0.75, frequency=0.25), PROMPT, VOCAB).after_all([4, 9, 4, 4])
+    state = begin_path(Penalties(presence=0.75, frequency=0.25), PROMPT, VOCAB).after(4, 9, 4, 4)
     row = logits_of(1)
     wanted = row.copy()
     wanted[4] -= 3 * 0.25 + 0.75
@@ -81,7 +81,7 @@ def test_a_state_is_its_parents_with_one_token_more_and_parents_stay():
 
 def test_the_draft_guesses_by_the_same_numbers():
     rule = Penalties(repetition=1.3, presence=0.5, frequency=0.2, bias=((1, 3.0),))
-    state = begin_path(rule, PROMPT, VOCAB).after_all([4, 4, 9])
+    state = begin_path(rule, PROMPT, VOCAB).after(4, 4, 9)
     rows = np.stack([logits_of(5), logits_of(6)])
     found = penalized(torch.tensor(rows, dtype=torch.float32), state)
     np.testing.assert_allclose(found.numpy(), np.stack([state.adjust(row) for row in rows]), atol=1e-5)

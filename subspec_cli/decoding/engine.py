@@ -104,7 +104,7 @@ class Engine:
                 results = self._verify(in_flight, [proposal.tree for proposal in proposals], meter)
             for answer, proposal, result in zip(in_flight, proposals, results, strict=True):
                 token_ids, finish_reason = self._commit(proposal.tree, result, answer.request.stop)
-                answer.state = None if answer.state is None else answer.state.after_all(token_ids)
+                answer.state = None if answer.state is None else answer.state.after(*token_ids)
                 answer.draft.learn(result, ends=finish_reason is not None)
                 stats = answer.output.stats.after_pass(meter.stats(proposal, result, len(token_ids)))
                 answer.output = PassOutput(token_ids, finish_reason, stats)

@@ -54,19 +54,13 @@ class PathState:
     counts: NDArray[np.int32]
     """`[V]`: how often each token is in the answer."""
 
-    def after(self, token_id: int) -> PathState:
-        """Return the state of a child with this token."""
+    def after(self, *token_ids: int) -> PathState:
+        """Return the state behind further tokens of a path: that of a child with one of them, or deeper."""
         seen, counts = self.seen.copy(), self.counts.copy()
-        seen[token_id] = True
-        counts[token_id] += 1
-        return replace(self, seen=seen, counts=counts)
-
-    def after_all(self, token_ids: Iterable[int]) -> PathState:
-        """Return the state behind a path of tokens."""
-        state = self
         for token_id in token_ids:
-            state = state.after(token_id)
-        return state
+            seen[token_id] = True
+            counts[token_id] += 1
+        return replace(self, seen=seen, counts=counts)
 
     def adjust(self, logits: Row) -> Row:
         """Return the logits `[V]` of the next token with biases and penalties applied; the argument stays."""
