@@ -28,12 +28,12 @@ from subspec_cli.checkpoint.tensor_reader import read_tensors
 from subspec_cli.checkpoint.tokenizer_files import TokenizerFacts
 from subspec_cli.modeling.block_kernels import BlockKernel
 from subspec_cli.modeling.decoder import Head, TargetDecoder
-from subspec_cli.modeling.embedding import table_embedding
+from subspec_cli.modeling.embedding import scaled_embedding, table_embedding
 from subspec_cli.modeling.exact_attention import FIRST_RULES, AttentionRules, ExactAttention
 from subspec_cli.modeling.kv_cache import KVCache
-from subspec_cli.modeling.layers import LayerMath
+from subspec_cli.modeling.layers import LayerMath, OutputMath
 from subspec_cli.modeling.pretrained import ModelTokenizer
-from subspec_cli.modeling.rope import build_rope_table
+from subspec_cli.modeling.rope import build_rope_tables
 from subspec_cli.modeling.row_group import chunk_group
 from subspec_cli.modeling.row_rules import RowRules
 from subspec_cli.modeling.self_check import check_batch_invariance
@@ -203,24 +203,32 @@ class Tiny:
     @cached_property
     def small(self) -> tuple[dict[str, Tensor], ...]:
         """Norms and biases of each layer by the name inside the layer."""
-        names = [name for name in self.geometry.layer_shapes() if name not in LAYER_MATRICES]
-        prefixes = [layer_prefix(layer) for layer in range(self.geometry.layers)]
-        return tuple({name: self.weights[prefix + name] for name in names} for prefix in prefixes)
+        return tuple(
+            {
+                name: self.weights[layer_prefix(layer) + name]
+                for name in self.geometry.layer_shapes(layer)
+                if name not in LAYER_MATRICES
+            }
+            for layer in range(self.geometry.layers)
+        )
 
     @cached_property
     def head(self) -> Head:
         table = "model.embed_tokens.weight" if self.geometry.tied_head else "lm_head.weight"
-        return Head(self.weights["model.norm.weight"], self.weights[table], self.geometry.rms_norm_eps)
+        bias = self.weights.get("model.norm.bias")
+        output = OutputMath(self.geometry.arithmetic, self.weights["model.norm.weight"], bias)
+        return Head(output, self.weights[table])
 
     def math(self) -> LayerMath:
         """One shell over the small tensors."""
-        rope = build_rope_table(
-            self.repository.rope,
+        ropes = build_rope_tables(
+            self.repository.ropes,
+            self.geometry.arithmetic,
             positions=self.context + self.scratch,
             dtype=self.dtype,
             device=CPU,
         )
-        return LayerMath(self.geometry, self.small, rope)
+        return LayerMath(self.geometry, self.small, ropes)
 
     def layouts(self, layer: int) -> list[BlockLayout]:
         """Where the blocks of a layer lie."""
@@ -238,7 +246,8 @@ class Tiny:
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Rows of the table in memory."""
-        return table_embedding(self.weights["model.embed_tokens.weight"])(token_ids)
+        rows = table_embedding(self.weights["model.embed_tokens.weight"])
+        return scaled_embedding(rows, self.geometry.arithmetic)(token_ids)
 
     def attention(
         self, rules: AttentionRules = FIRST_RULES, kernel: BlockKernel | None = None
@@ -287,9 +296,7 @@ class Tiny:
     def kv(self) -> KVCache:
         """An empty cache."""
         return KVCache(
-            layers=self.geometry.layers,
-            kv_heads=self.geometry.kv_heads,
-            head_dim=self.geometry.head_dim,
+            self.geometry.attention,
             context=self.context,
             scratch=self.scratch,
             dtype=self.dtype,

@@ -87,7 +87,7 @@ def audit_answers(session: Session, given: Sequence[GivenAnswer], *, progress: O
     config = session.description.config
     found = find_model(config)
     geometry = found.geometry
-    given = [answer.up_to(found.repository.rope.switch) for answer in given]
+    given = [answer.up_to(found.repository.switch) for answer in given]
     asked = [answer.asked for answer in given]
     model = LibraryModel(found.checkpoint, geometry.dtype)
     whole = model.float32_bytes <= _MEMORY_SHARE * _free_bytes(session)

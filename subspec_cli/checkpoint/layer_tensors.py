@@ -1,8 +1,12 @@
-"""The tensors of a decoder layer: their names, and the blocks in which they are streamed."""
+"""The tensors of a decoder layer: their names, and the blocks in which they are streamed.
+
+The names are this program's own; `tensor_names` finds them under the names that a checkpoint has. Matrices keep the
+names that most checkpoints give them, and norms are named by their place.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Final, Literal
 
@@ -20,16 +24,36 @@ LAYER_BLOCKS: Final[Mapping[BlockKind, tuple[str, ...]]] = {
     "up": ("mlp.up_proj.weight",),
     "down": ("mlp.down_proj.weight",),
 }
-"""The units in which a layer is streamed, in order of use. Only matrices are; all other tensors are resident."""
+"""The units in which a layer is streamed, in order of use. Only matrices are; all other tensors are resident.
+
+A layer need not have all of these matrices.
+"""
 FEED_FORWARD: Final[tuple[BlockKind, ...]] = ("gate", "up", "down")
 """The blocks of a layer that follow its attention."""
 LAYER_MATRICES: Final = tuple(name for names in LAYER_BLOCKS.values() for name in names)
+QUERY_NORM: Final = "self_attn.q_norm.weight"
+KEY_NORM: Final = "self_attn.k_norm.weight"
+LAYER_FACTOR: Final = "layer_factor"
+
+
+def norm_name(place: str) -> str:
+    """The name of the norm at a place of a layer."""
+    return f"{place}_norm.weight"
+
+
+def matrices_of(names: Iterable[str]) -> tuple[str, ...]:
+    """The matrices among the tensors of a layer, in order of use."""
+    held = set(names)
+    return tuple(name for name in LAYER_MATRICES if name in held)
 
 
 def block_entries(tensors: Mapping[str, TensorEntry], layer: int) -> list[list[TensorEntry]]:
     """The tensor entries of each block of a layer, in order of use, with the names inside the layer."""
     prefix = layer_prefix(layer)
-    return [[replace(tensors[prefix + name], name=name) for name in names] for names in LAYER_BLOCKS.values()]
+    return [
+        [replace(tensors[prefix + name], name=name) for name in names if prefix + name in tensors]
+        for names in LAYER_BLOCKS.values()
+    ]
 
 
 def layer_prefix(layer: int) -> str:

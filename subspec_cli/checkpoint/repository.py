@@ -13,8 +13,9 @@ from typing import Any, Final
 
 from subspec_cli.checkpoint.checkpoint import Checkpoint
 from subspec_cli.checkpoint.end_tokens import read_end_ids
-from subspec_cli.checkpoint.geometry import ModelGeometry, geometry_from_config
-from subspec_cli.checkpoint.rope_settings import RopeSettings, read_rope
+from subspec_cli.checkpoint.families import configured_model
+from subspec_cli.checkpoint.geometry import ModelGeometry, geometry_of
+from subspec_cli.checkpoint.rope_settings import RopeSettings, read_ropes
 from subspec_cli.checkpoint.safetensors_header import TensorEntry
 from subspec_cli.checkpoint.source_directory import (
     INDEX_NAME,
@@ -41,7 +42,8 @@ class Repository:
     """A model that can run: what it computes, where its tensors are, and what ends its answers."""
 
     geometry: ModelGeometry
-    rope: RopeSettings
+    ropes: tuple[RopeSettings, ...]
+    """Tables of rotary positions, by the numbers in the geometry."""
     tokenizer: TokenizerFacts
     end_ids: tuple[int, ...]
     """Tokens that end an answer; empty if no file names one."""
@@ -50,11 +52,17 @@ class Repository:
     notes: tuple[str, ...]
     """What is read otherwise than it stands there."""
 
+    @property
+    def switch(self) -> int | None:
+        """Positions after which longrope takes its long factors; None for other types."""
+        return next((rope.switch for rope in self.ropes if rope.switch is not None), None)
+
 
 def check_fields(config: Mapping[str, Any]) -> None:
     """Refuse a model by its config.json alone, before anything else is fetched. Raises UnsupportedModelError."""
     check_config(config)
-    read_rope(config, geometry_from_config(config, _ANY_DTYPE))
+    model = configured_model(config)
+    read_ropes(model, geometry_of(model, _ANY_DTYPE))
 
 
 def decide_repository(
@@ -78,10 +86,11 @@ def decide_repository(
         IntegrityError: a damaged file, or tensors that do not fit the config.
     """
     check_fields(config)
+    model = configured_model(config)
     table = read_tensor_table(config, tensors, index)
     generation = read(_GENERATION_NAME, _MOST_GENERATION_BYTES)
     end_ids = read_end_ids(
-        config,
+        {**model.config, **config},
         None
         if generation is None
         else parse_json_object(
@@ -91,7 +100,7 @@ def decide_repository(
     notes = () if end_ids else ("no file of the model names a token that ends an answer: --stop TEXT can",)
     return Repository(
         geometry=table.geometry,
-        rope=read_rope(config, table.geometry),
+        ropes=read_ropes(model, table.geometry),
         tokenizer=TokenizerFacts(
             config["model_type"],
             named if isinstance(named := config.get("tokenizer_class"), str) else "",

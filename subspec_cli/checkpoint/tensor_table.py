@@ -13,15 +13,14 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from subspec_cli.checkpoint.dtypes import FLOAT_DTYPES, WEIGHT_DTYPES
-from subspec_cli.checkpoint.geometry import ModelGeometry, geometry_from_config
+from subspec_cli.checkpoint.families import configured_model
+from subspec_cli.checkpoint.geometry import EMBEDDING, HEAD, ModelGeometry, geometry_of
 from subspec_cli.checkpoint.layer_tensors import LAYER_MATRICES
 from subspec_cli.checkpoint.safetensors_header import TensorEntry
 from subspec_cli.checkpoint.source_directory import INDEX_NAME, WeightIndex
 from subspec_cli.errors import IntegrityError, UnsupportedModelError
 from subspec_cli.units import printable
 
-EMBEDDING: Final = "model.embed_tokens.weight"
-HEAD: Final = "lm_head.weight"
 _UNUSED: Final = re.compile(
     r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)|.*\.self_attn\.(masked_)?bias|.*_extra_state"
 )
@@ -76,8 +75,10 @@ def read_tensor_table(
         UnsupportedModelError: the config is not supported, weights of another type, or saved in another form.
         IntegrityError: tensors that are missing, unexpected or of another shape.
     """
-    geometry = geometry_from_config(config, _ANY_DTYPE)
-    found, geometry = _with_tables(geometry, dict(tensors))
+    model = configured_model(config)
+    geometry = replace(geometry_of(model, _ANY_DTYPE), tied_head=model.is_tied)
+    own = model.names.own_entries(tensors, geometry.tensor_shapes())
+    found, geometry = _with_tables(geometry, own)
     _check_form(geometry, found)
     geometry = replace(geometry, dtype=_matrix_dtype(config, found))
     expected = geometry.tensor_shapes()

@@ -15,6 +15,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from subspec_cli.checkpoint.layer_description import AttentionShape
 from subspec_cli.limits import GUARD, LARGE_BLOCK, SMALL_BLOCK
 from subspec_cli.modeling.block_kernels import KernelName
 from subspec_cli.modeling.exact_attention import AttentionRules, ChainRows, ExactAttention
@@ -37,21 +38,18 @@ def find_attention_rules(
 ) -> tuple[AttentionRules, str]:
     """Return the first rules under which rows keep their bits, and nothing or the name of what fails.
 
-    The first rules are returned if none hold. The cache must be empty; its first layer is zero again afterwards.
+    The first rules are returned if none hold. The cache must be empty; it is zero again afterwards.
     """
     rules = [AttentionRules(kernel, multiple) for kernel in _KERNELS for multiple in _ROW_MULTIPLES]
-    keys, values = kv.read(0, kv.rows)
-    drawn = _Drawn(torch.Generator().manual_seed(0), keys)
-    try:
-        for memory in (keys, values):
-            drawn.fill(memory)
-        for candidate in rules:
-            if _rows_keep_bits(attention_for(candidate), keys, values, drawn, most_nodes):
-                return candidate, ""
-        return rules[0], "attention over the cache"
-    finally:
-        keys.zero_()
-        values.zero_()
+    generator = torch.Generator().manual_seed(0)
+    for candidate in rules:
+        attention = attention_for(candidate)
+        if all(
+            _rows_keep_bits(attention, kv, layer, shape, generator, most_nodes)
+            for shape, layer in attention.checked.items()
+        ):
+            return candidate, ""
+    return rules[0], "attention over the cache"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +73,26 @@ class _Drawn:
 
 
 def _rows_keep_bits(
-    attention: ExactAttention, keys: Tensor, values: Tensor, drawn: _Drawn, most_nodes: int
+    attention: ExactAttention,
+    kv: KVCache,
+    layer: int,
+    shape: AttentionShape,
+    generator: torch.Generator,
+    most_nodes: int,
 ) -> bool:
-    return all(
-        _interval_keeps_bits(attention, keys, values, interval, window, drawn, most_nodes)
-        for window in attention.windows
-        for interval in _intervals(keys.shape[1], window)
-    )
+    """Check one layer's attention, on random rows in its part of the cache."""
+    keys, values = kv.read(layer, kv.rows)
+    drawn = _Drawn(generator, keys)
+    try:
+        for memory in (keys, values):
+            drawn.fill(memory)
+        return all(
+            _interval_keeps_bits(attention, keys, values, interval, shape, drawn, most_nodes)
+            for interval in _intervals(keys.shape[1], shape.window)
+        )
+    finally:
+        keys.zero_()
+        values.zero_()
 
 
 def _intervals(capacity: int, window: int | None) -> Iterator[range]:
@@ -101,22 +112,22 @@ def _interval_keeps_bits(
     keys: Tensor,
     values: Tensor,
     interval: range,
-    window: int | None,
+    shape: AttentionShape,
     drawn: _Drawn,
     most_nodes: int,
 ) -> bool:
-    query = drawn.rows(attention.heads, len(interval)).transpose(0, 1).contiguous()
-    whole = attention.attend(query, keys, values, ChainRows(interval.start), window)
+    query = drawn.rows(shape.heads, len(interval)).transpose(0, 1).contiguous()
+    whole = attention.attend(query, keys, values, ChainRows(interval.start), shape)
     if not whole.isfinite().all():
         return False
     for first, size in _pieces(len(interval)):
         piece = slice(first, first + size)
         rows = ChainRows(interval.start + first)
-        if not torch.equal(attention.attend(query[piece], keys, values, rows, window), whole[piece]):
+        if not torch.equal(attention.attend(query[piece], keys, values, rows, shape), whole[piece]):
             return False
     for first, size in _trees(len(interval), most_nodes):
         tree = _Tree(interval.start + first, size, drawn)
-        found = tree.attend(attention, query[first:], keys, values, window)
+        found = tree.attend(attention, query[first:], keys, values, shape)
         if not torch.equal(found, whole[first : first + len(found)]):
             return False
     return True
@@ -158,7 +169,7 @@ class _Tree:
             self._path[node, self._on_path[:level]] = True
 
     def attend(
-        self, attention: ExactAttention, query: Tensor, keys: Tensor, values: Tensor, window: int | None
+        self, attention: ExactAttention, query: Tensor, keys: Tensor, values: Tensor, shape: AttentionShape
     ) -> Tensor:
         """Return the rows of the path, root first; the cache is as before afterwards."""
         at = slice(self._committed, self._committed + self._nodes)
@@ -170,7 +181,7 @@ class _Tree:
             memory[:, at] = self._drawn.rows(len(memory), self._nodes)
             memory[:, at][:, path] = rows[:, : len(path)]
         tree = attention.tree_rows(self._depths + self._committed, self._path, self._committed)
-        found = attention.attend(queries, keys, values, tree, window)[path]
+        found = attention.attend(queries, keys, values, tree, shape)[path]
         for memory, rows in zip((keys, values), saved, strict=True):
             memory[:, at] = rows
         return found

@@ -8,11 +8,14 @@ A kernel takes query `[B, K, R, D]`, keys and values `[B, K, S, D]` and an addit
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from subspec_cli.checkpoint.layer_description import Arithmetic
 
 BlockKernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 KernelName = Literal["fused", "products"]
@@ -20,27 +23,31 @@ _BIAS_ALIGNMENT = 16
 """Elements to which a GPU kernel wants the mask's rows aligned."""
 
 
-def block_kernel(name: KernelName, device: torch.device) -> BlockKernel:
-    """Return the library's fused kernel for a device, or matrix products in float32."""
-    if name == "products":
-        return products_kernel
-    return fused_cpu_kernel if device.type == "cpu" else fused_cuda_kernel
+def block_kernel(name: KernelName, arithmetic: Arithmetic, device: torch.device) -> BlockKernel:
+    """Return the library's fused kernel for a device, or matrix products in float32.
+
+    No fused kernel caps scores, so a model that does always has the products.
+    """
+    scale = arithmetic.attention_scale
+    if name == "products" or arithmetic.score_cap is not None:
+        return partial(products_kernel, scale=scale, cap=arithmetic.score_cap)
+    return partial(fused_cpu_kernel if device.type == "cpu" else fused_cuda_kernel, scale=scale)
 
 
 def fused_cpu_kernel(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, *, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Attend with the library's fused kernel for CPUs, which has no stable name of its own."""
     if mask is not None:
         mask = mask.view(*[1] * (4 - mask.dim()), *mask.shape)
     output, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, keys, values, attn_mask=mask
+        query, keys, values, attn_mask=mask, scale=scale
     )
     return output.transpose(1, 2), log_sum.transpose(1, 2)
 
 
 def fused_cuda_kernel(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, *, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Attend with the library's memory-efficient kernel, which splits no block over its keys."""
     blocks, kv_heads, rows, _ = query.shape
@@ -49,16 +56,27 @@ def fused_cuda_kernel(
         assert mask.shape[-1] % _BIAS_ALIGNMENT == 0
         mask = mask.expand(blocks, kv_heads, rows, mask.shape[-1])
     output, log_sum, _, _ = torch.ops.aten._scaled_dot_product_efficient_attention(
-        query, keys, values, mask, True
+        query, keys, values, mask, True, scale=scale
     )
     return output.transpose(1, 2), log_sum[..., :rows].transpose(1, 2)
 
 
 def products_kernel(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    *,
+    scale: float,
+    cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attend with matrix products in float32, where the fused kernel fails; the output stays float32."""
-    scores = torch.matmul(query.float() * query.shape[-1] ** -0.5, keys.float().transpose(-1, -2))
+    """Attend with matrix products in float32, where the fused kernel fails or scores are capped.
+
+    The output stays float32.
+    """
+    scores = torch.matmul(query.float() * scale, keys.float().transpose(-1, -2))
+    if cap is not None:
+        scores.div_(cap).tanh_().mul_(cap)
     if mask is not None:
         scores += mask.float()
     best = scores.amax(-1, keepdim=True)

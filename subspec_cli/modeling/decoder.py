@@ -18,10 +18,10 @@ from torch import Tensor
 
 from subspec_cli.checkpoint.layer_tensors import FEED_FORWARD, BlockKind
 from subspec_cli.modeling.exact_attention import ChainRows, ExactAttention, TreeRows
-from subspec_cli.modeling.fast_attention import fast_attention, grouped_mask
+from subspec_cli.modeling.fast_attention import FastAttention
 from subspec_cli.modeling.kv_cache import KVCache
-from subspec_cli.modeling.layers import HeadRows, LayerMath, rms_norm
-from subspec_cli.modeling.rope import Rotation
+from subspec_cli.modeling.layers import HeadRows, LayerMath, OutputMath
+from subspec_cli.modeling.rope import Rotations
 from subspec_cli.modeling.row_group import RowGroup
 from subspec_cli.modeling.row_rules import RowRules
 from subspec_cli.modeling.token_batch import TokenBatch
@@ -59,9 +59,9 @@ class GroupFlow:
     group: RowGroup
     attended: ChainRows | TreeRows
     hidden: Tensor
-    rotation: Rotation
+    rotations: Rotations
     normed: Tensor = field(init=False)
-    """Normed input of the feed-forward, from the gate block to the up block."""
+    """Input of the feed-forward, from the gate block, or from attention in a parallel layer, to the up block."""
     inner: Tensor = field(init=False)
     """Gate, then gated activations, from the gate block to the down block."""
 
@@ -81,39 +81,38 @@ class DraftLogits:
     logits: Tensor
     normed: Tensor | None = None
     """`[N, hidden]` inputs of a low-bit head; None if the logits come from the 16-bit head."""
-    weight: Tensor | None = None
-    """`[V, hidden]` weights of the 16-bit head, if a low-bit head computed the logits."""
+    head: Head | None = None
+    """The 16-bit head, if a low-bit head computed the logits."""
 
     @property
     def is_rough(self) -> bool:
         """Whether a low-bit head computed the logits."""
-        return self.weight is not None
+        return self.head is not None
 
     def rescored(self, token_ids: Tensor) -> Tensor:
         """Logits of the 16-bit head, float32, for `[N, K]` candidate tokens that a low-bit head found."""
-        assert self.weight is not None
+        assert self.head is not None
         assert self.normed is not None
         # Multiply and sum elementwise: for a GEMM, oneDNN would compile and keep a kernel for every row count.
-        found = (self.weight[token_ids].float() * self.normed.float()[:, None]).sum(-1)
-        return found.to(self.logits.dtype).float()
+        found = (self.head.weight[token_ids].float() * self.normed.float()[:, None]).sum(-1)
+        return self.head.output.finished(found.to(self.logits.dtype)).float()
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
     """Final norm and vocabulary head."""
 
-    norm_weight: Tensor
+    output: OutputMath
     weight: Tensor
     """`[V, hidden]`; the embedding itself if the head is tied."""
-    eps: float
 
     def logits(self, hidden: Tensor, rules: RowRules) -> Tensor:
         """Logits `[P, V]` in the model's dtype from `[P, hidden]`; the rules make each row independent."""
-        return rules.linear(rms_norm(hidden, self.norm_weight, self.eps), self.weight, None)
+        return self.output.finished(rules.linear(self.output.normed(hidden), self.weight, None))
 
     def guess(self, hidden: Tensor) -> DraftLogits:
         """Logits for `[N, hidden]` rows of the draft, without row rules."""
-        return DraftLogits(F.linear(rms_norm(hidden, self.norm_weight, self.eps), self.weight))
+        return DraftLogits(self.output.finished(F.linear(self.output.normed(hidden), self.weight)))
 
 
 class TargetDecoder:
@@ -150,7 +149,7 @@ class TargetDecoder:
 
     def begin_answer(self, prompt_tokens: int) -> bool:
         """Choose the rotary table for a prompt; return whether rows that are cached are turned by another one."""
-        return self.math.rope.begin(prompt_tokens)
+        return self.math.ropes.begin(prompt_tokens)
 
     @torch.inference_mode()
     def begin(self, groups: Sequence[RowGroup], kv: KVCache) -> Flow:
@@ -196,7 +195,7 @@ class TargetDecoder:
         if group.path is not None:
             attended = self.attention.tree_rows(group.positions, group.path, group.start)
         group = group.with_positions_on(hidden.device)
-        return GroupFlow(group, attended, hidden, self.math.rope.rows(group.positions))
+        return GroupFlow(group, attended, hidden, self.math.ropes.rows(group.positions))
 
     def run_block(self, block: Block, flow: GroupFlow, kv: KVCache) -> None:
         """Run one block of a layer for one group; `flow` carries the results to the next block."""
@@ -209,32 +208,39 @@ class TargetDecoder:
         """Run the gate, up or down block of a layer for one group."""
         match block.kind:
             case "gate":
-                flow.normed = self.math.mlp_input(block.layer, flow.hidden)
+                if not self.math.is_parallel:
+                    flow.normed = self.math.mlp_input(block.layer, flow.hidden)
                 flow.inner = self._project(block, "mlp.gate_proj", flow.normed)
             case "up":
-                flow.inner = self.rules.silu_mul(flow.inner, self._project(block, "mlp.up_proj", flow.normed))
+                up = self._project(block, "mlp.up_proj", flow.normed)
+                flow.inner = self.rules.gated(self.math.geometry.arithmetic.activation, flow.inner, up)
                 del flow.normed
             case "down":
-                flow.hidden = flow.hidden + self._project(block, "mlp.down_proj", flow.inner)
+                output = self._project(block, "mlp.down_proj", flow.inner)
+                flow.hidden = self.math.with_mlp(block.layer, flow.hidden, output)
                 del flow.inner
 
     def project_heads(self, block: Block, flow: GroupFlow) -> HeadRows:
         """Return the rotated queries, keys and values of a group's rows, without padding."""
         normed = self.math.attention_input(block.layer, flow.hidden)
-        projected = torch.cat([self._project(block, f"self_attn.{name}_proj", normed) for name in "qkv"], -1)
-        return self.math.heads(block.layer, projected[: flow.group.rows], flow.rotation)
+        names = "qk" if self.math.shape(block.layer).value_is_key else "qkv"
+        projected = torch.cat([self._project(block, f"self_attn.{name}_proj", normed) for name in names], -1)
+        if self.math.is_parallel:
+            flow.normed = normed
+        return self.math.heads(block.layer, projected[: flow.group.rows], flow.rotations)
 
     def finish_attention(self, block: Block, flow: GroupFlow, attended: Tensor) -> None:
         """Project `[N, H * D]` attended rows and add them to the hidden states."""
         attended = F.pad(attended, (0, 0, 0, flow.group.padded - flow.group.rows))
-        flow.hidden = flow.hidden + self._project(block, "self_attn.o_proj", attended)
+        output = self._project(block, "self_attn.o_proj", attended)
+        flow.hidden = self.math.with_attention(block.layer, flow.hidden, output)
 
     def _run_attention(self, block: Block, flow: GroupFlow, kv: KVCache) -> None:
         heads = self.project_heads(block, flow)
         kv.write(block.layer, flow.group.start, heads.keys, heads.values)
         keys, values = kv.read(block.layer, kv.rows)
-        window = self.math.geometry.windows[block.layer]
-        attended = self.attention.attend(heads.query, keys, values, flow.attended, window)
+        shape = self.math.shape(block.layer)
+        attended = self.attention.attend(heads.query, keys, values, flow.attended, shape)
         self.finish_attention(block, flow, attended)
 
     def _project(self, block: Block, name: str, inputs: Tensor) -> Tensor:
@@ -287,19 +293,15 @@ class DraftDecoder:
 
     def run(self, hidden: Tensor, batch: TokenBatch, kv: KVCache) -> DraftLogits:
         """Run one draft step from `[N, hidden]` embeddings, with all inputs on one device."""
-        rotation = self._math.rope.rows(batch.positions)
-        sizes = self._math.geometry
-        # Layers with the same window share one mask.
-        masks = {
-            window: grouped_mask(batch.allowed_in(window), sizes.heads // sizes.kv_heads, hidden)
-            for window in set(sizes.windows)
-        }
+        math, rotations = self._math, self._math.ropes.rows(batch.positions)
+        attention = FastAttention(math.geometry, batch, hidden)
         for number, layer in enumerate(self._layers):
-            projected = layer.qkv(self._math.attention_input(number, hidden))
-            heads = self._math.heads(number, projected, rotation)
+            normed = math.attention_input(number, hidden)
+            heads = math.heads(number, layer.qkv(normed), rotations)
             kv.write(number, batch.start, heads.keys, heads.values)
             keys, values = kv.read(number, batch.allowed.shape[1])
-            attended = fast_attention(heads.query, keys, values, masks[sizes.windows[number]])
-            hidden = hidden + layer.attention_output(attended)
-            hidden = hidden + layer.feed_forward(self._math.mlp_input(number, hidden))
+            attended = attention.attend(heads.query, keys, values, math.shape(number))
+            hidden = math.with_attention(number, hidden, layer.attention_output(attended))
+            output = layer.feed_forward(normed if math.is_parallel else math.mlp_input(number, hidden))
+            hidden = math.with_mlp(number, hidden, output)
         return self._head.guess(hidden)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subspec_cli.checkpoint.dtypes import torch_dtype
+from subspec_cli.checkpoint.layer_description import Arithmetic
 from subspec_cli.checkpoint.safetensors_header import TensorEntry
 from subspec_cli.errors import IntegrityError
 from subspec_cli.files.io_errors import read_error
@@ -19,6 +20,21 @@ from subspec_cli.units import printable
 def table_embedding(weight: Tensor) -> Callable[[Tensor], Tensor]:
     """Gathers rows from a table `[V, hidden]` in memory, on the table's device."""
     return lambda token_ids: F.embedding(token_ids.to(weight.device), weight)
+
+
+def scaled_embedding(embed: Callable[[Tensor], Tensor], arithmetic: Arithmetic) -> Callable[[Tensor], Tensor]:
+    """The embedding times the model's factor."""
+    factor = arithmetic.embedding_factor
+    if factor == 1.0:
+        return embed
+
+    def scaled(token_ids: Tensor) -> Tensor:
+        rows = embed(token_ids)
+        if arithmetic.rounds_embedding_factor:
+            return rows * torch.tensor(factor, dtype=rows.dtype).item()
+        return rows * factor
+
+    return scaled
 
 
 class DiskEmbedding:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from subspec_cli.checkpoint.geometry import ModelGeometry
+from subspec_cli.checkpoint.layer_description import AttentionShape
 from subspec_cli.limits import ATTENTION_WORK_BYTES, LARGE_BLOCK, SMALL_BLOCK
 from subspec_cli.modeling.block_kernels import BlockKernel, KernelName, block_kernel, padded_rows
 from subspec_cli.modeling.key_blocks import Span, TreeSpan, Window, WindowMasks, spans, tree_spans
@@ -96,8 +97,10 @@ class TreeTile:
     """The calls for each block after those in place."""
 
 
-TreeRows = Mapping[Window, Sequence[TreeTile]]
-"""The calls of a tree's nodes in layers with each window, made once per pass."""
+MaskKey = tuple[Window, int]
+"""Layers with the same window and the same number of query heads per kv head have the same masks."""
+TreeRows = Mapping[MaskKey, Sequence[TreeTile]]
+"""The calls of a tree's nodes in layers with each kind of masks, made once per pass."""
 
 
 class _Part(NamedTuple):
@@ -123,61 +126,54 @@ class ExactAttention:
         kernel: BlockKernel | None = None,
     ) -> None:
         self.rules = rules
-        self._K, self._D = geometry.kv_heads, geometry.head_dim
-        self._G = geometry.heads // geometry.kv_heads
+        self.checked: Mapping[AttentionShape, int] = geometry.distinct_attention
+        """The different attentions of layers, and the first layer of each."""
+        self._query_width = max(shape.query_width for shape in self.checked)
+        self._key_width = max(shape.key_width for shape in self.checked)
         self._element_bytes = dtype.itemsize
         self._device = device
-        self._kernel = kernel or block_kernel(rules.kernel, device)
-        self._masks: Mapping[Window, WindowMasks] = {
-            window: WindowMasks(window, self._G, dtype, device) for window in set(geometry.windows)
+        self._kernel = kernel or block_kernel(rules.kernel, geometry.arithmetic, device)
+        self._masks: Mapping[MaskKey, WindowMasks] = {
+            (shape.window, shape.group): WindowMasks(shape.window, shape.group, dtype, device)
+            for shape in self.checked
         }
-
-    @property
-    def heads(self) -> int:
-        """Number of query heads."""
-        return self._K * self._G
-
-    @property
-    def windows(self) -> Sequence[Window]:
-        """The distinct windows of the model's layers."""
-        return tuple(self._masks)
 
     def tree_rows(self, positions: Tensor, path: Tensor, committed: int) -> TreeRows:
         """Return the calls of a tree in cache rows from `committed` on; arguments as in `tree_spans`, on the host."""
         found = tree_spans(positions, path, committed)
         return {
-            window: [
+            key: [
                 self._tree_tile(tile, masks)
                 for span in found
                 for tile in span.tiles(self._tile_rows(span.span.large, SMALL_BLOCK))
             ]
-            for window, masks in self._masks.items()
+            for key, masks in self._masks.items()
         }
 
     def attend(
-        self, query: Tensor, keys: Tensor, values: Tensor, rows: ChainRows | TreeRows, window: Window
+        self, query: Tensor, keys: Tensor, values: Tensor, rows: ChainRows | TreeRows, shape: AttentionShape
     ) -> Tensor:
         """Attend with `[N, H, D]` queries to cache rows `[K, C, D]`, which hold the rows' own keys and values.
 
         Returns `[N, H * D]`. C is a multiple of `SMALL_BLOCK`.
         """
-        output = query.new_empty((len(query), self._K * self._G * self._D))
+        output = query.new_empty((len(query), shape.query_width))
+        key = shape.window, shape.group
         if isinstance(rows, ChainRows):
-            masks = self._masks[window]
+            masks = self._masks[key]
             for span in spans(rows.first, rows.first + len(query)):
                 for tile in span.tiles(self._tile_rows(span.large)):
                     at = slice(tile.first - rows.first, tile.end - rows.first)
-                    folded = self._fold(query[at])
-                    output[at] = self._sum(
-                        list(self._chain_parts(folded, keys, values, tile, masks)), query[at]
-                    )
+                    folded = _folded(query[at], shape)
+                    parts = list(self._chain_parts(folded, keys, values, tile, masks))
+                    output[at] = _summed(parts, query[at], shape)
             return output
-        for tree in rows[window]:
+        for tree in rows[key]:
             chosen = query[tree.nodes]
-            folded = self._fold(chosen)
+            folded = _folded(chosen, shape)
             parts = [self._placed_part(call, folded, keys, values) for call in tree.placed]
             parts += [self._gathered_part(calls, folded, keys, values) for calls in tree.gathered]
-            output[tree.nodes] = self._sum(parts, chosen)
+            output[tree.nodes] = _summed(parts, chosen, shape)
         return output
 
     def _chain_parts(
@@ -185,12 +181,13 @@ class ExactAttention:
     ) -> Iterator[_Part]:
         """Yield the blocks of rows at consecutive positions, in order."""
         begin, cut, end = masks.large_range(span)
+        group = masks.group
         for block in range(begin, cut):
             distance = span.first - block * LARGE_BLOCK
             rows = masks.rows_that_see(distance, len(span), LARGE_BLOCK)
             mask = masks.large_rows(distance, rows)[None, None]
             yield self._in_place(
-                folded[:, : rows * self._G], keys, values, Blocks(block * LARGE_BLOCK, 1, LARGE_BLOCK), mask
+                folded[:, : rows * group], keys, values, Blocks(block * LARGE_BLOCK, 1, LARGE_BLOCK), mask
             )
         if cut < end:
             yield self._in_place(
@@ -201,7 +198,7 @@ class ExactAttention:
             first = max(span.first, start)  # rows before the block do not see it
             rows = masks.rows_that_see(first - start, span.end - first, SMALL_BLOCK)
             mask = masks.small_rows(first - start, rows)[None, None]
-            at = slice((first - span.first) * self._G, (first - span.first + rows) * self._G)
+            at = slice((first - span.first) * group, (first - span.first + rows) * group)
             part = self._in_place(folded[:, at], keys, values, Blocks(start, 1, SMALL_BLOCK), mask)
             yield part._replace(first=at.start)
 
@@ -223,8 +220,8 @@ class ExactAttention:
         """Make the call for masked blocks that are read in place."""
         distances = tree.positions - torch.tensor(blocks)[:, None] * size
         table = masks.large_masks if size == LARGE_BLOCK else masks.small_masks
-        mask = table(distances.to(self._device)).repeat_interleave(self._G, 1)[:, None]
-        unseen = masks.unseen(distances, size).repeat_interleave(self._G, 1)[..., None]
+        mask = table(distances.to(self._device)).repeat_interleave(masks.group, 1)[:, None]
+        unseen = masks.unseen(distances, size).repeat_interleave(masks.group, 1)[..., None]
         return PlacedCall(
             Blocks(blocks.start * size, len(blocks), size),
             mask,
@@ -251,8 +248,8 @@ class ExactAttention:
     ) -> GatheredCall:
         width = max(len(nodes) for _, nodes in carriers)
         nodes = torch.tensor([[*nodes, *[nodes[-1]] * (width - len(nodes))] for _, nodes in carriers])
-        rows = (nodes[..., None] * self._G + torch.arange(self._G)).flatten()
-        mask = masks.small_masks(distances[nodes].to(self._device)).repeat_interleave(self._G, 1)[:, None]
+        rows = (nodes[..., None] * masks.group + torch.arange(masks.group)).flatten()
+        mask = masks.small_masks(distances[nodes].to(self._device)).repeat_interleave(masks.group, 1)[:, None]
         slots = torch.cat([slots for slots, _ in carriers])
         return GatheredCall(slots.to(self._device), rows.to(self._device), len(carriers), mask)
 
@@ -299,41 +296,43 @@ class ExactAttention:
             log_sum.index_copy_(0, call.rows, found[:, :width].reshape(-1, K))
         return _Part(0, whole[None], log_sum[None])
 
-    def _sum(self, parts: Sequence[_Part], query: Tensor) -> Tensor:
-        """Sum the blocks of `[n, H, D]` queries in order, weighted by their log-sum-exp; returns `[n, H * D]`.
-
-        Multiplications and additions are separate, each of them rounded: a fused one may or may not be taken at the
-        end of a vector, and a row's bits would depend on where it stands.
-        """
-        rows, K, D = len(query) * self._G, self._K, self._D
-        log_sums = query.new_full(
-            (sum(len(part.output) for part in parts), rows, K), -torch.inf, dtype=torch.float32
-        )
-        block = 0
-        for part in parts:
-            count, width = part.log_sum.shape[:2]
-            log_sums[block : block + count, part.first : part.first + width] = part.log_sum
-            block += count
-        weights = log_sums.sub_(log_sums.amax(0)).exp_()[..., None]
-        total, summed = torch.zeros_like(weights[0]), query.new_zeros((rows, K, D), dtype=torch.float32)
-        weighted = torch.empty_like(summed)
-        outputs = ((part.first, output) for part in parts for output in part.output)
-        for weight, (first, output) in zip(weights, outputs, strict=True):
-            at = slice(first, first + len(output))
-            summed[at].add_(weighted[at].copy_(output).mul_(weight[at]))
-            total.add_(weight)
-        mixed = summed.div_(total).to(query.dtype)
-        return mixed.view(len(query), self._G, K, D).transpose(1, 2).reshape(len(query), -1)
-
-    def _fold(self, query: Tensor) -> Tensor:
-        """Return `[n, H, D]` queries as `[K, n * G, D]`: the heads of a group are rows beside each other."""
-        n = len(query)
-        return query.view(n, self._K, self._G, self._D).transpose(0, 1).reshape(self._K, n * self._G, self._D)
-
     def _tile_rows(self, large: int, gathered_keys: int = 0) -> int:
         """Return how many rows with so many large blocks may be computed at once, by the memory for their results."""
         blocks = large + LARGE_BLOCK // SMALL_BLOCK + 1
-        row_bytes = self._K * self._G * self._D * (blocks * self._element_bytes + 12)
-        row_bytes += 2 * gathered_keys * self._K * self._D * self._element_bytes
+        row_bytes = self._query_width * (blocks * self._element_bytes + 12)
+        row_bytes += 2 * gathered_keys * self._key_width * self._element_bytes
         rows = ATTENTION_WORK_BYTES // row_bytes
         return rows // SMALL_BLOCK * SMALL_BLOCK if rows >= SMALL_BLOCK else max(1, rows)
+
+
+def _summed(parts: Sequence[_Part], query: Tensor, shape: AttentionShape) -> Tensor:
+    """Sum the blocks of `[n, H, D]` queries in order, weighted by their log-sum-exp; returns `[n, H * D]`.
+
+    Multiplications and additions are separate, each of them rounded: a fused one may or may not be taken at the
+    end of a vector, and a row's bits would depend on where it stands.
+    """
+    rows, K, D = len(query) * shape.group, shape.kv_heads, shape.head_dim
+    log_sums = query.new_full(
+        (sum(len(part.output) for part in parts), rows, K), -torch.inf, dtype=torch.float32
+    )
+    block = 0
+    for part in parts:
+        count, width = part.log_sum.shape[:2]
+        log_sums[block : block + count, part.first : part.first + width] = part.log_sum
+        block += count
+    weights = log_sums.sub_(log_sums.amax(0)).exp_()[..., None]
+    total, summed = torch.zeros_like(weights[0]), query.new_zeros((rows, K, D), dtype=torch.float32)
+    weighted = torch.empty_like(summed)
+    outputs = ((part.first, output) for part in parts for output in part.output)
+    for weight, (first, output) in zip(weights, outputs, strict=True):
+        at = slice(first, first + len(output))
+        summed[at].add_(weighted[at].copy_(output).mul_(weight[at]))
+        total.add_(weight)
+    mixed = summed.div_(total).to(query.dtype)
+    return mixed.view(len(query), shape.group, K, D).transpose(1, 2).reshape(len(query), -1)
+
+
+def _folded(query: Tensor, shape: AttentionShape) -> Tensor:
+    """Return `[n, H, D]` queries as `[K, n * G, D]`: the heads of a group are rows beside each other."""
+    n, K, G, D = len(query), shape.kv_heads, shape.group, shape.head_dim
+    return query.view(n, K, G, D).transpose(0, 1).reshape(K, n * G, D)

@@ -6,23 +6,48 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from subspec_cli.checkpoint.geometry import ModelGeometry
+from subspec_cli.checkpoint.layer_description import AttentionShape
+from subspec_cli.modeling.token_batch import TokenBatch
 
-def fast_attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+
+class FastAttention:
+    """Attention of one draft step. Layers with the same window and groups of heads share one mask."""
+
+    def __init__(self, geometry: ModelGeometry, batch: TokenBatch, like: Tensor) -> None:
+        """`like` has the type and the device of the queries."""
+        self._scale = geometry.arithmetic.attention_scale
+        self._cap = geometry.arithmetic.score_cap
+        self._masks = {
+            key: grouped_mask(batch.allowed_in(key[0]), key[1], like)
+            for key in {(shape.window, shape.group) for shape in geometry.distinct_attention}
+        }
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, shape: AttentionShape) -> Tensor:
+        """Attend with `[N, H, D]` queries to `[K, C, D]` keys and values; returns `[N, H * D]`."""
+        mask = self._masks[shape.window, shape.group]
+        return fast_attention(query, keys, values, mask, scale=self._scale, cap=self._cap)
+
+
+def fast_attention(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, *, scale: float, cap: float | None = None
+) -> Tensor:
     """Attend with `[N, H, D]` queries to `[K, C, D]` keys and values; returns `[N, H * D]`.
 
-    `mask` is `[N, C]` bool, or the result of `grouped_mask`. KV heads are not repeated: the queries of a group are
-    rows of one call.
+    `mask` is the result of `grouped_mask`. KV heads are not repeated: the queries of a group are rows of one call.
     """
     N, H, D = query.shape
     K = keys.shape[0]
-    group = H // K
-    rows = mask if len(mask) == group * N else mask.repeat(group, 1)
-    mixed = F.scaled_dot_product_attention(
-        query.transpose(0, 1).reshape(1, K, group * N, D),
-        keys[None],
-        values[None],
-        attn_mask=rows[None, None],
-    )
+    folded = query.transpose(0, 1).reshape(1, K, H // K * N, D)
+    if cap is None:
+        mixed = F.scaled_dot_product_attention(
+            folded, keys[None], values[None], attn_mask=mask[None, None], scale=scale
+        )
+    else:
+        # No fused kernel caps scores.
+        scores = torch.matmul(folded, keys[None].transpose(-1, -2)).mul_(scale)
+        scores = scores.div_(cap).tanh_().mul_(cap).add_(mask)
+        mixed = torch.matmul(scores.softmax(-1), values[None])
     return mixed.view(H, N, D).transpose(0, 1).reshape(N, H * D)
 
 

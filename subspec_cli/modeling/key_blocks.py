@@ -82,7 +82,8 @@ class WindowMasks:
 
     def __init__(self, window: Window, group: int, dtype: torch.dtype, device: torch.device) -> None:
         self.window = window
-        self._group = group
+        self.group = group
+        """Query heads per kv head."""
         small = _distance_mask(range(_SMALL_REACH), SMALL_BLOCK, window)
         self._small = small.to(device, dtype).repeat_interleave(group, 0)
         self.first_distance = 0
@@ -125,20 +126,20 @@ class WindowMasks:
     def large_rows(self, distance: int, rows: int) -> Tensor:
         """Return the mask `[rows * G, LARGE_BLOCK]` of rows at consecutive distances from `distance` on."""
         assert distance >= self.first_distance
-        return _rows(self._large, (distance - self.first_distance) * self._group, rows * self._group)
+        return _rows(self._large, (distance - self.first_distance) * self.group, rows * self.group)
 
     def small_rows(self, distance: int, rows: int) -> Tensor:
         """Return the mask `[rows * G, SMALL_BLOCK]` of rows at consecutive distances from `distance` on."""
-        return _rows(self._small, distance * self._group, rows * self._group)
+        return _rows(self._small, distance * self.group, rows * self.group)
 
     def large_masks(self, distances: Tensor) -> Tensor:
         """Return the masks `[..., LARGE_BLOCK]` of rows at any distances; open where a row sees nothing."""
-        places = (distances - self.first_distance).clamp(0, len(self._large) // self._group - 1)
-        return self._large[places * self._group]
+        places = (distances - self.first_distance).clamp(0, len(self._large) // self.group - 1)
+        return self._large[places * self.group]
 
     def small_masks(self, distances: Tensor) -> Tensor:
         """Return the masks `[..., SMALL_BLOCK]` of rows at any distances; open where a row sees nothing."""
-        return self._small[distances.clamp(0, _SMALL_REACH - 1) * self._group]
+        return self._small[distances.clamp(0, _SMALL_REACH - 1) * self.group]
 
     def unseen(self, distances: Tensor, size: int) -> Tensor:
         """Return which rows see no key of a block of `size` keys, by their distances."""

@@ -1,4 +1,5 @@
-"""One KV cache for target and draft. Shapes: `L` layers, `H` kv heads, `C` cache rows, `D` head dim.
+"""One KV cache for target and draft. Shapes: `L` layers, `H` kv heads, `C` cache rows,
+`D` head dim.
 
 Rows `[0, committed)` are exact: the target's own pass wrote them. The rows behind them are scratch: the draft
 writes them while it grows a tree, the target overwrites them when it verifies, and `commit` moves the accepted
@@ -13,30 +14,38 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from subspec_cli.checkpoint.layer_description import AttentionShape
 from subspec_cli.limits import SMALL_BLOCK
 
 
 class KVCache:
-    """Keys and values `[L, 2, H, C, D]`, allocated once and zeroed, so that masked rows are finite.
+    """Keys and values `[L, 2, H, C, D]` of layers with heads of one kind, allocated once and zeroed.
 
-    C is the capacity, rounded up to whole blocks of keys.
+    Zeros are finite where rows are masked. C is the capacity, rounded up to whole blocks of keys.
     """
 
     def __init__(
         self,
+        attention: Sequence[AttentionShape],
         *,
-        layers: int,
-        kv_heads: int,
-        head_dim: int,
         context: int,
         scratch: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        """`attention` is that of each layer."""
         self.capacity = context + scratch
         """Number of rows that can be written."""
-        rows = -(-self.capacity // SMALL_BLOCK) * SMALL_BLOCK
-        self._rows = torch.zeros((layers, 2, kv_heads, rows, head_dim), dtype=dtype, device=device)
+        self.rows = -(-self.capacity // SMALL_BLOCK) * SMALL_BLOCK
+        """Number of rows in memory, a multiple of `SMALL_BLOCK`."""
+        kinds = [(shape.kv_heads, shape.head_dim) for shape in attention]
+        self._memory = {
+            kind: torch.zeros((kinds.count(kind), 2, kind[0], self.rows, kind[1]), dtype=dtype, device=device)
+            for kind in dict.fromkeys(kinds)
+        }
+        self._layers = [self._memory[kind][kinds[:layer].count(kind)] for layer, kind in enumerate(kinds)]
+        """`[2, H, C, D]` of each layer."""
+        self._device = device
         self.context = context
         """Most rows that can be committed."""
         self._token_ids: list[int] = []
@@ -51,26 +60,21 @@ class KVCache:
         """Tokens whose keys and values are committed."""
         return tuple(self._token_ids)
 
-    @property
-    def rows(self) -> int:
-        """Number of rows in memory, a multiple of `SMALL_BLOCK`."""
-        return self._rows.shape[3]
-
     def write(self, layer: int, start: int | Tensor, keys: Tensor, values: Tensor) -> None:
         """Write `[H, N, D]` keys and values to scratch rows: from `start` on, or to the `[N]` rows in `start`."""
         if isinstance(start, Tensor):
-            self._rows[layer, 0].index_copy_(1, start, keys)
-            self._rows[layer, 1].index_copy_(1, start, values)
+            self._layers[layer][0].index_copy_(1, start, keys)
+            self._layers[layer][1].index_copy_(1, start, values)
             return
         assert self.committed <= start
         end = start + keys.shape[1]
         assert end <= self.capacity
-        self._rows[layer, 0, :, start:end] = keys
-        self._rows[layer, 1, :, start:end] = values
+        self._layers[layer][0, :, start:end] = keys
+        self._layers[layer][1, :, start:end] = values
 
     def read(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
         """Views of keys and values of rows `[0, end)`, each `[H, end, D]`."""
-        return self._rows[layer, 0, :, :end], self._rows[layer, 1, :, :end]
+        return self._layers[layer][0, :, :end], self._layers[layer][1, :, :end]
 
     def commit(self, nodes: Sequence[int], token_ids: Sequence[int]) -> None:
         """Commit scratch rows `committed + node` for ascending `nodes`, which hold `token_ids`; drop the others."""
@@ -79,17 +83,20 @@ class KVCache:
         first = self.committed
         assert first + len(nodes) <= self.context
         if list(nodes) != list(range(len(nodes))):
-            source = torch.tensor(nodes, device=self._rows.device) + first
-            # The right side is gathered before anything is written, so the rows may overlap.
-            self._rows[:, :, :, first : first + len(nodes)] = self._rows[:, :, :, source]
+            self._move(nodes)
         self._token_ids.extend(token_ids)
 
     def move_scratch(self, rows: Sequence[int]) -> None:
         """Move scratch rows `committed + row`, in this order, to the beginning of the scratch rows."""
         if rows:
-            first = self.committed
-            source = torch.tensor(rows, device=self._rows.device) + first
-            self._rows[:, :, :, first : first + len(rows)] = self._rows[:, :, :, source]
+            self._move(rows)
+
+    def _move(self, rows: Sequence[int]) -> None:
+        first = self.committed
+        source = torch.tensor(rows, device=self._device) + first
+        for memory in self._memory.values():
+            # The right side is gathered before anything is written, so the rows may overlap.
+            memory[:, :, :, first : first + len(rows)] = memory[:, :, :, source]
 
     def rewind(self, committed: int) -> None:
         """Drop committed rows from `committed` on: after a reset, or for a prompt that differs from there."""

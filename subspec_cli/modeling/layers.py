@@ -1,8 +1,8 @@
 """The arithmetic of one decoder layer, in parts: the target runs them block by block, the draft a layer at a time.
 
-All supported families use this layer; rounding follows transformers' own order of casts. Attention itself is
-elsewhere: exact for the target, fast for the draft. Shapes: `N` rows, `P` rows with padding, `H` heads, `K` kv heads,
-`D` head dim.
+`checkpoint.layer_description` says what a model computes; rounding follows the library's own order of casts.
+Attention itself is elsewhere: exact for the target, fast for the draft. Shapes: `N` rows, `P` rows with padding, `H`
+heads, `K` kv heads, `D` head dim.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from subspec_cli.checkpoint.geometry import ModelGeometry
-from subspec_cli.modeling.rope import RopeTable, Rotation
+from subspec_cli.checkpoint.layer_description import Arithmetic, AttentionShape, NormKind, NormPlace
+from subspec_cli.checkpoint.layer_tensors import KEY_NORM, LAYER_FACTOR, QUERY_NORM, norm_name
+from subspec_cli.modeling.rope import RopeTables, Rotations, rotate
 
 
 class HeadRows(NamedTuple):
@@ -29,53 +31,140 @@ class HeadRows(NamedTuple):
     """`[K, N, D]`."""
 
 
-def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm over the last dimension, in float32, rounded as transformers rounds it."""
+def normalized(
+    kind: NormKind, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """Normalize over the last dimension, in float32, rounded as the library rounds it; `[..., width]`."""
     wide = hidden.float()
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * wide.to(hidden.dtype)
-
-
-def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary positions to `[N, H, D]` states with `[N, 1, D]` tables."""
-    half = states.shape[-1] // 2
-    rotated = torch.cat((-states[..., half:], states[..., :half]), dim=-1)
-    return states * cos + rotated * sin
+    if kind == "layer":
+        wide = wide - wide.mean(-1, keepdim=True)
+    variance = wide.pow(2).mean(-1, keepdim=True) + eps
+    wide = wide * (variance.pow(-0.5) if kind == "powered" else torch.rsqrt(variance))
+    if weight is None:
+        return wide.to(hidden.dtype)
+    match kind:
+        case "rounded_then_scaled":
+            return weight * wide.to(hidden.dtype)
+        case "scaled_from_one":
+            wide = wide * (1.0 + weight.float())
+        case _:
+            wide = wide * weight.float()
+    return (wide if bias is None else wide + bias.float()).to(hidden.dtype)
 
 
 @dataclass(frozen=True, slots=True)
 class LayerMath:
-    """Layer functions bound to a model's sizes and its small tensors. Target and draft share one."""
+    """Layer functions bound to a model's description and its small tensors. Target and draft share one."""
 
     geometry: ModelGeometry
     small: tuple[Mapping[str, Tensor], ...]
-    """Norms and biases of each layer, by the name inside the layer."""
-    rope: RopeTable
+    """Norms, biases and factors of each layer, by the name inside the layer."""
+    ropes: RopeTables
+
+    def shape(self, layer: int) -> AttentionShape:
+        """The attention of a layer."""
+        return self.geometry.attention[layer]
 
     def attention_input(self, layer: int, hidden: Tensor) -> Tensor:
-        """Normed input of the attention block, `[P, hidden]`."""
-        return rms_norm(hidden, self.small[layer]["input_layernorm.weight"], self.geometry.rms_norm_eps)
+        """Input of the attention block, `[P, hidden]`."""
+        return self._normed(layer, "attention_input", hidden)
+
+    def with_attention(self, layer: int, hidden: Tensor, output: Tensor) -> Tensor:
+        """Hidden states after the output of attention is added, `[P, hidden]`."""
+        return self._joined(hidden, self._normed(layer, "attention_output", output))
 
     def mlp_input(self, layer: int, hidden: Tensor) -> Tensor:
-        """Normed input of the feed-forward block, `[P, hidden]`."""
-        return rms_norm(
-            hidden, self.small[layer]["post_attention_layernorm.weight"], self.geometry.rms_norm_eps
-        )
+        """Input of the feed-forward, `[P, hidden]`, if it is not that of attention."""
+        return self._normed(layer, "mlp_input", hidden)
 
-    def heads(self, layer: int, projected: Tensor, rotation: Rotation) -> HeadRows:
-        """Cut query, key and value rows `[N, (H + 2 K) * D]` into heads, normed (in some families) and rotated."""
-        sizes = self.geometry
-        qk_heads = sizes.heads + sizes.kv_heads
-        states = projected.view(len(projected), qk_heads + sizes.kv_heads, sizes.head_dim)
-        qk, value = states[:, :qk_heads], states[:, qk_heads:]
-        if sizes.qk_norm:
-            small = self.small[layer]
-            query = rms_norm(qk[:, : sizes.heads], small["self_attn.q_norm.weight"], sizes.rms_norm_eps)
-            key = rms_norm(qk[:, sizes.heads :], small["self_attn.k_norm.weight"], sizes.rms_norm_eps)
-            qk = torch.cat((query, key), dim=1)
-        qk = rotate(qk, *rotation)
-        return HeadRows(qk[:, : sizes.heads], qk[:, sizes.heads :].transpose(0, 1), value.transpose(0, 1))
+    @property
+    def is_parallel(self) -> bool:
+        """Whether the feed-forward has the input of attention."""
+        return self.geometry.arithmetic.is_parallel
+
+    def with_mlp(self, layer: int, hidden: Tensor, output: Tensor) -> Tensor:
+        """Hidden states after the output of the feed-forward is added, `[P, hidden]`: those of the next layer."""
+        hidden = self._joined(hidden, self._normed(layer, "mlp_output", output))
+        factor = self.small[layer].get(LAYER_FACTOR)
+        return hidden if factor is None else hidden * factor
+
+    def heads(self, layer: int, projected: Tensor, rotations: Rotations) -> HeadRows:
+        """Cut query, key and value rows `[N, (H + 2 K) * D]` into heads, normed and rotated as the model does."""
+        shape, arithmetic = self.shape(layer), self.geometry.arithmetic
+        if arithmetic.qk_norm == "projection":
+            query, key, rest = projected.split(
+                (
+                    shape.query_width,
+                    shape.key_width,
+                    shape.projected_width - shape.query_width - shape.key_width,
+                ),
+                -1,
+            )
+            query, key = self._weighted(layer, QUERY_NORM, query), self._weighted(layer, KEY_NORM, key)
+            projected = torch.cat((query, key, rest), -1)
+        states = projected.view(len(projected), -1, shape.head_dim)
+        qk_heads = shape.heads + shape.kv_heads
+        qk = states[:, :qk_heads]
+        value = states[:, shape.heads : qk_heads] if shape.value_is_key else states[:, qk_heads:]
+        if arithmetic.normalizes_values:
+            value = normalized(arithmetic.norm, value, None, None, arithmetic.eps)
+        if arithmetic.qk_norm == "heads":
+            qk = self._normed_heads(layer, qk)
+        rotation = None if shape.rope is None else rotations[shape.rope]
+        if rotation is not None:
+            qk = rotate(qk, rotation)
+        if arithmetic.qk_norm == "rotated_heads":
+            qk = self._normed_heads(layer, qk)
+        query, key = qk[:, : shape.heads], qk[:, shape.heads :]
+        if rotation is not None and rotation.query_factor is not None:
+            query = query * rotation.query_factor
+        return HeadRows(query, key.transpose(0, 1), value.transpose(0, 1))
 
     def bias(self, layer: int, name: str) -> Tensor | None:
         """The bias of a projection such as `self_attn.q_proj`; None if the family has none."""
         return self.small[layer].get(f"{name}.bias")
+
+    def _joined(self, hidden: Tensor, output: Tensor) -> Tensor:
+        factor = self.geometry.arithmetic.residual_factor
+        return hidden + (output if factor == 1.0 else output * factor)
+
+    def _normed(self, layer: int, place: NormPlace, rows: Tensor) -> Tensor:
+        """Normalize rows if the model has a norm at this place."""
+        name = norm_name(place)
+        return self._weighted(layer, name, rows) if name in self.small[layer] else rows
+
+    def _normed_heads(self, layer: int, qk: Tensor) -> Tensor:
+        """Normalize each head of queries and keys, `[N, H + K, D]`."""
+        heads = self.shape(layer).heads
+        query = self._weighted(layer, QUERY_NORM, qk[:, :heads])
+        return torch.cat((query, self._weighted(layer, KEY_NORM, qk[:, heads:])), dim=1)
+
+    def _weighted(self, layer: int, name: str, rows: Tensor) -> Tensor:
+        small, arithmetic = self.small[layer], self.geometry.arithmetic
+        bias = small.get(name.removesuffix("weight") + "bias")
+        return normalized(arithmetic.norm, rows, small[name], bias, arithmetic.eps)
+
+
+@dataclass(frozen=True, slots=True)
+class OutputMath:
+    """What a model does with the last hidden states and with the logits of its head."""
+
+    arithmetic: Arithmetic
+    norm_weight: Tensor
+    norm_bias: Tensor | None = None
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """Input of the head, `[P, hidden]`."""
+        arithmetic = self.arithmetic
+        return normalized(arithmetic.norm, hidden, self.norm_weight, self.norm_bias, arithmetic.eps)
+
+    def finished(self, logits: Tensor) -> Tensor:
+        """Logits of the model from what the head's matrix gives, `[P, V]`; overwrites them."""
+        arithmetic = self.arithmetic
+        if arithmetic.logits_factor != 1.0:
+            logits.mul_(arithmetic.logits_factor)
+        if arithmetic.logits_divisor != 1.0:
+            logits.div_(arithmetic.logits_divisor)
+        if arithmetic.logits_cap is not None:
+            logits.div_(arithmetic.logits_cap).tanh_().mul_(arithmetic.logits_cap)
+        return logits

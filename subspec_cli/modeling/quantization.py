@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from subspec_cli.checkpoint.layer_tensors import LAYER_MATRICES
+from subspec_cli.checkpoint.layer_tensors import matrices_of
 from subspec_cli.modeling.substitute import unpack_codes
 from subspec_cli.substitutes.quality import MatrixQuality, matrix_kind, rounded_power
 from subspec_cli.substitutes.settings import SubstituteSettings, group_size_for
@@ -53,7 +53,7 @@ def quantize_layer(tensors: Mapping[str, Tensor], settings: SubstituteSettings) 
     quantizers = {bits: _quantizer(bits, settings.optimizer) for bits in sorted(settings.widths)}
     stored: dict[str, Tensor] = {}
     quality = {}
-    for name in LAYER_MATRICES:
+    for name in matrices_of(tensors):
         original = tensors[name]
         weight = original.to(torch.bfloat16)
         group_size = group_size_for(tuple(weight.shape))

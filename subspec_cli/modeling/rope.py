@@ -2,17 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from subspec_cli.checkpoint.rope_settings import RopeSettings
+from subspec_cli.checkpoint.layer_description import Arithmetic
+from subspec_cli.checkpoint.rope_settings import QueryGrowth, RopeSettings
 
-Rotation = tuple[Tensor, Tensor]
-"""cos and sin of some rows, each `[N, 1, D]`."""
+
+class Rotation(NamedTuple):
+    """How some rows are turned. A head may have more features than are turned."""
+
+    cos: Tensor
+    """`[N, 1, turned]`."""
+    sin: Tensor
+    """`[N, 1, turned]`."""
+    is_interleaved: bool = False
+    rounds_once: bool = False
+    """Whether the turned states are computed in float32 and rounded once."""
+    query_factor: Tensor | None = None
+    """`[N, 1, 1]`, a factor of the turned query by its position."""
+
+
+Rotations = Sequence[Rotation]
+"""By the number of the rotary table."""
+
+
+def rotate(states: Tensor, rotation: Rotation) -> Tensor:
+    """Apply rotary positions to `[N, H, D]` states."""
+    cos, sin = rotation.cos, rotation.sin
+    turned = cos.shape[-1]
+    kept = states[..., turned:]
+    wide = states[..., :turned].float() if rotation.rounds_once else states[..., :turned]
+    if rotation.is_interleaved:
+        swapped = torch.stack((-wide[..., 1::2], wide[..., ::2]), dim=-1).flatten(-2)
+    else:
+        swapped = torch.cat((-wide[..., turned // 2 :], wide[..., : turned // 2]), dim=-1)
+    found = (wide * cos + swapped * sin).to(states.dtype)
+    return torch.cat((found, kept), dim=-1) if kept.shape[-1] else found
 
 
 class RopeTable:
@@ -23,23 +54,31 @@ class RopeTable:
     longer is turned by the long ones whole. The library's `generate` does the same.
     """
 
-    def __init__(self, cos: Tensor, sin: Tensor, *, length: int = 0, switch: int | None = None) -> None:
-        """`cos` and `sin` are `[positions, 1, D]`; with a `switch` a second table of long prompts follows the first.
+    def __init__(
+        self,
+        whole: Rotation,
+        *,
+        length: int = 0,
+        switch: int | None = None,
+    ) -> None:
+        """`whole` has a row for each position; with a `switch` a second table of long prompts follows the first.
 
         `length` is the number of positions of each; `switch` the number of tokens of the longest short prompt.
         """
-        self._cos = cos
-        self._sin = sin
+        self._whole = whole
         self._length = length
         self._switch = switch
         # A tensor that keeps its address: captured draft steps read it.
-        self._first = torch.zeros((), dtype=torch.long, device=cos.device)
+        self._first = torch.zeros((), dtype=torch.long, device=whole.cos.device)
 
     def rows(self, positions: Tensor) -> Rotation:
-        """Cos and sin of the given positions, each `[N, 1, D]`."""
-        if self._switch is not None:
-            positions = positions + self._first
-        return self._cos[positions], self._sin[positions]
+        """How rows at the given positions are turned."""
+        at = positions if self._switch is None else positions + self._first
+        whole = self._whole
+        growth = whole.query_factor
+        return whole._replace(
+            cos=whole.cos[at], sin=whole.sin[at], query_factor=None if growth is None else growth[positions]
+        )
 
     def begin(self, prompt_tokens: int) -> bool:
         """Begin an answer to a prompt of so many tokens; return whether cached rows are turned by the other table."""
@@ -51,27 +90,70 @@ class RopeTable:
         return changed
 
 
-def build_rope_table(
-    settings: RopeSettings, *, positions: int, dtype: torch.dtype, device: torch.device
-) -> RopeTable:
-    """Build the table for positions `[0, positions)`.
+@dataclass(frozen=True, slots=True)
+class RopeTables:
+    """All rotary tables of a model."""
+
+    tables: tuple[RopeTable, ...]
+
+    def rows(self, positions: Tensor) -> Rotations:
+        """How rows at the given positions are turned, by each table."""
+        return [table.rows(positions) for table in self.tables]
+
+    def begin(self, prompt_tokens: int) -> bool:
+        """Begin an answer to a prompt of so many tokens; return whether cached rows are turned by other tables."""
+        changed = [table.begin(prompt_tokens) for table in self.tables]
+        return any(changed)
+
+
+def build_rope_tables(
+    settings: Sequence[RopeSettings],
+    arithmetic: Arithmetic,
+    *,
+    positions: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> RopeTables:
+    """Build the tables for positions `[0, positions)`.
 
     The formula and the order of casts are those of transformers' rotary embedding.
     """
+    return RopeTables(tuple(_table(one, arithmetic, positions, dtype, device) for one in settings))
+
+
+def _table(
+    settings: RopeSettings, arithmetic: Arithmetic, positions: int, dtype: torch.dtype, device: torch.device
+) -> RopeTable:
     inv_freq, scaling = _inverse_frequencies(settings, 1)
-    angles, switch = _angles(inv_freq, positions), settings.switch
+    is_interleaved = arithmetic.is_interleaved
+    angles, switch = _angles(inv_freq, positions, is_interleaved), settings.switch
     if switch is not None and switch < positions:
-        long = _angles(_inverse_frequencies(settings, switch + 1)[0], positions)
+        long = _angles(_inverse_frequencies(settings, switch + 1)[0], positions, is_interleaved)
         angles = torch.cat((angles[:switch], long[switch:], long))
     else:
         switch = None
+    table_dtype = torch.float32 if arithmetic.rotation_rounding == "once" else dtype
     cos, sin = angles.cos() * scaling, angles.sin() * scaling
-    return RopeTable(cos.to(device, dtype), sin.to(device, dtype), length=positions, switch=switch)
+    growth = settings.query_growth
+    whole = Rotation(
+        cos.to(device, table_dtype),
+        sin.to(device, table_dtype),
+        is_interleaved,
+        arithmetic.rotation_rounding != "each_step",
+        None if growth is None else _query_factors(growth, positions).to(device, dtype),
+    )
+    return RopeTable(whole, length=positions, switch=switch)
 
 
-def _angles(inv_freq: Tensor, positions: int) -> Tensor:
+def _query_factors(growth: QueryGrowth, positions: int) -> Tensor:
+    steps = torch.floor(torch.arange(positions) / growth.length)
+    return (1 + growth.beta * torch.log(1 + steps))[:, None, None]
+
+
+def _angles(inv_freq: Tensor, positions: int, is_interleaved: bool) -> Tensor:
     angles = torch.arange(positions, dtype=torch.float32)[:, None] * inv_freq.float()[None, :]
-    return torch.cat((angles, angles), dim=-1)[:, None, :]
+    both = angles.repeat_interleave(2, dim=-1) if is_interleaved else torch.cat((angles, angles), dim=-1)
+    return both[:, None, :]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,5 +176,5 @@ def _inverse_frequencies(settings: RopeSettings, tokens: int) -> tuple[Tensor, f
         config: Any = _LibraryConfig(dict(settings.parameters), settings.head_dim, settings.max_positions)
         inv_freq, scaling = ROPE_INIT_FUNCTIONS[settings.kind](config, torch.device("cpu"), seq_len=tokens)
         return inv_freq, float(scaling)
-    exponents = torch.arange(0, settings.head_dim, 2, dtype=torch.float32) / settings.head_dim
+    exponents = torch.arange(0, settings.turned, 2, dtype=torch.float32) / settings.turned
     return 1.0 / (settings.parameters["rope_theta"] ** exponents), 1.0

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from subspec_cli.checkpoint.layer_description import Activation
 from subspec_cli.limits import ROW_SIZES
 
 _SERIAL_ELEMENTS: Final = 32_768
@@ -27,7 +28,7 @@ class RowRules:
     fixed_rows: bool = False
     """Whether linears run in calls of exactly `row_block` rows (CUDA) instead of any multiple (CPU)."""
     tile_elementwise: bool = False
-    """Whether SiLU runs in tiles too small to be split among threads."""
+    """Whether the activation runs in tiles too small to be split among threads."""
 
     def padded(self, rows: int) -> int:
         """Rows after padding: one of a few sizes, since kernels keep code and scratch memory for each size."""
@@ -42,11 +43,19 @@ class RowRules:
             return F.linear(inputs, weight, bias)
         return torch.cat([F.linear(part, weight, bias) for part in inputs.split(self.row_block)])
 
-    def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
-        """SiLU(gate) * up, `[P, feed_forward]`; overwrites `gate`."""
+    def gated(self, activation: Activation, gate: Tensor, up: Tensor) -> Tensor:
+        """Activation of the gate, times `up`, `[P, feed_forward]`; overwrites `gate`."""
         if not self.tile_elementwise:
-            return F.silu(gate, inplace=True).mul_(up)
+            return activate_(activation, gate).mul_(up)
         tile = max(1, (_SERIAL_ELEMENTS - 1) // gate.shape[1])
         for rows, other in zip(gate.split(tile), up.split(tile), strict=True):
-            F.silu(rows, inplace=True).mul_(other)
+            activate_(activation, rows).mul_(other)
         return gate
+
+
+def activate_(activation: Activation, gate: Tensor) -> Tensor:
+    """Apply an activation in place."""
+    if activation == "silu":
+        return F.silu(gate, inplace=True)
+    activated: Tensor = torch.ops.aten.gelu_(gate, approximate="tanh")
+    return activated

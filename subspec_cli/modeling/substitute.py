@@ -17,8 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from subspec_cli.modeling.decoder import DraftLogits
-from subspec_cli.modeling.layers import LayerMath, rms_norm
+from subspec_cli.checkpoint.layer_description import Activation
+from subspec_cli.modeling.decoder import DraftLogits, Head
+from subspec_cli.modeling.layers import LayerMath
+from subspec_cli.modeling.row_rules import activate_
 from subspec_cli.substitutes.settings import SubstituteSettings, group_size_for
 
 _INNER_K_TILES: Final = 2
@@ -98,16 +100,15 @@ class LowBitHead:
     target.
     """
 
-    norm_weight: Tensor
+    head: Head
+    """The 16-bit head."""
     project: Int4Linear
-    weight: Tensor
-    """`[V, hidden]` of the 16-bit head."""
-    eps: float
 
     def guess(self, hidden: Tensor) -> DraftLogits:
         """Approximate logits `[N, V]` of `[N, hidden]` rows, with the inputs to rescore a few of them."""
-        normed = rms_norm(hidden, self.norm_weight, self.eps)
-        return DraftLogits(self.project(normed), normed, self.weight)
+        output = self.head.output
+        normed = output.normed(hidden)
+        return DraftLogits(output.finished(self.project(normed)), normed, self.head)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +120,7 @@ class SubstituteLayer:
     o_proj: Linear
     gate_up_proj: tuple[Linear, ...]
     down_proj: Linear
+    activation: Activation
 
     def qkv(self, inputs: Tensor) -> Tensor:
         """Query, key and value rows, concatenated: `[N, (H + 2 K) * D]`."""
@@ -136,7 +138,7 @@ class SubstituteLayer:
             gate, up = self.gate_up_proj[0](inputs).chunk(2, dim=-1)
         else:
             gate, up = (project(inputs) for project in self.gate_up_proj)
-        return self.down_proj(F.silu(gate).mul_(up))
+        return self.down_proj(activate_(self.activation, gate.contiguous()).mul_(up))
 
 
 def resident_layer(math_: LayerMath, layer: int, matrices: Mapping[str, Tensor]) -> SubstituteLayer:
@@ -146,11 +148,17 @@ def resident_layer(math_: LayerMath, layer: int, matrices: Mapping[str, Tensor])
         return PlainLinear(matrices[f"{name}.weight"], math_.bias(layer, name))
 
     return SubstituteLayer(
-        tuple(plain(f"self_attn.{name}_proj") for name in "qkv"),
+        tuple(plain(name) for name in _qkv_names(math_, layer)),
         plain("self_attn.o_proj"),
         (plain("mlp.gate_proj"), plain("mlp.up_proj")),
         plain("mlp.down_proj"),
+        math_.geometry.arithmetic.activation,
     )
+
+
+def _qkv_names(math_: LayerMath, layer: int) -> tuple[str, ...]:
+    """Projections of queries, keys and, if the layer has a matrix for them, values."""
+    return tuple(f"self_attn.{name}_proj" for name in ("qk" if math_.shape(layer).value_is_key else "qkv"))
 
 
 def load_substitute(
@@ -161,7 +169,7 @@ def load_substitute(
     device: torch.device,
 ) -> SubstituteLayer:
     """Make a draft layer from the stored tensors of `quantization.quantize_layer`, in the kernels' layout."""
-    shapes = math_.geometry.layer_shapes()
+    shapes = math_.geometry.layer_shapes(layer)
 
     def fused(*names: str) -> tuple[Linear, ...]:
         parts = [
@@ -174,10 +182,11 @@ def load_substitute(
         return (_linear(parts, biases, device),)
 
     return SubstituteLayer(
-        fused("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        fused(*_qkv_names(math_, layer)),
         fused("self_attn.o_proj")[0],
         fused("mlp.gate_proj", "mlp.up_proj"),
         fused("mlp.down_proj")[0],
+        math_.geometry.arithmetic.activation,
     )
 
 

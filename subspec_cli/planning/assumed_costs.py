@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Final
 
 from subspec_cli.checkpoint.geometry import ModelGeometry
-from subspec_cli.checkpoint.layer_tensors import LAYER_MATRICES
+from subspec_cli.checkpoint.layer_tensors import matrices_of
 from subspec_cli.planning.costs import ATTENTION_ROWS, MachineCosts, RowTimes
 from subspec_cli.planning.device_profile import device_profile
 from subspec_cli.substitutes.settings import SubstituteSettings, substitute_layer_bytes
@@ -105,8 +105,8 @@ def assumed_costs(
     rates = _RATES[profile.kind]
     link = rates.link if link_gb_per_s is None else link_gb_per_s * 1e9
     substitute_bytes = substitute_layer_bytes(geometry, settings or SubstituteSettings(4, "minmax"))
-    shapes = geometry.layer_shapes()
-    layer_weights = sum(math.prod(shapes[name]) for name in LAYER_MATRICES)
+    shapes = geometry.layer_shapes(geometry.largest_layer)
+    layer_weights = sum(math.prod(shapes[name]) for name in matrices_of(shapes))
     head_weights = geometry.vocab * geometry.hidden
 
     def times(size_bytes: float, weights: int, memory: float, ops: float, fixed_s: float) -> RowTimes:
@@ -117,7 +117,7 @@ def assumed_costs(
     def attention(memory: float) -> RowTimes:
         # Keys and values of the further cached rows are read once. Each query multiplies with all of them twice.
         cached_bytes = ATTENTION_ROWS * geometry.kv_row_bytes / geometry.layers
-        products = 2 * ATTENTION_ROWS * geometry.heads * geometry.head_dim
+        products = 2 * ATTENTION_ROWS * max(shape.query_width for shape in geometry.attention)
         return times(cached_bytes, products, memory, rates.attention_ops, 0.0)
 
     layer_bytes, head_bytes = geometry.layer_matrix_bytes, geometry.table_bytes

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Final
 
 from subspec_cli.checkpoint.geometry import ModelGeometry
-from subspec_cli.checkpoint.layer_tensors import LAYER_MATRICES
+from subspec_cli.checkpoint.layer_tensors import matrices_of
 from subspec_cli.limits import MOST_ROWS, ROW_SIZES
 from subspec_cli.units import MIB
 
@@ -45,8 +45,11 @@ def shared_layer_kernels(geometry: ModelGeometry) -> int:
 
 def _layer_shapes(geometry: ModelGeometry) -> int:
     """Distinct shapes of a layer's linears; one with a bias has kernels of its own."""
-    shapes = geometry.layer_shapes()
-    return len({(shapes[name], name.replace("weight", "bias") in shapes) for name in LAYER_MATRICES})
+    found = set()
+    for layer in geometry.representatives:
+        shapes = geometry.layer_shapes(layer)
+        found |= {(shapes[name], name.replace("weight", "bias") in shapes) for name in matrices_of(shapes)}
+    return len(found)
 
 
 def _row_sizes(most_rows: int) -> int:

@@ -115,9 +115,7 @@ class MemoryModel:
         """Activations of a prompt row from the gate block to the down block."""
         self._scratch_rows = _whole_blocks(request.scratch_rows)
         self._low_bit_head_bytes = low_bit_table_bytes(geometry)
-        self._small_bytes = (
-            geometry.layers * geometry.layer_small_bytes + geometry.hidden * geometry.element_bytes
-        )
+        self._small_bytes = geometry.small_bytes
         self._work_bytes = self._workspace_bytes()
         noise_bytes = NOISE_ROWS * geometry.vocab * _NOISE_BYTES if request.samples else 0
         self._noise_bytes = noise_bytes if self._profile.budget_is_ram else 0
@@ -275,10 +273,10 @@ class MemoryModel:
     def _workspace_bytes(self) -> int:
         """Activations of the widest forward, attention's results and logits."""
         geometry, request = self._geometry, self._request
-        element_bytes, heads_width = geometry.element_bytes, geometry.heads * geometry.head_dim
+        element_bytes = geometry.element_bytes
+        heads_width = max(shape.query_width for shape in geometry.attention)
         activations = request.prefill_rows * _activation_bytes(geometry)
-        group = geometry.heads // geometry.kv_heads
-        masks = sum(mask_table_bytes(window, group, element_bytes) for window in set(geometry.windows))
+        masks = sum(mask_table_bytes(*key, element_bytes) for key in geometry.mask_keys)
         blocks = request.model_context // LARGE_BLOCK + LARGE_BLOCK // SMALL_BLOCK + 2
         results = request.prefill_rows * heads_width * (blocks * element_bytes + 12)
         tiles = min(results, ATTENTION_WORK_BYTES) + _KERNEL_WORK_BYTES + masks
@@ -300,12 +298,12 @@ class MemoryModel:
 def _activation_bytes(geometry: ModelGeometry) -> int:
     """Return the activations of one row: the most of norm, attention and feed-forward, which follow each other."""
     hidden, element_bytes = geometry.hidden, geometry.element_bytes
-    qk_width = (geometry.heads + geometry.kv_heads) * geometry.head_dim
-    qkv_width = qk_width + geometry.kv_heads * geometry.head_dim
+    qk_width = max(shape.query_width + shape.key_width for shape in geometry.attention)
+    qkv_width = max(shape.query_width + 2 * shape.key_width for shape in geometry.attention)
     # A norm is computed in float32. Rotating makes a few copies of queries and keys.
     norm = (2 * element_bytes + 3 * 4) * hidden
     attention = 2 * element_bytes * hidden + 6 * element_bytes * qkv_width
-    if geometry.qk_norm:
+    if geometry.arithmetic.qk_norm is not None:
         attention += 3 * 4 * qk_width
     feed_forward = element_bytes * (4 * hidden + 2 * geometry.feed_forward)
     return max(norm, attention, feed_forward)
@@ -321,9 +319,11 @@ def _work_row_bytes(geometry: ModelGeometry) -> int:
     It is the row's rotary positions, its mask for a draft step, its hidden state while a prompt is read, and the copy
     of one layer's keys and values that an attention kernel may make.
     """
-    group, windows = geometry.heads // geometry.kv_heads, len(set(geometry.windows))
-    elements = 4 * geometry.head_dim + geometry.hidden + 2 * geometry.kv_heads * geometry.head_dim
-    return (elements + MOST_ROWS * (group + 1) * windows) * geometry.element_bytes + _HOST_ROW_BYTES
+    shapes = geometry.attention
+    rotary = 4 * max(shape.head_dim for shape in shapes) * geometry.rope_tables
+    elements = rotary + geometry.hidden + 2 * max(shape.key_width for shape in shapes)
+    masks = MOST_ROWS * sum(group + 1 for _, group in geometry.mask_keys)
+    return (elements + masks) * geometry.element_bytes + _HOST_ROW_BYTES
 
 
 def mask_table_bytes(window: int | None, group: int, element_bytes: int) -> int:

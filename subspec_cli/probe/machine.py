@@ -19,14 +19,15 @@ from torch import Tensor
 from subspec_cli.checkpoint.checkpoint import Checkpoint
 from subspec_cli.checkpoint.dtypes import torch_dtype
 from subspec_cli.checkpoint.geometry import ModelGeometry
-from subspec_cli.checkpoint.layer_tensors import LAYER_BLOCKS, LAYER_MATRICES, block_entries
+from subspec_cli.checkpoint.layer_description import AttentionShape
+from subspec_cli.checkpoint.layer_tensors import LAYER_BLOCKS, LAYER_MATRICES, block_entries, matrices_of
 from subspec_cli.drafting.draft_steps import rank
 from subspec_cli.drafting.graph_capture import CudaGraphs, Run
 from subspec_cli.modeling.decoder import Block, DraftDecoder, DraftHead, DraftLogits, Head, TargetDecoder
 from subspec_cli.modeling.exact_attention import FIRST_RULES, ExactAttention
 from subspec_cli.modeling.kv_cache import KVCache
-from subspec_cli.modeling.layers import LayerMath
-from subspec_cli.modeling.rope import RopeTable
+from subspec_cli.modeling.layers import LayerMath, OutputMath
+from subspec_cli.modeling.rope import RopeTable, RopeTables, Rotation
 from subspec_cli.modeling.row_group import RowGroup, padded_ids
 from subspec_cli.modeling.row_rules import RowRules
 from subspec_cli.modeling.substitute import (
@@ -130,7 +131,7 @@ class _DummyBlocks:
         """Yield the blocks of one pass."""
         for number, matrices in enumerate(self.layers):
             for kind, names in LAYER_BLOCKS.items():
-                yield Block(number, kind, {name: matrices[name] for name in names})
+                yield Block(number, kind, {name: matrices[name] for name in names if name in matrices})
 
 
 class _NoHead:
@@ -173,7 +174,7 @@ class _Workbench:
         layers = self._matrices(self._count(self._sizes.layer_matrix_bytes))
         math = self._math(len(layers), prefix)
         attention = ExactAttention(math.geometry, FIRST_RULES, dtype=self._dtype, device=self._device)
-        head = Head(self._ones(self._sizes.hidden), self._ones(1, self._sizes.hidden), 1e-6)
+        head = Head(self._output(), self._ones(1, self._sizes.hidden))
         decoder = TargetDecoder(math, attention, self._states, head, _DummyBlocks(layers), self.rules)
         kv = self._cache(len(layers), prefix)
 
@@ -197,10 +198,10 @@ class _Workbench:
     @torch.inference_mode()
     def substitute_layer(self) -> RowTimes:
         """Time one layer of the draft made of its substitute, by rows."""
-        shapes = self._sizes.layer_shapes()
+        shapes = self._sizes.layer_shapes(self._sizes.largest_layer)
         stored = {
             name: value
-            for matrix in LAYER_MATRICES
+            for matrix in matrices_of(shapes)
             for name, value in dummy_substitute(
                 matrix, shapes[matrix], self._settings.bits_of(matrix), self._dtype
             ).items()
@@ -230,7 +231,7 @@ class _Workbench:
         table = low_bit_table(whole.weight) if bits == 4 else None
         head: DraftHead = whole
         if table is not None:
-            head = LowBitHead(whole.norm_weight, table, whole.weight, whole.eps)
+            head = LowBitHead(whole, table)
 
         def run(states: Tensor) -> None:
             rank(head.guess(states), None)
@@ -241,7 +242,10 @@ class _Workbench:
         return time_rows(steps, _TIMED_STEP_ROWS, finish=self._finish)
 
     def _head(self) -> Head:
-        return Head(self._ones(self._sizes.hidden), self._ones(self._sizes.vocab, self._sizes.hidden), 1e-6)
+        return Head(self._output(), self._ones(self._sizes.vocab, self._sizes.hidden))
+
+    def _output(self) -> OutputMath:
+        return OutputMath(self._sizes.arithmetic, self._ones(self._sizes.hidden))
 
     def _draft(
         self, math: LayerMath, layers: list[SubstituteLayer], prefix: int, row_counts: Sequence[int]
@@ -292,22 +296,29 @@ class _Workbench:
         return self._ones(len(token_ids), self._sizes.hidden)
 
     def _matrices(self, count: int) -> tuple[dict[str, Tensor], ...]:
-        shapes = self._sizes.layer_shapes()
-        return tuple({name: self._ones(*shapes[name]) for name in LAYER_MATRICES} for _ in range(count))
+        shapes = self._sizes.layer_shapes(self._sizes.largest_layer)
+        return tuple({name: self._ones(*shapes[name]) for name in matrices_of(shapes)} for _ in range(count))
 
     def _math(self, layers: int, prefix: int) -> LayerMath:
-        sizes = replace(self._sizes, layers=layers, windows=self._sizes.windows[:layers])
-        small = {
-            name: self._ones(*s) for name, s in sizes.layer_shapes().items() if name not in LAYER_MATRICES
-        }
-        table = self._ones(prefix + max(_TIMED_PASS_ROWS), 1, sizes.head_dim)
-        return LayerMath(sizes, (small,) * layers, RopeTable(table, table))
+        sizes = replace(self._sizes, attention=self._attention(layers))
+        small = tuple(
+            {n: self._ones(*s) for n, s in sizes.layer_shapes(layer).items() if n not in LAYER_MATRICES}
+            for layer in range(layers)
+        )
+        table = self._ones(prefix + max(_TIMED_PASS_ROWS), 1, max(s.head_dim for s in sizes.attention))
+        ropes = RopeTables(
+            (RopeTable(Rotation(table, table)),) * (1 + max(s.rope or 0 for s in sizes.attention))
+        )
+        return LayerMath(sizes, small, ropes)
+
+    def _attention(self, layers: int) -> tuple[AttentionShape, ...]:
+        """The attention of the first layers, each with the matrices of the largest one."""
+        largest = self._sizes.attention[self._sizes.largest_layer]
+        return (largest,) * layers
 
     def _cache(self, layers: int, prefix: int) -> KVCache:
         kv = KVCache(
-            layers=layers,
-            kv_heads=self._sizes.kv_heads,
-            head_dim=self._sizes.head_dim,
+            self._attention(layers),
             context=prefix,
             scratch=max(_TIMED_PASS_ROWS),
             dtype=self._dtype,
@@ -342,8 +353,7 @@ class _AttentionWorkbench:
         count = min(self._geometry.layers, most)
         narrow = replace(
             self._geometry,
-            layers=count,
-            windows=self._geometry.windows[:count],
+            attention=self._geometry.attention[:count],
             hidden=_NARROW,
             feed_forward=_NARROW,
         )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from subspec_cli.checkpoint.checkpoint import check_unchanged
+from subspec_cli.checkpoint.geometry import EMBEDDING, FINAL_NORM, FINAL_NORM_BIAS, HEAD
 from subspec_cli.checkpoint.layer_tensors import LAYER_MATRICES, layer_prefix
 from subspec_cli.checkpoint.tensor_reader import read_tensors
 from subspec_cli.decoding.drafter import Drafter
@@ -19,12 +20,12 @@ from subspec_cli.drafting.captured_steps import make_draft_steps
 from subspec_cli.drafting.draft_steps import DraftSteps
 from subspec_cli.limits import PREFILL_CHUNK
 from subspec_cli.modeling.decoder import DraftDecoder, DraftHead, Embedding, Head, TargetDecoder
-from subspec_cli.modeling.embedding import DiskEmbedding, table_embedding
+from subspec_cli.modeling.embedding import DiskEmbedding, scaled_embedding, table_embedding
 from subspec_cli.modeling.exact_attention import FIRST_RULES, AttentionRules, ExactAttention
 from subspec_cli.modeling.kv_cache import KVCache
-from subspec_cli.modeling.layers import LayerMath
+from subspec_cli.modeling.layers import LayerMath, OutputMath
 from subspec_cli.modeling.pretrained import ModelTokenizer
-from subspec_cli.modeling.rope import RopeTable, build_rope_table
+from subspec_cli.modeling.rope import RopeTables, build_rope_tables
 from subspec_cli.modeling.row_rules import RowRules
 from subspec_cli.modeling.self_check import SelfCheck, check_batch_invariance
 from subspec_cli.modeling.substitute import (
@@ -56,9 +57,11 @@ class LoadedModel:
     eos_ids: frozenset[int]
     """Tokens that end an answer."""
     math: LayerMath
-    rope_table: Callable[[torch.dtype], RopeTable]
+    rope_table: Callable[[torch.dtype], RopeTables]
     """Makes the rotary tables of the session in another type, for replays in float32."""
     attention: ExactAttention
+    embedding_rows: Embedding
+    """Rows of the table, without the model's factor."""
     embed: Embedding
     head: Head
     blocks: TargetBlocks
@@ -124,7 +127,8 @@ class Loader:
         with ExitStack() as opened:
             opened.enter_context(in_use(found.prepared.directory))
             substitutes = self._substitutes(math) if plan.drafts else {}
-            embed, head = self._tables(opened)
+            embedding_rows, head = self._tables(opened)
+            embed = scaled_embedding(embedding_rows, found.geometry.arithmetic)
             blocks = open_blocks(self._opening, opened)
             kv = self._kv_cache()
             draft = None
@@ -150,6 +154,7 @@ class Loader:
                 math=math,
                 rope_table=self._rope,
                 attention=self._attention(self_check.attention),
+                embedding_rows=embedding_rows,
                 embed=embed,
                 head=head,
                 blocks=blocks,
@@ -185,9 +190,7 @@ class Loader:
     def _kv_cache(self) -> KVCache:
         geometry, plan = self._opening.found.geometry, self._opening.plan
         return KVCache(
-            layers=geometry.layers,
-            kv_heads=geometry.kv_heads,
-            head_dim=geometry.head_dim,
+            geometry.attention,
             context=plan.context,
             scratch=plan.scratch_rows,
             dtype=self._opening.dtype,
@@ -201,17 +204,18 @@ class Loader:
     def _small_tensors(self) -> tuple[dict[str, Tensor], ...]:
         """Return norms and biases of each layer, by their names inside it."""
         geometry = self._opening.found.geometry
-        names = [name for name in geometry.layer_shapes() if name not in LAYER_MATRICES]
         layers = []
         for layer in range(geometry.layers):
             prefix = layer_prefix(layer)
+            names = [name for name in geometry.layer_shapes(layer) if name not in LAYER_MATRICES]
             found = self._read([prefix + name for name in names])
             layers.append({name: found[prefix + name] for name in names})
         return tuple(layers)
 
-    def _rope(self, dtype: torch.dtype) -> RopeTable:
-        return build_rope_table(
-            self._opening.found.repository.rope,
+    def _rope(self, dtype: torch.dtype) -> RopeTables:
+        return build_rope_tables(
+            self._opening.found.repository.ropes,
+            self._opening.found.geometry.arithmetic,
             positions=self._opening.plan.context + self._opening.plan.scratch_rows,
             dtype=dtype,
             device=self._opening.device,
@@ -233,19 +237,24 @@ class Loader:
 
     def _tables(self, opened: ExitStack) -> tuple[Embedding, Head]:
         self._opening.reporter.progress("loading embedding and head")
-        place, checkpoint = self._opening.plan.embedding, self._opening.found.checkpoint
-        table, norm = "model.embed_tokens.weight", "model.norm.weight"
-        head_name = table if place == "tied" else "lm_head.weight"
-        loaded = self._read([head_name, norm, *([table] if place == "device" else [])])
-        head = Head(loaded[norm], loaded[head_name], self._opening.found.geometry.rms_norm_eps)
-        if table in loaded:
-            return table_embedding(loaded[table]), head
-        if place == "host":
-            host = read_tensors([checkpoint.tensors[table]])[table].to(self._opening.dtype)
-            return self._host_embedding(host, opened), head
-        rows = DiskEmbedding(checkpoint.tensors[table], self._opening.dtype)
+        place, geometry = self._opening.plan.embedding, self._opening.found.geometry
+        head_name = EMBEDDING if place == "tied" else HEAD
+        outer = [name for name in geometry.outer_shapes() if name not in (EMBEDDING, HEAD)]
+        loaded = self._read([head_name, *outer, *([EMBEDDING] if place == "device" else [])])
+        output = OutputMath(geometry.arithmetic, loaded[FINAL_NORM], loaded.get(FINAL_NORM_BIAS))
+        embed = self._embedding(loaded.get(EMBEDDING), opened)
+        return embed, Head(output, loaded[head_name])
+
+    def _embedding(self, table: Tensor | None, opened: ExitStack) -> Embedding:
+        """The embedding from a table on the device, else from the host's memory or from disk."""
+        if table is not None:
+            return table_embedding(table)
+        entry = self._opening.found.checkpoint.tensors[EMBEDDING]
+        if self._opening.plan.embedding == "host":
+            return self._host_embedding(read_tensors([entry])[EMBEDDING].to(self._opening.dtype), opened)
+        rows = DiskEmbedding(entry, self._opening.dtype)
         opened.callback(rows.close)
-        return rows, head
+        return rows
 
     def _host_embedding(self, table: Tensor, opened: ExitStack) -> Embedding:
         """Pin a table whose rows the GPU reads in host memory: its place is worth two or three layers."""
@@ -266,7 +275,7 @@ class Loader:
             return head
         self._opening.reporter.progress("making the draft's head")
         table = low_bit_table(head.weight)
-        return head if table is None else LowBitHead(head.norm_weight, table, head.weight, head.eps)
+        return head if table is None else LowBitHead(head, table)
 
     def _draft_steps(self, decoder: DraftDecoder, kv: KVCache) -> DraftSteps:
         return make_draft_steps(

@@ -160,7 +160,7 @@ def _report(
         layers=geometry.layers,
         bits=manifest.settings.bits,
         optimizer=manifest.settings.optimizer,
-        source_bytes=geometry.layers * geometry.layer_matrix_bytes,
+        source_bytes=geometry.matrix_bytes,
         substitute_bytes=sum(file.size_bytes for file in manifest.layers),
         kinds=tuple(
             KindReport(kind, bits[kind], item.bits_per_weight, item.sqnr_db) for kind, item in kinds.items()

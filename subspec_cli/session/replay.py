@@ -16,9 +16,10 @@ from torch import Tensor
 
 from subspec_cli.decoding.row_groups import prompt_groups, prompt_passes
 from subspec_cli.modeling.decoder import Block, Head, TargetDecoder
+from subspec_cli.modeling.embedding import scaled_embedding
 from subspec_cli.modeling.exact_attention import ExactAttention
 from subspec_cli.modeling.kv_cache import KVCache
-from subspec_cli.modeling.layers import LayerMath
+from subspec_cli.modeling.layers import LayerMath, OutputMath
 from subspec_cli.modeling.row_group import RowGroup, chunk_group
 from subspec_cli.modeling.target_blocks import TargetBlocks
 from subspec_cli.session.load import LoadedModel
@@ -80,9 +81,7 @@ def float32_replay(session: Session, most_tokens: int) -> Replay:
     """
     loaded, geometry = session.loaded, session.loaded.math.geometry
     kv = KVCache(
-        layers=geometry.layers,
-        kv_heads=geometry.kv_heads,
-        head_dim=geometry.head_dim,
+        geometry.attention,
         context=most_tokens,
         scratch=session.plan.tree_nodes,
         dtype=torch.float32,
@@ -105,11 +104,16 @@ def _float32_target(loaded: LoadedModel) -> TargetDecoder:
     return TargetDecoder(
         LayerMath(geometry, small, loaded.rope_table(torch.float32)),
         attention,
-        lambda token_ids: loaded.embed(token_ids).float(),
-        Head(head.norm_weight.float(), head.weight.float(), head.eps),
+        scaled_embedding(lambda token_ids: loaded.embedding_rows(token_ids).float(), geometry.arithmetic),
+        Head(_widened(head.output), head.weight.float()),
         _Float32Blocks(loaded.blocks),
         loaded.self_check.rules,
     )
+
+
+def _widened(output: OutputMath) -> OutputMath:
+    bias = output.norm_bias
+    return OutputMath(output.arithmetic, output.norm_weight.float(), None if bias is None else bias.float())
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from subspec_cli.checkpoint.geometry import ModelGeometry
-from subspec_cli.checkpoint.layer_tensors import LAYER_MATRICES
+from subspec_cli.checkpoint.layer_tensors import matrices_of
 from subspec_cli.substitutes.quality import matrix_kind
 
 GROUP_SIZES: Final = (128, 64, 32)
@@ -24,10 +24,10 @@ def group_size_for(shape: tuple[int, ...]) -> int | None:
 
 
 def substitute_layer_bytes(geometry: ModelGeometry, settings: SubstituteSettings) -> int:
-    """Bytes of one layer's substitute in memory. Two-bit codes are in the four-bit kernel's layout."""
+    """Bytes of the largest layer's substitute in memory. Two-bit codes are in the four-bit kernel's layout."""
     total = 0
-    shapes = geometry.layer_shapes()
-    for name in LAYER_MATRICES:
+    shapes = geometry.layer_shapes(geometry.largest_layer)
+    for name in matrices_of(shapes):
         elements, group_size = math.prod(shapes[name]), group_size_for(shapes[name])
         if group_size is None:
             total += elements * geometry.element_bytes

@@ -1,0 +1,481 @@
+"""The families that run, as rows of a table, and the wrappers around their text models.
+
+A row names the configuration's class and gives three rules: what a layer computes, which kinds of layers there are,
+and how rotary positions read. ARCHITECTURE.md says how to add one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any, Final
+
+from subspec_cli.checkpoint.config_fields import number, read_fields, shown
+from subspec_cli.checkpoint.layer_description import (
+    ALL_NORMS,
+    OUTPUT_NORMS,
+    Activation,
+    Arithmetic,
+    AttentionShape,
+)
+from subspec_cli.checkpoint.layer_kinds import (
+    FULL,
+    SLIDING,
+    SLIDING_ROPE,
+    Fields,
+    Layers,
+    LayerSource,
+    NamedLayer,
+    by_kind,
+    every,
+    with_one_window,
+    without_windows,
+)
+from subspec_cli.checkpoint.rope_rule import RopeRule
+from subspec_cli.checkpoint.tensor_names import (
+    FOUR_NORMS,
+    FUSED_GATE_UP,
+    FUSED_QKV,
+    PLAIN_NAMES,
+    POST_NORMS,
+    StoredNames,
+)
+from subspec_cli.errors import UnsupportedModelError
+from subspec_cli.units import printable
+
+_ACTIVATIONS: Final[Mapping[str, Activation]] = MappingProxyType(
+    {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+)
+
+
+_PLAIN_ROPE: Final = RopeRule()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """A family of models: one row of the table."""
+
+    model_type: str
+    """As config.json names it; also the key of its fields."""
+    architecture: str
+    arithmetic: Callable[[Fields], Arithmetic]
+    """What a layer computes, from the fields."""
+    layers: Layers = without_windows
+    rope: RopeRule = _PLAIN_ROPE
+    names: StoredNames = PLAIN_NAMES
+    eps_field: str = "rms_norm_eps"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wrapper:
+    """A larger model whose text part runs; its other parts are neither fetched nor read, where files allow it."""
+
+    model_type: str
+    architecture: str
+    texts: tuple[str, ...]
+    """Families that the text part may have; the first is the default."""
+    names: StoredNames
+    is_tied: bool
+    """Default of `tie_word_embeddings` beside `text_config`."""
+    changes: Callable[[Arithmetic], Arithmetic] = lambda arithmetic: arithmetic
+    """What the wrapper computes otherwise than the text model by itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConfiguredModel:
+    """A model whose family and fields are read."""
+
+    architecture: str
+    family: Family
+    names: StoredNames
+    config: Mapping[str, Any]
+    """The text part's table of config.json; the whole of it without a wrapper."""
+    fields: Mapping[str, Any]
+    """Its fields, with the defaults of those that are missing."""
+    is_tied: bool
+    """Whether head and embedding are one table if the weights do not say otherwise."""
+
+
+def plain(fields: Fields, **changes: Any) -> Arithmetic:  # noqa: ANN401 - fields of `Arithmetic`
+    """What most families compute, with the changes of one. Raises UnsupportedModelError for a wrong field."""
+    head_dim = fields.get("head_dim")
+    if head_dim is None:
+        head_dim = fields["hidden_size"] // fields["num_attention_heads"]
+    has_bias = bool(fields.get("attention_bias", False))
+    return Arithmetic(
+        **(
+            {
+                "attention_scale": head_dim**-0.5,
+                "eps": fields.get("rms_norm_eps"),
+                "activation": _activation(fields),
+                "qkv_bias": has_bias,
+                "output_bias": has_bias,
+                "mlp_bias": bool(fields.get("mlp_bias", False)),
+            }
+            | changes
+        )
+    )
+
+
+def _activation(fields: Fields) -> Activation:
+    name = "hidden_act" if "hidden_act" in fields else "hidden_activation"
+    if (named := fields[name]) not in _ACTIVATIONS:
+        known = ", ".join(_ACTIVATIONS)
+        raise UnsupportedModelError(f"{name} {shown(named)} is not supported, only {known}")
+    return _ACTIVATIONS[named]
+
+
+def _llama(fields: Fields) -> Arithmetic:
+    hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
+    if heads > 0 and hidden % heads:
+        raise UnsupportedModelError(f"hidden_size {hidden} is no multiple of num_attention_heads {heads}")
+    return plain(fields)
+
+
+def _granite(fields: Fields) -> Arithmetic:
+    return plain(
+        fields,
+        attention_scale=number(fields, "attention_multiplier"),
+        embedding_factor=number(fields, "embedding_multiplier"),
+        residual_factor=number(fields, "residual_multiplier"),
+        logits_divisor=number(fields, "logits_scaling"),
+    )
+
+
+def _gemma(fields: Fields, **changes: Any) -> Arithmetic:  # noqa: ANN401 - fields of `Arithmetic`
+    if fields["use_bidirectional_attention"] not in (None, False, "vision"):
+        raise UnsupportedModelError(
+            "use_bidirectional_attention is not supported: text attends backwards only"
+        )
+    return plain(
+        fields,
+        **(
+            {
+                "norm": "scaled_from_one",
+                "norms": ALL_NORMS,
+                "embedding_factor": fields["hidden_size"] ** 0.5,
+                "rounds_embedding_factor": True,
+                "logits_cap": _cap(fields, "final_logit_softcapping"),
+            }
+            | changes
+        ),
+    )
+
+
+def _gemma_2_or_3(fields: Fields, **changes: Any) -> Arithmetic:  # noqa: ANN401 - fields of `Arithmetic`
+    return _gemma(fields, attention_scale=number(fields, "query_pre_attn_scalar") ** -0.5, **changes)
+
+
+def _cap(fields: Fields, name: str) -> float | None:
+    return None if fields[name] is None else number(fields, name)
+
+
+def _olmo(fields: Fields) -> Arithmetic:
+    return plain(fields, norm="scaled", norms=OUTPUT_NORMS, qk_norm="projection", rotation_rounding="once")
+
+
+def _qwen_kinds(source: LayerSource) -> list[str]:
+    fields = source.fields
+    layers, first = fields["num_hidden_layers"], fields["max_window_layers"]
+    has_window = fields["use_sliding_window"] and fields["sliding_window"] is not None
+    return [SLIDING if has_window and layer >= first else FULL for layer in range(layers)]
+
+
+def _sliding_if_windowed(source: LayerSource) -> list[str]:
+    fields = source.fields
+    return [FULL if fields["sliding_window"] is None else SLIDING] * int(fields["num_hidden_layers"])
+
+
+def _has_rope(fields: Fields, layer: int) -> bool:
+    named = fields["no_rope_layers"]
+    if named is None:
+        interval = fields["no_rope_layer_interval"]
+        if interval < 1:
+            raise UnsupportedModelError(f"config field no_rope_layer_interval is {interval}, not a count")
+        return bool((layer + 1) % interval)
+    if len(named) < fields["num_hidden_layers"]:
+        raise UnsupportedModelError(
+            f"config field no_rope_layers names {len(named)} of {fields['num_hidden_layers']} layers"
+        )
+    return bool(named[layer])
+
+
+def _smollm3_kinds(source: LayerSource) -> list[str]:
+    fields = source.fields
+    has_window = fields["use_sliding_window"] and fields["sliding_window"] is not None
+    return [
+        SLIDING if has_window and not _has_rope(fields, layer) else FULL
+        for layer in range(fields["num_hidden_layers"])
+    ]
+
+
+def _smollm3_layer(shape: AttentionShape, layer: NamedLayer) -> AttentionShape:
+    return shape if _has_rope(layer.fields, layer.number) else replace(shape, rope=None)
+
+
+def _two_ropes(shape: AttentionShape, layer: NamedLayer) -> AttentionShape:
+    return replace(shape, rope=SLIDING_ROPE) if layer.kind == SLIDING else shape
+
+
+def _rope_if_sliding(shape: AttentionShape, layer: NamedLayer) -> AttentionShape:
+    return shape if layer.kind == SLIDING else replace(shape, rope=None)
+
+
+def _exaone4_layer(shape: AttentionShape, layer: NamedLayer) -> AttentionShape:
+    has_rope = layer.kind == SLIDING or layer.fields["sliding_window"] is None
+    return shape if has_rope else replace(shape, rope=None)
+
+
+def _exaone4_kinds(source: LayerSource) -> Sequence[str]:
+    if source.fields["sliding_window"] is None:
+        raise UnsupportedModelError(
+            "config field layer_types is missing, and sliding_window is null: the library fails on this",
+            'add "layer_types": "full_attention" for each layer',
+        )
+    return every(4)(source)
+
+
+_MINISTRAL_TABLE: Final = MappingProxyType(
+    {
+        "type": "yarn",
+        "rope_theta": 1_000_000.0,
+        "factor": 16.0,
+        "original_max_position_embeddings": 16_384,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale_all_dim": 1.0,
+        "mscale": 1.0,
+        "llama_4_scaling_beta": 0.1,
+    }
+)
+_FAMILIES: Final = (
+    Family(model_type="llama", architecture="LlamaForCausalLM", arithmetic=_llama),
+    Family(model_type="mistral", architecture="MistralForCausalLM", arithmetic=plain, layers=with_one_window),
+    Family(
+        model_type="qwen2",
+        architecture="Qwen2ForCausalLM",
+        arithmetic=lambda fields: plain(fields, qkv_bias=True),
+        layers=by_kind(_qwen_kinds),
+    ),
+    Family(
+        model_type="qwen3",
+        architecture="Qwen3ForCausalLM",
+        arithmetic=lambda fields: plain(fields, qk_norm="heads"),
+        layers=by_kind(_qwen_kinds),
+    ),
+    Family(
+        model_type="ministral3",
+        architecture="Ministral3ForCausalLM",
+        arithmetic=plain,
+        layers=with_one_window,
+        rope=RopeRule(has_query_growth=True, default_table=_MINISTRAL_TABLE),
+    ),
+    Family(
+        model_type="ministral",
+        architecture="MinistralForCausalLM",
+        arithmetic=plain,
+        layers=by_kind(_sliding_if_windowed),
+    ),
+    Family(model_type="granite", architecture="GraniteForCausalLM", arithmetic=_granite),
+    Family(
+        model_type="seed_oss",
+        architecture="SeedOssForCausalLM",
+        arithmetic=lambda fields: plain(fields, output_bias=fields["attention_out_bias"]),
+    ),
+    Family(
+        model_type="phi3",
+        architecture="Phi3ForCausalLM",
+        arithmetic=plain,
+        layers=with_one_window,
+        rope=RopeRule(
+            share=1.0, kinds=("default", "longrope"), synonyms={"su": "longrope", "yarn": "longrope"}
+        ),
+        names=replace(PLAIN_NAMES, fused={**FUSED_QKV, **FUSED_GATE_UP}),
+    ),
+    Family(
+        model_type="smollm3",
+        architecture="SmolLM3ForCausalLM",
+        arithmetic=plain,
+        layers=by_kind(_smollm3_kinds, _smollm3_layer),
+        rope=RopeRule(theta=2_000_000.0),
+    ),
+    Family(
+        model_type="olmo2",
+        architecture="Olmo2ForCausalLM",
+        arithmetic=_olmo,
+        names=POST_NORMS,
+    ),
+    Family(
+        model_type="olmo3",
+        architecture="Olmo3ForCausalLM",
+        arithmetic=_olmo,
+        layers=by_kind(every(4, is_named=False), _two_ropes),
+        rope=RopeRule(theta=500_000.0, sliding_theta=500_000.0),
+        names=POST_NORMS,
+    ),
+    Family(
+        model_type="glm4",
+        architecture="Glm4ForCausalLM",
+        arithmetic=lambda fields: plain(fields, norms=ALL_NORMS, output_bias=False, is_interleaved=True),
+        rope=RopeRule(share=0.5),
+        names=replace(
+            PLAIN_NAMES,
+            norms={
+                "attention_input": "input_layernorm",
+                "attention_output": "post_self_attn_layernorm",
+                "mlp_input": "post_attention_layernorm",
+                "mlp_output": "post_mlp_layernorm",
+            },
+            fused=FUSED_GATE_UP,
+        ),
+    ),
+    Family(
+        model_type="gemma2",
+        architecture="Gemma2ForCausalLM",
+        arithmetic=lambda fields: _gemma_2_or_3(fields, score_cap=_cap(fields, "attn_logit_softcapping")),
+        layers=by_kind(every(2, is_named=False)),
+        names=FOUR_NORMS,
+    ),
+    Family(
+        model_type="gemma3_text",
+        architecture="Gemma3ForCausalLM",
+        arithmetic=lambda fields: _gemma_2_or_3(fields, qk_norm="heads"),
+        layers=by_kind(every(6), _two_ropes),
+        rope=RopeRule(theta=1_000_000.0, sliding_theta=10_000.0, sliding_theta_field="rope_local_base_freq"),
+        names=FOUR_NORMS,
+    ),
+    Family(
+        model_type="exaone4",
+        architecture="Exaone4ForCausalLM",
+        arithmetic=lambda fields: plain(fields, norms=OUTPUT_NORMS, qk_norm="heads"),
+        layers=by_kind(_exaone4_kinds, _exaone4_layer),
+        names=POST_NORMS,
+    ),
+    Family(
+        model_type="cohere2",
+        architecture="Cohere2ForCausalLM",
+        arithmetic=lambda fields: plain(
+            fields,
+            norm="layer",
+            norms=("attention_input",),
+            is_parallel=True,
+            eps=fields["layer_norm_eps"],
+            is_interleaved=True,
+            rotation_rounding="once_from_rounded",
+            logits_factor=number(fields, "logit_scale"),
+        ),
+        layers=by_kind(every(4), _rope_if_sliding),
+        eps_field="layer_norm_eps",
+    ),
+    Family(
+        model_type="hunyuan_v1_dense",
+        architecture="HunYuanDenseV1ForCausalLM",
+        arithmetic=lambda fields: plain(fields, qk_norm="rotated_heads"),
+        rope=RopeRule(has_alpha=True),
+        names=replace(
+            PLAIN_NAMES,
+            renamed={
+                "self_attn.q_norm.weight": "self_attn.query_layernorm.weight",
+                "self_attn.k_norm.weight": "self_attn.key_layernorm.weight",
+            },
+        ),
+    ),
+)
+FAMILIES: Final = MappingProxyType({family.model_type: family for family in _FAMILIES})
+_WRAPPERS: Final = (
+    Wrapper(
+        model_type="mistral3",
+        architecture="Mistral3ForConditionalGeneration",
+        texts=("mistral", "ministral3"),
+        names=StoredNames(
+            towers=("language_model.model.", "model.language_model."),
+            heads=("language_model.lm_head.weight", "lm_head.weight"),
+            others=(
+                "vision_tower.",
+                "multi_modal_projector.",
+                "model.vision_tower.",
+                "model.multi_modal_projector.",
+            ),
+        ),
+        is_tied=True,
+    ),
+    Wrapper(
+        model_type="gemma3",
+        architecture="Gemma3ForConditionalGeneration",
+        texts=("gemma3_text",),
+        names=StoredNames(
+            towers=("language_model.model.", "model.language_model."),
+            heads=("language_model.lm_head.weight", "lm_head.weight"),
+            others=(
+                "vision_tower.",
+                "multi_modal_projector.",
+                "model.vision_tower.",
+                "model.multi_modal_projector.",
+            ),
+        ),
+        is_tied=True,
+        # The library's class has no code for the cap of logits.
+        changes=lambda arithmetic: replace(arithmetic, logits_cap=None),
+    ),
+)
+WRAPPERS: Final = MappingProxyType({wrapper.model_type: wrapper for wrapper in _WRAPPERS})
+SUPPORTED_ARCHITECTURES: Final = tuple(row.architecture for row in (*_FAMILIES, *_WRAPPERS))
+
+
+def configured_model(config: Mapping[str, Any]) -> ConfiguredModel:
+    """Read which family a config.json names, and its fields.
+
+    Raises:
+        UnsupportedModelError: no supported family, two that differ, or a field that is not supported, by its name.
+    """
+    row = _row_of(config)
+    if isinstance(row, Family):
+        for name in ("text_config", "vision_config"):
+            if config.get(name):
+                raise UnsupportedModelError(f"config field {name} is not supported")
+        fields = read_fields(row.model_type, config)
+        return ConfiguredModel(
+            row.architecture, row, row.names, config, fields, fields["tie_word_embeddings"]
+        )
+    text = config.get("text_config")
+    if text is not None and not isinstance(text, dict):
+        raise UnsupportedModelError(f"config field text_config is {shown(text)}, not a table")
+    text = {"model_type": row.texts[0]} | (text or {})
+    if text["model_type"] not in row.texts:
+        raise UnsupportedModelError(
+            f"the text part of a {row.model_type} is {shown(text['model_type'])}, not {' or '.join(row.texts)}"
+        )
+    is_tied = config.get("tie_word_embeddings", row.is_tied)
+    if not isinstance(is_tied, bool):
+        raise UnsupportedModelError(
+            f"config field tie_word_embeddings is {shown(is_tied)}, not true or false"
+        )
+    own = FAMILIES[text["model_type"]]
+    family = replace(own, arithmetic=lambda fields: row.changes(own.arithmetic(fields)))
+    names = replace(own.names, towers=row.names.towers, heads=row.names.heads, others=row.names.others)
+    return ConfiguredModel(row.architecture, family, names, text, read_fields(own.model_type, text), is_tied)
+
+
+def _row_of(config: Mapping[str, Any]) -> Family | Wrapper:
+    """The row that config.json names by `model_type`, which must agree with `architectures`."""
+    model_type, named = config.get("model_type"), config.get("architectures") or []
+    architectures = [printable(str(name))[:80] for name in (named if isinstance(named, list) else [named])]
+    row = (FAMILIES.get(model_type) or WRAPPERS.get(model_type)) if isinstance(model_type, str) else None
+    if row is not None and all(name == row.architecture for name in architectures):
+        return row
+    shown_names = ", ".join(architectures)
+    if row is not None and set(architectures) & set(SUPPORTED_ARCHITECTURES):
+        raise UnsupportedModelError(
+            f"config.json names two families: model_type {row.model_type} and architectures {shown_names}",
+            f'if the weights are those of a {row.model_type}, set "architectures": ["{row.architecture}"]',
+        )
+    if model_type is None and set(architectures) <= set(SUPPORTED_ARCHITECTURES):
+        types = ", ".join((*FAMILIES, *WRAPPERS))
+        raise UnsupportedModelError("config.json names no model_type", f'add "model_type": one of {types}')
+    kind = "mixture-of-experts model " if any("expert" in key for key in config) else ""
+    what = shown_names or f"model_type {printable(str(model_type))[:80]}"
+    raise UnsupportedModelError(
+        f"{kind}{what} is not supported" + (f" under model_type {row.model_type}" if row else ""),
+        "supported are dense models: " + ", ".join(SUPPORTED_ARCHITECTURES),
+    )

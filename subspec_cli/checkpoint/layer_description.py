@@ -1,0 +1,102 @@
+"""What a decoder layer computes, as data: the target's and the draft's arithmetic read this, and no family's name.
+
+`families` makes it from a configuration. Roundings are those of the library: a value is rounded to the model's type
+where its description says so, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+NormKind = Literal["rounded_then_scaled", "scaled", "scaled_from_one", "powered", "layer"]
+"""How a norm rounds and scales; all statistics are float32.
+
+rounded_then_scaled: normalized, rounded, times the weight, rounded again. scaled: times the weight in float32,
+rounded once. scaled_from_one: as scaled, by 1 + weight. powered: as scaled, by the power -1/2 in place of the inverse
+root. layer: as scaled, after the mean is subtracted (LayerNorm), with a bias if the layer has one.
+"""
+NormPlace = Literal["attention_input", "attention_output", "mlp_input", "mlp_output"]
+QKNorm = Literal["heads", "projection", "rotated_heads"]
+"""Norms of queries and keys: of each head before rotary positions, of the whole projection before them, or of each
+head after them."""
+Activation = Literal["silu", "gelu_tanh"]
+RotationRounding = Literal["each_step", "once", "once_from_rounded"]
+"""each_step: tables, both products and their sum are rounded. once: all in float32. once_from_rounded: tables are
+rounded, the rest is in float32."""
+
+INPUT_NORMS: Final[tuple[NormPlace, ...]] = ("attention_input", "mlp_input")
+OUTPUT_NORMS: Final[tuple[NormPlace, ...]] = ("attention_output", "mlp_output")
+ALL_NORMS: Final[tuple[NormPlace, ...]] = (*INPUT_NORMS, *OUTPUT_NORMS)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """The attention of one layer."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    window: int | None = None
+    """Sliding window in positions; None attends to all positions."""
+    rope: int | None = 0
+    """Number of the model's rotary table; None: no rotary positions."""
+    value_is_key: bool = False
+    """Whether the value is the raw key projection, so that the layer has no matrix for values."""
+
+    @property
+    def group(self) -> int:
+        """Query heads per key and value head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def query_width(self) -> int:
+        """Features of all queries."""
+        return self.heads * self.head_dim
+
+    @property
+    def key_width(self) -> int:
+        """Features of all keys."""
+        return self.kv_heads * self.head_dim
+
+    @property
+    def projected_width(self) -> int:
+        """Features of queries, keys and values together."""
+        return self.query_width + self.key_width * (1 if self.value_is_key else 2)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arithmetic:
+    """What all layers of a model, its embedding and its head have in common."""
+
+    attention_scale: float
+    """Factor of the scores."""
+    eps: float
+    """Added to the variance in norms."""
+    norm: NormKind = "rounded_then_scaled"
+    norms: tuple[NormPlace, ...] = INPUT_NORMS
+    is_parallel: bool = False
+    """Whether the feed-forward has the input of attention; its output is added after that of attention."""
+    qk_norm: QKNorm | None = None
+    normalizes_values: bool = False
+    """Whether each value head is normalized, without a weight."""
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    norm_bias: bool = False
+    activation: Activation = "silu"
+    is_interleaved: bool = False
+    """Whether rotary positions turn the pair (2i, 2i + 1) in place of (i, i + d/2)."""
+    rotation_rounding: RotationRounding = "each_step"
+    score_cap: float | None = None
+    """Scores become cap * tanh(score / cap)."""
+    embedding_factor: float = 1.0
+    rounds_embedding_factor: bool = False
+    """Whether the factor is rounded to the model's type first."""
+    residual_factor: float = 1.0
+    """Factor of what attention and feed-forward add to the hidden states."""
+    has_layer_factor: bool = False
+    """Whether each layer has a tensor of one element, a factor of its output."""
+    logits_factor: float = 1.0
+    logits_divisor: float = 1.0
+    logits_cap: float | None = None

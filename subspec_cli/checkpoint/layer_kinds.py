@@ -1,0 +1,150 @@
+"""The kinds of layers that a configuration names: windows, and which layers have rotary positions.
+
+A model either has one kind of layer or names each layer's kind in `layer_types`; what is missing follows the rule of
+the family's configuration class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from subspec_cli.checkpoint.config_fields import count, shown
+from subspec_cli.checkpoint.layer_description import AttentionShape
+from subspec_cli.errors import UnsupportedModelError
+
+FULL: Final = "full_attention"
+SLIDING: Final = "sliding_attention"
+LAYER_KINDS: Final = (SLIDING, FULL)
+FULL_ROPE: Final = 0
+"""Rotary table of layers with full attention, and of all layers if there is one table."""
+SLIDING_ROPE: Final = 1
+"""Rotary table of layers with a window, in families that have two."""
+
+Fields = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSource:
+    """What the layers of a model are made from."""
+
+    model_type: str
+    config: Fields
+    """config.json, or the text part's table of it."""
+    fields: Fields
+    """The family's fields, with the defaults of those that are missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class NamedLayer:
+    """One layer, as `layer_types` names it."""
+
+    kind: str
+    number: int
+    fields: Fields
+
+
+Layers = Callable[[LayerSource], tuple[AttentionShape, ...]]
+"""Makes the attention of each layer. Raises UnsupportedModelError."""
+Kinds = Callable[[LayerSource], Sequence[str]]
+"""Names the kind of each layer where config.json does not."""
+Refine = Callable[[AttentionShape, NamedLayer], AttentionShape]
+"""Changes the attention of one layer."""
+
+
+def without_windows(source: LayerSource) -> tuple[AttentionShape, ...]:
+    """All layers attend to all positions."""
+    config, fields = source.config, source.fields
+    if config.get("sliding_window") is not None:
+        raise UnsupportedModelError(
+            f"a {source.model_type} has no sliding_window, config.json sets {shown(config['sliding_window'])}",
+            'remove the field, or name the family that has it, such as "model_type": "mistral"',
+        )
+    layers = _layer_count(fields)
+    _check_kinds(config.get("layer_types"), layers, (FULL,))
+    return (attention_shape(fields, config),) * layers
+
+
+def with_one_window(source: LayerSource) -> tuple[AttentionShape, ...]:
+    """All layers have the same window, or none has one."""
+    config, fields = source.config, source.fields
+    layers, window = _layer_count(fields), _window(fields)
+    _check_kinds(config.get("layer_types"), layers, (SLIDING,) if window is not None else (FULL,))
+    return (replace(attention_shape(fields, config), window=window),) * layers
+
+
+def by_kind(default: Kinds, refine: Refine = lambda shape, _: shape) -> Layers:
+    """Each layer has a kind, which `default` gives where none are named."""
+
+    def layers_of(source: LayerSource) -> tuple[AttentionShape, ...]:
+        fields, window = source.fields, _window(source.fields)
+        kinds = fields["layer_types"]
+        if kinds is None:
+            kinds = default(source)
+        _check_kinds(kinds, _layer_count(fields), LAYER_KINDS if window is not None else (FULL,))
+        shape = attention_shape(fields, source.config)
+        return tuple(
+            refine(
+                replace(shape, window=window if kind == SLIDING else None), NamedLayer(kind, number, fields)
+            )
+            for number, kind in enumerate(kinds)
+        )
+
+    return layers_of
+
+
+def every(pattern: int, *, is_named: bool = True) -> Kinds:
+    """Of so many layers the last has full attention; a `sliding_window_pattern` that is named is another number."""
+
+    def kinds_of(source: LayerSource) -> Sequence[str]:
+        number = source.config.get("sliding_window_pattern", pattern) if is_named else pattern
+        if type(number) is not int or number < 1:
+            raise UnsupportedModelError(
+                f"config field sliding_window_pattern is {shown(number)}, not a count of at least 1"
+            )
+        return [SLIDING if (layer + 1) % number else FULL for layer in range(_layer_count(source.fields))]
+
+    return kinds_of
+
+
+def attention_shape(fields: Fields, config: Fields) -> AttentionShape:
+    """The attention that layers of full attention have. Raises UnsupportedModelError."""
+    heads = count(fields, "num_attention_heads")
+    kv_heads = heads if fields["num_key_value_heads"] is None else count(fields, "num_key_value_heads")
+    if heads % kv_heads:
+        raise UnsupportedModelError(
+            f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
+        )
+    return AttentionShape(heads, kv_heads, _head_dim(config, fields))
+
+
+def _head_dim(config: Fields, fields: Fields) -> int:
+    # Some families' code in the library reads a head_dim that their configuration class does not have.
+    if "head_dim" not in fields and config.get("head_dim", 0) is None:
+        raise UnsupportedModelError("config field head_dim is null", "remove the field")
+    given = {"head_dim": fields.get("head_dim", config.get("head_dim"))}
+    derived = fields["hidden_size"] // fields["num_attention_heads"]
+    size = derived if given["head_dim"] is None else count(given, "head_dim", most=1 << 14)
+    if size < 2 or size % 2:
+        raise UnsupportedModelError(f"heads of size {size} are not supported: rotary positions turn pairs")
+    return size
+
+
+def _layer_count(fields: Fields) -> int:
+    return count(fields, "num_hidden_layers", most=10_000)
+
+
+def _window(fields: Fields) -> int | None:
+    if not fields.get("use_sliding_window", True) or fields["sliding_window"] is None:
+        return None
+    return count(fields, "sliding_window")
+
+
+def _check_kinds(kinds: object, layers: int, possible: tuple[str, ...]) -> None:
+    if kinds is None:
+        return
+    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in possible for kind in kinds):
+        raise UnsupportedModelError(
+            f"config field layer_types is {shown(kinds)}, not {layers} times {' or '.join(possible)}"
+        )
