@@ -8,7 +8,7 @@ without them.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from types import MappingProxyType
@@ -100,8 +100,10 @@ REFUSED_FIELDS: Final = (
 """Fields that would change what a model computes if they had a value. A family that has one reads it itself."""
 
 
-def read_fields(model_type: str, config: Mapping[str, Any]) -> dict[str, Any]:
+def read_fields(model_type: str, config: Mapping[str, Any], own: Collection[str] = ()) -> dict[str, Any]:
     """The values of a family's fields, with the defaults of those that are missing.
+
+    `own` are fields that the family reads itself and that others may not set.
 
     Raises:
         UnsupportedModelError: a field of another type, or one that no supported family has.
@@ -121,7 +123,7 @@ def read_fields(model_type: str, config: Mapping[str, Any]) -> dict[str, Any]:
             f"correct config.json: one of {', '.join(_TYPE_NAMES)}",
         )
     for name in REFUSED_FIELDS:
-        if config.get(name) and name not in fields:
+        if config.get(name) and name not in fields and name not in own:
             raise UnsupportedModelError(f"config field {name} is not supported")
     return {name: config.get(name, field.default) for name, field in fields.items()}
 

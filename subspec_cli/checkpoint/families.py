@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Final
 
-from subspec_cli.checkpoint.config_fields import number, read_fields, shown
+from subspec_cli.checkpoint.config_fields import count, number, read_fields, shown
 from subspec_cli.checkpoint.layer_description import (
     ALL_NORMS,
     OUTPUT_NORMS,
@@ -21,6 +21,7 @@ from subspec_cli.checkpoint.layer_description import (
 )
 from subspec_cli.checkpoint.layer_kinds import (
     FULL,
+    FULL_ROPE,
     SLIDING,
     SLIDING_ROPE,
     Fields,
@@ -32,6 +33,7 @@ from subspec_cli.checkpoint.layer_kinds import (
     with_one_window,
     without_windows,
 )
+from subspec_cli.checkpoint.layer_tensors import LAYER_FACTOR
 from subspec_cli.checkpoint.rope_rule import RopeRule
 from subspec_cli.checkpoint.tensor_names import (
     FOUR_NORMS,
@@ -65,6 +67,8 @@ class Family:
     rope: RopeRule = _PLAIN_ROPE
     names: StoredNames = PLAIN_NAMES
     eps_field: str = "rms_norm_eps"
+    own_fields: tuple[str, ...] = ()
+    """Fields beside those of the class that its rules read, and that other families may not set."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,6 +171,64 @@ def _gemma_2_or_3(fields: Fields, **changes: Any) -> Arithmetic:  # noqa: ANN401
     return _gemma(fields, attention_scale=number(fields, "query_pre_attn_scalar") ** -0.5, **changes)
 
 
+def _gemma4(fields: Fields) -> Arithmetic:
+    refused = (
+        "hidden_size_per_layer_input",
+        "num_kv_shared_layers",
+        "enable_moe_block",
+        "use_double_wide_mlp",
+    )
+    for name in refused:
+        if fields.get(name):
+            raise UnsupportedModelError(
+                f"config field {name} is {shown(fields[name])}, which is not supported"
+            )
+    return _gemma(
+        fields,
+        norm="powered",
+        attention_scale=1.0,
+        qk_norm="heads",
+        normalizes_values=True,
+        has_layer_factor=True,
+    )
+
+
+def _gemma4_layer(shape: AttentionShape, layer: NamedLayer) -> AttentionShape:
+    is_full, value_is_key = layer.kind == FULL, layer.fields["attention_k_eq_v"]
+    own = {"head_dim": shape.head_dim, "num_key_value_heads": shape.kv_heads} | _gemma4_sizes(
+        layer, value_is_key
+    )
+    kv_heads = count(own, "num_key_value_heads")
+    if shape.heads % kv_heads:
+        raise UnsupportedModelError(
+            f"{shape.heads} heads are no multiple of {kv_heads} in layer {layer.number}"
+        )
+    return replace(
+        shape,
+        kv_heads=kv_heads,
+        head_dim=count(own, "head_dim", least=2, most=1 << 14),
+        rope=FULL_ROPE if is_full else SLIDING_ROPE,
+        value_is_key=is_full and value_is_key,
+    )
+
+
+def _gemma4_sizes(layer: NamedLayer, value_is_key: bool) -> dict[str, Any]:
+    """Sizes of a layer's own: from `per_layer_config`, else those of layers with full attention."""
+    if (by_layer := layer.config.get("per_layer_config")) is not None:
+        own = by_layer.get(str(layer.number), {}) if isinstance(by_layer, dict) else None
+        if not isinstance(own, dict) or not own.keys() <= {"head_dim", "num_key_value_heads"}:
+            raise UnsupportedModelError(
+                f"config field per_layer_config sets {shown(own)} for layer {layer.number}, only head_dim and "
+                "num_key_value_heads are supported"
+            )
+        return own
+    if layer.kind != FULL:
+        return {}
+    kv_heads = layer.config.get("num_global_key_value_heads")
+    sizes = {"head_dim": layer.config.get("global_head_dim", 512)}
+    return sizes if kv_heads is None or not value_is_key else sizes | {"num_key_value_heads": kv_heads}
+
+
 def _cap(fields: Fields, name: str) -> float | None:
     return None if fields[name] is None else number(fields, name)
 
@@ -248,6 +310,23 @@ _MINISTRAL_TABLE: Final = MappingProxyType(
         "mscale": 1.0,
         "llama_4_scaling_beta": 0.1,
     }
+)
+_GEMMA4_ROPE: Final = RopeRule(
+    kinds=("default", "proportional"),
+    sliding_theta=10_000.0,
+    default_table={
+        FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
+        SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
+    },
+    fills_tables=False,
+    share=1.0,
+)
+_GEMMA4_NAMES: Final = replace(FOUR_NORMS, renamed={LAYER_FACTOR: "layer_scalar"})
+_VISION: Final = (
+    "vision_tower.",
+    "multi_modal_projector.",
+    "model.vision_tower.",
+    "model.multi_modal_projector.",
 )
 _FAMILIES: Final = (
     Family(model_type="llama", architecture="LlamaForCausalLM", arithmetic=_llama),
@@ -346,6 +425,24 @@ _FAMILIES: Final = (
         names=FOUR_NORMS,
     ),
     Family(
+        model_type="gemma4_text",
+        architecture="Gemma4ForCausalLM",
+        arithmetic=_gemma4,
+        layers=by_kind(every(6, is_named=False), _gemma4_layer, last=FULL),
+        rope=_GEMMA4_ROPE,
+        names=_GEMMA4_NAMES,
+        own_fields=("per_layer_config",),
+    ),
+    Family(
+        model_type="gemma4_unified_text",
+        architecture="Gemma4UnifiedForCausalLM",
+        arithmetic=_gemma4,
+        layers=by_kind(every(6, is_named=False), _gemma4_layer, last=FULL),
+        rope=_GEMMA4_ROPE,
+        names=_GEMMA4_NAMES,
+        own_fields=("per_layer_config",),
+    ),
+    Family(
         model_type="exaone4",
         architecture="Exaone4ForCausalLM",
         arithmetic=lambda fields: plain(fields, norms=OUTPUT_NORMS, qk_norm="heads"),
@@ -383,6 +480,13 @@ _FAMILIES: Final = (
     ),
 )
 FAMILIES: Final = MappingProxyType({family.model_type: family for family in _FAMILIES})
+_GEMMA4_WRAPPER_NAMES: Final = StoredNames(
+    towers=("model.language_model.",),
+    others=tuple(
+        f"model.{part}."
+        for part in ("vision_tower", "embed_vision", "vision_embedder", "audio_tower", "embed_audio")
+    ),
+)
 _WRAPPERS: Final = (
     Wrapper(
         model_type="mistral3",
@@ -391,12 +495,7 @@ _WRAPPERS: Final = (
         names=StoredNames(
             towers=("language_model.model.", "model.language_model."),
             heads=("language_model.lm_head.weight", "lm_head.weight"),
-            others=(
-                "vision_tower.",
-                "multi_modal_projector.",
-                "model.vision_tower.",
-                "model.multi_modal_projector.",
-            ),
+            others=_VISION,
         ),
         is_tied=True,
     ),
@@ -407,16 +506,25 @@ _WRAPPERS: Final = (
         names=StoredNames(
             towers=("language_model.model.", "model.language_model."),
             heads=("language_model.lm_head.weight", "lm_head.weight"),
-            others=(
-                "vision_tower.",
-                "multi_modal_projector.",
-                "model.vision_tower.",
-                "model.multi_modal_projector.",
-            ),
+            others=_VISION,
         ),
         is_tied=True,
         # The library's class has no code for the cap of logits.
         changes=lambda arithmetic: replace(arithmetic, logits_cap=None),
+    ),
+    Wrapper(
+        model_type="gemma4",
+        architecture="Gemma4ForConditionalGeneration",
+        texts=("gemma4_text",),
+        names=_GEMMA4_WRAPPER_NAMES,
+        is_tied=True,
+    ),
+    Wrapper(
+        model_type="gemma4_unified",
+        architecture="Gemma4UnifiedForConditionalGeneration",
+        texts=("gemma4_unified_text",),
+        names=_GEMMA4_WRAPPER_NAMES,
+        is_tied=True,
     ),
 )
 WRAPPERS: Final = MappingProxyType({wrapper.model_type: wrapper for wrapper in _WRAPPERS})
@@ -434,7 +542,7 @@ def configured_model(config: Mapping[str, Any]) -> ConfiguredModel:
         for name in ("text_config", "vision_config"):
             if config.get(name):
                 raise UnsupportedModelError(f"config field {name} is not supported")
-        fields = read_fields(row.model_type, config)
+        fields = read_fields(row.model_type, config, row.own_fields)
         return ConfiguredModel(
             row.architecture, row, row.names, config, fields, fields["tie_word_embeddings"]
         )
@@ -454,7 +562,9 @@ def configured_model(config: Mapping[str, Any]) -> ConfiguredModel:
     own = FAMILIES[text["model_type"]]
     family = replace(own, arithmetic=lambda fields: row.changes(own.arithmetic(fields)))
     names = replace(own.names, towers=row.names.towers, heads=row.names.heads, others=row.names.others)
-    return ConfiguredModel(row.architecture, family, names, text, read_fields(own.model_type, text), is_tied)
+    return ConfiguredModel(
+        row.architecture, family, names, text, read_fields(own.model_type, text, own.own_fields), is_tied
+    )
 
 
 def _row_of(config: Mapping[str, Any]) -> Family | Wrapper:

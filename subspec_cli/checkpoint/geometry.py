@@ -87,27 +87,33 @@ class ModelGeometry:
 
     @cached_property
     def block_bytes(self) -> dict[str, int]:
-        """Matrix bytes of each block of the largest layer."""
-        return self._block_bytes(self.layer_shapes(self.largest_layer))
+        """Most matrix bytes of each block of a layer."""
+        found = [self._block_bytes(self.layer_shapes(layer)) for layer in self.representatives]
+        return {block: max(blocks[block] for blocks in found) for block in LAYER_BLOCKS}
 
     @cached_property
     def largest_layer(self) -> int:
         """A layer whose matrices take the most bytes."""
-        return max(
-            self.representatives, key=lambda layer: sum(self._block_bytes(self.layer_shapes(layer)).values())
-        )
+        return max(self.representatives, key=lambda layer: self.layer_bytes[layer])
 
     @cached_property
+    def layer_bytes(self) -> tuple[int, ...]:
+        """Bytes of the matrices of each layer."""
+        sizes = {
+            self.attention[layer]: sum(self._block_bytes(self.layer_shapes(layer)).values())
+            for layer in self.representatives
+        }
+        return tuple(sizes[shape] for shape in self.attention)
+
+    @property
     def matrix_bytes(self) -> int:
         """Bytes of the matrices of all layers."""
-        kinds = {shape: self.attention.index(shape) for shape in dict.fromkeys(self.attention)}
-        sizes = {shape: sum(self._block_bytes(self.layer_shapes(n)).values()) for shape, n in kinds.items()}
-        return sum(sizes[shape] for shape in self.attention)
+        return sum(self.layer_bytes)
 
     @property
     def layer_matrix_bytes(self) -> int:
         """Bytes of the matrices of the largest layer, which are streamed or resident."""
-        return sum(self.block_bytes.values())
+        return max(self.layer_bytes)
 
     @cached_property
     def small_bytes(self) -> int:

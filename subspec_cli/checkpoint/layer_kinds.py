@@ -42,6 +42,7 @@ class NamedLayer:
 
     kind: str
     number: int
+    config: Fields
     fields: Fields
 
 
@@ -74,8 +75,8 @@ def with_one_window(source: LayerSource) -> tuple[AttentionShape, ...]:
     return (replace(attention_shape(fields, config), window=window),) * layers
 
 
-def by_kind(default: Kinds, refine: Refine = lambda shape, _: shape) -> Layers:
-    """Each layer has a kind, which `default` gives where none are named."""
+def by_kind(default: Kinds, refine: Refine = lambda shape, _: shape, *, last: str | None = None) -> Layers:
+    """Each layer has a kind, which `default` gives where none are named; `last` is that of the last layer always."""
 
     def layers_of(source: LayerSource) -> tuple[AttentionShape, ...]:
         fields, window = source.fields, _window(source.fields)
@@ -83,10 +84,13 @@ def by_kind(default: Kinds, refine: Refine = lambda shape, _: shape) -> Layers:
         if kinds is None:
             kinds = default(source)
         _check_kinds(kinds, _layer_count(fields), LAYER_KINDS if window is not None else (FULL,))
+        if last is not None:
+            kinds = [*kinds[:-1], last]
         shape = attention_shape(fields, source.config)
         return tuple(
             refine(
-                replace(shape, window=window if kind == SLIDING else None), NamedLayer(kind, number, fields)
+                replace(shape, window=window if kind == SLIDING else None),
+                NamedLayer(kind, number, source.config, fields),
             )
             for number, kind in enumerate(kinds)
         )

@@ -24,7 +24,9 @@ class RopeRule:
     sliding_theta_field: str = ""
     """Field beside the tables that sets it."""
     default_table: Mapping[str, Any] = field(default_factory=dict)
-    """What is read if config.json has no table."""
+    """What is read if config.json has no table, or no tables."""
+    fills_tables: bool = True
+    """Whether fields beside the tables fill them."""
     has_query_growth: bool = False
     """Whether the table names `llama_4_scaling_beta`."""
     has_alpha: bool = False

@@ -24,6 +24,7 @@ _ORIGINAL: Final = "original_max_position_embeddings"
 _REQUIRED: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
     {
         "default": (),
+        "proportional": (),
         "linear": ("factor",),
         "yarn": ("factor",),
         "longrope": ("short_factor", "long_factor"),
@@ -34,6 +35,7 @@ _REQUIRED: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
 _NULLABLE: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
     {
         "default": (),
+        "proportional": ("factor",),
         "linear": (),
         "yarn": ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
         "longrope": ("factor", "attention_factor"),
@@ -44,6 +46,7 @@ _NULLABLE: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
 _POSITIVE: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
     {
         "default": (),
+        "proportional": ("factor",),
         "linear": ("factor",),
         "yarn": _NULLABLE["yarn"],
         "longrope": _NULLABLE["longrope"],
@@ -81,6 +84,8 @@ class RopeSettings:
     @property
     def turned(self) -> int:
         """Features of each head that are turned."""
+        if self.kind == "proportional":  # frequencies of zero turn the rest by nothing
+            return self.head_dim
         share: float = self.parameters.get("partial_rotary_factor", 1.0)
         return int(self.head_dim * share)
 
@@ -99,8 +104,12 @@ def read_ropes(model: ConfiguredModel, geometry: ModelGeometry) -> tuple[RopeSet
 
 def _head_dim(geometry: ModelGeometry, number: int) -> int:
     """The size of the heads that a table turns; a table that no layer uses may have any."""
-    sizes = [shape.head_dim for shape in geometry.attention if shape.rope == number]
-    return sizes[0] if sizes else geometry.attention[0].head_dim
+    sizes = {shape.head_dim for shape in geometry.attention if shape.rope == number}
+    if len(sizes) > 1:
+        raise UnsupportedModelError(
+            f"layers of one kind have heads of {' and '.join(map(str, sizes))} features"
+        )
+    return sizes.pop() if sizes else geometry.attention[0].head_dim
 
 
 def _settings(
@@ -120,6 +129,8 @@ def _settings(
             f"rotary positions of type {printable(str(kind))[:80]} are not run",
             "supported types: " + ", ".join(rule.kinds),
         )
+    if kind == "default" and not rule.fills_tables:
+        parameters.pop("partial_rotary_factor", None)  # the library reads it in the other types only
     if kind in _STRETCHED:
         beside = {**model.config, **{k: v for k, v in model.fields.items() if k == _ORIGINAL}}
         if _ORIGINAL in beside:
@@ -158,6 +169,9 @@ def _two_tables(rule: RopeRule, config: Mapping[str, Any]) -> list[dict[str, Any
             f"rope_parameters names {shown(', '.join(loose))} beside its kinds of layers",
             f'write one table for each: "rope_parameters": {{"{FULL}": {{...}}, "{SLIDING}": {{...}}}}',
         )
+    if not rule.fills_tables:
+        found = given or dict(rule.default_table)
+        return [_given_table(found, FULL), _given_table(found, SLIDING)]
     full = _given_table(given, FULL) | scaling
     sliding = _given_table(given, SLIDING)
     return [
@@ -208,7 +222,7 @@ def _query_growth(kind: str, parameters: Mapping[str, Any]) -> QueryGrowth:
 
 
 def _check_numbers(kind: str, parameters: Mapping[str, Any], turned: int) -> None:
-    missing = [name for name in _REQUIRED[kind] if name not in parameters]
+    missing = [name for name in ("rope_theta", *_REQUIRED[kind]) if name not in parameters]
     if missing:
         raise UnsupportedModelError(f"rotary positions of type {kind} lack {', '.join(missing)}")
     for name in ("rope_theta", *_POSITIVE[kind]):

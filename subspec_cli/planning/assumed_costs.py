@@ -104,7 +104,8 @@ def assumed_costs(
     profile = device_profile(device)
     rates = _RATES[profile.kind]
     link = rates.link if link_gb_per_s is None else link_gb_per_s * 1e9
-    substitute_bytes = substitute_layer_bytes(geometry, settings or SubstituteSettings(4, "minmax"))
+    sizes = substitute_layer_bytes(geometry, settings or SubstituteSettings(4, "minmax"))
+    substitute_bytes = sizes[geometry.largest_layer]
     shapes = geometry.layer_shapes(geometry.largest_layer)
     layer_weights = sum(math.prod(shapes[name]) for name in matrices_of(shapes))
     head_weights = geometry.vocab * geometry.hidden

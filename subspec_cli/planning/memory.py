@@ -22,6 +22,7 @@ from subspec_cli.limits import (
 )
 from subspec_cli.planning.assumed_costs import low_bit_table_bytes
 from subspec_cli.planning.device_profile import EmbeddingPlace
+from subspec_cli.planning.layer_sizes import LayerSizes
 from subspec_cli.planning.library_memory import shared_layer_kernels, target_kernels, tokenizer_bytes
 from subspec_cli.planning.request import PlanRequest
 from subspec_cli.units import MIB, counted, format_bytes
@@ -101,11 +102,14 @@ class MemoryModel:
         self._request = request
         self._geometry = geometry
         self.layers = geometry.layers
-        self.layer_bytes = geometry.layer_matrix_bytes
+        self._sizes = LayerSizes(geometry.layer_bytes)
+        self.layer_bytes = self._sizes.largest
+        """Bytes of the largest layer."""
+        self.mean_layer_bytes = self._sizes.mean
         holds_layer = self._profile.slot_unit == "layer"
         unit_bytes = self.layer_bytes if holds_layer else max(geometry.block_bytes.values())
         self.slot_bytes = unit_bytes + self._profile.slot_pages * _PAGE_BYTES
-        self.mean_slot_bytes = self.layer_bytes // (1 if holds_layer else len(LAYER_BLOCKS))
+        self.mean_slot_bytes = self.mean_layer_bytes // (1 if holds_layer else len(LAYER_BLOCKS))
         """Weights that a slot holds on average: blocks differ in size."""
         self._work_row_bytes = _work_row_bytes(geometry)
         """Work space for one row of context."""
@@ -151,8 +155,8 @@ class MemoryModel:
         substitutes = self.substitutes(layout)
         return (
             self._fixed_bytes
-            + layout.resident * self.layer_bytes
-            + substitutes * (self._request.substitute_bytes or 0)
+            + self._sizes.most(layout.resident)
+            + self._substitute_bytes(substitutes)
             + layout.slots * self.slot_bytes
             + (self._low_bit_head_bytes if layout.draft_head_bits == 4 else 0)
             + self._draft_kernel_bytes(layout)
@@ -194,13 +198,13 @@ class MemoryModel:
         geometry, profile, substitutes = self._geometry, self._profile, self.substitutes(layout)
         rows = _whole_blocks(context) + self._scratch_rows
         tables = 2 if layout.embedding == "device" else 1
-        substitute_bytes = substitutes * (self._request.substitute_bytes or 0)
+        substitute_bytes = self._substitute_bytes(substitutes)
         found = (
             PlanLine("head" if layout.embedding in ("host", "disk") else "embedding and head",
                      tables * geometry.table_bytes, _table_note(layout)),
             PlanLine("draft head", self._low_bit_head_bytes if layout.draft_head_bits == 4 else 0, "4-bit copy"),
             PlanLine("norms and biases", self._small_bytes),
-            PlanLine("resident layers", layout.resident * self.layer_bytes, self._resident_note(layout)),
+            PlanLine("resident layers", self._sizes.most(layout.resident), self._resident_note(layout)),
             PlanLine("substitutes", substitute_bytes, f"{substitutes} x {self._request.substitute_bits} bit"),
             PlanLine("stream slots", layout.slots * self.slot_bytes,
                      f"{layout.slots} x {format_bytes(self.slot_bytes)}"),
@@ -246,7 +250,7 @@ class MemoryModel:
             PlanLine("tokenizer", self._tokenizer_bytes),
             PlanLine("embedding", self._host_table_bytes(layout)),
             PlanLine("sampling noise", self._host_noise_bytes, f"{NOISE_ROWS} positions"),
-            PlanLine("pinned layers", pinned * self.layer_bytes, f"{pinned} of {streamed} streamed"),
+            PlanLine("pinned layers", self._sizes.most(pinned), f"{pinned} of {streamed} streamed"),
             PlanLine(
                 "pinned ring", ring * self.layer_bytes, f"{counted(streamed - pinned, 'layer')} from disk"
             ),
@@ -263,6 +267,10 @@ class MemoryModel:
 
     def _host_table_bytes(self, layout: MemoryLayout) -> int:
         return self._geometry.table_bytes if layout.embedding == "host" else 0
+
+    def _substitute_bytes(self, count: int) -> int:
+        sizes = self._request.substitute_bytes
+        return 0 if sizes is None else sizes.most(count)
 
     def _resident_note(self, layout: MemoryLayout) -> str:
         note = f"{layout.resident} of {self.layers}"

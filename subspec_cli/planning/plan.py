@@ -16,6 +16,7 @@ from subspec_cli.errors import ResourceError, UsageError
 from subspec_cli.limits import MOST_ROWS
 from subspec_cli.planning.costs import MachineCosts, PlanCosts, weighted_sum
 from subspec_cli.planning.device_profile import DeviceKind, EmbeddingPlace, device_profile
+from subspec_cli.planning.layer_sizes import LayerSizes
 from subspec_cli.planning.memory import HeadBits, PinnedLayers, PlanLine
 from subspec_cli.planning.reason import FasterBits, NoRoomToDraft, PlanReason, plan_reason
 from subspec_cli.planning.request import PlanRequest, usual_contexts
@@ -110,7 +111,7 @@ class OffloadPlan:
         straight = device_profile(self.device).streams_from_disk
         from_disk = 0 if straight else len(self.streamed) - len(self.pinned_layers)
         return PlanCosts(
-            link_s=link_s(machine, geometry.layer_matrix_bytes, len(self.streamed), from_disk),
+            link_s=link_s(machine, LayerSizes(geometry.layer_bytes).mean, len(self.streamed), from_disk),
             compute=pass_compute(machine, geometry),
             step=step_times(machine, geometry, len(self.shared), self.draft_head_bits, self.embedding),
             pass_attention=weighted_sum([(geometry.layers, machine.target_attention)]),
@@ -266,7 +267,7 @@ def _finished(search: LayoutSearch, option: PlanOption) -> OffloadPlan:
         prompt_rows=prompt.rows,
         lines=memory.lines(layout, option.context, prompt),
         host_lines=memory.host_lines(layout),
-        streamed_bytes_per_pass=len(streamed) * memory.layer_bytes,
+        streamed_bytes_per_pass=sum(request.geometry.layer_bytes[layer] for layer in streamed),
         prediction=predict(request, timed.timing, timed.depth),
         reason=plan_reason(search, option),
         fits=memory.whole_model_bytes(layout.embedding, option.context) <= request.budget_bytes,

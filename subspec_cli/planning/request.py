@@ -16,6 +16,7 @@ from subspec_cli.limits import PREFILL_CHUNK, SHADOW_ROWS
 from subspec_cli.planning.assumed_costs import assumed_survival
 from subspec_cli.planning.costs import BASE_CACHED_ROWS, MachineCosts
 from subspec_cli.planning.device_profile import DeviceKind, DeviceProfile, device_profile
+from subspec_cli.planning.layer_sizes import LayerSizes
 from subspec_cli.substitutes.settings import SubstituteSettings, substitute_layer_bytes
 from subspec_cli.units import GIB, counted, format_bytes
 
@@ -57,7 +58,7 @@ class PlanRequest:
     geometry: ModelGeometry
     budget_bytes: int
     device: DeviceKind
-    substitute_bytes: int | None
+    substitute_bytes: LayerSizes | None
     """Bytes of one layer's substitute in memory; None plans plain decoding, which needs none."""
     tokenizer_bytes: int
     """Size of the tokenizer's files; the host memory of a loaded tokenizer is proportional to it."""
@@ -138,7 +139,7 @@ def plan_request(
         geometry=geometry,
         budget_bytes=budget_bytes,
         device=profile.kind,
-        substitute_bytes=substitute_layer_bytes(geometry, settings) if speculates else None,
+        substitute_bytes=LayerSizes(substitute_layer_bytes(geometry, settings)) if speculates else None,
         substitute_bits=settings.bits,
         tokenizer_bytes=tokenizer_bytes,
         context=config.memory.context,

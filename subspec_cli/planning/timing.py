@@ -236,11 +236,11 @@ class RoundTimer:
         draft = self._draft_timing(layout)
         streamed = memory.layers - layout.resident
         from_disk = 0 if request.profile.streams_from_disk else streamed - pinned.layers
-        time_s = link_s(request.costs, memory.layer_bytes, streamed, from_disk)
+        time_s = link_s(request.costs, memory.mean_layer_bytes, streamed, from_disk)
         if layout.slots == self._slot_counts[0]:
             time_s *= _TWO_SLOTS_LOSS
         if pinned.ring_slots:
-            prefetch_s = pinned.ring_slots * memory.layer_bytes / request.costs.disk_bytes_per_s
+            prefetch_s = pinned.ring_slots * memory.mean_layer_bytes / request.costs.disk_bytes_per_s
         else:
             prefetch_s = layout.slots * memory.mean_slot_bytes / request.costs.link_bytes_per_s
         share = min(1.0, (layout.slots - 2) / (draft.wanted_slots - 2)) if request.shadow_rows else 0.0

@@ -19,8 +19,13 @@ from torch import Tensor
 from subspec_cli.checkpoint.checkpoint import Checkpoint
 from subspec_cli.checkpoint.dtypes import torch_dtype
 from subspec_cli.checkpoint.geometry import ModelGeometry
-from subspec_cli.checkpoint.layer_description import AttentionShape
-from subspec_cli.checkpoint.layer_tensors import LAYER_BLOCKS, LAYER_MATRICES, block_entries, matrices_of
+from subspec_cli.checkpoint.layer_tensors import (
+    LAYER_BLOCKS,
+    LAYER_MATRICES,
+    block_entries,
+    matrices_of,
+    spread,
+)
 from subspec_cli.drafting.draft_steps import rank
 from subspec_cli.drafting.graph_capture import CudaGraphs, Run
 from subspec_cli.modeling.decoder import Block, DraftDecoder, DraftHead, DraftLogits, Head, TargetDecoder
@@ -171,12 +176,13 @@ class _Workbench:
         self, prefix: int = BASE_CACHED_ROWS, row_counts: Sequence[int] = _TIMED_PASS_ROWS
     ) -> RowTimes:
         """Time one layer of the target by rows, with `prefix` cached rows."""
-        layers = self._matrices(self._count(self._sizes.layer_matrix_bytes))
-        math = self._math(len(layers), prefix)
+        sizes = self._chosen(self._sizes.layer_matrix_bytes)
+        layers = self._matrices(sizes)
+        math = self._math(sizes, prefix)
         attention = ExactAttention(math.geometry, FIRST_RULES, dtype=self._dtype, device=self._device)
         head = Head(self._output(), self._ones(1, self._sizes.hidden))
         decoder = TargetDecoder(math, attention, self._states, head, _DummyBlocks(layers), self.rules)
-        kv = self._cache(len(layers), prefix)
+        kv = self._cache(sizes, prefix)
 
         def run(rows: int) -> None:
             flow = decoder.begin([_tree_of(rows, prefix, self.rules)], kv)
@@ -190,25 +196,28 @@ class _Workbench:
         self, prefix: int = BASE_CACHED_ROWS, row_counts: Sequence[int] = _TIMED_STEP_ROWS
     ) -> RowTimes:
         """Time one layer of the draft that is a resident layer of the target, by rows, with `prefix` cached rows."""
-        matrices = self._matrices(self._count(self._sizes.layer_matrix_bytes))
-        math = self._math(len(matrices), prefix)
+        sizes = self._chosen(self._sizes.layer_matrix_bytes)
+        matrices = self._matrices(sizes)
+        math = self._math(sizes, prefix)
         layers = [resident_layer(math, number, held) for number, held in enumerate(matrices)]
         return self._draft(math, layers, prefix, row_counts)
 
     @torch.inference_mode()
     def substitute_layer(self) -> RowTimes:
         """Time one layer of the draft made of its substitute, by rows."""
-        shapes = self._sizes.layer_shapes(self._sizes.largest_layer)
-        stored = {
-            name: value
-            for matrix in matrices_of(shapes)
-            for name, value in dummy_substitute(
-                matrix, shapes[matrix], self._settings.bits_of(matrix), self._dtype
-            ).items()
-        }
-        count = self._count(self._sizes.layer_matrix_bytes // 4)
-        math = self._math(count, BASE_CACHED_ROWS)
-        layers = [load_substitute(math, n, stored, self._settings, self._device) for n in range(count)]
+        sizes = self._chosen(self._sizes.layer_matrix_bytes // 4)
+        math = self._math(sizes, BASE_CACHED_ROWS)
+        layers = []
+        for layer in range(sizes.layers):
+            shapes = sizes.layer_shapes(layer)
+            stored = {
+                name: value
+                for matrix in matrices_of(shapes)
+                for name, value in dummy_substitute(
+                    matrix, shapes[matrix], self._settings.bits_of(matrix), self._dtype
+                ).items()
+            }
+            layers.append(load_substitute(math, layer, stored, self._settings, self._device))
         return self._draft(math, layers, BASE_CACHED_ROWS, _TIMED_STEP_ROWS)
 
     @torch.inference_mode()
@@ -250,7 +259,7 @@ class _Workbench:
     def _draft(
         self, math: LayerMath, layers: list[SubstituteLayer], prefix: int, row_counts: Sequence[int]
     ) -> RowTimes:
-        kv = self._cache(len(layers), prefix)
+        kv = self._cache(math.geometry, prefix)
         draft = DraftDecoder(math, self._states, _NoHead(), layers)
 
         def run(batch: TokenBatch) -> None:
@@ -285,9 +294,13 @@ class _Workbench:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
-    def _count(self, layer_bytes: int) -> int:
-        """Return how many layers to run, so that the CPU's caches cannot hold them all."""
-        return min(self._sizes.layers, -(-_BEYOND_CACHES_BYTES // layer_bytes))
+    def _chosen(self, layer_bytes: int) -> ModelGeometry:
+        """Return the model with as many of its layers as the CPU's caches cannot hold, evenly spread."""
+        sizes = self._sizes
+        count = min(sizes.layers, max(-(-_BEYOND_CACHES_BYTES // layer_bytes), len(sizes.representatives)))
+        return replace(
+            sizes, attention=tuple(sizes.attention[layer] for layer in spread(count, sizes.layers))
+        )
 
     def _ones(self, *shape: int) -> Tensor:
         return torch.ones(shape, dtype=self._dtype, device=self._device)
@@ -295,30 +308,28 @@ class _Workbench:
     def _states(self, token_ids: Tensor) -> Tensor:
         return self._ones(len(token_ids), self._sizes.hidden)
 
-    def _matrices(self, count: int) -> tuple[dict[str, Tensor], ...]:
-        shapes = self._sizes.layer_shapes(self._sizes.largest_layer)
-        return tuple({name: self._ones(*shapes[name]) for name in matrices_of(shapes)} for _ in range(count))
+    def _matrices(self, sizes: ModelGeometry) -> tuple[dict[str, Tensor], ...]:
+        found = []
+        for layer in range(sizes.layers):
+            shapes = sizes.layer_shapes(layer)
+            found.append({name: self._ones(*shapes[name]) for name in matrices_of(shapes)})
+        return tuple(found)
 
-    def _math(self, layers: int, prefix: int) -> LayerMath:
-        sizes = replace(self._sizes, attention=self._attention(layers))
+    def _math(self, sizes: ModelGeometry, prefix: int) -> LayerMath:
         small = tuple(
             {n: self._ones(*s) for n, s in sizes.layer_shapes(layer).items() if n not in LAYER_MATRICES}
-            for layer in range(layers)
+            for layer in range(sizes.layers)
         )
-        table = self._ones(prefix + max(_TIMED_PASS_ROWS), 1, max(s.head_dim for s in sizes.attention))
-        ropes = RopeTables(
-            (RopeTable(Rotation(table, table)),) * (1 + max(s.rope or 0 for s in sizes.attention))
-        )
-        return LayerMath(sizes, small, ropes)
+        heads: dict[int, int] = {s.rope: s.head_dim for s in sizes.attention if s.rope is not None}
+        tables = []
+        for number in range(max(heads, default=-1) + 1):
+            table = self._ones(prefix + max(_TIMED_PASS_ROWS), 1, heads.get(number, 2))
+            tables.append(RopeTable(Rotation(table, table)))
+        return LayerMath(sizes, small, RopeTables(tuple(tables)))
 
-    def _attention(self, layers: int) -> tuple[AttentionShape, ...]:
-        """The attention of the first layers, each with the matrices of the largest one."""
-        largest = self._sizes.attention[self._sizes.largest_layer]
-        return (largest,) * layers
-
-    def _cache(self, layers: int, prefix: int) -> KVCache:
+    def _cache(self, sizes: ModelGeometry, prefix: int) -> KVCache:
         kv = KVCache(
-            self._attention(layers),
+            sizes.attention,
             context=prefix,
             scratch=max(_TIMED_PASS_ROWS),
             dtype=self._dtype,
@@ -353,7 +364,9 @@ class _AttentionWorkbench:
         count = min(self._geometry.layers, most)
         narrow = replace(
             self._geometry,
-            attention=self._geometry.attention[:count],
+            attention=tuple(
+                self._geometry.attention[layer] for layer in spread(count, self._geometry.layers)
+            ),
             hidden=_NARROW,
             feed_forward=_NARROW,
         )

@@ -187,7 +187,7 @@ def _disk_bytes(
     for item in prepared:
         if item.manifest.settings == settings:
             return sum(file.size_bytes for file in item.manifest.layers)
-    return geometry.layers * substitute_layer_bytes(geometry, settings)
+    return sum(substitute_layer_bytes(geometry, settings))
 
 
 def _best_plain(request: PlanRequest, plan: OffloadPlan) -> OffloadPlan | None:

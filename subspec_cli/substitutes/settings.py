@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -23,10 +24,19 @@ def group_size_for(shape: tuple[int, ...]) -> int | None:
     return next((size for size in GROUP_SIZES if shape[1] % size == 0), None)
 
 
-def substitute_layer_bytes(geometry: ModelGeometry, settings: SubstituteSettings) -> int:
-    """Bytes of the largest layer's substitute in memory. Two-bit codes are in the four-bit kernel's layout."""
+def substitute_layer_bytes(geometry: ModelGeometry, settings: SubstituteSettings) -> tuple[int, ...]:
+    """Bytes of each layer's substitute in memory. Two-bit codes are in the four-bit kernel's layout."""
+    sizes = {
+        geometry.attention[layer]: _substitute_bytes(geometry, geometry.layer_shapes(layer), settings)
+        for layer in geometry.representatives
+    }
+    return tuple(sizes[shape] for shape in geometry.attention)
+
+
+def _substitute_bytes(
+    geometry: ModelGeometry, shapes: Mapping[str, tuple[int, ...]], settings: SubstituteSettings
+) -> int:
     total = 0
-    shapes = geometry.layer_shapes(geometry.largest_layer)
     for name in matrices_of(shapes):
         elements, group_size = math.prod(shapes[name]), group_size_for(shapes[name])
         if group_size is None:
