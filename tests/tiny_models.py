@@ -30,7 +30,7 @@ from subspec_cli.modeling.block_kernels import BlockKernel
 from subspec_cli.modeling.decoder import Head, TargetDecoder
 from subspec_cli.modeling.embedding import scaled_embedding, table_embedding
 from subspec_cli.modeling.exact_attention import FIRST_RULES, AttentionRules, ExactAttention
-from subspec_cli.modeling.kv_cache import KVCache
+from subspec_cli.modeling.kv_cache import KVCache, cache_for
 from subspec_cli.modeling.layers import LayerMath, OutputMath
 from subspec_cli.modeling.pretrained import ModelTokenizer
 from subspec_cli.modeling.rope import build_rope_tables
@@ -295,8 +295,8 @@ class Tiny:
 
     def kv(self) -> KVCache:
         """An empty cache."""
-        return KVCache(
-            self.geometry.attention,
+        return cache_for(
+            self.math(),
             context=self.context,
             scratch=self.scratch,
             dtype=self.dtype,

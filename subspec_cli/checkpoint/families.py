@@ -18,10 +18,13 @@ from subspec_cli.checkpoint.layer_description import (
     Activation,
     Arithmetic,
     AttentionShape,
+    DeltaShape,
+    Mixer,
 )
 from subspec_cli.checkpoint.layer_kinds import (
     FULL,
     FULL_ROPE,
+    LINEAR,
     SLIDING,
     SLIDING_ROPE,
     Fields,
@@ -229,6 +232,33 @@ def _gemma4_sizes(layer: NamedLayer, value_is_key: bool) -> dict[str, Any]:
     return sizes if kv_heads is None or not value_is_key else sizes | {"num_key_value_heads": kv_heads}
 
 
+def _qwen3_5(fields: Fields) -> Arithmetic:
+    if _activation(fields) != "silu":
+        raise UnsupportedModelError(f"hidden_act {shown(fields['hidden_act'])} is not supported, only silu")
+    return plain(fields, norm="scaled_from_one", qk_norm="heads")
+
+
+def _qwen3_5_layer(shape: AttentionShape, layer: NamedLayer) -> Mixer:
+    for name, implied in (("attn_output_gate", True), ("output_gate_type", "swish")):
+        if (named := layer.config.get(name, implied)) != implied:
+            raise UnsupportedModelError(f"config field {name} is {shown(named)}, only {implied} is supported")
+    if layer.kind == FULL:
+        return replace(shape, is_gated=True)
+    fields = layer.fields
+    delta = DeltaShape(
+        key_heads=count(fields, "linear_num_key_heads", most=1 << 14),
+        value_heads=count(fields, "linear_num_value_heads", most=1 << 14),
+        key_dim=count(fields, "linear_key_head_dim", most=1 << 14),
+        value_dim=count(fields, "linear_value_head_dim", most=1 << 14),
+        kernel=count(fields, "linear_conv_kernel_dim", most=64),
+    )
+    if delta.value_heads % delta.key_heads:
+        raise UnsupportedModelError(
+            f"linear_num_value_heads {delta.value_heads} is no multiple of linear_num_key_heads {delta.key_heads}"
+        )
+    return delta
+
+
 def _cap(fields: Fields, name: str) -> float | None:
     return None if fields[name] is None else number(fields, name)
 
@@ -389,7 +419,7 @@ _FAMILIES: Final = (
         model_type="olmo3",
         architecture="Olmo3ForCausalLM",
         arithmetic=_olmo,
-        layers=by_kind(every(4, is_named=False), _two_ropes),
+        layers=by_kind(every(4, field=None), _two_ropes),
         rope=RopeRule(theta=500_000.0, sliding_theta=500_000.0),
         names=POST_NORMS,
     ),
@@ -413,7 +443,7 @@ _FAMILIES: Final = (
         model_type="gemma2",
         architecture="Gemma2ForCausalLM",
         arithmetic=lambda fields: _gemma_2_or_3(fields, score_cap=_cap(fields, "attn_logit_softcapping")),
-        layers=by_kind(every(2, is_named=False)),
+        layers=by_kind(every(2, field=None)),
         names=FOUR_NORMS,
     ),
     Family(
@@ -428,7 +458,7 @@ _FAMILIES: Final = (
         model_type="gemma4_text",
         architecture="Gemma4ForCausalLM",
         arithmetic=_gemma4,
-        layers=by_kind(every(6, is_named=False), _gemma4_layer, last=FULL),
+        layers=by_kind(every(6, field=None), _gemma4_layer, last=FULL),
         rope=_GEMMA4_ROPE,
         names=_GEMMA4_NAMES,
         own_fields=("per_layer_config",),
@@ -437,7 +467,7 @@ _FAMILIES: Final = (
         model_type="gemma4_unified_text",
         architecture="Gemma4UnifiedForCausalLM",
         arithmetic=_gemma4,
-        layers=by_kind(every(6, is_named=False), _gemma4_layer, last=FULL),
+        layers=by_kind(every(6, field=None), _gemma4_layer, last=FULL),
         rope=_GEMMA4_ROPE,
         names=_GEMMA4_NAMES,
         own_fields=("per_layer_config",),
@@ -464,6 +494,14 @@ _FAMILIES: Final = (
         ),
         layers=by_kind(every(4), _rope_if_sliding),
         eps_field="layer_norm_eps",
+    ),
+    Family(
+        model_type="qwen3_5_text",
+        architecture="Qwen3_5ForCausalLM",
+        arithmetic=_qwen3_5,
+        layers=by_kind(every(4, field="full_attention_interval", other=LINEAR), _qwen3_5_layer, other=LINEAR),
+        rope=RopeRule(kinds=("default",), share=0.25),
+        names=replace(PLAIN_NAMES, others=("mtp.",)),
     ),
     Family(
         model_type="hunyuan_v1_dense",
@@ -511,6 +549,13 @@ _WRAPPERS: Final = (
         is_tied=True,
         # The library's class has no code for the cap of logits.
         changes=lambda arithmetic: replace(arithmetic, logits_cap=None),
+    ),
+    Wrapper(
+        model_type="qwen3_5",
+        architecture="Qwen3_5ForConditionalGeneration",
+        texts=("qwen3_5_text",),
+        names=StoredNames(towers=("model.language_model.",), others=("model.visual.", "mtp.")),
+        is_tied=False,
     ),
     Wrapper(
         model_type="gemma4",

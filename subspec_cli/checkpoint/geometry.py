@@ -11,9 +11,15 @@ from typing import Any
 from subspec_cli.checkpoint.config_fields import count, shown
 from subspec_cli.checkpoint.dtypes import DTYPES
 from subspec_cli.checkpoint.families import ConfiguredModel, configured_model
-from subspec_cli.checkpoint.layer_description import Arithmetic, AttentionShape
+from subspec_cli.checkpoint.layer_description import Arithmetic, AttentionShape, DeltaShape, Mixer
 from subspec_cli.checkpoint.layer_kinds import LayerSource
 from subspec_cli.checkpoint.layer_tensors import (
+    DELTA_A,
+    DELTA_B,
+    DELTA_CONV,
+    DELTA_DECAY,
+    DELTA_NORM,
+    DELTA_STEP,
     KEY_NORM,
     LAYER_BLOCKS,
     LAYER_FACTOR,
@@ -43,14 +49,24 @@ class ModelGeometry:
     vocab: int
     max_positions: int
     tied_head: bool
-    attention: tuple[AttentionShape, ...]
-    """Attention of each layer."""
+    mixers: tuple[Mixer, ...]
+    """Attention, or what is in its place, of each layer."""
     arithmetic: Arithmetic
 
     @property
     def layers(self) -> int:
         """Number of layers."""
-        return len(self.attention)
+        return len(self.mixers)
+
+    @cached_property
+    def attention(self) -> tuple[AttentionShape, ...]:
+        """The attention of the layers that have it."""
+        return tuple(mixer for mixer in self.mixers if isinstance(mixer, AttentionShape))
+
+    @cached_property
+    def delta(self) -> tuple[DeltaShape, ...]:
+        """The delta networks of the layers that have one; all of one shape."""
+        return tuple(mixer for mixer in self.mixers if isinstance(mixer, DeltaShape))
 
     @property
     def element_bytes(self) -> int:
@@ -61,8 +77,9 @@ class ModelGeometry:
     def distinct_attention(self) -> Mapping[AttentionShape, int]:
         """The different attentions over the cache, without rotary positions, and the first layer of each."""
         found: dict[AttentionShape, int] = {}
-        for layer, shape in enumerate(self.attention):
-            found.setdefault(replace(shape, rope=None, value_is_key=False), layer)
+        for layer, mixer in enumerate(self.mixers):
+            if isinstance(mixer, AttentionShape):
+                found.setdefault(replace(mixer, rope=None, value_is_key=False, is_gated=False), layer)
         return found
 
     @cached_property
@@ -100,10 +117,10 @@ class ModelGeometry:
     def layer_bytes(self) -> tuple[int, ...]:
         """Bytes of the matrices of each layer."""
         sizes = {
-            self.attention[layer]: sum(self._block_bytes(self.layer_shapes(layer)).values())
+            self.mixers[layer]: sum(self._block_bytes(self.layer_shapes(layer)).values())
             for layer in self.representatives
         }
-        return tuple(sizes[shape] for shape in self.attention)
+        return tuple(sizes[mixer] for mixer in self.mixers)
 
     @property
     def matrix_bytes(self) -> int:
@@ -137,23 +154,17 @@ class ModelGeometry:
     @cached_property
     def representatives(self) -> tuple[int, ...]:
         """The first layer of each kind: layers of one kind have the same tensors and compute the same."""
-        return tuple(self.attention.index(shape) for shape in dict.fromkeys(self.attention))
+        return tuple(self.mixers.index(mixer) for mixer in dict.fromkeys(self.mixers))
 
     def layer_shapes(self, layer: int = 0) -> dict[str, tuple[int, ...]]:
         """Tensor shapes of one layer, keyed by the name inside the layer."""
-        attention, arithmetic = self.attention[layer], self.arithmetic
-        q_width, kv_width = attention.query_width, attention.key_width
-        shapes: dict[str, tuple[int, ...]] = {
-            "self_attn.q_proj.weight": (q_width, self.hidden),
-            "self_attn.k_proj.weight": (kv_width, self.hidden),
-            "self_attn.v_proj.weight": (kv_width, self.hidden),
-            "self_attn.o_proj.weight": (self.hidden, q_width),
+        mixer, arithmetic = self.mixers[layer], self.arithmetic
+        shapes = self._delta_shapes(mixer) if isinstance(mixer, DeltaShape) else self._attention_shapes(mixer)
+        shapes |= {
             "mlp.gate_proj.weight": (self.feed_forward, self.hidden),
             "mlp.up_proj.weight": (self.feed_forward, self.hidden),
             "mlp.down_proj.weight": (self.hidden, self.feed_forward),
         }
-        if attention.value_is_key:
-            del shapes["self_attn.v_proj.weight"]
         biased = {
             "self_attn.q_proj": arithmetic.qkv_bias,
             "self_attn.k_proj": arithmetic.qkv_bias,
@@ -169,13 +180,38 @@ class ModelGeometry:
         shapes |= {norm_name(place): (self.hidden,) for place in arithmetic.norms}
         if arithmetic.norm_bias:
             shapes |= {norm_name(p).replace("weight", "bias"): (self.hidden,) for p in arithmetic.norms}
-        if arithmetic.qk_norm == "projection":
-            shapes |= {QUERY_NORM: (q_width,), KEY_NORM: (kv_width,)}
-        elif arithmetic.qk_norm is not None:
-            shapes |= {QUERY_NORM: (attention.head_dim,), KEY_NORM: (attention.head_dim,)}
         if arithmetic.has_layer_factor:
             shapes[LAYER_FACTOR] = (1,)
         return shapes
+
+    def _attention_shapes(self, attention: AttentionShape) -> dict[str, tuple[int, ...]]:
+        q_width, kv_width = attention.query_width, attention.key_width
+        shapes: dict[str, tuple[int, ...]] = {
+            "self_attn.q_proj.weight": (attention.query_rows, self.hidden),
+            "self_attn.k_proj.weight": (kv_width, self.hidden),
+            "self_attn.v_proj.weight": (kv_width, self.hidden),
+            "self_attn.o_proj.weight": (self.hidden, q_width),
+        }
+        if attention.value_is_key:
+            del shapes["self_attn.v_proj.weight"]
+        if self.arithmetic.qk_norm == "projection":
+            shapes |= {QUERY_NORM: (q_width,), KEY_NORM: (kv_width,)}
+        elif self.arithmetic.qk_norm is not None:
+            shapes |= {QUERY_NORM: (attention.head_dim,), KEY_NORM: (attention.head_dim,)}
+        return shapes
+
+    def _delta_shapes(self, delta: DeltaShape) -> dict[str, tuple[int, ...]]:
+        return {
+            "linear_attn.in_proj_qkv.weight": (delta.conv_width, self.hidden),
+            "linear_attn.in_proj_z.weight": (delta.value_width, self.hidden),
+            "linear_attn.out_proj.weight": (self.hidden, delta.value_width),
+            DELTA_A: (delta.value_heads, self.hidden),
+            DELTA_B: (delta.value_heads, self.hidden),
+            DELTA_CONV: (delta.conv_width, 1, delta.kernel),
+            DELTA_DECAY: (delta.value_heads,),
+            DELTA_STEP: (delta.value_heads,),
+            DELTA_NORM: (delta.value_dim,),
+        }
 
     def layer_matrices(self, layer: int = 0) -> tuple[str, ...]:
         """The matrices of a layer, in order of use."""
@@ -238,6 +274,6 @@ def geometry_of(model: ConfiguredModel, dtype: str) -> ModelGeometry:
         vocab=vocab,
         max_positions=count(fields, "max_position_embeddings"),
         tied_head=model.is_tied,
-        attention=family.layers(LayerSource(family.model_type, model.config, fields)),
+        mixers=family.layers(LayerSource(family.model_type, model.config, fields)),
         arithmetic=arithmetic,
     )

@@ -43,6 +43,8 @@ class AttentionShape:
     """Number of the model's rotary table; None: no rotary positions."""
     value_is_key: bool = False
     """Whether the value is the raw key projection, so that the layer has no matrix for values."""
+    is_gated: bool = False
+    """Whether the query projection has, behind each head, a gate of the head's output."""
 
     @property
     def group(self) -> int:
@@ -60,9 +62,41 @@ class AttentionShape:
         return self.kv_heads * self.head_dim
 
     @property
-    def projected_width(self) -> int:
-        """Features of queries, keys and values together."""
-        return self.query_width + self.key_width * (1 if self.value_is_key else 2)
+    def query_rows(self) -> int:
+        """Features that the query projection gives: queries, and gates if there are any."""
+        return self.query_width * (2 if self.is_gated else 1)
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaShape:
+    """A gated delta network: a layer with a recurrent state in place of attention (arXiv 2412.06464)."""
+
+    key_heads: int
+    value_heads: int
+    """A multiple of the key heads; consecutive ones share a key head."""
+    key_dim: int
+    value_dim: int
+    kernel: int
+    """Tokens that the convolution sees, the newest one included."""
+
+    @property
+    def conv_width(self) -> int:
+        """Features of queries, keys and values together, which go through the convolution."""
+        return 2 * self.key_heads * self.key_dim + self.value_width
+
+    @property
+    def value_width(self) -> int:
+        """Features of all values."""
+        return self.value_heads * self.value_dim
+
+    @property
+    def state_elements(self) -> int:
+        """Elements of the recurrent state."""
+        return self.value_heads * self.key_dim * self.value_dim
+
+
+Mixer = AttentionShape | DeltaShape
+"""What mixes the tokens in one layer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from subspec_cli.checkpoint.config_fields import count, shown
-from subspec_cli.checkpoint.layer_description import AttentionShape
+from subspec_cli.checkpoint.layer_description import AttentionShape, Mixer
 from subspec_cli.errors import UnsupportedModelError
 
 FULL: Final = "full_attention"
 SLIDING: Final = "sliding_attention"
+LINEAR: Final = "linear_attention"
 LAYER_KINDS: Final = (SLIDING, FULL)
 FULL_ROPE: Final = 0
 """Rotary table of layers with full attention, and of all layers if there is one table."""
@@ -46,11 +47,11 @@ class NamedLayer:
     fields: Fields
 
 
-Layers = Callable[[LayerSource], tuple[AttentionShape, ...]]
-"""Makes the attention of each layer. Raises UnsupportedModelError."""
+Layers = Callable[[LayerSource], tuple[Mixer, ...]]
+"""Makes what mixes the tokens in each layer. Raises UnsupportedModelError."""
 Kinds = Callable[[LayerSource], Sequence[str]]
 """Names the kind of each layer where config.json does not."""
-Refine = Callable[[AttentionShape, NamedLayer], AttentionShape]
+Refine = Callable[[AttentionShape, NamedLayer], Mixer]
 """Changes the attention of one layer."""
 
 
@@ -75,15 +76,26 @@ def with_one_window(source: LayerSource) -> tuple[AttentionShape, ...]:
     return (replace(attention_shape(fields, config), window=window),) * layers
 
 
-def by_kind(default: Kinds, refine: Refine = lambda shape, _: shape, *, last: str | None = None) -> Layers:
-    """Each layer has a kind, which `default` gives where none are named; `last` is that of the last layer always."""
+def by_kind(
+    default: Kinds,
+    refine: Refine = lambda shape, _: shape,
+    *,
+    other: str = SLIDING,
+    last: str | None = None,
+) -> Layers:
+    """Each layer has a kind, which `default` gives where none are named.
 
-    def layers_of(source: LayerSource) -> tuple[AttentionShape, ...]:
-        fields, window = source.fields, _window(source.fields)
+    `other` is the kind beside full attention, and `last` that of the last layer whatever is named.
+    """
+
+    def layers_of(source: LayerSource) -> tuple[Mixer, ...]:
+        fields = source.fields
+        window = _window(fields) if other == SLIDING else None
+        possible = (other, FULL) if window is not None or other != SLIDING else (FULL,)
         kinds = fields["layer_types"]
         if kinds is None:
             kinds = default(source)
-        _check_kinds(kinds, _layer_count(fields), LAYER_KINDS if window is not None else (FULL,))
+        _check_kinds(kinds, _layer_count(fields), possible)
         if last is not None:
             kinds = [*kinds[:-1], last]
         shape = attention_shape(fields, source.config)
@@ -98,16 +110,14 @@ def by_kind(default: Kinds, refine: Refine = lambda shape, _: shape, *, last: st
     return layers_of
 
 
-def every(pattern: int, *, is_named: bool = True) -> Kinds:
-    """Of so many layers the last has full attention; a `sliding_window_pattern` that is named is another number."""
+def every(pattern: int, *, field: str | None = "sliding_window_pattern", other: str = SLIDING) -> Kinds:
+    """Of so many layers the last has full attention; `field` may name another number."""
 
     def kinds_of(source: LayerSource) -> Sequence[str]:
-        number = source.config.get("sliding_window_pattern", pattern) if is_named else pattern
+        number = pattern if field is None else source.config.get(field, pattern)
         if type(number) is not int or number < 1:
-            raise UnsupportedModelError(
-                f"config field sliding_window_pattern is {shown(number)}, not a count of at least 1"
-            )
-        return [SLIDING if (layer + 1) % number else FULL for layer in range(_layer_count(source.fields))]
+            raise UnsupportedModelError(f"config field {field} is {shown(number)}, not a count of at least 1")
+        return [other if (layer + 1) % number else FULL for layer in range(_layer_count(source.fields))]
 
     return kinds_of
 

@@ -19,6 +19,9 @@ LAYER_BLOCKS: Final[Mapping[BlockKind, tuple[str, ...]]] = {
         "self_attn.k_proj.weight",
         "self_attn.v_proj.weight",
         "self_attn.o_proj.weight",
+        "linear_attn.in_proj_qkv.weight",
+        "linear_attn.in_proj_z.weight",
+        "linear_attn.out_proj.weight",
     ),
     "gate": ("mlp.gate_proj.weight",),
     "up": ("mlp.up_proj.weight",),
@@ -26,13 +29,19 @@ LAYER_BLOCKS: Final[Mapping[BlockKind, tuple[str, ...]]] = {
 }
 """The units in which a layer is streamed, in order of use. Only matrices are; all other tensors are resident.
 
-A layer need not have all of these matrices.
+A layer need not have all of these matrices. The projections of a few rows in a delta layer count as small tensors.
 """
 FEED_FORWARD: Final[tuple[BlockKind, ...]] = ("gate", "up", "down")
 """The blocks of a layer that follow its attention."""
 LAYER_MATRICES: Final = tuple(name for names in LAYER_BLOCKS.values() for name in names)
 QUERY_NORM: Final = "self_attn.q_norm.weight"
 KEY_NORM: Final = "self_attn.k_norm.weight"
+DELTA_NORM: Final = "linear_attn.norm.weight"
+DELTA_CONV: Final = "linear_attn.conv1d.weight"
+DELTA_DECAY: Final = "linear_attn.A_log"
+DELTA_STEP: Final = "linear_attn.dt_bias"
+DELTA_A: Final = "linear_attn.in_proj_a.weight"
+DELTA_B: Final = "linear_attn.in_proj_b.weight"
 LAYER_FACTOR: Final = "layer_factor"
 
 

@@ -109,7 +109,7 @@ def _head_dim(geometry: ModelGeometry, number: int) -> int:
         raise UnsupportedModelError(
             f"layers of one kind have heads of {' and '.join(map(str, sizes))} features"
         )
-    return sizes.pop() if sizes else geometry.attention[0].head_dim
+    return sizes.pop() if sizes else max(shape.head_dim for shape in geometry.attention)
 
 
 def _settings(

@@ -149,9 +149,10 @@ class Engine:
             )
         turned_anew = self._target.begin_answer(len(prompt))
         reused = 0 if turned_anew else min(common_prefix(prompt, self._kv.token_ids), len(prompt) - 1)
-        self._kv.rewind(reused)
+        reused = self._kv.rewind(reused)
         passes = prompt_passes(prompt_groups(prompt, reused, self._target.rules), self._prompt_rows)
         for groups in passes:
+            self._kv.want_snapshot(groups[-1].start)
             first, end = groups[0].start, groups[-1].start + groups[-1].rows
             logits = self._prompt_pass(
                 groups, meter.pass_of(first - reused, end - reused, len(prompt) - reused)

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subspec_cli.checkpoint.layer_tensors import FEED_FORWARD, BlockKind
+from subspec_cli.modeling.delta import Gates
+from subspec_cli.modeling.draft_delta import DraftPaths
 from subspec_cli.modeling.exact_attention import ChainRows, ExactAttention, TreeRows
 from subspec_cli.modeling.fast_attention import FastAttention
 from subspec_cli.modeling.kv_cache import KVCache
@@ -24,6 +26,7 @@ from subspec_cli.modeling.layers import HeadRows, LayerMath, OutputMath
 from subspec_cli.modeling.rope import Rotations
 from subspec_cli.modeling.row_group import RowGroup
 from subspec_cli.modeling.row_rules import RowRules
+from subspec_cli.modeling.target_delta import DeltaInputs, TreeLinks, run_delta, tree_links
 from subspec_cli.modeling.token_batch import TokenBatch
 
 Embedding = Callable[[Tensor], Tensor]
@@ -60,6 +63,8 @@ class GroupFlow:
     attended: ChainRows | TreeRows
     hidden: Tensor
     rotations: Rotations
+    links: TreeLinks | None
+    """How a tree's rows follow each other, for recurrent layers; None for a chunk of a prompt."""
     normed: Tensor = field(init=False)
     """Input of the feed-forward, from the gate block, or from attention in a parallel layer, to the up block."""
     inner: Tensor = field(init=False)
@@ -194,8 +199,11 @@ class TargetDecoder:
         attended: ChainRows | TreeRows = ChainRows(group.start)
         if group.path is not None:
             attended = self.attention.tree_rows(group.positions, group.path, group.start)
+        links = None
+        if group.path is not None and self.math.delta_layers:
+            links = tree_links(group.path, self.math.geometry.delta[0].kernel, hidden.device)
         group = group.with_positions_on(hidden.device)
-        return GroupFlow(group, attended, hidden, self.math.ropes.rows(group.positions))
+        return GroupFlow(group, attended, hidden, self.math.ropes.rows(group.positions), links)
 
     def run_block(self, block: Block, flow: GroupFlow, kv: KVCache) -> None:
         """Run one block of a layer for one group; `flow` carries the results to the next block."""
@@ -232,16 +240,40 @@ class TargetDecoder:
     def finish_attention(self, block: Block, flow: GroupFlow, attended: Tensor) -> None:
         """Project `[N, H * D]` attended rows and add them to the hidden states."""
         attended = F.pad(attended, (0, 0, 0, flow.group.padded - flow.group.rows))
-        output = self._project(block, "self_attn.o_proj", attended)
+        name = "linear_attn.out_proj" if block.layer in self.math.delta_layers else "self_attn.o_proj"
+        output = self._project(block, name, attended)
         flow.hidden = self.math.with_attention(block.layer, flow.hidden, output)
 
+    def project_delta(self, block: Block, flow: GroupFlow) -> DeltaInputs:
+        """Return what a group's rows put into a recurrent layer, without padding."""
+        normed, rows = self.math.attention_input(block.layer, flow.hidden), flow.group.rows
+        qkv, gate = (self._project(block, f"linear_attn.in_proj_{name}", normed) for name in ("qkv", "z"))
+        gates = self.math.delta_layers[block.layer].gates(normed, self.rules)
+        return DeltaInputs(qkv[:rows], gate[:rows], Gates(gates.log_decay[:rows], gates.beta[:rows]))
+
+    def _run_delta(self, block: Block, flow: GroupFlow, kv: KVCache) -> None:
+        assert kv.recurrent is not None
+        inputs = self.project_delta(block, flow)
+        output = run_delta(
+            self.math.delta_layers[block.layer],
+            kv.recurrent,
+            block.layer,
+            inputs,
+            flow.group.start,
+            flow.links,
+        )
+        self.finish_attention(block, flow, output)
+
     def _run_attention(self, block: Block, flow: GroupFlow, kv: KVCache) -> None:
+        if block.layer in self.math.delta_layers:
+            self._run_delta(block, flow, kv)
+            return
         heads = self.project_heads(block, flow)
         kv.write(block.layer, flow.group.start, heads.keys, heads.values)
         keys, values = kv.read(block.layer, kv.rows)
         shape = self.math.shape(block.layer)
         attended = self.attention.attend(heads.query, keys, values, flow.attended, shape)
-        self.finish_attention(block, flow, attended)
+        self.finish_attention(block, flow, heads.gated(attended))
 
     def _project(self, block: Block, name: str, inputs: Tensor) -> Tensor:
         return self.rules.linear(inputs, block.matrices[f"{name}.weight"], self.math.bias(block.layer, name))
@@ -262,7 +294,7 @@ class DraftLayer(Protocol):
     """The projections of one layer of the draft."""
 
     def qkv(self, inputs: Tensor) -> Tensor:
-        """Query, key and value rows, concatenated."""
+        """Query, key and value rows, concatenated; in a recurrent layer with the gate behind them."""
         ...
 
     def attention_output(self, inputs: Tensor) -> Tensor:
@@ -295,12 +327,16 @@ class DraftDecoder:
         """Run one draft step from `[N, hidden]` embeddings, with all inputs on one device."""
         math, rotations = self._math, self._math.ropes.rows(batch.positions)
         attention = FastAttention(math.geometry, batch, hidden)
+        paths = DraftPaths(batch, kv.recurrent)
         for number, layer in enumerate(self._layers):
             normed = math.attention_input(number, hidden)
-            heads = math.heads(number, layer.qkv(normed), rotations)
-            kv.write(number, batch.start, heads.keys, heads.values)
-            keys, values = kv.read(number, batch.allowed.shape[1])
-            attended = attention.attend(heads.query, keys, values, math.shape(number))
+            if (delta := math.delta_layers.get(number)) is not None:
+                attended = paths.attend(delta, number, layer.qkv(normed), delta.gates(normed, None))
+            else:
+                heads = math.heads(number, layer.qkv(normed), rotations)
+                kv.write(number, batch.start, heads.keys, heads.values)
+                keys, values = kv.read(number, batch.allowed.shape[1])
+                attended = heads.gated(attention.attend(heads.query, keys, values, math.shape(number)))
             hidden = math.with_attention(number, hidden, layer.attention_output(attended))
             output = layer.feed_forward(normed if math.is_parallel else math.mlp_input(number, hidden))
             hidden = math.with_mlp(number, hidden, output)

@@ -14,8 +14,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from subspec_cli.checkpoint.layer_description import AttentionShape
+from subspec_cli.checkpoint.layer_description import AttentionShape, Mixer
 from subspec_cli.limits import SMALL_BLOCK
+from subspec_cli.modeling.layers import LayerMath
+from subspec_cli.modeling.recurrent_state import RecurrentState
 
 
 class KVCache:
@@ -26,24 +28,31 @@ class KVCache:
 
     def __init__(
         self,
-        attention: Sequence[AttentionShape],
+        mixers: Sequence[Mixer],
         *,
         context: int,
         scratch: int,
         dtype: torch.dtype,
         device: torch.device,
+        recurrent: RecurrentState | None = None,
     ) -> None:
-        """`attention` is that of each layer."""
+        """`mixers` is the attention of each layer; others have their state in `recurrent`."""
         self.capacity = context + scratch
         """Number of rows that can be written."""
         self.rows = -(-self.capacity // SMALL_BLOCK) * SMALL_BLOCK
         """Number of rows in memory, a multiple of `SMALL_BLOCK`."""
-        kinds = [(shape.kv_heads, shape.head_dim) for shape in attention]
+        self.recurrent = recurrent
+        """State of the layers without attention; None if there are none."""
+        shapes = {n: mixer for n, mixer in enumerate(mixers) if isinstance(mixer, AttentionShape)}
+        kinds = [(shape.kv_heads, shape.head_dim) for shape in shapes.values()]
         self._memory = {
             kind: torch.zeros((kinds.count(kind), 2, kind[0], self.rows, kind[1]), dtype=dtype, device=device)
             for kind in dict.fromkeys(kinds)
         }
-        self._layers = [self._memory[kind][kinds[:layer].count(kind)] for layer, kind in enumerate(kinds)]
+        self._layers = {
+            layer: self._memory[kind][kinds[:place].count(kind)]
+            for place, (layer, kind) in enumerate(zip(shapes, kinds, strict=True))
+        }
         """`[2, H, C, D]` of each layer."""
         self._device = device
         self.context = context
@@ -76,12 +85,21 @@ class KVCache:
         """Views of keys and values of rows `[0, end)`, each `[H, end, D]`."""
         return self._layers[layer][0, :, :end], self._layers[layer][1, :, :end]
 
+    def want_snapshot(self, position: int) -> None:
+        """Let the pass to come keep what is needed to go back to where its chunk at `position` begins."""
+        if self.recurrent is not None:
+            self.recurrent.want_snapshot(position)
+
     def commit(self, nodes: Sequence[int], token_ids: Sequence[int]) -> None:
         """Commit scratch rows `committed + node` for ascending `nodes`, which hold `token_ids`; drop the others."""
         assert len(nodes) == len(token_ids)
         assert all(a < b for a, b in pairwise(nodes))
         first = self.committed
         assert first + len(nodes) <= self.context
+        if not nodes:
+            return
+        if self.recurrent is not None:
+            self.recurrent.commit(nodes)
         if list(nodes) != list(range(len(nodes))):
             self._move(nodes)
         self._token_ids.extend(token_ids)
@@ -90,6 +108,8 @@ class KVCache:
         """Move scratch rows `committed + row`, in this order, to the beginning of the scratch rows."""
         if rows:
             self._move(rows)
+            if self.recurrent is not None:
+                self.recurrent.move_scratch(torch.tensor(rows, device=self._device))
 
     def _move(self, rows: Sequence[int]) -> None:
         first = self.committed
@@ -98,7 +118,30 @@ class KVCache:
             # The right side is gathered before anything is written, so the rows may overlap.
             memory[:, :, :, first : first + len(rows)] = memory[:, :, :, source]
 
-    def rewind(self, committed: int) -> None:
-        """Drop committed rows from `committed` on: after a reset, or for a prompt that differs from there."""
+    def rewind(self, committed: int) -> int:
+        """Drop committed rows from `committed` on: after a reset, or for a prompt that differs from there.
+
+        Returns how many are left: fewer if a recurrent state can only be had behind fewer tokens.
+        """
         assert 0 <= committed <= self.committed
+        if self.recurrent is not None:
+            committed = self.recurrent.nearest(committed)
+            self.recurrent.rewind(committed)
         del self._token_ids[committed:]
+        return committed
+
+
+def cache_for(
+    math: LayerMath, *, context: int, scratch: int, dtype: torch.dtype, device: torch.device
+) -> KVCache:
+    """Allocate the empty state of one sequence: the KV cache, and the state of recurrent layers if there are any."""
+    layers = math.delta_layers
+    recurrent = RecurrentState.make(layers, scratch=scratch, dtype=dtype, device=device) if layers else None
+    return KVCache(
+        math.geometry.mixers,
+        context=context,
+        scratch=scratch,
+        dtype=dtype,
+        device=device,
+        recurrent=recurrent,
+    )

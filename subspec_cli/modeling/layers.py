@@ -9,14 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from subspec_cli.checkpoint.geometry import ModelGeometry
-from subspec_cli.checkpoint.layer_description import Arithmetic, AttentionShape, NormKind, NormPlace
+from subspec_cli.checkpoint.layer_description import (
+    Arithmetic,
+    AttentionShape,
+    DeltaShape,
+    NormKind,
+    NormPlace,
+)
 from subspec_cli.checkpoint.layer_tensors import KEY_NORM, LAYER_FACTOR, QUERY_NORM, norm_name
+from subspec_cli.modeling.delta import DeltaLayer
 from subspec_cli.modeling.rope import RopeTables, Rotations, rotate
 
 
@@ -29,6 +37,19 @@ class HeadRows(NamedTuple):
     """`[K, N, D]`."""
     values: Tensor
     """`[K, N, D]`."""
+    gate: Tensor | None = None
+    """`[N, H, D]`, before the sigmoid."""
+
+    def gated(self, attended: Tensor) -> Tensor:
+        """Apply the gate to the attended rows `[N, H * D]`."""
+        if self.gate is None:
+            return attended
+        return attended * sigmoid(self.gate.flatten(1))
+
+
+def sigmoid(rows: Tensor) -> Tensor:
+    """Sigmoid, computed in float32 and rounded once; the library's own call feels the row count in float32."""
+    return (1.0 / (1.0 + rows.float().neg().exp_())).to(rows.dtype)
 
 
 def normalized(
@@ -52,7 +73,7 @@ def normalized(
     return (wide if bias is None else wide + bias.float()).to(hidden.dtype)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class LayerMath:
     """Layer functions bound to a model's description and its small tensors. Target and draft share one."""
 
@@ -62,8 +83,10 @@ class LayerMath:
     ropes: RopeTables
 
     def shape(self, layer: int) -> AttentionShape:
-        """The attention of a layer."""
-        return self.geometry.attention[layer]
+        """The attention of a layer that has it."""
+        mixer = self.geometry.mixers[layer]
+        assert isinstance(mixer, AttentionShape)
+        return mixer
 
     def attention_input(self, layer: int, hidden: Tensor) -> Tensor:
         """Input of the attention block, `[P, hidden]`."""
@@ -76,6 +99,15 @@ class LayerMath:
     def mlp_input(self, layer: int, hidden: Tensor) -> Tensor:
         """Input of the feed-forward, `[P, hidden]`, if it is not that of attention."""
         return self._normed(layer, "mlp_input", hidden)
+
+    @cached_property
+    def delta_layers(self) -> Mapping[int, DeltaLayer]:
+        """Recurrent layers by their number."""
+        return {
+            layer: DeltaLayer(mixer, self.small[layer], self.geometry.arithmetic.eps)
+            for layer, mixer in enumerate(self.geometry.mixers)
+            if isinstance(mixer, DeltaShape)
+        }
 
     @property
     def is_parallel(self) -> bool:
@@ -91,14 +123,13 @@ class LayerMath:
     def heads(self, layer: int, projected: Tensor, rotations: Rotations) -> HeadRows:
         """Cut query, key and value rows `[N, (H + 2 K) * D]` into heads, normed and rotated as the model does."""
         shape, arithmetic = self.shape(layer), self.geometry.arithmetic
+        gate = None
+        if shape.is_gated:
+            query, gate = projected[:, : shape.query_rows].view(len(projected), shape.heads, 2, -1).unbind(2)
+            projected = torch.cat((query.flatten(1), projected[:, shape.query_rows :]), -1)
         if arithmetic.qk_norm == "projection":
-            query, key, rest = projected.split(
-                (
-                    shape.query_width,
-                    shape.key_width,
-                    shape.projected_width - shape.query_width - shape.key_width,
-                ),
-                -1,
+            query, key, rest = projected.tensor_split(
+                (shape.query_width, shape.query_width + shape.key_width), -1
             )
             query, key = self._weighted(layer, QUERY_NORM, query), self._weighted(layer, KEY_NORM, key)
             projected = torch.cat((query, key, rest), -1)
@@ -118,7 +149,7 @@ class LayerMath:
         query, key = qk[:, : shape.heads], qk[:, shape.heads :]
         if rotation is not None and rotation.query_factor is not None:
             query = query * rotation.query_factor
-        return HeadRows(query, key.transpose(0, 1), value.transpose(0, 1))
+        return HeadRows(query, key.transpose(0, 1), value.transpose(0, 1), gate)
 
     def bias(self, layer: int, name: str) -> Tensor | None:
         """The bias of a projection such as `self_attn.q_proj`; None if the family has none."""

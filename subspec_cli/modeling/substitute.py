@@ -147,18 +147,22 @@ def resident_layer(math_: LayerMath, layer: int, matrices: Mapping[str, Tensor])
     def plain(name: str) -> PlainLinear:
         return PlainLinear(matrices[f"{name}.weight"], math_.bias(layer, name))
 
+    inward, outward = _mixer_names(math_, layer)
     return SubstituteLayer(
-        tuple(plain(name) for name in _qkv_names(math_, layer)),
-        plain("self_attn.o_proj"),
+        tuple(plain(name) for name in inward),
+        plain(outward),
         (plain("mlp.gate_proj"), plain("mlp.up_proj")),
         plain("mlp.down_proj"),
         math_.geometry.arithmetic.activation,
     )
 
 
-def _qkv_names(math_: LayerMath, layer: int) -> tuple[str, ...]:
-    """Projections of queries, keys and, if the layer has a matrix for them, values."""
-    return tuple(f"self_attn.{name}_proj" for name in ("qk" if math_.shape(layer).value_is_key else "qkv"))
+def _mixer_names(math_: LayerMath, layer: int) -> tuple[tuple[str, ...], str]:
+    """The projections into a layer's attention, or what is in its place, and the one out of it."""
+    if layer in math_.delta_layers:
+        return ("linear_attn.in_proj_qkv", "linear_attn.in_proj_z"), "linear_attn.out_proj"
+    names = "qk" if math_.shape(layer).value_is_key else "qkv"
+    return tuple(f"self_attn.{name}_proj" for name in names), "self_attn.o_proj"
 
 
 def load_substitute(
@@ -181,9 +185,10 @@ def load_substitute(
             return tuple(_linear([p], [b], device) for p, b in zip(parts, biases, strict=True))
         return (_linear(parts, biases, device),)
 
+    inward, outward = _mixer_names(math_, layer)
     return SubstituteLayer(
-        fused(*_qkv_names(math_, layer)),
-        fused("self_attn.o_proj")[0],
+        fused(*inward),
+        fused(outward)[0],
         fused("mlp.gate_proj", "mlp.up_proj"),
         fused("mlp.down_proj")[0],
         math_.geometry.arithmetic.activation,

@@ -30,7 +30,7 @@ from subspec_cli.drafting.draft_steps import rank
 from subspec_cli.drafting.graph_capture import CudaGraphs, Run
 from subspec_cli.modeling.decoder import Block, DraftDecoder, DraftHead, DraftLogits, Head, TargetDecoder
 from subspec_cli.modeling.exact_attention import FIRST_RULES, ExactAttention
-from subspec_cli.modeling.kv_cache import KVCache
+from subspec_cli.modeling.kv_cache import KVCache, cache_for
 from subspec_cli.modeling.layers import LayerMath, OutputMath
 from subspec_cli.modeling.rope import RopeTable, RopeTables, Rotation
 from subspec_cli.modeling.row_group import RowGroup, padded_ids
@@ -182,7 +182,7 @@ class _Workbench:
         attention = ExactAttention(math.geometry, FIRST_RULES, dtype=self._dtype, device=self._device)
         head = Head(self._output(), self._ones(1, self._sizes.hidden))
         decoder = TargetDecoder(math, attention, self._states, head, _DummyBlocks(layers), self.rules)
-        kv = self._cache(sizes, prefix)
+        kv = self._cache(math, prefix)
 
         def run(rows: int) -> None:
             flow = decoder.begin([_tree_of(rows, prefix, self.rules)], kv)
@@ -259,7 +259,7 @@ class _Workbench:
     def _draft(
         self, math: LayerMath, layers: list[SubstituteLayer], prefix: int, row_counts: Sequence[int]
     ) -> RowTimes:
-        kv = self._cache(math.geometry, prefix)
+        kv = self._cache(math, prefix)
         draft = DraftDecoder(math, self._states, _NoHead(), layers)
 
         def run(batch: TokenBatch) -> None:
@@ -298,9 +298,7 @@ class _Workbench:
         """Return the model with as many of its layers as the CPU's caches cannot hold, evenly spread."""
         sizes = self._sizes
         count = min(sizes.layers, max(-(-_BEYOND_CACHES_BYTES // layer_bytes), len(sizes.representatives)))
-        return replace(
-            sizes, attention=tuple(sizes.attention[layer] for layer in spread(count, sizes.layers))
-        )
+        return replace(sizes, mixers=tuple(sizes.mixers[layer] for layer in spread(count, sizes.layers)))
 
     def _ones(self, *shape: int) -> Tensor:
         return torch.ones(shape, dtype=self._dtype, device=self._device)
@@ -327,9 +325,9 @@ class _Workbench:
             tables.append(RopeTable(Rotation(table, table)))
         return LayerMath(sizes, small, RopeTables(tuple(tables)))
 
-    def _cache(self, sizes: ModelGeometry, prefix: int) -> KVCache:
-        kv = KVCache(
-            sizes.attention,
+    def _cache(self, math: LayerMath, prefix: int) -> KVCache:
+        kv = cache_for(
+            math,
             context=prefix,
             scratch=max(_TIMED_PASS_ROWS),
             dtype=self._dtype,
@@ -356,17 +354,16 @@ class _AttentionWorkbench:
         """Return what 1,024 more cached rows add to one layer of the draft, by rows."""
         # A step mostly reads keys and values, so the CPU's caches must not hold those of all layers.
         geometry = self._geometry
-        layer_bytes = self._prefix * geometry.kv_row_bytes // geometry.layers
+        layer_bytes = self._prefix * geometry.kv_row_bytes // len(geometry.attention)
         layers = self._layers(-(-_ATTENTION_BYTES // layer_bytes))
         return self._added(lambda prefix: layers.shared_layer(prefix, _ATTENTION_STEP_ROWS))
 
     def _layers(self, most: int) -> _Workbench:
-        count = min(self._geometry.layers, most)
+        attention = self._geometry.attention
+        count = min(len(attention), most)
         narrow = replace(
             self._geometry,
-            attention=tuple(
-                self._geometry.attention[layer] for layer in spread(count, self._geometry.layers)
-            ),
+            mixers=tuple(attention[layer] for layer in spread(count, len(attention))),
             hidden=_NARROW,
             feed_forward=_NARROW,
         )

@@ -22,7 +22,7 @@ from subspec_cli.limits import PREFILL_CHUNK
 from subspec_cli.modeling.decoder import DraftDecoder, DraftHead, Embedding, Head, TargetDecoder
 from subspec_cli.modeling.embedding import DiskEmbedding, scaled_embedding, table_embedding
 from subspec_cli.modeling.exact_attention import FIRST_RULES, AttentionRules, ExactAttention
-from subspec_cli.modeling.kv_cache import KVCache
+from subspec_cli.modeling.kv_cache import KVCache, cache_for
 from subspec_cli.modeling.layers import LayerMath, OutputMath
 from subspec_cli.modeling.pretrained import ModelTokenizer
 from subspec_cli.modeling.rope import RopeTables, build_rope_tables
@@ -130,7 +130,7 @@ class Loader:
             embedding_rows, head = self._tables(opened)
             embed = scaled_embedding(embedding_rows, found.geometry.arithmetic)
             blocks = open_blocks(self._opening, opened)
-            kv = self._kv_cache()
+            kv = self._kv_cache(math)
             draft = None
             if plan.drafts:
                 shared = {
@@ -187,10 +187,10 @@ class Loader:
             prefill_rows=PREFILL_CHUNK,
         )
 
-    def _kv_cache(self) -> KVCache:
-        geometry, plan = self._opening.found.geometry, self._opening.plan
-        return KVCache(
-            geometry.attention,
+    def _kv_cache(self, math: LayerMath) -> KVCache:
+        plan = self._opening.plan
+        return cache_for(
+            math,
             context=plan.context,
             scratch=plan.scratch_rows,
             dtype=self._opening.dtype,

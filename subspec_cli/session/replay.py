@@ -18,7 +18,7 @@ from subspec_cli.decoding.row_groups import prompt_groups, prompt_passes
 from subspec_cli.modeling.decoder import Block, Head, TargetDecoder
 from subspec_cli.modeling.embedding import scaled_embedding
 from subspec_cli.modeling.exact_attention import ExactAttention
-from subspec_cli.modeling.kv_cache import KVCache
+from subspec_cli.modeling.kv_cache import KVCache, cache_for
 from subspec_cli.modeling.layers import LayerMath, OutputMath
 from subspec_cli.modeling.row_group import RowGroup, chunk_group
 from subspec_cli.modeling.target_blocks import TargetBlocks
@@ -79,16 +79,17 @@ def float32_replay(session: Session, most_tokens: int) -> Replay:
 
     It takes memory beyond the session's: the head, one block of a layer and a cache in float32.
     """
-    loaded, geometry = session.loaded, session.loaded.math.geometry
-    kv = KVCache(
-        geometry.attention,
+    loaded = session.loaded
+    target = _float32_target(loaded)
+    kv = cache_for(
+        target.math,
         context=most_tokens,
         scratch=session.plan.tree_nodes,
         dtype=torch.float32,
         device=loaded.head.weight.device,
     )
     return Replay(
-        _float32_target(loaded),
+        target,
         kv,
         prompt_rows=loaded.prompt_rows // 2,
         most_rows=session.plan.tree_nodes,

@@ -27,10 +27,10 @@ def group_size_for(shape: tuple[int, ...]) -> int | None:
 def substitute_layer_bytes(geometry: ModelGeometry, settings: SubstituteSettings) -> tuple[int, ...]:
     """Bytes of each layer's substitute in memory. Two-bit codes are in the four-bit kernel's layout."""
     sizes = {
-        geometry.attention[layer]: _substitute_bytes(geometry, geometry.layer_shapes(layer), settings)
+        geometry.mixers[layer]: _substitute_bytes(geometry, geometry.layer_shapes(layer), settings)
         for layer in geometry.representatives
     }
-    return tuple(sizes[shape] for shape in geometry.attention)
+    return tuple(sizes[mixer] for mixer in geometry.mixers)
 
 
 def _substitute_bytes(
