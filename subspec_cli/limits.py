@@ -34,3 +34,7 @@ LEAST_RING_SLOTS: Final = 2
 """Fewest pinned buffers between disk and GPU: one is copied while another is read."""
 NOISE_ROWS: Final = 64
 """Positions whose sampling noise is kept: as many as a tree and its shadow have levels."""
+SNAPSHOTS: Final = 2
+"""Recurrent states that are kept to go back to, the newest ones."""
+TREE_STATES: Final = 8
+"""Most recurrent states of a tree in one layer at a time: about log2 of its nodes."""

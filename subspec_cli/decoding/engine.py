@@ -158,6 +158,7 @@ class Engine:
                 groups, meter.pass_of(first - reused, end - reused, len(prompt) - reused)
             )
             self._kv.commit(range(end - first), prompt[first:end])
+        self._kv.keep_snapshot()
         row = host_row(logits[0], len(prompt) - 1)
         state = begin_path(request.penalties, prompt, len(row))
         token = sample_token(request.sampler, row, len(prompt), state)

@@ -178,8 +178,8 @@ def make_draft_steps(
     raised.
     """
     direct = DirectSteps(draft, kv)
-    if device.type == "cpu":
-        return direct
+    if device.type == "cpu" or kv.recurrent is not None:
+        return direct  # a step of recurrent layers reads where the committed state ends on the host
     try:
         steps = CapturedSteps(draft, kv, CudaGraphs(device), most_rows=most_rows, vocab=vocab, device=device)
         zero = torch.zeros(1, dtype=torch.long)

@@ -237,11 +237,14 @@ class TargetDecoder:
             flow.normed = normed
         return self.math.heads(block.layer, projected[: flow.group.rows], flow.rotations)
 
+    def output_name(self, layer: int) -> str:
+        """The matrix that projects what a layer's attention, or what is in its place, gives."""
+        return "linear_attn.out_proj.weight" if layer in self.math.delta_layers else "self_attn.o_proj.weight"
+
     def finish_attention(self, block: Block, flow: GroupFlow, attended: Tensor) -> None:
         """Project `[N, H * D]` attended rows and add them to the hidden states."""
         attended = F.pad(attended, (0, 0, 0, flow.group.padded - flow.group.rows))
-        name = "linear_attn.out_proj" if block.layer in self.math.delta_layers else "self_attn.o_proj"
-        output = self._project(block, name, attended)
+        output = self._project(block, self.output_name(block.layer).removesuffix(".weight"), attended)
         flow.hidden = self.math.with_attention(block.layer, flow.hidden, output)
 
     def project_delta(self, block: Block, flow: GroupFlow) -> DeltaInputs:

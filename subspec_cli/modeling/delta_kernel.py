@@ -103,7 +103,7 @@ def run_rule(rows: DeltaRows, visits: Visits, base: Tensor, slots: Tensor, outpu
         slots: `[S, H, K, V]` work space; afterwards, slots that no later row replaced hold states.
         output: `[N, H, V]` receives what the queries read; None if nothing is read.
     """
-    kernel = compiled_rule() if base.device.type == "cpu" else None
+    kernel = _compiled_rule() if base.device.type == "cpu" else None
     if kernel is None:
         _torch_rule(rows, visits, base, slots, output)
         return
@@ -133,15 +133,27 @@ def _torch_rule(rows: DeltaRows, visits: Visits, base: Tensor, slots: Tensor, ou
             output[node] = found
 
 
+def compile_rule() -> bool:
+    """Compile the rule, which takes two seconds the first time on a machine; return whether numba is installed."""
+    kernel = _compiled_rule()
+    if kernel is None:
+        return False
+    one = torch.zeros((1, 1, 1))
+    run_rule(DeltaRows(one, one, one, one[0], one[0]), chain_visits(1), one, one[None], one.clone())
+    return True
+
+
 @cache
-def compiled_rule() -> Callable[..., None] | None:
+def _compiled_rule() -> Callable[..., None] | None:
     """The rule compiled by numba, None if it is not installed; it holds no lock of the interpreter."""
     try:
         import numba
     except ImportError:
         return None
-    decorator: Any = numba.njit(nogil=True, cache=True, error_model="numpy")
-    compiled: Callable[..., None] = decorator(_rule)
+    try:
+        compiled: Callable[..., None] = numba.njit(nogil=True, cache=True, error_model="numpy")(_rule)
+    except RuntimeError:  # there is no directory for its cache
+        compiled = numba.njit(nogil=True, error_model="numpy")(_rule)
     return compiled
 
 

@@ -90,6 +90,11 @@ class KVCache:
         if self.recurrent is not None:
             self.recurrent.want_snapshot(position)
 
+    def keep_snapshot(self) -> None:
+        """Keep what is needed to go back to the present end."""
+        if self.recurrent is not None:
+            self.recurrent.keep_snapshot()
+
     def commit(self, nodes: Sequence[int], token_ids: Sequence[int]) -> None:
         """Commit scratch rows `committed + node` for ascending `nodes`, which hold `token_ids`; drop the others."""
         assert len(nodes) == len(token_ids)

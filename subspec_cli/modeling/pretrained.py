@@ -21,6 +21,7 @@ from subspec_cli.checkpoint.tokenizer_files import TokenizerFacts
 from subspec_cli.errors import IntegrityError, PromptRefusedError, UnsupportedModelError
 from subspec_cli.files.silenced_stderr import silenced_stderr
 from subspec_cli.modeling.chat_template import RAW_HINT, ChatTemplate
+from subspec_cli.modeling.delta_kernel import compile_rule
 from subspec_cli.modeling.settling import Settling, byte_of_token, settling_of
 from subspec_cli.streaming.memory_meter import return_freed_memory_now
 from subspec_cli.units import printable
@@ -31,7 +32,7 @@ _USED_LATER: Final = ("encodings.unicode_escape", "transformers.tokenization_pyt
 """Modules that transformers imports when it first encodes a text."""
 
 
-def import_libraries(model_type: str) -> None:
+def import_libraries(model_type: str, *, has_recurrent_layers: bool) -> None:
     """Import what opening a model of this type would import, so that none of it counts as the model's memory.
 
     For some types transformers' configuration class alone imports 860 modules, which take 75 MiB.
@@ -39,6 +40,8 @@ def import_libraries(model_type: str) -> None:
     for name in _USED_LATER:
         import_module(name)
     CONFIG_MAPPING[model_type]
+    if has_recurrent_layers:
+        compile_rule()
 
 
 def _tokenizer_config(directory: Path, facts: TokenizerFacts) -> PreTrainedConfig:

@@ -15,11 +15,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from subspec_cli.limits import SNAPSHOTS
 from subspec_cli.modeling.delta import DeltaLayer, Gates
 from subspec_cli.modeling.delta_kernel import chain_visits, run_rule
-
-SNAPSHOTS = 2
-"""Snapshots that are kept, the newest ones."""
 
 
 @dataclass(slots=True)
@@ -169,8 +167,20 @@ class RecurrentState:
         return DraftScratch(draft.keys[place], draft.deltas[place], draft.log_decays[place])
 
     def want_snapshot(self, position: int) -> None:
-        """Let the pass to come keep a snapshot where its chunk at `position` begins."""
-        self._wanted = position
+        """Let the pass to come keep a snapshot where its chunk at `position` begins; that of no tokens is known."""
+        self._wanted = position or None
+        self._sort_snapshots()
+
+    def keep_snapshot(self) -> None:
+        """Keep a snapshot of the committed state."""
+        self._sort_snapshots()
+        snapshot = self._snapshots[0]
+        snapshot.position = None
+        snapshot.moment.copy_from(self._now)
+        snapshot.position = self.committed
+
+    def _sort_snapshots(self) -> None:
+        """Order snapshots so that the first one is replaced next: an empty one, or the oldest."""
         self._snapshots.sort(key=lambda snapshot: -1 if snapshot.position is None else snapshot.position)
 
     def commit(self, nodes: Sequence[int]) -> None:

@@ -116,12 +116,20 @@ def _first_failure(
     most_nodes: int,
 ) -> str:
     """The name of the first part that is not batch-invariant; empty if all are."""
+    kinds = decoder.math.geometry.representatives
     with closing(stream.blocks()) as blocks:
-        for block in islice(blocks, len(LAYER_BLOCKS)):
-            if block.kind == "attention":
-                _check_product(block.matrices["self_attn.o_proj.weight"])
+        for block in islice(blocks, (max(kinds) + 1) * len(LAYER_BLOCKS)):
+            # Layers differ in what mixes their tokens; the feed-forward of the first stands for all.
+            if block.layer not in kinds or (block.layer and block.kind != "attention"):
+                continue
+            if block.kind == "attention" and not block.layer:
+                _check_product(block.matrices[decoder.output_name(block.layer)])
             if not _rows_keep_bits(partial(_run_block, decoder, block), decoder.rules, states, counts):
-                return f"the {block.kind} block"
+                return (
+                    f"the {block.kind} block of layer {block.layer}"
+                    if block.layer
+                    else f"the {block.kind} block"
+                )
     # Prefill needs the logits of the last row only, so the head never gets a whole chunk.
     few = [count for count in counts if count <= most_nodes]
     if not _rows_keep_bits(lambda rows: head.logits(rows, decoder.rules), decoder.rules, states, few):
@@ -205,6 +213,8 @@ def _run_block(decoder: TargetDecoder, block: Block, rows: Tensor) -> Tensor:
     flow = decoder.begin_rows(rows / 256, group)
     flow.normed = rows
     flow.inner = _widened(rows, decoder.math.geometry.feed_forward)
+    if block.kind == "attention" and block.layer in decoder.math.delta_layers:
+        return _run_delta(decoder, block, flow)
     if block.kind == "attention":
         return _run_projections(decoder, block, flow)
     decoder.run_feed_forward(block, flow)
@@ -213,10 +223,23 @@ def _run_block(decoder: TargetDecoder, block: Block, rows: Tensor) -> Tensor:
 
 def _run_projections(decoder: TargetDecoder, block: Block, flow: GroupFlow) -> Tensor:
     heads = decoder.project_heads(block, flow)
-    decoder.finish_attention(block, flow, heads.query.flatten(1))
+    decoder.finish_attention(block, flow, heads.gated(heads.query.flatten(1)))
     return torch.cat(
         (flow.hidden, heads.keys.transpose(0, 1).flatten(1), heads.values.transpose(0, 1).flatten(1)), 1
     )
+
+
+def _run_delta(decoder: TargetDecoder, block: Block, flow: GroupFlow) -> Tensor:
+    """Run all of a recurrent layer but the rule, which takes row after row: values stand for what it returns."""
+    delta, inputs = decoder.math.delta_layers[block.layer], decoder.project_delta(block, flow)
+    before = delta.shape.kernel - 1
+    known = torch.cat((inputs.qkv.new_zeros((before, delta.shape.conv_width)), inputs.qkv))
+    own = torch.arange(len(inputs.qkv), device=known.device)[:, None] + before
+    seen = torch.cat((torch.arange(before, device=known.device).expand(len(own), -1), own), 1)
+    rows = delta.rows(delta.mixed(known, seen), inputs.gates)
+    decoder.finish_attention(block, flow, delta.gated(rows.value, inputs.gate))
+    found = (rows.query, rows.key, rows.decay, rows.beta)
+    return torch.cat((flow.hidden, *(part.flatten(1).to(flow.hidden.dtype) for part in found)), 1)
 
 
 def _random_states(hidden: int, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -5,12 +5,17 @@ The figures were measured with transformers 5.23, tokenizers 0.22 and torch 2.13
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Final
 
 from subspec_cli.checkpoint.geometry import ModelGeometry
 from subspec_cli.checkpoint.layer_tensors import matrices_of
 from subspec_cli.limits import MOST_ROWS, ROW_SIZES
+from subspec_cli.planning.device_profile import DeviceProfile
 from subspec_cli.units import MIB
+
+_COMPILER_BYTES: Final = 112 * MIB
+"""107 MiB measured for numba's import and the compilation of one function."""
 
 _TOKENIZER_BASE_BYTES: Final = 10 * MIB
 """Of any tokenizer, most of it the words that it remembers."""
@@ -56,3 +61,9 @@ def _row_sizes(most_rows: int) -> int:
     """Row counts after padding, for up to `most_rows` rows."""
     largest = ROW_SIZES[-1]
     return _SMALL_ROW_BLOCKS + len(ROW_SIZES) + max(0, -(-most_rows // largest) - 1)
+
+
+def bare_process_bytes(profile: DeviceProfile, geometry: ModelGeometry) -> int:
+    """Host memory of a process that has loaded no model: with the compiler, if recurrent layers need it."""
+    has_compiler = bool(geometry.delta) and find_spec("numba") is not None
+    return profile.process_bytes + (_COMPILER_BYTES if has_compiler else 0)

@@ -19,11 +19,18 @@ from subspec_cli.limits import (
     MOST_ROWS,
     NOISE_ROWS,
     SMALL_BLOCK,
+    SNAPSHOTS,
+    TREE_STATES,
 )
 from subspec_cli.planning.assumed_costs import low_bit_table_bytes
 from subspec_cli.planning.device_profile import EmbeddingPlace
 from subspec_cli.planning.layer_sizes import LayerSizes
-from subspec_cli.planning.library_memory import shared_layer_kernels, target_kernels, tokenizer_bytes
+from subspec_cli.planning.library_memory import (
+    bare_process_bytes,
+    shared_layer_kernels,
+    target_kernels,
+    tokenizer_bytes,
+)
 from subspec_cli.planning.request import PlanRequest
 from subspec_cli.units import MIB, counted, format_bytes
 
@@ -121,6 +128,7 @@ class MemoryModel:
         self._low_bit_head_bytes = low_bit_table_bytes(geometry)
         self._small_bytes = geometry.small_bytes
         self._work_bytes = self._workspace_bytes()
+        self._recurrent_bytes = recurrent_bytes(geometry, self._scratch_rows)
         noise_bytes = NOISE_ROWS * geometry.vocab * _NOISE_BYTES if request.samples else 0
         self._noise_bytes = noise_bytes if self._profile.budget_is_ram else 0
         self._host_noise_bytes = 0 if self._profile.budget_is_ram else 2 * noise_bytes
@@ -139,6 +147,7 @@ class MemoryModel:
             + self._kernel_bytes
             + _MARGIN_BYTES
             + self._scratch_rows * self.row_bytes
+            + self._recurrent_bytes
         )
         self._tokenizer_bytes = tokenizer_bytes(
             request.tokenizer_bytes, self._fixed_bytes if self._profile.budget_is_ram else 0
@@ -209,6 +218,7 @@ class MemoryModel:
             PlanLine("stream slots", layout.slots * self.slot_bytes,
                      f"{layout.slots} x {format_bytes(self.slot_bytes)}"),
             PlanLine("KV cache", rows * geometry.kv_row_bytes, f"{rows} rows"),
+            PlanLine("recurrent state", self._recurrent_bytes, f"{len(geometry.delta)} layers"),
             PlanLine("workspace", self._work_bytes + rows * self._work_row_bytes),
             PlanLine(WAITING_ROWS, prompt.held_bytes, f"{counted(prompt.rows, 'row')} a pass"),
             PlanLine("sampling noise", self._noise_bytes, f"{NOISE_ROWS} positions"),
@@ -240,7 +250,7 @@ class MemoryModel:
 
     def host_lines(self, layout: MemoryLayout) -> tuple[PlanLine, ...]:
         """Break down the host memory beside the budget."""
-        process_bytes = self._profile.process_bytes
+        process_bytes = bare_process_bytes(self._profile, self._geometry)
         if self._profile.budget_is_ram:
             return (PlanLine("bare process", process_bytes),)
         pinned, ring = self.pinned(layout) or PinnedLayers(0, 0)
@@ -263,7 +273,9 @@ class MemoryModel:
 
     def _bare_host_bytes(self) -> int:
         """Host memory beside a GPU without layers and embedding."""
-        return self._profile.process_bytes + self._tokenizer_bytes + self._host_noise_bytes
+        return (
+            bare_process_bytes(self._profile, self._geometry) + self._tokenizer_bytes + self._host_noise_bytes
+        )
 
     def _host_table_bytes(self, layout: MemoryLayout) -> int:
         return self._geometry.table_bytes if layout.embedding == "host" else 0
@@ -314,7 +326,32 @@ def _activation_bytes(geometry: ModelGeometry) -> int:
     if geometry.arithmetic.qk_norm is not None:
         attention += 3 * 4 * qk_width
     feed_forward = element_bytes * (4 * hidden + 2 * geometry.feed_forward)
-    return max(norm, attention, feed_forward)
+    return max(norm, attention, feed_forward, _delta_activation_bytes(geometry))
+
+
+def _delta_activation_bytes(geometry: ModelGeometry) -> int:
+    """Return the activations of one row in a recurrent layer: convolved, and split in float32."""
+    if not geometry.delta:
+        return 0
+    shape, element_bytes = geometry.delta[0], geometry.element_bytes
+    inputs = (2 * geometry.hidden + 3 * shape.conv_width + 3 * shape.value_width) * element_bytes
+    return inputs + 4 * (5 * shape.conv_width + 2 * shape.value_width)
+
+
+def recurrent_bytes(geometry: ModelGeometry, scratch_rows: int) -> int:
+    """Return the memory of recurrent layers.
+
+    It is the committed state, the next one and snapshots, each with the last inputs of the convolution, and what
+    target and draft keep of each scratch row, as in `modeling.recurrent_state`; and the states of a tree's branches.
+    """
+    if not geometry.delta:
+        return 0
+    shape, layers, element_bytes = geometry.delta[0], len(geometry.delta), geometry.element_bytes
+    tail = (shape.kernel - 1) * shape.conv_width * element_bytes
+    moments = (2 + SNAPSHOTS) * layers * (shape.state_elements * 4 + tail)
+    kept = (shape.conv_width + shape.key_heads * shape.key_dim + shape.value_width) * element_bytes
+    rows = scratch_rows * layers * (kept + 3 * shape.value_heads * 4)
+    return moments + rows + TREE_STATES * shape.state_elements * 4
 
 
 def _whole_blocks(rows: int) -> int:

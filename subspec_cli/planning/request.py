@@ -17,6 +17,7 @@ from subspec_cli.planning.assumed_costs import assumed_survival
 from subspec_cli.planning.costs import BASE_CACHED_ROWS, MachineCosts
 from subspec_cli.planning.device_profile import DeviceKind, DeviceProfile, device_profile
 from subspec_cli.planning.layer_sizes import LayerSizes
+from subspec_cli.planning.library_memory import bare_process_bytes
 from subspec_cli.substitutes.settings import SubstituteSettings, substitute_layer_bytes
 from subspec_cli.units import GIB, counted, format_bytes
 
@@ -133,7 +134,7 @@ def plan_request(
     speculates = not config.draft.no_speculation
     profile, budget_bytes, ram_bytes = device_profile(limits.device), limits.budget_bytes, limits.ram_bytes
     if profile.budget_is_ram and ram_bytes is not None:
-        budget_bytes = min(budget_bytes, max(0, ram_bytes - profile.process_bytes))
+        budget_bytes = min(budget_bytes, max(0, ram_bytes - bare_process_bytes(profile, geometry)))
     least_context = max(LEAST_CONTEXT, config.run.max_new_tokens + _PROMPT_TOKENS)
     return PlanRequest(
         geometry=geometry,

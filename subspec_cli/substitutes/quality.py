@@ -7,13 +7,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-MATRIX_KINDS: Final = ("q", "k", "v", "o", "gate", "up", "down")
-"""Short names of a layer's matrices, in order of use."""
+from subspec_cli.checkpoint.layer_tensors import LAYER_MATRICES
 
 
 def matrix_kind(name: str) -> str:
     """Short name of a matrix: `q` for `self_attn.q_proj` and `self_attn.q_proj.weight`."""
-    return name.removesuffix(".weight").rpartition(".")[2].removesuffix("_proj")
+    return name.removesuffix(".weight").rpartition(".")[2].removeprefix("in_proj_").removesuffix("_proj")
+
+
+MATRIX_KINDS: Final = tuple(matrix_kind(name) for name in LAYER_MATRICES)
+"""Short names of the matrices that a layer may have, in order of use."""
 
 
 @dataclass(frozen=True, slots=True)
