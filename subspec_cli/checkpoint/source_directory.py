@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from subspec_cli.checkpoint.families import unread_tensors
 from subspec_cli.checkpoint.tokenizer_files import TOKENIZER_CHOICES
 from subspec_cli.errors import IntegrityError, UnsupportedModelError
 from subspec_cli.files.io_errors import read_error
@@ -170,7 +171,7 @@ def check_config(config: Mapping[str, Any]) -> None:
 
 
 def read_index(directory: Path) -> WeightIndex | None:
-    """The index of a model in several files; None if there is no index.
+    """The index of a model in several files, of the tensors that text needs; None if there is no index.
 
     Raises:
         IntegrityError: too large, not JSON, or naming a file outside the directory.
@@ -180,11 +181,11 @@ def read_index(directory: Path) -> WeightIndex | None:
     if not path.exists():
         return None
     shown = printable(str(directory / INDEX_NAME))
-    return parse_index(read_small_file(path, MAX_INDEX_BYTES), shown)
+    return parse_index(read_small_file(path, MAX_INDEX_BYTES), shown, read_config(directory)[1])
 
 
-def parse_index(raw: bytes, shown: str) -> WeightIndex:
-    """Parse an index. Raises IntegrityError as `read_index`."""
+def parse_index(raw: bytes, shown: str, config: Mapping[str, Any]) -> WeightIndex:
+    """Parse an index, and leave out what text does not need. Raises IntegrityError as `read_index`."""
     file_of = parse_json_object(raw, shown, IntegrityError, "download the file again").get("weight_map")
     if not isinstance(file_of, dict) or not file_of:
         raise IntegrityError(f"{shown} has no weight_map", "download the file again")
@@ -194,7 +195,8 @@ def parse_index(raw: bytes, shown: str) -> WeightIndex:
                 f"{shown} puts {ascii(tensor)[:100]} into {ascii(name)[:200]}, "
                 "which is no safetensors file inside the model directory"
             )
-    return WeightIndex(raw, file_of)
+    unread = unread_tensors(config)
+    return WeightIndex(raw, {name: file for name, file in file_of.items() if not name.startswith(unread)})
 
 
 def first_missing_file(directory: Path) -> str | None:

@@ -96,7 +96,7 @@ def outline_model(
     if error := missing_tokenizer(listing.sizes, printable(name.model_id)):
         raise error
     small = _read_small_files(reader, listing, channel)
-    tensors, index, weight_files = _read_headers(reader, listing, channel)
+    tensors, index, weight_files = _read_headers(reader, listing, config[0], channel)
     where = printable(name.model_id)
     repository = decide_repository(config[0], tensors, index, lambda file, _: small.get(file), where)
     check_tokenizer(lambda file, _: small.get(file), where, repository.geometry.vocab)
@@ -158,7 +158,7 @@ def _read_small_files(reader: _CommitReader, listing: Listing, channel: WorkerCh
 
 
 def _read_headers(
-    reader: _CommitReader, listing: Listing, channel: WorkerChannel
+    reader: _CommitReader, listing: Listing, config: Mapping[str, Any], channel: WorkerChannel
 ) -> tuple[dict[str, TensorEntry], WeightIndex | None, tuple[str, ...]]:
     """The tensors of all weight files, by name, the index, and the names of the files."""
     entries: dict[str, tuple[TensorEntry, ...]] = {}
@@ -171,7 +171,7 @@ def _read_headers(
         return indexed_tensors(entries, None), None, (SINGLE_NAME,)
     raw: list[bytes] = []
     run_all([lambda: raw.append(reader.read_small_file(INDEX_NAME, MAX_INDEX_BYTES))], channel)
-    index = parse_index(raw[0], INDEX_NAME)
+    index = parse_index(raw[0], INDEX_NAME, config)
     listing.check_index_names(index)
     run_all([partial(read, name) for name in index.file_names], channel)
     return indexed_tensors(entries, index), index, index.file_names
