@@ -6,6 +6,7 @@ A few kilobytes are read for a model of gigabytes. Nothing is written to disk.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial

@@ -32,6 +32,11 @@ _USED_LATER: Final = ("encodings.unicode_escape", "transformers.tokenization_pyt
 """Modules that transformers imports when it first encodes a text."""
 
 
+_MISTRAL: Final = {"mistral_format": False, "fix_mistral_regex": False}
+_PINNED: Final = dict.fromkeys(("mistral", "mistral3", "ministral", "ministral3"), _MISTRAL)
+"""Choices for types whose token ids would otherwise depend on another package, or change with a warning."""
+
+
 def import_libraries(model_type: str, *, has_recurrent_layers: bool) -> None:
     """Import what opening a model of this type would import, so that none of it counts as the model's memory.
 
@@ -70,6 +75,7 @@ class ModelTokenizer:
                 model_max_length=_NO_LIMIT,
                 trust_remote_code=False,
                 local_files_only=True,
+                **_PINNED.get(facts.model_type, {}),
             )
         except BaseException as error:  # parsers of the library raise any exception, and panic
             if (reason := _failure_of(error)) is None:
