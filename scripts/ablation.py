@@ -82,9 +82,7 @@ class UnsharedDraft:
     def __init__(self, draft: DraftModel, like: KVCache, geometry: ModelGeometry) -> None:
         self._draft = draft
         self._kv = KVCache(
-            layers=geometry.layers,
-            kv_heads=geometry.kv_heads,
-            head_dim=geometry.head_dim,
+            geometry.attention,
             context=like.context,
             scratch=like.capacity - like.context,
             dtype=torch.bfloat16,

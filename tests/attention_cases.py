@@ -23,7 +23,8 @@ def sizes_of(
         "num_key_value_heads": kv_heads, "head_dim": dim, "vocab_size": 64, "max_position_embeddings": 8192,
         "rms_norm_eps": 1e-6, "tie_word_embeddings": True, "sliding_window": None,
     }  # fmt: skip
-    return replace(geometry_from_config(config, "BF16"), windows=windows)
+    sizes = geometry_from_config(config, "BF16")
+    return replace(sizes, attention=tuple(replace(sizes.attention[0], window=window) for window in windows))
 
 
 def attention_of(
@@ -60,9 +61,10 @@ def random_case(sizes: ModelGeometry, rows: int, dtype: torch.dtype = torch.bflo
     """A case of `rows` positions, with room for a tree behind them."""
     generator = torch.Generator().manual_seed(seed)
     capacity = -(-(rows + 64) // 64) * 64
-    query = torch.randn((rows, sizes.heads, sizes.head_dim), generator=generator).to(dtype)
+    shape = sizes.attention[0]
+    query = torch.randn((rows, shape.heads, shape.head_dim), generator=generator).to(dtype)
     keys, values = (
-        torch.randn((sizes.kv_heads, capacity, sizes.head_dim), generator=generator).to(dtype)
+        torch.randn((shape.kv_heads, capacity, shape.head_dim), generator=generator).to(dtype)
         for _ in range(2)
     )
     return Case(query, keys, values)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from subspec_cli.checkpoint.layer_description import AttentionShape
 from subspec_cli.config import SamplingConfig
 from subspec_cli.decoding.drafter import Drafter, Proposal
 from subspec_cli.decoding.engine import Engine, PassOutput, Request
@@ -212,7 +213,7 @@ def steps_of(draft: FakeDraft, kv: KVCache, ahead: int) -> DirectSteps:
 def fake_cache(context: int = 64, scratch: int = 64) -> KVCache:
     """A real cache of one layer whose keys hold (token, position)."""
     return KVCache(
-        layers=1, kv_heads=1, head_dim=2, context=context, scratch=scratch, dtype=torch.float64, device=CPU
+        [AttentionShape(1, 1, 2)], context=context, scratch=scratch, dtype=torch.float64, device=CPU
     )
 
 

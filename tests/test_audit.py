@@ -164,8 +164,9 @@ def wider_window(monkeypatch):
 
     def wider(config):
         found = find_model(config)
-        windows = tuple(window and window + 1 for window in found.geometry.windows)
-        geometry = replace(found.geometry, windows=windows)
+        shapes = found.geometry.attention
+        wide = tuple(replace(shape, window=shape.window and shape.window + 1) for shape in shapes)
+        geometry = replace(found.geometry, attention=wide)
         return replace(found, repository=replace(found.repository, geometry=geometry))
 
     monkeypatch.setattr(session_open, "find_model", wider)

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import AUTO, FAMILIES, make_tiny_model, tiny_settings
-from transformers import PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
+from subspec_cli.checkpoint import families
 from subspec_cli.checkpoint.checkpoint import open_checkpoint
-from subspec_cli.checkpoint.config_fields import COMMON_FIELDS, SUPPORTED_ARCHITECTURES
-from subspec_cli.checkpoint.config_fields import FAMILIES as LIBRARY_FAMILIES
+from subspec_cli.checkpoint.config_fields import COMMON_FIELDS, FAMILY_FIELDS
 from subspec_cli.checkpoint.geometry import ModelGeometry, geometry_from_config
 from subspec_cli.checkpoint.layer_tensors import LAYER_MATRICES
 from subspec_cli.checkpoint.repository import check_fields
@@ -24,7 +24,7 @@ from subspec_cli.checkpoint.tensor_table import read_tensor_table
 from subspec_cli.errors import IntegrityError, UnsupportedModelError
 from subspec_cli.substitutes.settings import SubstituteSettings, group_size_for, substitute_layer_bytes
 
-ARCHITECTURES = dict(zip(FAMILIES, SUPPORTED_ARCHITECTURES, strict=True))
+ARCHITECTURES = {family: families.FAMILIES[family].architecture for family in FAMILIES}
 VARIANTS = [
     (family, tied, extra)
     for family in FAMILIES
@@ -58,13 +58,14 @@ def raw_config(**fields: Any) -> dict[str, Any]:
 
 
 def library_shapes(family: str, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the library's own meta model; a tied head is counted once."""
+    """Shapes of the library's own meta model, by our names; a tied head is counted once."""
     with torch.device("meta"):
         model = AUTO.from_config(FAMILIES[family].from_dict(config))
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    stored = {name: entry(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
     if config["tie_word_embeddings"]:
-        del shapes["lm_head.weight"]
-    return shapes
+        del stored["lm_head.weight"]
+    own = families.FAMILIES[family].names.own_entries(stored, {})
+    return {name: value.shape for name, value in own.items()}
 
 
 def read_geometry(config: dict[str, Any], tensors: dict[str, TensorEntry]) -> ModelGeometry:
@@ -103,8 +104,10 @@ def test_layer_bytes_split_into_blocks_and_small_tensors() -> None:
     geometry = geometry_from_config(config_of("llama", attention_bias=True, mlp_bias=True), "F32")
     shapes = geometry.layer_shapes()
     assert geometry.layer_matrix_bytes == 4 * sum(math.prod(shapes[name]) for name in LAYER_MATRICES)
-    assert geometry.layer_matrix_bytes + geometry.layer_small_bytes == 4 * sum(
-        map(math.prod, shapes.values())
+    assert geometry.matrix_bytes == 3 * geometry.layer_matrix_bytes
+    final_norm = 128
+    assert geometry.matrix_bytes + geometry.small_bytes == 4 * (
+        3 * sum(map(math.prod, shapes.values())) + final_norm
     )
     assert geometry.block_bytes["attention"] == 4 * 128 * (128 + 64 + 64 + 128)
 
@@ -115,7 +118,8 @@ def test_kv_row_bytes_count_keys_and_values_of_all_layers() -> None:
 
 def test_sizes_missing_from_old_configs_have_the_family_defaults() -> None:
     geometry = geometry_from_config(raw_config(num_key_value_heads=None), "BF16")
-    assert (geometry.kv_heads, geometry.head_dim, geometry.tied_head) == (4, 32, False)
+    shape = geometry.attention[0]
+    assert (shape.kv_heads, shape.head_dim, geometry.tied_head) == (4, 32, False)
 
 
 @pytest.mark.parametrize(
@@ -250,7 +254,7 @@ def test_the_tokenless_names_of_a_hostile_table_are_printed_safely(tmp_path: Pat
 
 def windows(family: str, **fields: Any) -> tuple[int | None, ...]:
     config = raw_config(architectures=[ARCHITECTURES[family]], model_type=family) | fields
-    return geometry_from_config(config, "BF16").windows
+    return tuple(shape.window for shape in geometry_from_config(config, "BF16").attention)
 
 
 @pytest.mark.parametrize(
@@ -284,22 +288,24 @@ def test_sliding_windows_follow_the_family(
     assert windows(family, **fields) == expected
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILY_FIELDS)
 def test_the_fields_of_each_family_are_those_of_the_library(family: str) -> None:
     """Types and defaults; a field that a later version adds must be looked at before it is left aside."""
-    library = {field.name: field for field in dataclasses.fields(FAMILIES[family])}
+    library = {field.name: field for field in dataclasses.fields(CONFIG_MAPPING[family])}
     base = {field.name for field in dataclasses.fields(PreTrainedConfig)}
     assert base == COMMON_FIELDS
-    ours = LIBRARY_FAMILIES[family].fields
+    ours = FAMILY_FIELDS[family]
     assert library.keys() - base == ours.keys()
     for name, field in ours.items():
-        assert library[name].default == field.default, name
+        default = library[name].default
+        assert field.default == (None if default is dataclasses.MISSING else default), name
+        assert type(field.default) is type(default) or field.default is None, name
 
 
 def library_takes(family: str, name: str, value: Any) -> bool:
     """Whether the library's class takes a value by its type; what it thinks of the whole is another matter."""
     try:
-        FAMILIES[family](**{"hidden_size": 64, "num_attention_heads": 4, name: value})
+        CONFIG_MAPPING[family](**{"hidden_size": 64, "num_attention_heads": 4, name: value})
     except Exception as error:  # any exception but that of a field's type comes later
         return type(error).__name__ != "StrictDataclassFieldValidationError"
     return True
@@ -308,9 +314,9 @@ def library_takes(family: str, name: str, value: Any) -> bool:
 @pytest.mark.parametrize(
     "value", [1, 0.5, True, "silu", [1], ["full_attention"], {"rope_type": "default"}, None], ids=repr
 )
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILY_FIELDS)
 def test_fields_take_the_types_that_the_library_takes(family: str, value: Any) -> None:
-    fields = LIBRARY_FAMILIES[family].fields
+    fields = FAMILY_FIELDS[family]
     assert {name: field.takes(value) for name, field in fields.items()} == {
         name: library_takes(family, name, value) for name in fields
     }
@@ -369,21 +375,27 @@ def of_width(bits: int, *overrides: tuple[str, int]) -> SubstituteSettings:
     return SubstituteSettings(bits, "minmax", overrides)
 
 
+def largest(geometry: ModelGeometry, settings: SubstituteSettings) -> int:
+    """Bytes of the substitute of any layer: all are alike."""
+    (size,) = set(substitute_layer_bytes(geometry, settings))
+    return size
+
+
 def test_substitute_bytes_by_width() -> None:
     geometry = geometry_from_config(config_of("llama"), "BF16")
     matrices = [geometry.layer_shapes()[name] for name in LAYER_MATRICES]
     weights, rows = sum(map(math.prod, matrices)), sum(shape[0] for shape in matrices)
-    assert substitute_layer_bytes(geometry, of_width(4)) == weights // 2 + weights // 128 * 4
-    assert substitute_layer_bytes(geometry, of_width(2)) == substitute_layer_bytes(geometry, of_width(4))
-    assert substitute_layer_bytes(geometry, of_width(8)) == weights + 2 * rows
+    assert largest(geometry, of_width(4)) == weights // 2 + weights // 128 * 4
+    assert largest(geometry, of_width(2)) == largest(geometry, of_width(4))
+    assert largest(geometry, of_width(8)) == weights + 2 * rows
     down = geometry.layer_shapes()["mlp.down_proj.weight"]
     more = math.prod(down) + down[0] * 2 - (math.prod(down) // 2 + math.prod(down) // 128 * 4)
-    mixed = substitute_layer_bytes(geometry, of_width(4, ("mlp.down_proj", 8)))
-    assert mixed == substitute_layer_bytes(geometry, of_width(4)) + more
+    mixed = largest(geometry, of_width(4, ("mlp.down_proj", 8)))
+    assert mixed == largest(geometry, of_width(4)) + more
 
 
 def test_substitute_bytes_of_odd_shapes_are_those_of_the_plain_matrix() -> None:
     odd = geometry_from_config(raw_config(hidden_size=48, intermediate_size=72, head_dim=16), "BF16")
     # Neither 48 nor 72 columns divide into groups: only the output projection, 64 wide, is packed.
     plain = 48 * (64 + 32 + 32) + 3 * 48 * 72
-    assert substitute_layer_bytes(odd, of_width(4)) == 2 * plain + 48 * 64 // 2 + 48 * 64 // 64 * 4
+    assert largest(odd, of_width(4)) == 2 * plain + 48 * 64 // 2 + 48 * 64 // 64 * 4

@@ -24,6 +24,7 @@ from fakes import (
     steps_of,
 )
 
+from subspec_cli.checkpoint.layer_description import AttentionShape
 from subspec_cli.drafting.draft_steps import DirectSteps
 from subspec_cli.drafting.policy import DraftPolicy
 from subspec_cli.drafting.tree_drafter import TreeDrafter
@@ -203,7 +204,7 @@ def test_wrong_guesses_change_no_token_and_leave_no_rows():
 
 
 def test_scratch_rows_are_moved_in_order():
-    kv = KVCache(layers=2, kv_heads=1, head_dim=2, context=4, scratch=6, dtype=torch.float32, device=CPU)
+    kv = KVCache([AttentionShape(1, 1, 2)] * 2, context=4, scratch=6, dtype=torch.float32, device=CPU)
     kv.commit([0], [7])
     for layer in range(2):
         marks = torch.arange(6.0)[None, :, None].expand(1, 6, 2) + 10 * layer

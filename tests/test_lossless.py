@@ -8,7 +8,7 @@ from fakes_session import Answer, answer_to, audit_of, open_tiny
 from tiny_models import FAMILIES, Tiny
 
 from subspec_cli.modeling.exact_attention import ChainRows, ExactAttention
-from subspec_cli.modeling.fast_attention import fast_attention
+from subspec_cli.modeling.fast_attention import fast_attention, grouped_mask
 from subspec_cli.modeling.row_rules import RowRules
 from subspec_cli.modeling.substitute import resident_layer
 from subspec_cli.session import load
@@ -279,12 +279,13 @@ def test_ordinary_kernels_do_not_pass_and_are_not_called_exact(shelf, monkeypatc
     def masked(self, positions, path, committed):
         return torch.nn.functional.pad(path, (committed, 0), value=True)
 
-    def ordinary(self, query, keys, values, rows, window):
+    def ordinary(self, query, keys, values, rows, shape):
         """One call over all rows in view, as other programs run it."""
         if isinstance(rows, ChainRows):
             end = rows.first + len(query)
             rows = torch.arange(end)[None] <= torch.arange(rows.first, end)[:, None]
-        return fast_attention(query, keys[:, : rows.shape[1]], values[:, : rows.shape[1]], rows)
+        mask, end = grouped_mask(rows, shape.group, query), rows.shape[1]
+        return fast_attention(query, keys[:, :end], values[:, :end], mask, scale=shape.head_dim**-0.5)
 
     monkeypatch.setattr(ExactAttention, "tree_rows", masked)
     monkeypatch.setattr(ExactAttention, "attend", ordinary)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from attention_cases import attention_of, sizes_of
 from tiny_models import CPU
 from torch import Tensor
 
+from subspec_cli.checkpoint.layer_description import Arithmetic
 from subspec_cli.modeling import exact_attention, key_blocks
 from subspec_cli.modeling.attention_check import find_attention_rules
 from subspec_cli.modeling.block_kernels import BlockKernel, fused_cpu_kernel, products_kernel
@@ -19,12 +21,12 @@ from subspec_cli.modeling.key_blocks import TreeSpan, tree_spans
 from subspec_cli.modeling.kv_cache import KVCache
 
 WINDOWS = (None, 100, 700)
+SCALE = 16**-0.5
 
 
 def cache(context: int = 1400, dtype: torch.dtype = torch.bfloat16, scratch: int = 64) -> KVCache:
-    return KVCache(
-        layers=1, kv_heads=2, head_dim=16, context=context, scratch=scratch, dtype=dtype, device=CPU
-    )
+    attention = sizes_of(windows=WINDOWS).attention
+    return KVCache(attention, context=context, scratch=scratch, dtype=dtype, device=CPU)
 
 
 def check(
@@ -64,7 +66,7 @@ def test_the_smallest_multiple_of_rows_that_holds_is_taken() -> None:
     def wants_eights(
         query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        output, log_sum = fused_cpu_kernel(query, keys, values, mask)
+        output, log_sum = fused_cpu_kernel(query, keys, values, mask, scale=SCALE)
         return output * (1.02 if query.shape[2] % 8 else 1), log_sum
 
     assert check(wants_eights) == (AttentionRules("fused", 8), "")
@@ -74,7 +76,7 @@ def spoiled(change: Callable[[Tensor, Tensor], Tensor]) -> BlockKernel:
     """A kernel whose outputs `change` spoils, given its query."""
 
     def kernel(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        output, log_sum = fused_cpu_kernel(query, keys, values, mask)
+        output, log_sum = fused_cpu_kernel(query, keys, values, mask, scale=SCALE)
         return change(output, query), log_sum
 
     return kernel
@@ -102,7 +104,7 @@ def test_a_kernel_that_feels_its_company_is_found(fault: str) -> None:
 
 def test_a_log_sum_that_feels_its_company_is_found() -> None:
     def kernel(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        output, log_sum = fused_cpu_kernel(query, keys, values, mask)
+        output, log_sum = fused_cpu_kernel(query, keys, values, mask, scale=SCALE)
         return output, log_sum + (1e-3 if query.shape[2] > 100 else 0)
 
     assert check(kernel)[1]
@@ -111,8 +113,9 @@ def test_a_log_sum_that_feels_its_company_is_found() -> None:
 def test_products_are_the_second_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fused kernel that fails is replaced, and the run stays exact if the products hold."""
 
-    def failing(name: str, device: torch.device) -> BlockKernel:
-        return products_kernel if name == "products" else KERNEL_FAULTS["by the number of rows"]
+    def failing(name: str, arithmetic: Arithmetic, device: torch.device) -> BlockKernel:
+        faulty = KERNEL_FAULTS["by the number of rows"]
+        return partial(products_kernel, scale=arithmetic.attention_scale) if name == "products" else faulty
 
     monkeypatch.setattr(exact_attention, "block_kernel", failing)
     rules, failure = check()

@@ -357,10 +357,10 @@ def test_tiled_silu_keeps_values_and_stays_below_the_grain(width: int) -> None:
         sizes.append((len(rows), rows.numel()))
         return silu(rows, inplace=inplace)
 
-    expected = RowRules(2).silu_mul(gate.clone(), up)
+    expected = RowRules(2).gated("silu", gate.clone(), up)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.functional, "silu", watched)
-        found = RowRules(2, tile_elementwise=True).silu_mul(gate.clone(), up)
+        found = RowRules(2, tile_elementwise=True).gated("silu", gate.clone(), up)
     torch.testing.assert_close(found, expected)
     assert all(rows == 1 or elements < 32_768 for rows, elements in sizes)
     assert sum(rows for rows, _ in sizes) == 5
@@ -398,7 +398,7 @@ class Interrupted:
         self.left -= 1
         if not self.left:
             raise KeyboardInterrupt
-        return fused_cpu_kernel(query, keys, values, mask)
+        return fused_cpu_kernel(query, keys, values, mask, scale=query.shape[-1] ** -0.5)
 
 
 @pytest.mark.parametrize("calls", [1, 2, 3])

@@ -7,6 +7,7 @@ import torch
 from attention_cases import Case, attention_of, random_case, random_tree_in, sizes_of
 from torch import Tensor
 
+from subspec_cli.checkpoint.layer_description import AttentionShape
 from subspec_cli.modeling import exact_attention
 from subspec_cli.modeling.block_kernels import KernelName
 from subspec_cli.modeling.exact_attention import AttentionRules, ChainRows, ExactAttention
@@ -16,8 +17,13 @@ TOLERANCE = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float32: 2**-18}
 KERNELS: list[KernelName] = ["fused", "products"]
 
 
+def shape_with(attention: ExactAttention, window: int | None) -> AttentionShape:
+    return next(shape for shape in attention.checked if shape.window == window)
+
+
 def chain(attention: ExactAttention, case: Case, first: int, end: int, window: int | None) -> Tensor:
-    return attention.attend(case.query[first:end], case.keys, case.values, ChainRows(first), window)
+    shape = shape_with(attention, window)
+    return attention.attend(case.query[first:end], case.keys, case.values, ChainRows(first), shape)
 
 
 def tree(
@@ -27,7 +33,8 @@ def tree(
     placed = random_tree_in(case, committed, nodes, depth, seed=nodes)
     rows = attention.tree_rows(placed.depths + committed, placed.path, committed)
     inner = placed.case
-    return attention.attend(inner.query, inner.keys, inner.values, rows, window)[placed.on_path]
+    shape = shape_with(attention, window)
+    return attention.attend(inner.query, inner.keys, inner.values, rows, shape)[placed.on_path]
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -8,6 +8,8 @@ from attention_cases import random_case, sizes_of
 
 from subspec_cli.modeling.fast_attention import fast_attention, grouped_mask
 
+SCALE = 16**-0.5
+
 
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (4, 1)])
@@ -16,23 +18,25 @@ def test_rows_are_near_the_sum_in_float64(dtype: torch.dtype, atol: float, heads
     positions = torch.tensor([5, 20, 32])
     allowed = torch.arange(33)[None] <= positions[:, None]
     expected = torch.stack([case.plain(int(position), None) for position in positions])
-    for mask in (allowed, grouped_mask(allowed, heads // kv_heads, case.query)):
-        found = fast_attention(case.query[positions], case.keys[:, :33], case.values[:, :33], mask)
-        torch.testing.assert_close(found.double(), expected, atol=atol, rtol=0)
+    mask = grouped_mask(allowed, heads // kv_heads, case.query)
+    found = fast_attention(case.query[positions], case.keys[:, :33], case.values[:, :33], mask, scale=SCALE)
+    torch.testing.assert_close(found.double(), expected, atol=atol, rtol=0)
 
 
 def test_masked_rows_do_not_show() -> None:
     case = random_case(sizes_of(), 20, torch.float32)
     allowed = torch.rand((4, 20), generator=torch.Generator().manual_seed(0)) < 0.5
     allowed[:, 3] = True
-    found = fast_attention(case.query[:4], case.keys[:, :20], case.values[:, :20], allowed)
+    mask = grouped_mask(allowed, 2, case.query)
+    found = fast_attention(case.query[:4], case.keys[:, :20], case.values[:, :20], mask, scale=SCALE)
     for row in range(4):
         chosen = allowed[row].nonzero().flatten()
         alone = fast_attention(
             case.query[row : row + 1],
             case.keys[:, chosen],
             case.values[:, chosen],
-            torch.ones((1, len(chosen)), dtype=torch.bool),
+            torch.zeros((2, len(chosen))),
+            scale=SCALE,
         )
         torch.testing.assert_close(alone[0], found[row], atol=1e-5, rtol=0)
 
@@ -42,9 +46,9 @@ def test_cache_views_with_gaps_are_read_right() -> None:
     case = random_case(sizes_of(), 12)
     cache = torch.full((2, 2, 30, 16), torch.nan).bfloat16()
     cache[0, :, :12], cache[1, :, :12] = case.keys[:, :12], case.values[:, :12]
-    allowed = torch.ones((3, 12), dtype=torch.bool)
-    found = fast_attention(case.query[:3], cache[0, :, :12], cache[1, :, :12], allowed)
+    mask = torch.zeros((6, 12)).bfloat16()
+    found = fast_attention(case.query[:3], cache[0, :, :12], cache[1, :, :12], mask, scale=SCALE)
     whole = fast_attention(
-        case.query[:3], case.keys[:, :12].contiguous(), case.values[:, :12].contiguous(), allowed
+        case.query[:3], case.keys[:, :12].contiguous(), case.values[:, :12].contiguous(), mask, scale=SCALE
     )
     assert torch.equal(found, whole)

@@ -10,6 +10,7 @@ import torch
 from tiny_models import CPU
 from torch import Tensor
 
+from subspec_cli.checkpoint.layer_description import AttentionShape
 from subspec_cli.modeling.kv_cache import KVCache
 
 LAYERS, HEADS, DIM, CONTEXT, SCRATCH = 2, 3, 4, 12, 7
@@ -17,9 +18,7 @@ LAYERS, HEADS, DIM, CONTEXT, SCRATCH = 2, 3, 4, 12, 7
 
 def make_cache() -> KVCache:
     return KVCache(
-        layers=LAYERS,
-        kv_heads=HEADS,
-        head_dim=DIM,
+        [AttentionShape(HEADS, HEADS, DIM)] * LAYERS,
         context=CONTEXT,
         scratch=SCRATCH,
         dtype=torch.float32,

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from subspec_cli.modeling.layers import rms_norm, rotate
+from subspec_cli.modeling.layers import normalized
+from subspec_cli.modeling.rope import Rotation, rotate
 from subspec_cli.modeling.row_rules import RowRules
 from subspec_cli.modeling.token_batch import causal_batch
 
@@ -23,13 +24,17 @@ def test_norms_are_those_of_the_library(dtype: torch.dtype, eps: float) -> None:
     norm = LlamaRMSNorm(128, eps=eps).to(dtype)
     norm.weight.data = random(1, 128, dtype=dtype)
     hidden = random(2, 40, 128, dtype=dtype) * torch.logspace(-3, 1, 40)[:, None].to(dtype)
-    assert torch.equal(rms_norm(hidden, norm.weight, eps), norm(hidden))
+    assert torch.equal(normalized("rounded_then_scaled", hidden, norm.weight, None, eps), norm(hidden))
 
 
 def test_norms_of_heads_reduce_over_the_head() -> None:
     states, weight = random(1, 5, 3, 16, dtype=torch.float32), random(2, 16, dtype=torch.float32)
-    alone = torch.stack([rms_norm(states[:, head], weight, 1e-6) for head in range(3)], dim=1)
-    assert torch.equal(rms_norm(states, weight, 1e-6), alone)
+
+    def normed(rows: torch.Tensor) -> torch.Tensor:
+        return normalized("rounded_then_scaled", rows, weight, None, 1e-6)
+
+    alone = torch.stack([normed(states[:, head]) for head in range(3)], dim=1)
+    assert torch.equal(normed(states), alone)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -41,7 +46,7 @@ def test_rotation_is_that_of_the_library(dtype: torch.dtype) -> None:
         query.transpose(0, 1)[None], key.transpose(0, 1)[None], cos[None], sin[None]
     )
     for states, wanted in zip((query, key), expected, strict=True):
-        assert torch.equal(rotate(states, cos[:, None], sin[:, None]), wanted[0].transpose(0, 1))
+        assert torch.equal(rotate(states, Rotation(cos[:, None], sin[:, None])), wanted[0].transpose(0, 1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -50,7 +55,7 @@ def test_the_gate_is_rounded_before_it_is_multiplied(dtype: torch.dtype, tiled: 
     gate, up = random(1, 6, 256, dtype=dtype), random(2, 6, 256, dtype=dtype)
     expected = torch.nn.functional.silu(gate) * up
     before = up.clone()
-    assert torch.equal(RowRules(2, tile_elementwise=tiled).silu_mul(gate.clone(), up), expected)
+    assert torch.equal(RowRules(2, tile_elementwise=tiled).gated("silu", gate.clone(), up), expected)
     assert torch.equal(up, before)
 
 

@@ -11,9 +11,11 @@ from tiny_models import CPU, FAMILIES, tiny_settings
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
-from subspec_cli.checkpoint.geometry import geometry_from_config
-from subspec_cli.checkpoint.rope_settings import RopeSettings, read_rope
-from subspec_cli.modeling.rope import build_rope_table
+from subspec_cli.checkpoint.families import configured_model
+from subspec_cli.checkpoint.geometry import geometry_of
+from subspec_cli.checkpoint.layer_description import Arithmetic
+from subspec_cli.checkpoint.rope_settings import RopeSettings, read_ropes
+from subspec_cli.modeling.rope import RopeTable, build_rope_tables
 
 ROPES: dict[str, dict[str, Any]] = {
     "default": {"rope_type": "default", "rope_theta": 5e5},
@@ -46,7 +48,18 @@ def settings_of(config: Any) -> RopeSettings:
     """What we read in the config.json that the library writes."""
     written = json.loads(config.to_json_string(use_diff=False))
     written["architectures"] = None
-    return read_rope(written, geometry_from_config(written, "BF16"))
+    model = configured_model(written)
+    (settings,) = read_ropes(model, geometry_of(model, "BF16"))
+    return settings
+
+
+def table_of(
+    settings: RopeSettings, *, positions: int = FAR, dtype: torch.dtype = torch.float32
+) -> RopeTable:
+    """The one table of a plain family."""
+    arithmetic = Arithmetic(attention_scale=1.0, eps=1e-6)
+    ropes = build_rope_tables([settings], arithmetic, positions=positions, dtype=dtype, device=CPU)
+    return ropes.tables[0]
 
 
 def library_rows(
@@ -60,10 +73,11 @@ def library_rows(
 @pytest.mark.parametrize("kind", [kind for kind in ROPES if kind != "longrope"])
 def test_tables_equal_the_library(kind: str, dtype: torch.dtype) -> None:
     config = config_with(kind)
-    table = build_rope_table(settings_of(config), positions=FAR, dtype=dtype, device=CPU)
+    table = table_of(settings_of(config), dtype=dtype)
     positions = torch.tensor([0, 1, 2, 63, 64, 127, 128, 300, FAR - 1, 5])
     cos, sin = library_rows(config, positions, dtype)
-    ours_cos, ours_sin = table.rows(positions)
+    turned = table.rows(positions)
+    ours_cos, ours_sin = turned.cos, turned.sin
     assert ours_cos.shape == (10, 1, 32)
     torch.testing.assert_close(ours_cos[:, 0], cos[0], atol=1e-6, rtol=0)
     torch.testing.assert_close(ours_sin[:, 0], sin[0], atol=1e-6, rtol=0)
@@ -73,7 +87,7 @@ def test_tables_equal_the_library(kind: str, dtype: torch.dtype) -> None:
 def test_longrope_takes_its_factors_by_the_prompt(prompt: int, far: int) -> None:
     """The library decides by the largest position of a call: here that of the prompt's last token."""
     config = config_with("longrope")
-    table = build_rope_table(settings_of(config), positions=FAR, dtype=torch.float32, device=CPU)
+    table = table_of(settings_of(config))
     table.begin(prompt)
     positions = torch.tensor([0, 1, 17, far])
     cos, sin = library_rows(config, positions, torch.float32)
@@ -83,7 +97,7 @@ def test_longrope_takes_its_factors_by_the_prompt(prompt: int, far: int) -> None
 
 def test_a_token_generated_past_the_switch_is_turned_by_the_long_factors() -> None:
     config = config_with("longrope")
-    table = build_rope_table(settings_of(config), positions=FAR, dtype=torch.float32, device=CPU)
+    table = table_of(settings_of(config))
     for position in (127, 128, 200):
         cos, _ = library_rows(config, torch.tensor([position]), torch.float32)
         torch.testing.assert_close(table.rows(torch.tensor([position]))[0][:, 0], cos[0], atol=1e-6, rtol=0)
@@ -91,24 +105,20 @@ def test_a_token_generated_past_the_switch_is_turned_by_the_long_factors() -> No
 
 def test_room_that_is_not_used_changes_nothing() -> None:
     settings = settings_of(config_with("longrope"))
-    small, large = (
-        build_rope_table(settings, positions=n, dtype=torch.float32, device=CPU) for n in (100, FAR)
-    )
+    small, large = (table_of(settings, positions=n) for n in (100, FAR))
     positions = torch.arange(100)
     assert torch.equal(small.rows(positions)[0], large.rows(positions)[0])
     assert not small.begin(90)
 
 
 def test_cached_rows_of_the_other_table_are_known_by_it() -> None:
-    table = build_rope_table(
-        settings_of(config_with("longrope")), positions=FAR, dtype=torch.float32, device=CPU
-    )
+    table = table_of(settings_of(config_with("longrope")))
     assert [table.begin(tokens) for tokens in (10, 128, 129, 300, 20)] == [False, False, True, False, True]
 
 
 def test_qwen_configs_without_a_head_dim_take_it_from_the_heads() -> None:
     config = config_with("default", "qwen2")
-    table = build_rope_table(settings_of(config), positions=8, dtype=torch.float32, device=CPU)
+    table = table_of(settings_of(config), positions=8)
     positions = torch.arange(8)
     cos, _ = Qwen2RotaryEmbedding(config)(torch.zeros(1), positions[None])
     torch.testing.assert_close(table.rows(positions)[0][:, 0], cos[0], atol=1e-6, rtol=0)

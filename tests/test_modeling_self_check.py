@@ -170,7 +170,7 @@ def test_attention_that_feels_its_company_is_named(qwen):
     """The library's kernel without padding: what other programs run, and call lossless."""
 
     def counting(query, keys, values, mask):
-        output, log_sum = fused_cpu_kernel(query, keys, values, mask)
+        output, log_sum = fused_cpu_kernel(query, keys, values, mask, scale=query.shape[-1] ** -0.5)
         return output * (1 + query.shape[2] / 2**9), log_sum
 
     found = self_check(qwen, kernel=counting)
@@ -213,13 +213,13 @@ def test_the_smallest_row_block_that_holds_is_taken(qwen, monkeypatch):
 
 
 def test_elementwise_tiles_are_taken_where_whole_rows_do_not_hold(qwen, monkeypatch):
-    original = RowRules.silu_mul
+    original = RowRules.gated
 
-    def only_tiles_hold(self, gate, up):
-        given = original(self, gate, up)
+    def only_tiles_hold(self, activation, gate, up):
+        given = original(self, activation, gate, up)
         return given if self.tile_elementwise else by_last_place(given)
 
-    monkeypatch.setattr(RowRules, "silu_mul", only_tiles_hold)
+    monkeypatch.setattr(RowRules, "gated", only_tiles_hold)
     found = self_check(qwen)
     assert found.exactness == "exact"
     assert found.rules.tile_elementwise
@@ -255,7 +255,7 @@ def test_rows_are_padded_to_whole_blocks(device):
 def test_tiled_elementwise_equals_untiled(width, dtype):
     generator = torch.Generator().manual_seed(width)
     gate, up = (torch.randn((48, width), generator=generator).to(dtype) for _ in range(2))
-    given = [RowRules(8, tile_elementwise=tiled).silu_mul(gate.clone(), up) for tiled in (False, True)]
+    given = [RowRules(8, tile_elementwise=tiled).gated("silu", gate.clone(), up) for tiled in (False, True)]
     assert given[0].equal(given[1])
     wide = torch.nn.functional.silu(gate.double()) * up.double()
     assert torch.allclose(given[1].double(), wide, rtol=2e-2, atol=1e-3)

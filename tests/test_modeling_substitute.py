@@ -361,9 +361,8 @@ def held_bytes(layer: SubstituteLayer) -> int:
 @pytest.mark.parametrize("settings", [{}, {"head_dim": 20}, {"hidden": 192}], ids=str)
 def test_the_plan_counts_the_bytes_that_are_held(tiny: MakeTiny, bits: int, settings: dict[str, Any]) -> None:
     quantized = quantize(tiny("llama", **settings), bits)
-    assert held_bytes(quantized.load()) == substitute_layer_bytes(
-        quantized.model.geometry, SubstituteSettings(bits, "minmax")
-    )
+    planned = substitute_layer_bytes(quantized.model.geometry, SubstituteSettings(bits, "minmax"))
+    assert set(planned) == {held_bytes(quantized.load())}
 
 
 @pytest.mark.parametrize(
@@ -388,7 +387,7 @@ def test_mixed_widths_are_computed_each_by_its_own_kernel(
     assert len(layer.gate_up_proj) == (
         1 if widths["mlp.gate_proj.weight"] == widths["mlp.up_proj.weight"] else 2
     )
-    assert held_bytes(layer) == substitute_layer_bytes(model.geometry, settings)
+    assert set(substitute_layer_bytes(model.geometry, settings)) == {held_bytes(layer)}
     each = {name: Quantized(model, bits, "minmax", made) for name, bits in widths.items()}
     inputs = rows(model, 3, 128)
 

@@ -13,12 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from subspec_cli.checkpoint.geometry import ModelGeometry
+from subspec_cli.checkpoint.layer_description import Arithmetic, AttentionShape
 from subspec_cli.checkpoint.layer_tensors import spread
 from subspec_cli.errors import ResourceError, UsageError
 from subspec_cli.limits import MOST_ROWS, NOISE_ROWS, SMALL_BLOCK
 from subspec_cli.planning.assumed_costs import assumed_costs, low_bit_table_bytes
 from subspec_cli.planning.costs import MachineCosts, RowTimes
 from subspec_cli.planning.device_profile import device_profile
+from subspec_cli.planning.layer_sizes import LayerSizes
 from subspec_cli.planning.memory import MemoryModel
 from subspec_cli.planning.plan import OffloadPlan, fastest_plan, make_plan
 from subspec_cli.planning.reason import FasterBits, GivenLayers, LayersThatPay, ShorterContext, WholeModel
@@ -46,21 +48,13 @@ def make_geometry(
     return ModelGeometry(
         architecture="Qwen2ForCausalLM",
         dtype=dtype,
-        layers=layers,
         hidden=hidden,
         feed_forward=feed_forward,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=128,
         vocab=vocab,
         max_positions=32_768,
-        rms_norm_eps=1e-6,
         tied_head=tied,
-        qkv_bias=True,
-        output_bias=False,
-        mlp_bias=False,
-        qk_norm=False,
-        windows=(None,) * layers,
+        attention=(AttentionShape(heads, kv_heads, 128),) * layers,
+        arithmetic=Arithmetic(attention_scale=128**-0.5, eps=1e-6, qkv_bias=True),
     )
 
 
@@ -71,7 +65,7 @@ def make_request(geometry: ModelGeometry | None = None, **changes: Any) -> PlanR
         geometry=geometry,
         budget_bytes=2 * GIB,
         device=device,
-        substitute_bytes=substitute_layer_bytes(geometry, SubstituteSettings(4, "minmax")),
+        substitute_bytes=LayerSizes(substitute_layer_bytes(geometry, SubstituteSettings(4, "minmax"))),
         tokenizer_bytes=7 * MIB,
         context=None,
         resident_layers=None,
@@ -200,7 +194,8 @@ def test_every_byte_that_grows_has_a_line(request: PlanRequest) -> None:
     slot_bytes = geometry.layer_matrix_bytes if on_gpu else max(geometry.block_bytes.values())
     assert line_bytes(plan, "stream slots") >= plan.slots * slot_bytes
     substitutes = geometry.layers - len(plan.shared) if plan.drafts else 0
-    assert line_bytes(plan, "substitutes") == substitutes * (request.substitute_bytes or 0)
+    sizes = request.substitute_bytes
+    assert line_bytes(plan, "substitutes") == (0 if sizes is None else sizes.most(substitutes))
     assert bool(line_bytes(plan, "draft head")) == (plan.draft_head_bits == 4)
     tables = 2 if plan.embedding == "device" else 1
     assert line_bytes(plan, "embedding and head") + line_bytes(plan, "head") == tables * geometry.table_bytes
@@ -548,7 +543,7 @@ def test_layers_used_by_the_target_alone_keep_their_substitutes() -> None:
     plan = make_plan(make_request(budget_bytes=2 * GIB))
     assert plan.resident
     assert plan.shared == ()
-    assert line_bytes(plan, "substitutes") == 28 * make_request().substitute_bytes
+    assert line_bytes(plan, "substitutes") == 28 * make_request().substitute_bytes.largest
     assert plan.reason.draft is not None
     assert not plan.reason.draft.shares
 
@@ -619,7 +614,7 @@ def test_of_several_sets_of_substitutes_the_fastest_is_taken() -> None:
     def of_bits(bits: int, budget_bytes: int) -> PlanRequest:
         substitutes = SubstituteSettings(bits, "minmax")
         return make_request(
-            substitute_bytes=substitute_layer_bytes(geometry, substitutes),
+            substitute_bytes=LayerSizes(substitute_layer_bytes(geometry, substitutes)),
             substitute_bits=bits,
             costs=assumed_costs(geometry, "cpu", settings=substitutes),
             budget_bytes=budget_bytes,

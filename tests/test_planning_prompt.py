@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from test_planning_plan import FAST, make_geometry, make_request, min_bytes, plan_or_none, refusal, requests
 
 from subspec_cli.errors import ResourceError, UsageError
+from subspec_cli.planning.layer_sizes import LayerSizes
 from subspec_cli.planning.plan import fastest_plan, make_plan
 from subspec_cli.planning.reason import ContextCost, NoRoomToDraft, ShorterContext
 from subspec_cli.planning.request import PlanRequest, WantedTokens, check_prompt_fits
@@ -121,7 +122,7 @@ def test_a_context_of_the_users_wins() -> None:
 
 def of_bits(bits: int, budget_bytes: int, wanted: WantedTokens | None) -> PlanRequest:
     settings = SubstituteSettings(bits, "minmax")
-    size = substitute_layer_bytes(make_geometry(), settings)
+    size = LayerSizes(substitute_layer_bytes(make_geometry(), settings))
     return make_request(budget_bytes=budget_bytes, substitute_bytes=size, substitute_bits=bits, wanted=wanted)
 
 

@@ -13,6 +13,7 @@ import torch
 from fakes_session import answer_to, open_tiny
 
 from subspec_cli.checkpoint.checkpoint import open_checkpoint
+from subspec_cli.checkpoint.layer_description import Arithmetic
 from subspec_cli.checkpoint.repository import read_repository
 from subspec_cli.config import SamplingConfig
 from subspec_cli.config_file import resolve_config
@@ -22,6 +23,7 @@ from subspec_cli.drafting.policy import DraftPolicy
 from subspec_cli.errors import ResourceError
 from subspec_cli.modeling.decoder import DraftDecoder, DraftLogits, Head
 from subspec_cli.modeling.kv_cache import KVCache
+from subspec_cli.modeling.layers import OutputMath
 from subspec_cli.modeling.substitute import Int4Linear, LowBitHead, low_bit_table
 from subspec_cli.modeling.token_batch import causal_batch
 from subspec_cli.planning.costs import RowTimes, snapped
@@ -377,14 +379,18 @@ def test_the_policy_goes_by_the_costs_of_its_plan(shelf, home, probes, monkeypat
 # --- a head of the draft's own -------------------------------------------------------------------------------
 
 
+def plain_head(weight):
+    return Head(OutputMath(Arithmetic(attention_scale=1.0, eps=1e-6), torch.ones(256).bfloat16()), weight)
+
+
 def test_a_low_bit_head_is_close_to_the_head():
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn((512, 256), generator=generator).bfloat16()
-    head, table = Head(torch.ones(256).bfloat16(), weight, 1e-6), low_bit_table(weight)
+    head, table = plain_head(weight), low_bit_table(weight)
     assert isinstance(table, Int4Linear)
     rows = torch.randn((3, 256), generator=generator).bfloat16()
     exact = head.guess(rows).logits.float()
-    found = LowBitHead(head.norm_weight, table, weight, 1e-6).guess(rows)
+    found = LowBitHead(head, table).guess(rows)
     assert found.is_rough
     assert (found.logits.float() - exact).pow(2).mean() < 0.02 * exact.pow(2).mean()
     ids = torch.arange(512).repeat(3, 1)
@@ -395,8 +401,8 @@ def test_a_low_bit_head_is_close_to_the_head():
 def test_a_low_bit_head_ranks_as_the_head_does(sampling):
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn((512, 256), generator=generator).bfloat16()
-    head = Head(torch.ones(256).bfloat16(), weight, 1e-6)
-    rough = LowBitHead(head.norm_weight, low_bit_table(weight), weight, 1e-6)
+    head = plain_head(weight)
+    rough = LowBitHead(head, low_bit_table(weight))
     rows = torch.randn((40, 256), generator=generator).bfloat16()
     sampler = make_sampler(SamplingConfig(**sampling, seed=1), 1, 0)
 

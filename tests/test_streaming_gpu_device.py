@@ -22,9 +22,9 @@ from subspec_cli.errors import ResourceError
 from subspec_cli.modeling.decoder import DraftDecoder, Head
 from subspec_cli.modeling.embedding import table_embedding
 from subspec_cli.modeling.kv_cache import KVCache
-from subspec_cli.modeling.layers import LayerMath
+from subspec_cli.modeling.layers import LayerMath, OutputMath
 from subspec_cli.modeling.quantization import quantize_layer
-from subspec_cli.modeling.rope import RopeTable
+from subspec_cli.modeling.rope import build_rope_tables
 from subspec_cli.modeling.substitute import load_substitute
 from subspec_cli.planning.device_profile import device_profile
 from subspec_cli.reporter import Reporter
@@ -158,24 +158,25 @@ def on_gpu(model: Tiny) -> DraftDecoder:
     """A draft of dummy substitutes for a tiny model, on the GPU."""
     geometry = model.geometry
     small = tuple({name: tensor.to(CUDA) for name, tensor in layer.items()} for layer in model.math().small)
-    rope = RopeTable(model.math().rope.cos.to(CUDA), model.math().rope.sin.to(CUDA))
-    math_ = LayerMath(geometry, small, rope)
+    ropes = build_rope_tables(
+        model.repository.ropes, geometry.arithmetic, positions=64, dtype=model.dtype, device=CUDA
+    )
+    math_ = LayerMath(geometry, small, ropes)
     settings = SubstituteSettings(4, "minmax")
     layers = [
         load_substitute(math_, n, quantize_layer(layer_tensors(model, n), settings).tensors, settings, CUDA)
         for n in range(geometry.layers)
     ]
     table = model.weights["model.embed_tokens.weight"].to(CUDA)
-    head = Head(model.head.norm_weight.to(CUDA), table, model.head.eps)
+    output = OutputMath(geometry.arithmetic, model.weights["model.norm.weight"].to(CUDA))
+    head = Head(output, table)
     return DraftDecoder(math_, table_embedding(table), head, layers)
 
 
 def gpu_cache(model: Tiny) -> KVCache:
     geometry = model.geometry
     return KVCache(
-        layers=geometry.layers,
-        kv_heads=geometry.kv_heads,
-        head_dim=geometry.head_dim,
+        geometry.attention,
         context=0,
         scratch=64,
         dtype=model.dtype,
