@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from subspec_cli.bench.audit_report import AuditedAnswer, AuditReport, Difference
 from subspec_cli.bench.suites import Question, load_suite
+from subspec_cli.checkpoint.checkpoint import open_checkpoint
 from subspec_cli.config import Config
 from subspec_cli.modeling.reference import AskedRows, LibraryModel, ReferenceRows
 from subspec_cli.modeling.row_comparison import ComparedRow, RowLogits, compare_rows
@@ -89,7 +90,7 @@ def audit_answers(session: Session, given: Sequence[GivenAnswer], *, progress: O
     geometry = found.geometry
     given = [answer.up_to(found.repository.switch) for answer in given]
     asked = [answer.asked for answer in given]
-    model = LibraryModel(found.checkpoint, geometry.dtype)
+    model = LibraryModel(open_checkpoint(found.checkpoint.directory), geometry.dtype)
     whole = model.float32_bytes <= _MEMORY_SHARE * _free_bytes(session)
     way = "whole" if whole else "layer by layer"
     sides = [

@@ -89,6 +89,10 @@ COMMON_FIELDS: Final = frozenset(
 )
 """Fields that every family has and that do not change what a model computes, but for those in `REFUSED_FIELDS`."""
 REFUSED_FIELDS: Final = (
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "num_kv_shared_layers",
+    "use_bidirectional_attention",
     "attention_sinks",
     "attention_chunk_size",
     "num_experts",

@@ -261,6 +261,8 @@ def geometry_of(model: ConfiguredModel, dtype: str) -> ModelGeometry:
     vocab, pad = count(fields, "vocab_size"), fields["pad_token_id"]
     if pad is not None and not -vocab <= pad < vocab:
         raise UnsupportedModelError(f"config field pad_token_id is {pad}, the vocabulary has {vocab} tokens")
+    hidden = count(fields, "hidden_size")
+    mixers = family.layers(LayerSource(family.model_type, model.config, fields))
     arithmetic = family.arithmetic(fields)
     if not 0 <= arithmetic.eps < math.inf:
         raise UnsupportedModelError(
@@ -269,11 +271,11 @@ def geometry_of(model: ConfiguredModel, dtype: str) -> ModelGeometry:
     return ModelGeometry(
         architecture=model.architecture,
         dtype=dtype,
-        hidden=count(fields, "hidden_size"),
+        hidden=hidden,
         feed_forward=count(fields, "intermediate_size"),
         vocab=vocab,
         max_positions=count(fields, "max_position_embeddings"),
         tied_head=model.is_tied,
-        mixers=family.layers(LayerSource(family.model_type, model.config, fields)),
+        mixers=mixers,
         arithmetic=arithmetic,
     )

@@ -1,7 +1,8 @@
 """The reference of audits: the library's own forward of a checkpoint, whole in memory or one layer at a time.
 
-Weights are loaded as the library loads them, into its own modules, on the CPU. Attention is its default, `sdpa`. Both
-ways give the same bits: one layer at a time, every sequence goes through a layer while its weights are there.
+Weights are loaded as the library loads them, into its own modules, on the CPU. Attention is its default: `sdpa`,
+except where scores are capped. Both ways give the same bits: one layer at a time, every sequence goes through a layer
+while its weights are there.
 Shapes: `N` asked rows of a sequence, `V` vocab.
 """
 
@@ -10,16 +11,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.utils import logging as library_logging
 
 from subspec_cli.checkpoint.checkpoint import Checkpoint
 from subspec_cli.checkpoint.dtypes import torch_dtype
+from subspec_cli.checkpoint.families import configured_model
 from subspec_cli.checkpoint.layer_tensors import layer_prefix
 from subspec_cli.checkpoint.safetensors_header import TensorEntry
 from subspec_cli.errors import UnsupportedModelError
@@ -27,7 +29,6 @@ from subspec_cli.streaming.memory_meter import return_freed_memory_now
 from subspec_cli.units import printable
 
 _MODELS: Final[Any] = AutoModelForCausalLM  # its methods are not annotated
-_ATTENTION: Final = "sdpa"
 
 OnDone = Callable[[int, int], None]
 """Receives how many sequences or layers are done, and all."""
@@ -47,13 +48,15 @@ class ReferenceRows:
 
     states: tuple[Tensor, ...]
     """`[N, hidden]` for each sequence."""
-    head: nn.Module
+    model: nn.Module
+    """The library's model with `_GivenStates` in place of its layers: factors and caps of logits are its own."""
 
     @torch.inference_mode()
     def logits(self, sequence: int, rows: slice) -> Tensor:
         """Logits `[rows, V]` of some of a sequence's asked rows, in float32."""
-        logits: Tensor = self.head(self.states[sequence][rows])
-        return logits.float()
+        given = self.states[sequence][None, rows]
+        logits: Tensor = self.model(inputs_embeds=given, use_cache=False).logits
+        return logits[0].float()
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,7 @@ class LibraryModel:
     """The library's own model of a checkpoint in float32 and in 16 bits."""
 
     checkpoint: Checkpoint
+    """With all tensors that are stored, by the names that they have there."""
     stored: str
     """Type of the checkpoint's weights, such as `BF16`."""
 
@@ -99,13 +103,13 @@ def _run_whole(
     """Run with all weights in memory."""
     with _quiet_library():
         model = _load(checkpoint, dtype)
-    states = []
+    base, states = _text_model(model), []
     for number, asked in enumerate(sequences):
         progress(number, len(sequences))
-        rows = model.base_model(torch.tensor([asked.token_ids]), use_cache=False).last_hidden_state
+        rows = base(torch.tensor([asked.token_ids]), use_cache=False).last_hidden_state
         states.append(rows[0, asked.first :].clone())
     progress(len(sequences), len(sequences))
-    return ReferenceRows(tuple(states), model.get_output_embeddings())
+    return ReferenceRows(tuple(states), _with_given_states(model))
 
 
 @torch.inference_mode()
@@ -118,11 +122,13 @@ def _run_by_layer(
     """
     with _quiet_library():
         shell = _load(checkpoint, dtype, layers=0)
+        config = _config(checkpoint)
         with torch.device("meta"):
-            full = _MODELS.from_config(
-                _config(checkpoint), dtype=dtype, attn_implementation=_ATTENTION, trust_remote_code=False
-            )
-    base, layers = shell.base_model, full.eval().base_model.layers
+            full = _class_for(config).from_config(config, dtype=dtype, trust_remote_code=False)
+    base, whole = _text_model(shell), _text_model(full.eval())
+    layers = whole.layers
+    # What the library counts from the number of layers when it makes a model.
+    vars(base).update({name: value for name, value in vars(whole).items() if isinstance(value, int)})
     places = [_Place() for _ in layers]
     base.layers = nn.ModuleList(places)
     base.config.num_hidden_layers = len(places)
@@ -130,30 +136,72 @@ def _run_by_layer(
     for asked in sequences:
         base(torch.tensor([asked.token_ids]), use_cache=False)
         states.append(places[0].hidden)
-        calls.append([place.named for place in places])
+        calls.append([(place.given, place.named) for place in places])
     for number, layer in enumerate(layers):
         progress(number, len(layers))
         layer.load_state_dict(_layer_weights(checkpoint, number, layer, dtype), assign=True)
-        for sequence, named in enumerate(calls):
-            states[sequence] = layer(states[sequence], **named[number])
+        for sequence, called in enumerate(calls):
+            given, named = called[number]
+            states[sequence] = layer(states[sequence], *given, **named)
         layer.to("meta")
         return_freed_memory_now()
     progress(len(layers), len(layers))
     wanted = [
         base.norm(rows)[0, asked.first :].clone() for rows, asked in zip(states, sequences, strict=True)
     ]
-    return ReferenceRows(tuple(wanted), shell.get_output_embeddings())
+    return ReferenceRows(tuple(wanted), _with_given_states(shell))
 
 
 class _Place(nn.Module):
     """Stands for a layer, and notes how the library calls it."""
 
     hidden: Tensor
+    given: tuple[Any, ...]
     named: dict[str, Any]
 
-    def forward(self, hidden: Tensor, **named: Any) -> Tensor:  # noqa: ANN401 - what the library passes
-        self.hidden, self.named = hidden, named
+    def forward(self, hidden: Tensor, *given: Any, **named: Any) -> Tensor:  # noqa: ANN401 - the library's
+        self.hidden, self.given, self.named = hidden, given, named
         return hidden
+
+
+class _GivenStates(nn.Module):
+    """Stands for the layers of a model once their states are known."""
+
+    def forward(self, inputs_embeds: Tensor, **_: object) -> _GivenOutput:
+        return _GivenOutput(inputs_embeds)
+
+
+class _GivenOutput(tuple[Tensor]):
+    """The output of a model's layers; it has none of what the parts for images add."""
+
+    __slots__ = ()
+
+    def __new__(cls, states: Tensor) -> Self:
+        return super().__new__(cls, (states,))
+
+    @property
+    def last_hidden_state(self) -> Tensor:
+        return self[0]
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+def _text_model(model: Any) -> Any:  # noqa: ANN401 - the library's
+    """The layers of a model, or of the text part of a larger one."""
+    base = model.base_model
+    return getattr(base, "language_model", base)
+
+
+def _with_given_states(model: Any) -> nn.Module:  # noqa: ANN401 - the library's
+    setattr(model, model.base_model_prefix, _GivenStates())
+    given: nn.Module = model
+    return given
+
+
+def _class_for(config: Any) -> Any:  # noqa: ANN401 - the library's
+    """The class that opens a model; for some, text alone has none."""
+    return _MODELS if type(config) in _MODELS._model_mapping else AutoModelForImageTextToText
 
 
 def _config(checkpoint: Checkpoint) -> Any:  # noqa: ANN401 - the library's
@@ -165,16 +213,19 @@ def _load(checkpoint: Checkpoint, dtype: torch.dtype, layers: int | None = None)
     try:
         config = _config(checkpoint)
         if layers is not None:
-            config.num_hidden_layers = layers
-        return _MODELS.from_pretrained(
-            checkpoint.directory,
-            config=config,
-            dtype=dtype,
-            attn_implementation=_ATTENTION,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-        ).eval()
+            config.get_text_config().num_hidden_layers = layers
+        return (
+            _class_for(config)
+            .from_pretrained(
+                checkpoint.directory,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+            )
+            .eval()
+        )
     except MemoryError:
         raise
     except Exception as error:  # the library raises any exception
@@ -188,8 +239,13 @@ def _layer_weights(
     checkpoint: Checkpoint, number: int, layer: nn.Module, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Read the tensors of a layer, by their names inside it, with the format's own reader."""
-    prefix, names = layer_prefix(number), layer.state_dict()
-    return {name: _read(checkpoint.tensors[prefix + name]).to(dtype) for name in names}
+    inside, stored = layer_prefix(number).removeprefix("model."), checkpoint.tensors
+    towers = configured_model(checkpoint.config).names.towers
+    names = {
+        name: next(full for tower in towers if (full := f"{tower}{inside}{name}") in stored)
+        for name in layer.state_dict()
+    }
+    return {name: _read(stored[full]).to(dtype) for name, full in names.items()}
 
 
 def _read(entry: TensorEntry) -> Tensor:

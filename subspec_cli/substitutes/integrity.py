@@ -7,7 +7,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -17,6 +17,7 @@ from subspec_cli.checkpoint.checkpoint import (
     layer_entries,
     open_checkpoint,
 )
+from subspec_cli.checkpoint.tensor_table import read_tensor_table
 from subspec_cli.errors import SubspecError
 from subspec_cli.files.io_errors import read_error
 from subspec_cli.files.regular_file import open_regular
@@ -132,19 +133,21 @@ class Verifier:
         findings = list(found.findings)
         for file, sha256 in zip(manifest.layers, found.layer_sha256, strict=False):
             if sha256 != file.source_sha256:
-                paths = sorted({entry.path for entry in layer_entries(target, file.layer)})
+                paths = sorted({entry.path for entry in layer_entries(_with_own_names(target), file.layer)})
                 what = f"wrong SHA-256 of the 16-bit layer {file.layer}"
                 findings += [Finding(path, what, file.source_sha256, sha256) for path in paths]
         return findings
 
     def _hash_target(self, target: Checkpoint) -> _TargetHashes:
         """Hash all files in one sequential read; each layer's digest gets its bytes in reading order."""
-        layer_count = layer_count_in_tensors(target)
+        own = _with_own_names(target)
+        layer_count = layer_count_in_tensors(own)
         layers = [hashlib.sha256() for _ in range(layer_count)]
+        # Parts of a fused projection follow each other in the file: its first part's digest takes it whole.
         consumer_of = {
             (entry.path.name, entry.offset_bytes): layers[layer].update
             for layer in range(layer_count)
-            for entry in layer_entries(target, layer)
+            for entry in layer_entries(own, layer)
         }
         findings = []
         for file in target.files:
@@ -236,6 +239,14 @@ def _blob_mismatch(path: Path, sha256: str) -> Finding | None:
 
 def _open_target(manifest: Manifest) -> Checkpoint | SubspecError:
     try:
-        return open_checkpoint(find_source_directory(manifest.model_id, manifest.commit))
+        checkpoint = open_checkpoint(find_source_directory(manifest.model_id, manifest.commit))
+        _with_own_names(checkpoint)
     except SubspecError as error:
         return error
+    return checkpoint
+
+
+def _with_own_names(target: Checkpoint) -> Checkpoint:
+    """The checkpoint with the tensors that the model needs, by this program's names, as layers are prepared."""
+    table = read_tensor_table(target.config, target.tensors, target.index)
+    return replace(target, tensors=table.entries)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from subspec_cli.checkpoint.checkpoint import Checkpoint, layer_count_in_tensors
+from subspec_cli.checkpoint.checkpoint import Checkpoint
+from subspec_cli.checkpoint.geometry import geometry_from_config
 from subspec_cli.checkpoint.safetensors_header import TensorEntry, header_length, parse_entries
 from subspec_cli.checkpoint.tensor_reader import read_hashed_file, view_tensor
 from subspec_cli.errors import IntegrityError, SubspecError, UnsupportedModelError, UsageError
@@ -153,7 +154,7 @@ def check_pairing(prepared: PreparedModel, checkpoint: Checkpoint) -> None:
         raise UnsupportedModelError(
             f"{shown}: {what}", f"compare the bytes, and make only the layers that differ: {again}"
         )
-    layer_count = layer_count_in_tensors(checkpoint)
+    layer_count = geometry_from_config(checkpoint.config, manifest.dtype).layers
     if [file.layer for file in manifest.layers] != list(range(layer_count)):
         raise IntegrityError(
             f"{printable(str(prepared.directory / MANIFEST_NAME))} lists "
