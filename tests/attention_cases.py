@@ -24,7 +24,7 @@ def sizes_of(
         "rms_norm_eps": 1e-6, "tie_word_embeddings": True, "sliding_window": None,
     }  # fmt: skip
     sizes = geometry_from_config(config, "BF16")
-    return replace(sizes, attention=tuple(replace(sizes.attention[0], window=window) for window in windows))
+    return replace(sizes, mixers=tuple(replace(sizes.attention[0], window=window) for window in windows))
 
 
 def attention_of(

@@ -29,9 +29,11 @@ import torch
 import transformers
 from library_answers import Outcome, first_gap, library_answer, our_answer
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILIES, make_tiny_model, write_tiny_tokenizer
+from tiny_models import make_tiny_model, write_tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import CONFIG_MAPPING
 
+from subspec_cli.checkpoint.families import FAMILIES
 from subspec_cli.errors import ExitCode, SubspecError
 
 TEXT = "the sea and a light"
@@ -54,6 +56,44 @@ WORDS = [
     "wind",
 ]
 NEAR_TIE = 1e-3
+_KINDS = ["sliding_attention", "full_attention"]
+SETTINGS: dict[str, dict[str, Any]] = {
+    "cohere2": {"sliding_window": 5, "layer_types": _KINDS},
+    "exaone4": {"sliding_window": 5, "layer_types": _KINDS},
+    "gemma2": {"head_dim": 16, "sliding_window": 5},
+    "gemma3_text": {"head_dim": 16, "sliding_window": 5, "layer_types": _KINDS},
+    "gemma4_text": {
+        "head_dim": 16,
+        "global_head_dim": 32,
+        "sliding_window": 5,
+        "layer_types": _KINDS,
+        "hidden_size_per_layer_input": 0,
+    },
+    "gemma4_unified_text": {
+        "head_dim": 16,
+        "global_head_dim": 32,
+        "sliding_window": 5,
+        "layer_types": _KINDS,
+    },
+    "glm4": {"head_dim": 16, "pad_token_id": 0},
+    "granite": {"residual_multiplier": 0.3, "logits_scaling": 2.0},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "ministral": {"head_dim": 16, "sliding_window": 5, "layer_types": _KINDS},
+    "ministral3": {"head_dim": 16},
+    "olmo3": {"sliding_window": 5, "layer_types": _KINDS},
+    "phi3": {"pad_token_id": 0},
+    "qwen3_5_text": {
+        "head_dim": 16,
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+    },
+    "seed_oss": {"head_dim": 16},
+    "smollm3": {"pad_token_id": 0, "no_rope_layers": [1, 0]},
+}
+"""What a small model of a family sets, if it sets anything."""
 Case = Callable[[Path, random.Random], str]
 
 
@@ -257,7 +297,7 @@ def add_field(directory: Path, chance: random.Random) -> str:
 
 def swap_family(directory: Path, chance: random.Random) -> str:
     def change(content: dict[str, Any]) -> str:
-        other = json.loads(FAMILIES[chance.choice(sorted(FAMILIES))]().to_json_string(use_diff=False))
+        other = json.loads(CONFIG_MAPPING[chance.choice(sorted(FAMILIES))]().to_json_string(use_diff=False))
         other["architectures"] = [chance.choice(["LlamaForCausalLM", "MistralForCausalLM", "Qwen2Model"])]
         kept = {"hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers", "head_dim"}
         names = chance.sample(sorted(other.keys() - kept), chance.randint(1, 3))
@@ -448,7 +488,9 @@ class Shelf:
         directory = self._root / f"{family}-{tied}"
         if not directory.exists():
             small: dict[str, Any] = {"layers": 2, "hidden": 64, "dtype": torch.float32, "tied": tied}
-            make_tiny_model(directory, family, max_position_embeddings=128, **small)
+            make_tiny_model(
+                directory, family, **{"max_position_embeddings": 128} | small | SETTINGS.get(family, {})
+            )
         return directory
 
 

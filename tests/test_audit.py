@@ -166,7 +166,7 @@ def wider_window(monkeypatch):
         found = find_model(config)
         shapes = found.geometry.attention
         wide = tuple(replace(shape, window=shape.window and shape.window + 1) for shape in shapes)
-        geometry = replace(found.geometry, attention=wide)
+        geometry = replace(found.geometry, mixers=wide)
         return replace(found, repository=replace(found.repository, geometry=geometry))
 
     monkeypatch.setattr(session_open, "find_model", wider)

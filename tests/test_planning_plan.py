@@ -53,7 +53,7 @@ def make_geometry(
         vocab=vocab,
         max_positions=32_768,
         tied_head=tied,
-        attention=(AttentionShape(heads, kv_heads, 128),) * layers,
+        mixers=(AttentionShape(heads, kv_heads, 128),) * layers,
         arithmetic=Arithmetic(attention_scale=128**-0.5, eps=1e-6, qkv_bias=True),
     )
 

@@ -17,7 +17,14 @@ import pytest
 import torch
 from checkpoints import write_tokenizer
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from subspec_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from subspec_cli.checkpoint.dtypes import torch_dtype
@@ -123,7 +130,8 @@ def make_tiny_model(
     settings = tiny_settings(family, layers=layers, hidden=hidden, **config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AUTO.from_config(FAMILIES[family](**settings, tie_word_embeddings=tied), dtype=dtype)
+        config = CONFIG_MAPPING[family](**settings, tie_word_embeddings=tied)
+        model = AUTO.from_config(config, dtype=dtype)
         _randomize(model)
     shard_bytes = sum(p.numel() * p.element_size() for p in model.parameters()) // 3
     more = {"max_shard_size": shard_bytes} if sharded else {}
