@@ -24,6 +24,9 @@ from subspec_cli.checkpoint.tensor_table import read_tensor_table
 from subspec_cli.errors import IntegrityError, UnsupportedModelError
 from subspec_cli.substitutes.settings import SubstituteSettings, group_size_for, substitute_layer_bytes
 
+MATRICES = tuple(name for name in LAYER_MATRICES if not name.startswith("linear_attn."))
+"""Those of a layer with attention."""
+
 ARCHITECTURES = {family: families.FAMILIES[family].architecture for family in FAMILIES}
 VARIANTS = [
     (family, tied, extra)
@@ -103,7 +106,7 @@ def test_a_saved_checkpoint_is_read_and_its_bytes_add_up(tiny: Any, family: str,
 def test_layer_bytes_split_into_blocks_and_small_tensors() -> None:
     geometry = geometry_from_config(config_of("llama", attention_bias=True, mlp_bias=True), "F32")
     shapes = geometry.layer_shapes()
-    assert geometry.layer_matrix_bytes == 4 * sum(math.prod(shapes[name]) for name in LAYER_MATRICES)
+    assert geometry.layer_matrix_bytes == 4 * sum(math.prod(shapes[name]) for name in MATRICES)
     assert geometry.matrix_bytes == 3 * geometry.layer_matrix_bytes
     final_norm = 128
     assert geometry.matrix_bytes + geometry.small_bytes == 4 * (
@@ -395,7 +398,7 @@ def largest(geometry: ModelGeometry, settings: SubstituteSettings) -> int:
 
 def test_substitute_bytes_by_width() -> None:
     geometry = geometry_from_config(config_of("llama"), "BF16")
-    matrices = [geometry.layer_shapes()[name] for name in LAYER_MATRICES]
+    matrices = [geometry.layer_shapes()[name] for name in MATRICES]
     weights, rows = sum(map(math.prod, matrices)), sum(shape[0] for shape in matrices)
     assert largest(geometry, of_width(4)) == weights // 2 + weights // 128 * 4
     assert largest(geometry, of_width(2)) == largest(geometry, of_width(4))

@@ -33,6 +33,9 @@ from subspec_cli.modeling.token_batch import causal_batch
 from subspec_cli.substitutes.quality import matrix_kind, summed
 from subspec_cli.substitutes.settings import SubstituteSettings, group_size_for, substitute_layer_bytes
 
+MATRICES = tuple(name for name in LAYER_MATRICES if not name.startswith("linear_attn."))
+"""Those of a layer with attention."""
+
 MakeTiny = Callable[..., Tiny]
 
 SETTINGS = [(8, "minmax"), (4, "minmax"), (4, "hqq"), (2, "minmax"), (2, "hqq")]
@@ -154,7 +157,7 @@ def test_stored_tensors_are_what_quanto_makes(tiny: MakeTiny, bits: int, optimiz
 
     tensors = layer_tensors(tiny("qwen2"))
     stored = quantize_layer(tensors, SubstituteSettings(bits, optimizer)).tensors
-    for name in LAYER_MATRICES:
+    for name in MATRICES:
         weight = tensors[name]
         # Its way to unpack is replaced: the original compiles an extension first.
         with quantize_module._unpacking_without_compiler():
@@ -186,14 +189,14 @@ def test_codes_are_unpacked_as_quanto_packs_them(bits: int, count: int) -> None:
 
 def test_quality_is_that_of_the_width(quantized: Quantized) -> None:
     tensors = layer_tensors(quantized.model)
-    for name in LAYER_MATRICES:
+    for name in MATRICES:
         assert sqnr_db(tensors[name], quantized.stored(name)) > QUANTIZED_DB[quantized.bits], name
 
 
 def test_signal_and_noise_are_those_of_the_stored_tensors(quantized: Quantized) -> None:
     tensors = layer_tensors(quantized.model)
     assert list(quantized.made.quality) == ["q", "k", "v", "o", "gate", "up", "down"]
-    for name in LAYER_MATRICES:
+    for name in MATRICES:
         found, original = quantized.made.quality[matrix_kind(name)], tensors[name].double()
         assert found.signal == pytest.approx(float(original.square().sum()), rel=1e-8)
         noise = (original - quantized.stored(name).double()).square().sum()
@@ -222,7 +225,7 @@ def noise_of(tensors: dict[str, Tensor], optimizer: str) -> float:
 def test_hqq_is_no_worse_than_minmax(tiny: MakeTiny) -> None:
     """On weights with outliers, which are what it is for."""
     tensors = {n: t.clone() for n, t in layer_tensors(tiny("qwen2")).items()}
-    for name in LAYER_MATRICES:
+    for name in MATRICES:
         tensors[name][::7, 3] *= 6
     assert noise_of(tensors, "hqq") < noise_of(tensors, "minmax")
 
@@ -240,7 +243,7 @@ def test_only_matrices_are_stored_and_the_originals_stay(tiny: MakeTiny) -> None
     tensors = layer_tensors(tiny("qwen2"))
     before = {name: tensor.clone() for name, tensor in tensors.items()}
     stored = quantize_layer(tensors, SubstituteSettings(4, "minmax")).tensors
-    assert {name.rsplit(".", 1)[0] for name in stored} == set(LAYER_MATRICES)
+    assert {name.rsplit(".", 1)[0] for name in stored} == set(MATRICES)
     assert all(torch.equal(tensors[name], before[name]) for name in before)
 
 
@@ -323,7 +326,7 @@ def test_odd_shapes_stay_plain(tiny: MakeTiny, dtype: torch.dtype, bits: int) ->
     """Heads of 20: query rows divide by 16, key and value rows do not, nor the output's columns by 32."""
     quantized = quantize(tiny("llama", head_dim=20, dtype=dtype, attention_bias=True), bits)
     shapes = quantized.model.geometry.layer_shapes()
-    plain = [name for name in LAYER_MATRICES if group_size_for(shapes[name]) is None]
+    plain = [name for name in MATRICES if group_size_for(shapes[name]) is None]
     assert plain == [f"self_attn.{name}_proj.weight" for name in "kvo"]
     layer = quantized.load()
     kinds = [type(linear) for linear in (*layer.qkv_proj, layer.o_proj, *layer.gate_up_proj)]
@@ -380,7 +383,7 @@ def test_mixed_widths_are_computed_each_by_its_own_kernel(
     model, settings = tiny("qwen2"), SubstituteSettings(4, "minmax", overrides)
     made = quantize_layer(layer_tensors(model), settings)
     layer = load_substitute(model.math(), 1, made.tensors, settings, CPU)
-    widths = {name: settings.bits_of(name) for name in LAYER_MATRICES}
+    widths = {name: settings.bits_of(name) for name in MATRICES}
     assert len(layer.qkv_proj) == (
         1 if len({widths[f"self_attn.{n}_proj.weight"] for n in "qkv"}) == 1 else 3
     )

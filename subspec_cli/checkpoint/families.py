@@ -274,6 +274,16 @@ def _qwen_kinds(source: LayerSource) -> list[str]:
     return [SLIDING if has_window and layer >= first else FULL for layer in range(layers)]
 
 
+def _with_own_head_dim(fields: Fields, **changes: Any) -> Arithmetic:  # noqa: ANN401 - fields of `Arithmetic`
+    """As `plain`, where the library's code takes the size of heads from config.json alone."""
+    if fields["head_dim"] is None:
+        raise UnsupportedModelError(
+            "config field head_dim is missing or null: the library fails on this",
+            'add "head_dim": the rows of q_proj divided by num_attention_heads',
+        )
+    return plain(fields, **changes)
+
+
 def _sliding_if_windowed(source: LayerSource) -> list[str]:
     fields = source.fields
     return [FULL if fields["sliding_window"] is None else SLIDING] * int(fields["num_hidden_layers"])
@@ -383,7 +393,7 @@ _FAMILIES: Final = (
     Family(
         model_type="ministral",
         architecture="MinistralForCausalLM",
-        arithmetic=plain,
+        arithmetic=_with_own_head_dim,
         layers=by_kind(_sliding_if_windowed),
     ),
     Family(model_type="granite", architecture="GraniteForCausalLM", arithmetic=_granite),
@@ -506,7 +516,7 @@ _FAMILIES: Final = (
     Family(
         model_type="hunyuan_v1_dense",
         architecture="HunYuanDenseV1ForCausalLM",
-        arithmetic=lambda fields: plain(fields, qk_norm="rotated_heads"),
+        arithmetic=lambda fields: _with_own_head_dim(fields, qk_norm="rotated_heads"),
         rope=RopeRule(has_alpha=True),
         names=replace(
             PLAIN_NAMES,
