@@ -28,6 +28,7 @@ DOORS = {
         "probe/*",
         "session/*",
     ),
+    "numba": ("modeling/delta_kernel.py",),
     "numpy": ("decoding/*", "drafting/*", "modeling/*"),
     "jinja2": ("modeling/chat_template_child.py",),
     "click": (),

@@ -108,8 +108,8 @@ def run_rule(rows: DeltaRows, visits: Visits, base: Tensor, slots: Tensor, outpu
         _torch_rule(rows, visits, base, slots, output)
         return
     out = np.empty((0, 1, 1), dtype=np.float32) if output is None else output.numpy()
-    arrays = [part.contiguous().numpy() for part in rows]
-    kernel(*arrays, visits.order, visits.source, visits.target, base.numpy(), slots.numpy(), out)
+    arrays = tuple(part.contiguous().numpy() for part in rows)
+    kernel(arrays, (visits.order, visits.source, visits.target), base.numpy(), slots.numpy(), out)
 
 
 def _torch_rule(rows: DeltaRows, visits: Visits, base: Tensor, slots: Tensor, output: Tensor | None) -> None:
@@ -158,18 +158,14 @@ def _compiled_rule() -> Callable[..., None] | None:
 
 
 def _rule(  # noqa: C901 - one loop nest, which numba compiles as a whole
-    query: Any,  # noqa: ANN401 - numba compiles it for float32 arrays
-    key: Any,  # noqa: ANN401
-    value: Any,  # noqa: ANN401
-    decay: Any,  # noqa: ANN401
-    beta: Any,  # noqa: ANN401
-    order: Any,  # noqa: ANN401
-    source: Any,  # noqa: ANN401
-    target: Any,  # noqa: ANN401
-    base: Any,  # noqa: ANN401
+    rows: tuple[Any, ...],
+    visits: tuple[Any, ...],
+    base: Any,  # noqa: ANN401 - numba compiles it for arrays
     slots: Any,  # noqa: ANN401
     output: Any,  # noqa: ANN401
 ) -> None:
+    query, key, value, decay, beta = rows
+    order, source, target = visits
     heads, features, width = base.shape
     share = heads // key.shape[1]
     read = np.empty(width, dtype=np.float32)
