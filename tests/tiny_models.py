@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     LlamaConfig,
     MistralConfig,
     Qwen2Config,
@@ -51,12 +52,36 @@ from subspec_cli.streaming.streamer import Streamer
 
 CPU = torch.device("cpu")
 AUTO: Any = AutoModelForCausalLM  # its methods are not annotated
+WRAPPED: Any = AutoModelForImageTextToText  # neither are these
 FAMILIES: dict[str, Any] = {
     "llama": LlamaConfig,
     "mistral": MistralConfig,
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
 }
+"""The configuration classes of the families that most tests go through; `make_tiny_model` knows all of them."""
+_VISION_SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "patch_size": 16,
+}
+VISION: dict[str, dict[str, Any]] = {
+    "mistral3": {"model_type": "pixtral", "image_size": 32},
+    "gemma3": {"model_type": "siglip_vision_model", "image_size": 32},
+    "gemma4": {"model_type": "gemma4_vision"},
+    "gemma4_unified": {
+        "model_type": "gemma4_unified_vision",
+        "mm_embed_dim": 32,
+        "mm_posemb_size": 8,
+        "output_proj_dims": 32,
+    },
+    "qwen3_5": {"model_type": "qwen3_5_vision", "depth": 1, "num_heads": 2},
+}
+"""Wrappers by model_type, and what the vision part of a tiny one is."""
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 """Ids 256, 257, 258; the last ends an answer."""
 EOS_ID = 258
@@ -110,6 +135,22 @@ def tiny_settings(family: str, *, layers: int = 3, hidden: int = 128, **config: 
     return sizes | config
 
 
+def library_config(family: str, *, tied: bool, **settings: Any) -> Any:
+    """The library's configuration object of a model, or of a wrapper with a tiny vision part.
+
+    `text` names the family inside a wrapper.
+    """
+    if family not in VISION:
+        return CONFIG_MAPPING[family](**settings, tie_word_embeddings=tied)
+    text = settings.pop("text")
+    return CONFIG_MAPPING[family](
+        text_config=CONFIG_MAPPING[text](**settings, tie_word_embeddings=tied).to_dict(),
+        vision_config=VISION[family] | _VISION_SIZES,
+        tie_word_embeddings=tied,
+        **({"mm_tokens_per_image": 4} if family == "gemma3" else {}),
+    )
+
+
 def make_tiny_model(
     directory: Path,
     family: str,
@@ -124,14 +165,15 @@ def make_tiny_model(
 ) -> Path:
     """Save a random model with a byte-level tokenizer and a chat template; shards cut through layers.
 
-    `config` overrides fields of the library's config class. Norms and biases are random too, so that leaving
-    one out shows, and the weights are large enough for a peaked distribution over the next token.
+    `config` overrides fields of the library's config class; for a wrapper these are fields of its text part, and
+    `text` names that. Norms and biases are random too, so that leaving one out shows, and the weights are large
+    enough for a peaked distribution over the next token.
     """
     settings = tiny_settings(family, layers=layers, hidden=hidden, **config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        config = CONFIG_MAPPING[family](**settings, tie_word_embeddings=tied)
-        model = AUTO.from_config(config, dtype=dtype)
+        auto = WRAPPED if family in VISION else AUTO
+        model = auto.from_config(library_config(family, tied=tied, **settings), dtype=dtype)
         _randomize(model)
     shard_bytes = sum(p.numel() * p.element_size() for p in model.parameters()) // 3
     more = {"max_shard_size": shard_bytes} if sharded else {}
@@ -165,10 +207,16 @@ def write_tiny_tokenizer(directory: Path) -> None:
 
 
 def _randomize(model: Any) -> None:
+    """Some families' norms multiply by 1 + weight, so that theirs are around 0."""
+    model_type = model.config.model_type
+    from_one = model_type.startswith(("gemma2", "gemma3", "qwen3_5"))
+    for name, buffer in model.named_buffers():
+        if name.endswith("layer_scalar"):
+            buffer.data.copy_(1 + 0.2 * torch.randn(buffer.shape))
     for name, parameter in model.named_parameters():
         values = torch.randn(parameter.shape)
         if name.endswith("norm.weight"):
-            values = 1 + 0.2 * values
+            values = (not from_one or "linear_attn" in name) + 0.2 * values
         elif parameter.dim() == 1:
             values = 0.2 * values
         elif "embed_tokens" in name or "lm_head" in name:
@@ -317,4 +365,10 @@ class Tiny:
 
     @cached_property
     def _library(self) -> Any:
-        return AUTO.from_pretrained(self.directory, dtype=self.dtype, attn_implementation="eager").eval()
+        return self.library_in(self.dtype)
+
+    def library_in(self, dtype: torch.dtype, attention: str = "eager") -> Any:
+        """The library's own model in any type."""
+        kind = json.loads((self.directory / "config.json").read_text())["model_type"]
+        auto = WRAPPED if kind in VISION else AUTO
+        return auto.from_pretrained(self.directory, dtype=dtype, attn_implementation=attention).eval()

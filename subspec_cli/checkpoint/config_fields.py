@@ -129,7 +129,11 @@ def read_fields(model_type: str, config: Mapping[str, Any], own: Collection[str]
     for name in REFUSED_FIELDS:
         if config.get(name) and name not in fields and name not in own:
             raise UnsupportedModelError(f"config field {name} is not supported")
-    return {name: config.get(name, field.default) for name, field in fields.items()}
+    # Some families' code in the library reads a head_dim that their configuration class does not have.
+    if "head_dim" not in fields and config.get("head_dim", 0) is None:
+        raise UnsupportedModelError("config field head_dim is null", "remove the field")
+    given = {"head_dim": config["head_dim"]} if "head_dim" in config else {}
+    return {name: config.get(name, field.default) for name, field in fields.items()} | given
 
 
 def count(fields: Mapping[str, Any], key: str, *, least: int = 1, most: int = 1 << 28) -> int:

@@ -33,6 +33,7 @@ from subspec_cli.checkpoint.layer_kinds import (
     NamedLayer,
     by_kind,
     every,
+    head_size,
     with_one_window,
     without_windows,
 )
@@ -106,14 +107,11 @@ class ConfiguredModel:
 
 def plain(fields: Fields, **changes: Any) -> Arithmetic:  # noqa: ANN401 - fields of `Arithmetic`
     """What most families compute, with the changes of one. Raises UnsupportedModelError for a wrong field."""
-    head_dim = fields.get("head_dim")
-    if head_dim is None:
-        head_dim = fields["hidden_size"] // fields["num_attention_heads"]
     has_bias = bool(fields.get("attention_bias", False))
     return Arithmetic(
         **(
             {
-                "attention_scale": head_dim**-0.5,
+                "attention_scale": head_size(fields) ** -0.5,
                 "eps": fields.get("rms_norm_eps"),
                 "activation": _activation(fields),
                 "qkv_bias": has_bias,
@@ -284,9 +282,8 @@ def _with_own_head_dim(fields: Fields, **changes: Any) -> Arithmetic:  # noqa: A
     return plain(fields, **changes)
 
 
-def _sliding_if_windowed(source: LayerSource) -> list[str]:
-    fields = source.fields
-    return [FULL if fields["sliding_window"] is None else SLIDING] * int(fields["num_hidden_layers"])
+def _all_sliding(source: LayerSource) -> list[str]:
+    return [SLIDING] * int(source.fields["num_hidden_layers"])
 
 
 def _has_rope(fields: Fields, layer: int) -> bool:
@@ -394,7 +391,7 @@ _FAMILIES: Final = (
         model_type="ministral",
         architecture="MinistralForCausalLM",
         arithmetic=_with_own_head_dim,
-        layers=by_kind(_sliding_if_windowed),
+        layers=by_kind(_all_sliding, needs_window=True),
     ),
     Family(model_type="granite", architecture="GraniteForCausalLM", arithmetic=_granite),
     Family(
@@ -429,7 +426,7 @@ _FAMILIES: Final = (
         model_type="olmo3",
         architecture="Olmo3ForCausalLM",
         arithmetic=_olmo,
-        layers=by_kind(every(4, field=None), _two_ropes),
+        layers=by_kind(every(4, field=None), _two_ropes, needs_window=True),
         rope=RopeRule(theta=500_000.0, sliding_theta=500_000.0),
         names=POST_NORMS,
     ),
@@ -453,14 +450,14 @@ _FAMILIES: Final = (
         model_type="gemma2",
         architecture="Gemma2ForCausalLM",
         arithmetic=lambda fields: _gemma_2_or_3(fields, score_cap=_cap(fields, "attn_logit_softcapping")),
-        layers=by_kind(every(2, field=None)),
+        layers=by_kind(every(2, field=None), needs_window=True),
         names=FOUR_NORMS,
     ),
     Family(
         model_type="gemma3_text",
         architecture="Gemma3ForCausalLM",
         arithmetic=lambda fields: _gemma_2_or_3(fields, qk_norm="heads"),
-        layers=by_kind(every(6), _two_ropes),
+        layers=by_kind(every(6), _two_ropes, needs_window=True),
         rope=RopeRule(theta=1_000_000.0, sliding_theta=10_000.0, sliding_theta_field="rope_local_base_freq"),
         names=FOUR_NORMS,
     ),
@@ -502,7 +499,7 @@ _FAMILIES: Final = (
             rotation_rounding="once_from_rounded",
             logits_factor=number(fields, "logit_scale"),
         ),
-        layers=by_kind(every(4), _rope_if_sliding),
+        layers=by_kind(every(4), _rope_if_sliding, needs_window=True),
         eps_field="layer_norm_eps",
     ),
     Family(

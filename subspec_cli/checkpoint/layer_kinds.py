@@ -65,7 +65,7 @@ def without_windows(source: LayerSource) -> tuple[AttentionShape, ...]:
         )
     layers = _layer_count(fields)
     _check_kinds(config.get("layer_types"), layers, (FULL,))
-    return (attention_shape(fields, config),) * layers
+    return (attention_shape(fields),) * layers
 
 
 def with_one_window(source: LayerSource) -> tuple[AttentionShape, ...]:
@@ -73,7 +73,7 @@ def with_one_window(source: LayerSource) -> tuple[AttentionShape, ...]:
     config, fields = source.config, source.fields
     layers, window = _layer_count(fields), _window(fields)
     _check_kinds(config.get("layer_types"), layers, (SLIDING,) if window is not None else (FULL,))
-    return (replace(attention_shape(fields, config), window=window),) * layers
+    return (replace(attention_shape(fields), window=window),) * layers
 
 
 def by_kind(
@@ -82,14 +82,18 @@ def by_kind(
     *,
     other: str = SLIDING,
     last: str | None = None,
+    needs_window: bool = False,
 ) -> Layers:
     """Each layer has a kind, which `default` gives where none are named.
 
-    `other` is the kind beside full attention, and `last` that of the last layer whatever is named.
+    `other` is the kind beside full attention, and `last` that of the last layer whatever is named. `needs_window`:
+    the library fails on a window that is null, even if no layer has one.
     """
 
     def layers_of(source: LayerSource) -> tuple[Mixer, ...]:
         fields = source.fields
+        if needs_window and fields["sliding_window"] is None:
+            raise UnsupportedModelError("config field sliding_window is null", "remove the field")
         window = _window(fields) if other == SLIDING else None
         possible = (other, FULL) if window is not None or other != SLIDING else (FULL,)
         kinds = fields["layer_types"]
@@ -98,7 +102,7 @@ def by_kind(
         _check_kinds(kinds, _layer_count(fields), possible)
         if last is not None:
             kinds = [*kinds[:-1], last]
-        shape = attention_shape(fields, source.config)
+        shape = attention_shape(fields)
         return tuple(
             refine(
                 replace(shape, window=window if kind == SLIDING else None),
@@ -122,7 +126,7 @@ def every(pattern: int, *, field: str | None = "sliding_window_pattern", other: 
     return kinds_of
 
 
-def attention_shape(fields: Fields, config: Fields) -> AttentionShape:
+def attention_shape(fields: Fields) -> AttentionShape:
     """The attention that layers of full attention have. Raises UnsupportedModelError."""
     heads = count(fields, "num_attention_heads")
     kv_heads = heads if fields["num_key_value_heads"] is None else count(fields, "num_key_value_heads")
@@ -130,16 +134,15 @@ def attention_shape(fields: Fields, config: Fields) -> AttentionShape:
         raise UnsupportedModelError(
             f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
         )
-    return AttentionShape(heads, kv_heads, _head_dim(config, fields))
+    return AttentionShape(heads, kv_heads, head_size(fields))
 
 
-def _head_dim(config: Fields, fields: Fields) -> int:
-    # Some families' code in the library reads a head_dim that their configuration class does not have.
-    if "head_dim" not in fields and config.get("head_dim", 0) is None:
-        raise UnsupportedModelError("config field head_dim is null", "remove the field")
-    given = {"head_dim": fields.get("head_dim", config.get("head_dim"))}
-    derived = fields["hidden_size"] // fields["num_attention_heads"]
-    size = derived if given["head_dim"] is None else count(given, "head_dim", most=1 << 14)
+def head_size(fields: Fields) -> int:
+    """Features of each head. Raises UnsupportedModelError."""
+    if fields.get("head_dim") is None:
+        size = count(fields, "hidden_size") // count(fields, "num_attention_heads")
+    else:
+        size = count(fields, "head_dim", most=1 << 14)
     if size < 2 or size % 2:
         raise UnsupportedModelError(f"heads of size {size} are not supported: rotary positions turn pairs")
     return size

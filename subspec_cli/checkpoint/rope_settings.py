@@ -172,6 +172,9 @@ def _two_tables(rule: RopeRule, config: Mapping[str, Any]) -> list[dict[str, Any
     if not rule.fills_tables:
         found = given or dict(rule.default_table)
         return [_given_table(found, FULL), _given_table(found, SLIDING)]
+    if "type" in scaling and "rope_type" not in scaling:
+        # The library keeps the rope_type of its own table, and would not scale.
+        raise UnsupportedModelError("rope_scaling names its type as `type`", "name it as `rope_type`")
     full = _given_table(given, FULL) | scaling
     sliding = _given_table(given, SLIDING)
     return [
