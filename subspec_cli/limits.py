@@ -38,3 +38,5 @@ SNAPSHOTS: Final = 2
 """Recurrent states that are kept to go back to, the newest ones."""
 TREE_STATES: Final = 8
 """Most recurrent states of a tree in one layer at a time: about log2 of its nodes."""
+GATE_ROWS: Final = 64
+"""Features of a recurrent layer's small product are padded to a multiple of this."""

@@ -601,7 +601,9 @@ def configured_model(config: Mapping[str, Any]) -> ConfiguredModel:
     text = config.get("text_config")
     if text is not None and not isinstance(text, dict):
         raise UnsupportedModelError(f"config field text_config is {shown(text)}, not a table")
-    text = {"model_type": row.texts[0]} | (text or {})
+    if not text:
+        raise UnsupportedModelError(f"a {row.model_type} has its text part in text_config, which is missing")
+    text = {"model_type": row.texts[0]} | text
     if text["model_type"] not in row.texts:
         raise UnsupportedModelError(
             f"the text part of a {row.model_type} is {shown(text['model_type'])}, not {' or '.join(row.texts)}"

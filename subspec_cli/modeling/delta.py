@@ -23,6 +23,7 @@ from subspec_cli.checkpoint.layer_tensors import (
     DELTA_NORM,
     DELTA_STEP,
 )
+from subspec_cli.limits import GATE_ROWS
 from subspec_cli.modeling.delta_kernel import DeltaRows
 from subspec_cli.modeling.row_rules import RowRules
 
@@ -49,13 +50,20 @@ class DeltaLayer:
     shape: DeltaShape
     small: Mapping[str, Tensor]
     """By the name inside the layer."""
+    gate_weight: Tensor
+    """`[rows, hidden]`: projections of step and share, and zeros up to a multiple of `GATE_ROWS`.
+
+    Products of fewer features feel the row count in some of their results.
+    """
     eps: float
     """Added to the variance in the norm of the output."""
 
     def gates(self, normed: Tensor, rules: RowRules | None) -> Gates:
         """Decay and share of `[P, hidden]` rows, by the target's row rules or, for the draft, without."""
         project = F.linear if rules is None else rules.linear
-        step, share = (project(normed, self.small[name], None) for name in (DELTA_A, DELTA_B))
+        heads = self.shape.value_heads
+        both = project(normed, self.gate_weight, None)
+        step, share = both[:, :heads], both[:, heads : 2 * heads]
         wide = step.float() + self.small[DELTA_STEP].float()
         soft = torch.where(wide > _LARGE, wide, wide.clamp_max(_LARGE).exp().log1p_())
         beta = (1.0 / (1.0 + share.float().neg().exp_())).to(share.dtype)
@@ -94,6 +102,13 @@ class DeltaLayer:
         wide = gate.float()
         silu = (wide / (1.0 + wide.neg().exp_())).view(output.shape)
         return (weighted.float() * silu).to(gate.dtype).flatten(1)
+
+
+def delta_layer(shape: DeltaShape, small: Mapping[str, Tensor], eps: float) -> DeltaLayer:
+    """Make a layer's functions from its small tensors."""
+    both = torch.cat((small[DELTA_A], small[DELTA_B]))
+    padded = F.pad(both, (0, 0, 0, -len(both) % GATE_ROWS))
+    return DeltaLayer(shape, small, padded, eps)
 
 
 def _unit(rows: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from subspec_cli.checkpoint.layer_description import (
     NormPlace,
 )
 from subspec_cli.checkpoint.layer_tensors import KEY_NORM, LAYER_FACTOR, QUERY_NORM, norm_name
-from subspec_cli.modeling.delta import DeltaLayer
+from subspec_cli.modeling.delta import DeltaLayer, delta_layer
 from subspec_cli.modeling.rope import RopeTables, Rotations, rotate
 
 
@@ -104,7 +104,7 @@ class LayerMath:
     def delta_layers(self) -> Mapping[int, DeltaLayer]:
         """Recurrent layers by their number."""
         return {
-            layer: DeltaLayer(mixer, self.small[layer], self.geometry.arithmetic.eps)
+            layer: delta_layer(mixer, self.small[layer], self.geometry.arithmetic.eps)
             for layer, mixer in enumerate(self.geometry.mixers)
             if isinstance(mixer, DeltaShape)
         }

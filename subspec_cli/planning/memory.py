@@ -13,6 +13,7 @@ from subspec_cli.checkpoint.geometry import ModelGeometry
 from subspec_cli.checkpoint.layer_tensors import FEED_FORWARD, LAYER_BLOCKS, LAYER_MATRICES
 from subspec_cli.limits import (
     ATTENTION_WORK_BYTES,
+    GATE_ROWS,
     GUARD,
     LARGE_BLOCK,
     LEAST_RING_SLOTS,
@@ -342,7 +343,8 @@ def recurrent_bytes(geometry: ModelGeometry, scratch_rows: int) -> int:
     """Return the memory of recurrent layers.
 
     It is the committed state, the next one and snapshots, each with the last inputs of the convolution, and what
-    target and draft keep of each scratch row, as in `modeling.recurrent_state`; and the states of a tree's branches.
+    target and draft keep of each scratch row, as in `modeling.recurrent_state`; the states of a tree's branches; and
+    the padded projections of decay and share.
     """
     if not geometry.delta:
         return 0
@@ -351,7 +353,8 @@ def recurrent_bytes(geometry: ModelGeometry, scratch_rows: int) -> int:
     moments = (2 + SNAPSHOTS) * layers * (shape.state_elements * 4 + tail)
     kept = (shape.conv_width + shape.key_heads * shape.key_dim + shape.value_width) * element_bytes
     rows = scratch_rows * layers * (kept + 3 * shape.value_heads * 4)
-    return moments + rows + TREE_STATES * shape.state_elements * 4
+    gates = layers * -(-2 * shape.value_heads // GATE_ROWS) * GATE_ROWS * geometry.hidden * element_bytes
+    return moments + rows + gates + TREE_STATES * shape.state_elements * 4
 
 
 def _whole_blocks(rows: int) -> int:
