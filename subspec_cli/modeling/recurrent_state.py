@@ -167,8 +167,9 @@ class RecurrentState:
         return DraftScratch(draft.keys[place], draft.deltas[place], draft.log_decays[place])
 
     def want_snapshot(self, position: int) -> None:
-        """Let the pass to come keep a snapshot where its chunk at `position` begins; that of no tokens is known."""
-        self._wanted = position or None
+        """Let the pass to come keep a snapshot where its chunk at `position` begins, unless there is one."""
+        kept = (0, *(snapshot.position for snapshot in self._snapshots))
+        self._wanted = None if position in kept else position
         self._sort_snapshots()
 
     def keep_snapshot(self) -> None:
