@@ -11,7 +11,7 @@ from tiny_models import CPU, FAMILIES, tiny_settings
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
-from subspec_cli.checkpoint.families import configured_model
+from subspec_cli.checkpoint.configured_model import configured_model
 from subspec_cli.checkpoint.geometry import geometry_of
 from subspec_cli.checkpoint.layer_description import Arithmetic
 from subspec_cli.checkpoint.rope_settings import RopeSettings, read_ropes

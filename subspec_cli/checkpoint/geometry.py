@@ -9,8 +9,8 @@ from functools import cached_property
 from typing import Any
 
 from subspec_cli.checkpoint.config_fields import count, shown
+from subspec_cli.checkpoint.configured_model import ConfiguredModel, configured_model
 from subspec_cli.checkpoint.dtypes import DTYPES
-from subspec_cli.checkpoint.families import ConfiguredModel, configured_model
 from subspec_cli.checkpoint.layer_description import Arithmetic, AttentionShape, DeltaShape, Mixer
 from subspec_cli.checkpoint.layer_kinds import LayerSource
 from subspec_cli.checkpoint.layer_tensors import (

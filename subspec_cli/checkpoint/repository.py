@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from subspec_cli.checkpoint.checkpoint import Checkpoint
+from subspec_cli.checkpoint.configured_model import configured_model
 from subspec_cli.checkpoint.end_tokens import read_end_ids
-from subspec_cli.checkpoint.families import configured_model
 from subspec_cli.checkpoint.geometry import ModelGeometry, geometry_of
 from subspec_cli.checkpoint.rope_settings import RopeSettings, read_ropes
 from subspec_cli.checkpoint.safetensors_header import TensorEntry

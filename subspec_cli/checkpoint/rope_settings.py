@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 from subspec_cli.checkpoint.config_fields import shown
-from subspec_cli.checkpoint.families import ConfiguredModel
+from subspec_cli.checkpoint.configured_model import ConfiguredModel
 from subspec_cli.checkpoint.geometry import ModelGeometry
 from subspec_cli.checkpoint.layer_kinds import FULL, LAYER_KINDS, SLIDING
 from subspec_cli.checkpoint.rope_rule import RopeRule

@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from subspec_cli.checkpoint.families import unread_tensors
+from subspec_cli.checkpoint.configured_model import unread_tensors
 from subspec_cli.checkpoint.tokenizer_files import TOKENIZER_CHOICES
 from subspec_cli.errors import IntegrityError, UnsupportedModelError
 from subspec_cli.files.io_errors import read_error

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from subspec_cli.checkpoint.configured_model import configured_model
 from subspec_cli.checkpoint.dtypes import FLOAT_DTYPES, WEIGHT_DTYPES
-from subspec_cli.checkpoint.families import configured_model
 from subspec_cli.checkpoint.geometry import EMBEDDING, HEAD, ModelGeometry, geometry_of
 from subspec_cli.checkpoint.layer_tensors import LAYER_MATRICES
 from subspec_cli.checkpoint.safetensors_header import TensorEntry

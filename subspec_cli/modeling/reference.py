@@ -20,8 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.utils import logging as library_logging
 
 from subspec_cli.checkpoint.checkpoint import Checkpoint
+from subspec_cli.checkpoint.configured_model import configured_model
 from subspec_cli.checkpoint.dtypes import torch_dtype
-from subspec_cli.checkpoint.families import configured_model
 from subspec_cli.checkpoint.layer_tensors import layer_prefix
 from subspec_cli.checkpoint.safetensors_header import TensorEntry
 from subspec_cli.errors import UnsupportedModelError
