@@ -168,6 +168,12 @@ class FakeSession:
             said = "".join(piece for piece in self.pieces if isinstance(piece, str))
         self.messages += ({"role": "user", "content": text}, {"role": "assistant", "content": said})
 
+    unfinished = "Hi th"
+
+    def resume(self, **how):
+        self.calls.append(("resume",))
+        yield from self.generate([1], stop=(), **how)
+
     def reset(self):
         self.calls.append(("reset",))
         self.messages = ()

@@ -8,7 +8,7 @@ from fakes_cli import FakeSession, on_terminal, pipe_in, use_session
 
 from subspec_cli.__main__ import main
 from subspec_cli.cli import chat_commands, conversation
-from subspec_cli.cli.answer_text import fullness_warning
+from subspec_cli.cli.answer_text import continue_hint, fullness_warning
 from subspec_cli.cli.chat_commands import ChatState
 from subspec_cli.cli.live import Answer
 from subspec_cli.cli.messages import read_lines
@@ -216,6 +216,7 @@ def test_help_lists_the_commands(talk):
         "/reset",
         "/drop",
         "/retry",
+        "/continue",
         "/system TEXT",
         "/set NAME VALUE",
         "/save FILE",
@@ -306,9 +307,49 @@ def test_retry_asks_the_last_question_again(talk):
     assert "at temperature 0 the answer is the same" in stderr
 
 
+def test_continue_goes_on_with_an_answer_that_was_cut_short(talk):
+    status, session, stdout, stderr = talk(
+        ["Hello?", "/continue", "/Continue now", "/exit"], pieces=["Hi", KeyboardInterrupt()]
+    )
+    assert status == 0
+    assert [call[0] for call in session.calls if call[0] in ("ask", "resume")] == ["ask", "resume"]
+    assert stdout == "Hi\nHi\n"
+    assert (
+        stderr.count("1 token (interrupted) · context 6 of 256 · exact\ninterrupted: /continue goes on") == 2
+    )
+    assert "/continue takes nothing after it" in stderr
+
+
+def test_on_a_terminal_the_unfinished_row_is_shown_again(talk):
+    _, _, stdout, _ = talk(["/continue", "/exit"], pieces=["ere, ", "all"], argv=("chat",))
+    assert stdout.endswith("Hi there, all\n")
+
+
+@pytest.mark.parametrize(
+    ("reason", "used", "turns", "told"),
+    [
+        ("stop", 100, 1, ""),
+        ("length", 100, 1, "ended by length: /continue goes on"),
+        ("interrupted", 100, 1, "interrupted: /continue goes on"),
+        ("length", 256, 1, ""),
+        ("length", 256, 2, "ended by length: /continue goes on after /drop"),
+    ],
+)
+def test_an_answer_that_was_cut_short_says_how_it_goes_on(reason, used, turns, told):
+    stats = GenerationStats(prompt_tokens=used - 20, new_tokens=20)
+    assert continue_hint(Answer(finish_reason=reason, stats=stats), FakeSession(), turns) == told
+
+
+def test_commands_of_the_loop_take_nothing_and_any_case(talk):
+    _, session, _, stderr = talk(["/retry it", "/exit now", "/EXIT"])
+    assert "/retry takes nothing after it" in stderr
+    assert "/exit takes nothing after it" in stderr
+    assert asked(session) == []
+
+
 def test_a_retry_that_is_refused_keeps_the_answer(talk, monkeypatch):
     _, session, _, _ = talk(["One?", "Two?", "/exit"])
-    state = ChatState(session, session, Config(), None, "Two?")
+    state = ChatState(session, session, Config(), None, question="Two?")
     session.pieces = [UsageError("no room")]
     conversation._retry(state, Output())
     assert [message["content"] for message in session.messages] == ["One?", "Hi!", "Two?", "Hi!"]
@@ -320,6 +361,8 @@ def test_oldest_turns_are_dropped_only_when_told_to(talk):
     assert "the oldest turn is dropped · context 16 of 256" in stderr
     assert session.messages == ()
     assert talk(["/drop", "/exit"])[3].count("nothing was said") == 1
+    _, session, _, _ = talk(["One?", long * 2, "/drop", "/exit"])
+    assert [message["content"] for message in session.messages] == [long * 2, "Hi!"]
 
 
 def test_a_gauge_of_the_context_follows_an_answer(talk):

@@ -115,6 +115,17 @@ def fullness_warning(answer: Answer, session: Session) -> str:
     )
 
 
+def continue_hint(answer: Answer, session: Session, turns: int) -> str:
+    """How an answer that was cut short goes on; empty if it is whole, or if the context has no room for more."""
+    if answer.finish_reason == "stop":
+        return ""
+    cut = "interrupted" if answer.is_interrupted else "ended by length"
+    used = answer.stats.prompt_tokens + answer.stats.new_tokens
+    if used < session.description.context_tokens:
+        return f"{cut}: /continue goes on"
+    return f"{cut}: /continue goes on after /drop" if turns > 1 else ""
+
+
 def comparison_of(answer: Answer, session: Session) -> Comparison:
     """Compare the plan's prediction with the measured answer."""
     about = session.description

@@ -25,12 +25,15 @@ if TYPE_CHECKING:
 
 EXIT: Final = ("/exit", "/quit")
 RETRY: Final = "/retry"
+CONTINUE: Final = "/continue"
 _COMMAND: Final = re.compile(r"/[A-Za-z]+!?(\s|$)")
 _RUN_SETTINGS: Final = ("max_new_tokens",)
 _HELP: Final = f"""\
 /reset           clear the conversation
 /drop            forget the oldest turns
 /retry           ask the question again
+/continue        go on with an answer
+                 that was cut short
 /system TEXT     set the system message
 /set NAME VALUE  as temperature 0.7
 /save FILE       keep it; /save! anew
@@ -49,6 +52,8 @@ class ChatState:
     chat: Chat
     config: Config
     system: str | None
+    first: str = ""
+    """Text before the next message."""
     question: str = ""
     """The last message that was asked, perhaps in vain."""
 
@@ -58,16 +63,30 @@ def is_command(message: Message) -> bool:
     return message.is_typed and bool(_COMMAND.match(message.text))
 
 
+def lone_command(message: Message) -> str:
+    """The command that a message is, if nothing follows it; else an empty text."""
+    name, argument = _split(message.text) if is_command(message) else ("", "")
+    return "" if argument else name
+
+
 def obey(line: str, state: ChatState) -> str:
     """Do what a command says. Returns the line for the user, also if it cannot be done."""
-    name, _, argument = line.partition(" ")
-    act = _ACTS.get(name.lower())
-    if act is None:
-        return f"no command {name}: /help lists them; {FENCE}{name}{FENCE} sends it"
+    name, argument = _split(line)
+    act = _ACTS.get(name)
     try:
-        return act(state, argument.strip())
+        if name in (*EXIT, RETRY, CONTINUE):  # the loop obeys them where nothing follows
+            _take_nothing(name, argument)
+        if act is None:
+            raise UsageError(f"no command {name}", f"/help lists them; {FENCE}{name}{FENCE} sends it")
+        return act(state, argument)
     except SubspecError as error:
         return f"{error.message}{f': {error.hint}' if error.hint else ''}"
+
+
+def _split(line: str) -> tuple[str, str]:
+    """The name of a command in small letters, and what follows it."""
+    name, *rest = line.split(maxsplit=1)
+    return name.lower(), rest[0] if rest else ""
 
 
 def _help(state: ChatState, argument: str) -> str:  # noqa: ARG001 - as every command
@@ -86,13 +105,16 @@ def _reset(state: ChatState, argument: str) -> str:
 
 
 def _drop(state: ChatState, argument: str) -> str:
-    """Forget the oldest question with its answer, and more until half of the context is free."""
+    """Forget the oldest question with its answer, and more until half of the context is free.
+
+    The last turn stays if others can go, so that its answer can go on.
+    """
     _take_nothing("/drop", argument)
     kept, held = list(state.chat.messages), state.session.description.context_tokens
     if not kept:
         return "nothing was said that could be dropped"
     dropped = 0
-    while kept and (not dropped or _tokens(kept, state) > held // 2):
+    while kept and (not dropped or (len(kept) > 2 and _tokens(kept, state) > held // 2)):
         del kept[:2]
         dropped += 1
     state.chat.replace_messages(kept)

@@ -35,6 +35,9 @@ class View:
     def show_prefill(self, progress: PrefillProgress) -> None:
         """Receive how far the prompt is read."""
 
+    def resume(self, text: str) -> None:
+        """Receive what was shown of an answer that now goes on."""
+
     def __enter__(self) -> Self:
         return self
 
@@ -105,6 +108,10 @@ class LiveView(View):
         self._area.__enter__()
         self._area.show("", [READING])
         return self
+
+    def resume(self, text: str) -> None:
+        """Begin with the row that was not full."""
+        self._partial = self._area.rows(printable(text).split("\n")[-1])[-1]
 
     def show_prefill(self, progress: PrefillProgress) -> None:
         """Redraw the line of progress a few times a second."""

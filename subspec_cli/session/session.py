@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 
 from subspec_cli.config import SamplingConfig
 from subspec_cli.decoding.drafter import Drafter
 from subspec_cli.decoding.engine import Engine, PassOutput, Request
-from subspec_cli.decoding.penalties import penalties_of
+from subspec_cli.decoding.penalties import Penalties, penalties_of
 from subspec_cli.decoding.sampler import Sampler, make_sampler
 from subspec_cli.decoding.text import AnswerText
 from subspec_cli.errors import IntegrityError, UsageError
@@ -37,6 +37,17 @@ class TextDelta:
     """Set on the last piece only."""
     stats: GenerationStats
     """Totals of the answer so far."""
+
+
+@dataclass(frozen=True, slots=True)
+class BegunAnswer:
+    """An answer that may go on: what decides its tokens, and those it has."""
+
+    prompt_ids: tuple[int, ...]
+    sampler: Sampler
+    penalties: Penalties
+    stop: tuple[str, ...]
+    token_ids: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,22 +153,73 @@ class Session:
         run = self.description.config.run
         if isinstance(prompt, str):
             prompt = self.encode_prompt(prompt, system=run.system, raw=run.raw)
-        free = self.description.context_tokens - len(prompt)
-        if not prompt or free < 1:
-            raise self._no_room(len(prompt))
-        limit = min(run.max_new_tokens if max_new_tokens is None else max_new_tokens, free)
-        text = AnswerText(
-            self.loaded.tokenizer,
-            eos_ids=self.loaded.eos_ids,
-            stop=run.stop if stop is None else stop,
-            max_new_tokens=limit,
+        begun = self.begin(prompt, seed=seed, stop=stop, noise_stream=noise_stream)
+        yield from self.go_on(begun, max_new_tokens=max_new_tokens, plain=plain, on_prefill=on_prefill)
+
+    def begin(
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        seed: int | None = None,
+        stop: Sequence[str] | None = None,
+        noise_stream: int | None = None,
+    ) -> BegunAnswer:
+        """Begin an answer without a token yet; arguments and errors are those of `generate`."""
+        config = self.description.config
+        if not prompt_ids or len(prompt_ids) >= self.description.context_tokens:
+            raise self._no_room(len(prompt_ids))
+        sampler = self._sampler(seed, noise_stream)
+        stops = tuple(config.run.stop if stop is None else stop)
+        return BegunAnswer(tuple(prompt_ids), sampler, penalties_of(config.sampling), stops)
+
+    def go_on(
+        self,
+        begun: BegunAnswer,
+        *,
+        max_new_tokens: int | None = None,
+        plain: bool = False,
+        on_prefill: OnPrefill | None = None,
+    ) -> Generator[TextDelta, None, None]:
+        """Generate the next tokens of an answer, which are added to it; arguments and errors are those of `generate`.
+
+        Wherever it was interrupted, the tokens are those of an answer that was not. Text begins where
+        `certain_text` ends, and statistics count the tokens before as a part of the prompt.
+        """
+        given = tuple(begun.token_ids)
+        known = len(begun.prompt_ids) + len(given)
+        free = self.description.context_tokens - known
+        if free < 1:
+            raise UsageError(
+                f"the context is full, all {self.description.context_tokens} tokens",
+                "in a chat /drop forgets the oldest turns; or raise --context or the memory budget",
+            )
+        limit = min(
+            self.description.config.run.max_new_tokens if max_new_tokens is None else max_new_tokens, free
         )
-        penalties = penalties_of(self.description.config.sampling)
-        request = Request(tuple(prompt), self._sampler(seed, noise_stream), limit, text, penalties)
+        text = self._text_of(begun, limit)
+        text.take()
+        request = Request(begun.prompt_ids, begun.sampler, limit, text, begun.penalties, given)
         engine = self._engines.plain if plain else self._engines.speculative
         with closing(self._checked(engine.generate(request, on_prefill))) as outputs:
             for output in outputs:
+                begun.token_ids.extend(output.token_ids)
                 yield TextDelta(text.take(), output.token_ids, output.finish_reason, output.stats)
+
+    def certain_text(self, begun: BegunAnswer) -> str:
+        """Return the text of an answer that no later token can change."""
+        return self._text_of(begun, 1).take()
+
+    def _text_of(self, begun: BegunAnswer, limit: int) -> AnswerText:
+        """Return the stop rule of an answer, fed with its tokens; `limit` further tokens may come."""
+        text = AnswerText(
+            self.loaded.tokenizer,
+            eos_ids=self.loaded.eos_ids,
+            stop=begun.stop,
+            max_new_tokens=len(begun.token_ids) + limit,
+        )
+        for token_id in begun.token_ids:
+            text.feed(token_id)
+        return text
 
     def reset(self) -> None:
         """Empty the KV cache, so that the next prompt is prefilled whole."""
