@@ -269,7 +269,9 @@ class RunConfig:
     system: str | None = _setting(None, _TEXT, "System message of the chat template.", "TEXT", letter="s")
     """None leaves it to the template."""
     raw: bool = _setting(False, _SWITCH, "Complete the bare text, without chat template.")
-    plain: bool = _setting(False, _SWITCH, "No live statistics, no colours, also on a terminal.")
+    plain: bool = _setting(
+        False, _SWITCH, "The raw text, without statistics and colours, also on a terminal."
+    )
 
 
 @dataclass(frozen=True)

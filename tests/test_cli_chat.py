@@ -183,7 +183,7 @@ def test_asking_reads_a_line(monkeypatch):
 
 def test_chat_is_a_command_whose_files_begin_the_conversation(talk, tmp_path):
     (tmp_path / "a.txt").write_text("one\n")
-    argv = ("chat", "--plain", "--file", "a.txt", "--system", "S")
+    argv = ("chat", "--plain", "-f", "a.txt", "--system", "S")
     status, session, _, _ = talk(["Sum up", "Again", "/exit"], argv=argv)
     assert status == 0
     asked = [call for call in session.calls if call[0] in ("ask", "chat")]

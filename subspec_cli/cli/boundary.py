@@ -19,6 +19,7 @@ from subspec_cli.cli.interrupts import (
     is_terminating,
     signals_as_interrupts,
 )
+from subspec_cli.cli.wrapping import terminal_width, wrapped_text
 from subspec_cli.errors import ExitCode, ResourceError, SubspecError, UsageError
 from subspec_cli.files.io_errors import TOO_MANY_FILES
 from subspec_cli.files.open_files import open_files_hint, raise_open_files_limit
@@ -153,10 +154,14 @@ def _as_known(error: BaseException) -> SubspecError | None:
 
 
 def _say(text: str, *, one_line: bool = True) -> None:
-    """Write to stderr. If stderr is closed, the exit status still reports the error."""
+    """Write to stderr, on a terminal by words. If stderr is closed, the exit status still reports the error."""
     safe = printable(text)
+    if one_line:
+        safe = safe.replace("\n", " ")
     with contextlib.suppress(OSError, ValueError):
-        sys.stderr.write((safe.replace("\n", " ") if one_line else safe) + "\n")
+        if one_line and sys.stderr.isatty():
+            safe = wrapped_text(safe, terminal_width(sys.stderr))
+        sys.stderr.write(safe + "\n")
 
 
 def _tolerate_streams() -> None:

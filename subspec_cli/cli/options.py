@@ -36,6 +36,7 @@ FilesOpt = Annotated[
     list[Path] | None,
     typer.Option(
         "--file",
+        "-f",
         metavar="PATH",
         help="Text file to ask about, under its name; may be given several times.",
         show_default=False,
