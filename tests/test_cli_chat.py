@@ -129,6 +129,15 @@ def test_the_warning_follows_the_summary(talk, monkeypatch):
     assert "exact\nnearly full\n" in talk(["Hello?", "/exit"])[3]
 
 
+def test_a_file_that_cannot_be_written_is_said_without_the_hint_of_models(talk, tmp_path):
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "locked" / "a.json").mkdir()
+    _, _, _, stderr = talk(["/save! locked/a.json", "/exit"])
+    assert "cannot write" in stderr
+    assert "/save takes another" in stderr
+    assert "HF_HOME" not in stderr
+
+
 def test_one_ctrl_c_at_the_prompt_only_says_how_to_leave(talk):
     interrupt = KeyboardInterrupt
     status, session, _, stderr = talk([interrupt(), "Hello?", interrupt(), interrupt()])
@@ -254,6 +263,7 @@ def test_settings_change_within_a_chat(talk):
         ("/set nonsense 1", "/set takes temperature, top_p, top_k"),
         ("/set", "/set takes temperature"),
         ("/save", "/save needs a file"),
+        ("/save none/a.json", "there is no directory none"),
         ("/load none.json", "none.json: No such file"),
     ],
 )

@@ -14,7 +14,7 @@ from subspec_cli.cli.messages import FENCE, Message
 from subspec_cli.cli.output import as_json
 from subspec_cli.config import Config, SamplingConfig, settings_of
 from subspec_cli.config_file import with_setting
-from subspec_cli.errors import SubspecError, UsageError
+from subspec_cli.errors import ResourceError, SubspecError, UsageError
 from subspec_cli.files.atomic_write import atomic_write
 from subspec_cli.files.json_object import parse_json_object
 from subspec_cli.limits import MOST_PROMPT_BYTES
@@ -159,7 +159,12 @@ def _write(state: ChatState, argument: str, *, replaces: bool) -> str:
         raise UsageError(f"{path} exists", f"/save! {argument} replaces it")
     system = [{"role": "system", "content": state.system}] if state.system is not None else []
     messages = [*system, *state.chat.messages]
-    atomic_write(path, as_json({"messages": messages}, indent=1).encode() + b"\n")
+    if not path.parent.is_dir():
+        raise UsageError(f"there is no directory {path.parent}")
+    try:
+        atomic_write(path, as_json({"messages": messages}, indent=1).encode() + b"\n")
+    except ResourceError as error:
+        raise UsageError(error.message, "/save takes another file") from error
     return f"{counted(len(messages), 'message')} in {path}"
 
 

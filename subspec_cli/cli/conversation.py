@@ -18,6 +18,7 @@ from subspec_cli.cli.chat_commands import (
     obey,
 )
 from subspec_cli.cli.interrupts import interrupt_status, is_terminating
+from subspec_cli.cli.keyboard import held_keys
 from subspec_cli.cli.live import View, collect_answer, make_view
 from subspec_cli.cli.messages import Message, Reader
 from subspec_cli.cli.output import Output
@@ -36,7 +37,7 @@ def converse(session: Session, config: Config, output: Output, read: Reader, *, 
         try:
             message = read()
         except EOFError:
-            output.note("")
+            output.end_line()
             return
         except UnicodeDecodeError as error:
             output.note(f"that message is not UTF-8 at byte {error.start}; not sent", style="bold")
@@ -45,7 +46,9 @@ def converse(session: Session, config: Config, output: Output, read: Reader, *, 
             if is_terminating():
                 raise
             interrupts += 1
-            output.note("" if interrupts > 1 else "\nCtrl-C again, Ctrl-D or /exit leaves")
+            output.end_line()
+            if interrupts == 1:
+                output.note("Ctrl-C again, Ctrl-D or /exit leaves")
             continue
         if lone_command(message) in EXIT:
             return
@@ -105,7 +108,8 @@ def _answer(deltas: Iterator[TextDelta], view: View, state: ChatState, output: O
     """Show an answer and the lines after it. Returns 1 if Ctrl-C stopped it."""
     session = state.session
     try:
-        answer = collect_answer(deltas, view)
+        with held_keys(output):
+            answer = collect_answer(deltas, view)
     except (UsageError, PromptRefusedError) as error:  # another message, or /reset, may do
         output.note(f"{error.message}{f': {error.hint}' if error.hint else ''}", style="bold")
         return 0

@@ -60,6 +60,11 @@ class Output:
         self.err.print(Text(shown, style=style), soft_wrap=True)
         self.stderr.flush()
 
+    def end_line(self) -> None:
+        """Leave the line of a prompt that was left without Enter; the line editor has left it already."""
+        if not self.can_edit:
+            self.note("")
+
     def result(self, text: str) -> None:
         """Write lines of the result to stdout."""
         self.out.print(Text(printable(text)), soft_wrap=True)
