@@ -16,7 +16,6 @@ from transformers.generation.logits_process import (
 from subspec_cli.decoding.penalties import NO_PENALTIES, Penalties, begin_path
 from subspec_cli.decoding.sampler import Filters, allowed_tokens
 from subspec_cli.drafting.draft_steps import penalized
-from subspec_cli.errors import UsageError
 
 VOCAB = 61
 PROMPT = [3, 9, 3, 60, 0]
@@ -85,11 +84,6 @@ def test_the_draft_guesses_by_the_same_numbers():
     rows = np.stack([logits_of(5), logits_of(6)])
     found = penalized(torch.tensor(rows, dtype=torch.float32), state)
     np.testing.assert_allclose(found.numpy(), np.stack([state.adjust(row) for row in rows]), atol=1e-5)
-
-
-def test_a_bias_of_a_token_that_is_not_there_is_refused():
-    with pytest.raises(UsageError, match="the token 61, the model has 61"):
-        begin_path(Penalties(bias=((61, 1.0),)), PROMPT, VOCAB)
 
 
 RULES = {

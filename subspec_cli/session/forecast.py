@@ -19,6 +19,7 @@ from subspec_cli.planning.request import MemoryLimits, PlanRequest, budget_bytes
 from subspec_cli.probe.kept_costs import known_costs, probe_subject
 from subspec_cli.reporter import Reporter
 from subspec_cli.session.openmp import set_openmp_defaults
+from subspec_cli.session.sampling_source import with_model_sampling
 from subspec_cli.streaming.host_memory import has_gpu, host_memory
 from subspec_cli.streaming.process_limits import check_libraries_fit
 from subspec_cli.substitutes.prepared_model import PreparedModel, find_prepared_sets
@@ -85,6 +86,7 @@ def forecast(
     for note in outline.repository.notes:
         reporter.note(note)
     geometry = outline.repository.geometry
+    config = with_model_sampling(config, outline.repository.sampling)
     prepared = _prepared(model, config, reporter)
     chosen = [item.manifest.settings for item in prepared] or [_settings(config)]
     compare_bytes = [gib_to_bytes(gib, "--compare") for gib in compare_gib]
