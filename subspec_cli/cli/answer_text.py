@@ -70,6 +70,8 @@ def summary_line(answer: Answer, session: Session) -> str:
     parts = [f"{counted(stats.new_tokens, 'token')} ({answer.finish_reason}){rate}"]
     if stats.drafted_tokens:
         parts.append(f"tau {stats.tau:.2f}")
+    if not stats.new_tokens:  # interrupted while the prompt was read
+        return " · ".join(parts)
     parts.append(f"first token {format_seconds(stats.ttft_s)}")
     passes = f" in {stats.prefill_passes} passes" if stats.prefill_passes > 1 else ""
     parts.append(f"prompt {stats.prompt_tokens} ({stats.prefilled_tokens} prefilled{passes})")

@@ -84,7 +84,7 @@ def _invoke(argv: Sequence[str]) -> int:
         if not hasattr(error, "format_message"):
             raise
         used = getattr(getattr(error, "ctx", None), "command_path", "subspec")
-        message = error.format_message().rstrip(".")
+        message = error.format_message().rstrip(".").replace("Value error, ", "")
         hint = f"{used} --help lists what it takes"
         if used == "subspec run" and "unexpected extra argument" in message:
             hint = f'quote the prompt, and name the model by --model: {used} --model MODEL "…"; {hint}'

@@ -161,12 +161,12 @@ def stored_values(stored: StoredModel) -> dict[str, Any]:
 
 def progress_text(state: VerifyProgress) -> str:
     """The model being hashed, bytes, rate and time left."""
-    from subspec_cli.cli.output_progress import time_left
+    from subspec_cli.cli.output_progress import rate_text, time_left
 
     parts = [f"verifying {state.model_id}"]
     parts.append(f"{format_bytes(state.done_bytes)} of {format_bytes(state.total_bytes)}")
     if state.elapsed_s > 0:
-        parts.append(f"{state.done_bytes / state.elapsed_s / 1e6:.0f} MB/s")
+        parts.append(rate_text(state.done_bytes / state.elapsed_s))
     parts.append(time_left(state.done_bytes, state.total_bytes, state.elapsed_s))
     return " · ".join(part for part in parts if part)
 

@@ -48,6 +48,10 @@ SystemFileOpt = Annotated[
         "--system-file", metavar="PATH", help="Read the system message from a text file.", show_default=False
     ),
 ]
+FollowLinksOpt = Annotated[
+    bool,
+    typer.Option("--follow-links", help="Read files outside MODEL's directory that links in it lead to."),
+]
 _CONFIG = Parameter("config_file", Parameter.KEYWORD_ONLY, default=None, annotation=ConfigOpt)
 _DEBUG = Parameter("_debug", Parameter.KEYWORD_ONLY, default=False, annotation=DebugOpt)
 

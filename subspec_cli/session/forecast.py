@@ -72,6 +72,7 @@ def forecast(
     *,
     link_gb_per_s: float | None,
     compare_gib: Sequence[float],
+    follow_links: bool = False,
     reporter: Reporter,
 ) -> Forecast:
     """Plan a model that need not be downloaded: its config and headers are enough.
@@ -82,7 +83,7 @@ def forecast(
     set_openmp_defaults()  # so that the costs of a run are found, which depend on its threads
     device, device_reason = _device(config.memory.device)
     model = _whole_name(model)
-    outline = outline_model(model, config.model.revision, reporter=reporter)
+    outline = outline_model(model, config.model.revision, follow_links=follow_links, reporter=reporter)
     for note in outline.repository.notes:
         reporter.note(note)
     geometry = outline.repository.geometry
