@@ -65,7 +65,8 @@ def _invoke(argv: Sequence[str]) -> int:
     # Imported here, so that Ctrl-C during the import is also reported in one line.
     import typer
 
-    from subspec_cli.cli.app import COMPLETE_VARIABLE, app
+    from subspec_cli.cli.app import app
+    from subspec_cli.cli.completion import COMPLETE_VARIABLE
 
     command = typer.main.get_command(app)
     if os.environ.get(COMPLETE_VARIABLE):

@@ -18,6 +18,7 @@ from typing import Annotated, Any, NamedTuple, Union
 import typer
 
 from subspec_cli.cli.bias_file import read_bias_file
+from subspec_cli.cli.completion import complete_model
 from subspec_cli.config import BIASES, SIZE, Config, ModelConfig, Setting, flag_of, settings_of
 from subspec_cli.config_file import find_config_file, resolve_config
 from subspec_cli.units import SIZE_WORDS, parse_size_gib
@@ -161,6 +162,8 @@ def _option(key: str, kind: Any, setting: Setting, **shown: Any) -> Parameter:  
     if setting.letter and key == setting.key:
         names.append(f"-{setting.letter}")
     metavar = setting.metavar or None
+    if key == "model":
+        shown["autocompletion"] = complete_model
     option = typer.Option(None, *names, help=setting.help, metavar=metavar, parser=parser, **shown)
     return Parameter(key, Parameter.KEYWORD_ONLY, default=option, annotation=kind | None)
 

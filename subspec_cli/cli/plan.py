@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from subspec_cli.cli.completion import complete_model
 from subspec_cli.cli.options import FollowLinksOpt, JsonOpt, Settings, number, with_settings
 from subspec_cli.config import DraftConfig, MemoryConfig, ModelConfig
 from subspec_cli.errors import UsageError
@@ -23,6 +24,7 @@ ModelArg = Annotated[
         metavar="[MODEL]",
         help="Hub id, local directory or [bold]demo[/bold]; nothing of it need be here.",
         show_default="the settings' model",
+        autocompletion=complete_model,
     ),
 ]
 LinkOpt = Annotated[

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from subspec_cli.cli.completion import complete_model
 from subspec_cli.cli.options import FollowLinksOpt, JsonOpt, Settings, with_settings
 from subspec_cli.config import DEFAULT_BITS, ModelConfig, SubstituteConfig
 from subspec_cli.errors import UsageError
@@ -23,7 +24,12 @@ _HEADERS = ("matrix", "bits", "bits/weight", "SQNR")
 
 
 ModelArg = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Hub id, local directory or [bold]demo[/bold].")
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="Hub id, local directory or [bold]demo[/bold].",
+        autocompletion=complete_model,
+    ),
 ]
 ForceOpt = Annotated[bool, typer.Option("--force", help="Do it again, even if it is done.")]
 
