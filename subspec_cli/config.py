@@ -123,7 +123,7 @@ class ModelConfig:
     model: str | None = _setting(
         None,
         _NAME,
-        "Hub id, local directory, [bold]demo[/bold], or the last name of a prepared model.",
+        "Hub id, local directory, demo, or the last name of a prepared model.",
         "MODEL",
         "the model used last",
         letter="m",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated
+import shutil
+from typing import Annotated, Final
 
 import typer
 
@@ -20,11 +21,14 @@ from subspec_cli.cli.run import run
 from subspec_cli.errors import ExitCode
 from subspec_cli.versions import __version__
 
+NARROW: Final = 60
+"""Columns below which boxes leave one word a line; help is then plain lines."""
+
 app = typer.Typer(
     name="subspec",
     # Typer's own --install-completion and --show-completion stay out of --help: `completion` writes the script.
     add_completion=bool(os.environ.get(COMPLETE_VARIABLE)),
-    rich_markup_mode="rich",
+    rich_markup_mode="rich" if shutil.get_terminal_size().columns >= NARROW else None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(plan)

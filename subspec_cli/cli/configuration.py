@@ -113,7 +113,7 @@ def commented_settings() -> str:
             default = defaults[section][setting.key]
             usual = f" Default: {setting.shown_default}." if setting.shown_default else ""
             if setting.help:
-                lines.append(f"# {_MARKUP.sub('', setting.help)}{usual}")
+                lines.append(f"# {setting.help}{usual}")
             lines.append(f"#{setting.key} = {'' if default is None else _toml(default)}".rstrip())
     return "\n".join(lines) + "\n"
 

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from subspec_cli.substitutes.integrity import Finding, Verifier, VerifyProgress
     from subspec_cli.substitutes.inventory import StoredModel
 
-models = typer.Typer(name="models", help="List, verify, find and remove what [bold]prepare[/bold] wrote.")
+models = typer.Typer(name="models", help="List, verify, find and remove what prepare wrote.")
 
 ModelArg = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Hub id, directory or [bold]demo[/bold], as it was prepared.")
+    str, typer.Argument(metavar="MODEL", help="Hub id, directory or demo, as it was prepared.")
 ]
 OptionalModelArg = Annotated[
     str | None, typer.Argument(metavar="[MODEL]", help="One model.", show_default="all that are prepared")

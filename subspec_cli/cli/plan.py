@@ -22,7 +22,7 @@ ModelArg = Annotated[
     str | None,
     typer.Argument(
         metavar="[MODEL]",
-        help="Hub id, local directory or [bold]demo[/bold]; nothing of it need be here.",
+        help="Hub id, local directory or demo; nothing of it need be here.",
         show_default="the settings' model",
         autocompletion=complete_model,
     ),

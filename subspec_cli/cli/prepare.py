@@ -27,7 +27,7 @@ ModelArg = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="Hub id, local directory or [bold]demo[/bold].",
+        help="Hub id, local directory or demo.",
         autocompletion=complete_model,
     ),
 ]
