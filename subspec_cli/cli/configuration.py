@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -23,7 +22,6 @@ from subspec_cli.errors import UsageError
 from subspec_cli.files.io_errors import write_error
 
 PRESETS: Final = Path(__file__).parent.parent / "presets"
-_MARKUP = re.compile(r"\[/?bold\]")
 
 configuration = typer.Typer(name="config", help="Write, show and find the settings file.")
 
