@@ -9,6 +9,7 @@ from pathlib import Path
 
 from subspec_cli.bench.answers import AnswerPair, ArmAnswer
 from subspec_cli.bench.report import BenchReport
+from subspec_cli.config import Config, SamplingConfig
 from subspec_cli.metrics import GenerationStats, PassStats, PrefillProgress
 from subspec_cli.planning.costs import PlanCosts, RowTimes
 from subspec_cli.planning.reason import LayersThatPay, PlanReason
@@ -89,6 +90,8 @@ class FakeDescription:
     budget_bytes: int = 1 << 30
     plan: FakePlan = FakePlan()
     versions: dict = field(default_factory=lambda: {"torch": "2"})
+    config: Config = field(default_factory=Config)
+    model_sampling: SamplingConfig | None = field(default_factory=SamplingConfig)
     end_ids: tuple[int, ...] = (2, 7)
     has_chat_template: bool = True
     fresh_seed: bool = True
@@ -294,6 +297,7 @@ def use_session(monkeypatch, session):
 
     def open_session(config, reporter, *, count):
         configs.append(config)
+        session.description = replace(session.description, config=config)
         session.count = count
         reporter.progress("loading substitutes 1/4")
         return session

@@ -8,7 +8,7 @@ import json
 import pytest
 from tiny_models import open_tokenizer
 
-from subspec_cli.bench import runner
+from subspec_cli.bench import runner, suites
 from subspec_cli.bench.answers import AnswerPair, ArmAnswer
 from subspec_cli.bench.figures import Spread
 from subspec_cli.bench.report import BenchReport
@@ -18,7 +18,7 @@ from subspec_cli.cli.comparison_text import summary_lines
 from subspec_cli.cli.documents import bench_document
 from subspec_cli.cli.output import as_json
 from subspec_cli.config_file import resolve_config
-from subspec_cli.errors import UsageError
+from subspec_cli.errors import NetworkError, UsageError
 from subspec_cli.metrics import GenerationStats
 
 TURNS = ["Tell me more.", "And then?"]
@@ -276,3 +276,14 @@ def test_bad_questions_name_file_and_line(tmp_path, line):
     path.write_text('{"turns": ["fine"]}\n' + line)
     with pytest.raises(UsageError, match=r"bad\.jsonl, line 2"):
         read_questions(path)
+
+
+def test_offline_a_suite_names_what_needs_no_hub(monkeypatch):
+    def fail(*wanted):
+        raise NetworkError("cannot reach the hub", "check the connection")
+
+    monkeypatch.setattr(suites, "download_dataset_file", fail)
+    with pytest.raises(NetworkError) as raised:
+        suites.load_suite("mt-bench", None, None)
+    assert raised.value.hint.startswith("check the connection; --questions FILE")
+    assert "subspec bench sample" in raised.value.hint

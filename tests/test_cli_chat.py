@@ -101,7 +101,7 @@ def test_the_header_has_two_lines_of_forty_columns_and_info_the_rest(talk):
         .strip()
         .splitlines()
     )
-    assert header == ["demo · cpu · exact", "context 256 · /help lists commands"]
+    assert header == ["demo · cpu · exact", "context 256 · greedy · /help for more"]
     assert max(len(line) for line in header) <= 40
     assert "plan: 1 resident" in talk(["/info", "/exit"])[3]
 

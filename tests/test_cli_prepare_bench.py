@@ -34,7 +34,7 @@ def preparing(monkeypatch):
     def use(report):
         calls = []
 
-        def prepare(model, wanted, *, revision, force, progress, reporter):
+        def prepare(model, wanted, *, revision, force, follow_links, progress, reporter):
             calls.append((model, wanted.bits, wanted.optimizer, wanted.overrides, revision, force))
             reporter.note("waiting: another process (pid 7) is preparing it")
             for layer in range(1, 5):
@@ -58,7 +58,7 @@ def test_prepare_shows_progress_summary_and_next_command(capsys, preparing):
         "preparing demo …",
         "waiting: another process (pid 7) is preparing it",
     ]
-    assert captured.err.splitlines()[-1] == "layer 4/4 · 4.00 MiB of 4.00 MiB · 2 MB/s"
+    assert captured.err.splitlines()[-1] == "layer 4/4 · 4.00 MiB of 4.00 MiB · 2.1 MB/s"
     made = "4 layers, 800.0 MiB of substitutes for 3.00 GiB of weights"
     assert [" ".join(line.split()) for line in captured.out.splitlines() if line.strip(" ─")] == [
         f"prepared demo in 1:01: {made}, 4.25 bits per weight at 21.5 dB",
@@ -67,8 +67,16 @@ def test_prepare_shows_progress_summary_and_next_command(capsys, preparing):
         "down 8 8.01 no loss",
         "all mixed 4.25 21.5 dB",
         "in /cache/demo-int4",
-        'next: subspec run --model demo --vram-gb 1.5 "…"',
+        'next: subspec run --model demo --memory-gb 1.5 "…"',
     ]
+
+
+@pytest.mark.parametrize(("gpu", "flag"), [(False, "--memory-gb"), (True, "--vram-gb")])
+def test_the_next_command_has_the_budget_of_the_device(capsys, preparing, monkeypatch, gpu, flag):
+    monkeypatch.setattr("subspec_cli.cli.prepare.has_gpu", lambda: gpu)
+    preparing(FakePrepareReport())
+    assert main(["prepare", "demo"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f'next: subspec run --model demo {flag} 1.5 "…"'
 
 
 def test_prepare_shows_the_download_while_there_is_one():

@@ -303,6 +303,7 @@ def _context(session: Session) -> dict[str, Any]:
         "device": about.device,
         "exactness_reason": about.exactness_reason,
         "seed": about.seed,
+        "sampling": about.config.as_dict()["sampling"],
         "threads": about.threads,
         "direct_io": about.direct_io,
         "budget_bytes": about.budget_bytes,

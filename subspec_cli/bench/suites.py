@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from subspec_cli.errors import IntegrityError, UsageError
+from subspec_cli.errors import IntegrityError, NetworkError, UsageError
 from subspec_cli.files.regular_file import read_small_file
 from subspec_cli.hub.dataset import download_dataset_file
 from subspec_cli.units import printable
@@ -43,7 +43,11 @@ def load_suite(name: str, questions_file: str | None, limit: int | None) -> tupl
     elif name == "sample":
         path = _SAMPLE
     else:
-        path = download_dataset_file(*_MT_BENCH)
+        try:
+            path = download_dataset_file(*_MT_BENCH)
+        except NetworkError as error:
+            others = "--questions FILE reads a local file, subspec bench sample needs none"
+            raise NetworkError(error.message, f"{error.hint}; {others}") from error
     questions = read_questions(path)
     return spread_over_categories(questions, limit) if limit is not None else questions
 

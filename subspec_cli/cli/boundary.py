@@ -66,7 +66,8 @@ def _invoke(argv: Sequence[str]) -> int:
     # Imported here, so that Ctrl-C during the import is also reported in one line.
     import typer
 
-    from subspec_cli.cli.app import COMPLETE_VARIABLE, app
+    from subspec_cli.cli.app import app
+    from subspec_cli.cli.completion import COMPLETE_VARIABLE
 
     command = typer.main.get_command(app)
     if os.environ.get(COMPLETE_VARIABLE):
@@ -85,7 +86,7 @@ def _invoke(argv: Sequence[str]) -> int:
         if not hasattr(error, "format_message"):
             raise
         used = getattr(getattr(error, "ctx", None), "command_path", "subspec")
-        message = error.format_message().rstrip(".")
+        message = error.format_message().rstrip(".").replace("Value error, ", "")
         hint = f"{used} --help lists what it takes"
         if used == "subspec run" and "unexpected extra argument" in message:
             hint = f'quote the prompt, and name the model by --model: {used} --model MODEL "…"; {hint}'

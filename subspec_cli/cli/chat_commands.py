@@ -28,6 +28,9 @@ RETRY: Final = "/retry"
 CONTINUE: Final = "/continue"
 _COMMAND: Final = re.compile(r"/[A-Za-z]+!?(\s|$)")
 _RUN_SETTINGS: Final = ("max_new_tokens",)
+_SAMPLING_SETTINGS: Final = tuple(
+    name for name in settings_of(SamplingConfig) if name not in ("source", "logit_bias")
+)
 _HELP: Final = f"""\
 /reset           clear the conversation
 /drop            forget the oldest turns
@@ -95,7 +98,7 @@ def _help(state: ChatState, argument: str) -> str:  # noqa: ARG001 - as every co
 
 def _info(state: ChatState, argument: str) -> str:
     _take_nothing("/info", argument)
-    return "\n".join(session_lines(state.session, state.config))
+    return "\n".join(session_lines(state.session))
 
 
 def _reset(state: ChatState, argument: str) -> str:
@@ -133,14 +136,14 @@ def _system(state: ChatState, argument: str) -> str:
 def _set(state: ChatState, argument: str) -> str:
     name, _, text = argument.partition(" ")
     key = name.replace("-", "_")
-    sampling = [key for key, setting in settings_of(SamplingConfig).items() if setting.help]
-    if key not in (*sampling, *_RUN_SETTINGS):
-        raise UsageError(f"/set takes {', '.join((*sampling, *_RUN_SETTINGS))}", "/set temperature 0.7")
+    if key not in (*_SAMPLING_SETTINGS, *_RUN_SETTINGS):
+        names = ", ".join((*_SAMPLING_SETTINGS, *_RUN_SETTINGS))
+        raise UsageError(f"/set takes {names}", "/set temperature 0.7")
     if not text:
-        return f"{key} is {getattr(state.config.sampling if key in sampling else state.config.run, key)}"
-    section = "sampling" if key in sampling else "run"
+        return f"{key} is {getattr(state.config.sampling if key in _SAMPLING_SETTINGS else state.config.run, key)}"
+    section = "sampling" if key in _SAMPLING_SETTINGS else "run"
     state.config = with_setting(state.config, section, key, _value(text))
-    if key in sampling:
+    if key in _SAMPLING_SETTINGS:
         state.session.set_sampling(state.config.sampling)
     return f"{key} is {text}"
 

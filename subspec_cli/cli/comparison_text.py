@@ -10,7 +10,7 @@ from subspec_cli.bench.voids import pair_reasons
 from subspec_cli.cli.bench_table import FIGURE_NAMES
 from subspec_cli.metrics import GenerationStats, RangeTotals
 from subspec_cli.planning.comparison import Comparison
-from subspec_cli.units import counted
+from subspec_cli.units import counted, format_work_time
 
 if TYPE_CHECKING:
     from subspec_cli.bench.report import BenchReport
@@ -149,7 +149,7 @@ def _range_text(item: RangeTotals) -> str:
 
 
 def _ms(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.2f} s"
+    return "-" if seconds is None else format_work_time(seconds)
 
 
 def _rate(tok_per_s: float | None) -> str:

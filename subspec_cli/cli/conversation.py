@@ -22,15 +22,15 @@ from subspec_cli.cli.keyboard import held_keys
 from subspec_cli.cli.live import View, collect_answer, make_view
 from subspec_cli.cli.messages import Message, Reader
 from subspec_cli.cli.output import Output
-from subspec_cli.config import Config
 from subspec_cli.errors import PromptRefusedError, UsageError
 
 if TYPE_CHECKING:
     from subspec_cli.session import Session, TextDelta
 
 
-def converse(session: Session, config: Config, output: Output, read: Reader, *, first: str = "") -> None:
+def converse(session: Session, output: Output, read: Reader, *, first: str = "") -> None:
     """Read messages and answer them until the user leaves; `first` comes before the first message."""
+    config = session.description.config
     state = ChatState(session, session.chat(config.run.system), config, config.run.system, first)
     interrupts = 0
     while interrupts < 2:

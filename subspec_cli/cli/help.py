@@ -32,6 +32,7 @@ EXAMPLES: Final = {
     "remove": ("subspec models remove demo", "subspec models remove demo --all-but-latest --yes"),
     "init": ("subspec config init", "subspec config init --preset laptop-cpu"),
     "show": ("subspec config show",),
+    "completion": ('eval "$(subspec completion bash)"', "subspec completion fish | source"),
     "help": ("subspec help terms",),
 }
 """Command lines by the name of the command; under --help as they stand."""

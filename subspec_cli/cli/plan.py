@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from subspec_cli.cli.options import JsonOpt, Settings, number, with_settings
+from subspec_cli.cli.completion import complete_model
+from subspec_cli.cli.options import FollowLinksOpt, JsonOpt, Settings, number, with_settings
 from subspec_cli.config import DraftConfig, MemoryConfig, ModelConfig
 from subspec_cli.errors import UsageError
 from subspec_cli.units import GIB, parse_size_gib
@@ -21,8 +22,9 @@ ModelArg = Annotated[
     str | None,
     typer.Argument(
         metavar="[MODEL]",
-        help="Hub id, local directory or [bold]demo[/bold]; nothing of it need be here.",
+        help="Hub id, local directory or demo; nothing of it need be here.",
         show_default="the settings' model",
+        autocompletion=complete_model,
     ),
 ]
 LinkOpt = Annotated[
@@ -51,6 +53,7 @@ def plan(
     model: ModelArg = None,  # noqa: ARG001 - it is config.model.model
     link_gb_per_s: LinkOpt = None,
     compare: CompareOpt = None,
+    follow_links: FollowLinksOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Show what MODEL needs and how fast it would be, before anything is downloaded or prepared."""
@@ -70,6 +73,7 @@ def plan(
         config,
         link_gb_per_s=link_gb_per_s,
         compare_gib=compared,
+        follow_links=follow_links,
         reporter=Reporter(note=output.note),
     )
     if as_json:

@@ -18,7 +18,7 @@ from subspec_cli.planning.reason import (
     WholeModel,
 )
 from subspec_cli.planning.timing import Prediction
-from subspec_cli.units import GIB, counted, format_bytes
+from subspec_cli.units import GIB, counted, format_bytes, format_work_time
 
 
 def reason_text(reason: PlanReason) -> str:
@@ -105,8 +105,8 @@ def assumptions(prediction: Prediction) -> tuple[str, ...]:
     return (
         f"link {rate / 1e9:.3g} GB/s ({origin}{unpinned})",
         f"{prediction.cached_rows:.0f} tokens in the KV cache",
-        f"draft step {prediction.step_s * 1e3:.3g} ms ({origin})",
-        f"target compute {basis.plain.compute_s * 1e3:.3g} ms a pass ({origin})",
+        f"draft step {format_work_time(prediction.step_s)} ({origin})",
+        f"target compute {format_work_time(basis.plain.compute_s)} a pass ({origin})",
         f"survival {prediction.survival:.3g} a level ({basis.survival_origin})",
     )
 

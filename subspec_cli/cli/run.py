@@ -86,7 +86,7 @@ def _answer(session: Session, prompt: str, config: Config, output: Output, *, as
     )
     answer = collect_answer(deltas, view)
     if as_json:
-        output.document(answer_document(answer, session, config))
+        output.document(answer_document(answer, session))
     if answer.stats.passes:
         output.note(comparison_line(comparison_of(answer, session)))
     output.note(summary_line(answer, session))

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from subspec_cli.checkpoint.checkpoint import open_checkpoint
+from subspec_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from subspec_cli.checkpoint.repository import (
     DECIDING_FILES,
     Repository,
@@ -29,6 +29,7 @@ from subspec_cli.checkpoint.source_directory import (
     MAX_INDEX_BYTES,
     SINGLE_NAME,
     WeightIndex,
+    check_links,
     first_missing_file,
     parse_config,
     parse_index,
@@ -75,6 +76,7 @@ def outline_model(
     model: str,
     revision: str | None = None,
     *,
+    follow_links: bool = False,
     reporter: Reporter,
     retry_policy: RetryPolicy = RETRY_POLICY,
 ) -> ModelOutline:
@@ -86,7 +88,10 @@ def outline_model(
     check_revision(name, revision)
     directory = name.directory or _complete_snapshot(name.model_id, revision)
     if directory is not None:
-        return _outline_directory(name.model_id, directory, is_hub=name.directory is None)
+        checkpoint = open_checkpoint(directory)
+        if not follow_links:
+            check_links(checkpoint.directory, [file.name for file in checkpoint.files])
+        return _outline_checkpoint(name.model_id, checkpoint, is_hub=name.directory is None)
     listing = find_listing(name.model_id, revision, retry_policy, reporter)
     channel = WorkerChannel(reporter)
     context = DownloadContext(name.model_id, listing, repo_cache(name.model_id), retry_policy, channel)
@@ -122,8 +127,8 @@ def _complete_snapshot(model_id: str, revision: str | None) -> Path | None:
     return snapshot if snapshot is not None and first_missing_file(snapshot) is None else None
 
 
-def _outline_directory(model_id: str, directory: Path, *, is_hub: bool) -> ModelOutline:
-    checkpoint = open_checkpoint(directory)
+def _outline_checkpoint(model_id: str, checkpoint: Checkpoint, *, is_hub: bool) -> ModelOutline:
+    directory = checkpoint.directory
     repository = read_repository(checkpoint)
     check_tokenizer_in(directory, repository)
     return ModelOutline(

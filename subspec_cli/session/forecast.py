@@ -19,6 +19,7 @@ from subspec_cli.planning.request import MemoryLimits, PlanRequest, budget_bytes
 from subspec_cli.probe.kept_costs import known_costs, probe_subject
 from subspec_cli.reporter import Reporter
 from subspec_cli.session.openmp import set_openmp_defaults
+from subspec_cli.session.sampling_source import with_model_sampling
 from subspec_cli.streaming.host_memory import has_gpu, host_memory
 from subspec_cli.streaming.process_limits import check_libraries_fit
 from subspec_cli.substitutes.prepared_model import PreparedModel, find_prepared_sets
@@ -71,6 +72,7 @@ def forecast(
     *,
     link_gb_per_s: float | None,
     compare_gib: Sequence[float],
+    follow_links: bool = False,
     reporter: Reporter,
 ) -> Forecast:
     """Plan a model that need not be downloaded: its config and headers are enough.
@@ -81,10 +83,11 @@ def forecast(
     set_openmp_defaults()  # so that the costs of a run are found, which depend on its threads
     device, device_reason = _device(config.memory.device)
     model = _whole_name(model)
-    outline = outline_model(model, config.model.revision, reporter=reporter)
+    outline = outline_model(model, config.model.revision, follow_links=follow_links, reporter=reporter)
     for note in outline.repository.notes:
         reporter.note(note)
     geometry = outline.repository.geometry
+    config = with_model_sampling(config, outline.repository.sampling)
     prepared = _prepared(model, config, reporter)
     chosen = [item.manifest.settings for item in prepared] or [_settings(config)]
     compare_bytes = [gib_to_bytes(gib, "--compare") for gib in compare_gib]

@@ -78,6 +78,7 @@ def prepare(
     *,
     revision: str | None = None,
     force: bool = False,
+    follow_links: bool = False,
     progress: Callable[[PrepareProgress], None],
     reporter: Reporter = SILENT,
 ) -> PrepareReport:
@@ -96,7 +97,9 @@ def prepare(
         latest[:] = [state]
         progress(state)
 
-    with open_model(model, revision, accept_config=check_fields, reporter=reporter) as opened:
+    with open_model(
+        model, revision, follow_links=follow_links, accept_config=check_fields, reporter=reporter
+    ) as opened:
         repository = read_repository(opened.checkpoint)
         geometry = repository.geometry
         for note in repository.notes:
@@ -133,6 +136,7 @@ def repair(
         manifest.model_id,
         manifest.settings,
         revision=manifest.commit if is_on_hub else None,
+        follow_links=True,  # the user was asked when the set was made
         progress=progress,
     )
 

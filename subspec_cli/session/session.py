@@ -22,6 +22,7 @@ from subspec_cli.session.chat import Chat
 from subspec_cli.session.description import SessionDescription
 from subspec_cli.session.load import LoadedModel
 from subspec_cli.session.oom import oom_as_error
+from subspec_cli.session.token_biases import token_biases
 from subspec_cli.streaming.streamer import StreamCounters
 from subspec_cli.units import counted
 
@@ -170,7 +171,7 @@ class Session:
             raise self._no_room(len(prompt_ids))
         sampler = self._sampler(seed, noise_stream)
         stops = tuple(config.run.stop if stop is None else stop)
-        return BegunAnswer(tuple(prompt_ids), sampler, penalties_of(config.sampling), stops)
+        return BegunAnswer(tuple(prompt_ids), sampler, penalties_of(config.sampling, self.description.biases), stops)
 
     def go_on(
         self,
@@ -226,11 +227,17 @@ class Session:
         self.loaded.kv.rewind(0)
 
     def set_sampling(self, sampling: SamplingConfig) -> None:
-        """Choose tokens of later answers by other settings. A new seed begins with noise stream 0."""
+        """Choose tokens of later answers by other settings. A new seed begins with noise stream 0.
+
+        The settings are taken as they are: the model's own values are filled in when a session is opened. Raises
+        UsageError for a bias that names no token.
+        """
         about = self.description
+        biases = token_biases(sampling.logit_bias, self.loaded.tokenizer, self.loaded.math.geometry.vocab)
         seed = about.seed if sampling.seed is None else sampling.seed
         self._noise_streams = self._noise_streams if seed == about.seed else 0
-        self.description = replace(about, config=replace(about.config, sampling=sampling), seed=seed)
+        config = replace(about.config, sampling=sampling)
+        self.description = replace(about, config=config, seed=seed, biases=biases)
 
     def chat(self, system: str | None = None) -> Chat:
         """Begin a conversation over this session's cache; without `system` the settings' system message is used."""
