@@ -171,7 +171,9 @@ class Session:
             raise self._no_room(len(prompt_ids))
         sampler = self._sampler(seed, noise_stream)
         stops = tuple(config.run.stop if stop is None else stop)
-        return BegunAnswer(tuple(prompt_ids), sampler, penalties_of(config.sampling, self.description.biases), stops)
+        return BegunAnswer(
+            tuple(prompt_ids), sampler, penalties_of(config.sampling, self.description.biases), stops
+        )
 
     def go_on(
         self,
