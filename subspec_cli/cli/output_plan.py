@@ -7,13 +7,21 @@ from typing import TYPE_CHECKING, Final
 
 from rich.text import Text
 
-from subspec_cli.cli.plan_text import advice_text, assumptions, prompt_text, reason_text
+from subspec_cli.cli.plan_text import (
+    acceptance_text,
+    advice_text,
+    assumptions,
+    prompt_text,
+    range_lines,
+    reason_text,
+)
 from subspec_cli.units import counted, format_bytes, format_seconds, printable
 
 if TYPE_CHECKING:
     from subspec_cli.cli.output import Output
     from subspec_cli.planning.memory import PlanLine
     from subspec_cli.planning.plan import OffloadPlan
+    from subspec_cli.planning.timing import Prediction
     from subspec_cli.session.forecast import Forecast
 
 _BAR_CELLS: Final = 76
@@ -139,11 +147,26 @@ def _speeds(found: Forecast, plan: OffloadPlan) -> Iterator[tuple[str, str]]:
     yield "plain", plain
     if guess.depth:
         steps = f"{counted(guess.depth, 'draft step')} of {short_time(guess.step_s)}"
-        each = f"{guess.tau:.1f} tokens by {steps} and a pass of {short_time(guess.pass_s)}"
-        yield "subspec", f"{rate(guess.tok_per_s)}, {guess.speedup:.1f}x: {each}"
+        each = f"tau {guess.tau:.1f} by {steps} and a pass of {short_time(guess.pass_s)}"
+        ends = range_lines(guess)
+        source = f"{acceptance_text(guess)}{', as no run here has shown it yet' if ends else ''}"
+        yield "subspec", f"{speed_text(guess)}: {each}; {source}"
+        yield from ends
     else:
         yield "subspec", f"{rate(guess.tok_per_s)}: plain decoding, which drafting would not speed up"
     yield "assuming", ", ".join(assumptions(guess))
+
+
+def speed_text(guess: Prediction) -> str:
+    """The predicted speed and speed-up; a range from low to high while acceptance is assumed."""
+    if guess.low is None or guess.high is None:
+        return f"{rate(guess.tok_per_s)}, {guess.speedup:.1f}x"
+    plain = guess.plain_tok_per_s
+    return (
+        f"{guess.low.tok_per_s:.3g} to {rate(guess.high.tok_per_s)}, "
+        f"{guess.low.tok_per_s / plain:.1f}x to {guess.high.tok_per_s / plain:.1f}x; "
+        f"planned with {rate(guess.tok_per_s)}"
+    )
 
 
 def rate(tok_per_s: float) -> str:

@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from subspec_cli.checkpoint.geometry import ModelGeometry
 from subspec_cli.config import Config
 from subspec_cli.errors import ResourceError, UsageError
 from subspec_cli.limits import PREFILL_CHUNK, SHADOW_ROWS
+from subspec_cli.planning.acceptance import LEAST_TOKENS, Acceptance
 from subspec_cli.planning.assumed_costs import assumed_survival
 from subspec_cli.planning.costs import BASE_CACHED_ROWS, MachineCosts
 from subspec_cli.planning.device_profile import DeviceKind, DeviceProfile, device_profile
@@ -73,7 +74,9 @@ class PlanRequest:
     costs: MachineCosts
     substitute_bits: int = 4
     survival: float | None = None
-    """Measured probability that the target accepts one more level of the draft; None assumes it from the bits."""
+    """Learned probability that the target accepts one more level of the draft; None assumes it from the bits."""
+    learned_tokens: int = 0
+    """Tokens from which it was learned."""
     ram_bytes: int | None = None
     """Limit of host memory for the process beside a GPU; None is no limit."""
     shadow_rows: int = SHADOW_ROWS
@@ -103,8 +106,15 @@ class PlanRequest:
 
     @property
     def likely_survival(self) -> float:
-        """Probability that the target accepts one more level of the draft, measured or assumed."""
-        return assumed_survival(self.substitute_bits) if self.survival is None else self.survival
+        """Probability that the target accepts one more level of the draft, learned or assumed."""
+        return assumed_survival(self.substitute_bits).middle if self.survival is None else self.survival
+
+    def after_runs(self, acceptance: Acceptance | None) -> PlanRequest:
+        """Return this request with what earlier runs have learned; the same if that is too little."""
+        if acceptance is None or acceptance.tokens < LEAST_TOKENS:
+            return self
+        survival = acceptance.survival(assumed_survival(self.substitute_bits).middle)
+        return replace(self, survival=survival, learned_tokens=round(acceptance.tokens))
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from subspec_cli.planning.costs import MachineCosts
 from subspec_cli.planning.device_profile import device_profile
 from subspec_cli.planning.plan import OffloadPlan, PlanBounds, bounds_of, fastest_plan, make_plan
 from subspec_cli.planning.request import MemoryLimits, PlanRequest, budget_bytes, plan_request, ram_bytes
+from subspec_cli.probe.kept_acceptance import acceptance_subject, kept_acceptance
 from subspec_cli.probe.kept_costs import known_costs, probe_subject
 from subspec_cli.reporter import Reporter
 from subspec_cli.session.openmp import set_openmp_defaults
@@ -102,6 +103,8 @@ def forecast(
             _costs(geometry, settings, device, outline.directory, link_gb_per_s),
             limits=limits,
             tokenizer_bytes=outline.tokenizer_bytes,
+        ).after_runs(
+            kept_acceptance(acceptance_subject(outline.model_id, outline.commit, settings, config.sampling))
         )
 
     requests = [request_for(settings) for settings in chosen]

@@ -17,6 +17,7 @@ from subspec_cli.planning.plan import OffloadPlan, fastest_plan
 from subspec_cli.planning.request import MemoryLimits, WantedTokens, budget_bytes, plan_request, ram_bytes
 from subspec_cli.reporter import Reporter
 from subspec_cli.session.found_model import FoundModel
+from subspec_cli.session.learning import learned_acceptance
 from subspec_cli.session.machine_costs import CostSource
 from subspec_cli.streaming.host_memory import host_memory
 from subspec_cli.streaming.memory_meter import allocator_share, available_bytes, total_bytes
@@ -71,7 +72,7 @@ def plan_opening(
             limits=limits,
             tokenizer_bytes=tokenizer_bytes_in(found.checkpoint.directory),
             wanted=wanted,
-        )
+        ).after_runs(learned_acceptance(prepared.manifest, config.sampling))
         for prepared, machine in zip(sets, machines, strict=True)
     ]
     number, plan = fastest_plan(requests)
