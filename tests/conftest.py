@@ -25,10 +25,12 @@ def assumed_machine(request, monkeypatch):
     if "probed" in request.keywords:
         return
     from subspec_cli.planning.assumed_costs import assumed_costs
+    from subspec_cli.probe.timed_machine import TimedMachine
 
     def assume(directory, settings, device, reporter):
         # So slow a link that drafting pays even for models of a few kilobytes.
-        return assumed_costs(geometry_in(directory), device, link_gb_per_s=0.001, settings=settings)
+        costs = assumed_costs(geometry_in(directory), device, link_gb_per_s=0.001, settings=settings)
+        return TimedMachine(costs, others_share=None, spread=0.0)
 
     monkeypatch.setattr("subspec_cli.session.machine_costs.probe_in_subprocess", assume)
 

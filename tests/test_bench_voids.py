@@ -8,7 +8,6 @@ import pytest
 
 from subspec_cli.bench.answers import AnswerPair, ArmAnswer, BestPlainAnswer
 from subspec_cli.bench.figures import Spread
-from subspec_cli.bench.machine_use import MachineUse, cpu_times, total_use
 from subspec_cli.bench.report import BenchReport
 from subspec_cli.bench.voids import PlainRates, pair_reasons, row_voids
 from subspec_cli.cli.bench_table import table_cells
@@ -16,6 +15,7 @@ from subspec_cli.cli.comparison_text import prediction_note, summary_lines
 from subspec_cli.cli.documents import bench_document
 from subspec_cli.metrics import GenerationStats
 from subspec_cli.planning.comparison import Comparison
+from subspec_cli.probe.machine_use import MachineUse, cpu_times, total_use
 
 IDLE = MachineUse(core_s=10.0, own_s=8.0, busy_s=8.5)
 BUSY = MachineUse(core_s=10.0, own_s=5.0, busy_s=8.0)

@@ -16,6 +16,7 @@ from subspec_cli.planning.assumed_costs import assumed_costs
 from subspec_cli.planning.costs import RowTimes
 from subspec_cli.planning.device_profile import device_profile
 from subspec_cli.planning.plan import fastest_plan
+from subspec_cli.probe.timed_machine import TimedMachine
 from subspec_cli.session import load, machine_costs, opening
 from subspec_cli.streaming.pinned_memory import PinRefusedError
 from subspec_cli.substitutes.prepared_model import find_prepared_sets
@@ -31,7 +32,7 @@ def cost(monkeypatch):
     def set_costs(**changes):
         def costs(directory, settings, device, reporter):
             found = assumed_costs(geometry_in(directory), device, settings=settings)
-            return dataclasses.replace(found, **changes)
+            return TimedMachine(dataclasses.replace(found, **changes), None, 0.0)
 
         monkeypatch.setattr(machine_costs, "probe_in_subprocess", costs)
         monkeypatch.setattr(machine_costs, "known_costs", lambda subject: None)
@@ -103,7 +104,8 @@ def test_of_the_sets_that_stand_side_by_side_the_fastest_is_loaded(tmp_path, mon
     def fastest(bits):
         def costs(directory, settings, device, reporter):
             found = assumed_costs(geometry_in(directory), device, settings=settings)
-            return dataclasses.replace(found, substitute_layer=FREE if settings.bits == bits else DEAR)
+            layer = FREE if settings.bits == bits else DEAR
+            return TimedMachine(dataclasses.replace(found, substitute_layer=layer), None, 0.0)
 
         monkeypatch.setattr(machine_costs, "probe_in_subprocess", costs)
 

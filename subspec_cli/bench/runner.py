@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from subspec_cli.bench.answers import AnswerPair, ArmAnswer, BestPlainAnswer
-from subspec_cli.bench.machine_use import read_load_per_core, read_use
 from subspec_cli.bench.record import fingerprint, made_here, read_record, versions
 from subspec_cli.bench.report import BenchReport, LinkFigures
 from subspec_cli.bench.resumed import KeptAnswers, check_session, kept_answers
@@ -30,6 +29,7 @@ from subspec_cli.metrics import Exactness
 from subspec_cli.planning.costs import PlanCosts
 from subspec_cli.planning.plan import OffloadPlan
 from subspec_cli.planning.request import WantedTokens
+from subspec_cli.probe.machine_use import read_load_per_core, read_use
 from subspec_cli.reporter import Reporter
 from subspec_cli.session import open_session
 from subspec_cli.streaming.memory_meter import disk_read_bytes

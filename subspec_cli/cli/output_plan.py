@@ -123,6 +123,8 @@ def _facts(found: Forecast, plan: OffloadPlan) -> Iterator[tuple[str, str]]:
         yield "process", f"{whole}: {planned} planned, {host} beside the budget"
     else:
         yield "host RAM", f"{format_bytes(plan.process_bytes)} for the whole process: {host}"
+        if plan.prediction.origin == "assumed":
+            yield "GPU", "no figure was measured on this GPU: speeds are assumed until a run has timed it"
     yield "disk", _disk(found, plan)
     yield from _speeds(found, plan)
     if found.advice is not None:
