@@ -62,6 +62,7 @@ class FakePlan:
     streamed_layers: int = 3
     lines: tuple[FakeLine, ...] = (FakeLine("substitutes", 3 << 20), FakeLine("spare", 0))
     reason: PlanReason = REASON
+    automatic: None = None
     prediction: Prediction = PREDICTION
 
     def as_dict(self, *, reason, assumptions):

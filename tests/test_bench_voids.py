@@ -159,4 +159,14 @@ def test_a_best_plan_that_was_slower_shows_both_rates():
 def test_a_prediction_that_was_far_off_is_noted(measured, note):
     found = prediction_note(Comparison(None, 1.0, 1.0, 1.0, 1.0, 4.62, measured, None, 1.0, "measured"))
     assert found is None if note is None else note in found
-    assert note is None or "--reprobe" in found
+    assert note is None or f"({measured:.3g} tok/s, predicted 4.62): --reprobe" in found
+
+
+def test_low_acceptance_alone_is_no_reason_to_time_the_machine_anew():
+    low = Comparison(None, 1.0, 1.0, 1.0, 1.0, 9.0, 2.0, 1.9, 1.0, "measured")
+    assert prediction_note(low) is None
+    slow = Comparison(None, 1.0, 1.0, 1.0, 1.0, 9.0, 2.0, 8.0, 1.0, "measured")
+    assert (
+        "4.0 times slower than predicted (2 tok/s, predicted 8 for this tau): --reprobe"
+        in prediction_note(slow)
+    )

@@ -165,6 +165,27 @@ def test_without_a_budget_a_share_of_what_is_free_is_planned_for():
 
 
 @pytest.mark.parametrize(
+    ("total", "free", "reserve"),
+    [(8 * GIB, 7 * GIB, GIB // 2), (80 * GIB, 60 * GIB, 5 * GIB), (None, 7 * GIB, GIB // 2)],
+)
+def test_on_a_gpu_what_others_use_and_a_reserve_are_left(total, free, reserve):
+    automatic = request.automatic_budget(resolve_config({}), "cuda", total, free)
+    assert (automatic.free_bytes, automatic.reserve_bytes) == (free, reserve)
+    assert request.budget_bytes(resolve_config({}), "cuda", total, free) == free - reserve
+    assert request.automatic_budget(resolve_config({"memory": {"vram_gb": 4}}), "cuda", total, free) is None
+    assert request.AutomaticBudget(100, 200).size_bytes == 0
+
+
+def test_auto_takes_the_place_of_a_files_budget(tmp_path):
+    file = tmp_path / "config.toml"
+    file.write_text("[memory]\nvram_gb = 3\n")
+    assert resolve_config({"memory": {"vram_gb": None}}, file).memory.memory_gib == 3.0
+    assert resolve_config({"memory": {"vram_gb": "auto"}}, file).memory.memory_gib is None
+    file.write_text("[memory]\nvram_gb = 'auto'\n")
+    assert resolve_config({}, file).memory.memory_gib is None
+
+
+@pytest.mark.parametrize(
     ("given", "max_new_tokens", "cached_rows"),
     [(None, 100, 256), (None, 200, 256), (400, 100, 200), (60, 20, 30)],
 )

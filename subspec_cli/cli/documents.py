@@ -39,6 +39,8 @@ def forecast_document(found: Forecast) -> dict[str, Any]:
         "device_reason": found.device_reason,
         "prepared": found.is_prepared,
         "download_bytes": found.download_bytes,
+        "download_s": found.download_s,
+        "prepare_s": found.prepare_s,
         "substitute_disk_bytes": found.substitute_disk_bytes,
         "received_bytes": found.received_bytes,
         "plan": _plan_or_none(found.plan),

@@ -17,7 +17,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from subspec_cli.config import SIZE, Config, ModelConfig, Setting, flag_of, settings_of
+from subspec_cli.config import AUTO, BUDGET, SIZE, Config, ModelConfig, Setting, flag_of, settings_of
 from subspec_cli.config_file import find_config_file, resolve_config
 from subspec_cli.units import SIZE_WORDS, parse_size_gib
 
@@ -121,6 +121,11 @@ def size(text: str) -> float:
         raise typer.BadParameter(f"{text!r} is not {SIZE_WORDS}") from error
 
 
+def budget(text: str) -> float | str:
+    """GiB of a size, or `auto`; an error shows what was written."""
+    return AUTO if text.strip().lower() == AUTO else size(text)
+
+
 def whole(text: str) -> int:
     """A whole number, or an error that shows what was written."""
     try:
@@ -148,9 +153,11 @@ def _option(key: str, kind: Any, setting: Setting, **shown: Any) -> Parameter:  
         kind = typing.get_args(kind)[0]
     if typing.get_origin(kind) is tuple:
         kind = list[str]
-    parser: Callable[[str], float] | None = {float: number, int: whole}.get(kind)
+    parser: Callable[[str], float | str] | None = {float: number, int: whole}.get(kind)
     if setting.rule is SIZE:
         parser = size
+    if setting.rule is BUDGET:
+        parser = budget
     names = [f"{flag_of(key)}/{flag_of(_inverse(key))}" if kind is bool else flag_of(key)]
     if setting.letter and key == setting.key:
         names.append(f"-{setting.letter}")

@@ -11,6 +11,7 @@ from subspec_cli.cli.plan_text import (
     acceptance_text,
     advice_text,
     assumptions,
+    budget_text,
     prompt_text,
     range_lines,
     reason_text,
@@ -114,7 +115,7 @@ def _facts(found: Forecast, plan: OffloadPlan) -> Iterator[tuple[str, str]]:
     planned, budget = format_bytes(plan.total_bytes), format_bytes(plan.budget_bytes)
     least = f"{format_bytes(bounds.least_budget_bytes)} with a context of {bounds.least_context}"
     yield "why", reason_text(plan.reason)
-    yield "budget", f"{planned} of {budget} planned; the least that works is {least}"
+    yield "budget", f"{planned} of {budget} planned{budget_text(plan)}; the least that works is {least}"
     longer = f"; up to {bounds.largest_context} would fit, slower"
     yield "context", f"{plan.context} tokens planned{longer if bounds.largest_context > plan.context else ''}"
     yield "prompt", prompt_text(plan)
@@ -135,8 +136,23 @@ def _disk(found: Forecast, plan: OffloadPlan) -> str:
     text = f"{format_bytes(found.geometry.model_bytes)} of weights"
     if plan.drafts:
         text += f" + {format_bytes(found.substitute_disk_bytes)} of substitutes"
-    state = f"{format_bytes(found.download_bytes)} to download" if found.download_bytes else "all downloaded"
-    return f"{text}; {state}{'' if found.is_prepared else ', not prepared yet'}"
+    return f"{text}; {_download(found)}{'' if found.is_prepared else _preparation(found)}"
+
+
+def _download(found: Forecast) -> str:
+    if not found.download_bytes:
+        return "all downloaded"
+    text = f"{format_bytes(found.download_bytes)} to download"
+    if found.download_s is None or found.download_bytes_per_s is None:
+        return text
+    measured = f"{found.download_bytes_per_s / 1e6:.3g} MB/s, as measured last time"
+    return f"{text}, about {format_seconds(found.download_s)} at {measured}"
+
+
+def _preparation(found: Forecast) -> str:
+    if found.prepare_s is None:
+        return ", not prepared yet"
+    return f", not prepared yet, which takes about {format_seconds(found.prepare_s)} at the last one's rate"
 
 
 def _speeds(found: Forecast, plan: OffloadPlan) -> Iterator[tuple[str, str]]:

@@ -111,10 +111,19 @@ def assumptions(prediction: Prediction) -> tuple[str, ...]:
     )
 
 
+def budget_text(plan: OffloadPlan) -> str:
+    """Return how an automatic budget came about, in parentheses; empty for one that was given."""
+    found = plan.automatic
+    if found is None:
+        return ""
+    reserve = "a quarter" if plan.device == "cpu" else format_bytes(found.reserve_bytes)
+    return f" (auto: {format_bytes(found.free_bytes)} free now, {reserve} left to others)"
+
+
 def acceptance_text(prediction: Prediction) -> str:
     """Return where the survival of a prediction comes from, in a few words."""
-    if prediction.learned_tokens:
-        return f"acceptance learned from {counted(prediction.learned_tokens, 'token')}"
+    if tokens := prediction.learned_tokens:
+        return f"acceptance learned from {tokens:,} tokens"
     return "acceptance assumed"
 
 

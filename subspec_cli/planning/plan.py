@@ -7,7 +7,7 @@ and is predicted to be fastest (`timing`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from subspec_cli.checkpoint.geometry import ModelGeometry
@@ -18,7 +18,7 @@ from subspec_cli.planning.costs import MachineCosts, PlanCosts, weighted_sum
 from subspec_cli.planning.device_profile import DeviceKind, EmbeddingPlace, device_profile
 from subspec_cli.planning.memory import HeadBits, PinnedLayers, PlanLine
 from subspec_cli.planning.reason import FasterBits, NoRoomToDraft, PlanReason, plan_reason
-from subspec_cli.planning.request import PlanRequest, usual_contexts
+from subspec_cli.planning.request import AutomaticBudget, PlanRequest, usual_contexts
 from subspec_cli.planning.search import LayoutSearch, PlanOption, TimedLayout
 from subspec_cli.planning.shortage import shortage
 from subspec_cli.planning.timing import (
@@ -74,6 +74,8 @@ class OffloadPlan:
     reason: PlanReason
     fits: bool
     """Whether the whole model fits the budget, so that nothing needs to be streamed."""
+    automatic: AutomaticBudget | None = None
+    """How the budget came about, if the user gave none."""
 
     @property
     def resident_layers(self) -> int:
@@ -140,6 +142,7 @@ class OffloadPlan:
             "prompt_rows": self.prompt_rows,
             "streamed_bytes_per_pass": self.streamed_bytes_per_pass,
             "fits": self.fits,
+            "automatic_budget": None if self.automatic is None else asdict(self.automatic),
             "reason": reason,
             "context_cost": self.reason.context_cost.loss if self.reason.context_cost else 0.0,
             "prediction": self.prediction.as_dict(assumptions),
@@ -271,6 +274,7 @@ def _finished(search: LayoutSearch, option: PlanOption) -> OffloadPlan:
         prediction=prediction,
         reason=plan_reason(search, option),
         fits=memory.whole_model_bytes(layout.embedding, option.context) <= request.budget_bytes,
+        automatic=request.automatic,
     )
 
 

@@ -23,7 +23,8 @@ from subspec_cli.units import GIB, counted, format_bytes
 DEFAULT_CONTEXT: Final = 4096
 LEAST_CONTEXT: Final = 512
 DEFAULT_SHARE: Final = 0.75
-"""Share of the available memory that is taken when the user gives no budget."""
+"""Share of the available host memory that is taken when the user gives no limit."""
+_LEAST_GPU_RESERVE: Final = GIB // 2
 _PROMPT_TOKENS: Final = 256
 """Context kept for a prompt beside the longest answer."""
 _CONTEXTS: Final = (4096, 3072, 2048, 1536, 1024, 768, 512, 256)
@@ -49,6 +50,20 @@ class WantedTokens:
     def context(self) -> int:
         """A context that holds both, in round numbers."""
         return -(-self.total // _CONTEXT_STEP) * _CONTEXT_STEP
+
+
+@dataclass(frozen=True, slots=True)
+class AutomaticBudget:
+    """A budget that leaves what others use, and some of what is free now."""
+
+    free_bytes: int
+    reserve_bytes: int
+    """Left free, for a screen and for what grows meanwhile."""
+
+    @property
+    def size_bytes(self) -> int:
+        """The budget."""
+        return max(0, self.free_bytes - self.reserve_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +108,8 @@ class PlanRequest:
     """Rows of a draft step that the user gave."""
     wanted: WantedTokens | None = None
     """The prompt to answer; None lets the plan weigh context against speed."""
+    automatic: AutomaticBudget | None = None
+    """How the budget came about, if the user gave none."""
 
     @property
     def profile(self) -> DeviceProfile:
@@ -126,6 +143,8 @@ class MemoryLimits:
     """Memory of the device; on the CPU it counts from a bare process."""
     ram_bytes: int | None
     """Host memory of the whole process; None is no limit."""
+    automatic: AutomaticBudget | None = None
+    """How the budget came about, if the user gave none."""
 
 
 def plan_request(
@@ -165,6 +184,7 @@ def plan_request(
         fixed_width=config.draft.width,
         shadow_rows=0 if config.draft.no_shadow else SHADOW_ROWS,
         wanted=wanted,
+        automatic=limits.automatic,
     )
 
 
@@ -205,7 +225,7 @@ def budget_bytes(
     available_bytes: int | None,
     owner: str = "this machine has",
 ) -> int:
-    """Return the budget that the user gave, else a share of the free memory.
+    """Return the budget that the user gave, else the automatic one.
 
     Raises:
         ResourceError: the budget exceeds `total_bytes`, the memory of the device, where that is known; or there is
@@ -213,9 +233,10 @@ def budget_bytes(
     """
     option = device_profile(device).budget_option
     if config.memory.memory_gib is None:
-        if available_bytes is None:
+        automatic = automatic_budget(config, device, total_bytes, available_bytes)
+        if automatic is None:
             raise ResourceError(f"the memory of the {device} device is not known", f"name it: {option} 8")
-        return int(available_bytes * DEFAULT_SHARE)
+        return automatic.size_bytes
     budget = int(config.memory.memory_gib * GIB)
     if total_bytes is not None and budget > total_bytes:
         raise ResourceError(
@@ -224,6 +245,21 @@ def budget_bytes(
             f"{option} {total_bytes * 3 / 4 / GIB:.2f} leaves a quarter to others",
         )
     return budget
+
+
+def automatic_budget(
+    config: Config, device: str, total_bytes: int | None, available_bytes: int | None
+) -> AutomaticBudget | None:
+    """Return the budget from what is free; None if the user gave one, or if nothing is known.
+
+    On the CPU a quarter of the free memory is left. A GPU's free memory does not move as much: half a GiB, or a
+    sixteenth of the device, is left for a screen and other programs.
+    """
+    if config.memory.memory_gib is not None or available_bytes is None:
+        return None
+    if device_profile(device).budget_is_ram:
+        return AutomaticBudget(available_bytes, available_bytes - int(available_bytes * DEFAULT_SHARE))
+    return AutomaticBudget(available_bytes, max(_LEAST_GPU_RESERVE, (total_bytes or available_bytes) // 16))
 
 
 def ram_bytes(config: Config, available_bytes: int | None) -> int | None:
