@@ -20,6 +20,13 @@ def signals_arrive():
 
 
 @pytest.fixture(autouse=True)
+def nothing_learned(request, monkeypatch):
+    """Plans do not depend on which tests ran before; those of `learned` ones go by what their sessions keep."""
+    if "learned" not in request.keywords:
+        monkeypatch.setattr("subspec_cli.session.learning.keep_acceptance", lambda about, found: None)
+
+
+@pytest.fixture(autouse=True)
 def assumed_machine(request, monkeypatch):
     """Sessions in the tests' own process take assumed costs, the same on every machine; `probed` ones do not."""
     if "probed" in request.keywords:
