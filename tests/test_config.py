@@ -254,4 +254,8 @@ def test_presets_of_the_paper():
     for size, gib in (("7B", 8), ("14B", 12), ("32B", 24)):
         config = found[f"qwen2.5-{size.lower()}-{gib}gb"]
         assert config.model.model == f"Qwen/Qwen2.5-{size}-Instruct"
-        assert (config.memory.device, config.memory.memory_gib, config.memory.context) == ("cuda", gib, 2048)
+        assert (config.memory.device, config.memory.memory_gib, config.memory.context) == (
+            "cuda",
+            gib - 1,
+            2048,
+        )
