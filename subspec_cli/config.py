@@ -88,6 +88,13 @@ def _choice(*choices: object) -> Rule:
 _BITS = _choice(*BIT_WIDTHS)
 SIZE: Final = _size()
 """The rule of every size of memory: GiB as a number, or a text with a unit."""
+AUTO: Final = "auto"
+BUDGET: Final = Rule(
+    f"{SIZE.expected}, or {AUTO}",
+    lambda value: value == AUTO or SIZE.accepts(value),
+    lambda value: None if value == AUTO else SIZE.convert(value),
+)
+"""The rule of the device's budget: a size, or `auto`, which takes the place of a file's size."""
 _SWITCH = Rule("true or false", lambda value: isinstance(value, bool))
 _TEXT = Rule("a text", lambda value: isinstance(value, str))
 _NAME = Rule("a text that is not empty", lambda value: isinstance(value, str) and bool(value.strip()))
@@ -140,13 +147,15 @@ class MemoryConfig:
 
     memory_gib: float | None = _setting(
         None,
-        SIZE,
-        "Memory to use: the device's on cuda, RAM on cpu. 8 is 8 GiB; 500MB, 800MiB, 8GB and 1.5GiB say the unit.",
+        BUDGET,
+        "Memory to use: the device's on cuda, RAM on cpu. 8 is 8 GiB; 500MB, 800MiB, 8GB and 1.5GiB say the unit; "
+        "auto leaves what others use.",
         "SIZE",
+        "auto",
         key="vram_gb",
         alias="memory_gb",
     )
-    """Budget of the device. None takes a share of the free memory."""
+    """Budget of the device. None is auto: what is free, less a reserve."""
     ram_gb: float | None = _setting(
         None,
         SIZE,

@@ -45,7 +45,6 @@ PREDICTION = Prediction(
     basis=Basis(
         1.4e9,
         1.4e9,
-        "assumed",
         RoundTiming(link_s=0.5, prefetch_s=0.1, step_s=0.025, shadow_step_s=0.025, shadow_share=0.0),
         DepthOption(depth=0, rows=1, tau=1.0, shadow_hit=0.0, compute_s=0.2),
         DepthOption(depth=4, rows=9, tau=3.5, shadow_hit=0.0, compute_s=0.2),
@@ -64,6 +63,7 @@ class FakePlan:
     streamed_layers: int = 3
     lines: tuple[FakeLine, ...] = (FakeLine("substitutes", 3 << 20), FakeLine("spare", 0))
     reason: PlanReason = REASON
+    automatic: None = None
     prediction: Prediction = PREDICTION
 
     def as_dict(self, *, reason, assumptions):

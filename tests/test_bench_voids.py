@@ -8,7 +8,6 @@ import pytest
 
 from subspec_cli.bench.answers import AnswerPair, ArmAnswer, BestPlainAnswer
 from subspec_cli.bench.figures import Spread
-from subspec_cli.bench.machine_use import MachineUse, cpu_times, total_use
 from subspec_cli.bench.report import BenchReport
 from subspec_cli.bench.voids import PlainRates, pair_reasons, row_voids
 from subspec_cli.cli.bench_table import table_cells
@@ -16,6 +15,7 @@ from subspec_cli.cli.comparison_text import prediction_note, summary_lines
 from subspec_cli.cli.documents import bench_document
 from subspec_cli.metrics import GenerationStats
 from subspec_cli.planning.comparison import Comparison
+from subspec_cli.probe.machine_use import MachineUse, cpu_times, total_use
 
 IDLE = MachineUse(core_s=10.0, own_s=8.0, busy_s=8.5)
 BUSY = MachineUse(core_s=10.0, own_s=5.0, busy_s=8.0)
@@ -159,4 +159,14 @@ def test_a_best_plan_that_was_slower_shows_both_rates():
 def test_a_prediction_that_was_far_off_is_noted(measured, note):
     found = prediction_note(Comparison(None, 1.0, 1.0, 1.0, 1.0, 4.62, measured, None, 1.0, "measured"))
     assert found is None if note is None else note in found
-    assert note is None or "--reprobe" in found
+    assert note is None or f"({measured:.3g} tok/s, predicted 4.62): --reprobe" in found
+
+
+def test_low_acceptance_alone_is_no_reason_to_time_the_machine_anew():
+    low = Comparison(None, 1.0, 1.0, 1.0, 1.0, 9.0, 2.0, 1.9, 1.0, "measured")
+    assert prediction_note(low) is None
+    slow = Comparison(None, 1.0, 1.0, 1.0, 1.0, 9.0, 2.0, 8.0, 1.0, "measured")
+    assert (
+        "4.0 times slower than predicted (2 tok/s, predicted 8 for this tau): --reprobe"
+        in prediction_note(slow)
+    )

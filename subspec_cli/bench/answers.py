@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from subspec_cli.bench.machine_use import NOTHING_USED, MachineUse
 from subspec_cli.metrics import FinishReason, GenerationStats
+from subspec_cli.probe.machine_use import NOTHING_USED, MachineUse
 
 
 @dataclass(frozen=True, slots=True)

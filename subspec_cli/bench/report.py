@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 from subspec_cli.bench.answers import AnswerPair, BestPlainAnswer
 from subspec_cli.bench.figures import Arm, Figure, Spread, spread_of
-from subspec_cli.bench.machine_use import MachineUse, total_use
 from subspec_cli.bench.voids import PlainRates, Void, row_voids
 from subspec_cli.metrics import (
     Exactness,
@@ -20,6 +19,7 @@ from subspec_cli.metrics import (
 from subspec_cli.planning.comparison import Comparison, compare
 from subspec_cli.planning.costs import PlanCosts
 from subspec_cli.planning.plan import OffloadPlan
+from subspec_cli.probe.machine_use import MachineUse, total_use
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from subspec_cli.bench.answers import AnswerPair, ArmAnswer, BestPlainAnswer
-from subspec_cli.bench.machine_use import MachineUse
 from subspec_cli.bench.record_comparison import differences
 from subspec_cli.bench.report import LinkFigures
 from subspec_cli.errors import UsageError
 from subspec_cli.metrics import GenerationStats, RangeTotals
 from subspec_cli.planning.plan import OffloadPlan
+from subspec_cli.probe.machine_use import MachineUse
 
 _HINT: Final = "resume with the settings of the record, or leave out --resume to begin anew"
 _SESSION_FIELDS: Final = ("model", "revision", "device")

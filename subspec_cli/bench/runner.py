@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from subspec_cli.bench.answers import AnswerPair, ArmAnswer, BestPlainAnswer
-from subspec_cli.bench.machine_use import read_load_per_core, read_use
 from subspec_cli.bench.record import fingerprint, made_here, read_record, versions
 from subspec_cli.bench.report import BenchReport, LinkFigures
 from subspec_cli.bench.resumed import KeptAnswers, check_session, kept_answers
@@ -30,6 +29,7 @@ from subspec_cli.metrics import Exactness
 from subspec_cli.planning.costs import PlanCosts
 from subspec_cli.planning.plan import OffloadPlan
 from subspec_cli.planning.request import WantedTokens
+from subspec_cli.probe.machine_use import read_load_per_core, read_use
 from subspec_cli.reporter import Reporter
 from subspec_cli.session import open_session
 from subspec_cli.streaming.memory_meter import disk_read_bytes
@@ -121,7 +121,13 @@ class _Run:
         config, self._reprobe = _with_memory(config, reprobe=self._reprobe), False
         with open_session(config, Reporter(self._say), count=self._count) as session:
             self._warm_up(session)
-            yield session
+            try:
+                yield session
+            except BaseException:
+                # The plan of a resumed record must not change by what the record's first part has learned.
+                assert session.learning is not None
+                session.learning.forget()
+                raise
 
     def _measure_pairs(self) -> None:
         """Measure both arms over all questions under one plan."""

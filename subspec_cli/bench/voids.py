@@ -13,7 +13,7 @@ from typing import Final
 
 from subspec_cli.bench.answers import AnswerPair
 from subspec_cli.bench.figures import ARMS_OF, Arm, Figure, Spread
-from subspec_cli.bench.machine_use import MachineUse
+from subspec_cli.probe.machine_use import MachineUse
 
 MOST_OF_TAU: Final = 1.05
 """Largest ratio to plain decoding, in tau; two measurements of the same thing differ by a few percent."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from subspec_cli.cli.documents import plan_document
 from subspec_cli.cli.live import Answer
-from subspec_cli.cli.plan_text import reason_text
+from subspec_cli.cli.plan_text import acceptance_text, budget_text, reason_text
 from subspec_cli.cli.sampling_text import chat_sampling_line, sampling_words
 from subspec_cli.config import Config
 from subspec_cli.planning.comparison import Comparison, compare
@@ -53,8 +53,12 @@ def session_lines(session: Session) -> list[str]:
         second.append("fits in the budget")
     second.append("speculation on" if about.speculation else "plain decoding")
     planned_bytes = sum(line.size_bytes for line in plan.lines)
-    second.append(f"{format_bytes(planned_bytes)} of {format_bytes(about.budget_bytes)} planned")
+    second.append(
+        f"{format_bytes(planned_bytes)} of {format_bytes(about.budget_bytes)} planned{budget_text(plan)}"
+    )
     second.append(reason_text(plan.reason))
+    if about.speculation:
+        second.append(acceptance_text(plan.prediction))
     return [" · ".join(part for part in line if part) for line in (first, second)]
 
 

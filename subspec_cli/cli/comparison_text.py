@@ -75,14 +75,19 @@ def void_lines(report: BenchReport) -> list[str]:
 
 
 def prediction_note(comparison: Comparison) -> str | None:
-    """Return a hint if a prediction was off by more than 2; None if it was not."""
-    measured = comparison.tok_per_s
-    predicted = comparison.predicted_tok_per_s_given_tau or comparison.predicted_tok_per_s
+    """Return a hint if a prediction was off by more than 2; None if it was not.
+
+    Where tokens were drafted, the prediction is the one for this tau, so that the costs alone can be at fault.
+    """
+    measured, given = comparison.tok_per_s, comparison.predicted_tok_per_s_given_tau
+    predicted = given or comparison.predicted_tok_per_s
     if not measured or not predicted or 1 / _MOST_OFF <= measured / predicted <= _MOST_OFF:
         return None
     off = max(measured / predicted, predicted / measured)
     word = "slower" if measured < predicted else "faster"
-    return f"note: {off:.1f} times {word} than predicted: --reprobe times this machine anew"
+    figures = f"{measured:.3g} tok/s, predicted {predicted:.3g}{' for this tau' if given else ''}"
+    hint = "--reprobe times this machine anew" if comparison.origin == "measured" else "the costs are assumed"
+    return f"note: {off:.1f} times {word} than predicted ({figures}): {hint}"
 
 
 def _answer_ratios(report: BenchReport) -> Iterator[str]:

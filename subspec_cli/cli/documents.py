@@ -9,7 +9,7 @@ from subspec_cli.bench.figures import FIGURES
 from subspec_cli.bench.voids import pair_reasons
 from subspec_cli.cli.audit_text import audit_lines
 from subspec_cli.cli.comparison_text import summary_lines
-from subspec_cli.cli.plan_text import advice_text, assumptions, reason_text
+from subspec_cli.cli.plan_text import advice_text, assumptions, range_lines, reason_text
 from subspec_cli.planning.plan import OffloadPlan
 
 if TYPE_CHECKING:
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 def plan_document(plan: OffloadPlan) -> dict[str, Any]:
     """Return a plan with the sentences for its reason and its assumptions."""
-    return plan.as_dict(reason=reason_text(plan.reason), assumptions=assumptions(plan.prediction))
+    ends = (f"{name}: {text}" for name, text in range_lines(plan.prediction))
+    return plan.as_dict(reason=reason_text(plan.reason), assumptions=(*assumptions(plan.prediction), *ends))
 
 
 def forecast_document(found: Forecast) -> dict[str, Any]:
@@ -39,6 +40,8 @@ def forecast_document(found: Forecast) -> dict[str, Any]:
         "device_reason": found.device_reason,
         "prepared": found.is_prepared,
         "download_bytes": found.download_bytes,
+        "download_s": found.download_s,
+        "prepare_s": found.prepare_s,
         "substitute_disk_bytes": found.substitute_disk_bytes,
         "received_bytes": found.received_bytes,
         "plan": _plan_or_none(found.plan),

@@ -14,7 +14,7 @@ _GLOSSARY: Final = Path(__file__).parent.parent / "ARCHITECTURE.md"
 _WIDTH: Final = 88
 EXAMPLES: Final = {
     "plan": (
-        "subspec plan Qwen/Qwen2.5-7B-Instruct --vram-gb 8",
+        "subspec plan Qwen/Qwen2.5-7B-Instruct --vram-gb 7",
         "subspec plan demo --compare 500MB,1GiB,2",
     ),
     "prepare": ("subspec prepare demo", "subspec prepare Qwen/Qwen2.5-7B-Instruct --bits 8"),

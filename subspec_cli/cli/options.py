@@ -19,7 +19,17 @@ import typer
 
 from subspec_cli.cli.bias_file import read_bias_file
 from subspec_cli.cli.completion import complete_model
-from subspec_cli.config import BIASES, SIZE, Config, ModelConfig, Setting, flag_of, settings_of
+from subspec_cli.config import (
+    AUTO,
+    BIASES,
+    BUDGET,
+    SIZE,
+    Config,
+    ModelConfig,
+    Setting,
+    flag_of,
+    settings_of,
+)
 from subspec_cli.config_file import find_config_file, resolve_config
 from subspec_cli.units import SIZE_WORDS, parse_size_gib
 
@@ -128,6 +138,11 @@ def size(text: str) -> float:
         raise typer.BadParameter(f"{text!r} is not {SIZE_WORDS}") from error
 
 
+def budget(text: str) -> float | str:
+    """GiB of a size, or `auto`; an error shows what was written."""
+    return AUTO if text.strip().lower() == AUTO else size(text)
+
+
 def whole(text: str) -> int:
     """A whole number, or an error that shows what was written."""
     try:
@@ -159,6 +174,8 @@ def _option(key: str, kind: Any, setting: Setting, **shown: Any) -> Parameter:  
         kind, parser = dict[str, Any], read_bias_file
     if typing.get_origin(kind) is tuple:
         kind = list[str]
+    if setting.rule is BUDGET:
+        parser = budget
     names = [f"{flag_of(key)}/{flag_of(_inverse(key))}" if kind is bool else flag_of(key)]
     if setting.letter and key == setting.key:
         names.append(f"-{setting.letter}")

@@ -14,6 +14,7 @@ from subspec_cli.units import GIB, parse_size_gib
 
 if TYPE_CHECKING:
     from subspec_cli.cli.output import Output
+    from subspec_cli.planning.timing import Prediction
     from subspec_cli.session.forecast import BudgetRow, Forecast
 
 _HEADERS = ("GiB", "resident", "context", "plain tok/s", "subspec tok/s", "speedup", "RAM")
@@ -109,6 +110,13 @@ def _show(found: Forecast, output: Output) -> None:
                     output.result(part)
 
 
+def _span(guess: Prediction, unit: float, digits: int) -> str:
+    """The predicted speed in a unit, from low to high while acceptance is assumed."""
+    if guess.low is None or guess.high is None:
+        return f"{guess.tok_per_s / unit:.{digits}f}"
+    return f"{guess.low.tok_per_s / unit:.{digits}f}-{guess.high.tok_per_s / unit:.{digits}f}"
+
+
 def _row(row: BudgetRow) -> list[str]:
     budget = f"{row.budget_bytes / GIB:g}"
     plan = row.plan
@@ -120,7 +128,7 @@ def _row(row: BudgetRow) -> list[str]:
         f"{plan.resident_layers}/{plan.resident_layers + plan.streamed_layers}",
         str(plan.context),
         f"{guess.plain_tok_per_s:.2f}",
-        f"{guess.tok_per_s:.2f}",
-        f"{guess.speedup:.1f}x",
+        _span(guess, 1.0, 2),
+        f"{_span(guess, guess.plain_tok_per_s, 1)}x",
         f"{plan.host_bytes / GIB:.1f} GiB",
     ]

@@ -17,6 +17,7 @@ from subspec_cli.planning.request import WantedTokens, check_prompt_fits
 from subspec_cli.reporter import Reporter
 from subspec_cli.session.description import SessionDescription
 from subspec_cli.session.found_model import FoundModel
+from subspec_cli.session.learning import Learning
 from subspec_cli.session.load import LoadedModel, Loader
 from subspec_cli.session.machine_costs import CostSource, ProbedCosts
 from subspec_cli.session.opening import Opening, open_device, plan_opening
@@ -68,7 +69,8 @@ def build_session(
     loaded = Loader(opening, tokenizer, meter).load()
     try:
         description = replace(_describe(config, opening, loaded, notes), biases=biases)
-        return Session(loaded, _engines(config.draft, opening, loaded), description)
+        learning = Learning(opening.found.prepared.manifest)
+        return Session(loaded, _engines(config.draft, opening, loaded), description, learning)
     except BaseException:
         loaded.close()
         raise

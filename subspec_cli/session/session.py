@@ -20,6 +20,7 @@ from subspec_cli.modeling.target_blocks import TargetBlocks
 from subspec_cli.planning.plan import OffloadPlan
 from subspec_cli.session.chat import Chat
 from subspec_cli.session.description import SessionDescription
+from subspec_cli.session.learning import Learning
 from subspec_cli.session.load import LoadedModel
 from subspec_cli.session.oom import oom_as_error
 from subspec_cli.session.token_biases import token_biases
@@ -63,12 +64,20 @@ class Engines:
 class Session:
     """One model, one KV cache, one answer at a time. Use as a context manager.
 
-    `loaded` is the model in memory and `description` says what was planned and promised; both are read-only.
+    `loaded` is the model in memory, `description` says what was planned and promised, and `learning` counts what was
+    accepted of drafts, for the next plan; None learns nothing. All are read-only.
     """
 
-    def __init__(self, loaded: LoadedModel, engines: Engines, description: SessionDescription) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        engines: Engines,
+        description: SessionDescription,
+        learning: Learning | None = None,
+    ) -> None:
         self.loaded = loaded
         self.description = description
+        self.learning = learning
         self._engines = engines
         self._noise_streams = 0
 
@@ -81,8 +90,10 @@ class Session:
         self.close()
 
     def close(self) -> None:
-        """Stop the stream and release the memory; closing twice does no harm."""
+        """Stop the stream, release the memory and keep what was learned; closing twice does no harm."""
         self.loaded.close()
+        if self.learning is not None:
+            self.learning.keep()
 
     @property
     def plan(self) -> OffloadPlan:
@@ -203,10 +214,16 @@ class Session:
         text.take()
         request = Request(begun.prompt_ids, begun.sampler, limit, text, begun.penalties, given)
         engine = self._engines.plain if plain else self._engines.speculative
-        with closing(self._checked(engine.generate(request, on_prefill))) as outputs:
-            for output in outputs:
-                begun.token_ids.extend(output.token_ids)
-                yield TextDelta(text.take(), output.token_ids, output.finish_reason, output.stats)
+        sampling, stats = self.description.config.sampling, GenerationStats()
+        try:
+            with closing(self._checked(engine.generate(request, on_prefill))) as outputs:
+                for output in outputs:
+                    stats = output.stats
+                    begun.token_ids.extend(output.token_ids)
+                    yield TextDelta(text.take(), output.token_ids, output.finish_reason, stats)
+        finally:
+            if self.learning is not None:
+                self.learning.add(sampling, stats)
 
     def certain_text(self, begun: BegunAnswer) -> str:
         """Return the text of an answer that no later token can change."""
