@@ -65,10 +65,12 @@ class _Run:
         suite: str,
         questions: Sequence[Question],
         progress: Callable[[BenchProgress], None],
+        on_question: Callable[[BenchReport], None],
     ) -> None:
         self._suite = suite
         self._questions = questions
         self._progress = progress
+        self._on_question = on_question
         self._started = time.perf_counter()
         self._load_per_core = read_load_per_core()
         self._done = 0
@@ -95,6 +97,7 @@ class _Run:
     def measure(self) -> None:
         """Measure everything."""
         self._measure_best_plain("before")
+        self._on_question(self.report(interrupted=True))
         self._measure_pairs()
         self._measure_best_plain("after")
 
@@ -134,6 +137,9 @@ class _Run:
             for repetition in range(self._config.bench.repeat):
                 for number, question in enumerate(self._questions):
                     self._measure_question(session, repetition, number, question)
+                    # An answer of the record that is resumed is on the disk already.
+                    if len(self._pairs) > len(self._kept.pairs):
+                        self._on_question(self.report(interrupted=True))
             self._context["peak_memory_bytes"] = session.peak_memory_bytes()
 
     def _measure_best_plain(self, when: Literal["before", "after"]) -> None:
@@ -259,13 +265,16 @@ def run_bench(
     suite: str,
     *,
     progress: Callable[[BenchProgress], None],
+    on_question: Callable[[BenchReport], None] = lambda _: None,
 ) -> BenchReport:
     """Measure a suite. Ctrl-C ends it early and keeps what is done; other failures are raised.
+
+    `on_question` receives what is measured so far, after each question.
 
     Raises UsageError if a record is to be resumed that is complete or was made with other settings.
     """
     questions = load_suite(suite, config.bench.questions, config.bench.limit)
-    run = _Run(config, suite, questions, progress)
+    run = _Run(config, suite, questions, progress, on_question)
     try:
         run.measure()
     except KeyboardInterrupt:

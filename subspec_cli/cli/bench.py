@@ -11,7 +11,7 @@ import typer
 from subspec_cli.cli.interrupts import interrupt_status
 from subspec_cli.cli.options import JsonOpt, Settings, with_settings
 from subspec_cli.config import BenchConfig, Config, DraftConfig, MemoryConfig, ModelConfig, SamplingConfig
-from subspec_cli.errors import NotIdenticalError, UsageError
+from subspec_cli.errors import NotIdenticalError, SubspecError, UsageError
 from subspec_cli.units import counted
 
 if TYPE_CHECKING:
@@ -134,6 +134,7 @@ def _measure(config: Config, file: Path | None, suite: Suite, outputs: Outputs) 
             config,
             suite,
             progress=lambda state: progress.update(progress_text(state), state.done, state.total),
+            on_question=_Keeper(output, outputs.file).keep,
         )
     write_report(report, output, outputs)
     total = report.rows[-1] if report.rows else None
@@ -154,16 +155,37 @@ def progress_text(state: BenchProgress) -> str:
     return " · ".join(part for part in parts if part)
 
 
-def write_report(report: BenchReport, output: Output, outputs: Outputs) -> None:
-    """Write the record, then print the figures: a reader that leaves early or a full disk costs one of them alone."""
+class _Keeper:
+    """Writes the record after each question, so that a kill or a power cut costs the question in work alone."""
+
+    def __init__(self, output: Output, file: Path | None) -> None:
+        self._output = output
+        self._file = file
+
+    def keep(self, report: BenchReport) -> None:
+        """Write what is measured so far; a full disk is told once, and the measuring goes on."""
+        if self._file is None:
+            return
+        try:
+            _write_record(report, self._file)
+        except SubspecError as error:
+            self._file = None
+            self._output.note(f"the record is not written before the end: {error.message}")
+
+
+def _write_record(report: BenchReport, file: Path) -> None:
     from subspec_cli.cli.documents import bench_document
     from subspec_cli.cli.output import as_json
+    from subspec_cli.files.atomic_write import atomic_write
 
+    atomic_write(file, as_json(bench_document(report), indent=1).encode() + b"\n")
+
+
+def write_report(report: BenchReport, output: Output, outputs: Outputs) -> None:
+    """Write the record, then print the figures: a reader that leaves early or a full disk costs one of them alone."""
     try:
         if outputs.file is not None:
-            from subspec_cli.files.atomic_write import atomic_write
-
-            atomic_write(outputs.file, as_json(bench_document(report), indent=1).encode() + b"\n")
+            _write_record(report, outputs.file)
             output.note(f"written to {outputs.file}")
     finally:
         show_report(report, output, outputs)
