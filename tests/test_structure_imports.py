@@ -34,6 +34,7 @@ DOORS = {
     "tokenizers": ("checkpoint/tokenizer_files.py",),
     "sentencepiece": ("checkpoint/tokenizer_files.py",),
     "accelerate": (),
+    "pyarrow": ("bench/question_rows.py",),
 }
 
 

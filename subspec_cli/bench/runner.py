@@ -24,7 +24,8 @@ from subspec_cli.bench.machine_use import read_load_per_core, read_use
 from subspec_cli.bench.record import fingerprint, made_here, read_record, versions
 from subspec_cli.bench.report import BenchReport, LinkFigures
 from subspec_cli.bench.resumed import KeptAnswers, check_session, kept_answers
-from subspec_cli.bench.suites import Question, load_suite
+from subspec_cli.bench.sources import Suite
+from subspec_cli.bench.suites import Question, SuiteFile, find_suite, read_suite
 from subspec_cli.config import Config
 from subspec_cli.metrics import Exactness
 from subspec_cli.planning.costs import PlanCosts
@@ -63,6 +64,7 @@ class _Run:
         self,
         config: Config,
         suite: str,
+        file: SuiteFile,
         questions: Sequence[Question],
         progress: Callable[[BenchProgress], None],
         on_question: Callable[[BenchReport], None],
@@ -77,6 +79,7 @@ class _Run:
         self._context: dict[str, Any] = {
             "record": made_here(),
             "versions": versions(),
+            "questions_file": file.as_dict(),
             "questions_sha256": fingerprint(questions),
             "config": config.as_dict(),
         }
@@ -262,7 +265,7 @@ class _Run:
 
 def run_bench(
     config: Config,
-    suite: str,
+    suite: Suite,
     *,
     progress: Callable[[BenchProgress], None],
     on_question: Callable[[BenchReport], None] = lambda _: None,
@@ -273,8 +276,9 @@ def run_bench(
 
     Raises UsageError if a record is to be resumed that is complete or was made with other settings.
     """
-    questions = load_suite(suite, config.bench.questions, config.bench.limit)
-    run = _Run(config, suite, questions, progress, on_question)
+    file = find_suite(suite, config.bench.questions)
+    questions = read_suite(suite, file.path, config.bench.limit)
+    run = _Run(config, suite, file, questions, progress, on_question)
     try:
         run.measure()
     except KeyboardInterrupt:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from subspec_cli.bench.sources import Suite
 from subspec_cli.cli.interrupts import interrupt_status
 from subspec_cli.cli.options import JsonOpt, Settings, with_settings
 from subspec_cli.config import BenchConfig, Config, DraftConfig, MemoryConfig, ModelConfig, SamplingConfig
@@ -20,12 +21,12 @@ if TYPE_CHECKING:
     from subspec_cli.cli.bench_table import Format
     from subspec_cli.cli.output import Output
 
-Suite = Literal["mt-bench", "sample"]
 SuiteArg = Annotated[
-    Literal["mt-bench", "sample", "compare"],
+    Literal[Suite, "compare"],
     typer.Argument(
         metavar="SUITE",
-        help="mt-bench: 80 questions from the hub; sample: 16 that are shipped; compare: two records.",
+        help="sample: 16 questions that are shipped; mt-bench, humaneval, gsm8k, alpaca, cnn-dm, math-500: 80 "
+        "from the hub, or --limit; compare: two records.",
     ),
 ]
 RecordsArg = Annotated[
