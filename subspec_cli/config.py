@@ -285,6 +285,7 @@ class BenchConfig:
     questions: str | None = _setting(None, _NAME, "The suite's questions from a local file.", "FILE")
     """None takes the suite's own."""
     resume: str | None = _setting(None, _NAME, "Continue an interrupted record, which is updated.", "FILE")
+    plot: str | None = _setting(None, _NAME, "Draw the figures as FILE.png or FILE.svg.", "FILE")
 
 
 @dataclass(frozen=True)

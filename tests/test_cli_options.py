@@ -80,7 +80,7 @@ def test_a_command_gets_what_flag_and_file_say(tmp_path):
         ("subspec run --me", ["--memory-gb"]),
         ("subspec run --no-sh", ["--no-shadow"]),
         ("subspec bench --max", ["--max-new-tokens"]),
-        ("subspec bench ", [*get_args(Suite), "compare"]),
+        ("subspec bench ", [*get_args(Suite), "compare", "plot"]),
         ("subspec prepare demo --optimizer ", ["minmax", "hqq"]),
         ("subspec pl", ["plan"]),
     ],

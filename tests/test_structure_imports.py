@@ -34,6 +34,7 @@ DOORS = {
     "tokenizers": ("checkpoint/tokenizer_files.py",),
     "sentencepiece": ("checkpoint/tokenizer_files.py",),
     "accelerate": (),
+    "matplotlib": ("cli/bench_plot.py",),
     "pyarrow": ("bench/question_rows.py",),
 }
 

@@ -10,6 +10,8 @@ from typing import Any, Final, Literal
 from subspec_cli.bench.figures import FIGURES, Figure, Spread
 from subspec_cli.errors import UsageError
 
+_FILES: Final = ("resume", "plot")
+"""Settings that say where answers come from and figures go to, not what they are."""
 _MACHINE: Final = ("host", "cpu", "cores", "processor_quota", "gpus")
 """Fields of a record that say where it was made."""
 
@@ -71,7 +73,7 @@ def _settings(document: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         yield key, document.get(key)
     for section, values in document.get("config", {}).items():
         for key, value in values.items():
-            if (section, key) == ("bench", "resume"):  # says where answers come from, not what they are
+            if section == "bench" and key in _FILES:
                 continue
             # As JSON has it, because one of the two may come from a file.
             yield f"{section}.{key}", json.loads(json.dumps(value, default=str))

@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from subspec_cli.cli.output import Output
 
 SuiteArg = Annotated[
-    Literal[Suite, "compare"],
+    Literal[Suite, "compare", "plot"],
     typer.Argument(
         metavar="SUITE",
         help="sample: 16 questions that are shipped; mt-bench, humaneval, gsm8k, alpaca, cnn-dm, math-500: 80 "
-        "from the hub, or --limit; compare: two records.",
+        "from the hub, or --limit; compare: two records; plot: a record's picture.",
     ),
 ]
 RecordsArg = Annotated[
-    list[str] | None, typer.Argument(metavar="[A.json B.json]", help="Records for compare.")
+    list[str] | None, typer.Argument(metavar="[A.json B.json]", help="Records for compare and plot.")
 ]
 FormatOpt = Annotated[
     Literal["table", "markdown", "csv", "json"],
@@ -52,6 +52,8 @@ class Outputs:
     """What stdout takes."""
     file: Path | None
     """File for the JSON record."""
+    plot: Path | None = None
+    """File for the picture."""
 
 
 @with_settings(
@@ -75,9 +77,13 @@ def bench(
     as_json: JsonOpt = False,
 ) -> None:
     """Measure the speed-up over plain offloading, and that every answer is token for token the same."""
-    outputs = Outputs("json" if as_json else shape, _path(output or settings.config.bench.resume))
+    chosen = settings.config.bench
+    outputs = Outputs("json" if as_json else shape, _path(output or chosen.resume), _path(chosen.plot))
     if suite == "compare":
         _compare(settings, records or [], outputs)
+        return
+    if suite == "plot":
+        _plot(settings, records or [], outputs, force=force)
         return
     if records:
         raise UsageError(f"unexpected {records[0]!r} after {suite}", "--output FILE writes the record")
@@ -90,13 +96,30 @@ def _compare(settings: Settings, records: list[str], outputs: Outputs) -> None:
         raise UsageError(
             f"compare takes two records, not {len(records)}", "subspec bench compare A.json B.json"
         )
-    given = [key for values in settings.flags.values() for key, value in values.items() if value is not None]
-    if given or outputs.file is not None:
+    if _given(settings) or outputs.file is not None:
         raise UsageError("compare takes --format and --json alone", "subspec bench compare A.json B.json")
     from subspec_cli.cli.bench_compare import show_comparison
     from subspec_cli.cli.output import Output
 
     show_comparison([Path(name) for name in records], Output(), outputs.shape)
+
+
+def _plot(settings: Settings, records: list[str], outputs: Outputs, *, force: bool) -> None:
+    file = settings.config.bench.plot
+    if len(records) != 1 or file is None or _given(settings) != ["plot"] or outputs.file is not None:
+        raise UsageError("plot takes one record and --plot", "subspec bench plot A.json --plot A.png")
+    from subspec_cli.bench.record import read_record
+    from subspec_cli.cli.bench_plot import check_plot, write_plot
+    from subspec_cli.cli.output import Output
+
+    check_plot(Path(file), force=force)
+    write_plot(read_record(Path(records[0])), Path(file))
+    Output().note(f"drawn as {file}")
+
+
+def _given(settings: Settings) -> list[str]:
+    """Settings from the command line."""
+    return [key for values in settings.flags.values() for key, value in values.items() if value is not None]
 
 
 def _check_files(config: Config, outputs: Outputs, *, force: bool) -> None:
@@ -111,6 +134,10 @@ def _check_files(config: Config, outputs: Outputs, *, force: bool) -> None:
         from subspec_cli.bench.record import check_target
 
         check_target(outputs.file, force=force)
+    if config.bench.plot is not None:
+        from subspec_cli.cli.bench_plot import check_plot
+
+        check_plot(Path(config.bench.plot), force=force)
 
 
 def _path(name: str | None) -> Path | None:
@@ -217,3 +244,8 @@ def show_report(report: BenchReport, output: Output, outputs: Outputs) -> None:
         output.note("interrupted: these are the answers that were done", style="bold")
     if outputs.shape == "json":
         output.document(bench_document(report))
+    if outputs.plot is not None and report.pairs:
+        from subspec_cli.cli.bench_plot import write_plot
+
+        write_plot(bench_document(report), outputs.plot)
+        output.note(f"drawn as {outputs.plot}")
