@@ -285,6 +285,12 @@ class BenchConfig:
     questions: str | None = _setting(None, _NAME, "The suite's questions from a local file.", "FILE")
     """None takes the suite's own."""
     resume: str | None = _setting(None, _NAME, "Continue an interrupted record, which is updated.", "FILE")
+    peer: str | None = _setting(
+        None,
+        _choice("accelerate"),
+        "Measure the library's own offload beside, in the same budget.",
+        "accelerate",
+    )
     plot: str | None = _setting(None, _NAME, "Draw the figures as FILE.png or FILE.svg.", "FILE")
 
 

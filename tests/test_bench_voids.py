@@ -7,7 +7,7 @@ import json
 import pytest
 
 from subspec_cli.bench.answers import AnswerPair, ArmAnswer, BestPlainAnswer
-from subspec_cli.bench.figures import Spread
+from subspec_cli.bench.figures import FIGURES, Spread
 from subspec_cli.bench.machine_use import MachineUse, cpu_times, total_use
 from subspec_cli.bench.report import BenchReport
 from subspec_cli.bench.voids import PlainRates, pair_reasons, row_voids
@@ -123,7 +123,7 @@ def test_an_answer_is_void_by_itself():
 def test_void_figures_are_never_shown():
     found = report(fast=60.0)
     assert found.rows[-1].measured["speedup_same_plan"].median == pytest.approx(60.0)
-    assert table_cells(found.rows[-1])[3:7] == ["1.00", "60.00", "void", "void"]
+    assert table_cells(found.rows[-1], FIGURES)[3:7] == ["1.00", "60.00", "void", "void"]
     lines = summary_lines(found)
     assert lines[0].startswith("void: speedup same plan, speedup of writing, all: a ratio above 1.05 tau")
     assert not any("60.00x" in line for line in lines)

@@ -173,6 +173,7 @@ def test_bench_table_and_json_file(capsys, benching, tmp_path):
         "limit": 2,
         "max_new_tokens": 48,
         "plain_tokens": 16,
+        "peer": None,
         "plot": None,
         "questions": None,
         "repeat": 1,

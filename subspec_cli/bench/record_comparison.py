@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from subspec_cli.bench.figures import FIGURES, Figure, Spread
+from subspec_cli.bench.figures import FIGURES, PEER_FIGURES, Figure, Spread
 from subspec_cli.errors import UsageError
 
 _FILES: Final = ("resume", "plot")
@@ -55,6 +55,7 @@ def compare_records(first: Mapping[str, Any], second: Mapping[str, Any]) -> tupl
         for row in first["rows"]
         if row["category"] in rows
         for figure in FIGURES
+        if figure not in PEER_FIGURES or _spread(row, figure) or _spread(rows[row["category"]], figure)
     )
 
 

@@ -134,6 +134,10 @@ def _check_files(config: Config, outputs: Outputs, *, force: bool) -> None:
         from subspec_cli.bench.record import check_target
 
         check_target(outputs.file, force=force)
+    if config.bench.peer is not None:
+        from subspec_cli.bench.peer import check_peer
+
+        check_peer(temperature=config.sampling.temperature)
     if config.bench.plot is not None:
         from subspec_cli.cli.bench_plot import check_plot
 
@@ -221,16 +225,17 @@ def write_report(report: BenchReport, output: Output, outputs: Outputs) -> None:
 
 def show_report(report: BenchReport, output: Output, outputs: Outputs) -> None:
     """Print the figures in their format. JSON and CSV are alone on stdout; the rest goes to stderr then."""
-    from subspec_cli.cli.bench_table import HEADERS, csv_text, markdown_lines, table_cells
+    from subspec_cli.cli.bench_table import csv_text, headers, markdown_lines, shown_figures, table_cells
     from subspec_cli.cli.comparison_text import summary_lines
     from subspec_cli.cli.documents import bench_document
 
-    cells = [table_cells(row) for row in report.rows]
+    figures = shown_figures(report.rows)
+    titles, cells = headers(figures), [table_cells(row, figures) for row in report.rows]
     if outputs.shape == "markdown":
-        for line in (*markdown_lines(HEADERS, cells), ""):
+        for line in (*markdown_lines(titles, cells), ""):
             output.result(line)
     else:
-        output.table(HEADERS, cells, aside=outputs.shape != "table")
+        output.table(titles, cells, aside=outputs.shape != "table")
     if outputs.shape == "csv":
         output.result(csv_text(report.rows))
     for line in summary_lines(report):

@@ -6,11 +6,12 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
 from subspec_cli.bench.figures import spread_of
+from subspec_cli.bench.report import peer_reads
 from subspec_cli.bench.voids import pair_reasons
 from subspec_cli.cli.bench_table import FIGURE_NAMES
 from subspec_cli.metrics import GenerationStats, RangeTotals
 from subspec_cli.planning.comparison import Comparison
-from subspec_cli.units import counted
+from subspec_cli.units import counted, format_bytes
 
 if TYPE_CHECKING:
     from subspec_cli.bench.report import BenchReport
@@ -61,6 +62,7 @@ def summary_lines(report: BenchReport) -> tuple[str, ...]:
         lines.append(
             f"{report.link.cold_share:.0%} of the streamed bytes came from storage, not from a cache"
         )
+    lines.extend(_peer_lines(report))
     return (*lines, *_processor_lines(report))
 
 
@@ -111,6 +113,30 @@ def _processor_lines(report: BenchReport) -> Iterator[str]:
         load = report.load_per_core
         before = "" if load is None else f"; load before {load:.2f} a core"
         yield f"share of the cores, subspec | others: {' · '.join(shares)}{before}"
+
+
+def _peer_lines(report: BenchReport) -> Iterator[str]:
+    """What the peer did: how many bytes it read, its memory, and its tokens, which need not be ours."""
+    found, about = peer_reads(report.pairs), report.context.get("peer", {})
+    if found is None:
+        return
+    equal = sum(
+        pair.peer.answer.token_ids == pair.speculative.token_ids[: len(pair.peer.answer.token_ids)]
+        for pair in report.pairs
+        if pair.peer
+    )
+    read = "an unknown part" if found.read_bytes is None else format_bytes(found.read_bytes)
+    weights = (
+        f"{read} of the {format_bytes(found.streamed_bytes)} that it streamed came from storage"
+        if found.streamed_bytes
+        else "all weights fit its memory"
+    )
+    peak, budget = about.get("peak_bytes"), report.context.get("budget_bytes")
+    memory = f"; peak memory {format_bytes(peak)} of {format_bytes(budget)}" if peak and budget else ""
+    yield (
+        f"accelerate {about.get('version', '')}: {weights}{memory}; {equal} of {counted(len(report.pairs), 'answer')} with our tokens, "
+        "which another rounding may change"
+    )
 
 
 def _best_plain_text(report: BenchReport, rate: float) -> str:

@@ -13,7 +13,7 @@ from subspec_cli.cli.plan_text import advice_text, assumptions, reason_text
 from subspec_cli.planning.plan import OffloadPlan
 
 if TYPE_CHECKING:
-    from subspec_cli.bench.answers import AnswerPair, ArmAnswer, BestPlainAnswer
+    from subspec_cli.bench.answers import AnswerPair, ArmAnswer, BestPlainAnswer, PeerAnswer
     from subspec_cli.bench.audit_report import AuditedAnswer, AuditReport, Difference
     from subspec_cli.bench.report import BenchReport, BenchRow
     from subspec_cli.session.forecast import Forecast
@@ -174,6 +174,15 @@ def _pair(pair: AnswerPair, load_per_core: float | None) -> dict[str, Any]:
         "void": list(void),
         "plain": _arm(pair.plain),
         "speculative": _arm(pair.speculative),
+        "peer": None if pair.peer is None else _peer(pair.peer),
+    }
+
+
+def _peer(found: PeerAnswer) -> dict[str, Any]:
+    return {
+        **_arm(found.answer),
+        "read_bytes": found.read_bytes,
+        "streamed_weight_bytes": found.streamed_bytes,
     }
 
 
