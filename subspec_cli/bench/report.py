@@ -9,7 +9,7 @@ from typing import Any, Literal
 from subspec_cli.bench.answers import AnswerPair, BestPlainAnswer
 from subspec_cli.bench.figures import Arm, Figure, Spread, spread_of
 from subspec_cli.bench.machine_use import MachineUse, total_use
-from subspec_cli.bench.voids import PeerReads, PlainRates, Void, row_voids
+from subspec_cli.bench.voids import PeerReads, PlainRates, Void, busy_reason, row_voids
 from subspec_cli.metrics import (
     Exactness,
     RangeTotals,
@@ -130,6 +130,12 @@ class BenchReport:
         """Speed under plain decoding's own best plan, before the pairs, after them, or over both."""
         stats = [item.answer.stats for item in self.best_plain if when in (None, item.when)]
         return rate_of_totals(stats) or None
+
+    @property
+    def best_plain_void(self) -> str | None:
+        """Why the speed under plain decoding's own best plan means nothing; None if it does mean something."""
+        uses = total_use(item.answer.use for item in self.best_plain)
+        return busy_reason("best_plain", uses, self.load_per_core)
 
     def _row(self, category: str, pairs: Sequence[AnswerPair]) -> BenchRow:
         repetitions = whole_repetitions(pairs)

@@ -43,7 +43,7 @@ def summary_lines(report: BenchReport) -> tuple[str, ...]:
     identical = f"{total.identical} of {answers} token for token identical ({report.exactness})"
     lines = [*void_lines(report), identical if report.speculation else f"{identical}; speculation was off"]
     lines.extend(_answer_ratios(report))
-    if best_rate := report.best_plain_tok_per_s():
+    if (best_rate := report.best_plain_tok_per_s()) and report.best_plain_void is None:
         lines.append(_best_plain_text(report, best_rate))
     rate = total.spread("speculative_tok_per_s")
     if (ceiling := report.ceiling_tok_per_s) and report.link and rate:
@@ -56,7 +56,8 @@ def summary_lines(report: BenchReport) -> tuple[str, ...]:
         lines.extend(_range_text(item) for item in report.by_cached_rows)
     if report.comparison is not None:
         lines.append(comparison_line(report.comparison))
-        if note := prediction_note(report.comparison):
+        # On a busy machine the prediction may be right: timing the machine now would keep wrong costs.
+        if not total.is_void("speculative_tok_per_s") and (note := prediction_note(report.comparison)):
             lines.append(note)
     if report.link and report.link.cold_share is not None:
         lines.append(
@@ -133,8 +134,9 @@ def _peer_lines(report: BenchReport) -> Iterator[str]:
     )
     peak, budget = about.get("peak_bytes"), report.context.get("budget_bytes")
     memory = f"; peak memory {format_bytes(peak)} of {format_bytes(budget)}" if peak and budget else ""
+    answers = counted(len(report.pairs), "answer")
     yield (
-        f"accelerate {about.get('version', '')}: {weights}{memory}; {equal} of {counted(len(report.pairs), 'answer')} with our tokens, "
+        f"accelerate {about.get('version', '')}: {weights}{memory}; {equal} of {answers} with our tokens, "
         "which another rounding may change"
     )
 

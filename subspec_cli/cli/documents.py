@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from subspec_cli.bench.figures import FIGURES
 from subspec_cli.bench.voids import pair_reasons
@@ -73,13 +73,23 @@ def bench_document(report: BenchReport) -> dict[str, Any]:
         "load_per_core": report.load_per_core,
         "ceiling_tok_per_s": report.ceiling_tok_per_s,
         "link": None if report.link is None else {**asdict(report.link), "gb_per_s": report.link.gb_per_s},
-        "best_plain_tok_per_s": report.best_plain_tok_per_s(),
-        "best_plain_before_tok_per_s": report.best_plain_tok_per_s("before"),
-        "best_plain_after_tok_per_s": report.best_plain_tok_per_s("after"),
+        "best_plain_void": report.best_plain_void,
+        **_best_plain_rates(report),
         "best_plain_answers": [_best_plain(item) for item in report.best_plain],
         "answers": [_pair(pair, report.load_per_core) for pair in report.pairs],
         **report.context,
         **{name: plan_document(plan) for name, plan in plans.items() if plan is not None},
+    }
+
+
+def _best_plain_rates(report: BenchReport) -> dict[str, float | None]:
+    """Speeds under plain decoding's own best plan, null if void."""
+    times: tuple[Literal["before", "after"] | None, ...] = (None, "before", "after")
+    return {
+        f"best_plain{'' if when is None else f'_{when}'}_tok_per_s": (
+            report.best_plain_tok_per_s(when) if report.best_plain_void is None else None
+        )
+        for when in times
     }
 
 
