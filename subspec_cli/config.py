@@ -309,9 +309,16 @@ class BenchConfig:
         None, _whole(1), "Longest answer of the plain arm, the slow one.", "K", "as --max-new-tokens"
     )
     repeat: int = _setting(1, _whole(1), "Times to ask every question; figures are medians.", "N")
-    questions: str | None = _setting(None, _NAME, "MT-Bench questions from a local JSON lines file.", "FILE")
+    questions: str | None = _setting(None, _NAME, "The suite's questions from a local file.", "FILE")
     """None takes the suite's own."""
     resume: str | None = _setting(None, _NAME, "Continue an interrupted record, which is updated.", "FILE")
+    peer: str | None = _setting(
+        None,
+        _choice("accelerate"),
+        "Measure the library's own offload beside, in the same budget.",
+        "accelerate",
+    )
+    plot: str | None = _setting(None, _NAME, "Draw the figures as FILE.png or FILE.svg.", "FILE")
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,14 @@
 """Options from settings: each is in the help, each reaches its setting, and completion offers them."""
 
 import re
-from typing import Annotated
+from typing import Annotated, get_args
 
 import pytest
 import typer
 from test_cli_boundary import HEAVY, run_python
 
 from subspec_cli.__main__ import main
+from subspec_cli.bench.sources import Suite
 from subspec_cli.cli.completion import complete_model
 from subspec_cli.cli.options import with_settings
 from subspec_cli.config import (
@@ -80,7 +81,7 @@ def test_a_command_gets_what_flag_and_file_say(tmp_path):
         ("subspec run --me", ["--memory-gb"]),
         ("subspec run --no-sh", ["--no-shadow"]),
         ("subspec bench --max", ["--max-new-tokens"]),
-        ("subspec bench ", ["mt-bench", "sample", "compare"]),
+        ("subspec bench ", [*get_args(Suite), "compare", "plot"]),
         ("subspec prepare demo --optimizer ", ["minmax", "hqq"]),
         ("subspec pl", ["plan"]),
         ("subspec run -m d", ["demo"]),

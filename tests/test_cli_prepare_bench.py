@@ -1,5 +1,6 @@
 """`subspec prepare` and `subspec bench`: what they show, write and return."""
 
+import io
 import json
 import shlex
 import sys
@@ -17,6 +18,8 @@ from fakes_cli import (
 )
 
 from subspec_cli.__main__ import main
+from subspec_cli.cli.bench import _Keeper
+from subspec_cli.cli.output import Output
 from subspec_cli.cli.prepare import progress_share, progress_text
 
 
@@ -151,7 +154,7 @@ def benching(monkeypatch):
     def use(report):
         calls = []
 
-        def run_bench(config, suite, *, progress):
+        def run_bench(config, suite, *, progress, on_question):
             calls.append((config, suite))
             progress(FakeBenchProgress(1, 4, 10.0, "writing, question 1"))
             progress(FakeBenchProgress(4, 4, 40.0, "done"))
@@ -178,6 +181,8 @@ def test_bench_table_and_json_file(capsys, benching, tmp_path):
         "limit": 2,
         "max_new_tokens": 48,
         "plain_tokens": 16,
+        "peer": None,
+        "plot": None,
         "questions": None,
         "repeat": 1,
         "resume": None,
@@ -226,6 +231,27 @@ def test_bench_overwrites_only_the_record_of_the_same_command(capsys, benching, 
     target.write_text(json.dumps(record))
     assert main(argv) == 0
     assert json.loads(target.read_text())["model"] == "demo"
+
+
+def test_bench_does_not_throw_an_interrupted_record_away(capsys, benching, tmp_path, monkeypatch):
+    calls = benching(bench_report())
+    target = tmp_path / "out.json"
+    argv = ["bench", "sample", "--output", str(target)]
+    monkeypatch.setattr(sys, "argv", ["subspec", *argv])
+    record = {"kind": "subspec bench", "command": shlex.join(["subspec", *argv])}
+    target.write_text(json.dumps({"record": record, "interrupted": True, "answers": [{}, {}]}))
+    assert main(argv) == 2
+    assert "holds 2 answers of an interrupted run" in capsys.readouterr().err
+    assert not calls
+    assert main([*argv, "--force"]) == 0
+
+
+def test_a_record_that_cannot_be_written_is_told_once_and_the_run_goes_on(capsys, tmp_path):
+    report, errors = bench_report(), io.StringIO()
+    keeper = _Keeper(Output(stderr=errors), tmp_path / "absent" / "out.json")
+    keeper.keep(report)
+    keeper.keep(report)
+    assert errors.getvalue().count("not written before the end") == 1
 
 
 def test_bench_updates_the_record_that_it_resumes(capsys, benching, tmp_path):

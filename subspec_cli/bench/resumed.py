@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from subspec_cli.bench.answers import AnswerPair, ArmAnswer, BestPlainAnswer
+from subspec_cli.bench.answers import AnswerPair, ArmAnswer, BestPlainAnswer, PeerAnswer
 from subspec_cli.bench.record_comparison import differences
 from subspec_cli.bench.report import LinkFigures
 from subspec_cli.errors import UsageError
@@ -85,7 +85,12 @@ def _pair(found: Mapping[str, Any]) -> AnswerPair:
         plain=_arm(found["plain"]),
         speculative=_arm(found["speculative"]),
         repetition=found["repetition"],
+        peer=None if found["peer"] is None else _peer(found["peer"]),
     )
+
+
+def _peer(found: Mapping[str, Any]) -> PeerAnswer:
+    return PeerAnswer(_arm(found), found["read_bytes"], found["streamed_weight_bytes"])
 
 
 def _best_plain(found: Mapping[str, Any]) -> BestPlainAnswer:

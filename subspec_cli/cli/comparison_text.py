@@ -6,11 +6,12 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
 from subspec_cli.bench.figures import spread_of
+from subspec_cli.bench.report import peer_reads
 from subspec_cli.bench.voids import pair_reasons
 from subspec_cli.cli.bench_table import FIGURE_NAMES
 from subspec_cli.metrics import GenerationStats, RangeTotals
 from subspec_cli.planning.comparison import Comparison
-from subspec_cli.units import counted, format_work_time
+from subspec_cli.units import counted, format_bytes, format_work_time
 
 if TYPE_CHECKING:
     from subspec_cli.bench.report import BenchReport
@@ -42,7 +43,7 @@ def summary_lines(report: BenchReport) -> tuple[str, ...]:
     identical = f"{total.identical} of {answers} token for token identical ({report.exactness})"
     lines = [*void_lines(report), identical if report.speculation else f"{identical}; speculation was off"]
     lines.extend(_answer_ratios(report))
-    if best_rate := report.best_plain_tok_per_s():
+    if (best_rate := report.best_plain_tok_per_s()) and report.best_plain_void is None:
         lines.append(_best_plain_text(report, best_rate))
     rate = total.spread("speculative_tok_per_s")
     if (ceiling := report.ceiling_tok_per_s) and report.link and rate:
@@ -55,12 +56,14 @@ def summary_lines(report: BenchReport) -> tuple[str, ...]:
         lines.extend(_range_text(item) for item in report.by_cached_rows)
     if report.comparison is not None:
         lines.append(comparison_line(report.comparison))
-        if note := prediction_note(report.comparison):
+        # On a busy machine the prediction may be right: timing the machine now would keep wrong costs.
+        if not total.is_void("speculative_tok_per_s") and (note := prediction_note(report.comparison)):
             lines.append(note)
     if report.link and report.link.cold_share is not None:
         lines.append(
             f"{report.link.cold_share:.0%} of the streamed bytes came from storage, not from a cache"
         )
+    lines.extend(_peer_lines(report))
     return (*lines, *_processor_lines(report))
 
 
@@ -116,6 +119,31 @@ def _processor_lines(report: BenchReport) -> Iterator[str]:
         load = report.load_per_core
         before = "" if load is None else f"; load before {load:.2f} a core"
         yield f"share of the cores, subspec | others: {' · '.join(shares)}{before}"
+
+
+def _peer_lines(report: BenchReport) -> Iterator[str]:
+    """What the peer did: how many bytes it read, its memory, and its tokens, which need not be ours."""
+    found, about = peer_reads(report.pairs), report.context.get("peer", {})
+    if found is None:
+        return
+    equal = sum(
+        pair.peer.answer.token_ids == pair.speculative.token_ids[: len(pair.peer.answer.token_ids)]
+        for pair in report.pairs
+        if pair.peer
+    )
+    read = "an unknown part" if found.read_bytes is None else format_bytes(found.read_bytes)
+    weights = (
+        f"{read} of the {format_bytes(found.streamed_bytes)} that it streamed came from storage"
+        if found.streamed_bytes
+        else "all weights fit its memory"
+    )
+    peak, budget = about.get("peak_bytes"), report.context.get("budget_bytes")
+    memory = f"; peak memory {format_bytes(peak)} of {format_bytes(budget)}" if peak and budget else ""
+    answers = counted(len(report.pairs), "answer")
+    yield (
+        f"accelerate {about.get('version', '')}: {weights}{memory}; {equal} of {answers} with our tokens, "
+        "which another rounding may change"
+    )
 
 
 def _best_plain_text(report: BenchReport, rate: float) -> str:

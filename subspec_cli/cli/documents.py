@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from subspec_cli.bench.figures import FIGURES
 from subspec_cli.bench.voids import pair_reasons
@@ -13,7 +13,7 @@ from subspec_cli.cli.plan_text import advice_text, assumptions, range_lines, rea
 from subspec_cli.planning.plan import OffloadPlan
 
 if TYPE_CHECKING:
-    from subspec_cli.bench.answers import AnswerPair, ArmAnswer, BestPlainAnswer
+    from subspec_cli.bench.answers import AnswerPair, ArmAnswer, BestPlainAnswer, PeerAnswer
     from subspec_cli.bench.audit_report import AuditedAnswer, AuditReport, Difference
     from subspec_cli.bench.report import BenchReport, BenchRow
     from subspec_cli.session.forecast import Forecast
@@ -76,13 +76,23 @@ def bench_document(report: BenchReport) -> dict[str, Any]:
         "load_per_core": report.load_per_core,
         "ceiling_tok_per_s": report.ceiling_tok_per_s,
         "link": None if report.link is None else {**asdict(report.link), "gb_per_s": report.link.gb_per_s},
-        "best_plain_tok_per_s": report.best_plain_tok_per_s(),
-        "best_plain_before_tok_per_s": report.best_plain_tok_per_s("before"),
-        "best_plain_after_tok_per_s": report.best_plain_tok_per_s("after"),
+        "best_plain_void": report.best_plain_void,
+        **_best_plain_rates(report),
         "best_plain_answers": [_best_plain(item) for item in report.best_plain],
         "answers": [_pair(pair, report.load_per_core) for pair in report.pairs],
         **report.context,
         **{name: plan_document(plan) for name, plan in plans.items() if plan is not None},
+    }
+
+
+def _best_plain_rates(report: BenchReport) -> dict[str, float | None]:
+    """Speeds under plain decoding's own best plan, null if void."""
+    times: tuple[Literal["before", "after"] | None, ...] = (None, "before", "after")
+    return {
+        f"best_plain{'' if when is None else f'_{when}'}_tok_per_s": (
+            report.best_plain_tok_per_s(when) if report.best_plain_void is None else None
+        )
+        for when in times
     }
 
 
@@ -177,6 +187,15 @@ def _pair(pair: AnswerPair, load_per_core: float | None) -> dict[str, Any]:
         "void": list(void),
         "plain": _arm(pair.plain),
         "speculative": _arm(pair.speculative),
+        "peer": None if pair.peer is None else _peer(pair.peer),
+    }
+
+
+def _peer(found: PeerAnswer) -> dict[str, Any]:
+    return {
+        **_arm(found.answer),
+        "read_bytes": found.read_bytes,
+        "streamed_weight_bytes": found.streamed_bytes,
     }
 
 
