@@ -170,7 +170,8 @@ def test_an_error_that_follows_its_document_adds_none(capsys, monkeypatch):
         (["prepare"], "Missing argument 'MODEL'", "subspec prepare --help"),
         (
             ["bench", "squad"],
-            "Invalid value for 'SUITE': 'squad' is not one of 'mt-bench', 'sample', 'compare'",
+            "Invalid value for 'SUITE': 'squad' is not one of 'sample', 'mt-bench', 'humaneval', 'gsm8k', 'alpaca', 'cnn-dm', 'math-500', "
+            "'compare', 'plot'",
             "subspec bench --help",
         ),
         (
