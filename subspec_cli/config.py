@@ -18,6 +18,8 @@ BIT_WIDTHS: Final = (2, 4, 8)
 """Bits that a substitute's weights may have."""
 DEFAULT_BITS: Final = 4
 """Bits that `prepare` takes when neither flag nor file names any."""
+MOST_BIAS: Final = 100
+"""Largest bias of a logit, as in the OpenAI API."""
 
 
 class Rule(NamedTuple):
@@ -86,6 +88,13 @@ def _choice(*choices: object) -> Rule:
 _BITS = _choice(*BIT_WIDTHS)
 SIZE: Final = _size()
 """The rule of every size of memory: GiB as a number, or a text with a unit."""
+AUTO: Final = "auto"
+BUDGET: Final = Rule(
+    f"{SIZE.expected}, or {AUTO}",
+    lambda value: value == AUTO or SIZE.accepts(value),
+    lambda value: None if value == AUTO else SIZE.convert(value),
+)
+"""The rule of the device's budget: a size, or `auto`, which takes the place of a file's size."""
 _SWITCH = Rule("true or false", lambda value: isinstance(value, bool))
 _TEXT = Rule("a text", lambda value: isinstance(value, str))
 _NAME = Rule("a text that is not empty", lambda value: isinstance(value, str) and bool(value.strip()))
@@ -102,15 +111,16 @@ _OVERRIDES = Rule(
     ),
     lambda value: tuple(value.items()),
 )
-_BIASES = Rule(
-    "a table of numbers by token id",
+BIASES: Final = Rule(
+    f"a table of numbers from -{MOST_BIAS} to {MOST_BIAS} by token id, or by a text that is one token",
     lambda value: (
         isinstance(value, Mapping)
-        and all(key.isdecimal() for key in value)
-        and all(type(bias) in (int, float) and abs(bias) < 1e6 for bias in value.values())
+        and all(key for key in value)
+        and all(type(bias) in (int, float) and abs(bias) <= MOST_BIAS for bias in value.values())
     ),
-    lambda value: tuple((int(key), float(bias)) for key, bias in value.items()),
+    lambda value: tuple((key, float(bias)) for key, bias in value.items()),
 )
+"""The rule of the biases of logits; on the command line they come from a file."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +130,7 @@ class ModelConfig:
     model: str | None = _setting(
         None,
         _NAME,
-        "Hub id, local directory, [bold]demo[/bold], or the last name of a prepared model.",
+        "Hub id, local directory, demo, or the last name of a prepared model.",
         "MODEL",
         "the model used last",
         letter="m",
@@ -137,13 +147,15 @@ class MemoryConfig:
 
     memory_gib: float | None = _setting(
         None,
-        SIZE,
-        "Memory to use: the device's on cuda, RAM on cpu. 8 is 8 GiB; 500MB, 800MiB, 8GB and 1.5GiB say the unit.",
+        BUDGET,
+        "Memory to use: the device's on cuda, RAM on cpu. 8 is 8 GiB; 500MB, 800MiB, 8GB and 1.5GiB say the unit; "
+        "auto leaves what others use.",
         "SIZE",
+        "auto",
         key="vram_gb",
         alias="memory_gb",
     )
-    """Budget of the device. None takes a share of the free memory."""
+    """Budget of the device. None is auto: what is free, less a reserve."""
     ram_gb: float | None = _setting(
         None,
         SIZE,
@@ -193,6 +205,15 @@ class DraftConfig:
 class SamplingConfig:
     """How a token is chosen from the target's logits."""
 
+    source: Literal["model", "greedy"] | None = _setting(
+        None,
+        _choice("model", "greedy"),
+        "What no other flag says: generation_config.json's values, or greedy.",
+        "model|greedy",
+        "greedy; in a chat the model's",
+        key="sampling",
+    )
+    """None is greedy, and in a chat the model's own values."""
     temperature: float = _setting(
         0.0,
         _number("a number of at least 0", lambda value: value >= 0),
@@ -231,11 +252,15 @@ class SamplingConfig:
         "Taken from a token for each time that it is in the answer.",
         "X",
     )
-    logit_bias: tuple[tuple[int, float], ...] = _setting((), _BIASES)
-    """Added to the logits of tokens, by id."""
+    logit_bias: tuple[tuple[str, float], ...] = _setting(
+        (), BIASES, 'Added to logits: JSON such as {"65": 2.5, " the": -100}, ids or tokens.', "FILE"
+    )
+    """By token: digits are an id, another text is itself one token."""
     seed: int | None = _setting(
         None, _whole(0, 2**63 - 1), "Same seed, same answer.", "S", "a fresh one, shown"
     )
+    given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
+    """Fields that a flag or a file gave; a model's own values replace the others."""
 
     @property
     def is_greedy(self) -> bool:
@@ -269,7 +294,9 @@ class RunConfig:
     system: str | None = _setting(None, _TEXT, "System message of the chat template.", "TEXT", letter="s")
     """None leaves it to the template."""
     raw: bool = _setting(False, _SWITCH, "Complete the bare text, without chat template.")
-    plain: bool = _setting(False, _SWITCH, "No live statistics, no colours, also on a terminal.")
+    plain: bool = _setting(
+        False, _SWITCH, "The raw text, without statistics and colours, also on a terminal."
+    )
 
 
 @dataclass(frozen=True)
@@ -282,9 +309,16 @@ class BenchConfig:
         None, _whole(1), "Longest answer of the plain arm, the slow one.", "K", "as --max-new-tokens"
     )
     repeat: int = _setting(1, _whole(1), "Times to ask every question; figures are medians.", "N")
-    questions: str | None = _setting(None, _NAME, "MT-Bench questions from a local JSON lines file.", "FILE")
+    questions: str | None = _setting(None, _NAME, "The suite's questions from a local file.", "FILE")
     """None takes the suite's own."""
     resume: str | None = _setting(None, _NAME, "Continue an interrupted record, which is updated.", "FILE")
+    peer: str | None = _setting(
+        None,
+        _choice("accelerate"),
+        "Measure the library's own offload beside, in the same budget.",
+        "accelerate",
+    )
+    plot: str | None = _setting(None, _NAME, "Draw the figures as FILE.png or FILE.svg.", "FILE")
 
 
 @dataclass(frozen=True)
@@ -327,7 +361,7 @@ class Config:
         }
         values["run"]["stop"] = list(self.run.stop)
         values["substitute"]["overrides"] = dict(self.substitute.overrides)
-        values["sampling"]["logit_bias"] = {str(token): bias for token, bias in self.sampling.logit_bias}
+        values["sampling"]["logit_bias"] = dict(self.sampling.logit_bias)
         return values
 
 
@@ -338,7 +372,8 @@ SECTIONS: Final[dict[str, type[Any]]] = {
 
 def settings_of(section: type[Any]) -> dict[str, Setting]:
     """The settings of a section by field name."""
-    found = {entry.name: entry.metadata["setting"] for entry in dataclasses.fields(section)}
+    entries = [entry for entry in dataclasses.fields(section) if "setting" in entry.metadata]
+    found = {entry.name: entry.metadata["setting"] for entry in entries}
     return {name: setting._replace(key=setting.key or name) for name, setting in found.items()}
 
 

@@ -23,12 +23,15 @@ _MAX_CONFIG_BYTES: Final = 1 << 20
 def resolve_config(flags: Mapping[str, Mapping[str, object]], file: Path | None = None) -> Config:
     """Resolve settings from `flags` (by section and key; None means not given), then `file`, then the defaults."""
     from_file = read_config_file(file) if file is not None else {}
-    sections = {}
-    for section, section_type in SECTIONS.items():
+    sections: dict[str, dict[str, Any]] = {}
+    for section in SECTIONS:
         given = {key: value for key, value in flags.get(section, {}).items() if value is not None}
         from_flags = _read_section(section, given, path=None)
-        sections[section] = section_type(**{**from_file.get(section, {}), **from_flags})
-    return Config(**sections)
+        sections[section] = {**from_file.get(section, {}), **from_flags}
+    sections["sampling"]["given"] = frozenset(sections["sampling"])
+    return Config(
+        **{section: section_type(**sections[section]) for section, section_type in SECTIONS.items()}
+    )
 
 
 def with_setting(config: Config, section: str, key: str, value: object) -> Config:

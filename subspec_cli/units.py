@@ -67,6 +67,11 @@ def format_seconds(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def format_work_time(seconds: float) -> str:
+    """Format the time of a step or pass with three digits: 0.42 ms, 60.4 ms, 2.03 s."""
+    return f"{seconds * 1e3:.3g} ms" if seconds < 0.9995 else f"{seconds:.2f} s"
+
+
 def plural(count: float, noun: str) -> str:
     """Return a noun as it stands after a count: 1 token, 2 tokens, 0 passes."""
     return noun if count == 1 else f"{noun}es" if noun.endswith("s") else f"{noun}s"

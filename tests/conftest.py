@@ -20,15 +20,24 @@ def signals_arrive():
 
 
 @pytest.fixture(autouse=True)
+def nothing_learned(request, monkeypatch):
+    """Plans do not depend on which tests ran before; those of `learned` ones go by what their sessions keep."""
+    if "learned" not in request.keywords:
+        monkeypatch.setattr("subspec_cli.session.learning.keep_acceptance", lambda about, found: None)
+
+
+@pytest.fixture(autouse=True)
 def assumed_machine(request, monkeypatch):
     """Sessions in the tests' own process take assumed costs, the same on every machine; `probed` ones do not."""
     if "probed" in request.keywords:
         return
     from subspec_cli.planning.assumed_costs import assumed_costs
+    from subspec_cli.probe.timed_machine import TimedMachine
 
     def assume(directory, settings, device, reporter):
         # So slow a link that drafting pays even for models of a few kilobytes.
-        return assumed_costs(geometry_in(directory), device, link_gb_per_s=0.001, settings=settings)
+        costs = assumed_costs(geometry_in(directory), device, link_gb_per_s=0.001, settings=settings)
+        return TimedMachine(costs, others_share=None, spread=0.0)
 
     monkeypatch.setattr("subspec_cli.session.machine_costs.probe_in_subprocess", assume)
 

@@ -65,6 +65,8 @@ class FakeHub(ThreadingHTTPServer):
         self.lists_hashes = False
         self.lists_sizes = True
         self.commit = COMMIT
+        self.datasets: dict[str, str] = {}
+        """Commits by `datasets/` and a dataset's name; their files are those of `files`."""
         self.storage: FakeHub | None = None
         """Another server, to which large files are redirected."""
         self.has_ranges = True
@@ -152,9 +154,10 @@ class FakeHubHandler(BaseHTTPRequestHandler):
         ):
             siblings = [self.listed(name) for name in hub.files]
             return self.send_json({"id": MODEL, "sha": hub.commit, "siblings": siblings})
-        for revision in (hub.commit, "main"):
-            if path.startswith(f"/{MODEL}/resolve/{revision}/"):
-                return self.send_file(path.removeprefix(f"/{MODEL}/resolve/{revision}/"))
+        for repository, commit in {MODEL: hub.commit, **hub.datasets}.items():
+            for start in (f"/{repository}/resolve/{revision}/" for revision in (commit, "main")):
+                if path.startswith(start):
+                    return self.send_file(path.removeprefix(start), commit)
         if path.startswith("/storage/"):
             return self.send_content(path.removeprefix("/storage/"), {"ETag": '"of-the-storage"'})
         if path.startswith(f"/api/models/{MODEL}/revision/"):
@@ -186,11 +189,11 @@ class FakeHubHandler(BaseHTTPRequestHandler):
                 return fault.status, fault.headers, b""
         return None
 
-    def send_file(self, name: str) -> None:
+    def send_file(self, name: str, commit: str) -> None:
         hub = self.server
         if name not in hub.files:
             return self.send(404, {"X-Error-Code": "EntryNotFound"}, b"")
-        headers = {"X-Repo-Commit": hub.commit}
+        headers = {"X-Repo-Commit": commit}
         if not is_large(name):
             headers["ETag"] = f'"{hub.etag(name)}"'
         else:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from subspec_cli.bench.answers import AnswerPair, ArmAnswer
 from subspec_cli.bench.report import BenchReport
+from subspec_cli.config import Config, SamplingConfig
 from subspec_cli.metrics import GenerationStats, PassStats, PrefillProgress
 from subspec_cli.planning.costs import PlanCosts, RowTimes
 from subspec_cli.planning.reason import LayersThatPay, PlanReason
@@ -44,7 +45,6 @@ PREDICTION = Prediction(
     basis=Basis(
         1.4e9,
         1.4e9,
-        "assumed",
         RoundTiming(link_s=0.5, prefetch_s=0.1, step_s=0.025, shadow_step_s=0.025, shadow_share=0.0),
         DepthOption(depth=0, rows=1, tau=1.0, shadow_hit=0.0, compute_s=0.2),
         DepthOption(depth=4, rows=9, tau=3.5, shadow_hit=0.0, compute_s=0.2),
@@ -63,6 +63,7 @@ class FakePlan:
     streamed_layers: int = 3
     lines: tuple[FakeLine, ...] = (FakeLine("substitutes", 3 << 20), FakeLine("spare", 0))
     reason: PlanReason = REASON
+    automatic: None = None
     prediction: Prediction = PREDICTION
 
     def as_dict(self, *, reason, assumptions):
@@ -89,6 +90,8 @@ class FakeDescription:
     budget_bytes: int = 1 << 30
     plan: FakePlan = FakePlan()
     versions: dict = field(default_factory=lambda: {"torch": "2"})
+    config: Config = field(default_factory=Config)
+    model_sampling: SamplingConfig | None = field(default_factory=SamplingConfig)
     end_ids: tuple[int, ...] = (2, 7)
     has_chat_template: bool = True
     fresh_seed: bool = True
@@ -167,6 +170,12 @@ class FakeSession:
             yield delta
             said = "".join(piece for piece in self.pieces if isinstance(piece, str))
         self.messages += ({"role": "user", "content": text}, {"role": "assistant", "content": said})
+
+    unfinished = "Hi th"
+
+    def resume(self, **how):
+        self.calls.append(("resume",))
+        yield from self.generate([1], stop=(), **how)
 
     def reset(self):
         self.calls.append(("reset",))
@@ -288,6 +297,7 @@ def use_session(monkeypatch, session):
 
     def open_session(config, reporter, *, count):
         configs.append(config)
+        session.description = replace(session.description, config=config)
         session.count = count
         reporter.progress("loading substitutes 1/4")
         return session

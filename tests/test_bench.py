@@ -8,17 +8,17 @@ import json
 import pytest
 from tiny_models import open_tokenizer
 
-from subspec_cli.bench import runner
+from subspec_cli.bench import runner, suites
 from subspec_cli.bench.answers import AnswerPair, ArmAnswer
 from subspec_cli.bench.figures import Spread
 from subspec_cli.bench.report import BenchReport
 from subspec_cli.bench.runner import run_bench
-from subspec_cli.bench.suites import load_suite, read_questions
+from subspec_cli.bench.suites import load_suite, read_suite
 from subspec_cli.cli.comparison_text import summary_lines
 from subspec_cli.cli.documents import bench_document
 from subspec_cli.cli.output import as_json
 from subspec_cli.config_file import resolve_config
-from subspec_cli.errors import UsageError
+from subspec_cli.errors import NetworkError, UsageError
 from subspec_cli.metrics import GenerationStats
 
 TURNS = ["Tell me more.", "And then?"]
@@ -85,7 +85,7 @@ def test_both_arms_answer_every_turn_alike(shelf, questions):
 def test_the_context_holds_the_longest_conversation(shelf, questions):
     asked = [{"role": "user", "content": TURNS[0]}, {"role": "assistant", "content": ""}]
     asked.append({"role": "user", "content": TURNS[1]})
-    assert read_questions(questions)[0].messages == asked
+    assert read_suite("mt-bench", questions, None)[0].messages == asked
     wanted = len(open_tokenizer(shelf.model("qwen2")).encode_messages(asked)) + 60 + 75
     report = bench(shelf, questions, max_new_tokens=60)
     assert report.plan.context == report.best_plain_plan.context == -(-wanted // 64) * 64
@@ -275,4 +275,15 @@ def test_bad_questions_name_file_and_line(tmp_path, line):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"turns": ["fine"]}\n' + line)
     with pytest.raises(UsageError, match=r"bad\.jsonl, line 2"):
-        read_questions(path)
+        read_suite("mt-bench", path, None)
+
+
+def test_offline_a_suite_names_what_needs_no_hub(monkeypatch):
+    def fail(*wanted):
+        raise NetworkError("cannot reach the hub", "check the connection")
+
+    monkeypatch.setattr(suites, "download_dataset_file", fail)
+    with pytest.raises(NetworkError) as raised:
+        suites.load_suite("mt-bench", None, None)
+    assert raised.value.hint.startswith("check the connection; --questions FILE")
+    assert "subspec bench sample" in raised.value.hint

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 
 import pytest
 
 from subspec_cli.bench.answers import AnswerPair, ArmAnswer, BestPlainAnswer
-from subspec_cli.bench.figures import Spread
-from subspec_cli.bench.machine_use import MachineUse, cpu_times, total_use
+from subspec_cli.bench.figures import FIGURES, Spread
 from subspec_cli.bench.report import BenchReport
 from subspec_cli.bench.voids import PlainRates, pair_reasons, row_voids
+from subspec_cli.cli.bench import Outputs, show_report
 from subspec_cli.cli.bench_table import table_cells
 from subspec_cli.cli.comparison_text import prediction_note, summary_lines
 from subspec_cli.cli.documents import bench_document
+from subspec_cli.cli.output import Output
 from subspec_cli.metrics import GenerationStats
 from subspec_cli.planning.comparison import Comparison
+from subspec_cli.probe.machine_use import MachineUse, cpu_times, total_use
 
 IDLE = MachineUse(core_s=10.0, own_s=8.0, busy_s=8.5)
 BUSY = MachineUse(core_s=10.0, own_s=5.0, busy_s=8.0)
@@ -42,9 +46,9 @@ def answer(rate, use=IDLE, passes=10):
     )
 
 
-def report(*, plain=1.0, fast=4.0, best=1.2, fast_use=IDLE, load=0.0, category="writing"):
+def report(*, plain=1.0, fast=4.0, best=1.2, fast_use=IDLE, best_use=IDLE, load=0.0, category="writing"):
     pair = AnswerPair("1", category, 1, answer(plain), answer(fast, fast_use, passes=2))
-    best_plain = tuple(BestPlainAnswer("1", when, answer(best)) for when in ("before", "after"))
+    best_plain = tuple(BestPlainAnswer("1", when, answer(best, best_use)) for when in ("before", "after"))
     return BenchReport(
         "sample", (pair,), best_plain, None, "exact", True, False, {"model": "m"}, load_per_core=load
     )
@@ -123,7 +127,7 @@ def test_an_answer_is_void_by_itself():
 def test_void_figures_are_never_shown():
     found = report(fast=60.0)
     assert found.rows[-1].measured["speedup_same_plan"].median == pytest.approx(60.0)
-    assert table_cells(found.rows[-1])[3:7] == ["1.00", "60.00", "void", "void"]
+    assert table_cells(found.rows[-1], FIGURES)[3:7] == ["1.00", "60.00", "void", "void"]
     lines = summary_lines(found)
     assert lines[0].startswith("void: speedup same plan, speedup of writing, all: a ratio above 1.05 tau")
     assert not any("60.00x" in line for line in lines)
@@ -159,4 +163,43 @@ def test_a_best_plan_that_was_slower_shows_both_rates():
 def test_a_prediction_that_was_far_off_is_noted(measured, note):
     found = prediction_note(Comparison(None, 1.0, 1.0, 1.0, 1.0, 4.62, measured, None, 1.0, "measured"))
     assert found is None if note is None else note in found
-    assert note is None or "--reprobe" in found
+    assert note is None or f"({measured:.3g} tok/s, predicted 4.62): --reprobe" in found
+
+
+def test_low_acceptance_alone_is_no_reason_to_time_the_machine_anew():
+    low = Comparison(None, 1.0, 1.0, 1.0, 1.0, 9.0, 2.0, 1.9, 1.0, "measured")
+    assert prediction_note(low) is None
+    slow = Comparison(None, 1.0, 1.0, 1.0, 1.0, 9.0, 2.0, 8.0, 1.0, "measured")
+    assert (
+        "4.0 times slower than predicted (2 tok/s, predicted 8 for this tau): --reprobe"
+        in prediction_note(slow)
+    )
+
+
+def test_a_best_plan_on_a_busy_machine_has_no_rate():
+    found = report(best_use=BUSY)
+    assert not any(
+        line.startswith("plain decoding under its own best plan:") for line in summary_lines(found)
+    )
+    document = bench_document(found)
+    assert "busy" in document["best_plain_void"]
+    assert document["best_plain_tok_per_s"] is document["best_plain_after_tok_per_s"] is None
+    assert bench_document(report())["best_plain_before_tok_per_s"] == pytest.approx(1.2)
+    assert bench_document(report())["best_plain_void"] is None
+
+
+@pytest.mark.parametrize(("use", "shown"), [(BUSY, "void"), (IDLE, "4.00x")])
+@pytest.mark.parametrize("shape", ["table", "markdown", "csv", "json"])
+def test_a_busy_machine_voids_the_ratio_in_every_format_and_an_idle_one_leaves_it(use, shown, shape):
+    out, err = io.StringIO(), io.StringIO()
+    show_report(report(fast_use=use), Output(stdout=out, stderr=err), Outputs(shape, None))
+    text = out.getvalue()
+    assert ("the machine was busy" in text) == (use is BUSY)
+    if shape in ("table", "markdown"):
+        assert (shown in text, "4.00x" in text) == (True, use is IDLE)
+    elif shape == "csv":
+        rows = list(csv.DictReader(io.StringIO(text)))
+        assert [row["speedup_same_plan"] for row in rows] == (["4.0"] if use is IDLE else [""]) * 2
+    else:
+        rates = [row["speedup_same_plan"] for row in json.loads(text)["rows"]]
+        assert rates == ([pytest.approx(4.0)] if use is IDLE else [None]) * 2

@@ -13,7 +13,10 @@ from fake_hub import COMMIT
 
 from subspec_cli.checkpoint.checkpoint import check_unchanged, layer_entries, open_checkpoint
 from subspec_cli.checkpoint.tensor_reader import read_tensors
-from subspec_cli.errors import IntegrityError
+from subspec_cli.errors import IntegrityError, UsageError
+from subspec_cli.hub.model_outline import outline_model
+from subspec_cli.hub.source_model import open_model
+from subspec_cli.reporter import SILENT
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -65,6 +68,43 @@ def test_a_directory_of_links_that_the_user_made_is_read(tmp_path):
         os.utime(shard)
         with pytest.raises(IntegrityError, match="changed while it was in use"):
             check_unchanged(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "linked", ["config.json", "tokenizer.json", INDEX, "model-00002-of-00002.safetensors"]
+)
+def test_links_out_of_a_users_directory_are_followed_when_asked_to(tmp_path, linked):
+    model = write_checkpoint(tmp_path / "m", shards=2)
+    (tmp_path / "elsewhere").mkdir()
+    (model / linked).rename(tmp_path / "elsewhere" / linked)
+    (model / linked).symlink_to(tmp_path / "elsewhere" / linked)
+    told = rf"{linked} in .*/m is a link to .*/elsewhere/{linked}, outside the directory"
+    doors = (outlined, opened)
+    for door in doors:
+        with pytest.raises(UsageError, match=told) as raised:
+            door(model)
+        assert "--follow-links" in raised.value.hint
+    for door in doors:
+        door(model, follow_links=True)
+
+
+def outlined(model, **how):
+    outline_model(str(model), reporter=SILENT, **how)
+
+
+def opened(model, **how):
+    with open_model(str(model), reporter=SILENT, **how):
+        pass
+
+
+def test_links_of_a_snapshot_and_within_a_directory_need_no_flag(tmp_path):
+    snapshot = as_hub_snapshot(write_checkpoint(tmp_path / "s"), tmp_path / "cache", COMMIT)
+    model = write_checkpoint(tmp_path / "m")
+    (model / SINGLE).rename(model / "real")
+    (model / SINGLE).symlink_to("real")
+    (tmp_path / "link").symlink_to("m")
+    for directory in (snapshot, model, tmp_path / "link"):
+        opened(directory)
 
 
 @pytest.mark.parametrize("name", [SINGLE, "config.json", "tokenizer.json", "generation_config.json"])

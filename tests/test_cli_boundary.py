@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from fakes_cli import FakeSession, use_session
+from fakes_cli import FakeSession, on_terminal, use_session
 
 from subspec_cli.__main__ import main
 from subspec_cli.cli import boundary
@@ -168,7 +168,11 @@ def test_an_error_that_follows_its_document_adds_none(capsys, monkeypatch):
         (["run", "--depth", "1.5", "x"], "'1.5' is not a whole number", "subspec run --help"),
         (["rnu"], "No such command 'rnu'", "subspec --help"),
         (["prepare"], "Missing argument 'MODEL'", "subspec prepare --help"),
-        (["bench", "squad"], "'squad' is not one of 'mt-bench', 'sample', 'compare'", "subspec bench --help"),
+        (
+            ["bench", "squad"],
+            "Invalid value for 'SUITE': 'squad' is not one of 'sample', 'mt-bench', 'humaneval', 'gsm8k', 'alpaca'",
+            "subspec bench --help",
+        ),
         (
             ["run", "--vram-gb", "1", "--memory-gb", "2", "x"],
             "--memory-gb: given twice",
@@ -211,6 +215,17 @@ def test_our_errors_are_one_line_a_hint_and_a_status(capsys, monkeypatch, error,
     lines = capsys.readouterr().err.splitlines()
     assert lines[-2] == "subspec: error: layer \\x1b[2J broke \\x202e"
     assert lines[-1] == " hint: run \\x07this"
+
+
+def test_on_a_terminal_an_error_is_wrapped_by_words(monkeypatch):
+    _, stderr = on_terminal(monkeypatch)
+    monkeypatch.setenv("COLUMNS", "40")
+    path = "/a/path/longer/than/a/row/of/this/terminal/config.toml"
+    assert main(["run", "--config", path, "hi"]) == 2
+    rows = stderr.getvalue().splitlines()
+    assert rows[0] == "subspec: error: config file"
+    assert any(path in row for row in rows)
+    assert all(len(row) <= 40 for row in rows if path not in row)
 
 
 def test_bug_is_one_line_and_a_traceback_only_when_asked(capsys, monkeypatch):

@@ -8,7 +8,7 @@ from fakes_cli import FakeSession, on_terminal, pipe_in, use_session
 
 from subspec_cli.__main__ import main
 from subspec_cli.cli import chat_commands, conversation
-from subspec_cli.cli.answer_text import fullness_warning
+from subspec_cli.cli.answer_text import continue_hint, fullness_warning
 from subspec_cli.cli.chat_commands import ChatState
 from subspec_cli.cli.live import Answer
 from subspec_cli.cli.messages import read_lines
@@ -101,7 +101,7 @@ def test_the_header_has_two_lines_of_forty_columns_and_info_the_rest(talk):
         .strip()
         .splitlines()
     )
-    assert header == ["demo · cpu · exact", "context 256 · /help lists commands"]
+    assert header == ["demo · cpu · exact", "context 256 · greedy · /help for more"]
     assert max(len(line) for line in header) <= 40
     assert "plan: 1 resident" in talk(["/info", "/exit"])[3]
 
@@ -127,6 +127,15 @@ def test_the_warning_follows_the_summary(talk, monkeypatch):
         "subspec_cli.cli.conversation.fullness_warning", lambda answer, session: "nearly full"
     )
     assert "exact\nnearly full\n" in talk(["Hello?", "/exit"])[3]
+
+
+def test_a_file_that_cannot_be_written_is_said_without_the_hint_of_models(talk, tmp_path):
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "locked" / "a.json").mkdir()
+    _, _, _, stderr = talk(["/save! locked/a.json", "/exit"])
+    assert "cannot write" in stderr
+    assert "/save takes another" in stderr
+    assert "HF_HOME" not in stderr
 
 
 def test_one_ctrl_c_at_the_prompt_only_says_how_to_leave(talk):
@@ -183,7 +192,7 @@ def test_asking_reads_a_line(monkeypatch):
 
 def test_chat_is_a_command_whose_files_begin_the_conversation(talk, tmp_path):
     (tmp_path / "a.txt").write_text("one\n")
-    argv = ("chat", "--plain", "--file", "a.txt", "--system", "S")
+    argv = ("chat", "--plain", "-f", "a.txt", "--system", "S")
     status, session, _, _ = talk(["Sum up", "Again", "/exit"], argv=argv)
     assert status == 0
     asked = [call for call in session.calls if call[0] in ("ask", "chat")]
@@ -216,6 +225,7 @@ def test_help_lists_the_commands(talk):
         "/reset",
         "/drop",
         "/retry",
+        "/continue",
         "/system TEXT",
         "/set NAME VALUE",
         "/save FILE",
@@ -253,6 +263,7 @@ def test_settings_change_within_a_chat(talk):
         ("/set nonsense 1", "/set takes temperature, top_p, top_k"),
         ("/set", "/set takes temperature"),
         ("/save", "/save needs a file"),
+        ("/save none/a.json", "there is no directory none"),
         ("/load none.json", "none.json: No such file"),
     ],
 )
@@ -306,9 +317,49 @@ def test_retry_asks_the_last_question_again(talk):
     assert "at temperature 0 the answer is the same" in stderr
 
 
+def test_continue_goes_on_with_an_answer_that_was_cut_short(talk):
+    status, session, stdout, stderr = talk(
+        ["Hello?", "/continue", "/Continue now", "/exit"], pieces=["Hi", KeyboardInterrupt()]
+    )
+    assert status == 0
+    assert [call[0] for call in session.calls if call[0] in ("ask", "resume")] == ["ask", "resume"]
+    assert stdout == "Hi\nHi\n"
+    assert (
+        stderr.count("1 token (interrupted) · context 6 of 256 · exact\ninterrupted: /continue goes on") == 2
+    )
+    assert "/continue takes nothing after it" in stderr
+
+
+def test_on_a_terminal_the_unfinished_row_is_shown_again(talk):
+    _, _, stdout, _ = talk(["/continue", "/exit"], pieces=["ere, ", "all"], argv=("chat",))
+    assert stdout.endswith("Hi there, all\n")
+
+
+@pytest.mark.parametrize(
+    ("reason", "used", "turns", "told"),
+    [
+        ("stop", 100, 1, ""),
+        ("length", 100, 1, "ended by length: /continue goes on"),
+        ("interrupted", 100, 1, "interrupted: /continue goes on"),
+        ("length", 256, 1, ""),
+        ("length", 256, 2, "ended by length: /continue goes on after /drop"),
+    ],
+)
+def test_an_answer_that_was_cut_short_says_how_it_goes_on(reason, used, turns, told):
+    stats = GenerationStats(prompt_tokens=used - 20, new_tokens=20)
+    assert continue_hint(Answer(finish_reason=reason, stats=stats), FakeSession(), turns) == told
+
+
+def test_commands_of_the_loop_take_nothing_and_any_case(talk):
+    _, session, _, stderr = talk(["/retry it", "/exit now", "/EXIT"])
+    assert "/retry takes nothing after it" in stderr
+    assert "/exit takes nothing after it" in stderr
+    assert asked(session) == []
+
+
 def test_a_retry_that_is_refused_keeps_the_answer(talk, monkeypatch):
     _, session, _, _ = talk(["One?", "Two?", "/exit"])
-    state = ChatState(session, session, Config(), None, "Two?")
+    state = ChatState(session, session, Config(), None, question="Two?")
     session.pieces = [UsageError("no room")]
     conversation._retry(state, Output())
     assert [message["content"] for message in session.messages] == ["One?", "Hi!", "Two?", "Hi!"]
@@ -320,6 +371,8 @@ def test_oldest_turns_are_dropped_only_when_told_to(talk):
     assert "the oldest turn is dropped · context 16 of 256" in stderr
     assert session.messages == ()
     assert talk(["/drop", "/exit"])[3].count("nothing was said") == 1
+    _, session, _, _ = talk(["One?", long * 2, "/drop", "/exit"])
+    assert [message["content"] for message in session.messages] == [long * 2, "Hi!"]
 
 
 def test_a_gauge_of_the_context_follows_an_answer(talk):

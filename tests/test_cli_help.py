@@ -1,7 +1,10 @@
 """Help: examples that can be run, and the words on the screen."""
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 
@@ -60,3 +63,21 @@ def test_the_words_on_the_screen_are_explained(capsys):
     assert max(map(len, text.splitlines())) <= 88
     assert main(["help"]) == 0
     assert "Usage: subspec" in capsys.readouterr().out
+
+
+def test_help_on_a_narrow_terminal_has_no_boxes_and_no_markup():
+    code = "import sys; from subspec_cli.__main__ import main; sys.exit(main(['run', '--help']))"
+    narrow, wide = (
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"COLUMNS": columns},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for columns in ("40", "100")
+    )
+    assert "╭" in wide
+    assert "╭" not in narrow
+    assert "[bold" not in narrow
+    assert max(map(len, narrow.splitlines())) <= 52

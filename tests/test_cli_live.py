@@ -108,7 +108,9 @@ def test_a_long_line_is_written_once_and_wrapped_by_words(monkeypatch, size):
     monkeypatch.setenv("COLUMNS", "20")
     monkeypatch.setenv("LINES", "10")
     rows = []
-    monkeypatch.setattr(LiveArea, "write_line", lambda self, row: rows.append(row.rstrip()))
+    monkeypatch.setattr(
+        LiveArea, "write_row", lambda self, row: rows.append("".join(span.text for span in row).rstrip())
+    )
     output = Output(stdout=Terminal(), stderr=Terminal())
     text = " ".join(f"word{number:03d}" for number in range(90)) + " \u65e5\u672c" * 9 + "\n    indented"
     with LiveView(output.area(), memory_bytes=lambda: 0, budget_bytes=1, clock=ticking()) as view:

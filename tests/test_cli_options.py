@@ -1,13 +1,15 @@
 """Options from settings: each is in the help, each reaches its setting, and completion offers them."""
 
 import re
-from typing import Annotated
+from typing import Annotated, get_args
 
 import pytest
 import typer
 from test_cli_boundary import HEAVY, run_python
 
 from subspec_cli.__main__ import main
+from subspec_cli.bench.sources import Suite
+from subspec_cli.cli.completion import complete_model
 from subspec_cli.cli.options import with_settings
 from subspec_cli.config import (
     SECTIONS,
@@ -79,9 +81,11 @@ def test_a_command_gets_what_flag_and_file_say(tmp_path):
         ("subspec run --me", ["--memory-gb"]),
         ("subspec run --no-sh", ["--no-shadow"]),
         ("subspec bench --max", ["--max-new-tokens"]),
-        ("subspec bench ", ["mt-bench", "sample", "compare"]),
+        ("subspec bench ", [*get_args(Suite), "compare", "plot"]),
         ("subspec prepare demo --optimizer ", ["minmax", "hqq"]),
         ("subspec pl", ["plan"]),
+        ("subspec run -m d", ["demo"]),
+        ("subspec prepare d", ["demo"]),
     ],
 )
 def test_completion_is_answered_in_light(tmp_path, words, expected):
@@ -98,14 +102,19 @@ sys.exit(status)
     assert (result.returncode, result.stdout.split(), result.stderr) == (0, expected, "")
 
 
-def test_the_completion_script_comes_from_the_environment_alone(capsys):
-    result = run_python(
-        "import os, sys\n"
-        "os.environ['_SUBSPEC_COMPLETE'] = 'source_bash'\n"
-        "from subspec_cli.__main__ import main\n"
-        "sys.exit(main([]))"
-    )
-    assert (result.returncode, result.stderr) == (0, "")
-    assert "complete -o default -F _subspec_completion subspec" in result.stdout
-    assert main(["--help"]) == 0
-    assert "completion" not in capsys.readouterr().out
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_completion_script_asks_this_program(capsys, shell):
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert f"_SUBSPEC_COMPLETE=complete_{shell}" in script
+    assert script.startswith({"bash": "_subspec", "zsh": "#compdef subspec", "fish": "complete"}[shell])
+    assert main(["completion", "tcsh"]) == 2
+
+
+def test_names_of_prepared_models_are_completed(monkeypatch):
+    ids = ["/data/tiny-chat", "Qwen/Qwen2.5-7B", "demo"]
+    monkeypatch.setattr("subspec_cli.substitutes.prepared_names.prepared_ids", lambda: ids)
+    assert complete_model("") == ["demo", "tiny-chat", "Qwen/Qwen2.5-7B"]
+    assert complete_model("t") == ["tiny-chat"]
+    assert complete_model("/da") == ["/data/tiny-chat"]
+    assert complete_model("Qwen/") == ["Qwen/Qwen2.5-7B"]

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from checkpoints import safetensors_bytes, tiny_config, tiny_tensors, write_checkpoint, write_tokenizer
 from fake_hub import MODEL
+from huggingface_hub import constants
 
 import subspec_cli
 from subspec_cli.__main__ import main
+from subspec_cli.config import SamplingConfig
 from subspec_cli.errors import ExitCode
+from subspec_cli.planning.acceptance import Acceptance
+from subspec_cli.probe import kept_rates
+from subspec_cli.probe.kept_acceptance import acceptance_subject, keep_acceptance
+from subspec_cli.probe.kept_rates import DOWNLOAD, keep_rate, preparing
 from subspec_cli.session import forecast
 from subspec_cli.streaming import host_memory
+from subspec_cli.substitutes.settings import SubstituteSettings
 from subspec_cli.units import GIB, MIB
 
 
@@ -92,7 +101,7 @@ def test_budgets_are_compared_and_those_that_are_too_small_say_so(capsys, model)
     assert status == 0
     rows = [line.split() for line in out.splitlines() if re.search(r"\dx +\d", line)]
     assert [row[0] for row in rows] == ["0.15", "0.2"]
-    speeds = [float(row[4]) for row in rows]
+    speeds = [[float(end) for end in row[4].split("-")] for row in rows]
     assert speeds == sorted(speeds)
     assert re.search(r"^0.01 GiB is too small: --memory-gb [0-9.]+ works", out, re.M)
     assert max(map(len, out.splitlines()[1:])) <= 80
@@ -199,3 +208,104 @@ def test_planning_needs_neither_torch_nor_transformers():
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "demo" in done.stdout
+
+
+def test_times_are_those_of_earlier_downloads_and_preparations(capsys, model, monkeypatch):
+    monkeypatch.setattr(kept_rates, "_LEAST_BYTES", 1)
+    nothing = document(capsys, model, "--device", "cpu", "--memory-gb", 1)
+    assert (nothing["download_s"], nothing["prepare_s"]) == (None, None)
+    assert "not prepared yet plain" in " ".join(
+        plan(capsys, model, "--device", "cpu", "--memory-gb", 1)[1].split()
+    )
+    keep_rate(preparing("minmax"), 10 * MIB, 5.0)
+    keep_rate(DOWNLOAD, 200e6, 10.0)
+    keep_rate(DOWNLOAD, 0, 10.0)
+    found = document(capsys, model, "--device", "cpu", "--memory-gb", 1)
+    assert found["prepare_s"] == pytest.approx(found["layers"] * found["layer_bytes"] / (2 * MIB))
+    out = " ".join(plan(capsys, model, "--device", "cpu", "--memory-gb", 1)[1].split())
+    assert re.search(r"not prepared yet, which takes about [0-9.]+ s at the last one's rate", out)
+    out = " ".join(plan(capsys, bare(model), "--device", "cpu", "--memory-gb", 1)[1].split())
+    assert re.search(r"MiB to download, about [0-9.]+ (ms|s) at 20 MB/s, as measured last time", out)
+
+
+def bare(model):
+    directory = model.parent / "bare"
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_bytes((model / "config.json").read_bytes())
+    return directory
+
+
+def test_config_json_alone_is_enough(capsys, model):
+    """Its plan is that of the whole model, for a tokenizer of the same size."""
+    argv = ("--device", "cpu", "--memory-gb", 0.2, "--context", 64)
+    whole = document(capsys, model, *argv)
+    directory = bare(model)
+    for name in (directory, directory / "config.json"):
+        status, out, err = plan(capsys, name, *argv, "--json")
+        found = json.loads(out)
+        assert status == 0
+        assert "there are no weights: sizes are those that" in err
+        assert (found["layers"], found["layer_bytes"]) == (whole["layers"], whole["layer_bytes"])
+        assert found["model_bytes"] == whole["model_bytes"]
+        assert found["download_bytes"] > found["model_bytes"]
+        assert found["plan"]["resident_layers"] == whole["plan"]["resident_layers"]
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
+    assert json.loads(plan(capsys, directory, *argv, "--json")[1])["model_bytes"] == 2 * whole["model_bytes"]
+    (directory / "config.json").write_text(json.dumps(config | {"model_type": "unheard-of"}))
+    assert plan(capsys, directory, *argv)[0] == ExitCode.UNSUPPORTED
+    (directory / "pytorch_model.bin").write_bytes(b"pickled")
+    assert "only pickle weights" in plan(capsys, directory, *argv)[2]
+
+
+def test_a_hub_that_takes_no_connection_is_said_at_once(capsys, cache, monkeypatch):
+    """A port that nobody listens on, and a name server that never answers."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{taken.getsockname()[1]}")
+        started = time.monotonic()
+        status, _, err = plan(capsys, MODEL, "--device", "cpu", "--memory-gb", 1)
+    assert status == ExitCode.NETWORK
+    assert "cannot reach http://127.0.0.1" in err
+    assert "config.json" in err
+    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: time.sleep(1.5) or taken)
+    assert plan(capsys, MODEL, "--device", "cpu", "--memory-gb", 1)[0] == ExitCode.NETWORK
+    assert time.monotonic() - started < 5
+
+
+def test_without_a_hub_the_caches_config_is_planned(capsys, cache, model, monkeypatch):
+    repo = Path(constants.HF_HUB_CACHE) / f"models--{MODEL.replace('/', '--')}"
+    snapshot = repo / "snapshots" / ("c" * 40)
+    snapshot.mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("c" * 40)
+    (snapshot / "config.json").write_bytes((model / "config.json").read_bytes())
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    status, out, err = plan(capsys, MODEL, "--device", "cpu", "--memory-gb", 1, "--json")
+    assert status == 0
+    assert json.loads(out)["layers"] == 12
+    assert "offline mode is set" in err
+
+
+def test_a_gpu_plan_says_that_nothing_was_measured(capsys, model):
+    argv = ("--device", "cuda", "--vram-gb", 1, "--ram-gb", 4)
+    assert "no figure was measured on this GPU" in plan(capsys, model, *argv)[1]
+    assert "on this GPU" not in plan(capsys, model, "--device", "cpu", "--memory-gb", 1)[1]
+
+
+def test_a_range_is_shown_until_a_run_has_learned(capsys, model):
+    argv = ("--device", "cpu", "--memory-gb", 0.2, "--resident-layers", 0, "--link-gb-per-s", 0.01)
+    found = document(capsys, model, *argv)["plan"]["prediction"]
+    assert found["learned_tokens"] == 0
+    assert found["low"]["tok_per_s"] < found["tok_per_s"] < found["high"]["tok_per_s"]
+    out = " ".join(plan(capsys, model, *argv)[1].split())
+    assert "acceptance assumed, as no run here has shown it yet low" in out
+    assert "as published for a 7B model" in out
+    commit = document(capsys, model, *argv)["revision"]
+    subject = acceptance_subject(str(model), commit, SubstituteSettings(4, "minmax"), SamplingConfig())
+    keep_acceptance(subject, Acceptance(1824.0, (1700.0,), (1500.0,)))
+    learned = document(capsys, model, *argv)["plan"]["prediction"]
+    assert (learned["learned_tokens"], learned["low"], learned["high"]) == (1824, None, None)
+    out = " ".join(plan(capsys, model, *argv)[1].split())
+    assert "acceptance learned from 1,824 tokens" in out
+    assert "assumed, as no run" not in out

@@ -8,7 +8,7 @@ import pytest
 from test_planning_plan import make_request
 
 from subspec_cli.cli.documents import plan_document
-from subspec_cli.cli.plan_text import advice_text, assumptions, reason_text
+from subspec_cli.cli.plan_text import advice_text, assumptions, range_lines, reason_text
 from subspec_cli.planning.advice import Advice, Change, Gain, advise
 from subspec_cli.planning.plan import make_plan
 from subspec_cli.planning.reason import (
@@ -90,8 +90,10 @@ def test_every_reason_has_its_sentence(reason: PlanReason, text: str) -> None:
 
 def test_a_plans_document_has_the_sentence_in_it() -> None:
     plan = make_plan(make_request())
+    ends = [f"{name}: {text}" for name, text in range_lines(plan.prediction)]
+    assert [end.partition(":")[0] for end in ends] == ["low", "high"]
     assert plan_document(plan) == plan.as_dict(
-        reason=reason_text(plan.reason), assumptions=assumptions(plan.prediction)
+        reason=reason_text(plan.reason), assumptions=(*assumptions(plan.prediction), *ends)
     )
 
 

@@ -1,5 +1,6 @@
 """`subspec prepare` and `subspec bench`: what they show, write and return."""
 
+import io
 import json
 import shlex
 import sys
@@ -17,6 +18,8 @@ from fakes_cli import (
 )
 
 from subspec_cli.__main__ import main
+from subspec_cli.cli.bench import _Keeper
+from subspec_cli.cli.output import Output
 from subspec_cli.cli.prepare import progress_share, progress_text
 
 
@@ -34,7 +37,7 @@ def preparing(monkeypatch):
     def use(report):
         calls = []
 
-        def prepare(model, wanted, *, revision, force, progress, reporter):
+        def prepare(model, wanted, *, revision, force, follow_links, progress, reporter):
             calls.append((model, wanted.bits, wanted.optimizer, wanted.overrides, revision, force))
             reporter.note("waiting: another process (pid 7) is preparing it")
             for layer in range(1, 5):
@@ -58,7 +61,7 @@ def test_prepare_shows_progress_summary_and_next_command(capsys, preparing):
         "preparing demo …",
         "waiting: another process (pid 7) is preparing it",
     ]
-    assert captured.err.splitlines()[-1] == "layer 4/4 · 4.00 MiB of 4.00 MiB · 2 MB/s"
+    assert captured.err.splitlines()[-1] == "layer 4/4 · 4.00 MiB of 4.00 MiB · 2.1 MB/s"
     made = "4 layers, 800.0 MiB of substitutes for 3.00 GiB of weights"
     assert [" ".join(line.split()) for line in captured.out.splitlines() if line.strip(" ─")] == [
         f"prepared demo in 1:01: {made}, 4.25 bits per weight at 21.5 dB",
@@ -67,8 +70,16 @@ def test_prepare_shows_progress_summary_and_next_command(capsys, preparing):
         "down 8 8.01 no loss",
         "all mixed 4.25 21.5 dB",
         "in /cache/demo-int4",
-        'next: subspec run --model demo --vram-gb 1.5 "…"',
+        'next: subspec run --model demo --memory-gb 1.5 "…"',
     ]
+
+
+@pytest.mark.parametrize(("gpu", "flag"), [(False, "--memory-gb"), (True, "--vram-gb")])
+def test_the_next_command_has_the_budget_of_the_device(capsys, preparing, monkeypatch, gpu, flag):
+    monkeypatch.setattr("subspec_cli.cli.prepare.has_gpu", lambda: gpu)
+    preparing(FakePrepareReport())
+    assert main(["prepare", "demo"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f'next: subspec run --model demo {flag} 1.5 "…"'
 
 
 def test_prepare_shows_the_download_while_there_is_one():
@@ -143,7 +154,7 @@ def benching(monkeypatch):
     def use(report):
         calls = []
 
-        def run_bench(config, suite, *, progress):
+        def run_bench(config, suite, *, progress, on_question):
             calls.append((config, suite))
             progress(FakeBenchProgress(1, 4, 10.0, "writing, question 1"))
             progress(FakeBenchProgress(4, 4, 40.0, "done"))
@@ -170,6 +181,8 @@ def test_bench_table_and_json_file(capsys, benching, tmp_path):
         "limit": 2,
         "max_new_tokens": 48,
         "plain_tokens": 16,
+        "peer": None,
+        "plot": None,
         "questions": None,
         "repeat": 1,
         "resume": None,
@@ -218,6 +231,27 @@ def test_bench_overwrites_only_the_record_of_the_same_command(capsys, benching, 
     target.write_text(json.dumps(record))
     assert main(argv) == 0
     assert json.loads(target.read_text())["model"] == "demo"
+
+
+def test_bench_does_not_throw_an_interrupted_record_away(capsys, benching, tmp_path, monkeypatch):
+    calls = benching(bench_report())
+    target = tmp_path / "out.json"
+    argv = ["bench", "sample", "--output", str(target)]
+    monkeypatch.setattr(sys, "argv", ["subspec", *argv])
+    record = {"kind": "subspec bench", "command": shlex.join(["subspec", *argv])}
+    target.write_text(json.dumps({"record": record, "interrupted": True, "answers": [{}, {}]}))
+    assert main(argv) == 2
+    assert "holds 2 answers of an interrupted run" in capsys.readouterr().err
+    assert not calls
+    assert main([*argv, "--force"]) == 0
+
+
+def test_a_record_that_cannot_be_written_is_told_once_and_the_run_goes_on(capsys, tmp_path):
+    report, errors = bench_report(), io.StringIO()
+    keeper = _Keeper(Output(stderr=errors), tmp_path / "absent" / "out.json")
+    keeper.keep(report)
+    keeper.keep(report)
+    assert errors.getvalue().count("not written before the end") == 1
 
 
 def test_bench_updates_the_record_that_it_resumes(capsys, benching, tmp_path):

@@ -42,7 +42,7 @@ def test_plain_text_on_stdout_and_figures_on_stderr(capsys, session, monkeypatch
     assert model == ("model demo · cpu bfloat16 · context 256 tokens · exact (rows checked in blocks of 2)")
     assert plan == (
         "plan: 1 resident + 3 streamed layers · speculation on · 3.00 MiB of 1.00 GiB planned"
-        " · as many resident layers as pay: 5.00 MiB to spare, a layer takes 9.00 MiB"
+        " · as many resident layers as pay: 5.00 MiB to spare, a layer takes 9.00 MiB · acceptance assumed"
     )
     compared = "predicted (assumed costs) | measured with 200 tokens in the cache: "
     assert beside.startswith(f"{compared}pass 400 ms | 300 ms · ")

@@ -81,11 +81,11 @@ def test_a_size_is_a_number_of_gib_or_has_a_unit(toml, written, size_bytes):
 
 
 BAD_FLAGS = [
-    ("memory", "vram_gb", 0.0, f"--vram-gb must be {SIZE_WORDS}, not 0.0"),
-    ("memory", "vram_gb", -1.0, f"--vram-gb must be {SIZE_WORDS}, not -1.0"),
-    ("memory", "vram_gb", float("nan"), f"--vram-gb must be {SIZE_WORDS}, not NaN"),
-    ("memory", "memory_gb", float("inf"), f"--memory-gb must be {SIZE_WORDS}, not Infinity"),
-    ("memory", "vram_gb", 1e99, f"--vram-gb must be {SIZE_WORDS}, not 1e+99"),
+    ("memory", "vram_gb", 0.0, f"--vram-gb must be {SIZE_WORDS}, or auto, not 0.0"),
+    ("memory", "vram_gb", -1.0, f"--vram-gb must be {SIZE_WORDS}, or auto, not -1.0"),
+    ("memory", "vram_gb", float("nan"), f"--vram-gb must be {SIZE_WORDS}, or auto, not NaN"),
+    ("memory", "memory_gb", float("inf"), f"--memory-gb must be {SIZE_WORDS}, or auto, not Infinity"),
+    ("memory", "vram_gb", 1e99, f"--vram-gb must be {SIZE_WORDS}, or auto, not 1e+99"),
     ("memory", "vram_gb", 10**400, f"--vram-gb must be {SIZE_WORDS}"),
     ("memory", "device", "tpu", '--device must be auto, cuda or cpu, not "tpu"'),
     ("memory", "context", 15, "--context must be a whole number of at least 16, not 15"),
@@ -254,4 +254,8 @@ def test_presets_of_the_paper():
     for size, gib in (("7B", 8), ("14B", 12), ("32B", 24)):
         config = found[f"qwen2.5-{size.lower()}-{gib}gb"]
         assert config.model.model == f"Qwen/Qwen2.5-{size}-Instruct"
-        assert (config.memory.device, config.memory.memory_gib, config.memory.context) == ("cuda", gib, 2048)
+        assert (config.memory.device, config.memory.memory_gib, config.memory.context) == (
+            "cuda",
+            gib - 1,
+            2048,
+        )

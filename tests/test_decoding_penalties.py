@@ -15,8 +15,8 @@ from transformers.generation.logits_process import (
 
 from subspec_cli.decoding.penalties import NO_PENALTIES, Penalties, begin_path
 from subspec_cli.decoding.sampler import Filters, allowed_tokens
-from subspec_cli.drafting.draft_steps import penalized
-from subspec_cli.errors import UsageError
+from subspec_cli.drafting.draft_steps import penalized, penalty_numbers, rank
+from subspec_cli.modeling.decoder import DraftLogits
 
 VOCAB = 61
 PROMPT = [3, 9, 3, 60, 0]
@@ -83,13 +83,18 @@ def test_the_draft_guesses_by_the_same_numbers():
     rule = Penalties(repetition=1.3, presence=0.5, frequency=0.2, bias=((1, 3.0),))
     state = begin_path(rule, PROMPT, VOCAB).after(4, 4, 9)
     rows = np.stack([logits_of(5), logits_of(6)])
-    found = penalized(torch.tensor(rows, dtype=torch.float32), state)
+    found = penalized(torch.tensor(rows, dtype=torch.float32), penalty_numbers(state))
     np.testing.assert_allclose(found.numpy(), np.stack([state.adjust(row) for row in rows]), atol=1e-5)
 
 
-def test_a_bias_of_a_token_that_is_not_there_is_refused():
-    with pytest.raises(UsageError, match="the token 61, the model has 61"):
-        begin_path(Penalties(bias=((61, 1.0),)), PROMPT, VOCAB)
+def test_a_draft_head_of_few_bits_keeps_the_penalties_when_the_16_bit_head_scores_again():
+    state = begin_path(Penalties(repetition=1.3, bias=((7, -50.0), (8, 4.0))), PROMPT, VOCAB)
+    weight = torch.tensor(np.stack([logits_of(7)]).T, dtype=torch.float32)
+    rough = (weight.T + 0.01).contiguous()
+    found = DraftLogits(rough, normed=torch.ones(1, 1), weight=weight)
+    ids, _ = rank(found, None, penalty_numbers(state))
+    wanted = np.argsort(-state.adjust(weight[:, 0].double().numpy()))
+    assert ids[0].tolist() == wanted[:8].tolist()
 
 
 RULES = {

@@ -20,6 +20,7 @@ from tiny_models import CPU, VOCAB, Tiny
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from subspec_cli.decoding.penalties import Penalties, begin_path
 from subspec_cli.decoding.sampler import GreedySampler, Sampler
 from subspec_cli.drafting import captured_steps as module
 from subspec_cli.drafting import step_buffers
@@ -40,6 +41,12 @@ SAMPLERS: dict[str, Callable[[], Sampler]] = {
     "greedy": GreedySampler,
     "sampled": lambda: sampled(3, temperature=0.8),
     "filtered": lambda: sampled(3, temperature=0.8, top_p=0.9, top_k=40),
+}
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "free": {"temperature": 1.0, "seed": 9},
+    "penalized": {"temperature": 0.8, "seed": 4, "repetition_penalty": 1.3, "frequency_penalty": 0.4},
 }
 
 
@@ -205,6 +212,30 @@ def test_one_graph_serves_other_numbers_of_the_same_rule(tiny: Callable[..., Tin
     assert (graphs.captures, graphs.replays) == (1, 3)
 
 
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_penalties_are_an_input_that_waits_for_the_step_in_flight(
+    tiny: Callable[..., Tiny], kind: str
+) -> None:
+    """Each root brings its own numbers. One graph serves all, and one more serves answers without penalties."""
+    model = tiny("qwen2", dtype=torch.float32)
+    draft, graphs, sampler = draft_of(model), FakeGraphs(), SAMPLERS[kind]()
+    plain, kept = model.kv(), model.kv()
+    direct, late = LateSteps(draft, plain), captured_steps(draft, kept, graphs)
+    rule = Penalties(repetition=1.5, presence=0.8, frequency=0.4, bias=((5, 30.0), (9, -30.0)))
+    state = begin_path(rule, PROMPT[:5], VOCAB)
+    assert state is not None
+    for steps in (direct, late):
+        steps.begin(sampler)
+    for number, root in enumerate([state, state.after(5, 5, 7), None, state.after(8)]):
+        for steps in (direct, late):
+            steps.penalize(root)
+            steps.start(step(1, plain, 1, 0), [None])
+        if number:  # one was in flight while the numbers changed
+            check_found(late, direct, rows=1)
+    check_found(late, direct, rows=1)
+    assert (graphs.captures, graphs.replays) == (2, 4)
+
+
 def test_noise_of_far_positions_takes_turns_in_the_same_place(
     tiny: Callable[..., Tiny], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -267,7 +298,7 @@ def test_the_cache_bounds_what_is_in_view(tiny: Callable[..., Tiny]) -> None:
 
 
 @pytest.mark.parametrize("draft", [{}, {"depth": 9, "width": 3}])
-@pytest.mark.parametrize("sampling", [*SAMPLINGS, "free"])
+@pytest.mark.parametrize("sampling", [*SAMPLINGS, *OTHERS])
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 def test_a_session_over_captured_steps_answers_as_without_speculation(
     shelf: Shelf, family: str, sampling: str, draft: dict[str, int], monkeypatch: pytest.MonkeyPatch
@@ -278,7 +309,7 @@ def test_a_session_over_captured_steps_answers_as_without_speculation(
         "make_draft_steps",
         lambda draft, kv, *, most_rows, **_: captured_steps(draft, kv, graphs, most_rows),
     )
-    settings = SAMPLINGS.get(sampling, {"temperature": 1.0, "seed": 9})
+    settings = (SAMPLINGS | OTHERS)[sampling]
     with open_tiny(shelf.model(family, tied=True), sampling=settings, draft=draft) as session:
         for prompt in ("Rivers", "Why is the sky blue?"):
             answers = [answer_to(session, prompt, 40, plain=plain, noise_stream=3) for plain in (False, True)]

@@ -185,6 +185,7 @@ COVERED = [
     ("T34", "test_checkpoint_safetensors_header::test_a_type_that_is_not_known_is_not_called_damage"),
     ("T35", NAMED),
     ("T35", "test_checkpoint_repository::test_other_forms_of_a_tokenizer"),
+    ("A17", "test_checkpoint_confinement::test_links_out_of_a_users_directory_are_followed_when_asked_to"),
     ("T37", NAMED),
     (
         "T37",
@@ -230,6 +231,15 @@ COVERED = [
     ("T39", f"{FAULTS}::test_another_process_that_never_stops_is_named"),
     ("T39", f"{DOWNLOAD}::test_two_downloads_where_locks_do_not_work"),
     ("T39", "test_files_temp_names::test_of_a_process_elsewhere_only_long_silence_counts"),
+    ("T42", "test_checkpoint_model_sampling::test_the_scores_are_those_of_the_librarys_processors"),
+    ("T42", "test_checkpoint_model_sampling::test_broken_values_are_named_unless_a_flag_replaces_them"),
+    (
+        "T42",
+        "test_session_sampling::test_what_cannot_be_computed_is_refused_if_asked_for_and_noted_in_a_chat",
+    ),
+    ("T42", "test_cli_sampling::test_run_says_that_the_models_own_settings_are_not_used"),
+    ("A16", "test_cli_sampling::test_a_bad_bias_file_is_refused_by_name"),
+    ("A16", "test_session_sampling::test_a_bias_of_no_token_is_refused"),
     ("T41", "test_cli_models::test_remove_refuses_what_a_run_uses"),
     ("A07", REFUSED),
     ("A07", "test_hub_model_name::test_names"),

@@ -23,6 +23,10 @@ def test_names(tmp_path, monkeypatch):
     assert parse("org/tiny/..").model_id == str(tmp_path / "org")
     assert parse("./demo").directory == tmp_path / "demo"
     assert parse("demo").directory == DEMO_DIRECTORY
+    for name in ("foo.gguf", "org/foo.GGUF", "file.gguf", "./no.gguf"):
+        (tmp_path / "file.gguf").write_bytes(b"")
+        with pytest.raises(UsageError, match="GGUF files are not read"):
+            parse(name)
     for name in ("gpt2", "Qwen/Qwen2.5-7B-Instruct", "a_b/c.d"):
         assert parse(name) == ModelName(name, None)
     for name in ("/no", "./no", "../../etc/no", "~/no/such", "~nobody-here"):

@@ -16,6 +16,7 @@ from subspec_cli.planning.assumed_costs import assumed_costs
 from subspec_cli.planning.costs import RowTimes
 from subspec_cli.planning.device_profile import device_profile
 from subspec_cli.planning.plan import fastest_plan
+from subspec_cli.probe.timed_machine import TimedMachine
 from subspec_cli.session import load, machine_costs, opening
 from subspec_cli.streaming.pinned_memory import PinRefusedError
 from subspec_cli.substitutes.prepared_model import find_prepared_sets
@@ -31,7 +32,7 @@ def cost(monkeypatch):
     def set_costs(**changes):
         def costs(directory, settings, device, reporter):
             found = assumed_costs(geometry_in(directory), device, settings=settings)
-            return dataclasses.replace(found, **changes)
+            return TimedMachine(dataclasses.replace(found, **changes), None, 0.0)
 
         monkeypatch.setattr(machine_costs, "probe_in_subprocess", costs)
         monkeypatch.setattr(machine_costs, "known_costs", lambda subject: None)
@@ -103,7 +104,8 @@ def test_of_the_sets_that_stand_side_by_side_the_fastest_is_loaded(tmp_path, mon
     def fastest(bits):
         def costs(directory, settings, device, reporter):
             found = assumed_costs(geometry_in(directory), device, settings=settings)
-            return dataclasses.replace(found, substitute_layer=FREE if settings.bits == bits else DEAR)
+            layer = FREE if settings.bits == bits else DEAR
+            return TimedMachine(dataclasses.replace(found, substitute_layer=layer), None, 0.0)
 
         monkeypatch.setattr(machine_costs, "probe_in_subprocess", costs)
 
@@ -160,6 +162,27 @@ def test_without_a_budget_a_share_of_what_is_free_is_planned_for():
     with pytest.raises(ResourceError, match="memory of the cuda device is not known") as caught:
         request.budget_bytes(config, "cuda", None, None)
     assert "--vram-gb" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("total", "free", "reserve"),
+    [(8 * GIB, 7 * GIB, GIB // 2), (80 * GIB, 60 * GIB, 5 * GIB), (None, 7 * GIB, GIB // 2)],
+)
+def test_on_a_gpu_what_others_use_and_a_reserve_are_left(total, free, reserve):
+    automatic = request.automatic_budget(resolve_config({}), "cuda", total, free)
+    assert (automatic.free_bytes, automatic.reserve_bytes) == (free, reserve)
+    assert request.budget_bytes(resolve_config({}), "cuda", total, free) == free - reserve
+    assert request.automatic_budget(resolve_config({"memory": {"vram_gb": 4}}), "cuda", total, free) is None
+    assert request.AutomaticBudget(100, 200).size_bytes == 0
+
+
+def test_auto_takes_the_place_of_a_files_budget(tmp_path):
+    file = tmp_path / "config.toml"
+    file.write_text("[memory]\nvram_gb = 3\n")
+    assert resolve_config({"memory": {"vram_gb": None}}, file).memory.memory_gib == 3.0
+    assert resolve_config({"memory": {"vram_gb": "auto"}}, file).memory.memory_gib is None
+    file.write_text("[memory]\nvram_gb = 'auto'\n")
+    assert resolve_config({}, file).memory.memory_gib is None
 
 
 @pytest.mark.parametrize(

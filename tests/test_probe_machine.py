@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fakes_session import answer_to, open_tiny
+from test_planning_plan import make_geometry
 
 from subspec_cli.checkpoint.checkpoint import open_checkpoint
 from subspec_cli.checkpoint.layer_description import Arithmetic
@@ -26,14 +27,18 @@ from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.layers import OutputMath
 from subspec_cli.modeling.substitute import Int4Linear, LowBitHead, low_bit_table
 from subspec_cli.modeling.token_batch import causal_batch
+from subspec_cli.planning.assumed_costs import assumed_costs
 from subspec_cli.planning.costs import RowTimes, snapped
 from subspec_cli.probe import child_process, kept_costs, machine
 from subspec_cli.probe.kept_costs import known_costs, read_probe, write_probe
+from subspec_cli.probe.timed_machine import Spread, TimedMachine
 from subspec_cli.reporter import Reporter
 from subspec_cli.session import build, load, machine_costs, opening
 from subspec_cli.session import forecast as forecast_module
 from subspec_cli.session.forecast import forecast
 from subspec_cli.substitutes.settings import SubstituteSettings
+
+SOME = TimedMachine(assumed_costs(make_geometry(), "cpu"), 0.1, 0.2)
 
 
 @pytest.fixture
@@ -45,13 +50,13 @@ def home(tmp_path, monkeypatch):
 
 @pytest.fixture
 def probes(monkeypatch):
-    """Counts how often the machine is timed."""
+    """Counts how often the machine is timed, which is as if nobody else worked on it."""
     times = []
     probe = machine_costs.probe_in_subprocess
 
     def counted(*arguments):
-        times.append(probe(*arguments))
-        return times[-1]
+        times.append(probe(*arguments).costs)
+        return TimedMachine(times[-1], others_share=0.0, spread=0.0)
 
     monkeypatch.setattr(machine_costs, "probe_in_subprocess", counted)
     return times
@@ -118,7 +123,7 @@ def test_attention_is_timed_below_two_prefixes(shelf, monkeypatch, max_positions
     monkeypatch.setattr(machine, "KVCache", cache)
     monkeypatch.setattr(machine, "time_rows", timed)
     settings = SubstituteSettings(4, "minmax")
-    found = machine.probe_machine(geometry, settings, checkpoint, torch.device("cpu"), Reporter())
+    found = machine.probe_machine(geometry, settings, checkpoint, torch.device("cpu"), Reporter()).costs
     assert set(seen) == {256, long}
     assert found.target_attention.seconds == (snapped(1.024),) * 3
     assert found.draft_attention.seconds == (snapped(1.024),) * 3
@@ -163,7 +168,7 @@ def test_the_timing_process_imports_nothing_from_the_working_directory(shelf, ho
         (here / f"{name}.py").write_text("raise SystemExit('imported what lay about')")
     monkeypatch.chdir(here)
     with open_tiny(model) as session:
-        assert session.description.notes == ()
+        assert not any("could not be timed" in note for note in session.description.notes)
         assert session.description.plan.prediction.origin == "measured"
 
 
@@ -221,6 +226,47 @@ def test_what_was_timed_is_kept_and_timed_anew_only_when_asked(shelf, home, prob
     assert len(probes) == 2
     open_tiny(shelf.model("llama")).close()
     assert len(probes) == 3, "another model's shapes"
+
+
+@pytest.mark.parametrize(
+    ("circumstances", "said"),
+    [
+        ({"others_share": 0.45}, "the machine was busy while it was timed: others took 45% of its cores"),
+        ({"spread": 0.8}, "repetitions took 80% more than the fastest"),
+    ],
+)
+def test_what_a_busy_machine_gave_is_used_once_and_not_kept(shelf, home, monkeypatch, circumstances, said):
+    model, times, notes = shelf.model("qwen2"), [], []
+    timed = machine_costs.probe_in_subprocess  # a fixture's, as if nobody else worked
+
+    def busy(*arguments):
+        times.append(replace(timed(*arguments), **circumstances))
+        return times[-1]
+
+    monkeypatch.setattr(machine_costs, "probe_in_subprocess", busy)
+    for _ in range(2):
+        with open_tiny(model, reporter=Reporter(note=notes.append)) as session:
+            assert any(said in note for note in session.description.notes)
+            assert session.plan.prediction.basis.link_bytes_per_s == times[-1].costs.link_bytes_per_s
+    assert len(times) == len(notes) == 2
+    monkeypatch.setattr(machine_costs, "probe_in_subprocess", timed)
+    open_tiny(model).close()
+    monkeypatch.setattr(machine_costs, "probe_in_subprocess", busy)
+    open_tiny(model).close()
+    assert len(times) == 2, "what was timed on a quiet machine is kept"
+
+
+def test_the_spread_of_repetitions_is_the_usual_excess_over_the_fastest():
+    spread = Spread()
+    assert [spread.median(seconds) for seconds in ([1, 3, 2], [1, 1, 9], [2, 3, 4], [0, 0, 0])] == [
+        2,
+        1,
+        3,
+        0,
+    ]
+    assert spread.usual == 0.5
+    assert TimedMachine.from_dict(json.loads(json.dumps(SOME.as_dict()))) == SOME
+    assert SOME.trouble is None
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"about": 1}', b"\xff\xfe"])

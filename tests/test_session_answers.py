@@ -266,12 +266,103 @@ def test_a_full_chat_goes_on_after_a_reset(session):
     )
 
 
-def test_the_answer_of_a_turn_can_be_replaced(session):
+PENALTIES = {"repetition_penalty": 1.3, "presence_penalty": 0.2, "frequency_penalty": 0.3}
+
+
+def in_parts(chat, question, counts, limit, *, between=lambda: None):
+    """Tokens of an answer that is stopped after so many pieces each time; `between` is called before it goes on."""
+    token_ids, deltas = [], chat.ask(question, max_new_tokens=limit, stop=(), noise_stream=5)
+    for count in counts:
+        taken = [next(deltas) for _ in range(count)]
+        deltas.close()
+        token_ids += [token for delta in taken for token in delta.token_ids]
+        assert chat.messages[-1]["content"].endswith("".join(delta.text for delta in taken))
+        assert chat.messages[-1]["content"] == chat.unfinished
+        between()
+        deltas = chat.resume(max_new_tokens=limit - len(token_ids))
+    return [*token_ids, *(token for delta in deltas for token in delta.token_ids)]
+
+
+@pytest.mark.parametrize(
+    "sampling", [{}, {"temperature": 1.0, "seed": 3}, {"temperature": 1.0, "seed": 3} | PENALTIES]
+)
+def test_an_interrupted_answer_goes_on_with_the_tokens_of_a_whole_one(model, sampling):
+    with open_tiny(model, sampling=sampling) as session:
+        chat = session.chat(None)
+        whole = asked(chat, PROMPT, 50, noise_stream=5).token_ids
+        messages = chat.messages
+        assert len(whole) > 30
+        for counts, between in (((1,), session.reset), ((2, 1, 1), lambda: None), ((7, 3), session.reset)):
+            chat.reset()
+            assert in_parts(chat, PROMPT, counts, 50, between=between) == whole
+            assert chat.messages == messages
+
+
+def test_an_answer_that_was_interrupted_before_its_first_token_goes_on(sampling):
+    def interrupt(progress):
+        raise KeyboardInterrupt
+
+    chat = sampling.chat(None)
+    whole = asked(chat, PROMPT, 20, noise_stream=5).token_ids
+    chat.reset()
+    with pytest.raises(KeyboardInterrupt):
+        asked(chat, PROMPT, 20, noise_stream=5, on_prefill=interrupt)
+    assert chat.messages == ()
+    assert Answer(chat.resume(max_new_tokens=20)).token_ids == whole
+    assert len(chat.messages) == 2
+
+
+def test_an_answer_that_length_ended_goes_on(sampling):
+    chat = sampling.chat(None)
+    whole = asked(chat, PROMPT, 40, noise_stream=5)
+    text = chat.messages[-1]["content"]
+    chat.reset()
+    first = asked(chat, PROMPT, 13, noise_stream=5)
+    known = chat.unfinished
+    second = Answer(chat.resume(max_new_tokens=27))
+    assert first.token_ids + second.token_ids == whole.token_ids
+    assert known + second.text == text == chat.messages[-1]["content"]
+    assert second.stats.prefilled_tokens == 1
+
+
+def test_rotary_positions_of_an_answer_that_goes_on_are_those_of_its_prompt(shelf):
+    """LongRoPE turns a prompt that is longer than the original length otherwise than tokens after a shorter one."""
+    factors = {"short_factor": [1.0] * 16, "long_factor": [3.0] * 16}
+    table = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 50}
+    with open_tiny(shelf.model("llama", rope_parameters=table | factors)) as session:
+        chat = session.chat(None)
+        whole = asked(chat, PROMPT, 40)
+        chat.reset()
+        first = asked(chat, PROMPT, 20)
+        assert first.stats.prompt_tokens < 50 < first.stats.prompt_tokens + 20
+        assert first.token_ids + Answer(chat.resume(max_new_tokens=20)).token_ids == whole.token_ids
+
+
+def test_only_an_unfinished_answer_goes_on(session):
     chat = session.chat(None)
-    asked(chat, "Hello")
-    chat.replace_answer("Good day.")
-    said = [("user", "Hello"), ("assistant", "Good day."), ("user", "Why?")]
-    assert asked(chat, "Why?").stats.prompt_tokens == full_prompt(session, said)
+    with pytest.raises(UsageError, match="no answer was interrupted"):
+        next(chat.resume())
+    asked(chat, "Hello", 5)
+    assert chat.unfinished is not None
+    chat.replace_messages([dict(message) for message in chat.messages])
+    assert chat.unfinished is None
+    asked(chat, "Hello", 5)
+    chat.reset()
+    assert chat.unfinished is None
+
+
+def test_a_context_that_is_full_has_room_again_after_a_drop(session):
+    chat = session.chat(None)
+    asked(chat, "Hello" * 4, 5)
+    asked(chat, PROMPT, 900)
+    with pytest.raises(UsageError, match="the context is full, all 160 tokens") as caught:
+        next(chat.resume())
+    assert "/drop" in caught.value.hint
+    said = chat.messages[-1]["content"]
+    chat.replace_messages(chat.messages[2:])
+    answer = Answer(chat.resume(max_new_tokens=4))
+    assert len(answer.token_ids) == 4
+    assert chat.messages[-1]["content"].startswith(said.rstrip("\ufffd"))
 
 
 def test_both_arms_hold_the_same_conversation(sampling):

@@ -19,11 +19,12 @@ import json, sys
 sys.path[:] = json.loads(sys.argv[1])
 from subspec_cli.__main__ import main
 from subspec_cli.planning.assumed_costs import assumed_costs
+from subspec_cli.probe.timed_machine import TimedMachine
 from subspec_cli.session import machine_costs
 from checkpoints import geometry_in
 
-machine_costs.probe_in_subprocess = lambda directory, settings, device, reporter: assumed_costs(
-    geometry_in(directory), device, link_gb_per_s=0.001, settings=settings
+machine_costs.probe_in_subprocess = lambda directory, settings, device, reporter: TimedMachine(
+    assumed_costs(geometry_in(directory), device, link_gb_per_s=0.001, settings=settings), None, 0.0
 )
 import subspec_cli.streaming.memory_meter as memory_meter
 bare = []

@@ -11,7 +11,7 @@ from subspec_cli.config import Config, MemoryConfig
 from subspec_cli.errors import ResourceError
 from subspec_cli.planning.request import budget_bytes
 from subspec_cli.streaming.cgroup import processor_quota
-from subspec_cli.streaming.host_memory import host_memory
+from subspec_cli.streaming.host_memory import gpu_memory, host_memory
 from subspec_cli.streaming.process_limits import check_libraries_fit
 from subspec_cli.streaming.processors import Processors
 from subspec_cli.units import GIB, MIB
@@ -178,3 +178,22 @@ def test_what_the_libraries_leave_of_a_limit_is_the_most_of_a_budget(tmp_path, m
     assert memory.owner == "ulimit -v 3145728 leaves beside the libraries"
     (root / "proc/self/status").write_text(f"VmSize: {64 << 10} kB\n")
     assert host_memory(root).free_bytes == 2 * GIB
+
+
+@pytest.mark.parametrize(
+    ("script", "found"),
+    [
+        ("echo 8188, 7012", (8188 * MIB, 7012 * MIB)),
+        ("echo '[N/A], 1'", None),
+        ("echo 1, 2; exit 9", None),
+    ],
+)
+def test_the_drivers_tool_says_what_is_free_of_a_gpu(tmp_path, monkeypatch, script, found):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\n{script}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    assert gpu_memory() == found
+    tool.unlink()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpu_memory() is None

@@ -108,7 +108,7 @@ def test_the_readme_shows_settings_that_are_taken():
     (block,) = re.findall(r"```toml\n(.*?)```", README.read_text(), re.DOTALL)
     shown = tomllib.loads(block)
     config = resolve_config(shown)
-    assert config.sampling.top_p == shown["sampling"]["top_p"]
+    assert config.sampling.source == shown["sampling"]["sampling"]
 
 
 def test_documents_stand_alone():

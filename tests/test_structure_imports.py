@@ -11,7 +11,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 from check_structure import GROUND, PACKAGE, ROOMS
 
 DOORS = {
-    "transformers": ("modeling/pretrained.py", "modeling/reference.py", "modeling/rope.py"),
+    "transformers": (
+        "modeling/pretrained.py",
+        "modeling/reference.py",
+        "modeling/rope.py",
+        "bench/peer_child.py",
+    ),
     "optimum": ("modeling/quantization.py",),
     "huggingface_hub": ("hub/*", "substitutes/*"),
     "safetensors": ("checkpoint/*", "substitutes/*", "modeling/reference.py"),
@@ -27,6 +32,7 @@ DOORS = {
         "drafting/*",
         "probe/*",
         "session/*",
+        "bench/peer_child.py",
     ),
     "numba": ("modeling/delta_kernel.py",),
     "numpy": ("decoding/*", "drafting/*", "modeling/*"),
@@ -35,6 +41,8 @@ DOORS = {
     "tokenizers": ("checkpoint/tokenizer_files.py",),
     "sentencepiece": ("checkpoint/tokenizer_files.py",),
     "accelerate": (),
+    "matplotlib": ("cli/bench_plot.py",),
+    "pyarrow": ("bench/question_rows.py",),
 }
 
 

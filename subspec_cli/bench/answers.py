@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from subspec_cli.bench.machine_use import NOTHING_USED, MachineUse
 from subspec_cli.metrics import FinishReason, GenerationStats
+from subspec_cli.probe.machine_use import NOTHING_USED, MachineUse
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,17 @@ class ArmAnswer:
 
 
 @dataclass(frozen=True, slots=True)
+class PeerAnswer:
+    """One answer of the library's own offload."""
+
+    answer: ArmAnswer
+    read_bytes: int | None
+    """Bytes that storage delivered for it; None if the system does not report them."""
+    streamed_bytes: int
+    """Bytes of weights that it took from disk or from the page cache, a pass for each token."""
+
+
+@dataclass(frozen=True, slots=True)
 class AnswerPair:
     """The same turn answered by plain and by speculative decoding."""
 
@@ -31,6 +42,8 @@ class AnswerPair:
     plain: ArmAnswer
     speculative: ArmAnswer
     repetition: int = 1
+    peer: PeerAnswer | None = None
+    """The peer's answer, if one was asked."""
 
     @property
     def identical(self) -> bool:

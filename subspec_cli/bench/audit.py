@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from subspec_cli.bench.audit_report import AuditedAnswer, AuditReport, Difference
 from subspec_cli.bench.suites import Question, load_suite
 from subspec_cli.checkpoint.checkpoint import open_checkpoint
-from subspec_cli.config import Config
+from subspec_cli.config import Config, SamplingConfig
 from subspec_cli.modeling.reference import AskedRows, LibraryModel, ReferenceRows
 from subspec_cli.modeling.row_comparison import ComparedRow, RowLogits, compare_rows
 from subspec_cli.planning.request import WantedTokens
@@ -76,7 +76,7 @@ def run_audit(config: Config, *, progress: OnProgress) -> AuditReport:
     Raises what opening a session raises.
     """
     questions = load_suite("sample", config.audit.questions, config.audit.limit)
-    config = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, temperature=0.0))
+    config = dataclasses.replace(config, sampling=SamplingConfig())
     reporter = Reporter(lambda text: progress(AuditProgress(text, 0, 0, 0.0)))
     with open_session(config, reporter, count=_count_of(config, questions)) as session:
         given = list(_answers(session, config, questions, progress))

@@ -8,16 +8,27 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, Literal
 
-Figure = Literal["plain_tok_per_s", "speculative_tok_per_s", "speedup_same_plan", "speedup"]
+Figure = Literal[
+    "plain_tok_per_s",
+    "speculative_tok_per_s",
+    "speedup_same_plan",
+    "speedup",
+    "peer_tok_per_s",
+    "speedup_over_peer",
+]
 """A measured figure of a row."""
 FIGURES: Final[tuple[Figure, ...]] = typing.get_args(Figure)
-Arm = Literal["plain", "speculative", "best_plain"]
-"""Plain and speculative decoding under one plan, and plain decoding under its own best plan."""
+PEER_FIGURES: Final[tuple[Figure, ...]] = ("peer_tok_per_s", "speedup_over_peer")
+"""Figures that only a run with a peer has."""
+Arm = Literal["plain", "speculative", "best_plain", "peer"]
+"""Plain and speculative decoding under one plan, plain decoding under its own best plan, the library's offload."""
 ARMS_OF: Final[dict[Figure, tuple[Arm, ...]]] = {
     "plain_tok_per_s": ("plain",),
     "speculative_tok_per_s": ("speculative",),
     "speedup_same_plan": ("plain", "speculative"),
     "speedup": ("speculative", "best_plain"),
+    "peer_tok_per_s": ("peer",),
+    "speedup_over_peer": ("speculative", "peer"),
 }
 """The arms that a figure is made from."""
 

@@ -17,7 +17,7 @@ from subspec_cli.errors import IntegrityError, UsageError
 from subspec_cli.files.json_object import parse_json_object
 from subspec_cli.files.regular_file import read_small_file
 from subspec_cli.streaming.processors import gpu_models, processor_model, usable_processors
-from subspec_cli.units import printable
+from subspec_cli.units import counted, printable
 from subspec_cli.versions import __version__, library_versions
 
 _KIND: Final = "subspec bench"
@@ -77,7 +77,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def check_target(path: Path, *, force: bool) -> None:
-    """Refuse to overwrite a file that is not the record of the same command, unless `force`.
+    """Refuse to overwrite a file unless it is the complete record of the same command, or `force` is given.
 
     Raises UsageError.
     """
@@ -87,8 +87,13 @@ def check_target(path: Path, *, force: bool) -> None:
     if force or not path.exists():
         return
     try:
-        command = read_record(path)["record"].get("command")
+        document = read_record(path)
     except UsageError:
-        command = None
-    if command != command_line():
+        document = {"record": {}}
+    if document["record"].get("command") != command_line():
         raise UsageError(f"{name} exists and is not a record of the same command", "--force overwrites it")
+    if document.get("interrupted"):
+        raise UsageError(
+            f"{name} holds {counted(len(document.get('answers', ())), 'answer')} of an interrupted run",
+            f"--resume {name} goes on; --force begins anew",
+        )

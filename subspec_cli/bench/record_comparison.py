@@ -7,9 +7,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from subspec_cli.bench.figures import FIGURES, Figure, Spread
+from subspec_cli.bench.figures import FIGURES, PEER_FIGURES, Figure, Spread
 from subspec_cli.errors import UsageError
 
+_FILES: Final = ("resume", "plot")
+"""Settings that say where answers come from and figures go to, not what they are."""
 _MACHINE: Final = ("host", "cpu", "cores", "processor_quota", "gpus")
 """Fields of a record that say where it was made."""
 
@@ -53,6 +55,7 @@ def compare_records(first: Mapping[str, Any], second: Mapping[str, Any]) -> tupl
         for row in first["rows"]
         if row["category"] in rows
         for figure in FIGURES
+        if figure not in PEER_FIGURES or _spread(row, figure) or _spread(rows[row["category"]], figure)
     )
 
 
@@ -71,7 +74,7 @@ def _settings(document: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         yield key, document.get(key)
     for section, values in document.get("config", {}).items():
         for key, value in values.items():
-            if (section, key) == ("bench", "resume"):  # says where answers come from, not what they are
+            if section == "bench" and key in _FILES:
                 continue
             # As JSON has it, because one of the two may come from a file.
             yield f"{section}.{key}", json.loads(json.dumps(value, default=str))

@@ -8,8 +8,7 @@ from typing import Any, Literal
 
 from subspec_cli.bench.answers import AnswerPair, BestPlainAnswer
 from subspec_cli.bench.figures import Arm, Figure, Spread, spread_of
-from subspec_cli.bench.machine_use import MachineUse, total_use
-from subspec_cli.bench.voids import PlainRates, Void, row_voids
+from subspec_cli.bench.voids import PeerReads, PlainRates, Void, busy_reason, row_voids
 from subspec_cli.metrics import (
     Exactness,
     RangeTotals,
@@ -20,6 +19,7 @@ from subspec_cli.metrics import (
 from subspec_cli.planning.comparison import Comparison, compare
 from subspec_cli.planning.costs import PlanCosts
 from subspec_cli.planning.plan import OffloadPlan
+from subspec_cli.probe.machine_use import MachineUse, total_use
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +131,12 @@ class BenchReport:
         stats = [item.answer.stats for item in self.best_plain if when in (None, item.when)]
         return rate_of_totals(stats) or None
 
+    @property
+    def best_plain_void(self) -> str | None:
+        """Why the speed under plain decoding's own best plan means nothing; None if it does mean something."""
+        uses = total_use(item.answer.use for item in self.best_plain)
+        return busy_reason("best_plain", uses, self.load_per_core)
+
     def _row(self, category: str, pairs: Sequence[AnswerPair]) -> BenchRow:
         repetitions = whole_repetitions(pairs)
         measured = _measured(repetitions, self.best_plain_tok_per_s())
@@ -139,6 +145,7 @@ class BenchReport:
             "plain": total_use(pair.plain.use for pair in pairs),
             "speculative": total_use(pair.speculative.use for pair in pairs),
             "best_plain": total_use(item.answer.use for item in self.best_plain),
+            "peer": total_use(pair.peer.answer.use for pair in pairs if pair.peer),
         }
         return BenchRow(
             category=category,
@@ -148,7 +155,7 @@ class BenchReport:
             prefilled_tokens=sum(pair.speculative.stats.prefilled_tokens for pair in repetitions[0]),
             measured=measured,
             uses=uses,
-            voids=row_voids(measured, tau, uses, self._plain_rates, self.load_per_core),
+            voids=row_voids(measured, tau, uses, self._plain_rates, self.load_per_core, peer_reads(pairs)),
         )
 
     @property
@@ -156,6 +163,17 @@ class BenchReport:
         asked = {item.question_id for item in self.best_plain}
         same = [pair.plain.stats for pair in self.pairs if pair.turn == 1 and pair.question_id in asked]
         return PlainRates(self.best_plain_tok_per_s(), rate_of_totals(same) or None)
+
+
+def peer_reads(pairs: Iterable[AnswerPair]) -> PeerReads | None:
+    """Return what the peer's answers took from disk; None without a peer."""
+    answers = [pair.peer for pair in pairs if pair.peer]
+    if not answers:
+        return None
+    read = [answer.read_bytes for answer in answers if answer.read_bytes is not None]
+    return PeerReads(
+        sum(read) if len(read) == len(answers) else None, sum(answer.streamed_bytes for answer in answers)
+    )
 
 
 def whole_repetitions(pairs: Sequence[AnswerPair]) -> list[list[AnswerPair]]:
@@ -170,11 +188,14 @@ def _measured(repetitions: Iterable[Sequence[AnswerPair]], best_plain: float | N
     for pairs in repetitions:
         plain = rate_of_totals(pair.plain.stats for pair in pairs)
         speculative = rate_of_totals(pair.speculative.stats for pair in pairs)
+        peer = rate_of_totals(pair.peer.answer.stats for pair in pairs if pair.peer)
         figures: dict[Figure, float] = {
             "plain_tok_per_s": plain,
             "speculative_tok_per_s": speculative,
             "speedup_same_plan": speculative / plain if plain else 0.0,
             "speedup": speculative / best_plain if best_plain else 0.0,
+            "peer_tok_per_s": peer,
+            "speedup_over_peer": speculative / peer if peer else 0.0,
         }
         for figure, value in figures.items():
             if value:

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from subspec_cli.bench.answers import AnswerPair, ArmAnswer, BestPlainAnswer
-from subspec_cli.bench.machine_use import MachineUse
+from subspec_cli.bench.answers import AnswerPair, ArmAnswer, BestPlainAnswer, PeerAnswer
 from subspec_cli.bench.record_comparison import differences
 from subspec_cli.bench.report import LinkFigures
 from subspec_cli.errors import UsageError
 from subspec_cli.metrics import GenerationStats, RangeTotals
 from subspec_cli.planning.plan import OffloadPlan
+from subspec_cli.probe.machine_use import MachineUse
 
 _HINT: Final = "resume with the settings of the record, or leave out --resume to begin anew"
 _SESSION_FIELDS: Final = ("model", "revision", "device")
@@ -85,7 +85,12 @@ def _pair(found: Mapping[str, Any]) -> AnswerPair:
         plain=_arm(found["plain"]),
         speculative=_arm(found["speculative"]),
         repetition=found["repetition"],
+        peer=None if found["peer"] is None else _peer(found["peer"]),
     )
+
+
+def _peer(found: Mapping[str, Any]) -> PeerAnswer:
+    return PeerAnswer(_arm(found), found["read_bytes"], found["streamed_weight_bytes"])
 
 
 def _best_plain(found: Mapping[str, Any]) -> BestPlainAnswer:

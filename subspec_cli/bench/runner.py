@@ -19,20 +19,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from subspec_cli.bench.answers import AnswerPair, ArmAnswer, BestPlainAnswer
-from subspec_cli.bench.machine_use import read_load_per_core, read_use
+from subspec_cli.bench.answers import AnswerPair, ArmAnswer, BestPlainAnswer, PeerAnswer
+from subspec_cli.bench.peer import Peer, PeerOrder, running_peer
 from subspec_cli.bench.record import fingerprint, made_here, read_record, versions
 from subspec_cli.bench.report import BenchReport, LinkFigures
 from subspec_cli.bench.resumed import KeptAnswers, check_session, kept_answers
-from subspec_cli.bench.suites import Question, load_suite
+from subspec_cli.bench.sources import Suite
+from subspec_cli.bench.suites import Question, SuiteFile, find_suite, read_suite
 from subspec_cli.config import Config
 from subspec_cli.metrics import Exactness
 from subspec_cli.planning.costs import PlanCosts
 from subspec_cli.planning.plan import OffloadPlan
 from subspec_cli.planning.request import WantedTokens
+from subspec_cli.probe.machine_use import read_load_per_core, read_use
 from subspec_cli.reporter import Reporter
 from subspec_cli.session import open_session
+from subspec_cli.session.found_model import find_model
+from subspec_cli.streaming.host_memory import host_memory
 from subspec_cli.streaming.memory_meter import disk_read_bytes
+from subspec_cli.units import GIB
 
 if TYPE_CHECKING:
     from subspec_cli.modeling.pretrained import ModelTokenizer
@@ -63,18 +68,22 @@ class _Run:
         self,
         config: Config,
         suite: str,
+        file: SuiteFile,
         questions: Sequence[Question],
         progress: Callable[[BenchProgress], None],
+        on_question: Callable[[BenchReport], None],
     ) -> None:
         self._suite = suite
         self._questions = questions
         self._progress = progress
+        self._on_question = on_question
         self._started = time.perf_counter()
         self._load_per_core = read_load_per_core()
         self._done = 0
         self._context: dict[str, Any] = {
             "record": made_here(),
             "versions": versions(),
+            "questions_file": file.as_dict(),
             "questions_sha256": fingerprint(questions),
             "config": config.as_dict(),
         }
@@ -95,6 +104,7 @@ class _Run:
     def measure(self) -> None:
         """Measure everything."""
         self._measure_best_plain("before")
+        self._on_question(self.report(interrupted=True))
         self._measure_pairs()
         self._measure_best_plain("after")
 
@@ -121,11 +131,17 @@ class _Run:
         config, self._reprobe = _with_memory(config, reprobe=self._reprobe), False
         with open_session(config, Reporter(self._say), count=self._count) as session:
             self._warm_up(session)
-            yield session
+            try:
+                yield session
+            except BaseException:
+                # The plan of a resumed record must not change by what the record's first part has learned.
+                assert session.learning is not None
+                session.learning.forget()
+                raise
 
     def _measure_pairs(self) -> None:
         """Measure both arms over all questions under one plan."""
-        with self._session(self._config) as session:
+        with self._session(self._config) as session, self._peer(session) as peer:
             about = session.description
             self._exactness, self._speculation = about.exactness, about.speculation
             self._plan, self._costs = about.plan, about.costs
@@ -133,8 +149,32 @@ class _Run:
             check_session(self._kept, self._context, about.plan)
             for repetition in range(self._config.bench.repeat):
                 for number, question in enumerate(self._questions):
-                    self._measure_question(session, repetition, number, question)
+                    self._measure_question(session, peer, repetition, number, question)
+                    # An answer of the record that is resumed is on the disk already.
+                    if len(self._pairs) > len(self._kept.pairs):
+                        self._on_question(self.report(interrupted=True))
             self._context["peak_memory_bytes"] = session.peak_memory_bytes()
+
+    @contextmanager
+    def _peer(self, session: Session) -> Iterator[Peer | None]:
+        """Load the peer beside the session, and let it give a short answer that does not count."""
+        if self._config.bench.peer is None:
+            yield None
+            return
+        self._say("loading accelerate")
+        about, found = session.description, find_model(self._config)
+        order = PeerOrder(
+            str(found.checkpoint.directory),
+            about.device.partition(":")[0],
+            about.budget_bytes,
+            _host_bytes(self._config),
+            about.threads,
+        )
+        with running_peer(order) as peer:
+            self._context["peer"] = peer.about
+            prompt = session.encode_prompt(self._questions[0].turns[0], system=None, raw=False)
+            peer.answer(prompt, limit=2, end_ids=about.end_ids)
+            yield peer
 
     def _measure_best_plain(self, when: Literal["before", "after"]) -> None:
         """Measure plain decoding with as many resident layers as fit without substitutes, in the same context."""
@@ -154,24 +194,31 @@ class _Run:
                 self._best_plain.append(BestPlainAnswer(question.question_id, when, answer))
                 self._done += 1
 
-    def _measure_question(self, session: Session, repetition: int, number: int, question: Question) -> None:
+    def _measure_question(
+        self, session: Session, peer: Peer | None, repetition: int, number: int, question: Question
+    ) -> None:
         messages: list[dict[str, str]] = []
         for turn, text in enumerate(question.turns):
             messages.append({"role": "user", "content": text})
             done = len(self._pairs)
             if done < len(self._kept.pairs):
-                self._done += 2
+                self._done += 2 if self._config.bench.peer is None else 3
                 pair = self._kept.pairs[done]
             else:
                 # Two noise streams a question: the same in both arms, so the same noise.
+                plain_first = (number + repetition) % 2 == 0
+                peers = [] if plain_first else [self._peer_answer(session, peer, messages)]
                 arms = self._measure_turn(
                     session,
                     messages,
                     2 * number + turn,
-                    plain_first=(number + repetition) % 2 == 0,
+                    plain_first=plain_first,
                     category=question.category,
                 )
-                pair = AnswerPair(question.question_id, question.category, turn + 1, *arms, repetition + 1)
+                peers = peers or [self._peer_answer(session, peer, messages)]
+                pair = AnswerPair(
+                    question.question_id, question.category, turn + 1, *arms, repetition + 1, *peers
+                )
             self._pairs.append(pair)
             messages.append({"role": "assistant", "content": pair.speculative.text})
 
@@ -196,6 +243,18 @@ class _Run:
             self._say(f"{category}, {name}{f': {rate:.2f} tok/s' if rate else ''}")
         self._link = link  # only now: a turn that is cut short is measured again when the record is resumed
         return arms[True], arms[False]
+
+    def _peer_answer(
+        self, session: Session, peer: Peer | None, messages: Sequence[dict[str, str]]
+    ) -> PeerAnswer | None:
+        """Let the peer answer: after our arms if plain decoding is first, else before them."""
+        if peer is None:
+            return None
+        prompt = session.encode_messages(messages, system=self._config.run.system)
+        answer = peer.answer(prompt, limit=self._plain_limit, end_ids=session.description.end_ids)
+        self._done += 1
+        self._say(f"accelerate: {answer.answer.stats.decode_tok_per_s:.2f} tok/s")
+        return answer
 
     def _warm_up(self, session: Session) -> None:
         """Give a short answer that does not count: the first one pays for what later ones find ready."""
@@ -249,23 +308,29 @@ class _Run:
 
     def _say(self, status: str) -> None:
         turns = sum(len(question.turns) for question in self._questions)
-        total = 2 * turns * self._config.bench.repeat + 2 * len(self._best_plain_questions)
+        total = (2 if self._config.bench.peer is None else 3) * turns * self._config.bench.repeat + 2 * len(
+            self._best_plain_questions
+        )
         elapsed_s = time.perf_counter() - self._started
         self._progress(BenchProgress(self._done, total, elapsed_s, status))
 
 
 def run_bench(
     config: Config,
-    suite: str,
+    suite: Suite,
     *,
     progress: Callable[[BenchProgress], None],
+    on_question: Callable[[BenchReport], None] = lambda _: None,
 ) -> BenchReport:
     """Measure a suite. Ctrl-C ends it early and keeps what is done; other failures are raised.
 
+    `on_question` receives what is measured so far, after each question.
+
     Raises UsageError if a record is to be resumed that is complete or was made with other settings.
     """
-    questions = load_suite(suite, config.bench.questions, config.bench.limit)
-    run = _Run(config, suite, questions, progress)
+    file = find_suite(suite, config.bench.questions)
+    questions = read_suite(suite, file.path, config.bench.limit)
+    run = _Run(config, suite, file, questions, progress, on_question)
     try:
         run.measure()
     except KeyboardInterrupt:
@@ -287,6 +352,12 @@ def _generate(
     return ArmAnswer(token_ids, text, deltas[-1].finish_reason or "interrupted", deltas[-1].stats)
 
 
+def _host_bytes(config: Config) -> int:
+    """Host memory that the peer may take for what the device does not hold."""
+    free = host_memory().free_bytes
+    return free if config.memory.ram_gb is None else min(free, int(config.memory.ram_gb * GIB))
+
+
 def _with_seed(config: Config, seed: int) -> Config:
     return dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, seed=seed))
 
@@ -303,6 +374,7 @@ def _context(session: Session) -> dict[str, Any]:
         "device": about.device,
         "exactness_reason": about.exactness_reason,
         "seed": about.seed,
+        "sampling": about.config.as_dict()["sampling"],
         "threads": about.threads,
         "direct_io": about.direct_io,
         "budget_bytes": about.budget_bytes,

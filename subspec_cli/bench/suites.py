@@ -1,20 +1,22 @@
-"""Question sets as JSON lines of two turns each: the shipped sample, and MT-Bench from the hub or a local file."""
+"""Question sets: the shipped sample, the published sets of `sources`, and local files of either form."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
-from subspec_cli.errors import IntegrityError, UsageError
-from subspec_cli.files.regular_file import read_small_file
+from subspec_cli.bench.question_rows import is_parquet, json_rows, parquet_rows, text_of
+from subspec_cli.bench.sources import DEFAULT_QUESTIONS, HUB_FILES, ROW_FORMS, RowForm, Suite
+from subspec_cli.errors import NetworkError, UsageError
+from subspec_cli.files.regular_file import sha256_file
 from subspec_cli.hub.dataset import download_dataset_file
 from subspec_cli.units import printable
 
 _SAMPLE: Final = Path(__file__).with_name("sample.jsonl")
-_MT_BENCH: Final = ("HuggingFaceH4/mt_bench_prompts", "raw/question.jsonl")
-_MOST_BYTES: Final = 64 << 20
+_HINT: Final = 'each line is {"question_id": 1, "category": "writing", "turns": ["...", "..."]}'
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,33 +35,71 @@ class Question:
         return [*answered, asked[-1]]
 
 
-def load_suite(name: str, questions_file: str | None, limit: int | None) -> tuple[Question, ...]:
-    """Return the questions of `sample` or `mt-bench`, or of `questions_file`; at most `limit` over all categories.
+@dataclass(frozen=True, slots=True)
+class SuiteFile:
+    """The file of a suite, and where it is from."""
 
-    Raises UsageError for a file that is not in the format, the hub's errors when the download fails.
+    path: Path
+    dataset: str | None = None
+    name: str | None = None
+    revision: str | None = None
+    """The commit of the dataset, as the hub named it."""
+
+    def as_dict(self) -> dict[str, str | None]:
+        """Plain values for JSON."""
+        return {
+            "dataset": self.dataset,
+            "file": self.name or self.path.name,
+            "revision": self.revision,
+            "sha256": sha256_file(self.path),
+        }
+
+
+def load_suite(name: Suite, questions_file: str | None, limit: int | None) -> tuple[Question, ...]:
+    """Return the questions of a suite, or of `questions_file` in the suite's form; errors as of the two steps."""
+    return read_suite(name, find_suite(name, questions_file).path, limit)
+
+
+def find_suite(name: Suite, questions_file: str | None) -> SuiteFile:
+    """Return the local file, or the suite's own, downloaded unless it is cached.
+
+    Raises the hub's errors when the download fails.
     """
     if questions_file is not None:
-        path = Path(questions_file)
-    elif name == "sample":
-        path = _SAMPLE
-    else:
-        path = download_dataset_file(*_MT_BENCH)
-    questions = read_questions(path)
-    return spread_over_categories(questions, limit) if limit is not None else questions
-
-
-def read_questions(path: Path) -> tuple[Question, ...]:
-    """Return all questions of a JSON lines file."""
+        return SuiteFile(Path(questions_file))
+    if name == "sample":
+        return SuiteFile(_SAMPLE)
+    wanted = HUB_FILES[name]
     try:
-        lines = read_small_file(path, _MOST_BYTES).decode("utf-8").splitlines()
-    except IntegrityError as error:
-        raise UsageError(f"--questions: {error.message}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{printable(str(path))} is not UTF-8 at byte {error.start}") from error
-    found = [_question(line, number, path) for number, line in enumerate(lines, start=1) if line.strip()]
+        path, commit = download_dataset_file(wanted.dataset, wanted.name, wanted.revision)
+    except NetworkError as error:
+        others = "--questions FILE reads a local file, subspec bench sample needs none"
+        raise NetworkError(error.message, f"{error.hint}; {others}") from error
+    return SuiteFile(path, wanted.dataset, wanted.name, commit)
+
+
+def read_suite(name: Suite, path: Path, limit: int | None) -> tuple[Question, ...]:
+    """Return at most `limit` questions over all categories; 80 of a suite of rows without a limit.
+
+    Raises UsageError for a file that is not in the format.
+    """
+    form = ROW_FORMS.get(name)
+    if form is not None:
+        limit = limit or DEFAULT_QUESTIONS
+    if is_parquet(path):
+        if form is None:
+            raise UsageError(
+                f"{printable(str(path))} is a parquet file; {name} is read from JSON lines", _HINT
+            )
+        rows: Iterable[tuple[str, dict[str, Any]]] = parquet_rows(path, form.all_columns)
+    else:
+        rows = json_rows(path)
+    if form is not None and form.category is None:
+        rows = islice(rows, limit)  # one category: the first rows, without reading the rest
+    found = tuple(_question(name, form, where, row) for where, row in rows)
     if not found:
         raise UsageError(f"{printable(str(path))} holds no questions")
-    return tuple(found)
+    return spread_over_categories(found, limit) if limit is not None else found
 
 
 def spread_over_categories(questions: tuple[Question, ...], limit: int) -> tuple[Question, ...]:
@@ -75,20 +115,24 @@ def spread_over_categories(questions: tuple[Question, ...], limit: int) -> tuple
     return tuple(chosen)
 
 
-def _question(line: str, number: int, path: Path) -> Question:
-    try:
-        record: dict[str, Any] = json.loads(line)
-        turns = record.get("turns", record.get("prompt"))
-        if (
-            not isinstance(turns, list)
-            or not turns
-            or not all(isinstance(t, str) and t.strip() for t in turns)
-        ):
-            raise ValueError('"turns" must be a list of texts')
-        identity = record.get("question_id", record.get("prompt_id", number))
-        return Question(str(identity), str(record.get("category", "all")), tuple(turns))
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise UsageError(
-            f"{printable(str(path))}, line {number}: {printable(str(error))[:200]}",
-            'each line is {"question_id": 1, "category": "writing", "turns": ["...", "..."]}',
-        ) from error
+def _question(name: Suite, form: RowForm | None, where: str, row: Mapping[str, Any]) -> Question:
+    if form is not None and "turns" not in row:
+        return _question_of_columns(name, form, where, row)
+    # The hub's MT-Bench has `turns` in one of its files and `prompt` in another.
+    turns = row.get("turns", row.get("prompt"))
+    if not isinstance(turns, list) or not turns:
+        raise UsageError(f'{where}: "turns" must be a list of texts', _HINT)
+    texts = tuple(text_of({"turns": turn}, "turns", where) for turn in turns)
+    identity = row.get("question_id", row.get("prompt_id", where.rpartition(" ")[2]))
+    return Question(str(identity), str(row.get("category", "all")), texts)
+
+
+def _question_of_columns(name: Suite, form: RowForm, where: str, row: Mapping[str, Any]) -> Question:
+    texts = {
+        # Only the first column must say something: most instructions of Alpaca have no input.
+        column: text_of(row, column, where, may_be_empty=column != form.columns[0])
+        for column in form.all_columns
+    }
+    identity = where.rpartition(" ")[2] if form.identity is None else texts[form.identity]
+    category = name if form.category is None else texts[form.category]
+    return Question(identity, category, (form.prompt(texts),))

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from subspec_cli.bench.answers import AnswerPair
-from subspec_cli.bench.figures import ARMS_OF, Arm, Figure, Spread
-from subspec_cli.bench.machine_use import MachineUse
+from subspec_cli.bench.figures import ARMS_OF, PEER_FIGURES, Arm, Figure, Spread
+from subspec_cli.probe.machine_use import MachineUse
 
 MOST_OF_TAU: Final = 1.05
 """Largest ratio to plain decoding, in tau; two measurements of the same thing differ by a few percent."""
@@ -21,12 +21,15 @@ LEAST_OF_OTHER_PLAN: Final = 0.95
 """Least speed under the best plan, in that under another one."""
 MOST_OTHERS_SHARE: Final = 0.1
 """Largest share of the cores that others may take."""
+LEAST_READ: Final = 0.5
+"""Least share of the peer's weights that must come from storage and not from the page cache."""
 MOST_LOAD_PER_CORE: Final = 0.5
 """Largest load before, where an arm was too short, or the system is not one, to tell the share of others."""
 _ARM_NAMES: Final[Mapping[Arm, str]] = {
     "plain": "plain decoding",
     "speculative": "speculative decoding",
     "best_plain": "plain decoding under its own best plan",
+    "peer": "accelerate",
 }
 
 
@@ -36,6 +39,16 @@ class Void:
 
     figure: Figure
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PeerReads:
+    """What the peer's answers took from disk."""
+
+    read_bytes: int | None
+    """Bytes that storage delivered; None if the system does not report them."""
+    streamed_bytes: int
+    """Bytes of weights that it needed from disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +65,7 @@ def row_voids(
     uses: Mapping[Arm, MachineUse],
     rates: PlainRates,
     load_per_core: float | None,
+    peer: PeerReads | None = None,
 ) -> tuple[Void, ...]:
     """Return the figures of a row that are void; a figure may be void for several reasons."""
 
@@ -62,6 +76,8 @@ def row_voids(
             yield ratio_reason(measured[figure].most, tau)
         if figure == "speedup":
             yield plan_reason(rates)
+        if figure in PEER_FIGURES and peer is not None:
+            yield cache_reason(peer)
 
     return tuple(Void(figure, reason) for figure in measured for reason in reasons(figure) if reason)
 
@@ -93,6 +109,17 @@ def plan_reason(rates: PlainRates) -> str | None:
         f"plain decoding's own best plan was slower than the plan of both arms: "
         f"{rates.best_plan:.2f} and {rates.other_plan:.2f} tok/s for the same turns"
     )
+
+
+def cache_reason(peer: PeerReads) -> str | None:
+    """Return why the peer's speed is not the one of its storage; None if it is, or if it needed none."""
+    if not peer.streamed_bytes:
+        return None
+    if peer.read_bytes is None:
+        return "the system does not say what accelerate read from storage"
+    if peer.read_bytes >= LEAST_READ * peer.streamed_bytes:
+        return None
+    return f"the page cache served accelerate: storage gave less than {LEAST_READ:.0%} of the weights that it needed"
 
 
 def busy_reason(arm: Arm, use: MachineUse, load_per_core: float | None) -> str | None:

@@ -15,6 +15,7 @@ from subspec_cli.checkpoint.checkpoint import Checkpoint
 from subspec_cli.checkpoint.configured_model import configured_model
 from subspec_cli.checkpoint.end_tokens import read_end_ids
 from subspec_cli.checkpoint.geometry import ModelGeometry, geometry_of
+from subspec_cli.checkpoint.model_sampling import ModelSampling, read_model_sampling
 from subspec_cli.checkpoint.rope_settings import RopeSettings, read_ropes
 from subspec_cli.checkpoint.safetensors_header import TensorEntry
 from subspec_cli.checkpoint.source_directory import (
@@ -39,7 +40,7 @@ _ANY_DTYPE: Final = "BF16"
 
 @dataclass(frozen=True, slots=True)
 class Repository:
-    """A model that can run: what it computes, where its tensors are, and what ends its answers."""
+    """A model that can run: what it computes, where its tensors are, how its answers are sampled and end."""
 
     geometry: ModelGeometry
     ropes: tuple[RopeSettings, ...]
@@ -47,6 +48,7 @@ class Repository:
     tokenizer: TokenizerFacts
     end_ids: tuple[int, ...]
     """Tokens that end an answer; empty if no file names one."""
+    sampling: ModelSampling
     tensors: Mapping[str, TensorEntry]
     """Exactly those that the model needs."""
     notes: tuple[str, ...]
@@ -88,15 +90,8 @@ def decide_repository(
     check_fields(config)
     model = configured_model(config)
     table = read_tensor_table(config, tensors, index)
-    generation = read(_GENERATION_NAME, _MOST_GENERATION_BYTES)
-    end_ids = read_end_ids(
-        {**model.config, **config},
-        None
-        if generation is None
-        else parse_json_object(
-            generation, f"{_GENERATION_NAME} in {where}", IntegrityError, "correct the file"
-        ),
-    )
+    generation = _read_generation(read, where)
+    end_ids = read_end_ids({**model.config, **config}, generation)
     notes = () if end_ids else ("no file of the model names a token that ends an answer: --stop TEXT can",)
     return Repository(
         geometry=table.geometry,
@@ -107,9 +102,17 @@ def decide_repository(
             table.geometry.vocab,
         ),
         end_ids=end_ids,
+        sampling=read_model_sampling(config, generation),
         tensors=table.entries,
         notes=(*table.notes, *notes),
     )
+
+
+def _read_generation(read: ReadFile, where: str) -> dict[str, Any] | None:
+    raw = read(_GENERATION_NAME, _MOST_GENERATION_BYTES)
+    if raw is None:
+        return None
+    return parse_json_object(raw, f"{_GENERATION_NAME} in {where}", IntegrityError, "correct the file")
 
 
 def read_repository(checkpoint: Checkpoint) -> Repository:

@@ -14,7 +14,7 @@ from typing import Any
 
 from subspec_cli.checkpoint.configured_model import unread_tensors
 from subspec_cli.checkpoint.tokenizer_files import TOKENIZER_CHOICES
-from subspec_cli.errors import IntegrityError, UnsupportedModelError
+from subspec_cli.errors import IntegrityError, UnsupportedModelError, UsageError
 from subspec_cli.files.io_errors import read_error
 from subspec_cli.files.json_object import parse_json_object
 from subspec_cli.files.regular_file import read_small_file, refuse_special
@@ -60,9 +60,9 @@ class WeightIndex:
 def confine(directory: Path, name: str) -> Path:
     """Path of the file `name` of a model in `directory`. The file need not exist; what exists is a regular file.
 
-    A name comes from the model's own files, so it stays inside the directory. A link in a user's directory is the
-    user's own act, and may lead to any file. A snapshot in the hub's cache comes from elsewhere: its links lead to
-    the cache's own `blobs`, or stay in the snapshot.
+    A name comes from the model's own files, so it stays inside the directory. A link in a user's directory may lead
+    to any file here: `check_links` has asked the user. A snapshot in the hub's cache comes from elsewhere: its links
+    lead to the cache's own `blobs`, or stay in the snapshot.
 
     Raises:
         IntegrityError: the name or a snapshot's link leads out of the directory, a link leads to itself or to
@@ -76,7 +76,7 @@ def confine(directory: Path, name: str) -> Path:
         )
     path = directory / name
     root, target = Path(os.path.realpath(directory)), Path(os.path.realpath(path))
-    is_snapshot = root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--")
+    is_snapshot = _is_snapshot(root)
     shown = f"{printable(name)} in {printable(str(directory))} is a link"
     if is_snapshot and not target.is_relative_to(root) and not _leads_to_blob(root, name):
         copy = f"cp -rL {shlex.quote(printable(str(root)))} DIRECTORY"
@@ -97,6 +97,29 @@ def confine(directory: Path, name: str) -> Path:
                 "put the file there, or remove the link",
             ) from error
     return path
+
+
+def check_links(directory: Path, weight_files: Iterable[str]) -> None:
+    """Refuse links of a user's directory to files outside of it. Snapshots of the hub's cache have their own rule.
+
+    Raises UsageError, which names the flag that follows them.
+    """
+    root = Path(os.path.realpath(directory))
+    if _is_snapshot(root):
+        return
+    small = (name for name in os.listdir(directory) if is_small_file(name) or name == INDEX_NAME)
+    for name in sorted({*small, *weight_files}):
+        target = Path(os.path.realpath(directory / name))
+        if not target.is_relative_to(root):
+            raise UsageError(
+                f"{printable(name)} in {printable(str(directory))} is a link to {printable(str(target))}, "
+                "outside the directory",
+                "--follow-links reads what such links lead to",
+            )
+
+
+def _is_snapshot(root: Path) -> bool:
+    return root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--")
 
 
 def _leads_to_blob(root: Path, name: str) -> bool:

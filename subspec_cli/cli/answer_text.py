@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from subspec_cli.cli.documents import plan_document
 from subspec_cli.cli.live import Answer
-from subspec_cli.cli.plan_text import reason_text
+from subspec_cli.cli.plan_text import acceptance_text, budget_text, reason_text
+from subspec_cli.cli.sampling_text import chat_sampling_line, sampling_words
 from subspec_cli.config import Config
 from subspec_cli.planning.comparison import Comparison, compare
 from subspec_cli.units import counted, format_bytes, format_seconds, printable
@@ -34,8 +35,8 @@ def loading_line(config: Config, file: Path | None, command: str = "") -> str:
     )
 
 
-def session_lines(session: Session, config: Config) -> list[str]:
-    """The banner: model, device and exactness; the plan and its reason."""
+def session_lines(session: Session) -> list[str]:
+    """The banner: model, device and exactness, sampling; the plan and its reason."""
     about, plan = session.description, session.description.plan
     first = [
         f"model {about.model_id}",
@@ -43,15 +44,21 @@ def session_lines(session: Session, config: Config) -> list[str]:
         f"context {about.context_tokens:,} tokens",
     ]
     first.append(f"{about.exactness} ({about.exactness_reason})")
-    if not config.sampling.is_greedy:
+    if (words := sampling_words(about.config.sampling)) != "greedy":
+        first.append(words)
+    if not about.config.sampling.is_greedy:
         first.append(f"seed {about.seed}{' (fresh)' if about.fresh_seed else ''}")
     second = [f"plan: {plan.resident_layers} resident + {plan.streamed_layers} streamed layers"]
     if about.fits:
         second.append("fits in the budget")
     second.append("speculation on" if about.speculation else "plain decoding")
     planned_bytes = sum(line.size_bytes for line in plan.lines)
-    second.append(f"{format_bytes(planned_bytes)} of {format_bytes(about.budget_bytes)} planned")
+    second.append(
+        f"{format_bytes(planned_bytes)} of {format_bytes(about.budget_bytes)} planned{budget_text(plan)}"
+    )
     second.append(reason_text(plan.reason))
+    if about.speculation:
+        second.append(acceptance_text(plan.prediction))
     return [" · ".join(part for part in line if part) for line in (first, second)]
 
 
@@ -67,6 +74,8 @@ def summary_line(answer: Answer, session: Session) -> str:
     parts = [f"{counted(stats.new_tokens, 'token')} ({answer.finish_reason}){rate}"]
     if stats.drafted_tokens:
         parts.append(f"tau {stats.tau:.2f}")
+    if not stats.new_tokens:  # interrupted while the prompt was read
+        return " · ".join(parts)
     parts.append(f"first token {format_seconds(stats.ttft_s)}")
     passes = f" in {stats.prefill_passes} passes" if stats.prefill_passes > 1 else ""
     parts.append(f"prompt {stats.prompt_tokens} ({stats.prefilled_tokens} prefilled{passes})")
@@ -92,12 +101,13 @@ def chat_line(answer: Answer, session: Session) -> str:
 
 
 def chat_header(session: Session) -> list[str]:
-    """The two lines that begin a chat, short enough for 40 columns."""
+    """The lines that begin a chat, two or three, short enough for 40 columns."""
     about = session.description
-    return [
-        f"{about.model_id} · {about.device} · {about.exactness}",
-        f"context {about.context_tokens:,} · /help lists commands",
-    ]
+    first = f"{about.model_id} · {about.device} · {about.exactness}"
+    held = f"context {about.context_tokens:,}"
+    if sampling_words(about.config.sampling) == "greedy":
+        return [first, f"{held} · greedy · /help for more"]
+    return [first, f"{held} · /help lists commands", chat_sampling_line(session)]
 
 
 def fullness_warning(answer: Answer, session: Session) -> str:
@@ -115,6 +125,17 @@ def fullness_warning(answer: Answer, session: Session) -> str:
     )
 
 
+def continue_hint(answer: Answer, session: Session, turns: int) -> str:
+    """How an answer that was cut short goes on; empty if it is whole, or if the context has no room for more."""
+    if answer.finish_reason == "stop":
+        return ""
+    cut = "interrupted" if answer.is_interrupted else "ended by length"
+    used = answer.stats.prompt_tokens + answer.stats.new_tokens
+    if used < session.description.context_tokens:
+        return f"{cut}: /continue goes on"
+    return f"{cut}: /continue goes on after /drop" if turns > 1 else ""
+
+
 def comparison_of(answer: Answer, session: Session) -> Comparison:
     """Compare the plan's prediction with the measured answer."""
     about = session.description
@@ -122,7 +143,7 @@ def comparison_of(answer: Answer, session: Session) -> Comparison:
     return compare(about.plan.prediction, about.costs, [answer.stats], drafted=drafted)
 
 
-def answer_document(answer: Answer, session: Session, config: Config) -> dict[str, Any]:
+def answer_document(answer: Answer, session: Session) -> dict[str, Any]:
     """The document of `run --json`."""
     stats, about = answer.stats, session.description
     return {
@@ -149,6 +170,6 @@ def answer_document(answer: Answer, session: Session, config: Config) -> dict[st
         "predicted_beside_measured": comparison_of(answer, session).as_dict(),
         "plan": plan_document(about.plan),
         "costs": about.costs.as_dict(),
-        "config": config.as_dict(),
+        "config": about.config.as_dict(),
         "versions": about.versions,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from typing import Annotated, Final
 
 import typer
@@ -10,6 +11,7 @@ import typer
 from subspec_cli.cli.audit import audit
 from subspec_cli.cli.bench import bench
 from subspec_cli.cli.chat import chat
+from subspec_cli.cli.completion import COMPLETE_VARIABLE, completion
 from subspec_cli.cli.configuration import configuration
 from subspec_cli.cli.help import add_examples, show_help
 from subspec_cli.cli.models import models
@@ -19,14 +21,14 @@ from subspec_cli.cli.run import run
 from subspec_cli.errors import ExitCode
 from subspec_cli.versions import __version__
 
-COMPLETE_VARIABLE: Final = "_SUBSPEC_COMPLETE"
-"""A shell that asks for completions sets it: `eval "$(_SUBSPEC_COMPLETE=source_bash subspec)"` in ~/.bashrc."""
+NARROW: Final = 60
+"""Columns below which boxes leave one word a line; help is then plain lines."""
 
 app = typer.Typer(
     name="subspec",
-    # Typer's own --install-completion and --show-completion stay out of --help.
+    # Typer's own --install-completion and --show-completion stay out of --help: `completion` writes the script.
     add_completion=bool(os.environ.get(COMPLETE_VARIABLE)),
-    rich_markup_mode="rich",
+    rich_markup_mode="rich" if shutil.get_terminal_size().columns >= NARROW else None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(plan)
@@ -35,6 +37,7 @@ app.command()(run)
 app.command()(chat)
 app.command()(bench)
 app.command()(audit)
+app.command()(completion)
 app.command("help")(show_help)
 app.add_typer(models)
 app.add_typer(configuration)

@@ -18,7 +18,7 @@ ModelArg = Annotated[
     str | None,
     typer.Argument(
         metavar="[MODEL]",
-        help="Hub id, local directory or [bold]demo[/bold]; it must be prepared.",
+        help="Hub id, local directory or demo; it must be prepared.",
         show_default="the model used last",
     ),
 ]

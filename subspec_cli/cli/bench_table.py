@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, Literal
 
-from subspec_cli.bench.figures import FIGURES, Figure, Spread
+from subspec_cli.bench.figures import FIGURES, PEER_FIGURES, Figure, Spread
 
 if TYPE_CHECKING:
     from subspec_cli.bench.report import BenchRow
@@ -18,18 +18,35 @@ FIGURE_NAMES: Final[Mapping[Figure, str]] = {
     "speculative_tok_per_s": "subspec tok/s",
     "speedup_same_plan": "speedup same plan",
     "speedup": "speedup",
+    "peer_tok_per_s": "accelerate tok/s",
+    "speedup_over_peer": "over it",
 }
 """Headings of the measured columns."""
-HEADERS: Final = ("category", "answers", "identical", *FIGURE_NAMES.values(), "tau", "prefilled")
+_RATIOS: Final = ("speedup", "speedup_same_plan", "speedup_over_peer")
 
 
-def table_cells(row: BenchRow) -> list[str]:
+def shown_figures(rows: Sequence[BenchRow]) -> tuple[Figure, ...]:
+    """Return the figures that have a column: those of a peer only if one was asked."""
+    return tuple(
+        figure
+        for figure in FIGURES
+        if figure not in PEER_FIGURES or any(figure in row.measured for row in rows)
+    )
+
+
+def headers(figures: Sequence[Figure]) -> tuple[str, ...]:
+    """Return the headings of the table."""
+    names = (FIGURE_NAMES[figure] for figure in figures)
+    return ("category", "answers", "identical", *names, "tau", "prefilled")
+
+
+def table_cells(row: BenchRow, figures: Sequence[Figure]) -> list[str]:
     """Return the cells of one row; a figure that means nothing is `void`."""
     return [
         row.category,
         str(row.answers),
         str(row.identical),
-        *("void" if row.is_void(figure) else spread_text(row.spread(figure), figure) for figure in FIGURES),
+        *("void" if row.is_void(figure) else spread_text(row.spread(figure), figure) for figure in figures),
         "-" if row.tau is None else f"{row.tau:.2f}",
         str(row.prefilled_tokens),
     ]
@@ -39,7 +56,7 @@ def spread_text(spread: Spread | None, figure: Figure) -> str:
     """Return the median, and the range if there is one."""
     if spread is None:
         return "-"
-    median = f"{spread.median:.2f}{'x' if figure in ('speedup', 'speedup_same_plan') else ''}"
+    median = f"{spread.median:.2f}{'x' if figure in _RATIOS else ''}"
     return median if spread.least == spread.most else f"{median} ({spread.least:.2f}..{spread.most:.2f})"
 
 
@@ -52,9 +69,10 @@ def markdown_lines(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> Ite
 
 def csv_text(rows: Sequence[BenchRow]) -> str:
     """Return the rows as CSV: numbers as they are, medians with least and most, and the reasons of void figures."""
-    headers = ["category", "answers", "identical"]
-    headers += [f"{figure}{part}" for figure in FIGURES for part in ("", "_least", "_most", "_void")]
-    return table_csv([*headers, "tau", "prefilled_tokens"], [_csv_cells(row) for row in rows])
+    figures = shown_figures(rows)
+    names = ["category", "answers", "identical"]
+    names += [f"{figure}{part}" for figure in figures for part in ("", "_least", "_most", "_void")]
+    return table_csv([*names, "tau", "prefilled_tokens"], [_csv_cells(row, figures) for row in rows])
 
 
 def table_csv(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -64,9 +82,9 @@ def table_csv(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return text.getvalue().rstrip("\n")
 
 
-def _csv_cells(row: BenchRow) -> list[object]:
+def _csv_cells(row: BenchRow, figures: Sequence[Figure]) -> list[object]:
     cells: list[object] = [row.category, row.answers, row.identical]
-    for figure in FIGURES:
+    for figure in figures:
         spread = row.spread(figure)
         cells += [spread.median, spread.least, spread.most] if spread else ["", "", ""]
         cells.append("; ".join(void.reason for void in row.voids if void.figure == figure))

@@ -19,6 +19,7 @@ from subspec_cli.cli.interrupts import (
     is_terminating,
     signals_as_interrupts,
 )
+from subspec_cli.cli.wrapping import terminal_width, wrapped_text
 from subspec_cli.errors import ExitCode, ResourceError, SubspecError, UsageError
 from subspec_cli.files.io_errors import TOO_MANY_FILES
 from subspec_cli.files.open_files import open_files_hint, raise_open_files_limit
@@ -65,7 +66,8 @@ def _invoke(argv: Sequence[str]) -> int:
     # Imported here, so that Ctrl-C during the import is also reported in one line.
     import typer
 
-    from subspec_cli.cli.app import COMPLETE_VARIABLE, app
+    from subspec_cli.cli.app import app
+    from subspec_cli.cli.completion import COMPLETE_VARIABLE
 
     command = typer.main.get_command(app)
     if os.environ.get(COMPLETE_VARIABLE):
@@ -84,7 +86,7 @@ def _invoke(argv: Sequence[str]) -> int:
         if not hasattr(error, "format_message"):
             raise
         used = getattr(getattr(error, "ctx", None), "command_path", "subspec")
-        message = error.format_message().rstrip(".")
+        message = error.format_message().rstrip(".").replace("Value error, ", "")
         hint = f"{used} --help lists what it takes"
         if used == "subspec run" and "unexpected extra argument" in message:
             hint = f'quote the prompt, and name the model by --model: {used} --model MODEL "…"; {hint}'
@@ -153,10 +155,14 @@ def _as_known(error: BaseException) -> SubspecError | None:
 
 
 def _say(text: str, *, one_line: bool = True) -> None:
-    """Write to stderr. If stderr is closed, the exit status still reports the error."""
+    """Write to stderr, on a terminal by words. If stderr is closed, the exit status still reports the error."""
     safe = printable(text)
+    if one_line:
+        safe = safe.replace("\n", " ")
     with contextlib.suppress(OSError, ValueError):
-        sys.stderr.write((safe.replace("\n", " ") if one_line else safe) + "\n")
+        if one_line and sys.stderr.isatty():
+            safe = wrapped_text(safe, terminal_width(sys.stderr))
+        sys.stderr.write(safe + "\n")
 
 
 def _tolerate_streams() -> None:

@@ -34,16 +34,24 @@ def chat(settings: Settings, files: FilesOpt = None, system_file: SystemFileOpt 
 
 
 def begin_chat(config: Config, file: Path | None, output: Output, *, first: str = "") -> None:
-    """Load the model and hold a conversation; `first` comes before the first message."""
+    """Load the model and hold a conversation; `first` comes before the first message.
+
+    Tokens are chosen as the model's own files say, where the user says nothing.
+    """
     from subspec_cli.cli.answer_text import loading_line
+    from subspec_cli.cli.keyboard import held_keys
 
     if not output.is_animated:  # else the line of progress says so, and leaves the screen again
         output.note(loading_line(config, file))
     reader = make_reader(output)
-    with load_session(config, output, None) as session:
+    if config.sampling.source is None:
+        config = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, source="model"))
+    with held_keys(output):
+        session = load_session(config, output, None)
+    with session:
         from subspec_cli.cli.conversation import converse
 
-        converse(session, config, output, reader, first=first)
+        converse(session, output, reader, first=first)
 
 
 def make_reader(output: Output) -> Reader:

@@ -14,7 +14,7 @@ from subspec_cli.cli.messages import FENCE, Message
 from subspec_cli.cli.output import as_json
 from subspec_cli.config import Config, SamplingConfig, settings_of
 from subspec_cli.config_file import with_setting
-from subspec_cli.errors import SubspecError, UsageError
+from subspec_cli.errors import ResourceError, SubspecError, UsageError
 from subspec_cli.files.atomic_write import atomic_write
 from subspec_cli.files.json_object import parse_json_object
 from subspec_cli.limits import MOST_PROMPT_BYTES
@@ -25,12 +25,18 @@ if TYPE_CHECKING:
 
 EXIT: Final = ("/exit", "/quit")
 RETRY: Final = "/retry"
+CONTINUE: Final = "/continue"
 _COMMAND: Final = re.compile(r"/[A-Za-z]+!?(\s|$)")
 _RUN_SETTINGS: Final = ("max_new_tokens",)
+_SAMPLING_SETTINGS: Final = tuple(
+    name for name in settings_of(SamplingConfig) if name not in ("source", "logit_bias")
+)
 _HELP: Final = f"""\
 /reset           clear the conversation
 /drop            forget the oldest turns
 /retry           ask the question again
+/continue        go on with an answer
+                 that was cut short
 /system TEXT     set the system message
 /set NAME VALUE  as temperature 0.7
 /save FILE       keep it; /save! anew
@@ -49,6 +55,8 @@ class ChatState:
     chat: Chat
     config: Config
     system: str | None
+    first: str = ""
+    """Text before the next message."""
     question: str = ""
     """The last message that was asked, perhaps in vain."""
 
@@ -58,16 +66,30 @@ def is_command(message: Message) -> bool:
     return message.is_typed and bool(_COMMAND.match(message.text))
 
 
+def lone_command(message: Message) -> str:
+    """The command that a message is, if nothing follows it; else an empty text."""
+    name, argument = _split(message.text) if is_command(message) else ("", "")
+    return "" if argument else name
+
+
 def obey(line: str, state: ChatState) -> str:
     """Do what a command says. Returns the line for the user, also if it cannot be done."""
-    name, _, argument = line.partition(" ")
-    act = _ACTS.get(name.lower())
-    if act is None:
-        return f"no command {name}: /help lists them; {FENCE}{name}{FENCE} sends it"
+    name, argument = _split(line)
+    act = _ACTS.get(name)
     try:
-        return act(state, argument.strip())
+        if name in (*EXIT, RETRY, CONTINUE):  # the loop obeys them where nothing follows
+            _take_nothing(name, argument)
+        if act is None:
+            raise UsageError(f"no command {name}", f"/help lists them; {FENCE}{name}{FENCE} sends it")
+        return act(state, argument)
     except SubspecError as error:
         return f"{error.message}{f': {error.hint}' if error.hint else ''}"
+
+
+def _split(line: str) -> tuple[str, str]:
+    """The name of a command in small letters, and what follows it."""
+    name, *rest = line.split(maxsplit=1)
+    return name.lower(), rest[0] if rest else ""
 
 
 def _help(state: ChatState, argument: str) -> str:  # noqa: ARG001 - as every command
@@ -76,7 +98,7 @@ def _help(state: ChatState, argument: str) -> str:  # noqa: ARG001 - as every co
 
 def _info(state: ChatState, argument: str) -> str:
     _take_nothing("/info", argument)
-    return "\n".join(session_lines(state.session, state.config))
+    return "\n".join(session_lines(state.session))
 
 
 def _reset(state: ChatState, argument: str) -> str:
@@ -86,13 +108,16 @@ def _reset(state: ChatState, argument: str) -> str:
 
 
 def _drop(state: ChatState, argument: str) -> str:
-    """Forget the oldest question with its answer, and more until half of the context is free."""
+    """Forget the oldest question with its answer, and more until half of the context is free.
+
+    The last turn stays if others can go, so that its answer can go on.
+    """
     _take_nothing("/drop", argument)
     kept, held = list(state.chat.messages), state.session.description.context_tokens
     if not kept:
         return "nothing was said that could be dropped"
     dropped = 0
-    while kept and (not dropped or _tokens(kept, state) > held // 2):
+    while kept and (not dropped or (len(kept) > 2 and _tokens(kept, state) > held // 2)):
         del kept[:2]
         dropped += 1
     state.chat.replace_messages(kept)
@@ -111,14 +136,14 @@ def _system(state: ChatState, argument: str) -> str:
 def _set(state: ChatState, argument: str) -> str:
     name, _, text = argument.partition(" ")
     key = name.replace("-", "_")
-    sampling = [key for key, setting in settings_of(SamplingConfig).items() if setting.help]
-    if key not in (*sampling, *_RUN_SETTINGS):
-        raise UsageError(f"/set takes {', '.join((*sampling, *_RUN_SETTINGS))}", "/set temperature 0.7")
+    if key not in (*_SAMPLING_SETTINGS, *_RUN_SETTINGS):
+        names = ", ".join((*_SAMPLING_SETTINGS, *_RUN_SETTINGS))
+        raise UsageError(f"/set takes {names}", "/set temperature 0.7")
     if not text:
-        return f"{key} is {getattr(state.config.sampling if key in sampling else state.config.run, key)}"
-    section = "sampling" if key in sampling else "run"
+        return f"{key} is {getattr(state.config.sampling if key in _SAMPLING_SETTINGS else state.config.run, key)}"
+    section = "sampling" if key in _SAMPLING_SETTINGS else "run"
     state.config = with_setting(state.config, section, key, _value(text))
-    if key in sampling:
+    if key in _SAMPLING_SETTINGS:
         state.session.set_sampling(state.config.sampling)
     return f"{key} is {text}"
 
@@ -137,7 +162,12 @@ def _write(state: ChatState, argument: str, *, replaces: bool) -> str:
         raise UsageError(f"{path} exists", f"/save! {argument} replaces it")
     system = [{"role": "system", "content": state.system}] if state.system is not None else []
     messages = [*system, *state.chat.messages]
-    atomic_write(path, as_json({"messages": messages}, indent=1).encode() + b"\n")
+    if not path.parent.is_dir():
+        raise UsageError(f"there is no directory {path.parent}")
+    try:
+        atomic_write(path, as_json({"messages": messages}, indent=1).encode() + b"\n")
+    except ResourceError as error:
+        raise UsageError(error.message, "/save takes another file") from error
     return f"{counted(len(messages), 'message')} in {path}"
 
 

@@ -6,11 +6,12 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
 from subspec_cli.bench.figures import spread_of
+from subspec_cli.bench.report import peer_reads
 from subspec_cli.bench.voids import pair_reasons
 from subspec_cli.cli.bench_table import FIGURE_NAMES
 from subspec_cli.metrics import GenerationStats, RangeTotals
 from subspec_cli.planning.comparison import Comparison
-from subspec_cli.units import counted
+from subspec_cli.units import counted, format_bytes, format_work_time
 
 if TYPE_CHECKING:
     from subspec_cli.bench.report import BenchReport
@@ -42,7 +43,7 @@ def summary_lines(report: BenchReport) -> tuple[str, ...]:
     identical = f"{total.identical} of {answers} token for token identical ({report.exactness})"
     lines = [*void_lines(report), identical if report.speculation else f"{identical}; speculation was off"]
     lines.extend(_answer_ratios(report))
-    if best_rate := report.best_plain_tok_per_s():
+    if (best_rate := report.best_plain_tok_per_s()) and report.best_plain_void is None:
         lines.append(_best_plain_text(report, best_rate))
     rate = total.spread("speculative_tok_per_s")
     if (ceiling := report.ceiling_tok_per_s) and report.link and rate:
@@ -55,12 +56,14 @@ def summary_lines(report: BenchReport) -> tuple[str, ...]:
         lines.extend(_range_text(item) for item in report.by_cached_rows)
     if report.comparison is not None:
         lines.append(comparison_line(report.comparison))
-        if note := prediction_note(report.comparison):
+        # On a busy machine the prediction may be right: timing the machine now would keep wrong costs.
+        if not total.is_void("speculative_tok_per_s") and (note := prediction_note(report.comparison)):
             lines.append(note)
     if report.link and report.link.cold_share is not None:
         lines.append(
             f"{report.link.cold_share:.0%} of the streamed bytes came from storage, not from a cache"
         )
+    lines.extend(_peer_lines(report))
     return (*lines, *_processor_lines(report))
 
 
@@ -75,14 +78,19 @@ def void_lines(report: BenchReport) -> list[str]:
 
 
 def prediction_note(comparison: Comparison) -> str | None:
-    """Return a hint if a prediction was off by more than 2; None if it was not."""
-    measured = comparison.tok_per_s
-    predicted = comparison.predicted_tok_per_s_given_tau or comparison.predicted_tok_per_s
+    """Return a hint if a prediction was off by more than 2; None if it was not.
+
+    Where tokens were drafted, the prediction is the one for this tau, so that the costs alone can be at fault.
+    """
+    measured, given = comparison.tok_per_s, comparison.predicted_tok_per_s_given_tau
+    predicted = given or comparison.predicted_tok_per_s
     if not measured or not predicted or 1 / _MOST_OFF <= measured / predicted <= _MOST_OFF:
         return None
     off = max(measured / predicted, predicted / measured)
     word = "slower" if measured < predicted else "faster"
-    return f"note: {off:.1f} times {word} than predicted: --reprobe times this machine anew"
+    figures = f"{measured:.3g} tok/s, predicted {predicted:.3g}{' for this tau' if given else ''}"
+    hint = "--reprobe times this machine anew" if comparison.origin == "measured" else "the costs are assumed"
+    return f"note: {off:.1f} times {word} than predicted ({figures}): {hint}"
 
 
 def _answer_ratios(report: BenchReport) -> Iterator[str]:
@@ -111,6 +119,31 @@ def _processor_lines(report: BenchReport) -> Iterator[str]:
         load = report.load_per_core
         before = "" if load is None else f"; load before {load:.2f} a core"
         yield f"share of the cores, subspec | others: {' · '.join(shares)}{before}"
+
+
+def _peer_lines(report: BenchReport) -> Iterator[str]:
+    """What the peer did: how many bytes it read, its memory, and its tokens, which need not be ours."""
+    found, about = peer_reads(report.pairs), report.context.get("peer", {})
+    if found is None:
+        return
+    equal = sum(
+        pair.peer.answer.token_ids == pair.speculative.token_ids[: len(pair.peer.answer.token_ids)]
+        for pair in report.pairs
+        if pair.peer
+    )
+    read = "an unknown part" if found.read_bytes is None else format_bytes(found.read_bytes)
+    weights = (
+        f"{read} of the {format_bytes(found.streamed_bytes)} that it streamed came from storage"
+        if found.streamed_bytes
+        else "all weights fit its memory"
+    )
+    peak, budget = about.get("peak_bytes"), report.context.get("budget_bytes")
+    memory = f"; peak memory {format_bytes(peak)} of {format_bytes(budget)}" if peak and budget else ""
+    answers = counted(len(report.pairs), "answer")
+    yield (
+        f"accelerate {about.get('version', '')}: {weights}{memory}; {equal} of {answers} with our tokens, "
+        "which another rounding may change"
+    )
 
 
 def _best_plain_text(report: BenchReport, rate: float) -> str:
@@ -149,7 +182,7 @@ def _range_text(item: RangeTotals) -> str:
 
 
 def _ms(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.2f} s"
+    return "-" if seconds is None else format_work_time(seconds)
 
 
 def _rate(tok_per_s: float | None) -> str:

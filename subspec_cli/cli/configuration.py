@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -23,7 +22,6 @@ from subspec_cli.errors import UsageError
 from subspec_cli.files.io_errors import write_error
 
 PRESETS: Final = Path(__file__).parent.parent / "presets"
-_MARKUP = re.compile(r"\[/?bold\]")
 
 configuration = typer.Typer(name="config", help="Write, show and find the settings file.")
 
@@ -113,7 +111,7 @@ def commented_settings() -> str:
             default = defaults[section][setting.key]
             usual = f" Default: {setting.shown_default}." if setting.shown_default else ""
             if setting.help:
-                lines.append(f"# {_MARKUP.sub('', setting.help)}{usual}")
+                lines.append(f"# {setting.help}{usual}")
             lines.append(f"#{setting.key} = {'' if default is None else _toml(default)}".rstrip())
     return "\n".join(lines) + "\n"
 

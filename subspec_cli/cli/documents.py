@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from subspec_cli.bench.figures import FIGURES
 from subspec_cli.bench.voids import pair_reasons
 from subspec_cli.cli.audit_text import audit_lines
 from subspec_cli.cli.comparison_text import summary_lines
-from subspec_cli.cli.plan_text import advice_text, assumptions, reason_text
+from subspec_cli.cli.plan_text import advice_text, assumptions, range_lines, reason_text
 from subspec_cli.planning.plan import OffloadPlan
 
 if TYPE_CHECKING:
-    from subspec_cli.bench.answers import AnswerPair, ArmAnswer, BestPlainAnswer
+    from subspec_cli.bench.answers import AnswerPair, ArmAnswer, BestPlainAnswer, PeerAnswer
     from subspec_cli.bench.audit_report import AuditedAnswer, AuditReport, Difference
     from subspec_cli.bench.report import BenchReport, BenchRow
     from subspec_cli.session.forecast import Forecast
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 def plan_document(plan: OffloadPlan) -> dict[str, Any]:
     """Return a plan with the sentences for its reason and its assumptions."""
-    return plan.as_dict(reason=reason_text(plan.reason), assumptions=assumptions(plan.prediction))
+    ends = (f"{name}: {text}" for name, text in range_lines(plan.prediction))
+    return plan.as_dict(reason=reason_text(plan.reason), assumptions=(*assumptions(plan.prediction), *ends))
 
 
 def forecast_document(found: Forecast) -> dict[str, Any]:
@@ -39,6 +40,8 @@ def forecast_document(found: Forecast) -> dict[str, Any]:
         "device_reason": found.device_reason,
         "prepared": found.is_prepared,
         "download_bytes": found.download_bytes,
+        "download_s": found.download_s,
+        "prepare_s": found.prepare_s,
         "substitute_disk_bytes": found.substitute_disk_bytes,
         "received_bytes": found.received_bytes,
         "plan": _plan_or_none(found.plan),
@@ -73,13 +76,23 @@ def bench_document(report: BenchReport) -> dict[str, Any]:
         "load_per_core": report.load_per_core,
         "ceiling_tok_per_s": report.ceiling_tok_per_s,
         "link": None if report.link is None else {**asdict(report.link), "gb_per_s": report.link.gb_per_s},
-        "best_plain_tok_per_s": report.best_plain_tok_per_s(),
-        "best_plain_before_tok_per_s": report.best_plain_tok_per_s("before"),
-        "best_plain_after_tok_per_s": report.best_plain_tok_per_s("after"),
+        "best_plain_void": report.best_plain_void,
+        **_best_plain_rates(report),
         "best_plain_answers": [_best_plain(item) for item in report.best_plain],
         "answers": [_pair(pair, report.load_per_core) for pair in report.pairs],
         **report.context,
         **{name: plan_document(plan) for name, plan in plans.items() if plan is not None},
+    }
+
+
+def _best_plain_rates(report: BenchReport) -> dict[str, float | None]:
+    """Speeds under plain decoding's own best plan, null if void."""
+    times: tuple[Literal["before", "after"] | None, ...] = (None, "before", "after")
+    return {
+        f"best_plain{'' if when is None else f'_{when}'}_tok_per_s": (
+            report.best_plain_tok_per_s(when) if report.best_plain_void is None else None
+        )
+        for when in times
     }
 
 
@@ -174,6 +187,15 @@ def _pair(pair: AnswerPair, load_per_core: float | None) -> dict[str, Any]:
         "void": list(void),
         "plain": _arm(pair.plain),
         "speculative": _arm(pair.speculative),
+        "peer": None if pair.peer is None else _peer(pair.peer),
+    }
+
+
+def _peer(found: PeerAnswer) -> dict[str, Any]:
+    return {
+        **_arm(found.answer),
+        "read_bytes": found.read_bytes,
+        "streamed_weight_bytes": found.streamed_bytes,
     }
 
 

@@ -14,7 +14,7 @@ _GLOSSARY: Final = Path(__file__).parent.parent / "ARCHITECTURE.md"
 _WIDTH: Final = 88
 EXAMPLES: Final = {
     "plan": (
-        "subspec plan Qwen/Qwen2.5-7B-Instruct --vram-gb 8",
+        "subspec plan Qwen/Qwen2.5-7B-Instruct --vram-gb 7",
         "subspec plan demo --compare 500MB,1GiB,2",
     ),
     "prepare": ("subspec prepare demo", "subspec prepare Qwen/Qwen2.5-7B-Instruct --bits 8"),
@@ -32,6 +32,7 @@ EXAMPLES: Final = {
     "remove": ("subspec models remove demo", "subspec models remove demo --all-but-latest --yes"),
     "init": ("subspec config init", "subspec config init --preset laptop-cpu"),
     "show": ("subspec config show",),
+    "completion": ('eval "$(subspec completion bash)"', "subspec completion fish | source"),
     "help": ("subspec help terms",),
 }
 """Command lines by the name of the command; under --help as they stand."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
 
+from subspec_cli.cli.answer_rows import AnswerRows
 from subspec_cli.cli.output import LiveArea, Output
 from subspec_cli.cli.output_progress import ProgressLine, prefill_text
 from subspec_cli.metrics import GenerationStats, PrefillProgress
@@ -34,6 +35,9 @@ class View:
 
     def show_prefill(self, progress: PrefillProgress) -> None:
         """Receive how far the prompt is read."""
+
+    def resume(self, text: str) -> None:
+        """Receive what was shown of an answer that now goes on."""
 
     def __enter__(self) -> Self:
         return self
@@ -99,28 +103,30 @@ class LiveView(View):
         self._budget_bytes = budget_bytes
         self._clock = clock
         self._redraw_at_s = clock()
-        self._partial = ""
+        self._rows = AnswerRows()
 
     def __enter__(self) -> Self:
         self._area.__enter__()
-        self._area.show("", [READING])
+        self._area.show((), [READING])
         return self
+
+    def resume(self, text: str) -> None:
+        """Begin with the row that was not full."""
+        self._rows.feed(printable(text), self._area.width)
 
     def show_prefill(self, progress: PrefillProgress) -> None:
         """Redraw the line of progress a few times a second."""
         if self._clock() >= self._redraw_at_s:
-            self._area.show("", [prefill_text(progress)])
+            self._area.show((), [prefill_text(progress)])
             self._redraw_at_s = self._clock() + _REDRAW_INTERVAL_S
 
     def feed(self, text: str, stats: GenerationStats) -> None:
         """Write full rows, and redraw the rest a few times a second."""
-        *lines, last = (self._partial + printable(text)).split("\n")
-        *full, self._partial = self._area.rows(last)
-        for row in (*(row for line in lines for row in self._area.rows(line)), *full):
-            self._area.write_line(row)
+        for row in self._rows.feed(printable(text), self._area.width):
+            self._area.write_row(row)
         if self._clock() >= self._redraw_at_s:
             statistics = statistics_lines(stats, self._memory_bytes(), self._budget_bytes)
-            self._area.show(self._partial, statistics)
+            self._area.show(self._rows.unfinished(), statistics)
             self._redraw_at_s = self._clock() + _REDRAW_INTERVAL_S
 
     def __exit__(
@@ -128,8 +134,8 @@ class LiveView(View):
     ) -> None:
         """Remove the statistics and leave the whole text."""
         self._area.__exit__(kind, error, trace)
-        if self._partial and not isinstance(error, OSError):
-            self._area.write_line(self._partial)
+        if (row := self._rows.unfinished()) and not isinstance(error, OSError):
+            self._area.write_row(row)
 
 
 def make_view(output: Output, session: Session) -> View:

@@ -35,6 +35,7 @@ def load_session(config: Config, output: Output, prompt: str | None) -> Session:
     """Open the session and say what was loaded. Without a prompt the session is for a chat."""
     from subspec_cli.cli.answer_text import chat_header, note_lines, session_lines
     from subspec_cli.cli.output_progress import ProgressLine
+    from subspec_cli.cli.sampling_text import unused_sampling_hint
 
     with ProgressLine(output) as progress:
         progress.update("loading libraries")
@@ -42,9 +43,11 @@ def load_session(config: Config, output: Output, prompt: str | None) -> Session:
         from subspec_cli.session import open_session
 
         session = open_session(config, Reporter(progress.update), count=_counting(prompt, config.run))
-    header = chat_header(session) if prompt is None else session_lines(session, config)
-    for line in (*header, *note_lines(session)):
-        output.note(line)
+    header = chat_header(session) if prompt is None else session_lines(session)
+    hint = "" if prompt is None else unused_sampling_hint(session)
+    for line in (*header, *note_lines(session), hint):
+        if line:
+            output.note(line)
     return session
 
 

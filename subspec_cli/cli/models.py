@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from subspec_cli.substitutes.integrity import Finding, Verifier, VerifyProgress
     from subspec_cli.substitutes.inventory import StoredModel
 
-models = typer.Typer(name="models", help="List, verify, find and remove what [bold]prepare[/bold] wrote.")
+models = typer.Typer(name="models", help="List, verify, find and remove what prepare wrote.")
 
 ModelArg = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Hub id, directory or [bold]demo[/bold], as it was prepared.")
+    str, typer.Argument(metavar="MODEL", help="Hub id, directory or demo, as it was prepared.")
 ]
 OptionalModelArg = Annotated[
     str | None, typer.Argument(metavar="[MODEL]", help="One model.", show_default="all that are prepared")
@@ -161,12 +161,12 @@ def stored_values(stored: StoredModel) -> dict[str, Any]:
 
 def progress_text(state: VerifyProgress) -> str:
     """The model being hashed, bytes, rate and time left."""
-    from subspec_cli.cli.output_progress import time_left
+    from subspec_cli.cli.output_progress import rate_text, time_left
 
     parts = [f"verifying {state.model_id}"]
     parts.append(f"{format_bytes(state.done_bytes)} of {format_bytes(state.total_bytes)}")
     if state.elapsed_s > 0:
-        parts.append(f"{state.done_bytes / state.elapsed_s / 1e6:.0f} MB/s")
+        parts.append(rate_text(state.done_bytes / state.elapsed_s))
     parts.append(time_left(state.done_bytes, state.total_bytes, state.elapsed_s))
     return " · ".join(part for part in parts if part)
 

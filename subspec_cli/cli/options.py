@@ -13,11 +13,23 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from inspect import Parameter
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, Union
 
 import typer
 
-from subspec_cli.config import SIZE, Config, ModelConfig, Setting, flag_of, settings_of
+from subspec_cli.cli.bias_file import read_bias_file
+from subspec_cli.cli.completion import complete_model
+from subspec_cli.config import (
+    AUTO,
+    BIASES,
+    BUDGET,
+    SIZE,
+    Config,
+    ModelConfig,
+    Setting,
+    flag_of,
+    settings_of,
+)
 from subspec_cli.config_file import find_config_file, resolve_config
 from subspec_cli.units import SIZE_WORDS, parse_size_gib
 
@@ -36,6 +48,7 @@ FilesOpt = Annotated[
     list[Path] | None,
     typer.Option(
         "--file",
+        "-f",
         metavar="PATH",
         help="Text file to ask about, under its name; may be given several times.",
         show_default=False,
@@ -46,6 +59,10 @@ SystemFileOpt = Annotated[
     typer.Option(
         "--system-file", metavar="PATH", help="Read the system message from a text file.", show_default=False
     ),
+]
+FollowLinksOpt = Annotated[
+    bool,
+    typer.Option("--follow-links", help="Read files outside MODEL's directory that links in it lead to."),
 ]
 _CONFIG = Parameter("config_file", Parameter.KEYWORD_ONLY, default=None, annotation=ConfigOpt)
 _DEBUG = Parameter("_debug", Parameter.KEYWORD_ONLY, default=False, annotation=DebugOpt)
@@ -121,6 +138,11 @@ def size(text: str) -> float:
         raise typer.BadParameter(f"{text!r} is not {SIZE_WORDS}") from error
 
 
+def budget(text: str) -> float | str:
+    """GiB of a size, or `auto`; an error shows what was written."""
+    return AUTO if text.strip().lower() == AUTO else size(text)
+
+
 def whole(text: str) -> int:
     """A whole number, or an error that shows what was written."""
     try:
@@ -143,18 +165,23 @@ def _options(section: dataclasses.Field[Any], without: Collection[str]) -> Itera
 
 
 def _option(key: str, kind: Any, setting: Setting, **shown: Any) -> Parameter:  # noqa: ANN401 - typer's
-    """One option. `kind` is the field's type: an optional value, a switch, a choice or texts."""
-    if isinstance(kind, UnionType):
+    """One option. `kind` is the field's type: an optional value, a switch, a choice, texts or a file's content."""
+    if typing.get_origin(kind) in (UnionType, Union):
         kind = typing.get_args(kind)[0]
+    parsers: dict[Any, Callable[[str], Any]] = {float: number, int: whole}
+    parser = size if setting.rule is SIZE else parsers.get(kind)
+    if setting.rule is BIASES:
+        kind, parser = dict[str, Any], read_bias_file
     if typing.get_origin(kind) is tuple:
         kind = list[str]
-    parser: Callable[[str], float] | None = {float: number, int: whole}.get(kind)
-    if setting.rule is SIZE:
-        parser = size
+    if setting.rule is BUDGET:
+        parser = budget
     names = [f"{flag_of(key)}/{flag_of(_inverse(key))}" if kind is bool else flag_of(key)]
     if setting.letter and key == setting.key:
         names.append(f"-{setting.letter}")
     metavar = setting.metavar or None
+    if key == "model":
+        shown["autocompletion"] = complete_model
     option = typer.Option(None, *names, help=setting.help, metavar=metavar, parser=parser, **shown)
     return Parameter(key, Parameter.KEYWORD_ONLY, default=option, annotation=kind | None)
 

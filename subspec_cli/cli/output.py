@@ -7,24 +7,32 @@ import json
 import math
 import os
 import sys
-import textwrap
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, Final, Self, TextIO
 
 from rich import box
-from rich.cells import cell_len
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from subspec_cli.cli.answer_rows import Row, Style
+from subspec_cli.cli.wrapping import wrapped_text
 from subspec_cli.units import printable
 
 _FILE_WIDTH = 140
 """A file has no width, and a table cut at the usual 80 columns would lose figures."""
+
+_STYLES: Final[dict[Style, str]] = {
+    "text": "",
+    "strong": "bold",
+    "heading": "bold",
+    "code": "cyan",
+    "mark": "dim",
+}
 
 
 class Output:
@@ -48,9 +56,14 @@ class Output:
 
     def note(self, text: str, *, style: str = "dim") -> None:
         """Write a line that is not part of the result to stderr, wrapped by words on a terminal."""
-        shown = _wrapped(printable(text), self.err.width) if self.stderr.isatty() else printable(text)
+        shown = wrapped_text(printable(text), self.err.width) if self.stderr.isatty() else printable(text)
         self.err.print(Text(shown, style=style), soft_wrap=True)
         self.stderr.flush()
+
+    def end_line(self) -> None:
+        """Leave the line of a prompt that was left without Enter; the line editor has left it already."""
+        if not self.can_edit:
+            self.note("")
 
     def result(self, text: str) -> None:
         """Write lines of the result to stdout."""
@@ -124,33 +137,25 @@ class LiveArea:
     ) -> None:
         self._live.stop()
 
-    def rows(self, line: str) -> list[str]:
-        """A line as rows of the screen, wrapped by words. As the line grows, only its last row changes."""
-        if cell_len(line) <= self._console.width:
-            return [line]
-        *full, last = (row.plain for row in Text(line).wrap(self._console, self._console.width))
-        # Rich drops spaces that do not fit, but a word may follow them.
-        return [*full, last.rstrip() + line[len(line.rstrip()) :]]
+    @property
+    def width(self) -> int:
+        """Columns of the terminal, which may change."""
+        return self._console.width
 
-    def write_line(self, line: str) -> None:
-        """Write a finished row or line."""
-        self._console.print(Text(line), soft_wrap=True)
+    def write_row(self, row: Row) -> None:
+        """Write a finished row, or a line of code, which the terminal wraps."""
+        self._console.print(_styled(row), soft_wrap=True)
 
-    def show(self, partial: str, statistics: Sequence[str]) -> None:
+    def show(self, row: Row, statistics: Sequence[str]) -> None:
         """Redraw the unfinished row and the statistics; as many of these as there is room for."""
-        tail = [Text(partial)] if partial else []
+        tail = [_styled(row, no_wrap=True, overflow="ellipsis")] if row else []
         statistics = statistics[: max(0, self._console.height - 3)]
         lines = [Text(line, style="dim", no_wrap=True, overflow="ellipsis") for line in statistics]
         self._live.update(Group(*tail, *lines), refresh=True)
 
 
-def _wrapped(text: str, width: int) -> str:
-    """Text wrapped by words. A path longer than a row is left whole, for the terminal to wrap."""
-    rows = (
-        textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False) or [""]
-        for line in text.split("\n")
-    )
-    return "\n".join("\n".join(row) for row in rows)
+def _styled(row: Row, **how: Any) -> Text:  # noqa: ANN401 - options of Rich's text
+    return Text.assemble(*((span.text, _STYLES[span.style]) for span in row), **how)
 
 
 def as_json(document: Mapping[str, Any], *, indent: int | None = None) -> str:

@@ -7,13 +7,22 @@ from typing import TYPE_CHECKING, Final
 
 from rich.text import Text
 
-from subspec_cli.cli.plan_text import advice_text, assumptions, prompt_text, reason_text
+from subspec_cli.cli.plan_text import (
+    acceptance_text,
+    advice_text,
+    assumptions,
+    budget_text,
+    prompt_text,
+    range_lines,
+    reason_text,
+)
 from subspec_cli.units import counted, format_bytes, format_seconds, printable
 
 if TYPE_CHECKING:
     from subspec_cli.cli.output import Output
     from subspec_cli.planning.memory import PlanLine
     from subspec_cli.planning.plan import OffloadPlan
+    from subspec_cli.planning.timing import Prediction
     from subspec_cli.session.forecast import Forecast
 
 _BAR_CELLS: Final = 76
@@ -106,7 +115,7 @@ def _facts(found: Forecast, plan: OffloadPlan) -> Iterator[tuple[str, str]]:
     planned, budget = format_bytes(plan.total_bytes), format_bytes(plan.budget_bytes)
     least = f"{format_bytes(bounds.least_budget_bytes)} with a context of {bounds.least_context}"
     yield "why", reason_text(plan.reason)
-    yield "budget", f"{planned} of {budget} planned; the least that works is {least}"
+    yield "budget", f"{planned} of {budget} planned{budget_text(plan)}; the least that works is {least}"
     longer = f"; up to {bounds.largest_context} would fit, slower"
     yield "context", f"{plan.context} tokens planned{longer if bounds.largest_context > plan.context else ''}"
     yield "prompt", prompt_text(plan)
@@ -115,6 +124,8 @@ def _facts(found: Forecast, plan: OffloadPlan) -> Iterator[tuple[str, str]]:
         yield "process", f"{whole}: {planned} planned, {host} beside the budget"
     else:
         yield "host RAM", f"{format_bytes(plan.process_bytes)} for the whole process: {host}"
+        if plan.prediction.origin == "assumed":
+            yield "GPU", "no figure was measured on this GPU: speeds are assumed until a run has timed it"
     yield "disk", _disk(found, plan)
     yield from _speeds(found, plan)
     if found.advice is not None:
@@ -125,8 +136,23 @@ def _disk(found: Forecast, plan: OffloadPlan) -> str:
     text = f"{format_bytes(found.geometry.model_bytes)} of weights"
     if plan.drafts:
         text += f" + {format_bytes(found.substitute_disk_bytes)} of substitutes"
-    state = f"{format_bytes(found.download_bytes)} to download" if found.download_bytes else "all downloaded"
-    return f"{text}; {state}{'' if found.is_prepared else ', not prepared yet'}"
+    return f"{text}; {_download(found)}{'' if found.is_prepared else _preparation(found)}"
+
+
+def _download(found: Forecast) -> str:
+    if not found.download_bytes:
+        return "all downloaded"
+    text = f"{format_bytes(found.download_bytes)} to download"
+    if found.download_s is None or found.download_bytes_per_s is None:
+        return text
+    measured = f"{found.download_bytes_per_s / 1e6:.3g} MB/s, as measured last time"
+    return f"{text}, about {format_seconds(found.download_s)} at {measured}"
+
+
+def _preparation(found: Forecast) -> str:
+    if found.prepare_s is None:
+        return ", not prepared yet"
+    return f", not prepared yet, which takes about {format_seconds(found.prepare_s)} at the last one's rate"
 
 
 def _speeds(found: Forecast, plan: OffloadPlan) -> Iterator[tuple[str, str]]:
@@ -139,11 +165,26 @@ def _speeds(found: Forecast, plan: OffloadPlan) -> Iterator[tuple[str, str]]:
     yield "plain", plain
     if guess.depth:
         steps = f"{counted(guess.depth, 'draft step')} of {short_time(guess.step_s)}"
-        each = f"{guess.tau:.1f} tokens by {steps} and a pass of {short_time(guess.pass_s)}"
-        yield "subspec", f"{rate(guess.tok_per_s)}, {guess.speedup:.1f}x: {each}"
+        each = f"tau {guess.tau:.1f} by {steps} and a pass of {short_time(guess.pass_s)}"
+        ends = range_lines(guess)
+        source = f"{acceptance_text(guess)}{', as no run here has shown it yet' if ends else ''}"
+        yield "subspec", f"{speed_text(guess)}: {each}; {source}"
+        yield from ends
     else:
         yield "subspec", f"{rate(guess.tok_per_s)}: plain decoding, which drafting would not speed up"
     yield "assuming", ", ".join(assumptions(guess))
+
+
+def speed_text(guess: Prediction) -> str:
+    """The predicted speed and speed-up; a range from low to high while acceptance is assumed."""
+    if guess.low is None or guess.high is None:
+        return f"{rate(guess.tok_per_s)}, {guess.speedup:.1f}x"
+    plain = guess.plain_tok_per_s
+    return (
+        f"{guess.low.tok_per_s:.3g} to {rate(guess.high.tok_per_s)}, "
+        f"{guess.low.tok_per_s / plain:.1f}x to {guess.high.tok_per_s / plain:.1f}x; "
+        f"planned with {rate(guess.tok_per_s)}"
+    )
 
 
 def rate(tok_per_s: float) -> str:

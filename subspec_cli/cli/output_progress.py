@@ -87,6 +87,11 @@ def prefill_text(progress: PrefillProgress) -> str:
     return f"{text} · {rate:,.{0 if rate >= 10 else 1}f} tok/s · {left} left"
 
 
+def rate_text(bytes_per_s: float) -> str:
+    """A rate such as 0.4 MB/s or 820 MB/s."""
+    return f"{bytes_per_s / 1e6:.{1 if bytes_per_s < 1e8 else 0}f} MB/s"
+
+
 def time_left(done: float, total: float, elapsed_s: float) -> str:
     """Time that the rest takes at the rate so far, as `0:42 left`; empty if unknown."""
     if done <= 0 or total <= done:

@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from subspec_cli.cli.options import JsonOpt, Settings, number, with_settings
+from subspec_cli.cli.completion import complete_model
+from subspec_cli.cli.options import FollowLinksOpt, JsonOpt, Settings, number, with_settings
 from subspec_cli.config import DraftConfig, MemoryConfig, ModelConfig
 from subspec_cli.errors import UsageError
 from subspec_cli.units import GIB, parse_size_gib
 
 if TYPE_CHECKING:
     from subspec_cli.cli.output import Output
+    from subspec_cli.planning.timing import Prediction
     from subspec_cli.session.forecast import BudgetRow, Forecast
 
 _HEADERS = ("GiB", "resident", "context", "plain tok/s", "subspec tok/s", "speedup", "RAM")
@@ -21,8 +23,9 @@ ModelArg = Annotated[
     str | None,
     typer.Argument(
         metavar="[MODEL]",
-        help="Hub id, local directory or [bold]demo[/bold]; nothing of it need be here.",
+        help="Hub id, local directory or demo; nothing of it need be here.",
         show_default="the settings' model",
+        autocompletion=complete_model,
     ),
 ]
 LinkOpt = Annotated[
@@ -51,6 +54,7 @@ def plan(
     model: ModelArg = None,  # noqa: ARG001 - it is config.model.model
     link_gb_per_s: LinkOpt = None,
     compare: CompareOpt = None,
+    follow_links: FollowLinksOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Show what MODEL needs and how fast it would be, before anything is downloaded or prepared."""
@@ -70,6 +74,7 @@ def plan(
         config,
         link_gb_per_s=link_gb_per_s,
         compare_gib=compared,
+        follow_links=follow_links,
         reporter=Reporter(note=output.note),
     )
     if as_json:
@@ -105,6 +110,13 @@ def _show(found: Forecast, output: Output) -> None:
                     output.result(part)
 
 
+def _span(guess: Prediction, unit: float, digits: int) -> str:
+    """The predicted speed in a unit, from low to high while acceptance is assumed."""
+    if guess.low is None or guess.high is None:
+        return f"{guess.tok_per_s / unit:.{digits}f}"
+    return f"{guess.low.tok_per_s / unit:.{digits}f}-{guess.high.tok_per_s / unit:.{digits}f}"
+
+
 def _row(row: BudgetRow) -> list[str]:
     budget = f"{row.budget_bytes / GIB:g}"
     plan = row.plan
@@ -116,7 +128,7 @@ def _row(row: BudgetRow) -> list[str]:
         f"{plan.resident_layers}/{plan.resident_layers + plan.streamed_layers}",
         str(plan.context),
         f"{guess.plain_tok_per_s:.2f}",
-        f"{guess.tok_per_s:.2f}",
-        f"{guess.speedup:.1f}x",
+        _span(guess, 1.0, 2),
+        f"{_span(guess, guess.plain_tok_per_s, 1)}x",
         f"{plan.host_bytes / GIB:.1f} GiB",
     ]

@@ -17,8 +17,8 @@ from subspec_cli.planning.reason import (
     ShorterContext,
     WholeModel,
 )
-from subspec_cli.planning.timing import Prediction
-from subspec_cli.units import GIB, counted, format_bytes
+from subspec_cli.planning.timing import Outcome, Prediction
+from subspec_cli.units import GIB, counted, format_bytes, format_work_time
 
 
 def reason_text(reason: PlanReason) -> str:
@@ -105,10 +105,41 @@ def assumptions(prediction: Prediction) -> tuple[str, ...]:
     return (
         f"link {rate / 1e9:.3g} GB/s ({origin}{unpinned})",
         f"{prediction.cached_rows:.0f} tokens in the KV cache",
-        f"draft step {prediction.step_s * 1e3:.3g} ms ({origin})",
-        f"target compute {basis.plain.compute_s * 1e3:.3g} ms a pass ({origin})",
-        f"survival {prediction.survival:.3g} a level ({basis.survival_origin})",
+        f"draft step {format_work_time(prediction.step_s)} ({origin})",
+        f"target compute {format_work_time(basis.plain.compute_s)} a pass ({origin})",
+        f"survival {prediction.survival:.3g} a level ({acceptance_text(prediction)})",
     )
+
+
+def budget_text(plan: OffloadPlan) -> str:
+    """Return how an automatic budget came about, in parentheses; empty for one that was given."""
+    found = plan.automatic
+    if found is None:
+        return ""
+    reserve = "a quarter" if plan.device == "cpu" else format_bytes(found.reserve_bytes)
+    return f" (auto: {format_bytes(found.free_bytes)} free now, {reserve} left to others)"
+
+
+def acceptance_text(prediction: Prediction) -> str:
+    """Return where the survival of a prediction comes from, in a few words."""
+    if tokens := prediction.learned_tokens:
+        return f"acceptance learned from {tokens:,} tokens"
+    return "acceptance assumed"
+
+
+def range_lines(prediction: Prediction) -> tuple[tuple[str, str], ...]:
+    """Return the ends of what may be expected, each with its name; empty once acceptance was learned."""
+    low, high = prediction.low, prediction.high
+    if low is None or high is None:
+        return ()
+    return (
+        ("low", f"{_outcome_text(low)}, as for a small model's sampled prose"),
+        ("high", f"{_outcome_text(high)}, as published for a 7B model"),
+    )
+
+
+def _outcome_text(outcome: Outcome) -> str:
+    return f"{outcome.tok_per_s:.3g} tok/s with tau {outcome.tau:.1f} (survival {outcome.survival:.3g})"
 
 
 def advice_text(advice: Advice) -> str:

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from subspec_cli.cli.options import JsonOpt, Settings, with_settings
+from subspec_cli.cli.completion import complete_model
+from subspec_cli.cli.options import FollowLinksOpt, JsonOpt, Settings, with_settings
 from subspec_cli.config import DEFAULT_BITS, ModelConfig, SubstituteConfig
 from subspec_cli.errors import UsageError
+from subspec_cli.streaming.host_memory import has_gpu
 from subspec_cli.units import GIB, counted, format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -22,13 +24,24 @@ _HEADERS = ("matrix", "bits", "bits/weight", "SQNR")
 
 
 ModelArg = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Hub id, local directory or [bold]demo[/bold].")
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="Hub id, local directory or demo.",
+        autocompletion=complete_model,
+    ),
 ]
 ForceOpt = Annotated[bool, typer.Option("--force", help="Do it again, even if it is done.")]
 
 
 @with_settings(SubstituteConfig, ModelConfig, without=("model.model", "model.bits"))
-def prepare(settings: Settings, name: ModelArg, force: ForceOpt = False, as_json: JsonOpt = False) -> None:
+def prepare(
+    settings: Settings,
+    name: ModelArg,
+    force: ForceOpt = False,
+    follow_links: FollowLinksOpt = False,
+    as_json: JsonOpt = False,
+) -> None:
     """Write the substitutes of MODEL's layers; needs memory for about one layer, and is done once."""
     if not name.strip():
         raise UsageError("MODEL is empty", "give a hub id, a local directory or demo")
@@ -50,6 +63,7 @@ def prepare(settings: Settings, name: ModelArg, force: ForceOpt = False, as_json
             SubstituteSettings(bits, chosen.optimizer, chosen.overrides),
             revision=settings.flags["model"]["revision"],  # the file's revision belongs to the file's model
             force=force,
+            follow_links=follow_links,
             progress=lambda state: progress.update(progress_text(state), *progress_share(state)),
             reporter=Reporter(note=output.note),
         )
@@ -73,7 +87,7 @@ def progress_share(state: PrepareProgress) -> tuple[int, int]:
 
 def progress_text(state: PrepareProgress) -> str:
     """Files or layers, bytes, rate and time left."""
-    from subspec_cli.cli.output_progress import time_left
+    from subspec_cli.cli.output_progress import rate_text, time_left
 
     download = state.download
     if download is not None and download.done_files < download.total_files:
@@ -81,19 +95,19 @@ def progress_text(state: PrepareProgress) -> str:
     parts = [f"layer {state.done_layers}/{state.total_layers}"]
     parts.append(f"{format_bytes(state.done_bytes)} of {format_bytes(state.total_bytes)}")
     if state.elapsed_s > 0 and state.done_bytes:
-        parts.append(f"{state.done_bytes / state.elapsed_s / 1e6:.0f} MB/s")
+        parts.append(rate_text(state.done_bytes / state.elapsed_s))
     parts.append(time_left(state.done_bytes, state.total_bytes, state.elapsed_s))
     return " · ".join(part for part in parts if part)
 
 
 def download_text(state: DownloadProgress) -> str:
     """Files, bytes, rate and time left."""
-    from subspec_cli.cli.output_progress import time_left
+    from subspec_cli.cli.output_progress import rate_text, time_left
 
     parts = [f"file {state.done_files}/{state.total_files}"]
     parts.append(f"{format_bytes(state.done_bytes)} of {format_bytes(state.total_bytes)}")
     if state.elapsed_s > 0 and state.received_bytes:
-        parts.append(f"{state.received_bytes / state.elapsed_s / 1e6:.1f} MB/s")
+        parts.append(rate_text(state.received_bytes / state.elapsed_s))
         there_bytes = state.done_bytes - state.received_bytes
         parts.append(time_left(state.received_bytes, state.total_bytes - there_bytes, state.elapsed_s))
     return " · ".join(part for part in parts if part)
@@ -109,10 +123,11 @@ def report_lines(report: PrepareReport, model: str) -> list[str]:
     quality = f"{report.bits_per_weight:.2f} bits per weight"
     if report.sqnr_db is not None:
         quality += f" at {report.sqnr_db:.1f} dB"
+    budget = "--vram-gb" if has_gpu() else "--memory-gb"
     return [
         f"{first}: {counted(report.layers, 'layer')}, {kept} of weights, {quality}",
         f"in {report.directory}",
-        f'next: subspec run --model {shlex.quote(model)} --vram-gb {_example_gib(report.source_bytes)} "…"',
+        f'next: subspec run --model {shlex.quote(model)} {budget} {_example_gib(report.source_bytes)} "…"',
     ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from subspec_cli.cli.output import Output
     from subspec_cli.session import Session
 
+_LEAST_PASSES: Final = 3
+"""Passes below which an answer is too short to say how good a prediction was."""
 PromptArg = Annotated[
     str | None,
     typer.Argument(
@@ -75,7 +77,7 @@ def _note_model_name(argument: str, output: Output) -> None:
 
 def _answer(session: Session, prompt: str, config: Config, output: Output, *, as_json: bool) -> None:
     from subspec_cli.cli.answer_text import answer_document, comparison_of, summary_line
-    from subspec_cli.cli.comparison_text import comparison_line
+    from subspec_cli.cli.comparison_text import comparison_line, prediction_note
     from subspec_cli.cli.live import View, collect_answer, make_view
 
     limits = config.run
@@ -86,9 +88,12 @@ def _answer(session: Session, prompt: str, config: Config, output: Output, *, as
     )
     answer = collect_answer(deltas, view)
     if as_json:
-        output.document(answer_document(answer, session, config))
+        output.document(answer_document(answer, session))
     if answer.stats.passes:
-        output.note(comparison_line(comparison_of(answer, session)))
+        comparison = comparison_of(answer, session)
+        output.note(comparison_line(comparison))
+        if (note := prediction_note(comparison)) and answer.stats.passes >= _LEAST_PASSES:
+            output.note(note)
     output.note(summary_line(answer, session))
     if answer.is_interrupted:
         raise typer.Exit(interrupt_status())

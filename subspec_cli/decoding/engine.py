@@ -38,6 +38,8 @@ class Request:
     max_new_tokens: int
     stop: StopRule
     penalties: Penalties = NO_PENALTIES
+    given_ids: tuple[int, ...] = ()
+    """The answer's beginning, if it was given before and goes on; `stop` has been fed with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,16 +140,17 @@ class Engine:
         return token_ids, finish_reason
 
     def _prefill(self, request: Request, on_prefill: OnPrefill | None) -> _Answer:
-        """Compute the prompt rows that the cache lacks; the last row's logits give the first token."""
+        """Compute the rows of prompt and given tokens that the cache lacks; the last row gives the next token."""
         meter = PromptMeter(on_prefill)
         draft = self._drafter.begin(request.sampler)
-        prompt = request.prompt_ids
+        prompt = request.prompt_ids + request.given_ids
         if len(prompt) + 1 > self._kv.context:
             raise UsageError(
                 f"the prompt has {counted(len(prompt), 'token')}, the context holds {self._kv.context}",
                 "shorten the prompt, or raise --context",
             )
-        turned_anew = self._target.begin_answer(len(prompt))
+        # Rotary positions and penalties tell a prompt from its answer, whoever computes the rows.
+        turned_anew = self._target.begin_answer(len(request.prompt_ids))
         reused = 0 if turned_anew else min(common_prefix(prompt, self._kv.token_ids), len(prompt) - 1)
         reused = self._kv.rewind(reused)
         passes = prompt_passes(prompt_groups(prompt, reused, self._target.rules), self._prompt_rows)
@@ -160,7 +163,8 @@ class Engine:
             self._kv.commit(range(end - first), prompt[first:end])
         self._kv.keep_snapshot()
         row = host_row(logits[0], len(prompt) - 1)
-        state = begin_path(request.penalties, prompt, len(row))
+        state = begin_path(request.penalties, request.prompt_ids, len(row))
+        state = None if state is None else state.after(*request.given_ids)
         token = sample_token(request.sampler, row, len(prompt), state)
         state = None if state is None else state.after(token)
         stats = GenerationStats().after_prefill(

@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from subspec_cli.config import SamplingConfig
-from subspec_cli.errors import UsageError
 
 Row = NDArray[np.float64]
 
@@ -75,13 +74,13 @@ class PathState:
         return row
 
 
-def penalties_of(sampling: SamplingConfig) -> Penalties:
-    """Return the penalties of the settings."""
+def penalties_of(sampling: SamplingConfig, biases: tuple[tuple[int, float], ...]) -> Penalties:
+    """Return the penalties of the settings; `biases` are theirs, by token id."""
     return Penalties(
         sampling.repetition_penalty,
         sampling.presence_penalty,
         sampling.frequency_penalty,
-        sampling.logit_bias,
+        biases,
     )
 
 
@@ -89,10 +88,6 @@ def begin_path(penalties: Penalties, prompt_ids: Iterable[int], vocab: int) -> P
     """Return the state behind a prompt; None if there is nothing to adjust."""
     if penalties.do_nothing:
         return None
-    if beyond := [token_id for token_id, _ in penalties.bias if token_id >= vocab]:
-        raise UsageError(
-            f"logit_bias names the token {beyond[0]}, the model has {vocab}", "correct [sampling.logit_bias]"
-        )
     seen = np.zeros(vocab, dtype=np.bool_)
     seen[list(prompt_ids)] = True
     return PathState(penalties, seen, np.zeros(vocab, dtype=np.int32))

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,17 +26,27 @@ from subspec_cli.drafting.draft_steps import (
     Feed,
     Found,
     Sampling,
+    penalty_numbers,
     rank,
     sampling_rule,
 )
 from subspec_cli.drafting.graph_capture import CudaGraphs, Graphs, Run
-from subspec_cli.drafting.step_buffers import TURNS, NoiseRing, StepBuffers
+from subspec_cli.drafting.step_buffers import TURNS, MappedTensor, NoiseRing, StepBuffers
 from subspec_cli.modeling.decoder import DraftDecoder
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.token_batch import TokenBatch
 from subspec_cli.reporter import Reporter
 
-Kind = Literal["greedy", "sampled", "filtered"]
+Rule = Literal["greedy", "sampled", "filtered"]
+
+
+class Kind(NamedTuple):
+    """What a step computes beside its forward."""
+
+    rule: Rule
+    is_penalized: bool
+
+
 _COLUMNS: Final = 1024
 """Cache rows in view grow by this many at a time; rows beyond the real ones are masked."""
 
@@ -92,12 +102,24 @@ class CapturedSteps:
         self._sampler: Sampler = GreedySampler()
         self._buffers = StepBuffers(most_rows, min(RANKED, vocab), kv.capacity, device)
         self._noise = NoiseRing(vocab, device)
+        self._device = device
+        self._penalty: MappedTensor | None = None
+        """Of `penalty_numbers`; allocated when a state first has any."""
+        self._is_penalized = False
         self._graphs = GraphCache(graphs, kv.capacity)
         self._unread: deque[tuple[int, int, Callable[[], None]]] = deque()
         """Turn, row count and wait function of each step in flight."""
 
     def penalize(self, state: PathState | None) -> None:
-        """Guess without penalties: a captured step has no place for them. The target applies them in any case."""
+        """Write the state's numbers to where steps read them; a step in flight is done first."""
+        self._is_penalized = state is not None
+        if state is None:
+            return
+        if self._unread:
+            self._graphs.mark()()
+        if self._penalty is None:
+            self._penalty = MappedTensor((3, self._vocab), torch.float32, self._device)
+        self._penalty.host.copy_(penalty_numbers(state))
 
     def begin(self, sampler: Sampler) -> None:
         """Wait for the steps in flight, drop them, and start over; an interrupt may have stopped one at its start."""
@@ -114,7 +136,8 @@ class CapturedSteps:
         buffers, end = self._buffers, batch.allowed.shape[1]
         self._graphs.reach(end)
         buffers.fill(batch, feeds, end, self._graphs.columns)
-        kind = self._fill_sampling(batch.positions[: batch.rows].tolist())
+        rule = self._fill_sampling(batch.positions[: batch.rows].tolist())
+        kind = Kind(rule, self._is_penalized)
         run = partial(self._run, batch.rows, self._graphs.columns, kind)
         self._graphs.step(batch.rows, kind, run, (buffers.turn, buffers.last_found))()
         self._unread.append((buffers.end_host_turn(), batch.rows, self._graphs.mark()))
@@ -125,8 +148,8 @@ class CapturedSteps:
         wait()
         return self._buffers.found(turn, rows)
 
-    def _fill_sampling(self, positions: Sequence[int]) -> Kind:
-        """Write the sampler's inputs of the step; return the kind of graph that the step needs."""
+    def _fill_sampling(self, positions: Sequence[int]) -> Rule:
+        """Write the sampler's inputs of the step; return the rule that its graph needs."""
         children = [position + 1 for position in positions]
         places = self._noise.places(children, self._sampler, lambda: self._graphs.mark()())
         if places is None:
@@ -149,18 +172,19 @@ class CapturedSteps:
             buffers.key_positions.gpu[:, :columns].index_select(0, turn)[0].long(),
         )
         found = self.draft.run(self.draft.embed(token_ids), batch, self._kv)
-        ids, scores = rank(found, self._sampling(kind, noise_places))
+        penalty = self._penalty.gpu if kind.is_penalized and self._penalty is not None else None
+        ids, scores = rank(found, self._sampling(kind.rule, noise_places), penalty)
         buffers.last_found[: ids.numel()] = ids.flatten()
         buffers.ids.gpu[:, :rows].index_copy_(0, turn, ids[None].int())
         buffers.scores.gpu[:, :rows].index_copy_(0, turn, scores[None])
         turn.add_(1).remainder_(TURNS)
 
-    def _sampling(self, kind: Kind, noise_places: Tensor) -> Sampling | None:
-        if kind == "greedy":
+    def _sampling(self, rule: Rule, noise_places: Tensor) -> Sampling | None:
+        if rule == "greedy":
             return None
         noise = self._noise.gpu.index_select(0, noise_places)
-        rule = self._buffers.rule.gpu.index_select(0, self._buffers.turn)[0]
-        return Sampling(noise, rule, kind == "filtered")
+        numbers = self._buffers.rule.gpu.index_select(0, self._buffers.turn)[0]
+        return Sampling(noise, numbers, rule == "filtered")
 
 
 def make_draft_steps(

@@ -12,7 +12,7 @@ wait for nothing, so a GPU holds them in one graph with the forward.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple, NewType, Protocol
 
 import numpy as np
@@ -114,7 +114,7 @@ class DirectSteps:
         self.draft = draft
         self._kv = kv
         self._sampler: Sampler = GreedySampler()
-        self._state: PathState | None = None
+        self._penalty: Tensor | None = None
         self._found: Found | None = None
 
     def begin(self, sampler: Sampler) -> None:
@@ -122,16 +122,16 @@ class DirectSteps:
         self._sampler = sampler
 
     def penalize(self, state: PathState | None) -> None:
-        """Keep the state."""
-        self._state = state
+        """Keep the state's numbers."""
+        self._penalty = None if state is None else penalty_numbers(state)
 
     def start(self, batch: TokenBatch, feeds: Sequence[Feed | None]) -> None:
         """Run the step now."""
         assert not any(feeds)
         found = self.draft.forward(batch, self._kv)
-        if self._state is not None:
-            found = replace(found, logits=penalized(found.logits, self._state))
-        ids, scores = rank(found, sampling_of(self._sampler, batch, found.logits))
+        if self._penalty is not None:
+            self._penalty = shared_with_gpu(self._penalty, found.logits.device)
+        ids, scores = rank(found, sampling_of(self._sampler, batch, found.logits), self._penalty)
         self._found = Found(ids.cpu().numpy(), scores.double().cpu().numpy())
 
     def read(self) -> Found:
@@ -140,19 +140,23 @@ class DirectSteps:
         return self._found
 
 
-def penalized(logits: Tensor, state: PathState) -> Tensor:
-    """Return draft logits `[N, V]` in float32 with the biases and penalties of a state."""
-    rows, rule = logits.float(), state.penalties
+def penalty_numbers(state: PathState) -> Tensor:
+    """Return what a state does to logits as numbers `[3, V]` float32 on the host: added, divided by, taken."""
+    rule, numbers = state.penalties, np.zeros((3, len(state.seen)), dtype=np.float32)
     for token_id, bias in rule.bias:
-        rows[:, token_id] += bias
-    if rule.repetition != 1.0:
-        ids = torch.from_numpy(np.flatnonzero(state.seen)).to(rows.device)
-        came = rows[:, ids]
-        rows[:, ids] = torch.where(came < 0, came * rule.repetition, came / rule.repetition)
-    if rule.presence or rule.frequency:
-        taken = state.counts * rule.frequency + (state.counts > 0) * rule.presence
-        rows -= torch.from_numpy(taken).float().to(rows.device)
-    return rows
+        numbers[0, token_id] = bias
+    numbers[1] = np.where(state.seen, rule.repetition, 1.0)
+    numbers[2] = state.counts * rule.frequency + (state.counts > 0) * rule.presence
+    return torch.from_numpy(numbers)
+
+
+def penalized(logits: Tensor, penalty: Tensor | None) -> Tensor:
+    """Return float32 logits `[N, V]` with penalties as `penalty_numbers` gives them; nothing here waits for a GPU."""
+    rows = logits.float()
+    if penalty is None:
+        return rows
+    rows = rows + penalty[0]
+    return torch.where(rows < 0, rows * penalty[1], rows / penalty[1]) - penalty[2]
 
 
 def sampling_of(sampler: Sampler, batch: TokenBatch, logits: Tensor) -> Sampling | None:
@@ -186,13 +190,15 @@ def sampling_rule(sampler: Sampler, vocab: int) -> Tensor:
     return torch.tensor([sampler.temperature, filters.top_k or vocab, filters.top_p, filters.min_p])
 
 
-def rank(found: DraftLogits, sampling: Sampling | None) -> tuple[Tensor, Tensor]:
+def rank(
+    found: DraftLogits, sampling: Sampling | None, penalty: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return ids `[N, K]` and float32 scores of the best few tokens of each draft row, best first; K <= RANKED.
 
     Without `sampling` the ranking is greedy. The best of rough logits are scored again by the 16-bit head: the error
     of a 4-bit head alone would cost a fifth of the accepted tokens. `likeliest` handles values that are not finite.
     """
-    scaled = _scaled(found.logits.float(), sampling)
+    scaled = _scaled(penalized(found.logits, penalty), sampling)
     count = min(_CANDIDATES if found.is_rough else RANKED, scaled.shape[1])
     scores = scaled if sampling is None else scaled + sampling.noise
     if sampling is not None and sampling.is_filtered:

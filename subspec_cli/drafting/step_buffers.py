@@ -42,7 +42,7 @@ class StepBuffers:
         """Which cache rows each row attends to."""
         self.key_positions = MappedTensor((TURNS, capacity), torch.int32, device)
         self.rule = MappedTensor((TURNS, 4), torch.float32, device)
-        """Temperature, top-k and top-p."""
+        """Temperature, top-k, top-p and min-p."""
         self.ids = MappedTensor((TURNS, most_rows, ranked), torch.int32, device)
         self.scores = MappedTensor((TURNS, most_rows, ranked), torch.float32, device)
         self.turn = torch.zeros(1, dtype=torch.long, device=device)

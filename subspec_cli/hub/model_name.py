@@ -47,6 +47,11 @@ def parse_model_name(model: str) -> ModelName:
     if os.path.isdir(path):
         directory = _snapshot_of(Path(os.path.realpath(path)))
         return ModelName(str(directory), directory)
+    if model.lower().endswith(".gguf") and not os.path.isdir(path):
+        raise UsageError(
+            f"{shown}: GGUF files are not read",
+            "give the 16-bit original: its directory, or its name on the hub",
+        )
     if os.path.isfile(path):
         raise UsageError(f"{shown} is a file", "give the directory that holds config.json and the weights")
     if os.path.lexists(path):  # a name on the hub could be meant only by who does not see it

@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from subspec_cli.checkpoint.checkpoint import open_checkpoint
+from subspec_cli.checkpoint.bare_config import find_bare_config, likely_tokenizer_bytes, read_bare_config
+from subspec_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from subspec_cli.checkpoint.repository import (
     DECIDING_FILES,
     Repository,
@@ -30,6 +31,7 @@ from subspec_cli.checkpoint.source_directory import (
     MAX_INDEX_BYTES,
     SINGLE_NAME,
     WeightIndex,
+    check_links,
     first_missing_file,
     parse_config,
     parse_index,
@@ -37,12 +39,13 @@ from subspec_cli.checkpoint.source_directory import (
 )
 from subspec_cli.checkpoint.tensor_table import indexed_tensors
 from subspec_cli.checkpoint.tokenizer_files import MAX_SMALL_FILE_BYTES, check_tokenizer, missing_tokenizer
-from subspec_cli.errors import IntegrityError
+from subspec_cli.errors import IntegrityError, NetworkError
 from subspec_cli.hub.cache import cached_snapshot, repo_cache
 from subspec_cli.hub.download import DownloadContext
 from subspec_cli.hub.hub_errors import explain_hub_error
 from subspec_cli.hub.listing import Listing, find_listing
 from subspec_cli.hub.model_name import check_revision, parse_model_name
+from subspec_cli.hub.reachable import check_reachable
 from subspec_cli.hub.remote_file import RemoteFile, fetch_metadata, open_body
 from subspec_cli.hub.retry import RETRY_POLICY, RetryPolicy, with_retries
 from subspec_cli.hub.workers import WorkerChannel, run_all
@@ -61,7 +64,7 @@ class ModelOutline:
 
     model_id: str
     commit: str
-    """The hub's commit; for a directory and the demo, the checkpoint's fingerprint."""
+    """The hub's commit; for a directory and the demo, the checkpoint's fingerprint; `config.json` if that is all."""
     repository: Repository
     tokenizer_bytes: int
     missing_bytes: int
@@ -76,18 +79,33 @@ def outline_model(
     model: str,
     revision: str | None = None,
     *,
+    follow_links: bool = False,
     reporter: Reporter,
     retry_policy: RetryPolicy = RETRY_POLICY,
 ) -> ModelOutline:
     """Outline a model. The network is used only for a model on the hub that is not complete in the cache.
 
-    Arguments and errors are those of `open_model` and `decide_repository`.
+    A config.json alone is enough: the user's, or the cache's if the hub cannot be reached. Arguments and errors are
+    those of `open_model` and `decide_repository`.
     """
+    if revision is None and (bare := find_bare_config(model)) is not None:
+        return _outline_config(str(bare.resolve()), bare)
     name = parse_model_name(model)
     check_revision(name, revision)
     directory = name.directory or _complete_snapshot(name.model_id, revision)
     if directory is not None:
-        return _outline_directory(name.model_id, directory, is_hub=name.directory is None)
+        checkpoint = open_checkpoint(directory)
+        if not follow_links:
+            check_links(checkpoint.directory, [file.name for file in checkpoint.files])
+        return _outline_checkpoint(name.model_id, checkpoint, is_hub=name.directory is None)
+    try:
+        check_reachable(name.model_id)
+    except NetworkError as unreachable:
+        snapshot = cached_snapshot(name.model_id, revision)
+        if snapshot is None or not (snapshot / CONFIG_NAME).is_file():
+            raise
+        reporter.note(unreachable.message)
+        return _outline_config(name.model_id, snapshot / CONFIG_NAME)
     listing = find_listing(name.model_id, revision, retry_policy, reporter)
     channel = WorkerChannel(reporter)
     context = DownloadContext(name.model_id, listing, repo_cache(name.model_id), retry_policy, channel)
@@ -123,8 +141,8 @@ def _complete_snapshot(model_id: str, revision: str | None) -> Path | None:
     return snapshot if snapshot is not None and first_missing_file(snapshot) is None else None
 
 
-def _outline_directory(model_id: str, directory: Path, *, is_hub: bool) -> ModelOutline:
-    checkpoint = open_checkpoint(directory)
+def _outline_checkpoint(model_id: str, checkpoint: Checkpoint, *, is_hub: bool) -> ModelOutline:
+    directory = checkpoint.directory
     repository = read_repository(checkpoint)
     check_tokenizer_in(directory, repository)
     return ModelOutline(
@@ -135,6 +153,19 @@ def _outline_directory(model_id: str, directory: Path, *, is_hub: bool) -> Model
         missing_bytes=0,
         received_bytes=0,
         directory=checkpoint.directory,
+    )
+
+
+def _outline_config(model_id: str, path: Path) -> ModelOutline:
+    repository = read_bare_config(path)
+    tokenizer_bytes = tokenizer_bytes_in(path.parent) or likely_tokenizer_bytes(repository)
+    return ModelOutline(
+        model_id=model_id,
+        commit=CONFIG_NAME,
+        repository=repository,
+        tokenizer_bytes=tokenizer_bytes,
+        missing_bytes=repository.geometry.model_bytes + tokenizer_bytes,
+        received_bytes=0,
     )
 
 

@@ -12,6 +12,7 @@ from subspec_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from subspec_cli.checkpoint.source_directory import (
     CONFIG_NAME,
     check_config,
+    check_links,
     first_missing_file,
     read_config,
 )
@@ -58,6 +59,7 @@ def open_model(
     model: str,
     revision: str | None = None,
     *,
+    follow_links: bool = False,
     accept_config: ConfigCheck = check_config,
     reporter: Reporter,
     retry_policy: RetryPolicy = RETRY_POLICY,
@@ -70,6 +72,7 @@ def open_model(
     Args:
         model: `demo`, a directory, or a hub id.
         revision: branch, tag or commit on the hub; None means its main branch.
+        follow_links: whether links in a user's directory may lead to files outside of it.
         accept_config: called with the content of config.json before any weight is fetched.
         reporter: gets a note about each wait and each repeated attempt.
         retry_policy: bounds of the attempts.
@@ -86,6 +89,8 @@ def open_model(
     channel = WorkerChannel(reporter)
     if name.directory is not None:
         checkpoint = open_checkpoint(name.directory)
+        if not follow_links:
+            check_links(checkpoint.directory, [file.name for file in checkpoint.files])
         accept_config(checkpoint.config)
         resolved = ResolvedModel(name.model_id, checkpoint.directory, checkpoint.fingerprint, is_local=True)
         yield OpenedModel(resolved, checkpoint, WeightDownloads(resolved.directory, (), channel))

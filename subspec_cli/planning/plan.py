@@ -7,7 +7,7 @@ and is predicted to be fastest (`timing`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from subspec_cli.checkpoint.geometry import ModelGeometry
@@ -19,7 +19,7 @@ from subspec_cli.planning.device_profile import DeviceKind, EmbeddingPlace, devi
 from subspec_cli.planning.layer_sizes import LayerSizes
 from subspec_cli.planning.memory import HeadBits, PinnedLayers, PlanLine
 from subspec_cli.planning.reason import FasterBits, NoRoomToDraft, PlanReason, plan_reason
-from subspec_cli.planning.request import PlanRequest, usual_contexts
+from subspec_cli.planning.request import AutomaticBudget, PlanRequest, usual_contexts
 from subspec_cli.planning.search import LayoutSearch, PlanOption, TimedLayout
 from subspec_cli.planning.shortage import shortage
 from subspec_cli.planning.timing import (
@@ -75,6 +75,8 @@ class OffloadPlan:
     reason: PlanReason
     fits: bool
     """Whether the whole model fits the budget, so that nothing needs to be streamed."""
+    automatic: AutomaticBudget | None = None
+    """How the budget came about, if the user gave none."""
 
     @property
     def resident_layers(self) -> int:
@@ -141,6 +143,7 @@ class OffloadPlan:
             "prompt_rows": self.prompt_rows,
             "streamed_bytes_per_pass": self.streamed_bytes_per_pass,
             "fits": self.fits,
+            "automatic_budget": None if self.automatic is None else asdict(self.automatic),
             "reason": reason,
             "context_cost": self.reason.context_cost.loss if self.reason.context_cost else 0.0,
             "prediction": self.prediction.as_dict(assumptions),
@@ -247,6 +250,7 @@ def _finished(search: LayoutSearch, option: PlanOption) -> OffloadPlan:
     pinned = memory.pinned(layout) or PinnedLayers(0, 0)
     free_bytes = request.budget_bytes - search.total_bytes(timed, option.context)
     prompt = memory.prompt_pass(layout, option.context, free_bytes)
+    prediction = predict(request, timed.timing, timed.depth)
     return OffloadPlan(
         device=request.device,
         budget_bytes=request.budget_bytes,
@@ -261,16 +265,17 @@ def _finished(search: LayoutSearch, option: PlanOption) -> OffloadPlan:
         substitute_bits=request.substitute_bits,
         draft_head_bits=layout.draft_head_bits,
         embedding=layout.embedding,
-        tree_nodes=_tree_nodes(request, timed),
+        tree_nodes=_tree_nodes(request, timed, prediction),
         shadow_rows=request.shadow_rows if streamed and layout.drafts else 0,
         draft_rows=max(request.fixed_width or 0, MOST_ROWS),
         prompt_rows=prompt.rows,
         lines=memory.lines(layout, option.context, prompt),
         host_lines=memory.host_lines(layout),
         streamed_bytes_per_pass=sum(request.geometry.layer_bytes[layer] for layer in streamed),
-        prediction=predict(request, timed.timing, timed.depth),
+        prediction=prediction,
         reason=plan_reason(search, option),
         fits=memory.whole_model_bytes(layout.embedding, option.context) <= request.budget_bytes,
+        automatic=request.automatic,
     )
 
 
@@ -278,13 +283,17 @@ def _pick(count: int, layers: Sequence[int]) -> tuple[int, ...]:
     return tuple(layers[index] for index in spread(count, len(layers)))
 
 
-def _tree_nodes(request: PlanRequest, timed: TimedLayout) -> int:
-    """Return how many nodes may be verified: all that hide behind the link, and all that the best depth wants."""
+def _tree_nodes(request: PlanRequest, timed: TimedLayout, prediction: Prediction) -> int:
+    """Return how many nodes may be verified: all that hide behind the link, and all that the best depth wants.
+
+    A survival that is assumed may turn out high.
+    """
     if request.fixed_depth is not None or request.fixed_width is not None:
         return request.tree_nodes
     compute = pass_compute(request.costs, request.geometry, request.cached_rows)
     hidden = hidden_nodes(timed.timing.link_s, compute, request.tree_nodes)
-    wanted = verified_rows(timed.depth.depth, request.tree_nodes)
+    deepest = max(timed.depth.depth, prediction.high.depth if prediction.high else 0)
+    wanted = verified_rows(deepest, request.tree_nodes)
     enough = next((nodes for nodes in NODE_BUDGETS if nodes >= wanted), wanted)
     return min(max(hidden, enough), request.tree_nodes)
 

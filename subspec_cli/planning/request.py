@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from subspec_cli.checkpoint.geometry import ModelGeometry
 from subspec_cli.config import Config
 from subspec_cli.errors import ResourceError, UsageError
 from subspec_cli.limits import PREFILL_CHUNK, SHADOW_ROWS
+from subspec_cli.planning.acceptance import LEAST_TOKENS, Acceptance
 from subspec_cli.planning.assumed_costs import assumed_survival
 from subspec_cli.planning.costs import BASE_CACHED_ROWS, MachineCosts
 from subspec_cli.planning.device_profile import DeviceKind, DeviceProfile, device_profile
@@ -24,7 +25,8 @@ from subspec_cli.units import GIB, counted, format_bytes
 DEFAULT_CONTEXT: Final = 4096
 LEAST_CONTEXT: Final = 512
 DEFAULT_SHARE: Final = 0.75
-"""Share of the available memory that is taken when the user gives no budget."""
+"""Share of the available host memory that is taken when the user gives no limit."""
+_LEAST_GPU_RESERVE: Final = GIB // 2
 _PROMPT_TOKENS: Final = 256
 """Context kept for a prompt beside the longest answer."""
 _CONTEXTS: Final = (4096, 3072, 2048, 1536, 1024, 768, 512, 256)
@@ -53,6 +55,20 @@ class WantedTokens:
 
 
 @dataclass(frozen=True, slots=True)
+class AutomaticBudget:
+    """A budget that leaves what others use, and some of what is free now."""
+
+    free_bytes: int
+    reserve_bytes: int
+    """Left free, for a screen and for what grows meanwhile."""
+
+    @property
+    def size_bytes(self) -> int:
+        """The budget."""
+        return max(0, self.free_bytes - self.reserve_bytes)
+
+
+@dataclass(frozen=True, slots=True)
 class PlanRequest:
     """Sizes, speeds, a budget, and what the user fixed."""
 
@@ -75,7 +91,9 @@ class PlanRequest:
     costs: MachineCosts
     substitute_bits: int = 4
     survival: float | None = None
-    """Measured probability that the target accepts one more level of the draft; None assumes it from the bits."""
+    """Learned probability that the target accepts one more level of the draft; None assumes it from the bits."""
+    learned_tokens: int = 0
+    """Tokens from which it was learned."""
     ram_bytes: int | None = None
     """Limit of host memory for the process beside a GPU; None is no limit."""
     shadow_rows: int = SHADOW_ROWS
@@ -92,6 +110,8 @@ class PlanRequest:
     """Rows of a draft step that the user gave."""
     wanted: WantedTokens | None = None
     """The prompt to answer; None lets the plan weigh context against speed."""
+    automatic: AutomaticBudget | None = None
+    """How the budget came about, if the user gave none."""
 
     @property
     def profile(self) -> DeviceProfile:
@@ -105,8 +125,15 @@ class PlanRequest:
 
     @property
     def likely_survival(self) -> float:
-        """Probability that the target accepts one more level of the draft, measured or assumed."""
-        return assumed_survival(self.substitute_bits) if self.survival is None else self.survival
+        """Probability that the target accepts one more level of the draft, learned or assumed."""
+        return assumed_survival(self.substitute_bits).middle if self.survival is None else self.survival
+
+    def after_runs(self, acceptance: Acceptance | None) -> PlanRequest:
+        """Return this request with what earlier runs have learned; the same if that is too little."""
+        if acceptance is None or acceptance.tokens < LEAST_TOKENS:
+            return self
+        survival = acceptance.survival(assumed_survival(self.substitute_bits).middle)
+        return replace(self, survival=survival, learned_tokens=round(acceptance.tokens))
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +145,8 @@ class MemoryLimits:
     """Memory of the device; on the CPU it counts from a bare process."""
     ram_bytes: int | None
     """Host memory of the whole process; None is no limit."""
+    automatic: AutomaticBudget | None = None
+    """How the budget came about, if the user gave none."""
 
 
 def plan_request(
@@ -157,6 +186,7 @@ def plan_request(
         fixed_width=config.draft.width,
         shadow_rows=0 if config.draft.no_shadow else SHADOW_ROWS,
         wanted=wanted,
+        automatic=limits.automatic,
     )
 
 
@@ -197,7 +227,7 @@ def budget_bytes(
     available_bytes: int | None,
     owner: str = "this machine has",
 ) -> int:
-    """Return the budget that the user gave, else a share of the free memory.
+    """Return the budget that the user gave, else the automatic one.
 
     Raises:
         ResourceError: the budget exceeds `total_bytes`, the memory of the device, where that is known; or there is
@@ -205,9 +235,10 @@ def budget_bytes(
     """
     option = device_profile(device).budget_option
     if config.memory.memory_gib is None:
-        if available_bytes is None:
+        automatic = automatic_budget(config, device, total_bytes, available_bytes)
+        if automatic is None:
             raise ResourceError(f"the memory of the {device} device is not known", f"name it: {option} 8")
-        return int(available_bytes * DEFAULT_SHARE)
+        return automatic.size_bytes
     budget = int(config.memory.memory_gib * GIB)
     if total_bytes is not None and budget > total_bytes:
         raise ResourceError(
@@ -216,6 +247,21 @@ def budget_bytes(
             f"{option} {total_bytes * 3 / 4 / GIB:.2f} leaves a quarter to others",
         )
     return budget
+
+
+def automatic_budget(
+    config: Config, device: str, total_bytes: int | None, available_bytes: int | None
+) -> AutomaticBudget | None:
+    """Return the budget from what is free; None if the user gave one, or if nothing is known.
+
+    On the CPU a quarter of the free memory is left. A GPU's free memory does not move as much: half a GiB, or a
+    sixteenth of the device, is left for a screen and other programs.
+    """
+    if config.memory.memory_gib is not None or available_bytes is None:
+        return None
+    if device_profile(device).budget_is_ram:
+        return AutomaticBudget(available_bytes, available_bytes - int(available_bytes * DEFAULT_SHARE))
+    return AutomaticBudget(available_bytes, max(_LEAST_GPU_RESERVE, (total_bytes or available_bytes) // 16))
 
 
 def ram_bytes(config: Config, available_bytes: int | None) -> int | None:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple
 
 from subspec_cli.checkpoint.geometry import ModelGeometry
+from subspec_cli.limits import MOST_DEPTH
+from subspec_cli.planning.assumed_costs import assumed_survival
 from subspec_cli.planning.costs import (
     BASE_CACHED_ROWS,
     CostOrigin,
@@ -31,7 +33,7 @@ STEP_ROWS: Final = 2
 """Rows of an ordinary draft step: the chain and one node beside it."""
 SHADOW_STEP_ROWS: Final = 4
 """Rows of a step in the shadow of the stream, where several likely ends are continued at once."""
-DEPTHS: Final = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64)
+DEPTHS: Final = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, MOST_DEPTH)
 NODE_BUDGETS: Final = (16, 32, 48, 64, 128)
 _SHADOW_SHARE: Final = 0.9
 """Share of the link's spare time that is planned for drafting."""
@@ -50,12 +52,23 @@ class Basis:
     link_bytes_per_s: float
     pageable_bytes_per_s: float
     """Rate of copies from memory that is not pinned; the link's own where nothing is copied."""
-    survival_origin: CostOrigin
     timing: RoundTiming
     plain: DepthOption
     """Plain decoding."""
     option: DepthOption
     """The predicted depth."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a plan gives if drafts are accepted with some probability."""
+
+    survival: float
+    """Probability that the target accepts one more level of the draft."""
+    depth: int
+    """Best depth at it; 0 if drafting would not pay."""
+    tau: float
+    tok_per_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +94,12 @@ class Prediction:
     cached_rows: float
     """Tokens in the KV cache for which these times are predicted."""
     basis: Basis
+    learned_tokens: int = 0
+    """Tokens of earlier runs from which the survival was learned; 0 if it is assumed."""
+    low: Outcome | None = None
+    """Low end of what may be expected while the survival is assumed."""
+    high: Outcome | None = None
+    """High end of it."""
 
     @property
     def speedup(self) -> float:
@@ -270,8 +289,9 @@ class _DraftTiming(NamedTuple):
 def predict(request: PlanRequest, timing: RoundTiming, option: DepthOption) -> Prediction:
     """Return the figures of a layout at one depth, with the figures that they depend on."""
     machine, plain = request.costs, depth_options(request)[0]
-    survival_origin: CostOrigin = "assumed" if request.survival is None else "measured"
     rates = (machine.link_bytes_per_s, machine.pageable_bytes_per_s)
+    assumed = assumed_survival(request.substitute_bits)
+    is_assumed = request.survival is None and option.depth > 0
     return Prediction(
         **_times(timing, plain, option),
         depth=option.depth,
@@ -279,8 +299,20 @@ def predict(request: PlanRequest, timing: RoundTiming, option: DepthOption) -> P
         survival=request.likely_survival,
         origin=machine.origin,
         cached_rows=request.cached_rows,
-        basis=Basis(*rates, survival_origin, timing, plain, option),
+        basis=Basis(*rates, timing, plain, option),
+        learned_tokens=request.learned_tokens,
+        low=_outcome(request, timing, assumed.low) if is_assumed else None,
+        high=_outcome(request, timing, assumed.high) if is_assumed else None,
     )
+
+
+def _outcome(request: PlanRequest, timing: RoundTiming, survival: float) -> Outcome:
+    """Return what a layout gives at another survival; the draft policy chooses the depth while it runs."""
+    plain, *drafted = depth_options(replace(request, survival=survival))
+    if not request.fixed_depth:
+        drafted.append(plain)
+    rate, best = fastest_depth(timing, drafted)
+    return Outcome(survival, best.depth, best.tau, rate)
 
 
 def predict_at(prediction: Prediction, costs: PlanCosts, cached_rows: float) -> Prediction:
@@ -293,7 +325,7 @@ def predict_at(prediction: Prediction, costs: PlanCosts, cached_rows: float) -> 
         each._replace(compute_s=costs.compute_s(each.rows, cached_rows))
         for each in (basis.plain, basis.option)
     )
-    return dataclasses.replace(prediction, **_times(timing, plain, option), cached_rows=cached_rows)
+    return replace(prediction, **_times(timing, plain, option), cached_rows=cached_rows)
 
 
 def _times(timing: RoundTiming, plain: DepthOption, option: DepthOption) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from subspec_cli.checkpoint.checkpoint import open_checkpoint
 from subspec_cli.checkpoint.repository import read_repository
-from subspec_cli.planning.costs import MachineCosts
+from subspec_cli.probe.timed_machine import TimedMachine
 from subspec_cli.reporter import Reporter
 from subspec_cli.substitutes.settings import SubstituteSettings
 
@@ -36,7 +36,7 @@ def probe_in_subprocess(
     settings: SubstituteSettings,
     device: str,
     reporter: Reporter,
-) -> MachineCosts:
+) -> TimedMachine:
     """Measure the costs of the model in `directory` and of substitutes with these settings in a subprocess.
 
     `device` is `cpu` or `cuda`. Raises ProbeFailedError if the subprocess cannot be started or ends without a result.
@@ -78,7 +78,7 @@ def probe_in_subprocess(
     return found
 
 
-def _follow(process: subprocess.Popen[str], order: str, reporter: Reporter) -> MachineCosts | None:
+def _follow(process: subprocess.Popen[str], order: str, reporter: Reporter) -> TimedMachine | None:
     """Send the order and read the replies, one JSON object a line, until the process ends.
 
     Its standard input stays open: its end tells the process that this one has ended.
@@ -100,7 +100,7 @@ def _follow(process: subprocess.Popen[str], order: str, reporter: Reporter) -> M
         if "doing" in said:
             reporter.progress(said["doing"])
         else:
-            found = MachineCosts.from_dict(said["costs"])
+            found = TimedMachine.from_dict(said["timed"])
     return found
 
 
@@ -120,8 +120,8 @@ def main() -> None:
     device = torch.device(order["device"])
     _say({"doing": "timing this machine"})
     reporter = Reporter(progress=lambda doing: _say({"doing": f"timing this machine: {doing}"}))
-    costs = probe_machine(repository.geometry, settings, checkpoint, device, reporter)
-    _say({"costs": costs.as_dict()})
+    timed = probe_machine(repository.geometry, settings, checkpoint, device, reporter)
+    _say({"timed": timed.as_dict()})
 
 
 def _end_with_parent() -> None:

@@ -6,7 +6,6 @@ model's files only some blocks are read, to time the link. A probe takes seconds
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -45,6 +44,8 @@ from subspec_cli.modeling.substitute import (
 )
 from subspec_cli.modeling.token_batch import TokenBatch, causal_batch
 from subspec_cli.planning.costs import BASE_CACHED_ROWS, MachineCosts, RowTimes, attention_times, snapped
+from subspec_cli.probe.machine_use import read_use
+from subspec_cli.probe.timed_machine import Spread, TimedMachine
 from subspec_cli.probe.timers import copy_rate, disk_rate, reading, time_rows
 from subspec_cli.reporter import Reporter
 from subspec_cli.streaming.layout import BlockLayout, layout_block
@@ -78,11 +79,12 @@ def probe_machine(
     checkpoint: Checkpoint,
     device: torch.device,
     reporter: Reporter,
-) -> MachineCosts:
-    """Time the link, target layers, draft layers and heads. Every time is snapped to the grid."""
+) -> TimedMachine:
+    """Time the link, target layers, draft layers and heads, and watch who else works. Times snap to the grid."""
+    before, spread = read_use(), Spread()
     layouts = _disk_layouts(geometry, checkpoint)
     on_cpu = device.type == "cpu"
-    workbench = _Workbench(geometry, settings, device)
+    workbench = _Workbench(geometry, settings, device, typical=spread.median)
     attention = _AttentionWorkbench(geometry, settings, device)
     reporter.progress("link and target")
     if on_cpu:
@@ -95,7 +97,7 @@ def probe_machine(
         disk = disk_rate(layouts)
         link, pageable = copy_rate(device, pinned=True), copy_rate(device, pinned=False)
     reporter.progress("the draft's layers")
-    return MachineCosts(
+    costs = MachineCosts(
         link_bytes_per_s=link,
         pageable_bytes_per_s=pageable,
         disk_bytes_per_s=disk,
@@ -110,6 +112,7 @@ def probe_machine(
         step_overhead_s=snapped(_TREE_S[device.type]),
         origin="measured",
     )
+    return TimedMachine(costs, read_use().since(before).others_share, spread.usual)
 
 
 def _disk_layouts(geometry: ModelGeometry, checkpoint: Checkpoint) -> list[BlockLayout]:
@@ -164,7 +167,7 @@ class _Workbench:
         settings: SubstituteSettings,
         device: torch.device,
         *,
-        typical: Callable[[Sequence[float]], float] = statistics.median,
+        typical: Callable[[Sequence[float]], float],
     ) -> None:
         self._sizes, self._settings, self._device = geometry, settings, device
         self._typical = typical
@@ -228,6 +231,7 @@ class _Workbench:
             lambda rows: head.logits(self._ones(self.rules.padded(rows), self._sizes.hidden), self.rules),
             _TIMED_PASS_ROWS,
             finish=self._finish,
+            typical=self._typical,
         )
 
     @torch.inference_mode()
@@ -248,7 +252,7 @@ class _Workbench:
         steps = self._launched(
             lambda rows: partial(run, self._ones(rows, self._sizes.hidden)), _TIMED_STEP_ROWS
         )
-        return time_rows(steps, _TIMED_STEP_ROWS, finish=self._finish)
+        return time_rows(steps, _TIMED_STEP_ROWS, finish=self._finish, typical=self._typical)
 
     def _head(self) -> Head:
         return Head(self._output(), self._ones(self._sizes.vocab, self._sizes.hidden))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Final
 
 from subspec_cli.config import Config, DraftConfig
@@ -16,10 +17,13 @@ from subspec_cli.planning.request import WantedTokens, check_prompt_fits
 from subspec_cli.reporter import Reporter
 from subspec_cli.session.description import SessionDescription
 from subspec_cli.session.found_model import FoundModel
+from subspec_cli.session.learning import Learning
 from subspec_cli.session.load import LoadedModel, Loader
 from subspec_cli.session.machine_costs import CostSource, ProbedCosts
 from subspec_cli.session.opening import Opening, open_device, plan_opening
+from subspec_cli.session.sampling_source import own_sampling, sampling_notes
 from subspec_cli.session.session import Engines, Session
+from subspec_cli.session.token_biases import token_biases
 from subspec_cli.streaming.memory_meter import MemoryMeter, return_freed_memory_at_once
 from subspec_cli.units import counted
 from subspec_cli.versions import library_versions
@@ -48,12 +52,13 @@ def build_session(
     return_freed_memory_at_once()
     directory, geometry = found.checkpoint.directory, found.geometry
     import_libraries(found.repository.tokenizer.model_type, has_recurrent_layers=bool(geometry.delta))
-    for note in found.repository.notes:
+    for note in (*found.repository.notes, *sampling_notes(config.sampling, found.repository.sampling)):
         reporter.note(note)
     # Every library is imported now: what memory grows by from here on is the run's.
     meter = MemoryMeter(device)
     reporter.progress("loading the tokenizer")
     tokenizer = ModelTokenizer(directory, found.repository.tokenizer)
+    biases = token_biases(config.sampling.logit_bias, tokenizer, geometry.vocab)
     wanted = None if count is None else count(tokenizer)
     if wanted is not None:
         check_prompt_fits(wanted, config.memory.context, geometry.max_positions)
@@ -63,8 +68,9 @@ def build_session(
         reporter.note(_bounded_answer(config, opening, wanted))
     loaded = Loader(opening, tokenizer, meter).load()
     try:
-        description = _describe(config, opening, loaded, notes)
-        return Session(loaded, _engines(config.draft, opening, loaded), description)
+        description = replace(_describe(config, opening, loaded, notes), biases=biases)
+        learning = Learning(opening.found.prepared.manifest)
+        return Session(loaded, _engines(config.draft, opening, loaded), description, learning)
     except BaseException:
         loaded.close()
         raise
@@ -119,6 +125,7 @@ def _describe(config: Config, opening: Opening, loaded: LoadedModel, notes: list
         self_check=loaded.self_check,
         seed=secrets.randbits(_SEED_BITS) if seed is None else seed,
         end_ids=found.repository.end_ids,
+        model_sampling=own_sampling(found.repository.sampling),
         has_chat_template=loaded.tokenizer.has_chat_template,
         direct_io=streamer is None or streamer.is_direct,
         versions=library_versions(),

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from subspec_cli.errors import UsageError
 from subspec_cli.metrics import OnPrefill
 
 if TYPE_CHECKING:
-    from subspec_cli.session.session import Session, TextDelta
+    from subspec_cli.session.session import BegunAnswer, Session, TextDelta
+
+
+@dataclass(slots=True)
+class _OpenTurn:
+    """A turn whose answer may go on."""
+
+    question: str
+    begun: BegunAnswer
+    began: bool = False
+    """Whether it has a token, and so is a part of the conversation."""
 
 
 class Chat:
@@ -18,6 +30,7 @@ class Chat:
         self._session = session
         self._system = system
         self._messages: list[dict[str, str]] = []
+        self._open: _OpenTurn | None = None
 
     @property
     def messages(self) -> tuple[dict[str, str], ...]:
@@ -40,34 +53,75 @@ class Chat:
         The part of an answer that came before an interruption stays in the conversation. A prompt that does not
         fit leaves the conversation as it was.
         """
-        session = self._session
         asked = [*self._messages, {"role": "user", "content": text}]
-        deltas = session.generate(
-            session.encode_messages(asked, system=self._system),
+        begun = self._session.begin(
+            self._session.encode_messages(asked, system=self._system),
             seed=seed,
-            max_new_tokens=max_new_tokens,
             stop=stop,
-            plain=plain,
             noise_stream=noise_stream,
-            on_prefill=on_prefill,
         )
-        answer: list[str] = []
-        began = False
+        self._open = _OpenTurn(text, begun)
+        yield from self._answer(self._open, asked, max_new_tokens, plain=plain, on_prefill=on_prefill)
+
+    @property
+    def unfinished(self) -> str | None:
+        """What the last answer says so far, if it was interrupted or ended by length; None if nothing can go on."""
+        return None if self._open is None else self._session.certain_text(self._open.begun)
+
+    def resume(
+        self, *, max_new_tokens: int | None = None, plain: bool = False, on_prefill: OnPrefill | None = None
+    ) -> Generator[TextDelta, None, None]:
+        """Go on with the answer where it stopped: the tokens are those of an answer that was never interrupted.
+
+        Its text goes on after `unfinished`. If turns before it were dropped meanwhile, the tokens are those that the
+        model gives after the conversation that is left.
+
+        Raises UsageError if the last answer is whole, or if the context has no room.
+        """
+        turn = self._open
+        if turn is None:
+            raise UsageError("no answer was interrupted or ended by length")
+        before = self._messages[:-2] if turn.began else self._messages
+        asked = [*before, {"role": "user", "content": turn.question}]
+        prompt_ids = self._session.encode_messages(asked, system=self._system)
+        turn.begun = replace(turn.begun, prompt_ids=tuple(prompt_ids))
+        yield from self._answer(turn, asked, max_new_tokens, plain=plain, on_prefill=on_prefill)
+
+    def _answer(
+        self,
+        turn: _OpenTurn,
+        asked: list[dict[str, str]],
+        max_new_tokens: int | None,
+        *,
+        plain: bool,
+        on_prefill: OnPrefill | None,
+    ) -> Generator[TextDelta, None, None]:
+        """Generate tokens of a turn, and keep what it says in the conversation."""
+        begun = turn.begun
+        pieces = [self._session.certain_text(begun)]
+        finish_reason = None
+        deltas = self._session.go_on(begun, max_new_tokens=max_new_tokens, plain=plain, on_prefill=on_prefill)
         try:
             for delta in deltas:
-                began = True
-                answer.append(delta.text)
+                pieces.append(delta.text)
+                finish_reason = delta.finish_reason
                 yield delta
         finally:
-            if began:
-                self._messages = [*asked, {"role": "assistant", "content": "".join(answer)}]
-
-    def replace_answer(self, text: str) -> None:
-        """Continue the conversation as if the last answer had been `text`."""
-        self._messages[-1] = {"role": "assistant", "content": text}
+            deltas.close()
+            turn.began = bool(begun.token_ids)
+            if turn.began:
+                said = "".join(pieces) if finish_reason else self._session.certain_text(begun)
+                self._messages = [*asked, {"role": "assistant", "content": said}]
+            if finish_reason == "stop":
+                self._open = None
 
     def replace_messages(self, messages: Sequence[dict[str, str]]) -> None:
-        """Continue from another conversation: `role` and `content` of turns, without the system message."""
+        """Continue from another conversation: `role` and `content` of turns, without the system message.
+
+        An unfinished answer can still go on if the last message stays the same object.
+        """
+        if not (messages and self._messages and messages[-1] is self._messages[-1]):
+            self._open = None
         self._messages = list(messages)
 
     def set_system(self, system: str) -> None:
@@ -76,5 +130,5 @@ class Chat:
 
     def reset(self) -> None:
         """Forget the conversation and empty the cache."""
-        self._messages = []
+        self._messages, self._open = [], None
         self._session.reset()

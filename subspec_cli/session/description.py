@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from subspec_cli.config import Config
+from subspec_cli.config import Config, SamplingConfig
 from subspec_cli.metrics import Exactness
 from subspec_cli.modeling.self_check import SelfCheck
 from subspec_cli.planning.costs import PlanCosts
@@ -20,7 +20,7 @@ class SessionDescription:
     dtype: str
     """Data type of the weights, such as `bf16`."""
     config: Config
-    """The settings that the session was opened with."""
+    """The settings that the session was opened with; the model's own sampling is filled in if it is used."""
     plan: OffloadPlan
     costs: PlanCosts
     """Costs of passes and draft steps: the shapes of draft trees depend on them and on tokens alone."""
@@ -29,11 +29,15 @@ class SessionDescription:
     """Seed of the noise: the given one, or one drawn for this session."""
     end_ids: tuple[int, ...]
     """Tokens that end an answer."""
+    model_sampling: SamplingConfig | None
+    """Sampling by the model's own files alone, used or not; None if they hold a value that cannot be used."""
     has_chat_template: bool
     direct_io: bool
     """Whether weights are read past the page cache."""
     versions: dict[str, str]
     """Installed version of each library that results depend on."""
+    biases: tuple[tuple[int, float], ...] = ()
+    """Biases of logits, by token id."""
     notes: tuple[str, ...] = ()
     """What did not go as planned while loading, and is not fatal."""
 

@@ -15,11 +15,21 @@ from subspec_cli.planning.assumed_costs import assumed_costs
 from subspec_cli.planning.costs import MachineCosts
 from subspec_cli.planning.device_profile import device_profile
 from subspec_cli.planning.plan import OffloadPlan, PlanBounds, bounds_of, fastest_plan, make_plan
-from subspec_cli.planning.request import MemoryLimits, PlanRequest, budget_bytes, plan_request, ram_bytes
+from subspec_cli.planning.request import (
+    MemoryLimits,
+    PlanRequest,
+    automatic_budget,
+    budget_bytes,
+    plan_request,
+    ram_bytes,
+)
+from subspec_cli.probe.kept_acceptance import acceptance_subject, kept_acceptance
 from subspec_cli.probe.kept_costs import known_costs, probe_subject
+from subspec_cli.probe.kept_rates import DOWNLOAD, kept_rate, preparing
 from subspec_cli.reporter import Reporter
 from subspec_cli.session.openmp import set_openmp_defaults
-from subspec_cli.streaming.host_memory import has_gpu, host_memory
+from subspec_cli.session.sampling_source import with_model_sampling
+from subspec_cli.streaming.host_memory import gpu_memory, has_gpu, host_memory
 from subspec_cli.streaming.process_limits import check_libraries_fit
 from subspec_cli.substitutes.prepared_model import PreparedModel, find_prepared_sets
 from subspec_cli.substitutes.prepared_names import full_name
@@ -52,6 +62,10 @@ class Forecast:
     is_prepared: bool
     download_bytes: int
     """Bytes that `prepare` would still fetch."""
+    download_bytes_per_s: float | None
+    """Rate of the last download; None if none was measured."""
+    prepare_s: float | None
+    """Time that the preparation takes at the rate of the last one; None if none was measured, or if it is done."""
     substitute_disk_bytes: int
     received_bytes: int
     """Bytes that came over the network for this forecast."""
@@ -64,6 +78,12 @@ class Forecast:
     """None if only budgets are compared."""
     compared: tuple[BudgetRow, ...]
 
+    @property
+    def download_s(self) -> float | None:
+        """Time of the download at the rate of the last one; None if there is none, or none was measured."""
+        rate = self.download_bytes_per_s
+        return self.download_bytes / rate if self.download_bytes and rate else None
+
 
 def forecast(
     model: str,
@@ -71,6 +91,7 @@ def forecast(
     *,
     link_gb_per_s: float | None,
     compare_gib: Sequence[float],
+    follow_links: bool = False,
     reporter: Reporter,
 ) -> Forecast:
     """Plan a model that need not be downloaded: its config and headers are enough.
@@ -81,18 +102,25 @@ def forecast(
     set_openmp_defaults()  # so that the costs of a run are found, which depend on its threads
     device, device_reason = _device(config.memory.device)
     model = _whole_name(model)
-    outline = outline_model(model, config.model.revision, reporter=reporter)
+    outline = outline_model(model, config.model.revision, follow_links=follow_links, reporter=reporter)
     for note in outline.repository.notes:
         reporter.note(note)
     geometry = outline.repository.geometry
+    config = with_model_sampling(config, outline.repository.sampling)
     prepared = _prepared(model, config, reporter)
     chosen = [item.manifest.settings for item in prepared] or [_settings(config)]
     compare_bytes = [gib_to_bytes(gib, "--compare") for gib in compare_gib]
     wants_one = config.memory.memory_gib is not None or not compare_bytes
     if wants_one and config.memory.memory_gib is None and device == "cpu":
         check_libraries_fit()  # a share of nothing would be called too small
-    budget = budget_bytes(config, device, None, _free_bytes(device)) if wants_one else compare_bytes[0]
-    limits = MemoryLimits(device_profile(device).kind, budget, ram_bytes(config, None))
+    total, free = _device_memory(config, device) if wants_one else (None, None)
+    budget = budget_bytes(config, device, total, free) if wants_one else compare_bytes[0]
+    limits = MemoryLimits(
+        device_profile(device).kind,
+        budget,
+        ram_bytes(config, None),
+        automatic_budget(config, device, total, free),
+    )
 
     def request_for(settings: SubstituteSettings) -> PlanRequest:
         return plan_request(
@@ -102,6 +130,8 @@ def forecast(
             _costs(geometry, settings, device, outline.directory, link_gb_per_s),
             limits=limits,
             tokenizer_bytes=outline.tokenizer_bytes,
+        ).after_runs(
+            kept_acceptance(acceptance_subject(outline.model_id, outline.commit, settings, config.sampling))
         )
 
     requests = [request_for(settings) for settings in chosen]
@@ -118,6 +148,8 @@ def forecast(
         device_reason=device_reason,
         is_prepared=bool(prepared),
         download_bytes=outline.missing_bytes,
+        download_bytes_per_s=kept_rate(DOWNLOAD),
+        prepare_s=None if prepared else _prepare_s(geometry, chosen[0]),
         substitute_disk_bytes=_disk_bytes(geometry, prepared, chosen[number]),
         received_bytes=outline.received_bytes,
         plan=plan,
@@ -152,8 +184,16 @@ def _device(name: str) -> tuple[str, str]:
     return "cpu", "no NVIDIA driver is loaded; --device cuda plans for a GPU"
 
 
-def _free_bytes(device: str) -> int | None:
-    return host_memory().free_bytes if device == "cpu" else None
+def _device_memory(config: Config, device: str) -> tuple[int | None, int | None]:
+    """Return total and free bytes of the device for an automatic budget; None where they are not known or needed.
+
+    A budget that was given may be for another machine.
+    """
+    if config.memory.memory_gib is not None:
+        return None, None
+    if device == "cpu":
+        return None, host_memory().free_bytes
+    return gpu_memory() or (None, None)
 
 
 def _whole_name(model: str) -> str:
@@ -188,6 +228,11 @@ def _disk_bytes(
         if item.manifest.settings == settings:
             return sum(file.size_bytes for file in item.manifest.layers)
     return sum(substitute_layer_bytes(geometry, settings))
+
+
+def _prepare_s(geometry: ModelGeometry, settings: SubstituteSettings) -> float | None:
+    rate = kept_rate(preparing(settings.optimizer))
+    return None if rate is None else geometry.layers * geometry.layer_matrix_bytes / rate
 
 
 def _best_plain(request: PlanRequest, plan: OffloadPlan) -> OffloadPlan | None:

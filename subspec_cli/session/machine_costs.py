@@ -33,21 +33,27 @@ class ProbedCosts:
     reporter: Reporter
 
     def __call__(self, geometry: ModelGeometry, settings: SubstituteSettings) -> MachineCosts:
-        """Return the kept costs, else probe and keep the result. If the probe fails, assume costs and say so."""
+        """Return the kept costs, else probe, and keep the result unless the machine was busy.
+
+        If the probe fails, assume costs and say so.
+        """
         subject = probe_subject(geometry, settings, self.device, self.directory)
         kept = None if self.reprobe else known_costs(subject)
         if kept is not None:
             return kept
         try:
-            probed = probe_in_subprocess(self.directory, settings, self.device, self.reporter)
+            timed = probe_in_subprocess(self.directory, settings, self.device, self.reporter)
         except ProbeFailedError as error:
             reason = printable(str(error))
             self.reporter.note(
                 f"this machine could not be timed, so the plan assumes what it can do: {reason}"
             )
             return assumed_costs(geometry, self.device, settings=settings)
+        if timed.trouble is not None:
+            self.reporter.note(f"{timed.trouble}; these costs are for this run, the next one times it again")
+            return timed.costs
         try:
-            keep_costs(subject, probed)
+            keep_costs(subject, timed.costs)
         except (ResourceError, IntegrityError) as error:  # a read-only disk is no reason not to run
             self.reporter.note(f"the next run times this machine again: {error}")
-        return probed
+        return timed.costs

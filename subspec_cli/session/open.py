@@ -11,6 +11,7 @@ from subspec_cli.errors import UsageError
 from subspec_cli.reporter import SILENT, Reporter
 from subspec_cli.session.found_model import find_model
 from subspec_cli.session.openmp import set_openmp_defaults
+from subspec_cli.session.sampling_source import with_model_sampling
 from subspec_cli.streaming.process_limits import check_libraries_fit
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def open_session(
     the reporter and into the session's description. Raises what `load` raises.
     """
     found = find_model(config)
+    config = with_model_sampling(config, found.repository.sampling)
     reporter.progress("loading libraries")
     set_openmp_defaults()
     check_libraries_fit()

@@ -14,9 +14,17 @@ from subspec_cli.errors import UnsupportedModelError
 from subspec_cli.planning.costs import PlanCosts
 from subspec_cli.planning.device_profile import device_profile
 from subspec_cli.planning.plan import OffloadPlan, fastest_plan
-from subspec_cli.planning.request import MemoryLimits, WantedTokens, budget_bytes, plan_request, ram_bytes
+from subspec_cli.planning.request import (
+    MemoryLimits,
+    WantedTokens,
+    automatic_budget,
+    budget_bytes,
+    plan_request,
+    ram_bytes,
+)
 from subspec_cli.reporter import Reporter
 from subspec_cli.session.found_model import FoundModel
+from subspec_cli.session.learning import learned_acceptance
 from subspec_cli.session.machine_costs import CostSource
 from subspec_cli.streaming.host_memory import host_memory
 from subspec_cli.streaming.memory_meter import allocator_share, available_bytes, total_bytes
@@ -60,6 +68,7 @@ def plan_opening(
         device_profile(device.type).kind,
         budget_bytes(config, device.type, total, free, owner),
         ram_bytes(config, host_bytes),
+        automatic_budget(config, device.type, total, free),
     )
     machines = [costs(found.geometry, prepared.manifest.settings) for prepared in sets]
     requests = [
@@ -71,7 +80,7 @@ def plan_opening(
             limits=limits,
             tokenizer_bytes=tokenizer_bytes_in(found.checkpoint.directory),
             wanted=wanted,
-        )
+        ).after_runs(learned_acceptance(prepared.manifest, config.sampling))
         for prepared, machine in zip(sets, machines, strict=True)
     ]
     number, plan = fastest_plan(requests)

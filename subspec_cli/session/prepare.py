@@ -16,6 +16,7 @@ from subspec_cli.checkpoint.repository import Repository, check_fields, check_to
 from subspec_cli.errors import UsageError
 from subspec_cli.hub.model_name import name_of_id
 from subspec_cli.hub.source_model import open_model
+from subspec_cli.probe.kept_rates import DOWNLOAD, keep_rate, preparing
 from subspec_cli.reporter import SILENT, Reporter
 from subspec_cli.session.openmp import set_openmp_defaults
 from subspec_cli.streaming.process_limits import check_libraries_fit
@@ -30,6 +31,8 @@ from subspec_cli.versions import library_versions
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from subspec_cli.hub.weight_downloads import DownloadProgress
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,7 @@ def prepare(
     *,
     revision: str | None = None,
     force: bool = False,
+    follow_links: bool = False,
     progress: Callable[[PrepareProgress], None],
     reporter: Reporter = SILENT,
 ) -> PrepareReport:
@@ -91,12 +95,17 @@ def prepare(
     check_libraries_fit()
     settings = replace(wanted, overrides=_matching(wanted.overrides, wanted.bits))
     latest: list[PrepareProgress] = []
+    while_loading: list[DownloadProgress] = []
 
     def watch(state: PrepareProgress) -> None:
         latest[:] = [state]
+        if state.download is not None and not _is_loaded(while_loading):
+            while_loading[:] = [state.download]
         progress(state)
 
-    with open_model(model, revision, accept_config=check_fields, reporter=reporter) as opened:
+    with open_model(
+        model, revision, follow_links=follow_links, accept_config=check_fields, reporter=reporter
+    ) as opened:
         repository = read_repository(opened.checkpoint)
         geometry = repository.geometry
         for note in repository.notes:
@@ -110,12 +119,30 @@ def prepare(
             progress=watch,
             reporter=reporter,
         )
+    for download in while_loading:
+        keep_rate(DOWNLOAD, download.received_bytes, download.elapsed_s)
+    for state in latest:
+        _keep_making_rate(state, settings)
     return _report(
         prepared,
         geometry,
         already_prepared=not latest or latest[0].reused_layers == geometry.layers,
         elapsed_s=time.perf_counter() - started,
     )
+
+
+def _is_loaded(seen: Sequence[DownloadProgress]) -> bool:
+    return any(download.done_files == download.total_files for download in seen)
+
+
+def _keep_making_rate(state: PrepareProgress, settings: SubstituteSettings) -> None:
+    made_layers = state.done_layers - state.reused_layers
+    if made_layers and not state.copied_layers:
+        keep_rate(
+            preparing(settings.optimizer),
+            state.total_bytes * made_layers / state.total_layers,
+            state.elapsed_s,
+        )
 
 
 def repair(
@@ -133,6 +160,7 @@ def repair(
         manifest.model_id,
         manifest.settings,
         revision=manifest.commit if is_on_hub else None,
+        follow_links=True,  # the user was asked when the set was made
         progress=progress,
     )
 

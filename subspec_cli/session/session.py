@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 
 from subspec_cli.config import SamplingConfig
 from subspec_cli.decoding.drafter import Drafter
 from subspec_cli.decoding.engine import Engine, PassOutput, Request
-from subspec_cli.decoding.penalties import penalties_of
+from subspec_cli.decoding.penalties import Penalties, penalties_of
 from subspec_cli.decoding.sampler import Sampler, make_sampler
 from subspec_cli.decoding.text import AnswerText
 from subspec_cli.errors import IntegrityError, UsageError
@@ -20,8 +20,10 @@ from subspec_cli.modeling.target_blocks import TargetBlocks
 from subspec_cli.planning.plan import OffloadPlan
 from subspec_cli.session.chat import Chat
 from subspec_cli.session.description import SessionDescription
+from subspec_cli.session.learning import Learning
 from subspec_cli.session.load import LoadedModel
 from subspec_cli.session.oom import oom_as_error
+from subspec_cli.session.token_biases import token_biases
 from subspec_cli.streaming.streamer import StreamCounters
 from subspec_cli.units import counted
 
@@ -40,6 +42,17 @@ class TextDelta:
 
 
 @dataclass(frozen=True, slots=True)
+class BegunAnswer:
+    """An answer that may go on: what decides its tokens, and those it has."""
+
+    prompt_ids: tuple[int, ...]
+    sampler: Sampler
+    penalties: Penalties
+    stop: tuple[str, ...]
+    token_ids: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
 class Engines:
     """The engines of a session: one target, one KV cache, two ways to draft."""
 
@@ -51,12 +64,20 @@ class Engines:
 class Session:
     """One model, one KV cache, one answer at a time. Use as a context manager.
 
-    `loaded` is the model in memory and `description` says what was planned and promised; both are read-only.
+    `loaded` is the model in memory, `description` says what was planned and promised, and `learning` counts what was
+    accepted of drafts, for the next plan; None learns nothing. All are read-only.
     """
 
-    def __init__(self, loaded: LoadedModel, engines: Engines, description: SessionDescription) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        engines: Engines,
+        description: SessionDescription,
+        learning: Learning | None = None,
+    ) -> None:
         self.loaded = loaded
         self.description = description
+        self.learning = learning
         self._engines = engines
         self._noise_streams = 0
 
@@ -69,8 +90,10 @@ class Session:
         self.close()
 
     def close(self) -> None:
-        """Stop the stream and release the memory; closing twice does no harm."""
+        """Stop the stream, release the memory and keep what was learned; closing twice does no harm."""
         self.loaded.close()
+        if self.learning is not None:
+            self.learning.keep()
 
     @property
     def plan(self) -> OffloadPlan:
@@ -142,33 +165,98 @@ class Session:
         run = self.description.config.run
         if isinstance(prompt, str):
             prompt = self.encode_prompt(prompt, system=run.system, raw=run.raw)
-        free = self.description.context_tokens - len(prompt)
-        if not prompt or free < 1:
-            raise self._no_room(len(prompt))
-        limit = min(run.max_new_tokens if max_new_tokens is None else max_new_tokens, free)
+        begun = self.begin(prompt, seed=seed, stop=stop, noise_stream=noise_stream)
+        yield from self.go_on(begun, max_new_tokens=max_new_tokens, plain=plain, on_prefill=on_prefill)
+
+    def begin(
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        seed: int | None = None,
+        stop: Sequence[str] | None = None,
+        noise_stream: int | None = None,
+    ) -> BegunAnswer:
+        """Begin an answer without a token yet; arguments and errors are those of `generate`."""
+        config = self.description.config
+        if not prompt_ids or len(prompt_ids) >= self.description.context_tokens:
+            raise self._no_room(len(prompt_ids))
+        sampler = self._sampler(seed, noise_stream)
+        stops = tuple(config.run.stop if stop is None else stop)
+        return BegunAnswer(
+            tuple(prompt_ids), sampler, penalties_of(config.sampling, self.description.biases), stops
+        )
+
+    def go_on(
+        self,
+        begun: BegunAnswer,
+        *,
+        max_new_tokens: int | None = None,
+        plain: bool = False,
+        on_prefill: OnPrefill | None = None,
+    ) -> Generator[TextDelta, None, None]:
+        """Generate the next tokens of an answer, which are added to it; arguments and errors are those of `generate`.
+
+        Wherever it was interrupted, the tokens are those of an answer that was not. Text begins where
+        `certain_text` ends, and statistics count the tokens before as a part of the prompt.
+        """
+        given = tuple(begun.token_ids)
+        known = len(begun.prompt_ids) + len(given)
+        free = self.description.context_tokens - known
+        if free < 1:
+            raise UsageError(
+                f"the context is full, all {self.description.context_tokens} tokens",
+                "in a chat /drop forgets the oldest turns; or raise --context or the memory budget",
+            )
+        limit = min(
+            self.description.config.run.max_new_tokens if max_new_tokens is None else max_new_tokens, free
+        )
+        text = self._text_of(begun, limit)
+        text.take()
+        request = Request(begun.prompt_ids, begun.sampler, limit, text, begun.penalties, given)
+        engine = self._engines.plain if plain else self._engines.speculative
+        sampling, stats = self.description.config.sampling, GenerationStats()
+        try:
+            with closing(self._checked(engine.generate(request, on_prefill))) as outputs:
+                for output in outputs:
+                    stats = output.stats
+                    begun.token_ids.extend(output.token_ids)
+                    yield TextDelta(text.take(), output.token_ids, output.finish_reason, stats)
+        finally:
+            if self.learning is not None:
+                self.learning.add(sampling, stats)
+
+    def certain_text(self, begun: BegunAnswer) -> str:
+        """Return the text of an answer that no later token can change."""
+        return self._text_of(begun, 1).take()
+
+    def _text_of(self, begun: BegunAnswer, limit: int) -> AnswerText:
+        """Return the stop rule of an answer, fed with its tokens; `limit` further tokens may come."""
         text = AnswerText(
             self.loaded.tokenizer,
             eos_ids=self.loaded.eos_ids,
-            stop=run.stop if stop is None else stop,
-            max_new_tokens=limit,
+            stop=begun.stop,
+            max_new_tokens=len(begun.token_ids) + limit,
         )
-        penalties = penalties_of(self.description.config.sampling)
-        request = Request(tuple(prompt), self._sampler(seed, noise_stream), limit, text, penalties)
-        engine = self._engines.plain if plain else self._engines.speculative
-        with closing(self._checked(engine.generate(request, on_prefill))) as outputs:
-            for output in outputs:
-                yield TextDelta(text.take(), output.token_ids, output.finish_reason, output.stats)
+        for token_id in begun.token_ids:
+            text.feed(token_id)
+        return text
 
     def reset(self) -> None:
         """Empty the KV cache, so that the next prompt is prefilled whole."""
         self.loaded.kv.rewind(0)
 
     def set_sampling(self, sampling: SamplingConfig) -> None:
-        """Choose tokens of later answers by other settings. A new seed begins with noise stream 0."""
+        """Choose tokens of later answers by other settings. A new seed begins with noise stream 0.
+
+        The settings are taken as they are: the model's own values are filled in when a session is opened. Raises
+        UsageError for a bias that names no token.
+        """
         about = self.description
+        biases = token_biases(sampling.logit_bias, self.loaded.tokenizer, self.loaded.math.geometry.vocab)
         seed = about.seed if sampling.seed is None else sampling.seed
         self._noise_streams = self._noise_streams if seed == about.seed else 0
-        self.description = replace(about, config=replace(about.config, sampling=sampling), seed=seed)
+        config = replace(about.config, sampling=sampling)
+        self.description = replace(about, config=config, seed=seed, biases=biases)
 
     def chat(self, system: str | None = None) -> Chat:
         """Begin a conversation over this session's cache; without `system` the settings' system message is used."""

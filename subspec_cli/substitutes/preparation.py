@@ -84,6 +84,8 @@ class PrepareProgress:
     total_bytes: int
     elapsed_s: float
     """Time spent on making layers, without waiting for their weights."""
+    copied_layers: int = 0
+    """Done layers that were copied from another set of the same weights."""
     download: DownloadProgress | None = None
     """Download of the weights; None if all were there."""
 
@@ -162,6 +164,7 @@ class _Preparation:
     note: Callable[[str], None]
     twins: Twins = field(default_factory=dict)
     making_s: float = 0.0
+    copied_layers: int = 0
     done: dict[int, LayerFile] = field(default_factory=dict)
     reused_layers: int = 0
     states: dict[int, FileState] = field(default_factory=dict)
@@ -274,6 +277,7 @@ class _Preparation:
         directory, file = self.twins.get((layer, source_sha256), (None, None))
         if directory is None or file is None or (data := read_twin(directory, file)) is None:
             return None
+        self.copied_layers += 1
         if not self.done:
             self.note(f"layers of the same weights are in {printable(str(directory))}: they are copied")
         return file, data
@@ -306,6 +310,7 @@ class _Preparation:
                 done_bytes=sum(self.layer_bytes[layer] for layer in self.done),
                 total_bytes=sum(self.layer_bytes),
                 elapsed_s=self.making_s,
+                copied_layers=self.copied_layers,
                 download=self.weight_downloads.progress(),
             )
         )
