@@ -37,6 +37,16 @@ FINAL_NORM_BIAS = "model.norm.bias"
 HEAD = "lm_head.weight"
 
 
+@dataclass(frozen=True, slots=True)
+class StoredBytes:
+    """Sizes of matrices in files where some are in 8 bits, with their scales."""
+
+    layers: tuple[int, ...]
+    """Of each layer."""
+    block: int
+    """Of the largest block."""
+
+
 @dataclass(frozen=True)
 class ModelGeometry:
     """Sizes of a supported dense decoder, and what its layers compute."""
@@ -52,6 +62,8 @@ class ModelGeometry:
     mixers: tuple[Mixer, ...]
     """Attention, or what is in its place, of each layer."""
     arithmetic: Arithmetic
+    stored: StoredBytes | None = None
+    """Sizes of the matrices in files; None if they are stored in `dtype`."""
 
     @property
     def layers(self) -> int:

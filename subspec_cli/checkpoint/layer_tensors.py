@@ -50,6 +50,11 @@ def norm_name(place: str) -> str:
     return f"{place}_norm.weight"
 
 
+def scale_name(matrix: str) -> str:
+    """The name of the scales of a matrix that is stored in 8 bits."""
+    return f"{matrix}_scale"
+
+
 def matrices_of(names: Iterable[str]) -> tuple[str, ...]:
     """The matrices among the tensors of a layer, in order of use."""
     held = set(names)
@@ -57,10 +62,18 @@ def matrices_of(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def block_entries(tensors: Mapping[str, TensorEntry], layer: int) -> list[list[TensorEntry]]:
-    """The tensor entries of each block of a layer, in order of use, with the names inside the layer."""
+    """The tensor entries of each block of a layer, in order of use, with the names inside the layer.
+
+    The scales of a matrix in 8 bits are in its block.
+    """
     prefix = layer_prefix(layer)
     return [
-        [replace(tensors[prefix + name], name=name) for name in names if prefix + name in tensors]
+        [
+            replace(tensors[prefix + stored], name=stored)
+            for name in names
+            for stored in (name, scale_name(name))
+            if prefix + stored in tensors
+        ]
         for names in LAYER_BLOCKS.values()
     ]
 
