@@ -135,11 +135,10 @@ def _accept(table: Table, name: str, values: tuple[Any, ...]) -> None:
 
 
 def _block_unit(block: object, name: str) -> ScaleUnit:
-    is_pair = isinstance(block, list) and len(block) == 2
-    if not is_pair or not all(type(size) is int and size > 0 for size in block):  # type: ignore[attr-defined]
+    sizes = block if isinstance(block, list) else []
+    if len(sizes) != 2 or not all(type(size) is int and size > 0 for size in sizes):
         raise UnsupportedModelError(f"config field {name} is {shown(block)}, not two sizes", _HINT)
-    rows, columns = block  # type: ignore[misc]
-    return ScaleUnit("block", (rows, columns))
+    return ScaleUnit("block", (sizes[0], sizes[1]))
 
 
 def take_scales(source: EightBitSource, found: Mapping[str, TensorEntry]) -> EightBitTensors:

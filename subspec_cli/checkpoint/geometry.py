@@ -135,6 +135,16 @@ class ModelGeometry:
         return tuple(sizes[mixer] for mixer in self.mixers)
 
     @property
+    def link_layer_bytes(self) -> tuple[int, ...]:
+        """Bytes of the matrices of each layer as they are stored and streamed."""
+        return self.layer_bytes if self.stored is None else self.stored.layers
+
+    @property
+    def link_block_bytes(self) -> int:
+        """Bytes of the largest block as it is stored and streamed."""
+        return max(self.block_bytes.values()) if self.stored is None else self.stored.block
+
+    @property
     def matrix_bytes(self) -> int:
         """Bytes of the matrices of all layers."""
         return sum(self.layer_bytes)

@@ -86,9 +86,7 @@ def read_tensor_table(
         taken = take_scales(source, found)
         entries = _needed(replace(geometry, dtype=EIGHT_BIT_RESULT), taken.weights, index)
         geometry = _with_stored_bytes(replace(geometry, dtype=EIGHT_BIT_RESULT), entries | taken.scales)
-        return TensorTable(
-            geometry, entries | taken.scales, (taken.note, *_cast_note(geometry, entries))
-        )
+        return TensorTable(geometry, entries | taken.scales, (taken.note, *_cast_note(geometry, entries)))
     geometry = replace(geometry, dtype=_matrix_dtype(config, found))
     entries = _needed(geometry, found, index)
     return TensorTable(geometry, entries, (*_cast_note(geometry, entries), *_quantization_note(config)))

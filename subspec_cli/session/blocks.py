@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from subspec_cli.checkpoint.checkpoint import Checkpoint
-from subspec_cli.checkpoint.layer_tensors import LAYER_MATRICES, block_entries
+from subspec_cli.checkpoint.layer_tensors import block_entries
 from subspec_cli.limits import LEAST_RING_SLOTS
 from subspec_cli.modeling.target_blocks import TargetBlocks
 from subspec_cli.planning.device_profile import device_profile
@@ -45,14 +45,12 @@ def _widened(opening: Opening, streamer: Streamer) -> Streamer:
     """Return the stream with blocks in the model's type, as the plan counts their memory."""
     entries = opening.found.checkpoint.tensors
     region_bytes = max(
-        widened_bytes([entry.shape for entry in block if entry.name in LAYER_MATRICES], opening.dtype)
+        widened_bytes({entry.name: entry.shape for entry in block}, opening.dtype)
         for layer in opening.plan.streamed
         for block in block_entries(entries, layer)
     )
     regions = device_profile(opening.device.type).widened_blocks
-    return WidenedBlocks(
-        streamer, region_bytes, regions=regions, dtype=opening.dtype, device=opening.device
-    )
+    return WidenedBlocks(streamer, region_bytes, regions=regions, dtype=opening.dtype, device=opening.device)
 
 
 def open_streamer(opening: Opening) -> Streamer | None:

@@ -6,6 +6,7 @@ the page size, resident or streamed, since kernels may choose their code by alig
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
@@ -13,25 +14,24 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from subspec_cli.checkpoint.layer_tensors import scale_name
+from subspec_cli.checkpoint.layer_tensors import LAYER_MATRICES, matrices_of, scale_name
 from subspec_cli.checkpoint.widening import widen
-from subspec_cli.files.direct_io import PAGE_BYTES, page_ceil
+from subspec_cli.files.direct_io import page_ceil
 from subspec_cli.streaming.gpu_layers import page_aligned_memory
 from subspec_cli.streaming.streamer import StreamCounters, Streamer
 
 
-def widened_bytes(shapes: Sequence[torch.Size], dtype: torch.dtype) -> int:
-    """Bytes of the memory that tensors of these shapes take once they are widened."""
-    return sum(page_ceil(shape.numel() * dtype.itemsize) for shape in shapes)
+def widened_bytes(shapes: Mapping[str, Sequence[int]], dtype: torch.dtype) -> int:
+    """Bytes of the memory that the matrices of a block take once they are widened; `shapes` may hold scales too."""
+    sizes = (math.prod(shape) for name, shape in shapes.items() if name in LAYER_MATRICES)
+    return sum(page_ceil(size * dtype.itemsize) for size in sizes)
 
 
 def widen_block(stored: Mapping[str, Tensor], memory: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     """Widen or cast the matrices of a block to `dtype`, in `memory`: `[bytes]` of uint8 on the same device."""
     made, at = {}, 0
-    scales = {scale_name(name) for name in stored}
-    for name, tensor in stored.items():
-        if name in scales:
-            continue
+    for name in matrices_of(stored):
+        tensor = stored[name]
         size_bytes = tensor.numel() * dtype.itemsize
         made[name] = memory[at : at + size_bytes].view(dtype).view(tensor.shape)
         at += page_ceil(size_bytes)
@@ -46,7 +46,7 @@ def widen_resident(stored: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str
     """Widen or cast the matrices of a block that stays, in memory of its own; one in `dtype` stays as it is."""
     if not needs_widening(stored, dtype):
         return dict(stored)
-    size_bytes = widened_bytes([tensor.shape for tensor in stored.values()], dtype)
+    size_bytes = widened_bytes({name: tensor.shape for name, tensor in stored.items()}, dtype)
     device = next(iter(stored.values())).device
     (memory,) = page_aligned_memory(1, size_bytes, device)
     return widen_block(stored, memory, dtype)
@@ -60,7 +60,9 @@ def needs_widening(stored: Mapping[str, Tensor], dtype: torch.dtype) -> bool:
 class _WidenedBlock(Mapping[str, Tensor]):
     """The matrices of a block in 16 bits; the first access waits for the block and widens it."""
 
-    def __init__(self, stored: Mapping[str, Tensor], make: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]):
+    def __init__(
+        self, stored: Mapping[str, Tensor], make: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+    ) -> None:
         self._stored = stored
         self._make = make
         self._made: dict[str, Tensor] | None = None
@@ -104,7 +106,9 @@ class WidenedBlocks:
         assert max(parts) <= self.most_held
         with closing(self._source.blocks(parts)) as arriving:
             for number, stored in enumerate(arriving):
-                yield _WidenedBlock(stored, partial(self._widened, self._regions[number % len(self._regions)]))
+                yield _WidenedBlock(
+                    stored, partial(self._widened, self._regions[number % len(self._regions)])
+                )
 
     @property
     def reads_files(self) -> bool:
@@ -126,4 +130,6 @@ class WidenedBlocks:
         self._regions = []
 
     def _widened(self, memory: Tensor, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return widen_block(stored, memory, self._dtype) if needs_widening(stored, self._dtype) else dict(stored)
+        return (
+            widen_block(stored, memory, self._dtype) if needs_widening(stored, self._dtype) else dict(stored)
+        )
