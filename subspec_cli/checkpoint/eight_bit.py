@@ -12,7 +12,7 @@ from typing import Any, Final, Literal, TypeAlias
 
 from subspec_cli.checkpoint.config_fields import shown
 from subspec_cli.checkpoint.dtypes import EIGHT_BIT_DTYPE
-from subspec_cli.checkpoint.layer_tensors import LAYER_MATRICES, scale_name
+from subspec_cli.checkpoint.layer_tensors import LAYERS_PREFIX, scale_name
 from subspec_cli.checkpoint.safetensors_header import TensorEntry
 from subspec_cli.errors import UnsupportedModelError
 from subspec_cli.units import counted, printable
@@ -147,8 +147,8 @@ def take_scales(source: EightBitSource, found: Mapping[str, TensorEntry]) -> Eig
     Raises UnsupportedModelError: what is not supported, by its name.
     """
     matrices = {name: entry for name, entry in found.items() if entry.dtype == EIGHT_BIT_DTYPE}
-    for name in matrices:
-        if not name.endswith(LAYER_MATRICES):
+    for name, entry in matrices.items():
+        if not name.startswith(LAYERS_PREFIX) or len(entry.shape) != 2:
             raise UnsupportedModelError(
                 f"{printable(name)} is stored in 8 bits, which is supported for the matrices of layers only",
                 _HINT,

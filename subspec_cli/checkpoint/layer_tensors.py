@@ -43,6 +43,7 @@ DELTA_STEP: Final = "linear_attn.dt_bias"
 DELTA_A: Final = "linear_attn.in_proj_a.weight"
 DELTA_B: Final = "linear_attn.in_proj_b.weight"
 LAYER_FACTOR: Final = "layer_factor"
+LAYERS_PREFIX: Final = "model.layers."
 
 
 def norm_name(place: str) -> str:
@@ -80,7 +81,7 @@ def block_entries(tensors: Mapping[str, TensorEntry], layer: int) -> list[list[T
 
 def layer_prefix(layer: int) -> str:
     """The prefix of the names of a decoder layer's tensors."""
-    return f"model.layers.{layer}."
+    return f"{LAYERS_PREFIX}{layer}."
 
 
 def spread(count: int, layers: int) -> tuple[int, ...]:
