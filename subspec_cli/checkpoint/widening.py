@@ -27,21 +27,29 @@ _LARGEST_SHIFTED_SCALE: Final = 128.0
 def widen(codes: Tensor, scales: Tensor, out: Tensor) -> None:
     """Write the weights `[R, C]` in bfloat16 to `out`; `codes` are `[R, C]` in float8_e4m3fn, without NaN."""
     grid = scales.float().reshape(scales.shape if scales.dim() == 2 else (1, 1))
-    # The strips need sizes alone, and asking a GPU for values would wait for it.
-    is_on_cpu = codes.device.type == "cpu"
-    shift = is_on_cpu and float(grid.abs().max()) <= _LARGEST_SHIFTED_SCALE
-    rows, columns = codes.shape
-    unit_rows = rows // len(grid)
-    most_rows = max(1, (_STRIP_WEIGHTS if is_on_cpu else _GPU_STRIP_WEIGHTS) // columns)
-    if grid.shape[1] == 1:  # any rows may go together
-        factors, unit_rows = grid.repeat_interleave(unit_rows, 0), 1
-        step = most_rows
-    else:
-        factors = grid.repeat_interleave(columns // grid.shape[1], 1)
-        step = min(unit_rows, most_rows)
+    columns = codes.shape[1]
+    factors = grid if grid.shape[1] == 1 else grid.repeat_interleave(columns // grid.shape[1], 1)
+    # Strips need sizes alone: asking a GPU for values would wait for it.
+    if codes.device.type != "cpu":
+        _widen_strips(codes, factors, out, most_rows=_GPU_STRIP_WEIGHTS // columns, shift=False)
+        return
+    from subspec_cli.checkpoint.compiled_widening import widen_compiled
+
+    shift = float(grid.abs().max()) <= _LARGEST_SHIFTED_SCALE
     if shift:
         factors = factors * 2.0**_EXPONENT_SHIFT
+    if not shift or not widen_compiled(codes, factors, out):
+        _widen_strips(codes, factors, out, most_rows=_STRIP_WEIGHTS // columns, shift=shift)
+
+
+def _widen_strips(codes: Tensor, factors: Tensor, out: Tensor, *, most_rows: int, shift: bool) -> None:
+    """Widen some rows after others; `factors` are `[r, C]` or `[r, 1]`."""
+    rows = len(codes)
+    unit_rows = rows // len(factors)
+    if factors.shape[1] == 1:  # rows of several units may go together
+        factors, unit_rows = factors.repeat_interleave(unit_rows, 0), 1
     span = rows if unit_rows == 1 else unit_rows
+    step = max(1, min(span, most_rows))
     for first in range(0, rows, span):
         for start in range(first, first + span, step):
             part = slice(start, min(start + step, first + span))
