@@ -173,6 +173,11 @@ class ModelGeometry:
         tables = self.table_bytes * (1 if self.tied_head else 2)
         return tables + self.matrix_bytes + self.small_bytes
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all weights as they are stored."""
+        return self.model_bytes - self.matrix_bytes + sum(self.link_layer_bytes)
+
     @cached_property
     def representatives(self) -> tuple[int, ...]:
         """The first layer of each kind: layers of one kind have the same tensors and compute the same."""

@@ -64,6 +64,7 @@ def _row_sizes(most_rows: int) -> int:
 
 
 def bare_process_bytes(profile: DeviceProfile, geometry: ModelGeometry) -> int:
-    """Host memory of a process that has loaded no model: with the compiler, if recurrent layers need it."""
-    has_compiler = bool(geometry.delta) and find_spec("numba") is not None
+    """Host memory of a process that has loaded no model: with the compiler, if the model's layers need it."""
+    compiles = bool(geometry.delta) or geometry.stored is not None
+    has_compiler = compiles and find_spec("numba") is not None
     return profile.process_bytes + (_COMPILER_BYTES if has_compiler else 0)

@@ -114,10 +114,10 @@ class MemoryModel:
         self.layer_bytes = self._sizes.largest
         """Bytes of the largest layer."""
         self._link_sizes = LayerSizes(geometry.link_layer_bytes)
-        self.mean_link_bytes = self._link_sizes.mean
-        """Bytes of a layer as it is streamed, on average."""
+        self._link_bytes, self.mean_link_bytes = self._link_sizes.largest, self._link_sizes.mean
+        """Bytes of the largest layer as it is streamed, and of a layer on average."""
         holds_layer = self._profile.slot_unit == "layer"
-        unit_bytes = self._link_sizes.largest if holds_layer else geometry.link_block_bytes
+        unit_bytes = self._link_bytes if holds_layer else geometry.link_block_bytes
         # In 8-bit sources, the scales of a matrix may lie elsewhere in the files.
         pages = self._profile.slot_pages * (1 if geometry.stored is None else 2)
         self.slot_bytes = unit_bytes + pages * _PAGE_BYTES
@@ -249,7 +249,7 @@ class MemoryModel:
         if ram_bytes is None:
             return PinnedLayers(streamed, 0)
         free_bytes = ram_bytes - self._bare_host_bytes() - self._host_table_bytes(layout)
-        places = free_bytes // self._link_sizes.largest
+        places = free_bytes // self._link_bytes
         if places >= streamed:
             return PinnedLayers(streamed, 0)
         ring = min(_MOST_RING_SLOTS, places)
@@ -269,16 +269,14 @@ class MemoryModel:
             PlanLine("sampling noise", self._host_noise_bytes, f"{NOISE_ROWS} positions"),
             PlanLine("pinned layers", self._link_sizes.most(pinned), f"{pinned} of {streamed} streamed"),
             PlanLine(
-                "pinned ring",
-                ring * self._link_sizes.largest,
-                f"{counted(streamed - pinned, 'layer')} from disk",
+                "pinned ring", ring * self._link_bytes, f"{counted(streamed - pinned, 'layer')} from disk"
             ),
         )
         return tuple(line for line in found if line.size_bytes)
 
     def least_host_bytes(self) -> int:
         """Return the least host memory beside a GPU: a ring, and no embedding."""
-        return self._bare_host_bytes() + LEAST_RING_SLOTS * self._link_sizes.largest
+        return self._bare_host_bytes() + LEAST_RING_SLOTS * self._link_bytes
 
     def _bare_host_bytes(self) -> int:
         """Host memory beside a GPU without layers and embedding."""
@@ -293,8 +291,8 @@ class MemoryModel:
         """The memory in which streamed blocks of an 8-bit source are widened."""
         if self._geometry.stored is None or not layout.slots:
             return 0
-        pages = len(LAYER_MATRICES) * _PAGE_BYTES
-        return self._profile.widened_blocks * (max(self._geometry.block_bytes.values()) + pages)
+        block_bytes = max(self._geometry.block_bytes.values()) + len(LAYER_MATRICES) * _PAGE_BYTES
+        return self._profile.widened_blocks * block_bytes
 
     def _substitute_bytes(self, count: int) -> int:
         sizes = self._request.substitute_bytes
