@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import tiny_models
 import torch
 from eight_bit_models import FORMS, dequantized, make_eight_bit, widened_model, widened_weights
-from fakes_session import answer_to, open_tiny, prepare_quietly
+from fakes_session import answer_to, audit_of, open_tiny, prepare_quietly
 from safetensors.torch import load_file, save_file
 from tiny_models import Tiny, make_tiny_model
 from torch import Tensor
@@ -26,7 +27,9 @@ from subspec_cli.checkpoint.tensor_reader import read_tensors
 from subspec_cli.checkpoint.widening import widen, widened_tensors
 from subspec_cli.planning.assumed_costs import assumed_costs
 from subspec_cli.planning.timing import widen_s
+from subspec_cli.probe.machine import _Workbench
 from subspec_cli.substitutes.prepared_model import find_prepared
+from subspec_cli.substitutes.settings import SubstituteSettings
 
 one_thread = tiny_models.one_thread
 PROMPT = "Why is the sky blue, and the sea, and what else is blue? " * 3
@@ -168,6 +171,8 @@ def test_tokens_are_those_of_the_widened_model_from_half_the_bytes(
     assert [outcome for outcome, _ in found] == [expected] * len(found)
     assert found[0][1].description.speculation
     assert not found[3][1].plan.streamed
+    widened = [any(line.label == "widened weights" for line in session.plan.lines) for _, session in found]
+    assert widened == [True, True, True, False]
     share = found[2][1].plan.streamed_bytes_per_pass / plain.plan.streamed_bytes_per_pass
     assert 0.5 < share < 0.51
     assert main(["models", "verify", str(directory)]) == 0
@@ -227,8 +232,25 @@ def test_a_changed_scale_is_found_and_the_note_names_what_is_not_used(tmp_path, 
     assert "wrong SHA-256 of the 16-bit layer 1" in captured.out + captured.err
 
 
+@pytest.mark.parametrize("form", ["block", "channel"])
+def test_an_audit_widens_as_the_library_does(tmp_path, monkeypatch, form):
+    monkeypatch.setenv("SUBSPEC_HOME", str(tmp_path / "home"))
+    directory = made(tmp_path / "8", form=form)
+    prepare_quietly(directory)
+    with open_tiny(directory) as session:
+        report = audit_of(session, PROMPT, answer_to(session, PROMPT, 12))
+    assert report.problems == ()
+
+
 def test_widening_takes_computing_time(tmp_path):
     geometry = Tiny(made(tmp_path)).geometry
+    assert _Workbench(geometry, SubstituteSettings(4, "minmax"), torch.device("cpu")).widening() > 0
+    assert (
+        _Workbench(
+            replace(geometry, stored=None), SubstituteSettings(4, "minmax"), torch.device("cpu")
+        ).widening()
+        == 0
+    )
     costs = assumed_costs(geometry, "cpu")
     assert widen_s(costs, geometry, 2) == pytest.approx(
         sum(geometry.link_layer_bytes) / costs.widen_bytes_per_s
