@@ -31,6 +31,7 @@ from subspec_cli.planning.library_memory import (
     shared_layer_kernels,
     target_kernels,
     tokenizer_bytes,
+    widened_bytes,
 )
 from subspec_cli.planning.request import PlanRequest
 from subspec_cli.units import MIB, counted, format_bytes
@@ -123,6 +124,7 @@ class MemoryModel:
         self.slot_bytes = unit_bytes + pages * _PAGE_BYTES
         self.mean_slot_bytes = self.mean_link_bytes // (1 if holds_layer else len(LAYER_BLOCKS))
         """Weights that a slot holds on average: blocks differ in size."""
+        self._widened_bytes = widened_bytes(self._profile, geometry)
         self._work_row_bytes = _work_row_bytes(geometry)
         """Work space for one row of context."""
         self.row_bytes = geometry.kv_row_bytes + self._work_row_bytes
@@ -172,7 +174,7 @@ class MemoryModel:
             + self._sizes.most(layout.resident)
             + self._substitute_bytes(substitutes)
             + layout.slots * self.slot_bytes
-            + self._widened_bytes(layout)
+            + (self._widened_bytes if layout.slots else 0)
             + (self._low_bit_head_bytes if layout.draft_head_bits == 4 else 0)
             + self._draft_kernel_bytes(layout)
             + (self._geometry.table_bytes if layout.embedding == "device" else 0)
@@ -223,7 +225,7 @@ class MemoryModel:
             PlanLine("substitutes", substitute_bytes, f"{substitutes} x {self._request.substitute_bits} bit"),
             PlanLine("stream slots", layout.slots * self.slot_bytes,
                      f"{layout.slots} x {format_bytes(self.slot_bytes)}"),
-            PlanLine("widened weights", self._widened_bytes(layout), "8 bits to 16"),
+            PlanLine("widened weights", self._widened_bytes if layout.slots else 0, "8 bits to 16"),
             PlanLine("KV cache", rows * geometry.kv_row_bytes, f"{rows} rows"),
             PlanLine("recurrent state", self._recurrent_bytes, f"{len(geometry.delta)} layers"),
             PlanLine("workspace", self._work_bytes + rows * self._work_row_bytes),
@@ -286,13 +288,6 @@ class MemoryModel:
 
     def _host_table_bytes(self, layout: MemoryLayout) -> int:
         return self._geometry.table_bytes if layout.embedding == "host" else 0
-
-    def _widened_bytes(self, layout: MemoryLayout) -> int:
-        """The memory in which streamed blocks of an 8-bit source are widened."""
-        if self._geometry.stored is None or not layout.slots:
-            return 0
-        block_bytes = max(self._geometry.block_bytes.values()) + len(LAYER_MATRICES) * _PAGE_BYTES
-        return self._profile.widened_blocks * block_bytes
 
     def _substitute_bytes(self, count: int) -> int:
         sizes = self._request.substitute_bytes
