@@ -332,10 +332,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], Change, int, str]] = {
         "llama",
         {},
         both(
-            config(quantization_config={"quant_method": "fp8"}), tensors(as_type("proj", torch.float8_e4m3fn))
+            config(quantization_config={"quant_method": "fbgemm_fp8"}),
+            tensors(as_type("proj", torch.float8_e4m3fn)),
         ),
         3,
-        "already quantized (fp8)",
+        "already quantized (fbgemm_fp8)",
     ),
     "T33 a method over whole weights": (
         "llama",

@@ -21,6 +21,7 @@ FAULTS, PREPARED, FILES = (
 )
 LIBRARY, PRETRAINED = "test_decoding_text_library", "test_modeling_pretrained"
 TEMPLATE = "test_modeling_chat_template"
+EIGHT_BIT = "test_checkpoint_eight_bit"
 STAMP = "test_substitutes_source_stamp"
 ENGINE, TRUST, OPENING = "test_decoding_engine", "test_session_trust", "test_session_open"
 SAME = "test_checkpoint_repository::test_the_answer_is_the_librarys"
@@ -223,6 +224,11 @@ COVERED = [
     ("T36", f"{STAMP}::test_a_copy_with_new_times_is_told_from_other_weights_and_no_layer_is_made_again"),
     ("T36", "test_substitutes_preparation::test_a_copy_in_another_place_takes_the_layers_that_are_there"),
     ("T36", f"{TRUST}::test_a_home_that_is_read_only_is_enough_to_run_and_to_see_that_all_is_prepared"),
+    ("T61", f"{EIGHT_BIT}::test_tokens_are_those_of_the_widened_model_from_half_the_bytes"),
+    ("T61", f"{EIGHT_BIT}::test_weights_are_those_of_the_library"),
+    ("T62", f"{EIGHT_BIT}::test_what_is_not_run_is_refused_by_name"),
+    ("T63", f"{EIGHT_BIT}::test_what_is_not_run_is_refused_by_name"),
+    ("T64", f"{EIGHT_BIT}::test_a_changed_scale_is_found_and_the_note_names_what_is_not_used"),
     ("T38", "test_hub_mirrors::test_what_the_listing_says_is_enough"),
     ("T38", "test_hub_mirrors::test_headers_in_other_forms"),
     ("T38", "test_hub_mirrors::test_what_lacks_is_named"),

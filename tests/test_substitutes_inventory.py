@@ -97,9 +97,9 @@ def test_every_set_is_listed_with_its_state_the_latest_first(model):
     assert "not JSON" in found[2].problem
     assert found[0].size_bytes == sum(path.stat().st_size for path in first.directory.iterdir())
     shards = sum(path.stat().st_size for path in model.directory.glob("*.safetensors"))
-    assert found[0].target_bytes() == shards
+    assert found[0].target().size_bytes == shards
     shutil.rmtree(model.directory)
-    assert found[0].target_bytes() is None
+    assert found[0].target() is None
 
 
 def test_nothing_prepared_is_an_empty_list():

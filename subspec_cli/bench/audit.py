@@ -91,7 +91,7 @@ def audit_answers(session: Session, given: Sequence[GivenAnswer], *, progress: O
     given = [answer.up_to(found.repository.switch) for answer in given]
     asked = [answer.asked for answer in given]
     model = LibraryModel(open_checkpoint(found.checkpoint.directory), geometry.dtype)
-    whole = model.float32_bytes <= _MEMORY_SHARE * _free_bytes(session)
+    whole = not model.is_eight_bit and model.float32_bytes <= _MEMORY_SHARE * _free_bytes(session)
     way = "whole" if whole else "layer by layer"
     sides = [
         model.run(

@@ -31,7 +31,7 @@ DTYPES: Final[Mapping[str, Dtype]] = {
     "F6_E3M2": Dtype("", 6),
     "U8": Dtype("uint8", 8),
     "I8": Dtype("int8", 8),
-    "F8_E4M3": Dtype("", 8),
+    "F8_E4M3": Dtype("float8_e4m3fn", 8),
     "F8_E5M2": Dtype("", 8),
     "F8_E8M0": Dtype("", 8),
     "F8_E4M3FNUZ": Dtype("", 8),
@@ -51,6 +51,8 @@ DTYPES: Final[Mapping[str, Dtype]] = {
 """All element types that a file may hold."""
 WEIGHT_DTYPES: Final = ("BF16", "F16", "F32")
 """Element types that a model's matrices may have."""
+EIGHT_BIT_DTYPE: Final = "F8_E4M3"
+"""Element type of matrices that are stored in 8 bits, each with a tensor of scales beside it."""
 FLOAT_DTYPES: Final = (*WEIGHT_DTYPES, "F64")
 """Element types that a model's other tensors may have; they are cast to that of the matrices."""
 

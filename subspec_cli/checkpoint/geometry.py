@@ -37,6 +37,16 @@ FINAL_NORM_BIAS = "model.norm.bias"
 HEAD = "lm_head.weight"
 
 
+@dataclass(frozen=True, slots=True)
+class StoredBytes:
+    """Sizes of matrices in files where some are in 8 bits, with their scales."""
+
+    layers: tuple[int, ...]
+    """Of each layer."""
+    block: int
+    """Of the largest block."""
+
+
 @dataclass(frozen=True)
 class ModelGeometry:
     """Sizes of a supported dense decoder, and what its layers compute."""
@@ -52,6 +62,8 @@ class ModelGeometry:
     mixers: tuple[Mixer, ...]
     """Attention, or what is in its place, of each layer."""
     arithmetic: Arithmetic
+    stored: StoredBytes | None = None
+    """Sizes of the matrices in files; None if they are stored in `dtype`."""
 
     @property
     def layers(self) -> int:
@@ -123,6 +135,16 @@ class ModelGeometry:
         return tuple(sizes[mixer] for mixer in self.mixers)
 
     @property
+    def link_layer_bytes(self) -> tuple[int, ...]:
+        """Bytes of the matrices of each layer as they are stored and streamed."""
+        return self.layer_bytes if self.stored is None else self.stored.layers
+
+    @property
+    def link_block_bytes(self) -> int:
+        """Bytes of the largest block as it is stored and streamed."""
+        return max(self.block_bytes.values()) if self.stored is None else self.stored.block
+
+    @property
     def matrix_bytes(self) -> int:
         """Bytes of the matrices of all layers."""
         return sum(self.layer_bytes)
@@ -150,6 +172,11 @@ class ModelGeometry:
         """Bytes of all weights."""
         tables = self.table_bytes * (1 if self.tied_head else 2)
         return tables + self.matrix_bytes + self.small_bytes
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all weights as they are stored."""
+        return self.model_bytes - self.matrix_bytes + sum(self.link_layer_bytes)
 
     @cached_property
     def representatives(self) -> tuple[int, ...]:

@@ -43,11 +43,17 @@ DELTA_STEP: Final = "linear_attn.dt_bias"
 DELTA_A: Final = "linear_attn.in_proj_a.weight"
 DELTA_B: Final = "linear_attn.in_proj_b.weight"
 LAYER_FACTOR: Final = "layer_factor"
+LAYERS_PREFIX: Final = "model.layers."
 
 
 def norm_name(place: str) -> str:
     """The name of the norm at a place of a layer."""
     return f"{place}_norm.weight"
+
+
+def scale_name(matrix: str) -> str:
+    """The name of the scales of a matrix that is stored in 8 bits."""
+    return f"{matrix}_scale"
 
 
 def matrices_of(names: Iterable[str]) -> tuple[str, ...]:
@@ -57,17 +63,25 @@ def matrices_of(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def block_entries(tensors: Mapping[str, TensorEntry], layer: int) -> list[list[TensorEntry]]:
-    """The tensor entries of each block of a layer, in order of use, with the names inside the layer."""
+    """The tensor entries of each block of a layer, in order of use, with the names inside the layer.
+
+    The scales of a matrix in 8 bits are in its block.
+    """
     prefix = layer_prefix(layer)
     return [
-        [replace(tensors[prefix + name], name=name) for name in names if prefix + name in tensors]
+        [
+            replace(tensors[prefix + stored], name=stored)
+            for name in names
+            for stored in (name, scale_name(name))
+            if prefix + stored in tensors
+        ]
         for names in LAYER_BLOCKS.values()
     ]
 
 
 def layer_prefix(layer: int) -> str:
     """The prefix of the names of a decoder layer's tensors."""
-    return f"model.layers.{layer}."
+    return f"{LAYERS_PREFIX}{layer}."
 
 
 def spread(count: int, layers: int) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from subspec_cli.checkpoint.checkpoint import Checkpoint
 from subspec_cli.checkpoint.configured_model import configured_model
+from subspec_cli.checkpoint.eight_bit import read_eight_bit
 from subspec_cli.checkpoint.end_tokens import read_end_ids
 from subspec_cli.checkpoint.geometry import ModelGeometry, geometry_of
 from subspec_cli.checkpoint.model_sampling import ModelSampling, read_model_sampling
@@ -65,6 +66,7 @@ def check_fields(config: Mapping[str, Any]) -> None:
     check_config(config)
     model = configured_model(config)
     read_ropes(model, geometry_of(model, _ANY_DTYPE))
+    read_eight_bit(config)
 
 
 def decide_repository(

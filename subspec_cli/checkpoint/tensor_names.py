@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
+from subspec_cli.checkpoint.eight_bit import WEIGHT_SCALES
 from subspec_cli.checkpoint.layer_tensors import norm_name
 from subspec_cli.checkpoint.safetensors_header import TensorEntry
 
@@ -86,17 +87,44 @@ class StoredNames:
     ) -> Iterator[TensorEntry]:
         """Yield the parts of a fused projection; nothing if it is none, or does not have the parts' shape."""
         projection, _, what = inside.rpartition(".")
-        names = [f"{prefix}{part}.{what}" for part in self.fused.get(projection, ())]
+        owners = [f"{prefix}{part}" for part in self.fused.get(projection, ())]
+        if owners and what in WEIGHT_SCALES:
+            yield from _scale_parts(entry, what, {owner: shapes[f"{owner}.weight"][0] for owner in owners})
+            return
+        names = [f"{owner}.{what}" for owner in owners]
         if not names or any(name not in shapes for name in names):
             return
         wanted = [shapes[name] for name in names]
         if entry.shape != (sum(shape[0] for shape in wanted), *wanted[0][1:]):
             return
-        offset_bytes, element_bytes = entry.offset_bytes, entry.size_bytes // math.prod(entry.shape)
-        for name, shape in zip(names, wanted, strict=True):
-            size_bytes = math.prod(shape) * element_bytes
-            yield TensorEntry(name, entry.dtype, shape, entry.path, offset_bytes, size_bytes)
-            offset_bytes += size_bytes
+        yield from _row_parts(entry, dict(zip(names, wanted, strict=True)))
+
+
+def _row_parts(entry: TensorEntry, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[TensorEntry]:
+    """Yield the consecutive rows of a tensor as tensors of these names and shapes."""
+    offset_bytes, element_bytes = entry.offset_bytes, entry.size_bytes // math.prod(entry.shape)
+    for name, shape in shapes.items():
+        size_bytes = math.prod(shape) * element_bytes
+        yield TensorEntry(name, entry.dtype, shape, entry.path, offset_bytes, size_bytes)
+        offset_bytes += size_bytes
+
+
+def _scale_parts(entry: TensorEntry, what: str, rows_of: Mapping[str, int]) -> Iterator[TensorEntry]:
+    """Yield the scales of a fused projection's parts, which have so many rows.
+
+    One scale belongs to all parts. Nothing is yielded for units that cross the border of a part.
+    """
+    if math.prod(entry.shape) == 1:
+        yield from (replace(entry, name=f"{owner}.{what}") for owner in rows_of)
+        return
+    units = entry.shape[0] if len(entry.shape) == 2 else 0
+    unit_rows, rest = divmod(sum(rows_of.values()), units) if units else (0, 0)
+    if unit_rows == 0 or rest or any(rows % unit_rows for rows in rows_of.values()):
+        return
+    yield from _row_parts(
+        entry,
+        {f"{owner}.{what}": (rows // unit_rows, *entry.shape[1:]) for owner, rows in rows_of.items()},
+    )
 
 
 def _bias(name: str) -> str:

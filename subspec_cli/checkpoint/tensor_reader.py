@@ -35,11 +35,16 @@ def read_tensors(entries: Iterable[TensorEntry]) -> dict[str, torch.Tensor]:
 
 
 def read_hashed_tensors(entries: Iterable[TensorEntry]) -> tuple[dict[str, torch.Tensor], str]:
-    """Like `read_tensors`, with the SHA-256 of the tensors' bytes in `in_read_order`."""
+    """Like `read_tensors`, with the SHA-256 of the tensors' bytes in `in_read_order`.
+
+    Bytes that several tensors share, such as one scale of a fused projection, count once.
+    """
     digest = hashlib.sha256()
-    tensors = {}
+    tensors, latest = {}, None
     for entry, data in _read_each(entries):
-        digest.update(_bytes_of(data))
+        if (entry.path, entry.offset_bytes) != latest:
+            digest.update(_bytes_of(data))
+        latest = (entry.path, entry.offset_bytes)
         tensors[entry.name] = view_tensor(data, entry)
     return tensors, digest.hexdigest()
 

@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from subspec_cli.checkpoint.configured_model import configured_model
-from subspec_cli.checkpoint.dtypes import FLOAT_DTYPES, WEIGHT_DTYPES
-from subspec_cli.checkpoint.geometry import EMBEDDING, HEAD, ModelGeometry, geometry_of
-from subspec_cli.checkpoint.layer_tensors import LAYER_MATRICES
+from subspec_cli.checkpoint.dtypes import EIGHT_BIT_DTYPE, FLOAT_DTYPES, WEIGHT_DTYPES
+from subspec_cli.checkpoint.eight_bit import EIGHT_BIT_RESULT, read_eight_bit, take_scales
+from subspec_cli.checkpoint.geometry import EMBEDDING, HEAD, ModelGeometry, StoredBytes, geometry_of
+from subspec_cli.checkpoint.layer_tensors import LAYER_MATRICES, block_entries
 from subspec_cli.checkpoint.safetensors_header import TensorEntry
 from subspec_cli.checkpoint.source_directory import INDEX_NAME, WeightIndex
 from subspec_cli.errors import IntegrityError, UnsupportedModelError
@@ -80,13 +81,38 @@ def read_tensor_table(
     own = model.names.own_entries(tensors, geometry.tensor_shapes())
     found, geometry = _with_tables(geometry, own)
     _check_form(geometry, found)
+    source = read_eight_bit(config)
+    if source is not None and any(entry.dtype == EIGHT_BIT_DTYPE for entry in found.values()):
+        taken = take_scales(source, found)
+        entries = _needed(replace(geometry, dtype=EIGHT_BIT_RESULT), taken.weights, index)
+        geometry = _with_stored_bytes(replace(geometry, dtype=EIGHT_BIT_RESULT), entries | taken.scales)
+        return TensorTable(geometry, entries | taken.scales, (taken.note, *_cast_note(geometry, entries)))
     geometry = replace(geometry, dtype=_matrix_dtype(config, found))
+    entries = _needed(geometry, found, index)
+    return TensorTable(geometry, entries, (*_cast_note(geometry, entries), *_quantization_note(config)))
+
+
+def _needed(
+    geometry: ModelGeometry, found: Mapping[str, TensorEntry], index: WeightIndex | None
+) -> dict[str, TensorEntry]:
+    """The tensors that the model needs, each checked."""
     expected = geometry.tensor_shapes()
     _check_names(geometry, expected.keys(), found, index)
     entries = {name: found[name] for name in expected}
     for name, shape in expected.items():
         _check_entry(name, entries[name], shape)
-    return TensorTable(geometry, entries, (*_cast_note(geometry, entries), *_quantization_note(config)))
+    return entries
+
+
+def _with_stored_bytes(geometry: ModelGeometry, entries: Mapping[str, TensorEntry]) -> ModelGeometry:
+    layers = [
+        [sum(entry.size_bytes for entry in block) for block in block_entries(entries, layer)]
+        for layer in range(geometry.layers)
+    ]
+    return replace(
+        geometry,
+        stored=StoredBytes(tuple(map(sum, layers)), max(size for blocks in layers for size in blocks)),
+    )
 
 
 def _with_tables(
@@ -206,7 +232,7 @@ def _check_entry(name: str, entry: TensorEntry, shape: tuple[int, ...]) -> None:
             f"tensor {printable(name)} has shape {list(entry.shape)}, expected {list(shape)}",
             "config.json and weights must be of one model: compare the sizes in config.json",
         )
-    if entry.dtype not in FLOAT_DTYPES:
+    if entry.dtype not in (*FLOAT_DTYPES, EIGHT_BIT_DTYPE):
         raise UnsupportedModelError(
             f"tensor {printable(name)} is of type {entry.dtype}, which is not supported",
             "give the 16-bit original",
@@ -214,7 +240,9 @@ def _check_entry(name: str, entry: TensorEntry, shape: tuple[int, ...]) -> None:
 
 
 def _cast_note(geometry: ModelGeometry, entries: Mapping[str, TensorEntry]) -> tuple[str, ...]:
-    others = Counter(entry.dtype for entry in entries.values() if entry.dtype != geometry.dtype)
+    others = Counter(
+        entry.dtype for entry in entries.values() if entry.dtype not in (geometry.dtype, EIGHT_BIT_DTYPE)
+    )
     return tuple(
         f"{count} tensors stored as {dtype} are used as {geometry.dtype}, the type of the matrices"
         for dtype, count in sorted(others.items())

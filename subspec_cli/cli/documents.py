@@ -34,6 +34,8 @@ def forecast_document(found: Forecast) -> dict[str, Any]:
         "layers": geometry.layers,
         "model_bytes": geometry.model_bytes,
         "layer_bytes": geometry.layer_matrix_bytes,
+        "stored_bytes": geometry.stored_bytes,
+        "stored_layer_bytes": max(geometry.link_layer_bytes),
         "dtype": geometry.dtype.lower(),
         "end_ids": list(found.end_ids),
         "device": found.device,

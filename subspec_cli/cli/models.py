@@ -141,7 +141,7 @@ def remove(
 def stored_values(stored: StoredModel) -> dict[str, Any]:
     """One set of substitutes as plain values for JSON."""
     manifest, used_s = stored.manifest, stored.last_used_s
-    settings = manifest.settings if manifest else None
+    settings, target = manifest.settings if manifest else None, stored.target()
     return {
         "model": stored.model_id,
         "revision": manifest.commit if manifest else None,
@@ -151,7 +151,8 @@ def stored_values(stored: StoredModel) -> dict[str, Any]:
         "state": stored.state,
         "problem": stored.problem,
         "layers": len(manifest.layers) if manifest else None,
-        "target_bytes": stored.target_bytes(),
+        "target_bytes": target.size_bytes if target else None,
+        "target_bits": target.bits if target else None,
         "substitute_bytes": stored.size_bytes,
         "last_used": None if used_s is None else datetime.fromtimestamp(used_s, UTC).isoformat(),
         "directory": stored.directory,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 from subspec_cli.units import format_bytes
 
 if TYPE_CHECKING:
-    from subspec_cli.substitutes.inventory import StoredModel
+    from subspec_cli.substitutes.inventory import StoredModel, Target
 
 HEADERS: Final = ("model", "revision", "substitutes", "state", "target", "size", "last used")
 TAB_HEADERS: Final = (
@@ -66,26 +66,30 @@ def _shortened(name: str, room: int) -> str:
 
 
 def _row(stored: StoredModel) -> list[str]:
-    target_bytes, used_s = stored.target_bytes(), stored.last_used_s
+    target, used_s = stored.target(), stored.last_used_s
     return [
         stored.model_id,
         stored.manifest.commit[:_REVISION_LETTERS] if stored.manifest else "-",
         label(stored) if stored.manifest else "-",
         stored.state,
-        "not here" if target_bytes is None else format_bytes(target_bytes),
+        "not here" if target is None else _target_text(target),
         format_bytes(stored.size_bytes),
         "never" if used_s is None else f"{datetime.fromtimestamp(used_s):%Y-%m-%d %H:%M}",
     ]
 
 
+def _target_text(target: Target) -> str:
+    return format_bytes(target.size_bytes) + (" (8-bit)" if target.bits == 8 else "")
+
+
 def _tab_row(stored: StoredModel) -> list[str]:
-    target_bytes, used_s = stored.target_bytes(), stored.last_used_s
+    target, used_s = stored.target(), stored.last_used_s
     return [
         stored.model_id,
         stored.manifest.commit if stored.manifest else "",
         label(stored),
         stored.state,
-        "" if target_bytes is None else str(target_bytes),
+        "" if target is None else str(target.size_bytes),
         str(stored.size_bytes),
         "" if used_s is None else f"{datetime.fromtimestamp(used_s, UTC):%Y-%m-%dT%H:%M:%SZ}",
         str(stored.directory),

@@ -43,7 +43,8 @@ _LEGEND: Final = {
 def title(found: Forecast) -> str:
     """The model and the device of the plan."""
     geometry = found.geometry
-    size = f"{counted(geometry.layers, 'layer')}, {format_bytes(geometry.model_bytes)} in {geometry.dtype.lower()}"
+    dtype = geometry.dtype.lower() if geometry.stored is None else f"8 bits and {geometry.dtype.lower()}"
+    size = f"{counted(geometry.layers, 'layer')}, {format_bytes(geometry.stored_bytes)} in {dtype}"
     return printable(f"{found.model_id} · {size} · {found.device} ({found.device_reason})")
 
 
@@ -133,7 +134,7 @@ def _facts(found: Forecast, plan: OffloadPlan) -> Iterator[tuple[str, str]]:
 
 
 def _disk(found: Forecast, plan: OffloadPlan) -> str:
-    text = f"{format_bytes(found.geometry.model_bytes)} of weights"
+    text = f"{format_bytes(found.geometry.stored_bytes)} of weights"
     if plan.drafts:
         text += f" + {format_bytes(found.substitute_disk_bytes)} of substitutes"
     return f"{text}; {_download(found)}{'' if found.is_prepared else _preparation(found)}"

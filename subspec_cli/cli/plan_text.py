@@ -102,11 +102,14 @@ def assumptions(prediction: Prediction) -> tuple[str, ...]:
     basis, origin = prediction.basis, prediction.origin
     rate, pageable = basis.link_bytes_per_s, basis.pageable_bytes_per_s
     unpinned = "" if pageable == rate else f", {pageable / 1e9:.3g} from memory that is not pinned"
+    widen_s = basis.timing.widen_s
+    widening = (f"widening 8 bits to 16 {widen_s * 1e3:.3g} ms a pass ({origin})",) if widen_s else ()
     return (
         f"link {rate / 1e9:.3g} GB/s ({origin}{unpinned})",
         f"{prediction.cached_rows:.0f} tokens in the KV cache",
         f"draft step {format_work_time(prediction.step_s)} ({origin})",
         f"target compute {format_work_time(basis.plain.compute_s)} a pass ({origin})",
+        *widening,
         f"survival {prediction.survival:.3g} a level ({acceptance_text(prediction)})",
     )
 

@@ -8,7 +8,7 @@ Shapes: `N` asked rows of a sequence, `V` vocab.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Self
@@ -21,7 +21,7 @@ from transformers.utils import logging as library_logging
 
 from subspec_cli.checkpoint.checkpoint import Checkpoint
 from subspec_cli.checkpoint.configured_model import configured_model
-from subspec_cli.checkpoint.dtypes import torch_dtype
+from subspec_cli.checkpoint.dtypes import EIGHT_BIT_DTYPE, torch_dtype
 from subspec_cli.checkpoint.layer_tensors import layer_prefix
 from subspec_cli.checkpoint.safetensors_header import TensorEntry
 from subspec_cli.errors import UnsupportedModelError
@@ -74,6 +74,11 @@ class LibraryModel:
         return "f16" if self.stored == "F16" else "bf16"
 
     @property
+    def is_eight_bit(self) -> bool:
+        """Whether matrices are stored in 8 bits."""
+        return any(entry.dtype == EIGHT_BIT_DTYPE for entry in self.checkpoint.tensors.values())
+
+    @property
     def float32_bytes(self) -> int:
         """Bytes of all weights in float32."""
         entries = self.checkpoint.tensors.values()
@@ -91,8 +96,11 @@ class LibraryModel:
     def run(
         self, sequences: Sequence[AskedRows], *, in_float32: bool, whole: bool, progress: OnDone
     ) -> ReferenceRows:
-        """Run all sequences, each by itself, with the whole model in memory or one layer at a time."""
-        run = _run_whole if whole else _run_by_layer
+        """Run all sequences, each by itself, with the whole model in memory or one layer at a time.
+
+        One in 8 bits is widened layer by layer in any case: the library rounds to its type where it widens itself.
+        """
+        run = _run_whole if whole and not self.is_eight_bit else _run_by_layer
         return run(self.checkpoint, sequences, torch.float32 if in_float32 else self._dtype, progress)
 
 
@@ -205,7 +213,10 @@ def _class_for(config: Any) -> Any:  # noqa: ANN401 - the library's
 
 
 def _config(checkpoint: Checkpoint) -> Any:  # noqa: ANN401 - the library's
-    return AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False, local_files_only=True)
+    found = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False, local_files_only=True)
+    # Weights in 8 bits are widened here, so the library's own way, which needs further packages, is not asked for.
+    vars(found).pop("quantization_config", None)
+    return found
 
 
 def _load(checkpoint: Checkpoint, dtype: torch.dtype, layers: int | None = None) -> Any:  # noqa: ANN401
@@ -245,7 +256,18 @@ def _layer_weights(
         name: next(full for tower in towers if (full := f"{tower}{inside}{name}") in stored)
         for name in layer.state_dict()
     }
-    return {name: _read(stored[full]).to(dtype) for name, full in names.items()}
+    return {name: _read_weight(stored, full).to(dtype) for name, full in names.items()}
+
+
+def _read_weight(stored: Mapping[str, TensorEntry], name: str) -> Tensor:
+    """Read a tensor; one in 8 bits is multiplied by its scales in float32 and rounded once, as the library does."""
+    tensor = _read(stored[name])
+    if tensor.dtype != torch.float8_e4m3fn:
+        return tensor
+    scale = next(_read(stored[full]) for end in ("_scale_inv", "_scale") if (full := name + end) in stored)
+    grid = scale.float().reshape(scale.shape if scale.dim() == 2 else (1, 1))
+    units = tensor.float().reshape(len(grid), len(tensor) // len(grid), grid.shape[1], -1)
+    return (units * grid[:, None, :, None]).to(torch.bfloat16).reshape(tensor.shape)
 
 
 def _read(entry: TensorEntry) -> Tensor:

@@ -61,6 +61,8 @@ class _Rates:
     """Scores, softmax and weighted sum: small products, and an exponential for each score."""
     layer_s: float
     """Overhead of a layer of any size: calls, norms, attention over a short prefix."""
+    widening: float
+    """Bytes of 8-bit weights a second that become 16 bits."""
     step_s: float
     """Overhead of a draft step beside its layers and head."""
 
@@ -79,6 +81,7 @@ _CPU: Final = _Rates(
     low_bit_ops=0.4e12,
     attention_ops=0.1e12,
     layer_s=0.2e-3,
+    widening=3e9,
     step_s=0.5e-3,
 )
 # A GPU with PCIe 4.0 x16 and 1 TB/s of memory, as published for an RTX 4090: a pinned copy reaches 22 to
@@ -96,6 +99,7 @@ _CUDA: Final = _Rates(
     low_bit_ops=40e12,
     attention_ops=20e12,
     layer_s=0.03e-3,
+    widening=300e9,
     step_s=0.3e-3,
 )
 _RATES: Final = MappingProxyType({"cpu": _CPU, "cuda": _CUDA})
@@ -159,6 +163,7 @@ def assumed_costs(
         draft_attention=attention(rates.fast_memory),
         step_overhead_s=rates.step_s,
         origin="assumed",
+        widen_bytes_per_s=0.0 if geometry.stored is None else rates.widening,
     )
 
 

@@ -107,6 +107,8 @@ class MachineCosts:
     step_overhead_s: float
     """Host work of one draft step, on its batch and its tree, while the step waits for it."""
     origin: CostOrigin
+    widen_bytes_per_s: float = 0.0
+    """Rate at which streamed weights of 8 bits become 16 bits; 0 where none are."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON and for the cache."""

@@ -34,6 +34,8 @@ class DeviceProfile:
     """Slot counts to choose from, ascending."""
     slot_pages: int
     """Pages that alignment may add to a slot."""
+    widened_blocks: int
+    """Blocks of an 8-bit source that are held in 16 bits at once."""
     untied_places: tuple[EmbeddingPlace, ...]
     """Where an embedding can be if it is not tied to the head."""
     tree_nodes: int
@@ -58,6 +60,8 @@ _CPU: Final = DeviceProfile(
     slot_unit="block",
     slot_counts=(2, 4, 5, 8),
     slot_pages=8,
+    # A prompt's rows that wait between blocks take less memory than two further blocks.
+    widened_blocks=1,
     untied_places=("disk",),
     # More nodes give 1 to 3 % more tokens a second on two cores, and take the memory of a slot.
     tree_nodes=64,
@@ -79,6 +83,7 @@ _CUDA: Final = DeviceProfile(
     slot_unit="layer",
     slot_counts=(2, 3),
     slot_pages=32,
+    widened_blocks=4,
     untied_places=("host", "device"),
     tree_nodes=128,
     # The driver and its kernels take host memory too.

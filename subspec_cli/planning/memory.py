@@ -31,6 +31,7 @@ from subspec_cli.planning.library_memory import (
     shared_layer_kernels,
     target_kernels,
     tokenizer_bytes,
+    widened_bytes,
 )
 from subspec_cli.planning.request import PlanRequest
 from subspec_cli.units import MIB, counted, format_bytes
@@ -113,12 +114,17 @@ class MemoryModel:
         self._sizes = LayerSizes(geometry.layer_bytes)
         self.layer_bytes = self._sizes.largest
         """Bytes of the largest layer."""
-        self.mean_layer_bytes = self._sizes.mean
+        self._link_sizes = LayerSizes(geometry.link_layer_bytes)
+        self._link_bytes, self.mean_link_bytes = self._link_sizes.largest, self._link_sizes.mean
+        """Bytes of the largest layer as it is streamed, and of a layer on average."""
         holds_layer = self._profile.slot_unit == "layer"
-        unit_bytes = self.layer_bytes if holds_layer else max(geometry.block_bytes.values())
-        self.slot_bytes = unit_bytes + self._profile.slot_pages * _PAGE_BYTES
-        self.mean_slot_bytes = self.mean_layer_bytes // (1 if holds_layer else len(LAYER_BLOCKS))
+        unit_bytes = self._link_bytes if holds_layer else geometry.link_block_bytes
+        # In 8-bit sources, the scales of a matrix may lie elsewhere in the files.
+        pages = self._profile.slot_pages * (1 if geometry.stored is None else 2)
+        self.slot_bytes = unit_bytes + pages * _PAGE_BYTES
+        self.mean_slot_bytes = self.mean_link_bytes // (1 if holds_layer else len(LAYER_BLOCKS))
         """Weights that a slot holds on average: blocks differ in size."""
+        self._widened_bytes = widened_bytes(self._profile, geometry)
         self._work_row_bytes = _work_row_bytes(geometry)
         """Work space for one row of context."""
         self.row_bytes = geometry.kv_row_bytes + self._work_row_bytes
@@ -168,6 +174,7 @@ class MemoryModel:
             + self._sizes.most(layout.resident)
             + self._substitute_bytes(substitutes)
             + layout.slots * self.slot_bytes
+            + (self._widened_bytes if layout.slots else 0)
             + (self._low_bit_head_bytes if layout.draft_head_bits == 4 else 0)
             + self._draft_kernel_bytes(layout)
             + (self._geometry.table_bytes if layout.embedding == "device" else 0)
@@ -195,7 +202,7 @@ class MemoryModel:
         """
         if layout.resident == self.layers or self._profile.slot_unit == "layer":
             return PromptPass(context, 0)
-        if layout.slots > len(FEED_FORWARD):
+        if layout.slots > len(FEED_FORWARD) and self._geometry.stored is None:
             return PromptPass(context, 0)
         waiting = min(context, free_bytes // self._held_row_bytes)
         return PromptPass(min(context, waiting + self._request.prefill_rows), waiting * self._held_row_bytes)
@@ -218,6 +225,7 @@ class MemoryModel:
             PlanLine("substitutes", substitute_bytes, f"{substitutes} x {self._request.substitute_bits} bit"),
             PlanLine("stream slots", layout.slots * self.slot_bytes,
                      f"{layout.slots} x {format_bytes(self.slot_bytes)}"),
+            PlanLine("widened weights", self._widened_bytes if layout.slots else 0, "8 bits to 16"),
             PlanLine("KV cache", rows * geometry.kv_row_bytes, f"{rows} rows"),
             PlanLine("recurrent state", self._recurrent_bytes, f"{len(geometry.delta)} layers"),
             PlanLine("workspace", self._work_bytes + rows * self._work_row_bytes),
@@ -243,7 +251,7 @@ class MemoryModel:
         if ram_bytes is None:
             return PinnedLayers(streamed, 0)
         free_bytes = ram_bytes - self._bare_host_bytes() - self._host_table_bytes(layout)
-        places = free_bytes // self.layer_bytes
+        places = free_bytes // self._link_bytes
         if places >= streamed:
             return PinnedLayers(streamed, 0)
         ring = min(_MOST_RING_SLOTS, places)
@@ -261,16 +269,16 @@ class MemoryModel:
             PlanLine("tokenizer", self._tokenizer_bytes),
             PlanLine("embedding", self._host_table_bytes(layout)),
             PlanLine("sampling noise", self._host_noise_bytes, f"{NOISE_ROWS} positions"),
-            PlanLine("pinned layers", self._sizes.most(pinned), f"{pinned} of {streamed} streamed"),
+            PlanLine("pinned layers", self._link_sizes.most(pinned), f"{pinned} of {streamed} streamed"),
             PlanLine(
-                "pinned ring", ring * self.layer_bytes, f"{counted(streamed - pinned, 'layer')} from disk"
+                "pinned ring", ring * self._link_bytes, f"{counted(streamed - pinned, 'layer')} from disk"
             ),
         )
         return tuple(line for line in found if line.size_bytes)
 
     def least_host_bytes(self) -> int:
         """Return the least host memory beside a GPU: a ring, and no embedding."""
-        return self._bare_host_bytes() + LEAST_RING_SLOTS * self.layer_bytes
+        return self._bare_host_bytes() + LEAST_RING_SLOTS * self._link_bytes
 
     def _bare_host_bytes(self) -> int:
         """Host memory beside a GPU without layers and embedding."""

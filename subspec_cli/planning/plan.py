@@ -14,7 +14,7 @@ from subspec_cli.checkpoint.geometry import ModelGeometry
 from subspec_cli.checkpoint.layer_tensors import spread
 from subspec_cli.errors import ResourceError, UsageError
 from subspec_cli.limits import MOST_ROWS
-from subspec_cli.planning.costs import MachineCosts, PlanCosts, weighted_sum
+from subspec_cli.planning.costs import MachineCosts, PlanCosts, RowTimes, weighted_sum
 from subspec_cli.planning.device_profile import DeviceKind, EmbeddingPlace, device_profile
 from subspec_cli.planning.layer_sizes import LayerSizes
 from subspec_cli.planning.memory import HeadBits, PinnedLayers, PlanLine
@@ -31,6 +31,7 @@ from subspec_cli.planning.timing import (
     predict,
     step_times,
     verified_rows,
+    widen_s,
 )
 from subspec_cli.units import counted
 
@@ -112,9 +113,10 @@ class OffloadPlan:
         """Return what the passes and draft steps of this plan take, from the parts that were timed or assumed."""
         straight = device_profile(self.device).streams_from_disk
         from_disk = 0 if straight else len(self.streamed) - len(self.pinned_layers)
+        widening_s = widen_s(machine, geometry, len(self.streamed))
         return PlanCosts(
-            link_s=link_s(machine, LayerSizes(geometry.layer_bytes).mean, len(self.streamed), from_disk),
-            compute=pass_compute(machine, geometry),
+            link_s=link_s(machine, LayerSizes(geometry.link_layer_bytes).mean, len(self.streamed), from_disk),
+            compute=weighted_sum([(1, pass_compute(machine, geometry)), (1, RowTimes((1,), (widening_s,)))]),
             step=step_times(machine, geometry, len(self.shared), self.draft_head_bits, self.embedding),
             pass_attention=weighted_sum([(geometry.layers, machine.target_attention)]),
             step_attention=weighted_sum([(geometry.layers, machine.draft_attention)]),
@@ -271,7 +273,7 @@ def _finished(search: LayoutSearch, option: PlanOption) -> OffloadPlan:
         prompt_rows=prompt.rows,
         lines=memory.lines(layout, option.context, prompt),
         host_lines=memory.host_lines(layout),
-        streamed_bytes_per_pass=sum(request.geometry.layer_bytes[layer] for layer in streamed),
+        streamed_bytes_per_pass=sum(request.geometry.link_layer_bytes[layer] for layer in streamed),
         prediction=prediction,
         reason=plan_reason(search, option),
         fits=memory.whole_model_bytes(layout.embedding, option.context) <= request.budget_bytes,

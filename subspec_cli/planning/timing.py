@@ -26,6 +26,7 @@ from subspec_cli.planning.costs import (
     weighted_sum,
 )
 from subspec_cli.planning.device_profile import EmbeddingPlace
+from subspec_cli.planning.layer_sizes import LayerSizes
 from subspec_cli.planning.memory import HeadBits, MemoryLayout, MemoryModel, PinnedLayers
 from subspec_cli.planning.request import PlanRequest
 
@@ -125,6 +126,8 @@ class RoundTiming(NamedTuple):
     """A draft step of SHADOW_STEP_ROWS."""
     shadow_share: float
     """Share of the link's spare time in which steps can run without delaying it; 0 is no shadow drafting."""
+    widen_s: float = 0.0
+    """Compute time that a pass takes to widen streamed weights of 8 bits."""
 
 
 class DepthOption(NamedTuple):
@@ -146,6 +149,13 @@ def link_s(machine: MachineCosts, layer_bytes: int, streamed: int, from_disk: in
     return max(
         streamed * layer_bytes / machine.link_bytes_per_s, from_disk * layer_bytes / machine.disk_bytes_per_s
     )
+
+
+def widen_s(machine: MachineCosts, geometry: ModelGeometry, streamed: int) -> float:
+    """Return the seconds that a pass takes to widen its streamed layers; 0 if they are not in 8 bits."""
+    if geometry.stored is None:
+        return 0.0
+    return streamed * LayerSizes(geometry.link_layer_bytes).mean / machine.widen_bytes_per_s
 
 
 def pass_compute(
@@ -196,13 +206,14 @@ def hidden_nodes(link_time_s: float, compute: RowTimes, most_nodes: int) -> int:
 
 def pass_s(timing: RoundTiming, option: DepthOption) -> float:
     """Return the wait for a pass. The weights that the link moved while the draft ran have already arrived."""
-    return max(timing.link_s - min(timing.prefetch_s, option.depth * timing.step_s), option.compute_s)
+    computed_s = option.compute_s + timing.widen_s
+    return max(timing.link_s - min(timing.prefetch_s, option.depth * timing.step_s), computed_s)
 
 
 def round_s(timing: RoundTiming, option: DepthOption) -> float:
     """Return the seconds of one round, which decide every plan: tokens per second are tau / seconds."""
     waited_s = pass_s(timing, option)
-    spare_s = timing.shadow_share * _SHADOW_SHARE * (waited_s - option.compute_s)
+    spare_s = timing.shadow_share * _SHADOW_SHARE * (waited_s - option.compute_s - timing.widen_s)
     in_shadow = min(option.depth, int(spare_s / timing.shadow_step_s))
     return waited_s + (option.depth - option.shadow_hit * in_shadow) * timing.step_s
 
@@ -255,15 +266,16 @@ class RoundTimer:
         draft = self._draft_timing(layout)
         streamed = memory.layers - layout.resident
         from_disk = 0 if request.profile.streams_from_disk else streamed - pinned.layers
-        time_s = link_s(request.costs, memory.mean_layer_bytes, streamed, from_disk)
+        time_s = link_s(request.costs, memory.mean_link_bytes, streamed, from_disk)
         if layout.slots == self._slot_counts[0]:
             time_s *= _TWO_SLOTS_LOSS
         if pinned.ring_slots:
-            prefetch_s = pinned.ring_slots * memory.mean_layer_bytes / request.costs.disk_bytes_per_s
+            prefetch_s = pinned.ring_slots * memory.mean_link_bytes / request.costs.disk_bytes_per_s
         else:
             prefetch_s = layout.slots * memory.mean_slot_bytes / request.costs.link_bytes_per_s
         share = min(1.0, (layout.slots - 2) / (draft.wanted_slots - 2)) if request.shadow_rows else 0.0
-        return RoundTiming(time_s, prefetch_s, draft.step_s, draft.shadow_step_s, max(0.0, share))
+        widening_s = widen_s(request.costs, request.geometry, streamed)
+        return RoundTiming(time_s, prefetch_s, draft.step_s, draft.shadow_step_s, max(0.0, share), widening_s)
 
     def _draft_timing(self, layout: MemoryLayout) -> _DraftTiming:
         key = (layout.shared, layout.draft_head_bits, layout.embedding)
@@ -318,8 +330,11 @@ def _outcome(request: PlanRequest, timing: RoundTiming, survival: float) -> Outc
 def predict_at(prediction: Prediction, costs: PlanCosts, cached_rows: float) -> Prediction:
     """Return the figures of the same plan and depth for another number of cached rows."""
     basis = prediction.basis
+    # The costs of a plan count widening as computing.
     timing = basis.timing._replace(
-        step_s=costs.step_s(STEP_ROWS, cached_rows), shadow_step_s=costs.step_s(SHADOW_STEP_ROWS, cached_rows)
+        widen_s=0.0,
+        step_s=costs.step_s(STEP_ROWS, cached_rows),
+        shadow_step_s=costs.step_s(SHADOW_STEP_ROWS, cached_rows),
     )
     plain, option = (
         each._replace(compute_s=costs.compute_s(each.rows, cached_rows))

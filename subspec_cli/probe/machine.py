@@ -25,6 +25,7 @@ from subspec_cli.checkpoint.layer_tensors import (
     matrices_of,
     spread,
 )
+from subspec_cli.checkpoint.widening import widen
 from subspec_cli.drafting.draft_steps import rank
 from subspec_cli.drafting.graph_capture import CudaGraphs, Run
 from subspec_cli.modeling.decoder import Block, DraftDecoder, DraftHead, DraftLogits, Head, TargetDecoder
@@ -91,9 +92,11 @@ def probe_machine(
         # A pass and the reader share cores and memory, so each is timed while the other runs.
         with reading(layouts) as beside:
             target, target_attention = workbench.target_layer(), attention.of_target()
+            widening = workbench.widening()
         link = pageable = disk = beside.bytes_per_s
     else:
         target, target_attention = workbench.target_layer(), attention.of_target()
+        widening = workbench.widening()
         disk = disk_rate(layouts)
         link, pageable = copy_rate(device, pinned=True), copy_rate(device, pinned=False)
     reporter.progress("the draft's layers")
@@ -111,6 +114,7 @@ def probe_machine(
         draft_attention=attention.of_draft().snapped(),
         step_overhead_s=snapped(_TREE_S[device.type]),
         origin="measured",
+        widen_bytes_per_s=snapped(widening),
     )
     return TimedMachine(costs, read_use().since(before).others_share, spread.usual)
 
@@ -193,6 +197,17 @@ class _Workbench:
                 pass
 
         return self._per_layer(run, row_counts, len(layers))
+
+    @torch.inference_mode()
+    def widening(self) -> float:
+        """Time how many bytes of 8-bit weights a second become 16 bits; 0.0 for a model that has none."""
+        if self._sizes.stored is None:
+            return 0.0
+        codes = self._ones(self._sizes.feed_forward, self._sizes.hidden).to(torch.float8_e4m3fn)
+        out = torch.empty_like(codes, dtype=self._dtype)
+        scale = torch.ones(1, device=self._device)
+        times = time_rows(lambda _rows: widen(codes, scale, out), (1,), finish=self._finish)
+        return codes.numel() / times.seconds[0]
 
     @torch.inference_mode()
     def shared_layer(

@@ -12,6 +12,7 @@ from subspec_cli.checkpoint.checkpoint import Checkpoint
 from subspec_cli.checkpoint.layer_tensors import block_entries
 from subspec_cli.limits import LEAST_RING_SLOTS
 from subspec_cli.modeling.target_blocks import TargetBlocks
+from subspec_cli.planning.device_profile import device_profile
 from subspec_cli.session.opening import Opening
 from subspec_cli.streaming.disk_streamer import DiskStreamer, read_resident
 from subspec_cli.streaming.gpu_layers import LayerLayout, layout_layer, read_resident_layer
@@ -19,6 +20,7 @@ from subspec_cli.streaming.gpu_streamer import open_gpu_streamer
 from subspec_cli.streaming.layout import BlockLayout, layout_block
 from subspec_cli.streaming.memory_meter import available_bytes
 from subspec_cli.streaming.streamer import Streamer
+from subspec_cli.streaming.widened_blocks import WidenedBlocks, widen_resident, widened_bytes
 
 _PINNED_SHARE: Final = 0.9
 """Most of the free host memory to pin: no other program can use pinned memory."""
@@ -34,7 +36,21 @@ def open_blocks(opening: Opening, opened: ExitStack) -> TargetBlocks:
     streamer = open_streamer(opening)
     if streamer is not None:
         opened.callback(streamer.close)
+        if opening.found.geometry.stored is not None:
+            streamer = _widened(opening, streamer)
     return TargetBlocks(opening.found.geometry.layers, held, streamer)
+
+
+def _widened(opening: Opening, streamer: Streamer) -> Streamer:
+    """Return the stream with blocks in the model's type, as the plan counts their memory."""
+    entries = opening.found.checkpoint.tensors
+    region_bytes = max(
+        widened_bytes({entry.name: entry.shape for entry in block}, opening.dtype)
+        for layer in opening.plan.streamed
+        for block in block_entries(entries, layer)
+    )
+    regions = device_profile(opening.device.type).widened_blocks
+    return WidenedBlocks(streamer, region_bytes, regions=regions, dtype=opening.dtype, device=opening.device)
 
 
 def open_streamer(opening: Opening) -> Streamer | None:
@@ -73,5 +89,9 @@ def block_layouts(checkpoint: Checkpoint, layer: int) -> list[BlockLayout]:
 def _read_blocks(opening: Opening, layer: int) -> list[dict[str, Tensor]]:
     checkpoint = opening.found.checkpoint
     if opening.device.type == "cpu":
-        return read_resident(block_layouts(checkpoint, layer))
-    return read_resident_layer(layer_layout(checkpoint, layer), opening.device)
+        blocks = read_resident(block_layouts(checkpoint, layer))
+    else:
+        blocks = read_resident_layer(layer_layout(checkpoint, layer), opening.device)
+    if opening.found.geometry.stored is None:
+        return blocks
+    return [widen_resident(block, opening.dtype) for block in blocks]

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from subspec_cli.checkpoint.checkpoint import check_unchanged
 from subspec_cli.checkpoint.geometry import EMBEDDING, FINAL_NORM, FINAL_NORM_BIAS, HEAD
-from subspec_cli.checkpoint.layer_tensors import LAYER_MATRICES, layer_prefix
+from subspec_cli.checkpoint.layer_tensors import LAYER_MATRICES, layer_prefix, scale_name
 from subspec_cli.checkpoint.tensor_reader import read_tensors
+from subspec_cli.checkpoint.widening import widened_tensors
 from subspec_cli.decoding.drafter import Drafter
 from subspec_cli.decoding.engine import Engine
 from subspec_cli.drafting.captured_steps import make_draft_steps
@@ -198,8 +199,10 @@ class Loader:
         )
 
     def _read(self, names: list[str]) -> dict[str, Tensor]:
-        found = read_tensors([self._opening.found.checkpoint.tensors[name] for name in names])
-        return {name: tensor.to(self._opening.device, self._opening.dtype) for name, tensor in found.items()}
+        tensors, dtype = self._opening.found.checkpoint.tensors, self._opening.dtype
+        stored = [tensors[each] for name in names for each in (name, scale_name(name)) if each in tensors]
+        found = widened_tensors(read_tensors(stored), dtype)
+        return {name: tensor.to(self._opening.device, dtype) for name, tensor in found.items()}
 
     def _small_tensors(self) -> tuple[dict[str, Tensor], ...]:
         """Return norms and biases of each layer, by their names inside it."""

@@ -36,12 +36,18 @@ def layout_layer(blocks: Sequence[Sequence[TensorEntry]]) -> LayerLayout:
 
 def tensors_in(memory: Tensor, placements: Iterable[Placement]) -> dict[str, Tensor]:
     """Tensors by name, as views of `memory`: the `[bytes]` of uint8 that hold their layer."""
-    return {
-        item.entry.name: memory[item.buffer_offset : item.buffer_offset + item.entry.size_bytes]
-        .view(torch_dtype(item.entry.dtype))
-        .view(item.entry.shape)
-        for item in placements
-    }
+    return {item.entry.name: _tensor_in(memory, item) for item in placements}
+
+
+def _tensor_in(memory: Tensor, item: Placement) -> Tensor:
+    data, dtype = (
+        memory[item.buffer_offset : item.buffer_offset + item.entry.size_bytes],
+        torch_dtype(item.entry.dtype),
+    )
+    # Scales may follow an odd number of codes in a file. They are small.
+    if data.storage_offset() % dtype.itemsize:
+        data = data.clone()
+    return data.view(dtype).view(item.entry.shape)
 
 
 def page_aligned_memory(pieces: int, piece_bytes: int, device: torch.device) -> list[Tensor]:

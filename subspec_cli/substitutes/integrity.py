@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
@@ -133,36 +134,25 @@ class Verifier:
         findings = list(found.findings)
         for file, sha256 in zip(manifest.layers, found.layer_sha256, strict=False):
             if sha256 != file.source_sha256:
-                paths = sorted({entry.path for entry in layer_entries(_with_own_names(target), file.layer)})
+                paths = sorted({entry.path for entry in layer_entries(target, file.layer)})
                 what = f"wrong SHA-256 of the 16-bit layer {file.layer}"
                 findings += [Finding(path, what, file.source_sha256, sha256) for path in paths]
         return findings
 
     def _hash_target(self, target: Checkpoint) -> _TargetHashes:
         """Hash all files in one sequential read; each layer's digest gets its bytes in reading order."""
-        own = _with_own_names(target)
-        layer_count = layer_count_in_tensors(own)
-        layers = [hashlib.sha256() for _ in range(layer_count)]
-        # Parts of a fused projection follow each other in the file: its first part's digest takes it whole.
-        consumer_of = {
-            (entry.path.name, entry.offset_bytes): layers[layer].update
-            for layer in range(layer_count)
-            for entry in layer_entries(own, layer)
-        }
+        layers = [hashlib.sha256() for _ in range(layer_count_in_tensors(target))]
+        entries = [(layer, entry) for layer in range(len(layers)) for entry in layer_entries(target, layer)]
         findings = []
         for file in target.files:
-            entries = [entry for entry in target.tensors.values() if entry.path.name == Path(file.name).name]
-            spans = sorted((entry.offset_bytes, entry.size_bytes) for entry in entries)
-            header_bytes = spans[0][0] if spans else file.size_bytes
             path = target.directory / file.name
-            consumers = {
-                start: consumer_of[path.name, start]
-                for start, _ in spans
-                if (path.name, start) in consumer_of
-            }
-            findings.append(
-                _blob_mismatch(path, self._hash_spans(path, [(0, header_bytes), *spans], consumers))
-            )
+            own = [(layer, entry) for layer, entry in entries if entry.path == path]
+            cuts = {0, file.size_bytes}
+            for _, entry in own:
+                cuts |= {entry.offset_bytes, entry.offset_bytes + entry.size_bytes}
+            spans = [(start, end - start) for start, end in pairwise(sorted(cuts))]
+            consumers = {entry.offset_bytes: layers[layer].update for layer, entry in own}
+            findings.append(_blob_mismatch(path, self._hash_spans(path, spans, consumers)))
         sha256 = tuple(digest.hexdigest() for digest in layers)
         return _TargetHashes(sha256, tuple(item for item in findings if item))
 
@@ -240,10 +230,9 @@ def _blob_mismatch(path: Path, sha256: str) -> Finding | None:
 def _open_target(manifest: Manifest) -> Checkpoint | SubspecError:
     try:
         checkpoint = open_checkpoint(find_source_directory(manifest.model_id, manifest.commit))
-        _with_own_names(checkpoint)
+        return _with_own_names(checkpoint)
     except SubspecError as error:
         return error
-    return checkpoint
 
 
 def _with_own_names(target: Checkpoint) -> Checkpoint:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from subspec_cli.checkpoint.checkpoint import open_checkpoint
+from subspec_cli.checkpoint.dtypes import DTYPES, EIGHT_BIT_DTYPE
 from subspec_cli.errors import BusyError, SubspecError, UsageError
 from subspec_cli.files.home import prepared_root
 from subspec_cli.files.io_errors import read_error, write_error
@@ -32,6 +33,15 @@ COMPLETE: Final = "complete"
 PARTIAL: Final = "partial"
 UNREADABLE: Final = "unreadable"
 _LAYER_NAME = re.compile(r"layer-[0-9]{5,6}\.safetensors")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The weight files that substitutes were made from."""
+
+    size_bytes: int
+    bits: int | None
+    """Of most weights: 8, 16 or 32; None if the manifest names no type."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,15 +72,19 @@ class StoredModel:
         """Unix time of the last run with this set; None if there was none."""
         return last_used_s(self.directory)
 
-    def target_bytes(self) -> int | None:
-        """Bytes of the 16-bit weight files; None if the files are gone or damaged."""
+    def target(self) -> Target | None:
+        """The weight files; None if they are gone or damaged."""
         if self.manifest is None:
             return None
         try:
             checkpoint = open_checkpoint(find_source_directory(self.manifest.model_id, self.manifest.commit))
         except SubspecError:
             return None
-        return sum(file.size_bytes for file in checkpoint.files)
+        bits = 8 if any(entry.dtype == EIGHT_BIT_DTYPE for entry in checkpoint.tensors.values()) else None
+        stored = DTYPES.get(self.manifest.dtype)
+        return Target(
+            sum(file.size_bytes for file in checkpoint.files), bits or (stored.bits if stored else None)
+        )
 
 
 def list_stored() -> list[StoredModel]:

@@ -21,9 +21,11 @@ from subspec_cli.checkpoint.checkpoint import (
     layer_count_in_tensors,
     layer_entries,
 )
+from subspec_cli.checkpoint.dtypes import torch_dtype
 from subspec_cli.checkpoint.geometry import ModelGeometry
 from subspec_cli.checkpoint.layer_tensors import layer_prefix
 from subspec_cli.checkpoint.tensor_reader import check_finite, read_hashed_tensors
+from subspec_cli.checkpoint.widening import widened_tensors
 from subspec_cli.errors import BusyError, IntegrityError, SubspecError
 from subspec_cli.files.atomic_write import atomic_write, sweep_stale_temps
 from subspec_cli.files.home import make_home_directory
@@ -264,7 +266,7 @@ class _Preparation:
         started_s = time.monotonic()
         tensors, source_sha256 = read_hashed_tensors(layer_entries(self.checkpoint, layer))
         file, data = self._twin_of(layer, source_sha256) or _made_layer(
-            layer, tensors, source_sha256, quantizer
+            layer, widened_tensors(tensors, torch_dtype(self.goal.dtype)), source_sha256, quantizer
         )
         self.states[layer] = atomic_write(self.directory / file.name, data)
         self.done[layer] = file

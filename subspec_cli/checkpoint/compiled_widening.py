@@ -1,0 +1,91 @@
+"""Widening compiled by numba, where it is installed: the same bits as torch operations give, about twice as fast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import pairwise
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_LEAST_WEIGHTS: Final = 1 << 18
+"""Fewest weights for a thread of its own."""
+
+
+def widen_compiled(codes: Tensor, factors: Tensor, out: Tensor) -> bool:
+    """Write bf16(code * factor) to `out`, on all of torch's threads; False, with nothing written, without numba.
+
+    Args:
+        codes: `[R, C]` in float8_e4m3fn, without NaN, on the CPU.
+        factors: `[r, C]` or `[r, 1]` in float32: scales times 2 ** 120, where r divides R.
+        out: `[R, C]` in bfloat16.
+    """
+    kernel = _compiled_rows()
+    if kernel is None:
+        return False
+    rows = len(codes)
+    arrays = (
+        codes.view(torch.uint8).numpy(),
+        factors.contiguous().numpy(),
+        out.view(torch.int16).numpy().view(np.uint16),
+    )
+    threads = max(1, min(torch.get_num_threads(), codes.numel() // _LEAST_WEIGHTS))
+    if threads == 1:
+        kernel(*arrays, 0, rows)
+        return True
+    cuts = [rows * number // threads for number in range(threads + 1)]
+    for done in [_pool(threads).submit(kernel, *arrays, first, end) for first, end in pairwise(cuts)]:
+        done.result()
+    return True
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="widening")
+
+
+@cache
+def _compiled_rows() -> Callable[..., None] | None:
+    """The loop compiled by numba, None if it is not installed; it holds no lock of the interpreter."""
+    try:
+        import numba
+    except ImportError:
+        return None
+    decorator: Any = numba.njit(nogil=True, cache=True)
+    compiled: Callable[..., None] = decorator(_widen_rows)
+    return compiled
+
+
+def _widen_rows(
+    codes: Any,  # noqa: ANN401 - numba compiles it for arrays of uint8, float32 and uint16
+    factors: Any,  # noqa: ANN401
+    out: Any,  # noqa: ANN401
+    first: int,
+    end: int,
+) -> None:
+    columns = codes.shape[1]
+    unit_rows = len(codes) // len(factors)
+    bits = np.empty(columns, dtype=np.uint32)
+    values = bits.view(np.float32)
+    # Loops of one simple step each, which become vector instructions.
+    for row in range(first, end):
+        source, target, factor = codes[row], out[row], factors[row // unit_rows]
+        for column in range(columns):
+            code = np.uint32(source[column])
+            bits[column] = ((code & np.uint32(0x7F)) << np.uint32(20)) | (
+                (code & np.uint32(0x80)) << np.uint32(24)
+            )
+        if len(factor) == 1:
+            for column in range(columns):
+                values[column] *= factor[0]
+        else:
+            for column in range(columns):
+                values[column] *= factor[column]
+        for column in range(columns):
+            value = bits[column]
+            half = np.uint32(0x7FFF) + ((value >> np.uint32(16)) & np.uint32(1))
+            target[column] = np.uint16((value + half) >> np.uint32(16))
