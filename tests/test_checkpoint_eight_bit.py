@@ -22,6 +22,7 @@ from transformers import CONFIG_MAPPING
 from transformers.quantizers import quantizer_finegrained_fp8
 
 from subspec_cli.__main__ import main
+from subspec_cli.checkpoint import compiled_widening
 from subspec_cli.checkpoint.safetensors_header import TensorEntry
 from subspec_cli.checkpoint.tensor_reader import read_tensors
 from subspec_cli.checkpoint.widening import widen, widened_tensors
@@ -108,8 +109,24 @@ def test_weights_are_those_of_the_library(tmp_path, monkeypatch, form, scale_dty
     assert all(same_bits(found[name], library[name]) for name in found)
 
 
+@pytest.fixture(params=["compiled", "operations"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Widening by numba, and where it is not installed."""
+    if request.param == "operations":
+        monkeypatch.setattr(compiled_widening, "_compiled_rows", lambda: None)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_change_nothing(way, threads):
+    torch.set_num_threads(threads)
+    codes = NUMBERS[torch.randint(len(NUMBERS), (1026, 1024))].view(torch.float8_e4m3fn)
+    scales, out = torch.rand(3, 2), torch.empty(codes.shape, dtype=torch.bfloat16)
+    widen(codes, scales, out)
+    assert same_bits(out, dequantized(codes, scales))
+
+
 @pytest.mark.parametrize("scale", [1.0, -0.37, 3e-5, 1e-38, 127.9, 129.0, 7e5, 5e37])
-def test_every_code_is_widened_exactly(scale):
+def test_every_code_is_widened_exactly(way, scale):
     codes = NUMBERS.repeat(3, 1).view(torch.float8_e4m3fn)
     scales = torch.tensor([scale])
     out = torch.empty(codes.shape, dtype=torch.bfloat16)
@@ -121,7 +138,7 @@ def test_every_code_is_widened_exactly(scale):
     ("rows", "columns", "grid"),
     [(256, 384, (2, 3)), (4096, 256, (1, 1)), (4099, 130, (4099, 1)), (1, 1, (1, 1))],
 )
-def test_strips_and_units_of_every_shape(rows, columns, grid):
+def test_strips_and_units_of_every_shape(way, rows, columns, grid):
     codes = NUMBERS[torch.randint(len(NUMBERS), (rows, columns))].view(torch.float8_e4m3fn)
     scales = torch.rand(grid) * 1e-3
     out = torch.empty(codes.shape, dtype=torch.bfloat16)
