@@ -291,7 +291,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], Change, int, str]] = {
         {},
         rope(type="longrope", short_factor=[1.0], long_factor=[1.0]),
         3,
-        "short_factor has 1 numbers, heads of size 32 need 16",
+        "short_factor has 1 numbers, heads that turn 32 features need 16",
     ),
     "T12 two types of matrices": (
         "llama",

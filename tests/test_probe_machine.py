@@ -23,7 +23,7 @@ from subspec_cli.drafting.draft_steps import likeliest, rank, sampling_of
 from subspec_cli.drafting.policy import DraftPolicy
 from subspec_cli.errors import ResourceError
 from subspec_cli.modeling.decoder import DraftDecoder, DraftLogits, Head
-from subspec_cli.modeling.kv_cache import KVCache
+from subspec_cli.modeling.kv_cache import cache_for
 from subspec_cli.modeling.layers import OutputMath
 from subspec_cli.modeling.substitute import Int4Linear, LowBitHead, low_bit_table
 from subspec_cli.modeling.token_batch import causal_batch
@@ -106,21 +106,21 @@ def test_attention_is_timed_below_two_prefixes(shelf, monkeypatch, max_positions
         seen.append(prefix)
         return original(rows, prefix, rules)
 
-    def cache(**size):
-        sizes.append(size)
-        return KVCache(**size)
+    def cache(math, **size):
+        sizes.append(math.geometry.layers)
+        return cache_for(math, **size)
 
     def timed(work, row_counts, **_):
         """As if every cached row took a millisecond a layer."""
         for rows in row_counts:
             work(rows)
-        seconds = 1e-3 * seen[-1] * sizes[-1]["layers"] if seen else 1e-3
+        seconds = 1e-3 * seen[-1] * sizes[-1] if seen else 1e-3
         return RowTimes(tuple(row_counts), (seconds,) * len(row_counts))
 
     original = machine._tree_of
     monkeypatch.setattr(machine, "_tree_of", tree)
     monkeypatch.setattr(machine, "causal_batch", batch)
-    monkeypatch.setattr(machine, "KVCache", cache)
+    monkeypatch.setattr(machine, "cache_for", cache)
     monkeypatch.setattr(machine, "time_rows", timed)
     settings = SubstituteSettings(4, "minmax")
     found = machine.probe_machine(geometry, settings, checkpoint, torch.device("cpu"), Reporter()).costs

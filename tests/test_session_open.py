@@ -165,7 +165,7 @@ def test_an_opening_that_fails_late_stops_the_reader(shelf, monkeypatch, step):
     assert not readers()
 
 
-@pytest.mark.parametrize("part", ["KVCache", "DraftDecoder", "resident_layer"])
+@pytest.mark.parametrize("part", ["cache_for", "DraftDecoder", "resident_layer"])
 def test_a_loading_that_fails_midway_stops_the_reader(shelf, monkeypatch, part):
     def fails(*args, **how):
         raise MemoryError
