@@ -209,6 +209,20 @@ def test_a_pass_that_is_not_committed_leaves_the_state(hybrid: Tiny) -> None:
     assert torch.equal(hybrid.prefill(hybrid.target(), kv, after), expected)
 
 
+def test_a_commit_that_an_interrupt_divides_is_taken_back(hybrid: Tiny) -> None:
+    """The state is ahead of the cache's tokens then; the next prompt goes back to where both are known."""
+    prompt, after = tokens(30), tokens(6, 3)
+    kv, whole, decoder = hybrid.kv(), hybrid.kv(), hybrid.target()
+    hybrid.prefill(decoder, kv, prompt)
+    kv.keep_snapshot()
+    run_tree(hybrid, kv, tokens(3, 4), (-1, 0, 1))
+    assert kv.recurrent is not None
+    kv.recurrent.commit([0, 1])
+    assert kv.rewind(30) == 30
+    expected = hybrid.prefill(decoder, whole, [*prompt, *after])[-6:]
+    assert torch.equal(hybrid.prefill(decoder, kv, after), expected)
+
+
 @pytest.mark.parametrize(("wanted", "left"), [(120, 120), (119, 100), (100, 100), (99, 64), (63, 0)])
 def test_a_state_goes_back_to_snapshots_only(hybrid: Tiny, wanted: int, left: int) -> None:
     whole, rest = [*tokens(100), *tokens(20, 5)], tokens(9, 6)

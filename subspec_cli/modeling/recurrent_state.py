@@ -28,6 +28,8 @@ class _Moment:
     """`[L, H, K, V]` float32."""
     tails: Tensor
     """`[L, T - 1, C]` the last inputs of the convolution."""
+    position: int = 0
+    """Number of tokens behind which the state is."""
 
     def zero(self) -> None:
         self.states.zero_()
@@ -78,10 +80,8 @@ class RecurrentState:
 
     layers: Mapping[int, DeltaLayer]
     """By the number of the layer."""
-    committed: int = 0
-    """Number of tokens behind which the state is."""
-    _now: _Moment = field(init=False)
-    _next: _Moment = field(init=False)
+    _moments: tuple[_Moment, _Moment] = field(init=False)
+    """The committed state and the next one. They change places in one step, which no interrupt divides."""
     _scratch: _Scratch = field(init=False)
     _snapshots: list[_Snapshot] = field(init=False)
     _places: dict[int, int] = field(init=False)
@@ -110,7 +110,7 @@ class RecurrentState:
             )
 
         made._places = {layer: place for place, layer in enumerate(layers)}
-        made._now, made._next = moment(), moment()
+        made._moments = moment(), moment()
         made._snapshots = [_Snapshot(moment()) for _ in range(SNAPSHOTS)]
         made._scratch = _Scratch(
             zeros(scratch, shape.conv_width, dtype=dtype),
@@ -123,6 +123,19 @@ class RecurrentState:
             ),
         )
         return made
+
+    @property
+    def committed(self) -> int:
+        """Number of tokens behind which the committed state is."""
+        return self._now.position
+
+    @property
+    def _now(self) -> _Moment:
+        return self._moments[0]
+
+    @property
+    def _next(self) -> _Moment:
+        return self._moments[1]
 
     def before(self, layer: int, start: int) -> tuple[Tensor, Tensor]:
         """State `[H, K, V]` and inputs `[T - 1, C]` before a chunk or a tree at position `start` of a pass."""
@@ -194,7 +207,8 @@ class RecurrentState:
             draft -= draft[:, nodes[-1], None].clone()
         elif self._wanted is not None:
             self._snapshots[0].position = self._wanted
-        self._now, self._next, self.committed = self._next, self._now, end
+        self._next.position = end
+        self._moments = self._next, self._now
         self._chain_end = self._wanted = None
         self._shift += len(nodes)
 
@@ -223,7 +237,8 @@ class RecurrentState:
         else:
             kept = next(snapshot for snapshot in self._snapshots if snapshot.position == position)
             self._next.copy_from(kept.moment)
-        self._now, self._next, self.committed = self._next, self._now, position
+        self._next.position = position
+        self._moments = self._next, self._now
 
     def _replay(self, layer: int, nodes: Sequence[int]) -> None:
         """Compute the state behind a path from what its nodes put in."""
