@@ -76,7 +76,7 @@ def run(
     **changes,
 ):
     """`prepare_model` with a fake quantizer; `changes` go to it, or to the geometry (`layers`)."""
-    geometry_changes = {name: changes.pop(name) for name in ("layers",) if name in changes}
+    layers = changes.pop("layers", None)
     recipe = preparation.SubstituteRecipe(
         SubstituteSettings(bits, "minmax"), quantizer or Quantizer(), versions
     )
@@ -88,7 +88,9 @@ def run(
 
     def prepare(found: OpenedModel) -> PreparedModel:
         geometry = read_repository(found.checkpoint).geometry
-        return preparation.prepare_model(found, replace(geometry, **geometry_changes), recipe, **how)
+        if layers is not None:
+            geometry = replace(geometry, mixers=geometry.mixers[:1] * layers)
+        return preparation.prepare_model(found, geometry, recipe, **how)
 
     if isinstance(model, str):
         with opened(model, notices=notices, retry_policy=retry_policy) as found:

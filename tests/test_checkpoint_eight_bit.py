@@ -261,13 +261,9 @@ def test_an_audit_widens_as_the_library_does(tmp_path, monkeypatch, form):
 
 def test_widening_takes_computing_time(tmp_path):
     geometry = Tiny(made(tmp_path)).geometry
-    assert _Workbench(geometry, SubstituteSettings(4, "minmax"), torch.device("cpu")).widening() > 0
-    assert (
-        _Workbench(
-            replace(geometry, stored=None), SubstituteSettings(4, "minmax"), torch.device("cpu")
-        ).widening()
-        == 0
-    )
+    settings, cpu = SubstituteSettings(4, "minmax"), torch.device("cpu")
+    assert _Workbench(geometry, settings, cpu, typical=min).widening() > 0
+    assert _Workbench(replace(geometry, stored=None), settings, cpu, typical=min).widening() == 0
     costs = assumed_costs(geometry, "cpu")
     assert widen_s(costs, geometry, 2) == pytest.approx(
         sum(geometry.link_layer_bytes) / costs.widen_bytes_per_s

@@ -13,10 +13,12 @@ from transformers.generation.logits_process import (
     SequenceBiasLogitsProcessor,
 )
 
+from subspec_cli.checkpoint.layer_description import Arithmetic
 from subspec_cli.decoding.penalties import NO_PENALTIES, Penalties, begin_path
 from subspec_cli.decoding.sampler import Filters, allowed_tokens
 from subspec_cli.drafting.draft_steps import penalized, penalty_numbers, rank
-from subspec_cli.modeling.decoder import DraftLogits
+from subspec_cli.modeling.decoder import DraftLogits, Head
+from subspec_cli.modeling.layers import OutputMath
 
 VOCAB = 61
 PROMPT = [3, 9, 3, 60, 0]
@@ -91,7 +93,9 @@ def test_a_draft_head_of_few_bits_keeps_the_penalties_when_the_16_bit_head_score
     state = begin_path(Penalties(repetition=1.3, bias=((7, -50.0), (8, 4.0))), PROMPT, VOCAB)
     weight = torch.tensor(np.stack([logits_of(7)]).T, dtype=torch.float32)
     rough = (weight.T + 0.01).contiguous()
-    found = DraftLogits(rough, normed=torch.ones(1, 1), weight=weight)
+    arithmetic = Arithmetic(attention_scale=1.0, eps=0.0)
+    head = Head(OutputMath(arithmetic, torch.ones(1)), weight)
+    found = DraftLogits(rough, normed=torch.ones(1, 1), head=head)
     ids, _ = rank(found, None, penalty_numbers(state))
     wanted = np.argsort(-state.adjust(weight[:, 0].double().numpy()))
     assert ids[0].tolist() == wanted[:8].tolist()

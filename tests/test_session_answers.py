@@ -411,7 +411,7 @@ def test_weights_that_vanish_while_running_are_an_integrity_error(shelf, tmp_pat
 def test_damaged_logits_end_the_answer(session, monkeypatch):
     """F85, at the head of a real model."""
     head, before = session.loaded.head, answer_to(session, PROMPT, 20)
-    head.norm_weight.mul_(torch.nan)
+    head.output.norm_weight.mul_(torch.nan)
     with pytest.raises(IntegrityError, match="not finite"):
         answer_to(session, PROMPT, 20)
     assert len(before.token_ids) == 20

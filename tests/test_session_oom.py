@@ -104,7 +104,7 @@ def test_other_errors_stay_what_they_are(error: BaseException) -> None:
 
 
 def test_opening_tells_a_shortage(shelf: fakes_session.Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load, "KVCache", raising(torch.cuda.OutOfMemoryError(CARD_TEXT)))
+    monkeypatch.setattr(load, "cache_for", raising(torch.cuda.OutOfMemoryError(CARD_TEXT)))
     with pytest.raises(ResourceError, match=r"while loading the model .*budget is 1\.00 GiB"):
         open_tiny(shelf.model("llama"))
 
