@@ -55,11 +55,14 @@ def check_speculates(session, answers):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tied"),
-    [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, False), (torch.float32, False)],
-    ids=["bf16-tied", "bf16-untied", "fp16-untied", "fp32-untied"],
+    ("family", "dtype", "tied"),
+    [
+        *((family, torch.bfloat16, False) for family in FAMILIES),
+        ("llama", torch.bfloat16, True),
+        ("qwen2", torch.float16, False),
+        ("mistral", torch.float32, False),
+    ],
 )
-@pytest.mark.parametrize("family", FAMILIES)
 def test_speculative_tokens_are_the_plain_ones(shelf, family, dtype, tied):
     """Against a session of its own without substitutes, where every layer is resident."""
     model = model_of(shelf, family, dtype=dtype, tied=tied)

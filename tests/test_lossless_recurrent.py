@@ -23,7 +23,7 @@ HYBRID: dict[str, Any] = {
     "linear_num_value_heads": 4,
     "max_position_embeddings": 2048,
 }
-LENGTHS = (10, 200, 256, 257, 700, 1500)
+LENGTHS = (10, 256, 257, 1500)
 WARM = {"temperature": 1.0, "top_p": 0.95, "seed": 6}
 
 
@@ -91,7 +91,7 @@ def test_an_interrupted_answer_leaves_a_state_to_go_on_from(shelf: Shelf, taken:
             )
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("threads", [2, 3])
 def test_threads_change_no_token_between_both_arms(shelf: Shelf, threads: int) -> None:
     torch.set_num_threads(threads)
     with open_tiny(hybrid(shelf), memory={"resident_layers": 2}) as session:

@@ -96,10 +96,10 @@ def by_kind(
             raise UnsupportedModelError("config field sliding_window is null", "remove the field")
         window = _window(fields) if other == SLIDING else None
         possible = (other, FULL) if window is not None or other != SLIDING else (FULL,)
-        kinds = fields["layer_types"]
+        layers, kinds = _layer_count(fields), fields["layer_types"]
         if kinds is None:
             kinds = default(source)
-        _check_kinds(kinds, _layer_count(fields), possible)
+        _check_kinds(kinds, layers, possible)
         if last is not None:
             kinds = [*kinds[:-1], last]
         shape = attention_shape(fields)
