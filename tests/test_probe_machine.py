@@ -63,9 +63,12 @@ def probes(monkeypatch):
 
 
 @pytest.mark.probed
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_every_part_is_timed_on_stand_ins_of_the_models_shapes(shelf, home, probes, family):
-    with open_tiny(shelf.model(family)) as session:
+@pytest.mark.parametrize(
+    ("family", "how"),
+    [("llama", {}), ("qwen3", {}), ("qwen3_5_text", {"layers": 5, "head_dim": 32})],
+)
+def test_every_part_is_timed_on_stand_ins_of_the_models_shapes(shelf, home, probes, family, how):
+    with open_tiny(shelf.model(family, **how)) as session:
         about = session.description
     (found,) = probes
     assert found.origin == "measured"

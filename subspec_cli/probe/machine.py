@@ -352,6 +352,9 @@ class _Workbench:
             dtype=self._dtype,
             device=self._device,
         )
+        if kv.recurrent is not None:  # as if a prompt's pass had left its state
+            for layer in math.delta_layers:
+                kv.recurrent.end_chunk(layer, prefix, kv.recurrent.before(layer, 0)[1])
         kv.commit(range(prefix), [0] * prefix)
         return kv
 
