@@ -81,8 +81,13 @@ def test_speculative_tokens_are_the_plain_ones(shelf, family, dtype, tied):
             assert conversation(session) == spoken
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "sampling"),
+    [
+        *(("llama", sampling) for sampling in SAMPLINGS),
+        *((family, "warm") for family in FAMILIES if family != "llama"),
+    ],
+)
 def test_both_arms_of_one_session_agree_on_long_texts(shelf, family, sampling):
     """As `bench` compares them, over a prompt of two prefill chunks and far past the window."""
     model = model_of(shelf, family)
@@ -94,7 +99,7 @@ def test_both_arms_of_one_session_agree_on_long_texts(shelf, family, sampling):
     assert arms[1].stats.tau == 1
 
 
-@pytest.mark.parametrize("window", [1, 5, 70])
+@pytest.mark.parametrize("window", [1, 70])
 @pytest.mark.parametrize("family", ["mistral", "qwen2"])
 def test_windows_shorter_than_prompt_and_tree_change_no_token(shelf, family, window):
     """And the greedy tokens are the library's within rounding."""
