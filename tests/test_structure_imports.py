@@ -35,7 +35,7 @@ DOORS = {
         "bench/peer_child.py",
     ),
     "numpy": ("checkpoint/compiled_widening.py", "decoding/*", "drafting/*", "modeling/*"),
-    "numba": ("checkpoint/compiled_widening.py", "modeling/delta_kernel.py"),
+    "numba": ("compiled.py",),
     "jinja2": ("modeling/chat_template_child.py",),
     "click": (),
     "tokenizers": ("checkpoint/tokenizer_files.py",),

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from subspec_cli.compiled import compiled
+
 _LEAST_WEIGHTS: Final = 1 << 18
 """Fewest weights for a thread of its own."""
 
@@ -50,14 +52,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 @cache
 def _compiled_rows() -> Callable[..., None] | None:
-    """The loop compiled by numba, None if it is not installed; it holds no lock of the interpreter."""
-    try:
-        import numba
-    except ImportError:
-        return None
-    decorator: Any = numba.njit(nogil=True, cache=True)
-    compiled: Callable[..., None] = decorator(_widen_rows)
-    return compiled
+    return compiled(_widen_rows)
 
 
 def _widen_rows(

@@ -68,16 +68,20 @@ def configured_model(config: Mapping[str, Any]) -> ConfiguredModel:
 
 def unread_tensors(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Prefixes of the stored tensors that text does not need; none for a model that is not supported."""
-    model_type = config.get("model_type")
-    row = (FAMILIES.get(model_type) or WRAPPERS.get(model_type)) if isinstance(model_type, str) else None
+    row = _named_row(config)
     return () if row is None else row.names.others
+
+
+def _named_row(config: Mapping[str, Any]) -> Family | Wrapper | None:
+    model_type = config.get("model_type")
+    return (FAMILIES.get(model_type) or WRAPPERS.get(model_type)) if isinstance(model_type, str) else None
 
 
 def _row_of(config: Mapping[str, Any]) -> Family | Wrapper:
     """The row that config.json names by `model_type`, which must agree with `architectures`."""
     model_type, named = config.get("model_type"), config.get("architectures") or []
     architectures = [printable(str(name))[:80] for name in (named if isinstance(named, list) else [named])]
-    row = (FAMILIES.get(model_type) or WRAPPERS.get(model_type)) if isinstance(model_type, str) else None
+    row = _named_row(config)
     if row is not None and all(name == row.architecture for name in architectures):
         return row
     shown_names = ", ".join(architectures)

@@ -25,7 +25,7 @@ from subspec_cli.checkpoint.layer_tensors import (
 )
 from subspec_cli.limits import GATE_ROWS
 from subspec_cli.modeling.delta_kernel import DeltaRows
-from subspec_cli.modeling.row_rules import RowRules
+from subspec_cli.modeling.row_rules import RowRules, sigmoid, silu
 
 _NORM_EPS = 1e-6
 """Added to the squared length of queries and keys."""
@@ -66,7 +66,7 @@ class DeltaLayer:
         step, share = both[:, :heads], both[:, heads : 2 * heads]
         wide = step.float() + self.small[DELTA_STEP].float()
         soft = torch.where(wide > _LARGE, wide, wide.clamp_max(_LARGE).exp().log1p_())
-        beta = (1.0 / (1.0 + share.float().neg().exp_())).to(share.dtype)
+        beta = sigmoid(share.float()).to(share.dtype)
         return Gates(-self.small[DELTA_DECAY].float().exp() * soft, beta.float())
 
     def mixed(self, inputs: Tensor, seen: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class DeltaLayer:
         for place in range(1, self.shape.kernel):
             found += inputs[seen[:, place]].float() * weight[:, place]
         found = found.to(inputs.dtype).float()
-        return (found / (1.0 + found.neg().exp_())).to(inputs.dtype)
+        return silu(found).to(inputs.dtype)
 
     def rows(self, mixed: Tensor, gates: Gates) -> DeltaRows:
         """What the rule reads, from the convolved rows `[N, C]` and their gates."""
@@ -99,9 +99,8 @@ class DeltaLayer:
         rounded = output.to(gate.dtype).float()
         normed = rounded * torch.rsqrt(rounded.pow(2).mean(-1, keepdim=True) + self.eps)
         weighted = self.small[DELTA_NORM] * normed.to(gate.dtype)
-        wide = gate.float()
-        silu = (wide / (1.0 + wide.neg().exp_())).view(output.shape)
-        return (weighted.float() * silu).to(gate.dtype).flatten(1)
+        opened = silu(gate.float()).view(output.shape)
+        return (weighted.float() * opened).to(gate.dtype).flatten(1)
 
 
 def delta_layer(shape: DeltaShape, small: Mapping[str, Tensor], eps: float) -> DeltaLayer:

@@ -18,6 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from subspec_cli.compiled import compiled
+
 BASE: Final = -1
 """Source of rows whose parent is the committed state."""
 NOWHERE: Final = -1
@@ -145,16 +147,7 @@ def compile_rule() -> bool:
 
 @cache
 def _compiled_rule() -> Callable[..., None] | None:
-    """The rule compiled by numba, None if it is not installed; it holds no lock of the interpreter."""
-    try:
-        import numba
-    except ImportError:
-        return None
-    try:
-        compiled: Callable[..., None] = numba.njit(nogil=True, cache=True, error_model="numpy")(_rule)
-    except RuntimeError:  # there is no directory for its cache
-        compiled = numba.njit(nogil=True, error_model="numpy")(_rule)
-    return compiled
+    return compiled(_rule)
 
 
 def _rule(  # noqa: C901 - one loop nest, which numba compiles as a whole

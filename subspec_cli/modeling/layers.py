@@ -26,6 +26,7 @@ from subspec_cli.checkpoint.layer_description import (
 from subspec_cli.checkpoint.layer_tensors import KEY_NORM, LAYER_FACTOR, QUERY_NORM, norm_name
 from subspec_cli.modeling.delta import DeltaLayer, delta_layer
 from subspec_cli.modeling.rope import RopeTables, Rotations, rotate
+from subspec_cli.modeling.row_rules import sigmoid
 
 
 class HeadRows(NamedTuple):
@@ -44,12 +45,7 @@ class HeadRows(NamedTuple):
         """Apply the gate to the attended rows `[N, H * D]`."""
         if self.gate is None:
             return attended
-        return attended * sigmoid(self.gate.flatten(1))
-
-
-def sigmoid(rows: Tensor) -> Tensor:
-    """Sigmoid, computed in float32 and rounded once; the library's own call feels the row count in float32."""
-    return (1.0 / (1.0 + rows.float().neg().exp_())).to(rows.dtype)
+        return attended * sigmoid(self.gate.flatten(1).float()).to(attended.dtype)
 
 
 def normalized(
