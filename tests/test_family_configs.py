@@ -212,6 +212,9 @@ ODD: Final[dict[str, tuple[dict[str, Any], ...]]] = {
         {"tie_word_embeddings": False},
     ),
     "gemma4": (
+        {"rope_parameters": {}},
+        {"rope_parameters": GONE},
+        {"rope_scaling": LINEAR_ROPE},
         {"layer_types": GONE},
         {"hidden_size_per_layer_input": GONE},
         {"rope_parameters": GONE},

@@ -162,7 +162,9 @@ def _one_table(rule: RopeRule, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _two_tables(rule: RopeRule, config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """`rope_scaling` is added to the table of full attention; fields beside the tables fill them."""
+    """`rope_scaling` is added to the table of full attention, and fields beside the tables fill them, where a family
+    fills tables.
+    """
     scaling, given = _given_table(config, "rope_scaling"), _given_table(config, "rope_parameters")
     if loose := [name for name in given if name not in LAYER_KINDS]:
         raise UnsupportedModelError(
@@ -170,7 +172,13 @@ def _two_tables(rule: RopeRule, config: Mapping[str, Any]) -> list[dict[str, Any
             f'write one table for each: "rope_parameters": {{"{FULL}": {{...}}, "{SLIDING}": {{...}}}}',
         )
     if not rule.fills_tables:
-        found = given or dict(rule.default_table)
+        if config.get("rope_scaling") is not None:
+            # The library would put it in the place of both tables, and fail.
+            raise UnsupportedModelError(
+                f"config field rope_scaling is {shown(config['rope_scaling'])}, which this family does not have",
+                f'write rope_parameters: {{"{FULL}": {{...}}, "{SLIDING}": {{...}}}}',
+            )
+        found = rule.default_table if config.get("rope_parameters") is None else given
         return [_given_table(found, FULL), _given_table(found, SLIDING)]
     if "type" in scaling and "rope_type" not in scaling:
         # The library keeps the rope_type of its own table, and would not scale.
