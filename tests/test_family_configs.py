@@ -213,7 +213,6 @@ ODD: Final[dict[str, tuple[dict[str, Any], ...]]] = {
     ),
     "gemma4": (
         {"rope_parameters": {}},
-        {"rope_parameters": GONE},
         {"rope_scaling": LINEAR_ROPE},
         {"layer_types": GONE},
         {"hidden_size_per_layer_input": GONE},
