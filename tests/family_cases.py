@@ -283,6 +283,17 @@ CASES: Final = (
         tied=True,
     ),
     _case("hunyuan, odd", "hunyuan_v1_dense", _ODD, attention_bias=True),
+    _case("stablelm", "stablelm", use_qkv_bias=True, partial_rotary_factor=0.25),
+    _case(
+        "stablelm, odd",
+        "stablelm",
+        _FEW_HEADS,
+        use_parallel_residual=True,
+        qk_layernorm=True,
+        hidden_act="gelu_pytorch_tanh",
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        tied=True,
+    ),
     _case("mistral in mistral3", "mistral3", text="mistral", head_dim=32, sliding_window=None),
     _case("mistral in mistral3, odd", "mistral3", _ODD, text="mistral", sliding_window=6, tied=True),
     _case(

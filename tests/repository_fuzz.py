@@ -1,6 +1,6 @@
 """Repositories changed at random: each answers as the library does, or is refused in one line.
 
-    python tests/repository_fuzz.py [--count 2000] [--seed 0] [--verbose]
+    python tests/repository_fuzz.py [--count 2000] [--seed 0] [--family NAME] [--verbose]
 
 One process. A case is made from its number alone, so that any one can be run again.
 """
@@ -18,7 +18,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +92,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "seed_oss": {"head_dim": 16},
     "smollm3": {"pad_token_id": 0, "no_rope_layers": [1, 0]},
+    "stablelm": {"use_qkv_bias": True, "partial_rotary_factor": 0.5},
 }
 """What a small model of a family sets, if it sets anything."""
 Case = Callable[[Path, random.Random], str]
@@ -480,8 +481,9 @@ CHANGES: tuple[tuple[Case, int], ...] = (
 class Shelf:
     """Models of each family, made once; a case changes a copy."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, families: Iterable[str]) -> None:
         self._root = root
+        self.families = sorted(families)
 
     def model(self, family: str, *, tied: bool) -> Path:
         """Directory of the unchanged model."""
@@ -497,7 +499,7 @@ class Shelf:
 def run_case(number: int, shelf: Shelf, directory: Path) -> Verdict:
     """Make a case, and judge it."""
     chance = random.Random(number)
-    source = shelf.model(chance.choice(sorted(FAMILIES)), tied=chance.random() < 0.5)
+    source = shelf.model(chance.choice(shelf.families), tied=chance.random() < 0.5)
     shutil.copytree(source, directory)
     if number % 3 == 0:
         chance.choice(TOKENIZERS)(directory)
@@ -556,12 +558,14 @@ def time_limit(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def run_all(numbers: range, root: Path, on_verdict: Callable[[Verdict], None]) -> Counter[str]:
+def run_all(
+    numbers: range, root: Path, on_verdict: Callable[[Verdict], None], families: Iterable[str] = FAMILIES
+) -> Counter[str]:
     """Judge cases; return how many there are of each kind."""
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     transformers.utils.logging.disable_progress_bar()
     counts: Counter[str] = Counter()
-    shelf = Shelf(root)
+    shelf = Shelf(root, families)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for number in numbers:
@@ -580,6 +584,7 @@ def main() -> int:
     )
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0, help="number of the first case")
+    parser.add_argument("--family", choices=FAMILIES, help="models of this family alone")
     parser.add_argument("--verbose", action="store_true", help="print every case")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -591,7 +596,9 @@ def main() -> int:
             sys.stdout.flush()
 
     with tempfile.TemporaryDirectory() as root:
-        counts = run_all(range(arguments.seed, arguments.seed + arguments.count), Path(root), show)
+        numbers = range(arguments.seed, arguments.seed + arguments.count)
+        families = [arguments.family] if arguments.family else FAMILIES
+        counts = run_all(numbers, Path(root), show, families)
     sys.stdout.write(f"{dict(counts)} in {time.monotonic() - started:.0f} s\n")
     return 0 if counts.keys() <= {"same", "refused"} else 1
 

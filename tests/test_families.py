@@ -339,14 +339,16 @@ def test_greedy_answers_are_those_of_the_library(oracle: Oracle) -> None:
 # --- whole sessions ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["ministral3 in mistral3", "gemma3 in gemma3", "glm4, odd"])
+@pytest.mark.parametrize("name", ["gemma3 in gemma3", "glm4, odd", "stablelm, odd"])
 def test_a_session_over_a_prepared_model_changes_no_token(shelf: Shelf, name: str) -> None:
-    """Fused projections, renamed norms and a text part inside a wrapper, from `prepare` to the answer."""
+    """Fused projections, renamed and biased norms, and a text part in a wrapper, from `prepare` to the answer."""
     case = next(case for case in CASES if case.name == name)
     how = case.how
     model = shelf.model(how.pop("family"), **how)
     with open_tiny(model, sampling={"temperature": 1.0, "seed": 6}) as session:
         assert (session.description.exactness, session.description.speculation) == ("exact", True)
+        has_bias = session.loaded.head.output.norm_bias is not None
+        assert has_bias == session.loaded.math.geometry.arithmetic.norm_bias
         speculative, plain = (
             answer_to(session, "Why is the sea blue?", 24, plain=plain, noise_stream=2)
             for plain in (False, True)

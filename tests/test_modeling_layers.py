@@ -27,6 +27,21 @@ def test_norms_are_those_of_the_library(dtype: torch.dtype, eps: float) -> None:
     assert torch.equal(normalized("rounded_then_scaled", hidden, norm.weight, None, eps), norm(hidden))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_the_fused_norm_is_that_of_the_library_in_every_bit(dtype: torch.dtype, has_bias: bool) -> None:
+    """In rows so wide that the mean in another order has other bits; a row has the same ones alone."""
+    norm = torch.nn.LayerNorm(2560, eps=1e-5, bias=has_bias, dtype=dtype)
+    norm.weight.data = random(1, 2560, dtype=dtype)
+    if has_bias:
+        norm.bias.data = random(2, 2560, dtype=dtype)
+    hidden = random(3, 300, 2560, dtype=dtype) + 1
+    found = normalized("fused_layer", hidden, norm.weight, norm.bias, 1e-5)
+    assert torch.equal(found, norm(hidden))
+    assert torch.equal(normalized("fused_layer", hidden[7:9], norm.weight, norm.bias, 1e-5), found[7:9])
+    assert not torch.equal(normalized("layer", hidden, norm.weight, norm.bias, 1e-5), found)
+
+
 def test_norms_of_heads_reduce_over_the_head() -> None:
     states, weight = random(1, 5, 3, 16, dtype=torch.float32), random(2, 16, dtype=torch.float32)
 

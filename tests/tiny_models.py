@@ -215,7 +215,7 @@ def _randomize(model: Any) -> None:
             buffer.data.copy_(1 + 0.2 * torch.randn(buffer.shape))
     for name, parameter in model.named_parameters():
         values = torch.randn(parameter.shape)
-        if name.endswith("norm.weight"):
+        if parameter.dim() == 1 and name.endswith("weight"):
             values = (not from_one or "linear_attn" in name) + 0.2 * values
         elif parameter.dim() == 1:
             values = 0.2 * values

@@ -30,6 +30,7 @@ from subspec_cli.checkpoint.family_rules import (
     rope_if_sliding,
     smollm3_kinds,
     smollm3_layer,
+    stablelm,
     two_ropes,
     with_own_head_dim,
 )
@@ -278,6 +279,13 @@ _FAMILIES: Final = (
                 "self_attn.k_norm.weight": "self_attn.key_layernorm.weight",
             },
         ),
+    ),
+    Family(
+        model_type="stablelm",
+        architecture="StableLmForCausalLM",
+        arithmetic=stablelm,
+        rope=RopeRule(share=0.25),
+        eps_field="layer_norm_eps",
     ),
 )
 FAMILIES: Final = MappingProxyType({family.model_type: family for family in _FAMILIES})

@@ -13,6 +13,7 @@ from typing import Any, Final
 from subspec_cli.checkpoint.config_fields import count, number, shown
 from subspec_cli.checkpoint.layer_description import (
     ALL_NORMS,
+    INPUT_NORMS,
     OUTPUT_NORMS,
     Activation,
     Arithmetic,
@@ -64,11 +65,31 @@ def _activation(fields: Fields) -> Activation:
     return _ACTIVATIONS[named]
 
 
-def llama(fields: Fields) -> Arithmetic:
+def llama(fields: Fields, **changes: Any) -> Arithmetic:  # noqa: ANN401 - fields of `Arithmetic`
     hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
     if heads > 0 and hidden % heads:
         raise UnsupportedModelError(f"hidden_size {hidden} is no multiple of num_attention_heads {heads}")
-    return plain(fields)
+    return plain(fields, **changes)
+
+
+def stablelm(fields: Fields) -> Arithmetic:
+    hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
+    if (named := fields.get("head_dim", hidden // heads)) != hidden // heads:
+        raise UnsupportedModelError(
+            f"config field head_dim is {shown(named)}, heads have {hidden // heads} features",
+            "remove the field",
+        )
+    is_parallel = fields["use_parallel_residual"]
+    return llama(
+        fields,
+        norm="fused_layer",
+        norms=INPUT_NORMS[:1] if is_parallel else INPUT_NORMS,
+        norm_bias=True,
+        is_parallel=is_parallel,
+        eps=fields["layer_norm_eps"],
+        qk_norm="own_heads" if fields["qk_layernorm"] else None,
+        qkv_bias=fields["use_qkv_bias"],
+    )
 
 
 def granite(fields: Fields) -> Arithmetic:

@@ -25,6 +25,7 @@ from subspec_cli.checkpoint.layer_tensors import (
     LAYER_FACTOR,
     LAYER_MATRICES,
     QUERY_NORM,
+    head_norm_names,
     layer_prefix,
     matrices_of,
     norm_name,
@@ -223,6 +224,10 @@ class ModelGeometry:
             del shapes["self_attn.v_proj.weight"]
         if self.arithmetic.qk_norm == "projection":
             shapes |= {QUERY_NORM: (q_width,), KEY_NORM: (kv_width,)}
+        elif self.arithmetic.qk_norm == "own_heads":
+            names = head_norm_names(QUERY_NORM, attention.heads)
+            names += head_norm_names(KEY_NORM, attention.kv_heads)
+            shapes |= dict.fromkeys(names, (attention.head_dim,))
         elif self.arithmetic.qk_norm is not None:
             shapes |= {QUERY_NORM: (attention.head_dim,), KEY_NORM: (attention.head_dim,)}
         return shapes

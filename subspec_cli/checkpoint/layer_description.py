@@ -9,17 +9,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal
 
-NormKind = Literal["rounded_then_scaled", "scaled", "scaled_from_one", "powered", "layer"]
+NormKind = Literal["rounded_then_scaled", "scaled", "scaled_from_one", "powered", "layer", "fused_layer"]
 """How a norm rounds and scales; all statistics are float32.
 
 rounded_then_scaled: normalized, rounded, times the weight, rounded again. scaled: times the weight in float32,
 rounded once. scaled_from_one: as scaled, by 1 + weight. powered: as scaled, by the power -1/2 in place of the inverse
-root. layer: as scaled, after the mean is subtracted (LayerNorm), with a bias if the layer has one.
+root. layer: as scaled, after the mean is subtracted (LayerNorm), with a bias if the layer has one. fused_layer: the
+same by the kernel of `torch.nn.LayerNorm`, whose last bits differ.
 """
 NormPlace = Literal["attention_input", "attention_output", "mlp_input", "mlp_output"]
-QKNorm = Literal["heads", "projection", "rotated_heads"]
-"""Norms of queries and keys: of each head before rotary positions, of the whole projection before them, or of each
-head after them."""
+QKNorm = Literal["heads", "own_heads", "projection", "rotated_heads"]
+"""Norms of queries and keys: of each head before rotary positions (own_heads: with a weight of its own), of the whole
+projection before them, or of each head after them."""
 Activation = Literal["silu", "gelu_tanh"]
 RotationRounding = Literal["each_step", "once", "once_from_rounded"]
 """each_step: tables, both products and their sum are rounded. once: all in float32. once_from_rounded: tables are

@@ -51,6 +51,12 @@ def norm_name(place: str) -> str:
     return f"{place}_norm.weight"
 
 
+def head_norm_names(norm: str, heads: int) -> tuple[str, ...]:
+    """The names of the norms of queries or keys where each head has its own."""
+    parts = norm.replace("_norm.weight", "_layernorm.norms")
+    return tuple(f"{parts}.{head}.weight" for head in range(heads))
+
+
 def scale_name(matrix: str) -> str:
     """The name of the scales of a matrix that is stored in 8 bits."""
     return f"{matrix}_scale"

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from subspec_cli.checkpoint.geometry import ModelGeometry
@@ -23,7 +24,13 @@ from subspec_cli.checkpoint.layer_description import (
     NormKind,
     NormPlace,
 )
-from subspec_cli.checkpoint.layer_tensors import KEY_NORM, LAYER_FACTOR, QUERY_NORM, norm_name
+from subspec_cli.checkpoint.layer_tensors import (
+    KEY_NORM,
+    LAYER_FACTOR,
+    QUERY_NORM,
+    head_norm_names,
+    norm_name,
+)
 from subspec_cli.modeling.delta import DeltaLayer, delta_layer
 from subspec_cli.modeling.rope import RopeTables, Rotations, rotate
 from subspec_cli.modeling.row_rules import sigmoid
@@ -52,6 +59,8 @@ def normalized(
     kind: NormKind, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
     """Normalize over the last dimension, in float32, rounded as the library rounds it; `[..., width]`."""
+    if kind == "fused_layer":
+        return F.layer_norm(hidden, hidden.shape[-1:], weight, bias, eps)
     wide = hidden.float()
     if kind == "layer":
         wide = wide - wide.mean(-1, keepdim=True)
@@ -135,7 +144,7 @@ class LayerMath:
         value = states[:, shape.heads : qk_heads] if shape.value_is_key else states[:, qk_heads:]
         if arithmetic.normalizes_values:
             value = normalized(arithmetic.norm, value, None, None, arithmetic.eps)
-        if arithmetic.qk_norm == "heads":
+        if arithmetic.qk_norm in ("heads", "own_heads"):
             qk = self._normed_heads(layer, qk)
         rotation = None if shape.rope is None else rotations[shape.rope]
         if rotation is not None:
@@ -163,6 +172,10 @@ class LayerMath:
     def _normed_heads(self, layer: int, qk: Tensor) -> Tensor:
         """Normalize each head of queries and keys, `[N, H + K, D]`."""
         heads = self.shape(layer).heads
+        if self.geometry.arithmetic.qk_norm == "own_heads":
+            names = head_norm_names(QUERY_NORM, heads) + head_norm_names(KEY_NORM, qk.shape[1] - heads)
+            states = zip(names, qk.unbind(1), strict=True)
+            return torch.stack([self._weighted(layer, name, head) for name, head in states], dim=1)
         query = self._weighted(layer, QUERY_NORM, qk[:, :heads])
         return torch.cat((query, self._weighted(layer, KEY_NORM, qk[:, heads:])), dim=1)
 
