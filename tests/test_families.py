@@ -47,8 +47,6 @@ from subspec_cli.streaming.streamer import StreamCounters
 
 FLOAT32_ATOL = 1e-4
 """Logits here reach 30; float32 sums in another order differ by some 1e-5."""
-HYBRID_ATOL = 5e-4
-"""The library runs prompts of recurrent layers in chunks, which round otherwise than one token after another."""
 MEDIAN_FACTOR, LARGEST_FACTOR = 1.25, 2.5
 """Our bfloat16 may be so much farther from float32 than the library's: two roundings of the same size."""
 CONTEXT, SCRATCH = 80, 24
@@ -174,7 +172,7 @@ def largest_difference(oracle: Oracle) -> float:
 
 
 def test_float32_logits_are_those_of_the_library(oracle: Oracle) -> None:
-    assert largest_difference(oracle) < (HYBRID_ATOL if oracle.case.is_hybrid else FLOAT32_ATOL)
+    assert largest_difference(oracle) < FLOAT32_ATOL
 
 
 def test_bfloat16_logits_are_bit_for_bit_those_of_the_library_with_our_attention(oracle: Oracle) -> None:

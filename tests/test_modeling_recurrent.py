@@ -143,21 +143,36 @@ def test_the_compiled_rule_has_the_bits_of_the_one_in_torch(
         assert torch.equal(compiled[1], plain[1])
 
 
+class Doubled:
+    """The torch of the library's module where it is to compute in float64 what it computes in float32."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, "float64" if name == "float32" else name)
+
+
 def test_logits_are_those_of_the_library(hybrid: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With its chunked rule, and closer with its rule of one token after another."""
+    """With its chunked rule, closer with its rule of one token after another, and as near to float64 as both."""
     ids, decoder, kv = tokens(150), hybrid.target(), hybrid.kv()
     found = torch.cat(
         [hybrid.prefill(decoder, kv, ids[:140]), *(hybrid.prefill(decoder, kv, [t]) for t in ids[140:])]
     )
-    library = hybrid.reference()
-    with torch.inference_mode():
-        assert (found - library(torch.tensor([ids])).logits[0]).abs().max() < 2e-4
-        rule = modeling_qwen3_5.torch_recurrent_gated_delta_rule
-        monkeypatch.setattr(modeling_qwen3_5, "torch_chunk_gated_delta_rule", rule)
-        for layer in library.model.layers:
-            if hasattr(layer, "linear_attn"):
-                monkeypatch.setattr(layer.linear_attn, "torch_chunk_gated_delta_rule", rule, raising=False)
-        assert (found - library(torch.tensor([ids])).logits[0]).abs().max() < 5e-5
+
+    def library(dtype: torch.dtype) -> torch.Tensor:
+        with torch.inference_mode():
+            logits: torch.Tensor = hybrid.library_in(dtype)(torch.tensor([ids])).logits[0]
+        return logits
+
+    chunked = library(torch.float32)
+    rule = modeling_qwen3_5.torch_recurrent_gated_delta_rule
+    monkeypatch.setattr(modeling_qwen3_5, "torch_chunk_gated_delta_rule", rule)
+    stepped = library(torch.float32)
+    monkeypatch.setattr(modeling_qwen3_5, "torch", Doubled())
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    truth = library(torch.float64)
+    assert (found - chunked).abs().max() < 2e-4
+    assert (found - stepped).abs().max() < 5e-5
+    own, *theirs = ((logits.double() - truth).abs().mean() for logits in (found, chunked, stepped))
+    assert own < 1.2 * min(theirs)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
