@@ -86,6 +86,18 @@ class Oracle:
         return self._opened("bfloat16", torch.bfloat16)
 
     @cached_property
+    def tokenizer(self) -> ModelTokenizer:
+        """It reads and writes tokens alone: a process for the chat template starts where a text is asked for."""
+        return ModelTokenizer(self.narrow.directory, self.narrow.repository.tokenizer)
+
+    @cached_property
+    def prompts(self) -> dict[str, list[int]]:
+        """The prompts of `SAMPLINGS` in the model's chat template, whose process ends here."""
+        tokenizer = ModelTokenizer(self.narrow.directory, self.narrow.repository.tokenizer)
+        texts = (text for _, text in SAMPLINGS.values())
+        return {text: tokenizer.encode_prompt(text, system=None, raw=False) for text in texts}
+
+    @cached_property
     def self_check(self) -> SelfCheck:
         """What the self-check finds for the bfloat16 model."""
         model, source = self.narrow, self.narrow.source()
@@ -281,15 +293,11 @@ class Arm:
         steps = DirectSteps(noisy_draft(self.oracle.narrow), kv)
         return TreeDrafter(steps, kv, free_policy(*self.shape), eos_ids=())
 
-    @cached_property
-    def _tokenizer(self) -> ModelTokenizer:
-        return ModelTokenizer(self.oracle.narrow.directory, self.oracle.narrow.repository.tokenizer)
-
     def answer(self, temperature: float, text: str) -> list[int]:
         """Tokens that the engine gives to a prompt in the model's chat template."""
-        prompt = self._tokenizer.encode_prompt(text, system=None, raw=False)
+        prompt = self.oracle.prompts[text]
         sampler = make_sampler(SamplingConfig(temperature=temperature), 1, 0)
-        stop = AnswerText(self._tokenizer, eos_ids=(), stop=(), max_new_tokens=NEW_TOKENS)
+        stop = AnswerText(self.oracle.tokenizer, eos_ids=(), stop=(), max_new_tokens=NEW_TOKENS)
         outputs = list(self._engine.generate(Request(tuple(prompt), sampler, NEW_TOKENS, stop)))
         self.drafted += outputs[-1].stats.drafted_tokens
         return [token for output in outputs for token in output.token_ids]
