@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 from tiny_models import make_tiny_model
 
 from subspec_cli.bench.audit import GivenAnswer, audit_answers
@@ -15,6 +17,9 @@ from subspec_cli.bench.audit_report import AuditReport
 from subspec_cli.bench.suites import Question
 from subspec_cli.config_file import resolve_config
 from subspec_cli.metrics import GenerationStats
+from subspec_cli.modeling.attention_check import find_attention_rules
+from subspec_cli.modeling.exact_attention import FIRST_RULES, AttentionRules, ExactAttention
+from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.reporter import Reporter
 from subspec_cli.session import open_session
 from subspec_cli.session.prepare import prepare
@@ -65,7 +70,25 @@ def open_tiny(directory: Path | None, **flags: Any) -> Session:
     name = None if directory is None else str(directory)
     model = {"model": name} | flags.pop("model", {})
     reporter, count = flags.pop("reporter", Reporter()), flags.pop("count", None)
-    return open_session(resolve_config({"model": model, "memory": memory, **flags}), reporter, count=count)
+    config = resolve_config({"model": model, "memory": memory, **flags})
+    with mock.patch("subspec_cli.modeling.self_check.find_attention_rules", attention_rules_found_once):
+        return open_session(config, reporter, count=count)
+
+
+_FOUND: dict[tuple[Any, ...], tuple[AttentionRules, str]] = {}
+
+
+def attention_rules_found_once(
+    attention_for: Callable[[AttentionRules], ExactAttention], kv: KVCache, *, most_nodes: int
+) -> tuple[AttentionRules, str]:
+    """The rules that the check finds; the same code over caches of the same shapes is checked once in a process."""
+    attention = attention_for(FIRST_RULES)
+    shapes = [(shape, kv.read(layer, 1)[0].dtype) for shape, layer in attention.checked.items()]
+    code = (ExactAttention.attend, ExactAttention.tree_rows, attention._kernel)
+    key = (repr(shapes), repr(code), kv.rows, most_nodes, torch.get_num_threads())
+    if key not in _FOUND:
+        _FOUND[key] = find_attention_rules(attention_for, kv, most_nodes=most_nodes)
+    return _FOUND[key]
 
 
 class Answer:
