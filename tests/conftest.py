@@ -7,6 +7,7 @@ import signal
 import pytest
 from checkpoints import geometry_in, write_checkpoint
 from fake_hub import FakeHub, running
+from fakes_session import attention_rules_found_once
 from fakes_session import shelf as shelf
 from tiny_models import one_thread as one_thread
 from tiny_models import tiny as tiny
@@ -40,6 +41,12 @@ def assumed_machine(request, monkeypatch):
         return TimedMachine(costs, others_share=None, spread=0.0)
 
     monkeypatch.setattr("subspec_cli.session.machine_costs.probe_in_subprocess", assume)
+
+
+@pytest.fixture
+def attention_checked_once(monkeypatch):
+    """Sessions share what the check of attention finds, as those of `open_tiny` do."""
+    monkeypatch.setattr("subspec_cli.modeling.self_check.find_attention_rules", attention_rules_found_once)
 
 
 @pytest.fixture

@@ -13,6 +13,8 @@ import subspec_cli
 from subspec_cli import Reporter, SubspecError, load
 from subspec_cli.errors import UsageError
 
+pytestmark = pytest.mark.usefixtures("attention_checked_once")
+
 QUESTION = "What does os.path.join do?"
 EXAMPLE = """\
 from subspec_cli import load

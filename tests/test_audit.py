@@ -27,6 +27,8 @@ from subspec_cli.streaming.memory_limit import MemoryLimit
 
 one_thread = tiny_models.one_thread
 
+pytestmark = pytest.mark.usefixtures("attention_checked_once")
+
 WINDOW = 24
 EXTRA = {
     "llama": {},

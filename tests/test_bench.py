@@ -21,6 +21,8 @@ from subspec_cli.config_file import resolve_config
 from subspec_cli.errors import NetworkError, UsageError
 from subspec_cli.metrics import GenerationStats
 
+pytestmark = pytest.mark.usefixtures("attention_checked_once")
+
 TURNS = ["Tell me more.", "And then?"]
 
 
@@ -87,7 +89,7 @@ def test_the_context_holds_the_longest_conversation(shelf, questions):
     asked.append({"role": "user", "content": TURNS[1]})
     assert read_suite("mt-bench", questions, None)[0].messages == asked
     wanted = len(open_tokenizer(shelf.model("qwen2")).encode_messages(asked)) + 60 + 75
-    report = bench(shelf, questions, max_new_tokens=60)
+    report = bench(shelf, questions, max_new_tokens=60, limit=1)
     assert report.plan.context == report.best_plain_plan.context == -(-wanted // 64) * 64
     assert bench(shelf, questions, memory={"context": 300}, limit=1).plan.context == 300
 
