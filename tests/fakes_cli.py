@@ -232,6 +232,7 @@ class FakePrepareReport:
     substitute_bytes: int = 800 << 20
     bits: int = 4
     kinds: tuple[FakeKind, ...] = (FakeKind("q", 4, 4.25, 21.25), FakeKind("down", 8, 8.01, None))
+    head: FakeKind = FakeKind("head", 4, 4.5, 20.5)
     bits_per_weight: float = 4.25
     sqnr_db: float | None = 21.5
     elapsed_s: float = 61.0

@@ -17,13 +17,24 @@ from subspec_cli.substitutes import preparation
 from subspec_cli.substitutes.manifest import Manifest, write_manifest
 from subspec_cli.substitutes.prepared_model import PreparedModel, prepared_directory
 from subspec_cli.substitutes.quality import MatrixQuality
-from subspec_cli.substitutes.settings import SubstituteSettings
+from subspec_cli.substitutes.settings import SubstituteSettings, group_size_for
 
 LAYERS = 3
 SETTINGS = SubstituteSettings(4, "minmax")
 HASTE = RetryPolicy(tries=4, first_wait_s=0.01, longest_wait_s=1.0, stall_s=0.3)
 SHA256 = "a" * 64
 VERSIONS = {"torch": "2.13.0"}
+
+
+def quantize_head(rows):
+    """Codes from the top bytes of each bf16, scales and shifts of zero."""
+    import torch
+
+    groups = rows.view(-1, group_size_for(tuple(rows.shape)))
+    top = groups.view(torch.uint8)[:, 1::2]
+    scale = torch.zeros((len(groups), 1), dtype=torch.bfloat16)
+    made = {"codes": top[::2] ^ top[1::2], "scale": scale, "shift": scale}
+    return made, MatrixQuality(rows.numel(), rows.numel(), 40.0, 0.25)
 
 
 class Quantizer:
@@ -73,12 +84,13 @@ def run(
     notices=None,
     retry_policy=HASTE,
     versions=VERSIONS,
+    head_quantizer=quantize_head,
     **changes,
 ):
     """`prepare_model` with a fake quantizer; `changes` go to it, or to the geometry (`layers`)."""
     layers = changes.pop("layers", None)
     recipe = preparation.SubstituteRecipe(
-        SubstituteSettings(bits, "minmax"), quantizer or Quantizer(), versions
+        SubstituteSettings(bits, "minmax"), quantizer or Quantizer(), head_quantizer, versions
     )
     how = {
         "force": False,

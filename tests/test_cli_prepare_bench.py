@@ -69,6 +69,7 @@ def test_prepare_shows_progress_summary_and_next_command(capsys, preparing):
         "q 4 4.25 21.2 dB",
         "down 8 8.01 no loss",
         "all mixed 4.25 21.5 dB",
+        "head 4 4.50 20.5 dB",
         "in /cache/demo-int4",
         'next: subspec run --model demo --memory-gb 1.5 "…"',
     ]

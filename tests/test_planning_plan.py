@@ -17,7 +17,7 @@ from subspec_cli.checkpoint.layer_description import Arithmetic, AttentionShape
 from subspec_cli.checkpoint.layer_tensors import spread
 from subspec_cli.errors import ResourceError, UsageError
 from subspec_cli.limits import MOST_ROWS, NOISE_ROWS, SMALL_BLOCK
-from subspec_cli.planning.assumed_costs import assumed_costs, low_bit_table_bytes
+from subspec_cli.planning.assumed_costs import assumed_costs
 from subspec_cli.planning.costs import MachineCosts, RowTimes
 from subspec_cli.planning.device_profile import device_profile
 from subspec_cli.planning.layer_sizes import LayerSizes
@@ -27,7 +27,11 @@ from subspec_cli.planning.reason import FasterBits, GivenLayers, LayersThatPay, 
 from subspec_cli.planning.request import DEFAULT_CONTEXT, PlanRequest
 from subspec_cli.planning.search import LayoutSearch, layouts, timed_layouts
 from subspec_cli.planning.timing import predict_at
-from subspec_cli.substitutes.settings import SubstituteSettings, substitute_layer_bytes
+from subspec_cli.substitutes.settings import (
+    SubstituteSettings,
+    substitute_head_bytes,
+    substitute_layer_bytes,
+)
 from subspec_cli.units import GIB, MIB, parse_size_gib
 
 FAST = settings(max_examples=100, deadline=None)
@@ -587,7 +591,7 @@ def test_the_untied_embedding_stays_in_host_memory_until_all_layers_are_held() -
 def test_a_low_bit_head_is_taken_where_it_pays_and_counted() -> None:
     plan = make_plan(make_request())
     assert plan.draft_head_bits == 4
-    assert line_bytes(plan, "draft head") == low_bit_table_bytes(make_geometry())
+    assert line_bytes(plan, "draft head") == substitute_head_bytes(make_geometry())
     costs = assumed_costs(make_geometry(), "cpu")
     same = make_plan(make_request(costs=replace(costs, low_bit_head=costs.draft_head)))
     assert same.draft_head_bits == 16

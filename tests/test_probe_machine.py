@@ -36,6 +36,7 @@ from subspec_cli.reporter import Reporter
 from subspec_cli.session import build, load, machine_costs, opening
 from subspec_cli.session import forecast as forecast_module
 from subspec_cli.session.forecast import forecast
+from subspec_cli.substitutes.prepared_model import find_prepared
 from subspec_cli.substitutes.settings import SubstituteSettings
 
 SOME = TimedMachine(assumed_costs(make_geometry(), "cpu"), 0.1, 0.2)
@@ -508,10 +509,30 @@ def test_a_table_that_no_kernel_takes_is_left_alone():
     assert low_bit_table(torch.ones((64, 100)).bfloat16()) is None
 
 
+def without_head(prepared):
+    """Let a set be one of format 2, which has no head; gives what its manifest was."""
+    path = prepared.directory / "manifest.json"
+    text = path.read_text()
+    fields = json.loads(text) | {"format_version": 2}
+    del fields["head"]
+    path.write_text(json.dumps(fields))
+    return path, text
+
+
 def test_the_plans_choice_of_head_is_loaded(shelf, monkeypatch, home):
+    """The 4-bit head comes from its file; for a set that has none it is made."""
     fastest_plan, model = opening.fastest_plan, shelf.model("qwen2")
-    heads, kinds = {}, []
-    for bits in (16, 4):
+    heads, kinds, loaded = {}, [], []
+    for part in ("read_head", "low_bit_table"):
+        real = getattr(load, part)
+
+        def counted(*arguments, part=part, real=real):
+            loaded.append(part)
+            return real(*arguments)
+
+        monkeypatch.setattr(load, part, counted)
+    for bits, has_head in ((16, True), (4, True), (4, False)):
+        path, text = (None, "") if has_head else without_head(find_prepared(str(model)))
 
         def chosen(requests, bits=bits):
             number, plan = fastest_plan(requests)
@@ -524,6 +545,9 @@ def test_the_plans_choice_of_head_is_loaded(shelf, monkeypatch, home):
         monkeypatch.setattr(opening, "fastest_plan", chosen)
         monkeypatch.setattr(load, "DraftDecoder", decoder)
         with open_tiny(model, draft={"depth": 3}) as session:
-            heads[bits] = answer_to(session, "Hello", 20)
-    assert kinds == [Head, LowBitHead]
-    assert heads[4].outcome == heads[16].outcome
+            heads[bits, has_head] = answer_to(session, "Hello", 20)
+        if path is not None:
+            path.write_text(text)
+    assert kinds == [Head, LowBitHead, LowBitHead]
+    assert loaded == ["read_head", "low_bit_table"]
+    assert len({str(answer.outcome) for answer in heads.values()}) == 1

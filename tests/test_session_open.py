@@ -378,8 +378,12 @@ def test_preparing_reports_what_it_made(own):
     assert 4 < report.bits_per_weight < 6
     assert 10 < report.sqnr_db < 40
     assert 0 < report.source_bytes <= states[-1].total_bytes
-    assert [state.done_layers for state in states] == [1, 2, 3]
-    assert report.substitute_bytes == sum(path.stat().st_size for path in report.directory.glob("layer-*"))
+    assert [state.done_layers for state in states] == [1, 2, 3, 3]
+    assert report.substitute_bytes == sum(
+        path.stat().st_size for path in report.directory.glob("*.safetensors")
+    )
+    assert (report.head.kind, report.head.bits) == ("head", 4)
+    assert 10 < report.head.sqnr_db < 40
     json.dumps(report.as_dict())
 
 
@@ -388,7 +392,7 @@ def test_preparing_again_makes_nothing_and_reports_the_same(own):
     before = (first.directory / "manifest.json").read_bytes()
     report, states = report_of(own)
     assert report.already_prepared
-    assert states[-1].reused_layers == 3
+    assert (states[-1].reused_layers, states[-1].reused_bytes) == (3, states[-1].total_bytes)
     assert (report.sqnr_db, report.bits_per_weight, report.kinds) == (
         first.sqnr_db,
         first.bits_per_weight,

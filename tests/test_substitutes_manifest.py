@@ -52,7 +52,7 @@ def quality(**more) -> dict:
         (lambda m: m.update(extra=1), "unknown keys: 'extra'"),
         (lambda m: m.update(group_size="128"), "a str at group_size, expected int"),
         (lambda m: m.update(group_size=True), "a bool at group_size"),
-        (lambda m: m.update(format_version=0), "format version 0, expected 2"),
+        (lambda m: m.update(format_version=0), "format version 0, expected 3"),
         (lambda m: m.update(format_version="1"), "format version '1'"),
         (lambda m: m.pop("format_version"), "format version None"),
         (lambda m: m.update(library_versions={"torch": 2}), "library_versions"),
@@ -101,8 +101,8 @@ def test_truncated_and_newer_manifest(tmp_path):
     path.write_text(text[:50])
     with pytest.raises(IntegrityError, match="not JSON at byte"):
         read_manifest(path)
-    path.write_text(json.dumps({"format_version": 3, "new": True}))
-    with pytest.raises(UnsupportedModelError, match="has format 3, this version of subspec reads format 2"):
+    path.write_text(json.dumps({"format_version": 4, "new": True}))
+    with pytest.raises(UnsupportedModelError, match="has format 4, this version of subspec reads format 3"):
         read_manifest(path)
 
 
@@ -120,6 +120,6 @@ def test_truncated_and_newer_manifest(tmp_path):
 def test_manifest_of_an_older_format_names_the_command_that_makes_it_again(tmp_path, found, hint):
     path = tmp_path / "manifest.json"
     path.write_text(json.dumps({"format_version": 1} | found))
-    with pytest.raises(UnsupportedModelError, match=r"has the old format 1, .* reads format 2") as caught:
+    with pytest.raises(UnsupportedModelError, match=r"has the old format 1, .* reads format 3") as caught:
         read_manifest(path)
     assert caught.value.hint == f"prepare the model again: {hint}"

@@ -15,12 +15,18 @@ from subspec_cli.checkpoint.tensor_reader import read_hashed_tensors
 from subspec_cli.errors import UnsupportedModelError
 from subspec_cli.hub.source_model import ResolvedModel
 from subspec_cli.substitutes.disk_space import estimate_file_bytes
-from subspec_cli.substitutes.manifest import JOURNAL_NAME, MANIFEST_NAME, layer_file_name, write_manifest
+from subspec_cli.substitutes.manifest import (
+    HEAD_NAME,
+    JOURNAL_NAME,
+    MANIFEST_NAME,
+    layer_file_name,
+    write_manifest,
+)
 from subspec_cli.substitutes.prepared_model import check_pairing, find_prepared, load_layer
 from subspec_cli.substitutes.settings import SubstituteSettings
 from subspec_cli.substitutes.source_stamp import make_stamp
 
-FINISHED = [".lock", *(f"layer-{layer:05d}.safetensors" for layer in range(LAYERS)), MANIFEST_NAME]
+FINISHED = [".lock", HEAD_NAME, *(layer_file_name(layer) for layer in range(LAYERS)), MANIFEST_NAME]
 
 
 @pytest.fixture(autouse=True)
@@ -47,10 +53,11 @@ def test_writes_every_layer_and_a_manifest_that_fits(model):
         assert len(found) == len(source) == 12
         name = f"model.layers.{layer}.mlp.up_proj.weight"
         assert found["mlp.up_proj.weight.top"].numel() == source[name].numel()
-    total = sum(entry.size_bytes for layer in range(LAYERS) for entry in layer_entries(checkpoint, layer))
-    assert [(item.done_layers, item.reused_layers) for item in seen] == [(1, 0), (2, 0), (3, 0)]
-    assert [item.done_bytes for item in seen] == [total // 3, total // 3 * 2, total]
-    assert {(item.total_layers, item.total_bytes) for item in seen} == {(LAYERS, total)}
+    layer = sum(entry.size_bytes for entry in layer_entries(checkpoint, 0))
+    table = checkpoint.tensors["model.embed_tokens.weight"].size_bytes
+    assert [(item.done_layers, item.reused_layers) for item in seen] == [(1, 0), (2, 0), (3, 0), (3, 0)]
+    assert [item.done_bytes for item in seen] == [layer, 2 * layer, 3 * layer, 3 * layer + table]
+    assert {(item.total_layers, item.total_bytes) for item in seen} == {(LAYERS, 3 * layer + table)}
     assert prepared.manifest.source_stamp == make_stamp(checkpoint)
 
 
@@ -108,10 +115,10 @@ def test_damaged_manifest_is_made_again_and_a_newer_one_is_not_touched(model):
     quantizer = Quantizer()
     run(model, quantizer)
     assert quantizer.calls == LAYERS
-    path.write_text('{"format_version": 3}')
-    with pytest.raises(UnsupportedModelError, match="has format 3"):
+    path.write_text('{"format_version": 4}')
+    with pytest.raises(UnsupportedModelError, match="has format 4"):
         run(model)
-    assert path.read_text() == '{"format_version": 3}'
+    assert path.read_text() == '{"format_version": 4}'
     run(model, force=True)
 
 

@@ -23,12 +23,14 @@ from subspec_cli.hub.source_model import ResolvedModel
 from subspec_cli.reporter import Reporter
 from subspec_cli.substitutes import preparation
 from subspec_cli.substitutes.manifest import (
+    HEAD_NAME,
     JOURNAL_NAME,
     MANIFEST_NAME,
+    layer_file_name,
 )
 from subspec_cli.substitutes.prepared_model import find_prepared, load_layer
 
-FINISHED = [".lock", *(f"layer-{layer:05d}.safetensors" for layer in range(LAYERS)), MANIFEST_NAME]
+FINISHED = [".lock", HEAD_NAME, *(layer_file_name(layer) for layer in range(LAYERS)), MANIFEST_NAME]
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +93,7 @@ def test_killed_at_every_step_then_continued_to_the_same_bytes(model, monkeypatc
                 break
         run(model)
         assert content(place) == whole
-    assert step == 3 * (2 * LAYERS + 1)  # each file is synced, renamed, and its directory synced
+    assert step == 3 * (2 * (LAYERS + 1) + 1)  # each file is synced, renamed, and its directory synced
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])

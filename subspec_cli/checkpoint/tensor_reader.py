@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from io import FileIO
 from itertools import groupby
 from pathlib import Path
@@ -40,13 +40,28 @@ def read_hashed_tensors(entries: Iterable[TensorEntry]) -> tuple[dict[str, torch
     Bytes that several tensors share, such as one scale of a fused projection, count once.
     """
     digest = hashlib.sha256()
-    tensors, latest = {}, None
+    tensors = {entry.name: tensor for entry, tensor in each_hashed_tensor(entries, digest.update)}
+    return tensors, digest.hexdigest()
+
+
+def hash_tensors(entries: Iterable[TensorEntry]) -> str:
+    """The SHA-256 of `read_hashed_tensors`, with one tensor in memory at a time."""
+    digest = hashlib.sha256()
+    for _ in each_hashed_tensor(entries, digest.update):
+        pass
+    return digest.hexdigest()
+
+
+def each_hashed_tensor(
+    entries: Iterable[TensorEntry], take: Callable[[memoryview], None]
+) -> Iterator[tuple[TensorEntry, torch.Tensor]]:
+    """Like `read_hashed_tensors`, one tensor after another; `take` gets the bytes to be hashed."""
+    latest = None
     for entry, data in _read_each(entries):
         if (entry.path, entry.offset_bytes) != latest:
-            digest.update(_bytes_of(data))
+            take(_bytes_of(data))
         latest = (entry.path, entry.offset_bytes)
-        tensors[entry.name] = view_tensor(data, entry)
-    return tensors, digest.hexdigest()
+        yield entry, view_tensor(data, entry)
 
 
 def read_hashed_file(path: Path, size_bytes: int) -> tuple[torch.Tensor, str]:

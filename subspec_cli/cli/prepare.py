@@ -17,7 +17,7 @@ from subspec_cli.units import GIB, counted, format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from subspec_cli.hub.weight_downloads import DownloadProgress
-    from subspec_cli.session.prepare import PrepareReport
+    from subspec_cli.session.prepare import KindReport, PrepareReport
     from subspec_cli.substitutes.preparation import PrepareProgress
 
 _HEADERS = ("matrix", "bits", "bits/weight", "SQNR")
@@ -78,7 +78,7 @@ def prepare(
 
 
 def progress_share(state: PrepareProgress) -> tuple[int, int]:
-    """Bytes done and in all: of the download while it lasts, then of the layers."""
+    """Bytes done and in all: of the download while it lasts, then of layers and head."""
     download = state.download
     if download is not None and download.done_files < download.total_files:
         return download.done_bytes, download.total_bytes
@@ -92,7 +92,8 @@ def progress_text(state: PrepareProgress) -> str:
     download = state.download
     if download is not None and download.done_files < download.total_files:
         return f"{download_text(download)} · layer {state.done_layers}/{state.total_layers}"
-    parts = [f"layer {state.done_layers}/{state.total_layers}"]
+    is_at_head = state.done_layers == state.total_layers and state.done_bytes < state.total_bytes
+    parts = ["head" if is_at_head else f"layer {state.done_layers}/{state.total_layers}"]
     parts.append(f"{format_bytes(state.done_bytes)} of {format_bytes(state.total_bytes)}")
     if state.elapsed_s > 0 and state.done_bytes:
         parts.append(rate_text(state.done_bytes / state.elapsed_s))
@@ -132,15 +133,16 @@ def report_lines(report: PrepareReport, model: str) -> list[str]:
 
 
 def quality_rows(report: PrepareReport) -> list[list[str]]:
-    """A row for each kind of matrix and one for all: bits per weight and signal-to-quantization-noise ratio."""
-    rows = [
-        [item.kind, str(item.bits), f"{item.bits_per_weight:.2f}", _decibels(item.sqnr_db)]
-        for item in report.kinds
-    ]
+    """A row for each kind of matrix, one for all of them, and one for the head: bits per weight, and SQNR."""
+    rows = [_quality_row(item) for item in report.kinds]
     total = ["all", str(report.bits), f"{report.bits_per_weight:.2f}", _decibels(report.sqnr_db)]
     if any(item.bits != report.bits for item in report.kinds):
         total[1] = "mixed"
-    return [*rows, total]
+    return [*rows, total] if report.head is None else [*rows, total, _quality_row(report.head)]
+
+
+def _quality_row(item: KindReport) -> list[str]:
+    return [item.kind, str(item.bits), f"{item.bits_per_weight:.2f}", _decibels(item.sqnr_db)]
 
 
 def _decibels(sqnr_db: float | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from subspec_cli.errors import IntegrityError
@@ -17,9 +18,15 @@ _WRITE_BYTES = 8 << 20  # a signal is handled between two writes of this size
 
 
 def atomic_write(path: Path, data: bytes) -> FileState:
-    """Replace `path` by a file that holds `data`: temporary name, fsync, rename, fsync of the directory.
+    """Replace `path` by a file that holds `data`, as `atomic_write_pieces` does."""
+    return atomic_write_pieces(path, [data], len(data))
 
-    Returns the new file's state, by which a later replacement by another process can be told.
+
+def atomic_write_pieces(path: Path, pieces: Iterable[bytes | memoryview], size_bytes: int) -> FileState:
+    """Replace `path` by a file that holds all pieces: temporary name, fsync, rename, fsync of the directory.
+
+    Returns the new file's state, by which a later replacement by another process can be told. A piece may be made
+    while the others are written; `size_bytes`, the size of all, is for messages.
 
     The temporary file is removed on any failure, Ctrl-C included, and the old file stays.
 
@@ -36,10 +43,11 @@ def atomic_write(path: Path, data: bytes) -> FileState:
     except FileExistsError as error:
         raise IntegrityError(f"{printable(str(temp))} is in the way", "remove it and try again") from error
     except OSError as error:
-        raise write_error(error, path, len(data)) from error
+        raise write_error(error, path, size_bytes) from error
     try:
         try:
-            _write_all(handle, data)
+            for piece in pieces:
+                _write_all(handle, piece)
             os.fsync(handle)
             state = file_state(os.fstat(handle))
         finally:
@@ -50,7 +58,7 @@ def atomic_write(path: Path, data: bytes) -> FileState:
         with contextlib.suppress(OSError):  # the first failure is the one to report
             temp.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise write_error(error, path, len(data)) from error
+            raise write_error(error, path, size_bytes) from error
         raise
     return state
 
@@ -73,7 +81,7 @@ def sweep_stale_temps(directory: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _write_all(handle: int, data: bytes) -> None:
+def _write_all(handle: int, data: bytes | memoryview) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(handle, view[:_WRITE_BYTES]) :]

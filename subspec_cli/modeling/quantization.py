@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 from unittest import mock
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from subspec_cli.checkpoint.layer_tensors import matrices_of
 from subspec_cli.modeling.substitute import unpack_codes
+from subspec_cli.substitutes.head_file import HEAD_BITS
 from subspec_cli.substitutes.quality import MatrixQuality, matrix_kind, rounded_power
 from subspec_cli.substitutes.settings import SubstituteSettings, group_size_for
 
@@ -55,22 +56,42 @@ def quantize_layer(tensors: Mapping[str, Tensor], settings: SubstituteSettings) 
     quality = {}
     for name in matrices_of(tensors):
         original = tensors[name]
-        weight = original.to(torch.bfloat16)
-        group_size = group_size_for(tuple(weight.shape))
-        if group_size is None:
-            made, noise = {name: weight}, _difference_power(original, weight.__getitem__)
-        else:
-            matrix = quantizers[settings.bits_of(name)](weight, group_size)
-            made = {f"{name}.{part}": tensor for part, tensor in matrix.stored.items()}
-            noise = _difference_power(original.reshape(matrix.codes.shape), matrix.restore)
-        stored |= made
-        quality[matrix_kind(name)] = MatrixQuality(
-            weights=original.numel(),
-            stored_bytes=sum(tensor.nbytes for tensor in made.values()),
-            signal=rounded_power(_difference_power(original, None)),
-            noise=rounded_power(noise),
-        )
+        if group_size_for(tuple(original.shape)) is None:
+            weight = original.to(torch.bfloat16)
+            stored[name] = weight
+            quality[matrix_kind(name)] = _quality(original, [weight], weight.__getitem__)
+            continue
+        made, quality[matrix_kind(name)] = _quantized(original, quantizers[settings.bits_of(name)])
+        stored |= {f"{name}.{part}": tensor for part, tensor in made.items()}
     return QuantizedLayer(stored, quality)
+
+
+def head_quantizer(optimizer: str) -> Callable[[Tensor], tuple[dict[str, Tensor], MatrixQuality]]:
+    """Quantizer of the head's rows, to 4 bits with quanto."""
+    quantizer = _quantizer(HEAD_BITS, optimizer)
+    return lambda rows: _quantized(rows, quantizer)
+
+
+_MatrixQuantizer: TypeAlias = Callable[[Tensor, int], _QuantizedMatrix]
+"""From a matrix in bfloat16 and the group size."""
+
+
+def _quantized(original: Tensor, quantizer: _MatrixQuantizer) -> tuple[dict[str, Tensor], MatrixQuality]:
+    """The codes, scales and shifts of a matrix that a low-bit kernel takes."""
+    group_size = group_size_for(tuple(original.shape))
+    assert group_size is not None
+    matrix = quantizer(original.to(torch.bfloat16), group_size)
+    quality = _quality(original.reshape(matrix.codes.shape), matrix.stored.values(), matrix.restore)
+    return matrix.stored, quality
+
+
+def _quality(original: Tensor, stored: Iterable[Tensor], restore: Callable[[slice], Tensor]) -> MatrixQuality:
+    return MatrixQuality(
+        weights=original.numel(),
+        stored_bytes=sum(tensor.nbytes for tensor in stored),
+        signal=rounded_power(_difference_power(original, None)),
+        noise=rounded_power(_difference_power(original, restore)),
+    )
 
 
 def _difference_power(original: Tensor, restore: Callable[[slice], Tensor] | None) -> float:
@@ -86,7 +107,7 @@ def _difference_power(original: Tensor, restore: Callable[[slice], Tensor] | Non
     return total
 
 
-def _quantizer(bits: int, optimizer: str) -> Callable[[Tensor, int], _QuantizedMatrix]:
+def _quantizer(bits: int, optimizer: str) -> _MatrixQuantizer:
     from optimum.quanto import (
         AbsmaxOptimizer,
         HqqOptimizer,

@@ -9,7 +9,7 @@ tensor subclass costs 0.1 ms per linear.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -21,6 +21,7 @@ from subspec_cli.checkpoint.layer_description import Activation
 from subspec_cli.modeling.decoder import DraftLogits, Head
 from subspec_cli.modeling.layers import LayerMath
 from subspec_cli.modeling.row_rules import activate_
+from subspec_cli.substitutes.head_file import HEAD_BITS
 from subspec_cli.substitutes.settings import SubstituteSettings, group_size_for
 
 _INNER_K_TILES: Final = 2
@@ -259,24 +260,56 @@ def low_bit_table(weight: Tensor) -> Int4Linear | None:
     group_size = group_size_for(tuple(weight.shape))
     if group_size is None:
         return None
-    vocab, hidden = weight.shape
-    scales_and_zeros = weight.new_empty((hidden // group_size, vocab, 2), dtype=torch.bfloat16)
-    packed, done = torch.empty(0), 0
-    for rows in weight.split(max(1, _TABLE_ELEMENTS // hidden // _PACK_BLOCK) * _PACK_BLOCK):
+    hidden = weight.shape[1]
+
+    def quantized(rows: Tensor) -> tuple[Tensor, Tensor]:
         groups = rows.float().view(len(rows), -1, group_size)
         low, high = groups.amin(-1), groups.amax(-1)
         scale = ((high - low) / 15).clamp_min(torch.finfo(torch.bfloat16).tiny)
         # The kernel computes weight = (code - 8) * scale + zero.
         codes = ((groups - low[..., None]) / scale[..., None]).round_().to(torch.uint8).view(rows.shape)
-        pairs = torch.stack((scale, low + 8 * scale), dim=-1)
-        scales_and_zeros[:, done : done + len(rows)] = pairs.transpose(0, 1)
+        return codes, torch.stack((scale, low + 8 * scale), dim=-1).transpose(0, 1)
+
+    pieces = weight.split(max(1, _TABLE_ELEMENTS // hidden // _PACK_BLOCK) * _PACK_BLOCK)
+    return _joined(map(quantized, pieces), weight.shape, group_size, weight.device)
+
+
+def load_table(
+    pieces: Iterable[Mapping[str, Tensor]], shape: tuple[int, int], device: torch.device
+) -> Int4Linear:
+    """Bring a stored table `[V, hidden]` into the kernel's layout, piece by piece: it is in memory only once.
+
+    `pieces` are those of `substitutes.head_file.read_head`.
+    """
+    group_size = group_size_for(shape)
+    assert group_size is not None
+
+    def unpacked(piece: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        rows = piece["scale"].numel() * group_size // shape[1]
+        stored = _StoredMatrix(
+            piece["codes"], (rows, shape[1]), HEAD_BITS, scale=piece["scale"], shift=piece["shift"]
+        )
+        return _kernel_layout(stored)
+
+    return _joined(map(unpacked, pieces), shape, group_size, device)
+
+
+def _joined(
+    pieces: Iterable[tuple[Tensor, Tensor]], shape: tuple[int, ...], group_size: int, device: torch.device
+) -> Int4Linear:
+    """One packed matrix from the codes, scales and zeros of a few rows after others."""
+    vocab, hidden = shape
+    scales_and_zeros = torch.empty((hidden // group_size, vocab, 2), dtype=torch.bfloat16, device=device)
+    packed, done = torch.empty(0), 0
+    for codes, pairs in pieces:
+        scales_and_zeros[:, done : done + len(codes)] = pairs
         # A packed table is a sequence of packed pieces; its first dimension counts rows or blocks of rows.
-        piece = _pack(codes)
+        piece = _pack(codes.to(device))
         if not done:
-            packed = piece.new_empty((len(piece) * vocab // len(rows), *piece.shape[1:]))
+            packed = piece.new_empty((len(piece) * vocab // len(codes), *piece.shape[1:]))
         first = done * len(packed) // vocab
         packed[first : first + len(piece)] = piece
-        done += len(rows)
+        done += len(codes)
     return Int4Linear(packed, scales_and_zeros, group_size, None)
 
 

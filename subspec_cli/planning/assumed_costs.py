@@ -15,7 +15,7 @@ from subspec_cli.checkpoint.geometry import ModelGeometry
 from subspec_cli.checkpoint.layer_tensors import matrices_of
 from subspec_cli.planning.costs import ATTENTION_ROWS, MachineCosts, RowTimes
 from subspec_cli.planning.device_profile import device_profile
-from subspec_cli.substitutes.settings import SubstituteSettings, substitute_layer_bytes
+from subspec_cli.substitutes.settings import SubstituteSettings, substitute_head_bytes, substitute_layer_bytes
 
 _ROWS: Final = (1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -157,7 +157,7 @@ def assumed_costs(
         shared_layer=times(layer_bytes, layer_weights, rates.fast_memory, rates.fast_ops, rates.layer_s),
         draft_head=times(head_bytes, head_weights, rates.fast_memory, rates.fast_ops, 0.0),
         low_bit_head=times(
-            low_bit_table_bytes(geometry), head_weights, rates.low_bit_memory, rates.low_bit_ops, 0.0
+            substitute_head_bytes(geometry), head_weights, rates.low_bit_memory, rates.low_bit_ops, 0.0
         ),
         target_attention=attention(rates.exact_memory),
         draft_attention=attention(rates.fast_memory),
@@ -165,9 +165,3 @@ def assumed_costs(
         origin="assumed",
         widen_bytes_per_s=0.0 if geometry.stored is None else rates.widening,
     )
-
-
-def low_bit_table_bytes(geometry: ModelGeometry) -> int:
-    """Return the bytes of a 4-bit copy of the head: half a byte a weight, a scale and a shift per group of 128."""
-    weights = geometry.vocab * geometry.hidden
-    return weights // 2 + weights // 128 * 4

@@ -23,7 +23,6 @@ from subspec_cli.limits import (
     SNAPSHOTS,
     TREE_STATES,
 )
-from subspec_cli.planning.assumed_costs import low_bit_table_bytes
 from subspec_cli.planning.device_profile import EmbeddingPlace
 from subspec_cli.planning.layer_sizes import LayerSizes
 from subspec_cli.planning.library_memory import (
@@ -34,6 +33,7 @@ from subspec_cli.planning.library_memory import (
     widened_bytes,
 )
 from subspec_cli.planning.request import PlanRequest
+from subspec_cli.substitutes.settings import substitute_head_bytes
 from subspec_cli.units import MIB, counted, format_bytes
 
 _MOST_RING_SLOTS: Final = 3
@@ -132,7 +132,7 @@ class MemoryModel:
         self._held_row_bytes = (geometry.hidden + geometry.feed_forward) * geometry.element_bytes
         """Activations of a prompt row from the gate block to the down block."""
         self._scratch_rows = _whole_blocks(request.scratch_rows)
-        self._low_bit_head_bytes = low_bit_table_bytes(geometry)
+        self._low_bit_head_bytes = substitute_head_bytes(geometry)
         self._small_bytes = geometry.small_bytes
         self._work_bytes = self._workspace_bytes()
         self._recurrent_bytes = recurrent_bytes(geometry, self._scratch_rows)

@@ -33,7 +33,7 @@ from subspec_cli.streaming.host_memory import gpu_memory, has_gpu, host_memory
 from subspec_cli.streaming.process_limits import check_libraries_fit
 from subspec_cli.substitutes.prepared_model import PreparedModel, find_prepared_sets
 from subspec_cli.substitutes.prepared_names import full_name
-from subspec_cli.substitutes.settings import SubstituteSettings, substitute_layer_bytes
+from subspec_cli.substitutes.settings import SubstituteSettings, substitute_head_bytes, substitute_layer_bytes
 from subspec_cli.units import gib_to_bytes
 
 
@@ -226,13 +226,13 @@ def _disk_bytes(
     """Return the bytes of the substitutes' files: their present size, or an estimate."""
     for item in prepared:
         if item.manifest.settings == settings:
-            return sum(file.size_bytes for file in item.manifest.layers)
-    return sum(substitute_layer_bytes(geometry, settings))
+            return sum(file.size_bytes for file in item.manifest.files)
+    return sum(substitute_layer_bytes(geometry, settings)) + substitute_head_bytes(geometry)
 
 
 def _prepare_s(geometry: ModelGeometry, settings: SubstituteSettings) -> float | None:
     rate = kept_rate(preparing(settings.optimizer))
-    return None if rate is None else geometry.layers * geometry.layer_matrix_bytes / rate
+    return None if rate is None else (geometry.matrix_bytes + geometry.table_bytes) / rate
 
 
 def _best_plain(request: PlanRequest, plan: OffloadPlan) -> OffloadPlan | None:

@@ -33,6 +33,7 @@ from subspec_cli.modeling.substitute import (
     LowBitHead,
     SubstituteLayer,
     load_substitute,
+    load_table,
     low_bit_table,
     resident_layer,
 )
@@ -44,6 +45,7 @@ from subspec_cli.streaming.mapped_memory import gpu_view
 from subspec_cli.streaming.memory_meter import MemoryMeter, return_freed_memory_now
 from subspec_cli.streaming.pinned_memory import PinRefusedError, pin
 from subspec_cli.streaming.streamer import StreamCounters
+from subspec_cli.substitutes.head_file import read_head
 from subspec_cli.substitutes.in_use import in_use
 from subspec_cli.substitutes.last_use import mark_used
 from subspec_cli.substitutes.prepared_model import load_layer
@@ -273,12 +275,18 @@ class Loader:
         return table_embedding(gpu_view(table, device))
 
     def _draft_head(self, head: Head) -> DraftHead:
-        """Return the target's head, or a 4-bit copy if the plan has one and a kernel takes its shape."""
+        """Return the target's head, or the 4-bit head of the set if the plan has one: older sets have none."""
+        prepared, reporter = self._opening.found.prepared, self._opening.reporter
         if self._opening.plan.draft_head_bits == 16:
             return head
-        self._opening.reporter.progress("making the draft's head")
-        table = low_bit_table(head.weight)
-        return head if table is None else LowBitHead(head, table)
+        if prepared.manifest.head is None:
+            reporter.progress("making the draft's head")
+            table = low_bit_table(head.weight)
+            return head if table is None else LowBitHead(head, table)
+        reporter.progress("loading the draft's head")
+        vocab, hidden = head.weight.shape
+        shape = (vocab, hidden)
+        return LowBitHead(head, load_table(read_head(prepared, shape), shape, self._opening.device))
 
     def _draft_steps(self, decoder: DraftDecoder, kv: KVCache) -> DraftSteps:
         return make_draft_steps(

@@ -20,9 +20,11 @@ from subspec_cli.probe.kept_rates import DOWNLOAD, keep_rate, preparing
 from subspec_cli.reporter import SILENT, Reporter
 from subspec_cli.session.openmp import set_openmp_defaults
 from subspec_cli.streaming.process_limits import check_libraries_fit
+from subspec_cli.substitutes.head_file import HEAD_BITS, HeadQuantizer
 from subspec_cli.substitutes.integrity import Finding
 from subspec_cli.substitutes.inventory import StoredModel
-from subspec_cli.substitutes.preparation import PrepareProgress, Quantizer, SubstituteRecipe, prepare_model
+from subspec_cli.substitutes.layer_file import Quantizer
+from subspec_cli.substitutes.preparation import PrepareProgress, SubstituteRecipe, prepare_model
 from subspec_cli.substitutes.prepared_model import PreparedModel
 from subspec_cli.substitutes.quality import MatrixQuality, by_kind, matrix_kind, summed
 from subspec_cli.substitutes.repair import drop_damaged, is_source_damaged
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class KindReport:
-    """Size and quality of the substitutes of one kind of matrix, over all layers."""
+    """Size and quality of the substitutes of one kind of matrix, over all layers, or of the draft's head."""
 
     kind: str
     bits: int
@@ -58,15 +60,17 @@ class PrepareReport:
     bits: int
     optimizer: str
     source_bytes: int
-    """16-bit bytes of the layers."""
+    """16-bit bytes of the layers and the head."""
     substitute_bytes: int
     """Bytes on disk."""
     kinds: tuple[KindReport, ...]
-    """Each kind of matrix, in the order of use."""
+    """Each kind of matrix in the layers, in the order of use."""
+    head: KindReport | None
+    """The draft's head; None if no low-bit kernel takes its shape."""
     bits_per_weight: float
-    """Of all matrices, scales included."""
+    """Of all matrices in the layers, scales included."""
     sqnr_db: float | None
-    """Signal-to-quantization-noise ratio of all matrices; None if nothing was lost."""
+    """Signal-to-quantization-noise ratio of all matrices in the layers; None if nothing was lost."""
     elapsed_s: float
     already_prepared: bool
 
@@ -85,7 +89,7 @@ def prepare(
     progress: Callable[[PrepareProgress], None],
     reporter: Reporter = SILENT,
 ) -> PrepareReport:
-    """Download what is missing and write the substitutes of every layer; what is there is kept.
+    """Download what is missing and write the substitutes of every layer and the head; what is there is kept.
 
     The names in `wanted.overrides` may be patterns. Waits and repeated attempts are reported as notes. Raises what
     `open_model` and `prepare_model` raise, and UsageError for a pattern that matches nothing.
@@ -126,7 +130,7 @@ def prepare(
     return _report(
         prepared,
         geometry,
-        already_prepared=not latest or latest[0].reused_layers == geometry.layers,
+        already_prepared=all(state.reused_bytes == state.total_bytes for state in latest),
         elapsed_s=time.perf_counter() - started,
     )
 
@@ -136,13 +140,9 @@ def _is_loaded(seen: Sequence[DownloadProgress]) -> bool:
 
 
 def _keep_making_rate(state: PrepareProgress, settings: SubstituteSettings) -> None:
-    made_layers = state.done_layers - state.reused_layers
-    if made_layers and not state.copied_layers:
-        keep_rate(
-            preparing(settings.optimizer),
-            state.total_bytes * made_layers / state.total_layers,
-            state.elapsed_s,
-        )
+    made_bytes = state.done_bytes - state.reused_bytes
+    if made_bytes and not state.copied_layers:
+        keep_rate(preparing(settings.optimizer), made_bytes, state.elapsed_s)
 
 
 def repair(
@@ -177,7 +177,7 @@ def _report(
     prepared: PreparedModel, geometry: ModelGeometry, *, already_prepared: bool, elapsed_s: float
 ) -> PrepareReport:
     """Report from the manifest alone, so that a run that finds everything done reports the same."""
-    manifest = prepared.manifest
+    manifest, head = prepared.manifest, prepared.manifest.head
     kinds = by_kind(file.quality for file in manifest.layers)
     total = summed(kinds.values())
     bits = {matrix_kind(name): manifest.settings.bits_of(name) for name in LAYER_MATRICES}
@@ -188,11 +188,10 @@ def _report(
         layers=geometry.layers,
         bits=manifest.settings.bits,
         optimizer=manifest.settings.optimizer,
-        source_bytes=geometry.matrix_bytes,
-        substitute_bytes=sum(file.size_bytes for file in manifest.layers),
-        kinds=tuple(
-            KindReport(kind, bits[kind], item.bits_per_weight, item.sqnr_db) for kind, item in kinds.items()
-        ),
+        source_bytes=geometry.matrix_bytes + (geometry.table_bytes if head else 0),
+        substitute_bytes=sum(file.size_bytes for file in manifest.files),
+        kinds=tuple(_kind_report(kind, bits[kind], item) for kind, item in kinds.items()),
+        head=_kind_report("head", HEAD_BITS, head.quality) if head else None,
         bits_per_weight=total.bits_per_weight if total else 0.0,
         sqnr_db=total.sqnr_db if total else None,
         elapsed_s=elapsed_s,
@@ -200,9 +199,13 @@ def _report(
     )
 
 
+def _kind_report(kind: str, bits: int, quality: MatrixQuality) -> KindReport:
+    return KindReport(kind, bits, quality.bits_per_weight, quality.sqnr_db)
+
+
 def _recipe(settings: SubstituteSettings) -> SubstituteRecipe:
     versions = {name: version for name, version in library_versions().items() if name in _QUANTIZERS}
-    return SubstituteRecipe(settings, _quantizer(settings), versions)
+    return SubstituteRecipe(settings, _quantizer(settings), _head_quantizer(settings), versions)
 
 
 def _quantizer(settings: SubstituteSettings) -> Quantizer:
@@ -211,6 +214,15 @@ def _quantizer(settings: SubstituteSettings) -> Quantizer:
 
         made = quantize_layer(tensors, settings)
         return made.tensors, made.quality
+
+    return quantize
+
+
+def _head_quantizer(settings: SubstituteSettings) -> HeadQuantizer:
+    def quantize(rows: Tensor) -> tuple[dict[str, Tensor], MatrixQuality]:
+        from subspec_cli.modeling.quantization import head_quantizer
+
+        return head_quantizer(settings.optimizer)(rows)
 
     return quantize
 

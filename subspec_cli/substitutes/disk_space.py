@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from subspec_cli.checkpoint.checkpoint import Checkpoint, layer_entries
 from subspec_cli.checkpoint.layer_tensors import layer_prefix
 from subspec_cli.files.free_space import check_free_space, on_one_disk
 from subspec_cli.hub.weight_downloads import WeightDownloads
-from subspec_cli.substitutes.manifest import Manifest, layer_file_name
+from subspec_cli.substitutes.manifest import Manifest
 from subspec_cli.substitutes.settings import SubstituteSettings
 from subspec_cli.units import format_bytes, printable
 
@@ -18,32 +18,27 @@ _SLACK_BYTES = 16 << 20  # manifest, journal, file system
 
 
 def check_disk_space(
-    goal: Manifest,
-    checkpoint: Checkpoint,
-    weight_downloads: WeightDownloads,
-    directory: Path,
-    layers: Sequence[int],
+    goal: Manifest, weight_downloads: WeightDownloads, directory: Path, estimates: Mapping[str, int]
 ) -> None:
     """Refuse if the disks lack the space for the bytes still to be written. Files to be replaced count as free.
 
     Args:
         goal: what is prepared.
-        checkpoint: its source.
         weight_downloads: the weights that are still to be downloaded.
         directory: where the substitutes go.
-        layers: the layers that are still to be made.
+        estimates: bytes of the files that are still to be made, by name.
 
     Raises:
         ResourceError: with the bytes needed for each purpose, and the bytes free.
     """
     what = f"preparing {printable(goal.model_id)}"
     missing_bytes, need_bytes = weight_downloads.missing_bytes, 0
-    if layers:
-        estimates = [estimate_file_bytes(checkpoint, layer, goal.settings) for layer in layers]
-        paths = [directory / layer_file_name(layer) for layer in layers]
+    if estimates:
+        paths = [directory / name for name in estimates]
         replaced_bytes = sum(path.stat().st_size for path in paths if path.is_file())
-        # The old and the new file of one layer exist side by side for a moment.
-        need_bytes = max(sum(estimates) - replaced_bytes, max(estimates)) + _SLACK_BYTES
+        # The old and the new file of one part exist side by side for a moment.
+        sizes = estimates.values()
+        need_bytes = max(sum(sizes) - replaced_bytes, max(sizes)) + _SLACK_BYTES
     if missing_bytes and need_bytes and on_one_disk(weight_downloads.directory, directory):
         shares = f"download {format_bytes(missing_bytes)}, substitutes {format_bytes(need_bytes)}"
         check_free_space(directory, missing_bytes + need_bytes, f"{what} ({shares})")

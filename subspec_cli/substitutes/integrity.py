@@ -18,14 +18,16 @@ from subspec_cli.checkpoint.checkpoint import (
     layer_entries,
     open_checkpoint,
 )
+from subspec_cli.checkpoint.safetensors_header import TensorEntry
 from subspec_cli.checkpoint.tensor_table import read_tensor_table
 from subspec_cli.errors import SubspecError
 from subspec_cli.files.io_errors import read_error
 from subspec_cli.files.regular_file import open_regular
 from subspec_cli.hub.command_hints import prepare_command
 from subspec_cli.hub.source_model import find_source_directory
+from subspec_cli.substitutes.head_file import head_entry
 from subspec_cli.substitutes.inventory import UNREADABLE, StoredModel
-from subspec_cli.substitutes.manifest import MANIFEST_NAME, LayerFile, Manifest, layer_path
+from subspec_cli.substitutes.manifest import MANIFEST_NAME, Manifest, Part, StoredFile, file_path
 from subspec_cli.substitutes.source_stamp import has_same_times
 
 _PIECE_BYTES: Final = 8 << 20
@@ -65,7 +67,7 @@ class VerifyProgress:
 class _TargetHashes:
     """Hashes of a target's weight files as they are now."""
 
-    layer_sha256: tuple[str, ...]
+    part_sha256: Mapping[Part, str]
     findings: tuple[Finding, ...]
     """Files of the hub's cache whose bytes do not have the SHA-256 in their names."""
 
@@ -84,7 +86,7 @@ class Verifier:
         for manifest in manifests:
             self._targets.setdefault((manifest.model_id, manifest.commit), _open_target(manifest))
         opened = {item.directory: item for item in self._targets.values() if isinstance(item, Checkpoint)}
-        self._total_bytes = sum(file.size_bytes for manifest in manifests for file in manifest.layers)
+        self._total_bytes = sum(file.size_bytes for manifest in manifests for file in manifest.files)
         self._total_bytes += sum(file.size_bytes for item in opened.values() for file in item.files)
 
     def verify(self, stored: StoredModel) -> list[Finding]:
@@ -94,13 +96,13 @@ class Verifier:
             is_bad = stored.state == UNREADABLE
             return [Finding(stored.directory / MANIFEST_NAME, stored.problem)] if is_bad else []
         self._model_id = manifest.model_id
-        findings = [self._verify_file(stored.directory, file) for file in manifest.layers]
+        findings = [self._verify_file(stored.directory, file) for file in manifest.files]
         return [*(item for item in findings if item), *self._verify_target(manifest)]
 
-    def _verify_file(self, directory: Path, file: LayerFile) -> Finding | None:
+    def _verify_file(self, directory: Path, file: StoredFile) -> Finding | None:
         path = directory / file.name
         try:
-            size_bytes = layer_path(directory, file).stat().st_size
+            size_bytes = file_path(directory, file).stat().st_size
         except SubspecError as error:
             return Finding(path, error.message)
         except FileNotFoundError:
@@ -116,7 +118,7 @@ class Verifier:
         return None if sha256 == file.sha256 else Finding(path, "wrong SHA-256", file.sha256, sha256)
 
     def _verify_target(self, manifest: Manifest) -> list[Finding]:
-        """Verify the layers that were quantized, and whole files where the hub's cache names them by their hash."""
+        """Verify what was quantized, and whole files where the hub's cache names them by their hash."""
         target = self._targets[manifest.model_id, manifest.commit]
         directory = Path(manifest.source_directory)
         if isinstance(target, SubspecError):
@@ -132,28 +134,31 @@ class Verifier:
             self._hashes[target.directory] = self._hash_target(target)
         found = self._hashes[target.directory]
         findings = list(found.findings)
-        for file, sha256 in zip(manifest.layers, found.layer_sha256, strict=False):
+        for file in manifest.files:
+            sha256 = found.part_sha256[file.part]
             if sha256 != file.source_sha256:
-                paths = sorted({entry.path for entry in layer_entries(target, file.layer)})
-                what = f"wrong SHA-256 of the 16-bit layer {file.layer}"
+                paths = sorted({entry.path for entry in _part_entries(target, file.part)})
+                part = "head" if file.part == "head" else f"layer {file.part}"
+                what = f"wrong SHA-256 of the 16-bit {part}"
                 findings += [Finding(path, what, file.source_sha256, sha256) for path in paths]
         return findings
 
     def _hash_target(self, target: Checkpoint) -> _TargetHashes:
-        """Hash all files in one sequential read; each layer's digest gets its bytes in reading order."""
-        layers = [hashlib.sha256() for _ in range(layer_count_in_tensors(target))]
-        entries = [(layer, entry) for layer in range(len(layers)) for entry in layer_entries(target, layer)]
+        """Hash all files in one sequential read; each part's digest gets its bytes in reading order."""
+        parts: list[Part] = [*range(layer_count_in_tensors(target)), "head"]
+        digests = {part: hashlib.sha256() for part in parts}
+        entries = [(part, entry) for part in parts for entry in _part_entries(target, part)]
         findings = []
         for file in target.files:
             path = target.directory / file.name
-            own = [(layer, entry) for layer, entry in entries if entry.path == path]
+            own = [(part, entry) for part, entry in entries if entry.path == path]
             cuts = {0, file.size_bytes}
             for _, entry in own:
                 cuts |= {entry.offset_bytes, entry.offset_bytes + entry.size_bytes}
             spans = [(start, end - start) for start, end in pairwise(sorted(cuts))]
-            consumers = {entry.offset_bytes: layers[layer].update for layer, entry in own}
+            consumers = {entry.offset_bytes: digests[part].update for part, entry in own}
             findings.append(_blob_mismatch(path, self._hash_spans(path, spans, consumers)))
-        sha256 = tuple(digest.hexdigest() for digest in layers)
+        sha256 = {part: digest.hexdigest() for part, digest in digests.items()}
         return _TargetHashes(sha256, tuple(item for item in findings if item))
 
     def _hash_spans(
@@ -225,6 +230,14 @@ def _blob_mismatch(path: Path, sha256: str) -> Finding | None:
     if blob is None or blob.name == sha256:
         return None
     return Finding(path, "wrong SHA-256", blob.name, sha256)
+
+
+def _part_entries(target: Checkpoint, part: Part) -> Sequence[TensorEntry]:
+    """The 16-bit tensors that a file of substitutes was made from."""
+    if part != "head":
+        return layer_entries(target, part)
+    head = head_entry(target.tensors)
+    return [] if head is None else [head]
 
 
 def _open_target(manifest: Manifest) -> Checkpoint | SubspecError:

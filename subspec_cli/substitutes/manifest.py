@@ -6,10 +6,10 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal, TypeAlias
 
 from subspec_cli.config import BIT_WIDTHS
 from subspec_cli.errors import IntegrityError, UnsupportedModelError
@@ -21,10 +21,13 @@ from subspec_cli.substitutes.quality import MATRIX_KINDS, MatrixQuality, matrix_
 from subspec_cli.substitutes.settings import SubstituteSettings
 from subspec_cli.units import printable
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+_OLDEST_FORMAT = 2
+"""Sets of this format have no head file, and run as they are."""
 MANIFEST_NAME = "manifest.json"
+HEAD_NAME: Final = "head.safetensors"
 JOURNAL_NAME = "manifest.partial.json"
-"""The manifest of a preparation that has not ended: it lists only the layers that are done."""
+"""The manifest of a preparation that has not ended: it lists only the files that are done."""
 
 _MAX_MANIFEST_BYTES = 16 << 20
 _RETRY_HINT = "prepare the model again: subspec prepare MODEL --force"
@@ -45,15 +48,18 @@ _MANIFEST_FIELDS = {
     "library_versions": dict,
 }
 _SETTINGS_FIELDS = {"bits": int, "optimizer": str, "overrides": list}
-_LAYER_FIELDS = {
+_FILE_FIELDS = {
     "name": str,
-    "layer": int,
     "size_bytes": int,
     "sha256": str,
     "source_sha256": str,
     "quality": dict,
 }
+_LAYER_FIELDS = {**_FILE_FIELDS, "layer": int}
 _QUALITY_FIELDS = {"weights": int, "stored_bytes": int, "signal": float, "noise": float}
+
+Part: TypeAlias = int | Literal["head"]
+"""What a file replaces: the layer of this number, or the head."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +74,31 @@ class LayerFile:
     """SHA-256 of the layer's 16-bit bytes, in reading order."""
     quality: Mapping[str, MatrixQuality] = field(default_factory=dict)
     """Size and quantization error by the kind of matrix."""
+
+    @property
+    def part(self) -> Part:
+        """The layer's number."""
+        return self.layer
+
+
+@dataclass(frozen=True, slots=True)
+class HeadFile:
+    """The file of the draft's head: the vocabulary table in 4 bits."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+    source_sha256: str
+    """SHA-256 of the table's 16-bit bytes."""
+    quality: MatrixQuality
+
+    @property
+    def part(self) -> Part:
+        """The head."""
+        return "head"
+
+
+StoredFile: TypeAlias = LayerFile | HeadFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +118,21 @@ class Manifest:
     layers: tuple[LayerFile, ...]
     tool_version: str
     library_versions: Mapping[str, str]
+    head: HeadFile | None = None
+    """None in older sets, and where no low-bit kernel takes the table's shape."""
     format_version: int = FORMAT_VERSION
+
+    @property
+    def files(self) -> tuple[StoredFile, ...]:
+        """All files of the set, in the order in which they are made."""
+        return self.layers if self.head is None else (*self.layers, self.head)
+
+    def with_files(self, files: Iterable[StoredFile]) -> Manifest:
+        """Return this manifest with these files alone."""
+        known = list(files)
+        layers = sorted((file for file in known if isinstance(file, LayerFile)), key=lambda file: file.layer)
+        head = next((file for file in known if isinstance(file, HeadFile)), None)
+        return replace(self, layers=tuple(layers), head=head)
 
     def is_same_set_as(self, other: Manifest) -> bool:
         """Whether both describe the same substitutes of the same model. The weights' content is not compared."""
@@ -110,8 +155,8 @@ def layer_file_name(layer: int) -> str:
     return f"layer-{layer:05d}.safetensors"
 
 
-def layer_path(directory: Path, file: LayerFile) -> Path:
-    """Path of a layer's file. Raises IntegrityError for a link: nobody but this program writes the directory."""
+def file_path(directory: Path, file: StoredFile) -> Path:
+    """Path of a file of a set. Raises IntegrityError for a link: nobody but this program writes the directory."""
     path = directory / file.name
     if path.is_symlink():
         raise IntegrityError(
@@ -141,20 +186,26 @@ def read_manifest(path: Path) -> Manifest:
             f"{shown} has format {version}, this version of subspec reads format {FORMAT_VERSION}",
             "update subspec, or prepare the model again with --force",
         )
-    if type(version) is int and 1 <= version < FORMAT_VERSION:
+    if type(version) is int and 1 <= version < _OLDEST_FORMAT:
         raise UnsupportedModelError(
             f"{shown} has the old format {version}, this version of subspec reads format {FORMAT_VERSION}",
             f"prepare the model again: {_command_for(found)}",
         )
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version < 1:
         raise _damaged(shown, f"has the format version {ascii(version)[:40]}, expected {FORMAT_VERSION}")
+    head = found.pop("head", None)
     _checked(found, _MANIFEST_FIELDS, shown)
     layers = tuple(_read_layer(item, shown) for item in found["layers"])
     if [item.layer for item in layers] != sorted({item.layer for item in layers}):
         raise _damaged(shown, "lists its layers twice or out of order")
     if not all(isinstance(text, str) for text in found["library_versions"].values()):
         raise _damaged(shown, "has library_versions that are not texts")
-    return Manifest(**{**found, "settings": _read_settings(found["settings"], shown), "layers": layers})
+    made = {
+        "settings": _read_settings(found["settings"], shown),
+        "layers": layers,
+        "head": None if head is None else _read_head(head, shown),
+    }
+    return Manifest(**{**found, **made})
 
 
 def _read_settings(found: object, shown: str) -> SubstituteSettings:
@@ -177,17 +228,17 @@ def _is_override(pair: object) -> bool:
     return bool(_WORD.fullmatch(pair[0])) and matrix_kind(pair[0]) in MATRIX_KINDS and pair[1] in BIT_WIDTHS
 
 
-def _read_quality(found: Mapping[str, object], shown: str) -> dict[str, MatrixQuality]:
+def _read_qualities(found: Mapping[str, object], shown: str) -> dict[str, MatrixQuality]:
     if unknown := sorted(found.keys() - set(MATRIX_KINDS)):
         raise _damaged(shown, f"has the quality of unknown matrices: {ascii(', '.join(unknown))[:100]}")
-    quality = {
-        kind: MatrixQuality(**_checked(item, _QUALITY_FIELDS, f"{shown}: quality"))
-        for kind, item in found.items()
-    }
-    for kind, item in quality.items():
-        powers = (item.signal, item.noise)
-        if item.weights <= 0 or item.stored_bytes <= 0 or not all(0 <= p < math.inf for p in powers):
-            raise _damaged(shown, f"has a quality that cannot be, of {kind}")
+    return {kind: _read_quality(item, kind, shown) for kind, item in found.items()}
+
+
+def _read_quality(found: object, kind: str, shown: str) -> MatrixQuality:
+    quality = MatrixQuality(**_checked(found, _QUALITY_FIELDS, f"{shown}: quality"))
+    powers = (quality.signal, quality.noise)
+    if quality.weights <= 0 or quality.stored_bytes <= 0 or not all(0 <= p < math.inf for p in powers):
+        raise _damaged(shown, f"has a quality that cannot be, of {kind}")
     return quality
 
 
@@ -207,17 +258,27 @@ def _command_for(found: Mapping[str, Any]) -> str:
 
 def _read_layer(found: object, shown: str) -> LayerFile:
     fields = _checked(found, _LAYER_FIELDS, f"{shown}: layers")
-    file = LayerFile(**{**fields, "quality": _read_quality(fields["quality"], shown)})
+    file = LayerFile(**{**fields, "quality": _read_qualities(fields["quality"], shown)})
     # Only the name made from the number is ever opened, so a manifest cannot lead elsewhere.
     if file.layer < 0 or file.name != layer_file_name(file.layer):
         raise _damaged(shown, f"names {ascii(file.name)[:100]} as the file of layer {file.layer}")
-    if (
-        file.size_bytes <= 0
-        or not _SHA256.fullmatch(file.sha256)
-        or not _SHA256.fullmatch(file.source_sha256)
-    ):
-        raise _damaged(shown, f"has a size or a hash that cannot be, at layer {file.layer}")
+    _check_size_and_hashes(file, f"layer {file.layer}", shown)
     return file
+
+
+def _read_head(found: object, shown: str) -> HeadFile:
+    fields = _checked(found, _FILE_FIELDS, f"{shown}: head")
+    file = HeadFile(**{**fields, "quality": _read_quality(fields["quality"], "the head", shown)})
+    if file.name != HEAD_NAME:
+        raise _damaged(shown, f"names {ascii(file.name)[:100]} as the file of the head")
+    _check_size_and_hashes(file, "the head", shown)
+    return file
+
+
+def _check_size_and_hashes(file: StoredFile, what: str, shown: str) -> None:
+    hashes = (file.sha256, file.source_sha256)
+    if file.size_bytes <= 0 or not all(_SHA256.fullmatch(sha256) for sha256 in hashes):
+        raise _damaged(shown, f"has a size or a hash that cannot be, at {what}")
 
 
 def _checked(found: object, fields: Mapping[str, type], shown: str) -> dict[str, Any]:

@@ -1,18 +1,17 @@
 """Writes substitutes layer by layer, with about one layer in memory. Safe to kill and rerun at any moment.
 
-A layer file counts once the journal lists it. The journal is written after each layer, and removed at the end.
+A file counts once the journal lists it. The journal is written after each file, and removed at the end. The head is
+the last file, because nothing waits for it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
 
 from subspec_cli.checkpoint.checkpoint import (
     Checkpoint,
@@ -23,8 +22,8 @@ from subspec_cli.checkpoint.checkpoint import (
 )
 from subspec_cli.checkpoint.dtypes import torch_dtype
 from subspec_cli.checkpoint.geometry import ModelGeometry
-from subspec_cli.checkpoint.layer_tensors import layer_prefix
-from subspec_cli.checkpoint.tensor_reader import check_finite, read_hashed_tensors
+from subspec_cli.checkpoint.safetensors_header import TensorEntry
+from subspec_cli.checkpoint.tensor_reader import read_hashed_tensors
 from subspec_cli.checkpoint.widening import widened_tensors
 from subspec_cli.errors import BusyError, IntegrityError, SubspecError
 from subspec_cli.files.atomic_write import atomic_write, sweep_stale_temps
@@ -35,33 +34,41 @@ from subspec_cli.files.regular_file import FileState, file_state, sha256_file
 from subspec_cli.hub.source_model import OpenedModel
 from subspec_cli.hub.weight_downloads import DownloadProgress, WeightDownloads
 from subspec_cli.reporter import Reporter
-from subspec_cli.substitutes.disk_space import check_disk_space
+from subspec_cli.substitutes.disk_space import check_disk_space, estimate_file_bytes
+from subspec_cli.substitutes.head_file import (
+    HeadQuantizer,
+    head_entry,
+    head_file_bytes,
+    head_pieces,
+    write_head,
+)
+from subspec_cli.substitutes.layer_file import Quantizer, made_layer
 from subspec_cli.substitutes.manifest import (
+    HEAD_NAME,
     JOURNAL_NAME,
     MANIFEST_NAME,
     LayerFile,
     Manifest,
+    Part,
+    StoredFile,
+    file_path,
     layer_file_name,
-    layer_path,
     write_manifest,
 )
 from subspec_cli.substitutes.prepared_model import PreparedModel, prepared_directory
-from subspec_cli.substitutes.quality import MatrixQuality
-from subspec_cli.substitutes.reuse import Twins, find_twins, finished_manifest, read_twin, reusable_layers
+from subspec_cli.substitutes.reuse import (
+    Twins,
+    find_twins,
+    finished_manifest,
+    read_twin,
+    reusable_files,
+)
 from subspec_cli.substitutes.settings import SubstituteSettings
 from subspec_cli.substitutes.source_stamp import make_stamp
 from subspec_cli.units import counted, printable
 from subspec_cli.versions import __version__
 
-if TYPE_CHECKING:
-    import torch
-
 _MOST_ROUNDS = 3  # of making what another process replaced meanwhile
-
-Quantizer: TypeAlias = (
-    "Callable[[dict[str, torch.Tensor]], tuple[dict[str, torch.Tensor], dict[str, MatrixQuality]]]"
-)
-"""From a layer's 16-bit tensors, keyed by the name inside the layer, to the tensors to write and their quality."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,18 +77,21 @@ class SubstituteRecipe:
 
     settings: SubstituteSettings
     quantizer: Quantizer
+    head_quantizer: HeadQuantizer
     library_versions: Mapping[str, str]
-    """Versions of the libraries that the quantizer uses."""
+    """Versions of the libraries that the quantizers use."""
 
 
 @dataclass(frozen=True, slots=True)
 class PrepareProgress:
-    """How far a preparation is. Bytes are those of the 16-bit layers."""
+    """How far a preparation is. Bytes are those of the 16-bit layers and of the head."""
 
     done_layers: int
     total_layers: int
     reused_layers: int
-    """Done layers that an earlier run made. If these are all layers, the model was already prepared."""
+    """Done layers that an earlier run made."""
+    reused_bytes: int
+    """Bytes of what an earlier run made. If these are all bytes, the model was already prepared."""
     done_bytes: int
     total_bytes: int
     elapsed_s: float
@@ -101,9 +111,10 @@ def prepare_model(
     progress: Callable[[PrepareProgress], None],
     reporter: Reporter,
 ) -> PreparedModel:
-    """Write the substitutes of every layer. Finished layers are reused, unless `force` is set.
+    """Write the substitutes of every layer and of the head. Finished files are reused, unless `force` is set.
 
     Missing weights are downloaded in the background; a layer is made once its files are complete and verified.
+    A head whose shape no kernel takes is left out.
     During the run, and after a kill, an earlier complete set in the same place stays usable. If another process
     prepares the same set, this one waits for it.
 
@@ -111,9 +122,9 @@ def prepare_model(
         model: the source, opened.
         geometry: the geometry of the source.
         recipe: how substitutes are made.
-        force: make all layers again.
+        force: make all files again.
         progress: called after every change of the progress.
-        reporter: gets a note if another process is waited for.
+        reporter: gets a note if another process is waited for, and if the head is left out.
 
     Raises:
         IntegrityError: a damaged source, weights that are not finite, or a source that changed during the run.
@@ -136,10 +147,8 @@ def prepare_model(
         library_versions=dict(recipe.library_versions),
     )
     directory = prepared_directory(resolved.model_id, resolved.commit, settings)
-    layer_bytes = _layer_bytes(checkpoint, geometry.layers)
-    work = _Preparation(
-        goal, checkpoint, model.weight_downloads, directory, layer_bytes, progress, reporter.note
-    )
+    work = _Preparation(goal, checkpoint, model.weight_downloads, directory, recipe, progress, reporter.note)
+    work.find_sources(geometry)
     if directory.is_dir():
         sweep_stale_temps(directory)
     if not force and (finished := work.already_prepared()):
@@ -150,48 +159,62 @@ def prepare_model(
     with directory_lock(directory, on_wait=reporter.note) as has_waited:
         if has_waited and not force and (finished := work.already_prepared()):
             return finished
-        return work.run(recipe.quantizer, force=force)
+        return work.run(force=force)
 
 
 @dataclass
 class _Preparation:
-    """One run of `prepare_model`: what to make, and which layers are done."""
+    """One run of `prepare_model`: what to make, and which files are done."""
 
     goal: Manifest
     checkpoint: Checkpoint
     weight_downloads: WeightDownloads
     directory: Path
-    layer_bytes: list[int]
+    recipe: SubstituteRecipe
     progress: Callable[[PrepareProgress], None]
     note: Callable[[str], None]
+    sources: dict[Part, Sequence[TensorEntry]] = field(default_factory=dict)
+    """The 16-bit tensors of each part, in the order in which the parts are made."""
+    head: TensorEntry | None = None
+    """The table of the head; None if no kernel takes its shape."""
     twins: Twins = field(default_factory=dict)
     making_s: float = 0.0
     copied_layers: int = 0
-    done: dict[int, LayerFile] = field(default_factory=dict)
-    reused_layers: int = 0
-    states: dict[int, FileState] = field(default_factory=dict)
-    """Files of the done layers as they were when they were written or hashed."""
+    done: dict[Part, StoredFile] = field(default_factory=dict)
+    reused: set[Part] = field(default_factory=set)
+    states: dict[Part, FileState] = field(default_factory=dict)
+    """The done files as they were when they were written or hashed."""
+
+    def find_sources(self, geometry: ModelGeometry) -> None:
+        """Find the 16-bit tensors of each layer and of the head."""
+        _check_layer_count(self.checkpoint, geometry.layers)
+        self.sources = {layer: layer_entries(self.checkpoint, layer) for layer in range(geometry.layers)}
+        self.head = head_entry(self.checkpoint.tensors)
+        if self.head is not None:
+            self.sources["head"] = head_pieces(self.head)
 
     def already_prepared(self) -> PreparedModel | None:
         """The complete set of an earlier run, marked as the latest; None if there is none or weights are missing."""
         if not self.weight_downloads.is_complete:
             return None
-        found = finished_manifest(self.directory, self.goal, len(self.layer_bytes))
+        found = finished_manifest(self.directory, self.goal, list(self.sources))
         if found is None:
             return None
         with contextlib.suppress(
             OSError
         ):  # only the order of sets depends on it; the directory may be read-only
             os.utime(self.directory / MANIFEST_NAME)
-        for file in found.layers:
+        for file in found.files:
             self.reuse(file)
         return PreparedModel(self.directory, found)
 
-    def run(self, quantizer: Quantizer, *, force: bool) -> PreparedModel:
-        """Make and record all layers that are missing. The caller holds the lock."""
+    def run(self, *, force: bool) -> PreparedModel:
+        """Make and record all files that are missing. The caller holds the lock."""
+        if self.head is None:
+            self.note("no 4-bit kernel takes the shape of the head, so the draft will use the 16-bit head")
         if not force:
-            for file, state in reusable_layers(self.directory, self.goal, self.checkpoint):
-                self.states[file.layer] = state
+            for file, state in reusable_files(self.directory, self.goal, self.sources):
+                self.states[file.part] = state
                 self.reuse(file)
             self.twins = find_twins(self.directory, self.goal)
         self.check_space()
@@ -199,7 +222,7 @@ class _Preparation:
             write_manifest(self.directory / JOURNAL_NAME, self.goal)
         self.weight_downloads.start()
         for _ in range(_MOST_ROUNDS):
-            self.make_missing(quantizer)
+            self.make_missing()
             check_unchanged(self.checkpoint)
             if self.weight_downloads.progress():
                 check_headers_unchanged(self.checkpoint)
@@ -211,65 +234,86 @@ class _Preparation:
             "let it finish, then run the command again",
         )
 
-    def make_missing(self, quantizer: Quantizer) -> None:
-        """Make all layers that are not done, each as soon as its weights are there."""
-        waiting = [layer for layer in range(len(self.layer_bytes)) if layer not in self.done]
+    def make_missing(self) -> None:
+        """Make all layers that are not done, each as soon as its weights are there, and then the head."""
+        waiting = [part for part in self.sources if isinstance(part, int) and part not in self.done]
         while waiting or not self.weight_downloads.is_complete:
             ready = next((layer for layer in waiting if self.has_arrived(layer)), None)
             if ready is None:
                 self.weight_downloads.wait()
                 self._report_progress()
             else:
-                self.make_layer(ready, quantizer)
+                self.make_layer(ready)
                 waiting.remove(ready)
+        if self.head is not None and "head" not in self.done:
+            self.make_head(self.head)
 
     def drop_replaced(self) -> bool:
-        """Whether layers have other bytes than recorded. They then count as missing.
+        """Whether files have other bytes than recorded. They then count as missing.
 
         Where locks do not work, another preparation may have put its own files in place. Only files that were
         replaced since they were written or hashed are read again.
         """
         replaced = []
-        for layer, file in self.done.items():
-            path = layer_path(self.directory, file)
+        for part, file in self.done.items():
+            path = file_path(self.directory, file)
             with contextlib.suppress(OSError, SubspecError):
                 state = file_state(path.stat())
-                if state == self.states[layer]:
+                if state == self.states[part]:
                     continue
                 if sha256_file(path) == file.sha256:
-                    self.states[layer] = state
+                    self.states[part] = state
                     continue
-            replaced.append(layer)
-        for layer in replaced:
-            del self.done[layer]
+            replaced.append(part)
+        for part in replaced:
+            del self.done[part]
         return bool(replaced)
 
     def has_arrived(self, layer: int) -> bool:
         """Whether all weight files of a layer are complete."""
         root = self.checkpoint.directory
-        entries = layer_entries(self.checkpoint, layer)
+        entries = self.sources[layer]
         return self.weight_downloads.has({entry.path.relative_to(root).as_posix() for entry in entries})
 
-    def reuse(self, file: LayerFile) -> None:
-        """Count a layer as done: an earlier run made it."""
-        self.done[file.layer] = file
-        self.reused_layers += 1
+    def reuse(self, file: StoredFile) -> None:
+        """Count a file as done: an earlier run made it."""
+        self.done[file.part] = file
+        self.reused.add(file.part)
         self._report_progress()
 
     def check_space(self) -> None:
-        """Refuse if there is too little space for the layers and weights that are still to be written."""
-        left = [layer for layer in range(len(self.layer_bytes)) if layer not in self.done]
-        check_disk_space(self.goal, self.checkpoint, self.weight_downloads, self.directory, left)
+        """Refuse if there is too little space for the files and weights that are still to be written."""
+        estimates = {
+            layer_file_name(part): estimate_file_bytes(self.checkpoint, part, self.goal.settings)
+            for part in self.sources
+            if isinstance(part, int) and part not in self.done
+        }
+        if self.head is not None and "head" not in self.done:
+            estimates[HEAD_NAME] = head_file_bytes(self.head.shape)
+        check_disk_space(self.goal, self.weight_downloads, self.directory, estimates)
 
-    def make_layer(self, layer: int, quantizer: Quantizer) -> None:
+    def make_layer(self, layer: int) -> None:
         """Read one layer, quantize it or take what another set made of the same bytes, write it, then record it."""
         started_s = time.monotonic()
-        tensors, source_sha256 = read_hashed_tensors(layer_entries(self.checkpoint, layer))
-        file, data = self._twin_of(layer, source_sha256) or _made_layer(
-            layer, widened_tensors(tensors, torch_dtype(self.goal.dtype)), source_sha256, quantizer
+        tensors, source_sha256 = read_hashed_tensors(self.sources[layer])
+        file, data = self._twin_of(layer, source_sha256) or made_layer(
+            layer,
+            widened_tensors(tensors, torch_dtype(self.goal.dtype)),
+            source_sha256,
+            self.recipe.quantizer,
         )
-        self.states[layer] = atomic_write(self.directory / file.name, data)
-        self.done[layer] = file
+        self._record(file, atomic_write(self.directory / file.name, data), started_s)
+
+    def make_head(self, head: TensorEntry) -> None:
+        """Read and write the head a few rows at a time, then record it."""
+        started_s = time.monotonic()
+        dtype = torch_dtype(self.goal.dtype)
+        self._record(*write_head(self.directory, head, self.recipe.head_quantizer, dtype), started_s)
+
+    def _record(self, file: StoredFile, state: FileState, started_s: float) -> None:
+        self.states[file.part] = state
+        self.done[file.part] = file
+        self.reused.discard(file.part)
         write_manifest(self.directory / JOURNAL_NAME, self._manifest())
         self.making_s += time.monotonic() - started_s
         self._report_progress()
@@ -287,7 +331,7 @@ class _Preparation:
     def finish(self) -> PreparedModel | None:
         """Write the manifest, which makes the directory a prepared model, and remove the journal.
 
-        None if a layer was replaced until then: the manifest does not describe it.
+        None if a file was replaced until then: the manifest does not describe it.
         """
         manifest = self._manifest()
         write_manifest(self.directory / MANIFEST_NAME, manifest)
@@ -301,16 +345,20 @@ class _Preparation:
         return PreparedModel(self.directory, manifest)
 
     def _manifest(self) -> Manifest:
-        return replace(self.goal, layers=tuple(self.done[layer] for layer in sorted(self.done)))
+        return self.goal.with_files(self.done.values())
+
+    def _bytes_of(self, parts: Iterable[Part]) -> int:
+        return sum(entry.size_bytes for part in parts for entry in self.sources[part])
 
     def _report_progress(self) -> None:
         self.progress(
             PrepareProgress(
-                done_layers=len(self.done),
-                total_layers=len(self.layer_bytes),
-                reused_layers=self.reused_layers,
-                done_bytes=sum(self.layer_bytes[layer] for layer in self.done),
-                total_bytes=sum(self.layer_bytes),
+                done_layers=len(self.done.keys() - {"head"}),
+                total_layers=len(self.sources.keys() - {"head"}),
+                reused_layers=len(self.reused - {"head"}),
+                reused_bytes=self._bytes_of(self.reused),
+                done_bytes=self._bytes_of(self.done),
+                total_bytes=self._bytes_of(self.sources),
                 elapsed_s=self.making_s,
                 copied_layers=self.copied_layers,
                 download=self.weight_downloads.progress(),
@@ -318,27 +366,9 @@ class _Preparation:
         )
 
 
-def _made_layer(
-    layer: int, tensors: dict[str, torch.Tensor], source_sha256: str, quantizer: Quantizer
-) -> tuple[LayerFile, bytes]:
-    """The record and the bytes of a layer's file. Raises IntegrityError for weights that are not finite."""
-    from safetensors.torch import save
-
-    check_finite(tensors)
-    prefix = layer_prefix(layer)
-    packed, quality = quantizer({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
-    tensors.clear()  # free them before the bytes of the file take memory
-    data = save({name: packed[name].contiguous() for name in sorted(packed)})
-    sha256 = hashlib.sha256(data).hexdigest()
-    return LayerFile(layer_file_name(layer), layer, len(data), sha256, source_sha256, quality), data
-
-
-def _layer_bytes(checkpoint: Checkpoint, layer_count: int) -> list[int]:
+def _check_layer_count(checkpoint: Checkpoint, layer_count: int) -> None:
     found = layer_count_in_tensors(checkpoint)
     if found != layer_count:
         raise IntegrityError(
             f"{printable(str(checkpoint.directory))} holds {counted(found, 'layer')}, its config says {layer_count}"
         )
-    return [
-        sum(entry.size_bytes for entry in layer_entries(checkpoint, layer)) for layer in range(layer_count)
-    ]

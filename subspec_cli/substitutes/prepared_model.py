@@ -18,7 +18,7 @@ from subspec_cli.errors import IntegrityError, SubspecError, UnsupportedModelErr
 from subspec_cli.files.home import prepared_root
 from subspec_cli.hub.command_hints import prepare_command, repair_command
 from subspec_cli.hub.model_name import parse_model_name
-from subspec_cli.substitutes.manifest import MANIFEST_NAME, LayerFile, Manifest, layer_path, read_manifest
+from subspec_cli.substitutes.manifest import MANIFEST_NAME, LayerFile, Manifest, file_path, read_manifest
 from subspec_cli.substitutes.prepared_names import full_name, last_used_id, manifests_by_recency, near_name
 from subspec_cli.substitutes.settings import SubstituteSettings
 from subspec_cli.substitutes.source_stamp import has_same_times, is_of_source, is_same_content
@@ -113,7 +113,7 @@ def load_layer(prepared: PreparedModel, layer: int) -> dict[str, torch.Tensor]:
     expected = _layer_file(prepared, layer)
     hint = repair_command(prepared.manifest.model_id)
     try:
-        path = layer_path(prepared.directory, expected)
+        path = file_path(prepared.directory, expected)
         data, found_sha256 = read_hashed_file(path, expected.size_bytes)
         if found_sha256 != expected.sha256:
             raise IntegrityError(

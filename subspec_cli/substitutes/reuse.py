@@ -1,20 +1,28 @@
-"""The layers of an earlier preparation that are still valid, so that a rerun makes only the others."""
+"""The files of an earlier preparation that are still valid, so that a rerun makes only the others."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
-from subspec_cli.checkpoint.checkpoint import Checkpoint, layer_count_in_tensors, layer_entries
-from subspec_cli.checkpoint.tensor_reader import read_hashed_tensors
+from subspec_cli.checkpoint.safetensors_header import TensorEntry
+from subspec_cli.checkpoint.tensor_reader import hash_tensors
 from subspec_cli.errors import IntegrityError, SubspecError
 from subspec_cli.files.home import prepared_root
 from subspec_cli.files.regular_file import FileState, file_state, has_size, read_small_file, sha256_file
-from subspec_cli.substitutes.manifest import JOURNAL_NAME, MANIFEST_NAME, LayerFile, Manifest, read_manifest
+from subspec_cli.substitutes.manifest import (
+    JOURNAL_NAME,
+    MANIFEST_NAME,
+    LayerFile,
+    Manifest,
+    Part,
+    StoredFile,
+    read_manifest,
+)
 from subspec_cli.substitutes.source_stamp import is_equal_stamp
 
 Twins: TypeAlias = dict[tuple[int, str], tuple[Path, LayerFile]]
@@ -22,8 +30,12 @@ Twins: TypeAlias = dict[tuple[int, str], tuple[Path, LayerFile]]
 record, by the layer and the SHA-256 of its 16-bit bytes."""
 
 
-def finished_manifest(directory: Path, goal: Manifest, layer_count: int) -> Manifest | None:
-    """The manifest of a complete set like `goal` in `directory`, if there is one. The layers are not read.
+Sources: TypeAlias = Mapping[Part, Sequence[TensorEntry]]
+"""The 16-bit tensors of each part that a set is made of, `in_read_order`."""
+
+
+def finished_manifest(directory: Path, goal: Manifest, parts: Sequence[Part]) -> Manifest | None:
+    """The manifest of a set like `goal` in `directory` that has all parts, if there is one. No file is read.
 
     Raises:
         UnsupportedModelError: the manifest is a newer version's.
@@ -38,33 +50,36 @@ def finished_manifest(directory: Path, goal: Manifest, layer_count: int) -> Mani
         or not is_equal_stamp(found.source_stamp, goal.source_stamp)
     ):
         return None
-    if [file.layer for file in found.layers] != list(range(layer_count)):
+    if [file.part for file in found.files] != list(parts):
         return None
-    return found if all(_is_present(directory, file) for file in found.layers) else None
+    return found if all(_is_present(directory, file) for file in found.files) else None
 
 
-def reusable_layers(
-    directory: Path, goal: Manifest, checkpoint: Checkpoint
-) -> Iterator[tuple[LayerFile, FileState]]:
-    """The recorded layers, ascending, whose files and source still hold the same bytes, and the files' states.
+def reusable_files(
+    directory: Path, goal: Manifest, sources: Sources
+) -> Iterator[tuple[StoredFile, FileState]]:
+    """The recorded files, in order, if they and their source still hold the same bytes, and the files' states.
 
     Raises:
         UnsupportedModelError: a manifest is a newer version's.
         IntegrityError: the source is damaged.
         ResourceError: something cannot be read.
     """
-    listed: dict[int, tuple[LayerFile, bool]] = {}
+    listed: dict[Part, tuple[StoredFile, bool]] = {}
+    # A set without a head was finished when it was made: whoever made its layers, only the head is added.
+    layers = [part for part in sources if part != "head"]
+    lacks_head = "head" in sources and finished_manifest(directory, goal, layers) is not None
     for name in (MANIFEST_NAME, JOURNAL_NAME):  # the journal is the newer one
         found = _read_usable(directory / name)
-        if found is not None and found.is_same_build_as(goal):
+        if found is not None and (found.is_same_build_as(goal) or lacks_head):
             same_stamp = is_equal_stamp(found.source_stamp, goal.source_stamp)
-            listed |= {file.layer: (file, same_stamp) for file in found.layers}
-    layer_count = layer_count_in_tensors(checkpoint)
-    for layer, (file, same_stamp) in sorted(listed.items()):
-        if layer >= layer_count or not _is_present(directory, file):
+            listed |= {file.part: (file, same_stamp) for file in found.files}
+    for part, entries in sources.items():
+        file, same_stamp = listed.get(part, (None, False))
+        if file is None or not _is_present(directory, file):
             continue
         # A different stamp does not mean different content: a copied or restored directory has new times, same bytes.
-        if not same_stamp and _source_sha256(checkpoint, layer) != file.source_sha256:
+        if not same_stamp and hash_tensors(entries) != file.source_sha256:
             continue
         state = file_state((directory / file.name).stat())
         if sha256_file(directory / file.name) == file.sha256:
@@ -103,11 +118,7 @@ def _read_usable(path: Path) -> Manifest | None:
         return None
 
 
-def _is_present(directory: Path, file: LayerFile) -> bool:
+def _is_present(directory: Path, file: StoredFile) -> bool:
     path = directory / file.name
     # A link may lead anywhere. Loading does not open it either.
     return not path.is_symlink() and has_size(path, file.size_bytes)
-
-
-def _source_sha256(checkpoint: Checkpoint, layer: int) -> str:
-    return read_hashed_tensors(layer_entries(checkpoint, layer))[1]

@@ -33,6 +33,12 @@ def substitute_layer_bytes(geometry: ModelGeometry, settings: SubstituteSettings
     return tuple(sizes[mixer] for mixer in geometry.mixers)
 
 
+def substitute_head_bytes(geometry: ModelGeometry) -> int:
+    """Bytes of the draft's 4-bit head in memory: codes, a scale and a zero per group; 0 if no kernel takes it."""
+    weights, group_size = geometry.vocab * geometry.hidden, group_size_for((geometry.vocab, geometry.hidden))
+    return 0 if group_size is None else weights // 2 + weights // group_size * 4
+
+
 def _substitute_bytes(
     geometry: ModelGeometry, shapes: Mapping[str, tuple[int, ...]], settings: SubstituteSettings
 ) -> int:
