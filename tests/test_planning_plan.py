@@ -597,6 +597,16 @@ def test_a_low_bit_head_is_taken_where_it_pays_and_counted() -> None:
     assert same.draft_head_bits == 16
 
 
+@pytest.mark.parametrize("link_gb_per_s", [1.2, 2.2])
+def test_on_a_cpu_no_resident_layer_is_planned_before_the_4_bit_head(link_gb_per_s: float) -> None:
+    """A draft step reads the head, a pass reads the layer: a round has many steps."""
+    geometry = make_geometry(layers=10, vocab=32_000)
+    request = make_request(geometry, costs=assumed_costs(geometry, "cpu", link_gb_per_s))
+    drafting = [item.layout for item in LayoutSearch(request).front if item.depth.depth]
+    assert {layout.draft_head_bits for layout in drafting if layout.resident} == {4}
+    assert sum(layout.draft_head_bits == 16 for layout in drafting) < 4
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_along_all_budgets_no_step_is_predicted_slower(device: str) -> None:
     """Without a context of the user's, so that context grows at some steps and layers at others."""

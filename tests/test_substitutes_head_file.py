@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from subspec_cli.checkpoint.checkpoint import open_checkpoint
 from subspec_cli.checkpoint.geometry import EMBEDDING, HEAD
 from subspec_cli.checkpoint.safetensors_header import TensorEntry, read_header
 from subspec_cli.errors import IntegrityError
-from subspec_cli.modeling.quantization import head_quantizer
+from subspec_cli.modeling import quantization
 from subspec_cli.modeling.substitute import Int4Linear, load_table, low_bit_table, unpack_codes
 from subspec_cli.substitutes import head_file
 from subspec_cli.substitutes.head_file import head_entry, head_file_bytes, read_head, write_head
@@ -26,6 +27,7 @@ from subspec_cli.substitutes.inventory import list_stored
 from subspec_cli.substitutes.manifest import HEAD_NAME, JOURNAL_NAME, MANIFEST_NAME, read_manifest
 from subspec_cli.substitutes.prepared_model import PreparedModel, find_prepared
 from subspec_cli.substitutes.repair import drop_damaged
+from subspec_cli.substitutes.settings import substitute_head_bytes
 
 VOCAB, HIDDEN = 208, 128
 """Three pieces of 64 rows, and one of 16."""
@@ -52,7 +54,7 @@ def table_in(directory, dtype=torch.bfloat16, **changes) -> tuple[torch.Tensor, 
 
 
 def written(directory, entry, quantizer=None):
-    return write_head(directory, entry, quantizer or head_quantizer("minmax"), torch.bfloat16)[0]
+    return write_head(directory, entry, quantizer or quantization.quantize_head, torch.bfloat16)[0]
 
 
 def stored_head(model, directory, file) -> PreparedModel:
@@ -70,7 +72,7 @@ def test_pieces_hold_what_quanto_makes_of_the_whole_table(tmp_path, dtype):
     assert sorted(found) == [
         f"{row:07d}.{part}" for row in (0, 64, 128, 192) for part in ("codes", "scale", "shift")
     ]
-    whole, quality = head_quantizer("minmax")(table.bfloat16())
+    whole, quality = quantization.quantize_head(table.bfloat16())
     for part in ("scale", "shift"):
         assert torch.equal(torch.cat([found[name] for name in sorted(found) if part in name]), whole[part])
     codes = torch.cat([unpack_codes(found[name], 4) for name in sorted(found) if "codes" in name])
@@ -93,13 +95,21 @@ def test_a_loaded_table_multiplies_as_the_stored_one(tmp_path, model):
     assert loaded.packed.shape == made_at_load.packed.shape
 
 
+@pytest.mark.parametrize("hidden", [128, 192, 160])
+def test_the_plan_counts_the_bytes_that_are_held(hidden):
+    """With smaller groups there are more scales."""
+    table = low_bit_table(torch.ones((VOCAB, hidden)).bfloat16())
+    held_bytes = table.packed.nbytes + table.scales_and_zeros.nbytes
+    assert held_bytes == substitute_head_bytes(SimpleNamespace(vocab=VOCAB, hidden=hidden))
+
+
 def test_no_more_than_a_piece_is_in_memory_at_a_time(tmp_path):
     _, entry = table_in(tmp_path / "m")
     seen = []
 
     def watch(rows):
         seen.append(len(rows))
-        return head_quantizer("minmax")(rows)
+        return quantization.quantize_head(rows)
 
     written(tmp_path / "m", entry, quantizer=watch)
     assert seen == [64, 64, 64, 16]

@@ -66,10 +66,12 @@ def quantize_layer(tensors: Mapping[str, Tensor], settings: SubstituteSettings) 
     return QuantizedLayer(stored, quality)
 
 
-def head_quantizer(optimizer: str) -> Callable[[Tensor], tuple[dict[str, Tensor], MatrixQuality]]:
-    """Quantizer of the head's rows, to 4 bits with quanto."""
-    quantizer = _quantizer(HEAD_BITS, optimizer)
-    return lambda rows: _quantized(rows, quantizer)
+def quantize_head(rows: Tensor) -> tuple[dict[str, Tensor], MatrixQuality]:
+    """Quantize rows of the head to 4 bits by the extremes of their groups.
+
+    HQQ or smaller groups gain nothing: the head only picks the tokens that the 16-bit head scores.
+    """
+    return _quantized(rows, _quantizer(HEAD_BITS, "minmax"))
 
 
 _MatrixQuantizer: TypeAlias = Callable[[Tensor, int], _QuantizedMatrix]

@@ -20,7 +20,7 @@ from subspec_cli.probe.kept_rates import DOWNLOAD, keep_rate, preparing
 from subspec_cli.reporter import SILENT, Reporter
 from subspec_cli.session.openmp import set_openmp_defaults
 from subspec_cli.streaming.process_limits import check_libraries_fit
-from subspec_cli.substitutes.head_file import HEAD_BITS, HeadQuantizer
+from subspec_cli.substitutes.head_file import HEAD_BITS
 from subspec_cli.substitutes.integrity import Finding
 from subspec_cli.substitutes.inventory import StoredModel
 from subspec_cli.substitutes.layer_file import Quantizer
@@ -205,7 +205,7 @@ def _kind_report(kind: str, bits: int, quality: MatrixQuality) -> KindReport:
 
 def _recipe(settings: SubstituteSettings) -> SubstituteRecipe:
     versions = {name: version for name, version in library_versions().items() if name in _QUANTIZERS}
-    return SubstituteRecipe(settings, _quantizer(settings), _head_quantizer(settings), versions)
+    return SubstituteRecipe(settings, _quantizer(settings), _quantize_head, versions)
 
 
 def _quantizer(settings: SubstituteSettings) -> Quantizer:
@@ -218,13 +218,10 @@ def _quantizer(settings: SubstituteSettings) -> Quantizer:
     return quantize
 
 
-def _head_quantizer(settings: SubstituteSettings) -> HeadQuantizer:
-    def quantize(rows: Tensor) -> tuple[dict[str, Tensor], MatrixQuality]:
-        from subspec_cli.modeling.quantization import head_quantizer
+def _quantize_head(rows: Tensor) -> tuple[dict[str, Tensor], MatrixQuality]:
+    from subspec_cli.modeling.quantization import quantize_head
 
-        return head_quantizer(settings.optimizer)(rows)
-
-    return quantize
+    return quantize_head(rows)
 
 
 def _matching(overrides: Iterable[tuple[str, int]], bits: int) -> tuple[tuple[str, int], ...]:
