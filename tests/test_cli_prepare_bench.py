@@ -87,6 +87,8 @@ def test_prepare_shows_the_download_while_there_is_one():
     state = FakePrepareProgress(1, 4, 1 << 30, 4 << 30, 9.0, FakeDownload())
     assert progress_text(state) == "file 2/5 · 6.00 GiB of 14.0 GiB · 21.5 MB/s · 6:40 left · layer 1/4"
     assert progress_share(state) == (6 << 30, 14 << 30)
+    state = FakePrepareProgress(4, 4, 3 << 30, 4 << 30, 9.0)
+    assert progress_text(state).startswith("head · 3.00 GiB of 4.00 GiB")
     state = FakePrepareProgress(1, 4, 1 << 30, 4 << 30, 9.0, FakeDownload(done_files=5))
     assert progress_text(state).startswith("layer 1/4 · 1.00 GiB of 4.00 GiB")
     assert progress_share(state) == (1 << 30, 4 << 30)
