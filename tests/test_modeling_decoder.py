@@ -342,7 +342,7 @@ def test_padded_sizes_are_few_and_hold_whole_blocks(row_block: int) -> None:
     sizes = [RowRules(row_block).padded(rows) for rows in range(1, 257)]
     assert all(size >= rows and size % row_block == 0 for rows, size in enumerate(sizes, start=1))
     assert sizes == sorted(sizes)
-    assert len(set(sizes)) <= 10, "kernels keep code and memory for each size"
+    assert len(set(sizes)) <= 12, "kernels keep code and memory for each size"
 
 
 @pytest.mark.parametrize("width", [100, 20_000, 40_000])
