@@ -26,7 +26,7 @@ ATTENTION_WORK_BYTES: Final = 8 * MIB
 """Most bytes for the results of the blocks of a tile of rows, before they are summed."""
 PREFILL_CHUNK: Final = 256
 """Rows of a prompt that go through a layer together. Chunks end at multiples of it, for every budget and mode."""
-ROW_SIZES: Final = (8, 16, 32, 48, 64)
+ROW_SIZES: Final = (8, 16, 24, 32, 40, 48, 56, 64)
 """Row counts that a pass of the target is padded to, and multiples of the last."""
 SHADOW_ROWS: Final = 128
 """Cache rows for what is drafted while the target's weights arrive."""

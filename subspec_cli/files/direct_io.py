@@ -14,7 +14,8 @@ from subspec_cli.files.io_errors import read_error
 from subspec_cli.units import printable
 
 PAGE_BYTES: Final = 4096
-_REQUEST_BYTES: Final = 2 << 20
+_REQUEST_BYTES: Final = 16 << 20
+"""Bytes of one read. Its pieces go to the disk together; between two reads the disk has nothing to do."""
 _MOST_FILES: Final = 16
 """Files that a reader keeps open. A large model has hundreds, which a process may not have open at the same time."""
 

@@ -25,7 +25,7 @@ from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.layers import HeadRows, LayerMath, OutputMath
 from subspec_cli.modeling.rope import Rotations
 from subspec_cli.modeling.row_group import RowGroup
-from subspec_cli.modeling.row_rules import RowRules
+from subspec_cli.modeling.row_rules import RowRules, serial
 from subspec_cli.modeling.target_delta import DeltaInputs, TreeLinks, run_delta, tree_links
 from subspec_cli.modeling.token_batch import TokenBatch
 
@@ -217,25 +217,32 @@ class TargetDecoder:
         match block.kind:
             case "gate":
                 if not self.math.is_parallel:
-                    flow.normed = self.math.mlp_input(block.layer, flow.hidden)
+                    with serial(flow.hidden.numel()):
+                        flow.normed = self.math.mlp_input(block.layer, flow.hidden)
                 flow.inner = self._project(block, "mlp.gate_proj", flow.normed)
             case "up":
                 up = self._project(block, "mlp.up_proj", flow.normed)
-                flow.inner = self.rules.gated(self.math.geometry.arithmetic.activation, flow.inner, up)
+                with serial(up.numel()):
+                    flow.inner = self.rules.gated(self.math.geometry.arithmetic.activation, flow.inner, up)
                 del flow.normed
             case "down":
                 output = self._project(block, "mlp.down_proj", flow.inner)
-                flow.hidden = self.math.with_mlp(block.layer, flow.hidden, output)
+                with serial(output.numel()):
+                    flow.hidden = self.math.with_mlp(block.layer, flow.hidden, output)
                 del flow.inner
 
     def project_heads(self, block: Block, flow: GroupFlow) -> HeadRows:
         """Return the rotated queries, keys and values of a group's rows, without padding."""
-        normed = self.math.attention_input(block.layer, flow.hidden)
+        elements = flow.hidden.numel()
+        with serial(elements):
+            normed = self.math.attention_input(block.layer, flow.hidden)
         names = "qk" if self.math.shape(block.layer).value_is_key else "qkv"
-        projected = torch.cat([self._project(block, f"self_attn.{name}_proj", normed) for name in names], -1)
+        projected = [self._project(block, f"self_attn.{name}_proj", normed) for name in names]
         if self.math.is_parallel:
             flow.normed = normed
-        return self.math.heads(block.layer, projected[: flow.group.rows], flow.rotations)
+        with serial(elements):
+            rows = torch.cat(projected, -1)[: flow.group.rows]
+            return self.math.heads(block.layer, rows, flow.rotations)
 
     def output_name(self, layer: int) -> str:
         """The matrix that projects what a layer's attention, or what is in its place, gives."""
@@ -245,7 +252,8 @@ class TargetDecoder:
         """Project `[N, H * D]` attended rows and add them to the hidden states."""
         attended = F.pad(attended, (0, 0, 0, flow.group.padded - flow.group.rows))
         output = self._project(block, self.output_name(block.layer).removesuffix(".weight"), attended)
-        flow.hidden = self.math.with_attention(block.layer, flow.hidden, output)
+        with serial(output.numel()):
+            flow.hidden = self.math.with_attention(block.layer, flow.hidden, output)
 
     def project_delta(self, block: Block, flow: GroupFlow) -> DeltaInputs:
         """Return what a group's rows put into a recurrent layer, without padding."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from subspec_cli.checkpoint.geometry import ModelGeometry
@@ -23,6 +24,7 @@ from subspec_cli.checkpoint.layer_description import AttentionShape
 from subspec_cli.limits import ATTENTION_WORK_BYTES, LARGE_BLOCK, SMALL_BLOCK
 from subspec_cli.modeling.block_kernels import BlockKernel, KernelName, block_kernel, padded_rows
 from subspec_cli.modeling.key_blocks import Span, TreeSpan, Window, WindowMasks, spans, tree_spans
+from subspec_cli.modeling.row_rules import serial
 
 _MANY_NODES: Final = 4
 """Nodes of one path that get a kernel call of their own."""
@@ -70,7 +72,7 @@ class PlacedCall:
     mask: Tensor | None
     """`[B, 1, R, size]`."""
     unseen: Tensor | None
-    """`[B, n * G, 1]` where a node sees nothing of a block; None if each sees each block."""
+    """`[B, R, 1]` where a node sees nothing of a block; None if each sees each block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,21 +82,32 @@ class GatheredCall:
     slots: Tensor
     """`[I * SMALL_BLOCK]` cache rows."""
     rows: Tensor
-    """`[I * R]` folded query rows that read each path; some stand twice, to fill up."""
+    """`[I * W]` folded query rows that read each path; some stand twice, to fill up."""
     paths: int
     mask: Tensor
-    """`[I, 1, R, SMALL_BLOCK]`."""
+    """`[I, 1, W, SMALL_BLOCK]`."""
+
+
+@dataclass(frozen=True, slots=True)
+class GatheredBlock:
+    """A block after those in place: the calls that compute it, and where each row's result is among theirs."""
+
+    calls: tuple[GatheredCall, ...]
+    """At least one."""
+    places: Tensor
+    """`[R]` places in the results of all calls, one call after the other; 0 for a row that sees nothing."""
+    unseen: Tensor | None
+    """`[R, 1]` rows that see nothing of the block; None if each sees something."""
 
 
 @dataclass(frozen=True, slots=True)
 class TreeTile:
-    """Nodes whose blocks are computed together."""
+    """Nodes whose blocks are computed together. Their folded rows are padded to `R` once for all calls."""
 
-    nodes: Tensor
-    """`[n]` indices into the tree."""
+    nodes: Tensor | None
+    """`[n]` indices into the tree; None for all nodes in their order."""
     placed: tuple[PlacedCall, ...]
-    gathered: tuple[tuple[GatheredCall, ...], ...]
-    """The calls for each block after those in place."""
+    gathered: tuple[GatheredBlock, ...]
 
 
 MaskKey = tuple[Window, int]
@@ -143,7 +156,7 @@ class ExactAttention:
         found = tree_spans(positions, path, committed)
         return {
             key: [
-                self._tree_tile(tile, masks)
+                self._tree_tile(tile, masks, is_whole=len(tile.nodes) == len(positions))
                 for span in found
                 for tile in span.tiles(self._tile_rows(span.span.large, SMALL_BLOCK))
             ]
@@ -166,14 +179,19 @@ class ExactAttention:
                     at = slice(tile.first - rows.first, tile.end - rows.first)
                     folded = _folded(query[at], shape)
                     parts = list(self._chain_parts(folded, keys, values, tile, masks))
-                    output[at] = _summed(parts, query[at], shape)
+                    output[at] = _summed(parts, query[at], folded.shape[1], shape)
             return output
         for tree in rows[key]:
-            chosen = query[tree.nodes]
-            folded = _folded(chosen, shape)
+            chosen = query if tree.nodes is None else query[tree.nodes]
+            with serial(chosen.numel()):
+                folded = padded_rows(_folded(chosen, shape), self.rules.row_multiple)
             parts = [self._placed_part(call, folded, keys, values) for call in tree.placed]
-            parts += [self._gathered_part(calls, folded, keys, values) for calls in tree.gathered]
-            output[tree.nodes] = _summed(parts, chosen, shape)
+            parts += [self._gathered_part(block, folded, keys, values) for block in tree.gathered]
+            with serial(folded.numel()):
+                found = _summed(parts, chosen, folded.shape[1], shape)
+            if tree.nodes is None:
+                return found
+            output[tree.nodes] = found
         return output
 
     def _chain_parts(
@@ -202,8 +220,8 @@ class ExactAttention:
             part = self._in_place(folded[:, at], keys, values, Blocks(start, 1, SMALL_BLOCK), mask)
             yield part._replace(first=at.start)
 
-    def _tree_tile(self, tree: TreeSpan, masks: WindowMasks) -> TreeTile:
-        """Make the calls of some nodes of a tree."""
+    def _tree_tile(self, tree: TreeSpan, masks: WindowMasks, *, is_whole: bool) -> TreeTile:
+        """Make the calls of some nodes of a tree, or of all nodes in their order."""
         begin, cut, end = masks.large_range(tree.span)
         small = range(max(tree.in_place.start, masks.first_small(tree.span)), tree.in_place.stop)
         placed = []
@@ -213,23 +231,32 @@ class ExactAttention:
             placed.append(PlacedCall(Blocks(cut * LARGE_BLOCK, end - cut, LARGE_BLOCK), None, None))
         if small:
             placed.append(self._placed_call(tree, small, SMALL_BLOCK, masks))
-        gathered = tuple(self._gathered_calls(tree, block, masks) for block in tree.gathered)
-        return TreeTile(tree.nodes.to(self._device), tuple(placed), gathered)
+        gathered = (self._gathered_block(tree, block, masks) for block in tree.gathered)
+        nodes = None if is_whole else tree.nodes.to(self._device)
+        return TreeTile(nodes, tuple(placed), tuple(block for block in gathered if block is not None))
 
     def _placed_call(self, tree: TreeSpan, blocks: range, size: int, masks: WindowMasks) -> PlacedCall:
         """Make the call for masked blocks that are read in place."""
         distances = tree.positions - torch.tensor(blocks)[:, None] * size
         table = masks.large_masks if size == LARGE_BLOCK else masks.small_masks
         mask = table(distances.to(self._device)).repeat_interleave(masks.group, 1)[:, None]
-        unseen = masks.unseen(distances, size).repeat_interleave(masks.group, 1)[..., None]
         return PlacedCall(
             Blocks(blocks.start * size, len(blocks), size),
-            mask,
-            unseen.to(self._device) if unseen.any() else None,
+            padded_rows(mask, self.rules.row_multiple),
+            self._unseen(masks.unseen(distances, size).repeat_interleave(masks.group, 1)),
         )
 
-    def _gathered_calls(self, tree: TreeSpan, block: int, masks: WindowMasks) -> tuple[GatheredCall, ...]:
-        """Make the calls for one gathered block: one for each path of many nodes, one for all the others."""
+    def _unseen(self, rows: Tensor) -> Tensor | None:
+        """Return which of `[..., R]` rows see nothing, as a padded column; None if all see some."""
+        if not rows.any():
+            return None
+        return padded_rows(rows[..., None], self.rules.row_multiple).to(self._device)
+
+    def _gathered_block(self, tree: TreeSpan, block: int, masks: WindowMasks) -> GatheredBlock | None:
+        """Make the calls for one gathered block: one for each path of many nodes, one for all the others.
+
+        Return None if no node sees the block.
+        """
         distances = tree.positions - block * SMALL_BLOCK
         hidden = masks.unseen(distances, SMALL_BLOCK).tolist()
         carriers = [
@@ -237,21 +264,34 @@ class ExactAttention:
             for slots, nodes in tree.carriers(block)
             if (seeing := [node for node in nodes if not hidden[node]])
         ]
+        if not carriers:
+            return None
         few = [carrier for carrier in carriers if len(carrier[1]) < _MANY_NODES]
         groups = [[carrier] for carrier in carriers if len(carrier[1]) >= _MANY_NODES] + (
             [few] if few else []
         )
-        return tuple(self._gathered_call(group, distances, masks) for group in groups)
+        calls = [self._gathered_call(group, distances, masks) for group in groups]
+        computed = torch.cat([rows for _, rows in calls])
+        rows = len(distances) * masks.group
+        places = torch.full((rows + -rows % self.rules.row_multiple,), -1)
+        places[computed] = torch.arange(len(computed))
+        unseen = self._unseen(places[:rows] < 0)
+        return GatheredBlock(tuple(call for call, _ in calls), places.clamp_(0).to(self._device), unseen)
 
     def _gathered_call(
         self, carriers: Sequence[tuple[Tensor, list[int]]], distances: Tensor, masks: WindowMasks
-    ) -> GatheredCall:
+    ) -> tuple[GatheredCall, Tensor]:
+        """Make a call for some paths; return its rows on the host as well."""
         width = max(len(nodes) for _, nodes in carriers)
         nodes = torch.tensor([[*nodes, *[nodes[-1]] * (width - len(nodes))] for _, nodes in carriers])
-        rows = (nodes[..., None] * masks.group + torch.arange(masks.group)).flatten()
-        mask = masks.small_masks(distances[nodes].to(self._device)).repeat_interleave(masks.group, 1)[:, None]
+        rows = (nodes[..., None] * masks.group + torch.arange(masks.group)).flatten(1)
+        mask = masks.small_masks(distances[nodes].to(self._device)).repeat_interleave(masks.group, 1)
+        # The last row fills up as well, so that queries are gathered with their padding.
+        missing = -rows.shape[1] % self.rules.row_multiple
+        rows = torch.cat((rows, rows[:, -1:].expand(-1, missing)), 1).flatten()
+        mask = torch.cat((mask, mask[:, -1:].expand(-1, missing, -1)), 1)[:, None]
         slots = torch.cat([slots for slots, _ in carriers])
-        return GatheredCall(slots.to(self._device), rows.to(self._device), len(carriers), mask)
+        return GatheredCall(slots.to(self._device), rows.to(self._device), len(carriers), mask), rows
 
     def _placed_part(self, call: PlacedCall, folded: Tensor, keys: Tensor, values: Tensor) -> _Part:
         part = self._in_place(folded, keys, values, call.blocks, call.mask)
@@ -272,29 +312,27 @@ class ExactAttention:
         )
         return _Part(0, output[:, :rows], log_sum[:, :rows])
 
-    def _gathered_part(
-        self, calls: Sequence[GatheredCall], folded: Tensor, keys: Tensor, values: Tensor
-    ) -> _Part:
+    def _gathered_part(self, block: GatheredBlock, folded: Tensor, keys: Tensor, values: Tensor) -> _Part:
         """Attend with each node to the block as its path has it; paths are items of the kernel's batch."""
-        K, rows, D = folded.shape
-        whole = folded.new_zeros((rows, K, D), dtype=torch.float32)
-        log_sum = folded.new_full((rows, K), -torch.inf, dtype=torch.float32)
-        for call in calls:
-            width = len(call.rows) // call.paths
-            query = folded.index_select(1, call.rows).view(K, call.paths, width, D).transpose(0, 1)
-            own_keys, own_values = (
-                cached.index_select(1, call.slots).view(K, call.paths, SMALL_BLOCK, D).transpose(0, 1)
-                for cached in (keys, values)
+        K, _, D = folded.shape
+        outputs, log_sums = [], []
+        for call in block.calls:
+            with serial(folded.numel()):
+                query = folded.index_select(1, call.rows).view(K, call.paths, -1, D).transpose(0, 1)
+                own_keys, own_values = (
+                    cached.index_select(1, call.slots).view(K, call.paths, SMALL_BLOCK, D).transpose(0, 1)
+                    for cached in (keys, values)
+                )
+            output, log_sum = self._kernel(query, own_keys, own_values, call.mask)
+            outputs.append(output.reshape(-1, K, D))
+            log_sums.append(log_sum.reshape(-1, K))
+        with serial(folded.numel()):
+            output, log_sum = (
+                torch.cat(found).index_select(0, block.places) for found in (outputs, log_sums)
             )
-            output, found = self._kernel(
-                padded_rows(query, self.rules.row_multiple),
-                own_keys,
-                own_values,
-                padded_rows(call.mask, self.rules.row_multiple),
-            )
-            whole.index_copy_(0, call.rows, output[:, :width].reshape(-1, K, D).float())
-            log_sum.index_copy_(0, call.rows, found[:, :width].reshape(-1, K))
-        return _Part(0, whole[None], log_sum[None])
+        if block.unseen is not None:
+            log_sum.masked_fill_(block.unseen, -torch.inf)
+        return _Part(0, output[None], log_sum[None])
 
     def _tile_rows(self, large: int, gathered_keys: int = 0) -> int:
         """Return how many rows with so many large blocks may be computed at once, by the memory for their results."""
@@ -305,22 +343,16 @@ class ExactAttention:
         return rows // SMALL_BLOCK * SMALL_BLOCK if rows >= SMALL_BLOCK else max(1, rows)
 
 
-def _summed(parts: Sequence[_Part], query: Tensor, shape: AttentionShape) -> Tensor:
+def _summed(parts: Sequence[_Part], query: Tensor, rows: int, shape: AttentionShape) -> Tensor:
     """Sum the blocks of `[n, H, D]` queries in order, weighted by their log-sum-exp; returns `[n, H * D]`.
 
-    Multiplications and additions are separate, each of them rounded: a fused one may or may not be taken at the
-    end of a vector, and a row's bits would depend on where it stands.
+    `rows` counts the folded rows, with padding if the parts have it. Multiplications and additions are separate,
+    each of them rounded: a fused one may or may not be taken at the end of a vector, and a row's bits would depend on
+    where it stands.
     """
-    rows, K, D = len(query) * shape.group, shape.kv_heads, shape.head_dim
-    log_sums = query.new_full(
-        (sum(len(part.output) for part in parts), rows, K), -torch.inf, dtype=torch.float32
-    )
-    block = 0
-    for part in parts:
-        count, width = part.log_sum.shape[:2]
-        log_sums[block : block + count, part.first : part.first + width] = part.log_sum
-        block += count
-    weights = log_sums.sub_(log_sums.amax(0)).exp_()[..., None]
+    n, K, G, D = len(query), shape.kv_heads, shape.group, shape.head_dim
+    weights = _whole_log_sums(parts, rows)
+    weights = weights.sub_(weights.amax(0)).exp_()[..., None]
     total, summed = torch.zeros_like(weights[0]), query.new_zeros((rows, K, D), dtype=torch.float32)
     weighted = torch.empty_like(summed)
     outputs = ((part.first, output) for part in parts for output in part.output)
@@ -328,8 +360,19 @@ def _summed(parts: Sequence[_Part], query: Tensor, shape: AttentionShape) -> Ten
         at = slice(first, first + len(output))
         summed[at].add_(weighted[at].copy_(output).mul_(weight[at]))
         total.add_(weight)
-    mixed = summed.div_(total).to(query.dtype)
-    return mixed.view(len(query), shape.group, K, D).transpose(1, 2).reshape(len(query), -1)
+    mixed = summed.div_(total)[: n * G].view(n, G, K, D).transpose(1, 2)
+    return mixed.to(query.dtype, memory_format=torch.contiguous_format).reshape(n, -1)
+
+
+def _whole_log_sums(parts: Sequence[_Part], rows: int) -> Tensor:
+    """Return the log-sum-exp of all blocks, `[B, rows, K]`, in fresh memory; -inf where a part has no row."""
+    if all(part.log_sum.shape[1] == rows for part in parts):
+        return torch.cat([part.log_sum for part in parts])
+    blocks = [
+        F.pad(part.log_sum, (0, 0, part.first, rows - part.first - part.log_sum.shape[1]), value=-torch.inf)
+        for part in parts
+    ]
+    return torch.cat(blocks)
 
 
 def _folded(query: Tensor, shape: AttentionShape) -> Tensor:

@@ -5,6 +5,8 @@ Shapes: `P` rows with padding.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
@@ -17,6 +19,8 @@ from subspec_cli.limits import ROW_SIZES
 
 _SERIAL_ELEMENTS: Final = 32_768
 """Elementwise kernels run on one thread below this many elements (torch's grain size)."""
+_FEW_ELEMENTS: Final = 4 * _SERIAL_ELEMENTS
+"""Elements for which no second thread is woken: it would wait for a core longer than the whole work takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,23 @@ class RowRules:
         for rows, other in zip(gate.split(tile), up.split(tile), strict=True):
             activate_(activation, rows).mul_(other)
         return gate
+
+
+@contextmanager
+def serial(elements: int) -> Iterator[None]:
+    """Run elementwise work on one thread, if its tensors have few elements.
+
+    A pass has some dozens of such operations a layer, and a core that reads weights meanwhile is not there at once.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or elements > _FEW_ELEMENTS:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def sigmoid(rows: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from subspec_cli.checkpoint.layer_tensors import LAYER_BLOCKS
 from subspec_cli.errors import ResourceError
+from subspec_cli.limits import ROW_SIZES
 from subspec_cli.metrics import Exactness
 from subspec_cli.modeling.attention_check import find_attention_rules
 from subspec_cli.modeling.decoder import Block, BlockStream, GroupFlow, Head, TargetDecoder
@@ -103,7 +104,8 @@ def check_batch_invariance(
 def row_counts(most_nodes: int, prefill_rows: int) -> tuple[int, ...]:
     """The row counts to check: all small ones, then the sizes in use and their neighbours, up to the largest."""
     most = max(most_nodes, prefill_rows)
-    counts = {*range(1, 18), 24, 31, 32, 33, 48, 49, *range(64, most, 64), 65, most - 1, most, most_nodes}
+    sizes = (*ROW_SIZES, *range(2 * ROW_SIZES[-1], most, ROW_SIZES[-1]))
+    counts = {*range(1, 18), 31, 33, 65, *sizes, most - 1, most, most_nodes}
     return tuple(sorted(n for n in counts if 1 <= n <= most))
 
 

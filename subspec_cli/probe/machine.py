@@ -28,6 +28,7 @@ from subspec_cli.checkpoint.layer_tensors import (
 from subspec_cli.checkpoint.widening import widen
 from subspec_cli.drafting.draft_steps import rank
 from subspec_cli.drafting.graph_capture import CudaGraphs, Run
+from subspec_cli.limits import ROW_SIZES
 from subspec_cli.modeling.decoder import Block, DraftDecoder, DraftHead, DraftLogits, Head, TargetDecoder
 from subspec_cli.modeling.exact_attention import FIRST_RULES, ExactAttention
 from subspec_cli.modeling.kv_cache import KVCache, cache_for
@@ -61,7 +62,7 @@ _ATTENTION_TARGET_LAYERS: Final = 2
 """Layers in which the target's attention is timed; it computes more than it reads."""
 _NARROW: Final = 64
 """Width of those layers beside attention, so that their time is attention's."""
-_TIMED_PASS_ROWS: Final = (1, 8, 16, 32, 48, 64, 128)
+_TIMED_PASS_ROWS: Final = (1, *ROW_SIZES, 2 * ROW_SIZES[-1])
 _TIMED_STEP_ROWS: Final = (1, 2, 3, 4, 6, 8)
 _ATTENTION_PASS_ROWS: Final = (1, 16, 64)
 _ATTENTION_STEP_ROWS: Final = (1, 4, 8)
