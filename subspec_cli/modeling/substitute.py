@@ -232,7 +232,7 @@ def _linear(parts: list[_StoredMatrix], biases: list[Tensor | None], device: tor
         return Int8Linear(torch.cat([part.data for part in parts]).to(device), scales.to(device), bias)
     codes, pairs = zip(*(_kernel_layout(part) for part in parts), strict=True)
     scales_and_zeros = torch.cat(pairs, dim=1).contiguous().to(device)
-    return Int4Linear(_pack(torch.cat(codes).to(device)), scales_and_zeros, parts[0].group_size, bias)
+    return Int4Linear(pack_codes(torch.cat(codes).to(device)), scales_and_zeros, parts[0].group_size, bias)
 
 
 def _kernel_layout(part: _StoredMatrix) -> tuple[Tensor, Tensor]:
@@ -271,7 +271,7 @@ def low_bit_table(weight: Tensor) -> Int4Linear | None:
         pairs = torch.stack((scale, low + 8 * scale), dim=-1)
         scales_and_zeros[:, done : done + len(rows)] = pairs.transpose(0, 1)
         # A packed table is a sequence of packed pieces; its first dimension counts rows or blocks of rows.
-        piece = _pack(codes)
+        piece = pack_codes(codes)
         if not done:
             packed = piece.new_empty((len(piece) * vocab // len(rows), *piece.shape[1:]))
         first = done * len(packed) // vocab
@@ -299,7 +299,7 @@ def unpack_codes(packed: Tensor, bits: int) -> Tensor:
     return torch.cat([(packed >> shift) & mask for shift in range(0, 8, bits)])
 
 
-def _pack(codes: Tensor) -> Tensor:
+def pack_codes(codes: Tensor) -> Tensor:
     """Pack codes `[out, in]` uint8 in 0..15 into the layout of torch's int4 kernel on the tensor's device."""
     if codes.device.type != "cpu":
         pairs = (codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8)
