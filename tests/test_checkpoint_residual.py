@@ -6,6 +6,7 @@ import torch
 from subspec_cli.checkpoint import residual
 from subspec_cli.checkpoint.packed_codes import IndexLayout, UnitLayout, find_layout
 from subspec_cli.checkpoint.residual import CodedMatrix, base_order, encode, ordered, rebuild, rebuild_rows
+from subspec_cli.errors import IntegrityError
 from subspec_cli.modeling.substitute import pack_codes
 
 CPU = torch.device("cpu")
@@ -153,3 +154,16 @@ def test_without_numba_the_same_bits_come_from_torch_operations(monkeypatch):
     monkeypatch.setattr(residual, "_rebuild_compiled", lambda *given: False)
     rebuild(encode(weight, codes, pairs), matrix, out)
     assert torch.equal(out.view(torch.int16), weight.view(torch.int16))
+
+
+def test_damaged_starts_and_marks_are_found_and_nothing_is_read_beyond_the_escapes():
+    matrix, codes, pairs = coded(80, 96, 32)
+    weight = near(codes, pairs, 140)
+    stored = encode(weight, codes, pairs)
+    for name, at, value in (("starts", 7, 1 << 30), ("starts", 9, -5), ("residuals", (11, 3), -128)):
+        damaged = {part: tensor.clone() for part, tensor in stored.items()}
+        damaged[name][at] = value
+        if name == "residuals":
+            damaged["residuals"][:] = -128
+        with pytest.raises(IntegrityError, match="damaged"):
+            rebuild(damaged, matrix, torch.empty_like(weight))

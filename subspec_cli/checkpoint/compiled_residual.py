@@ -13,6 +13,7 @@ from torch import Tensor
 from subspec_cli.checkpoint.packed_codes import CodedMatrix, UnitLayout
 from subspec_cli.checkpoint.row_ranges import in_row_ranges
 from subspec_cli.compiled import compiled, expand_marked, has_expanding_loads
+from subspec_cli.errors import IntegrityError
 
 _MARKER: Final = -128
 _LANES: Final = 32
@@ -45,7 +46,11 @@ def _between(coded: CodedMatrix, arrays: tuple[Any, ...], first: int, end: int) 
         low = max(first, part.first_row - coded.first_row)
         high = min(end, part.first_row + part.rows - coded.first_row)
         if low < high:
-            _rebuild_rows(*arrays, part.order.numpy(), (part.first_row, coded.first_row, low, high))
+            place = (part.first_row, coded.first_row, low, high)
+            if wrong := _rebuild_rows(*arrays, part.order.numpy(), place):
+                raise IntegrityError(
+                    f"the residuals of {wrong} rows are damaged", "subspec models verify --repair"
+                )
 
 
 def _transpose(
@@ -119,24 +124,31 @@ def _weights(base: Any, residuals: Any, out: Any) -> None:  # noqa: ANN401
         out[column] = np.int16(order ^ ((order >> np.int32(31)) & np.int32(0x7FFF)))
 
 
-def _set_escapes_by_vectors(residuals: Any, escapes: Any, next_escape: int, places: Any, out: Any) -> None:  # noqa: ANN401, ARG001
-    whole = len(out) // _LANES * _LANES
-    for first in range(0, whole, _LANES):
-        next_escape += _expand(residuals, out, escapes, next_escape, first)
-    for column in range(whole, len(out)):
+def _set_escapes_by_vectors(residuals: Any, escapes: Any, first_escape: int, places: Any, out: Any) -> int:  # noqa: ANN401, ARG001
+    """Replace marked weights by escapes, never beyond their list; returns how many were marked."""
+    number: Any = np.int64(first_escape)
+    columns, last = len(out), len(escapes) - _LANES
+    first = 0
+    while first + _LANES <= columns and number <= last:
+        number += _expand(residuals, out, escapes, number, first)
+        first += _LANES
+    for column in range(first, columns):
         if residuals[column] == _MARKER:
-            out[column] = escapes[next_escape]
-            next_escape += 1
+            if number < len(escapes):
+                out[column] = escapes[number]
+            number += 1
+    return number - first_escape
 
 
-def _set_escapes_by_places(residuals: Any, escapes: Any, next_escape: int, places: Any, out: Any) -> None:  # noqa: ANN401
-    """Without branches, which half of the escapes would mispredict."""
+def _set_escapes_by_places(residuals: Any, escapes: Any, first_escape: int, places: Any, out: Any) -> int:  # noqa: ANN401
+    """The same without branches, which half of the escapes would mispredict."""
     found: Any = 0
     for column in range(len(out)):
         places[found] = column
         found += np.int64(residuals[column] == _MARKER)
-    for number in range(found):
-        out[places[number]] = escapes[next_escape + number]
+    for number in range(min(found, len(escapes) - first_escape)):
+        out[places[number]] = escapes[first_escape + number]
+    return found
 
 
 def _rebuild(
@@ -146,15 +158,18 @@ def _rebuild(
     out: Any,  # noqa: ANN401
     order: Any,  # noqa: ANN401
     place: Any,  # noqa: ANN401
-) -> None:
-    """Rebuild some rows that are in units; `place` has the units' first packed row, the matrix's, and the rows."""
+) -> int:
+    """Rebuild some rows that are in units, and return the rows whose escapes are not as many as stored.
+
+    `place` has the first packed row of the units, that of the matrix, and the rows.
+    """
     residuals, starts, escapes = stored
     units_row, packed_row, first, end = place
     columns, unit_rows = residuals.shape[1], len(order)
     tile = np.empty((unit_rows // 2, columns // 8), dtype=np.uint64)
     values = np.empty(columns, dtype=np.float32)
     places = np.empty(columns + 1, dtype=np.int32)
-    row = first
+    row, wrong = first, np.int64(0)
     while row < end:
         unit_row = (packed_row + row - units_row) // unit_rows * unit_rows + units_row
         _transpose_unit(packed, unit_row // 16 * columns, unit_rows // 16, tile)
@@ -165,8 +180,11 @@ def _rebuild(
                 tile[at >> 1].view(np.uint8), np.int32((at & 1) << 2), pairs, packed_row + row, values
             )
             _row_weights(values.view(np.int32), residuals[row], out[row])
-            _set_escapes(residuals[row], escapes, starts[row], places, out[row])
+            start = min(max(starts[row], 0), len(escapes))
+            found = _set_escapes(residuals[row], escapes, start, places, out[row])
+            wrong += np.int64(found != starts[row + 1] - starts[row])
             row += 1
+    return wrong
 
 
 # Compiled once the module is imported: loops find each other by these names.

@@ -86,20 +86,35 @@ def rebuild(stored: Mapping[str, Tensor], coded: CodedMatrix, out: Tensor) -> No
 
 def rebuild_rows(stored: Mapping[str, Tensor], coded: CodedMatrix, out: Tensor, first: int, end: int) -> None:
     """Rebuild some rows by torch operations; no value leaves the device, so that nothing waits for a GPU."""
-    residuals, starts, escapes = (stored[name] for name in ("residuals", "starts", "escapes"))
     place = slice(coded.first_row + first, coded.first_row + end)
-    base = base_order(coded.codes(first, end), coded.scales_and_zeros[:, place])
+    pairs = coded.scales_and_zeros[:, place]
+    out.view(torch.int16)[first:end] = _decoded(stored, coded.codes(first, end), pairs, first, end)
+
+
+def is_exact(stored: Mapping[str, Tensor], weight: Tensor, codes: Tensor, pairs: Tensor) -> bool:
+    """Whether a residual gives every bit of the matrix; arguments as of `encode`."""
+    step = max(1, _STRIP_WEIGHTS // weight.shape[1])
+    for first in range(0, len(weight), step):
+        rows = slice(first, min(len(weight), first + step))
+        found = _decoded(stored, codes[rows], pairs[:, rows], rows.start, rows.stop)
+        if not torch.equal(found, weight.view(torch.int16)[rows]):
+            return False
+    return True
+
+
+def _decoded(stored: Mapping[str, Tensor], codes: Tensor, pairs: Tensor, first: int, end: int) -> Tensor:
+    """The bits of rows `first` to `end`, int16, from their codes and scales."""
+    residuals, starts, escapes = (stored[name] for name in ("residuals", "starts", "escapes"))
     part = residuals[first:end]
     marked = part == _MARKER
-    order = base.add_(part)
+    order = base_order(codes, pairs).add_(part)
     order ^= (order >> 31) & 0x7FFF
     if not len(escapes):
-        out.view(torch.int16)[first:end] = order.to(torch.int16)
-        return
+        return order.to(torch.int16)
     # An escape's number is the row's first one plus the marks before it in the row.
-    number = marked.cumsum(1, dtype=torch.int32).sub_(1).add_(starts[first:end, None]).clamp_(min=0)
-    values = escapes.index_select(0, number.clamp_(max=len(escapes) - 1).flatten()).view(number.shape)
-    out.view(torch.int16)[first:end] = torch.where(marked, values, order.to(torch.int16))
+    number = marked.cumsum(1, dtype=torch.int32).sub_(1).add_(starts[first:end, None])
+    values = escapes.index_select(0, number.clamp_(0, len(escapes) - 1).flatten()).view(number.shape)
+    return torch.where(marked, values, order.to(torch.int16))
 
 
 def _rebuild_compiled(stored: Mapping[str, Tensor], coded: CodedMatrix, out: Tensor) -> bool:
