@@ -124,7 +124,7 @@ def _weights(base: Any, residuals: Any, out: Any) -> None:  # noqa: ANN401
         out[column] = np.int16(order ^ ((order >> np.int32(31)) & np.int32(0x7FFF)))
 
 
-def _set_escapes_by_vectors(residuals: Any, escapes: Any, first_escape: int, places: Any, out: Any) -> int:  # noqa: ANN401, ARG001
+def _set_escapes_by_vectors(residuals: Any, escapes: Any, first_escape: int, places: Any, out: Any) -> Any:  # noqa: ANN401, ARG001
     """Replace marked weights by escapes, never beyond their list; returns how many were marked."""
     number: Any = np.int64(first_escape)
     columns, last = len(out), len(escapes) - _LANES
@@ -140,7 +140,7 @@ def _set_escapes_by_vectors(residuals: Any, escapes: Any, first_escape: int, pla
     return number - first_escape
 
 
-def _set_escapes_by_places(residuals: Any, escapes: Any, first_escape: int, places: Any, out: Any) -> int:  # noqa: ANN401
+def _set_escapes_by_places(residuals: Any, escapes: Any, first_escape: int, places: Any, out: Any) -> Any:  # noqa: ANN401
     """The same without branches, which half of the escapes would mispredict."""
     found: Any = 0
     for column in range(len(out)):
@@ -158,7 +158,7 @@ def _rebuild(
     out: Any,  # noqa: ANN401
     order: Any,  # noqa: ANN401
     place: Any,  # noqa: ANN401
-) -> int:
+) -> Any:  # noqa: ANN401
     """Rebuild some rows that are in units, and return the rows whose escapes are not as many as stored.
 
     `place` has the first packed row of the units, that of the matrix, and the rows.

@@ -25,8 +25,6 @@ _MARKER: Final = -128
 _LARGEST: Final = 127
 _STRIP_WEIGHTS: Final = 1 << 20
 """Weights that torch operations rebuild at a time, which bounds the memory of intermediate values."""
-PARTS: Final = ("starts", "residuals", "escapes")
-"""Tensors of a stored residual, in the order in which they follow each other in a file."""
 
 
 def ordered(bits: Tensor) -> Tensor:
@@ -46,7 +44,7 @@ def base_order(codes: Tensor, pairs: Tensor) -> Tensor:
 
 
 def encode(weight: Tensor, codes: Tensor, pairs: Tensor) -> dict[str, Tensor] | None:
-    """The residual of a matrix in bfloat16: its `PARTS` by name; None if it would take as many bytes as the matrix.
+    """The residual of a matrix in bfloat16: its parts by name; None if it would take as many bytes as the matrix.
 
     Args:
         weight: `[R, C]` bfloat16.
@@ -73,7 +71,7 @@ def encode(weight: Tensor, codes: Tensor, pairs: Tensor) -> dict[str, Tensor] | 
 
 
 def rebuild(stored: Mapping[str, Tensor], coded: CodedMatrix, out: Tensor) -> None:
-    """Write the weights `[R, C]` in bfloat16 to `out`, from the `PARTS` of a residual and the code of the matrix.
+    """Write the weights `[R, C]` in bfloat16 to `out`, from the parts of a residual and the code of the matrix.
 
     Compiled loops do it where numba is installed and the code's layout has units, else torch operations.
     """

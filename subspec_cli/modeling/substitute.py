@@ -195,6 +195,26 @@ def load_substitute(
     )
 
 
+def fused_projections(
+    math_: LayerMath, layer: int, substitute: SubstituteLayer
+) -> list[tuple[tuple[str, ...], tuple[Linear, ...]]]:
+    """The matrices of a layer by the projections that hold them: one for all in their order, or one for each."""
+    inward, outward = _mixer_names(math_, layer)
+    return [
+        (inward, substitute.qkv_proj),
+        ((outward,), (substitute.o_proj,)),
+        (("mlp.gate_proj", "mlp.up_proj"), substitute.gate_up_proj),
+        (("mlp.down_proj",), (substitute.down_proj,)),
+    ]
+
+
+def kernel_codes(
+    stored: Mapping[str, Tensor], name: str, shape: tuple[int, ...], bits: int
+) -> tuple[Tensor, Tensor]:
+    """Codes `[out, in]`, and scales and zeros `[in / group, out, 2]`, of one stored matrix, for the kernel."""
+    return _kernel_layout(_read_matrix(stored, name, shape, bits))
+
+
 @dataclass(frozen=True, slots=True)
 class _StoredMatrix:
     """One matrix as it is stored on disk: plain, or codes with scales."""

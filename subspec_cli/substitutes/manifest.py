@@ -111,8 +111,13 @@ def layer_file_name(layer: int) -> str:
 
 
 def layer_path(directory: Path, file: LayerFile) -> Path:
-    """Path of a layer's file. Raises IntegrityError for a link: nobody but this program writes the directory."""
-    path = directory / file.name
+    """Path of a layer's file. Errors as `file_path`."""
+    return file_path(directory, file.name)
+
+
+def file_path(directory: Path, name: str) -> Path:
+    """Path of a file of a set. Raises IntegrityError for a link: nobody but this program writes the directory."""
+    path = directory / name
     if path.is_symlink():
         raise IntegrityError(
             f"{printable(str(path))} is a link to {printable(os.readlink(path))}, not a file"
