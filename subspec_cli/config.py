@@ -180,6 +180,9 @@ class MemoryConfig:
         "N",
         "planned",
     )
+    no_residual: bool = _setting(
+        False, _SWITCH, "Stream 16-bit weights raw, also where residuals are prepared."
+    )
     reprobe: bool = _setting(
         False, _SWITCH, "Time link and kernels again, in place of what was kept from an earlier run."
     )

@@ -50,7 +50,7 @@ def tab_rows(stored: Sequence[StoredModel]) -> list[list[str]]:
 
 
 def label(stored: StoredModel) -> str:
-    """Width and optimizer of the substitutes, with `+residual` if there are; why they cannot be read, if that is so."""
+    """Width and optimizer of the substitutes, and `+residual`; why they cannot be read, if that is so."""
     if stored.manifest is None:
         return stored.problem
     return stored.manifest.settings.label + ("+residual" if stored.has_residuals else "")

@@ -20,7 +20,7 @@ from subspec_cli.modeling.substitute import (
     kernel_codes,
     pack_codes,
 )
-from subspec_cli.substitutes.settings import SubstituteSettings
+from subspec_cli.substitutes.settings import SubstituteSettings, group_size_for
 
 _BITS = 4
 
@@ -53,6 +53,34 @@ def differing_matrix(
         if not is_exact(found, weights[name], *kernel_codes(stored, name, tuple(weights[name].shape), _BITS)):
             return name
     return None
+
+
+def dummy_residual(
+    shape: tuple[int, int], device: torch.device
+) -> tuple[dict[str, Tensor], CodedMatrix] | None:
+    """A residual as those of trained models are, with one escape in twelve weights, and its codes: for timing.
+
+    None if no 4-bit kernel takes the shape.
+    """
+    group_size = group_size_for(shape)
+    if group_size is None:
+        return None
+    rows, columns = shape
+    random = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, shape, dtype=torch.uint8, generator=random)
+    pairs = torch.full((columns // group_size, rows, 2), 2.0**-6, dtype=torch.bfloat16)
+    residuals = torch.randint(-127, 128, shape, dtype=torch.int8, generator=random)
+    escaped = torch.rand(shape, generator=random) < 1 / 12
+    residuals[escaped] = -128
+    counts = escaped.sum(1)
+    stored = {
+        "starts": torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32),
+        "residuals": residuals,
+        "escapes": torch.zeros(int(counts.sum()), dtype=torch.int16),
+    }
+    layout = find_layout(pack_codes, rows, columns, device)
+    coded = CodedMatrix(pack_codes(codes.to(device)), pairs.to(device), layout, 0, shape)
+    return {name: tensor.to(device) for name, tensor in stored.items()}, coded
 
 
 class CodedLayers:

@@ -25,6 +25,7 @@ from subspec_cli.checkpoint.layer_tensors import (
     matrices_of,
     spread,
 )
+from subspec_cli.checkpoint.residual import rebuild
 from subspec_cli.checkpoint.widening import widen
 from subspec_cli.drafting.draft_steps import rank
 from subspec_cli.drafting.graph_capture import CudaGraphs, Run
@@ -32,6 +33,7 @@ from subspec_cli.modeling.decoder import Block, DraftDecoder, DraftHead, DraftLo
 from subspec_cli.modeling.exact_attention import FIRST_RULES, ExactAttention
 from subspec_cli.modeling.kv_cache import KVCache, cache_for
 from subspec_cli.modeling.layers import LayerMath, OutputMath
+from subspec_cli.modeling.residuals import dummy_residual
 from subspec_cli.modeling.rope import RopeTable, RopeTables, Rotation
 from subspec_cli.modeling.row_group import RowGroup, padded_ids
 from subspec_cli.modeling.row_rules import RowRules
@@ -80,8 +82,13 @@ def probe_machine(
     checkpoint: Checkpoint,
     device: torch.device,
     reporter: Reporter,
+    *,
+    rebuilds: bool = False,
 ) -> TimedMachine:
-    """Time the link, target layers, draft layers and heads, and watch who else works. Times snap to the grid."""
+    """Time the link, target layers, draft layers and heads, and watch who else works. Times snap to the grid.
+
+    `rebuilds` times the rebuilding of residuals too.
+    """
     before, spread = read_use(), Spread()
     layouts = _disk_layouts(geometry, checkpoint)
     on_cpu = device.type == "cpu"
@@ -93,10 +100,12 @@ def probe_machine(
         with reading(layouts) as beside:
             target, target_attention = workbench.target_layer(), attention.of_target()
             widening = workbench.widening()
+            rebuilding = workbench.rebuilding() if rebuilds else 0.0
         link = pageable = disk = beside.bytes_per_s
     else:
         target, target_attention = workbench.target_layer(), attention.of_target()
         widening = workbench.widening()
+        rebuilding = workbench.rebuilding() if rebuilds else 0.0
         disk = disk_rate(layouts)
         link, pageable = copy_rate(device, pinned=True), copy_rate(device, pinned=False)
     reporter.progress("the draft's layers")
@@ -115,6 +124,7 @@ def probe_machine(
         step_overhead_s=snapped(_TREE_S[device.type]),
         origin="measured",
         widen_bytes_per_s=snapped(widening),
+        rebuild_bytes_per_s=snapped(rebuilding),
     )
     return TimedMachine(costs, read_use().since(before).others_share, spread.usual)
 
@@ -208,6 +218,17 @@ class _Workbench:
         scale = torch.ones(1, device=self._device)
         times = time_rows(lambda _rows: widen(codes, scale, out), (1,), finish=self._finish)
         return codes.numel() / times.seconds[0]
+
+    @torch.inference_mode()
+    def rebuilding(self) -> float:
+        """Time how many bytes of 16-bit weights a second are rebuilt from residuals; 0.0 if no kernel takes them."""
+        found = dummy_residual((self._sizes.feed_forward, self._sizes.hidden), self._device)
+        if found is None:
+            return 0.0
+        stored, coded = found
+        out = torch.empty(coded.shape, dtype=torch.bfloat16, device=self._device)
+        times = time_rows(lambda _rows: rebuild(stored, coded, out), (1,), finish=self._finish)
+        return out.nbytes / times.seconds[0]
 
     @torch.inference_mode()
     def shared_layer(

@@ -26,6 +26,7 @@ from subspec_cli.modeling.exact_attention import FIRST_RULES, AttentionRules, Ex
 from subspec_cli.modeling.kv_cache import KVCache, cache_for
 from subspec_cli.modeling.layers import LayerMath, OutputMath
 from subspec_cli.modeling.pretrained import ModelTokenizer
+from subspec_cli.modeling.residuals import CodedLayers
 from subspec_cli.modeling.rope import RopeTables, build_rope_tables
 from subspec_cli.modeling.row_rules import RowRules
 from subspec_cli.modeling.self_check import SelfCheck, check_batch_invariance
@@ -130,7 +131,10 @@ class Loader:
             substitutes = self._substitutes(math) if plan.drafts else {}
             embedding_rows, head = self._tables(opened)
             embed = scaled_embedding(embedding_rows, found.geometry.arithmetic)
-            blocks = open_blocks(self._opening, opened)
+            coded = CodedLayers(math, self._opening.device)
+            blocks = open_blocks(
+                self._opening, opened, lambda layer: coded.of_layer(layer, substitutes[layer])
+            )
             kv = self._kv_cache(math)
             draft = None
             if plan.drafts:
