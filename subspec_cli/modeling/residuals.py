@@ -10,7 +10,7 @@ from torch import Tensor
 
 from subspec_cli.checkpoint.layer_tensors import matrices_of
 from subspec_cli.checkpoint.packed_codes import CodedMatrix, PackedLayout, find_layout
-from subspec_cli.checkpoint.residual import encode, is_exact
+from subspec_cli.checkpoint.residual import encode, is_exact, rebuild
 from subspec_cli.checkpoint.residual_names import RESIDUAL_PARTS, parts_of
 from subspec_cli.modeling.layers import LayerMath
 from subspec_cli.modeling.substitute import (
@@ -20,7 +20,7 @@ from subspec_cli.modeling.substitute import (
     kernel_codes,
     pack_codes,
 )
-from subspec_cli.substitutes.settings import SubstituteSettings, group_size_for
+from subspec_cli.substitutes.settings import GROUP_SIZES, SubstituteSettings, group_size_for
 
 _BITS = 4
 
@@ -53,6 +53,14 @@ def differing_matrix(
         if not is_exact(found, weights[name], *kernel_codes(stored, name, tuple(weights[name].shape), _BITS)):
             return name
     return None
+
+
+def compile_rebuilding(device: torch.device) -> None:
+    """Import and compile what rebuilds weights, so that no pass waits for it."""
+    found = dummy_residual((16, GROUP_SIZES[-1]), device)
+    assert found is not None
+    stored, coded = found
+    rebuild(stored, coded, torch.empty(coded.shape, dtype=torch.bfloat16, device=device))
 
 
 def dummy_residual(

@@ -77,7 +77,7 @@ def _rebuilt(
         block_recipe(source, streamed, coded(layer))
         for layer in opening.plan.streamed
         for source, streamed in zip(
-            block_entries(checkpoint.tensors, layer), residuals.blocks(checkpoint, layer), strict=True
+            block_entries(checkpoint.tensors, layer), residuals.blocks(checkpoint.tensors, layer), strict=True
         )
     ]
     regions = device_profile(opening.device.type).widened_blocks
@@ -89,7 +89,7 @@ def _streamed_entries(opening: Opening, layer: int) -> list[list[TensorEntry]]:
     checkpoint, residuals = opening.found.checkpoint, opening.residuals
     if residuals is None:
         return block_entries(checkpoint.tensors, layer)
-    return residuals.blocks(checkpoint, layer)
+    return residuals.blocks(checkpoint.tensors, layer)
 
 
 def open_streamer(opening: Opening) -> Streamer | None:

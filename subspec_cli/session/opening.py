@@ -78,7 +78,9 @@ def plan_opening(
     forms = [
         form
         for prepared, machine in zip(sets, machines, strict=True)
-        for form in stream_forms(prepared, found.geometry, found.checkpoint, machine, config, reporter.note)
+        for form in stream_forms(
+            prepared, found.geometry, found.checkpoint.tensors, machine, config, reporter.note
+        )
     ]
     requests = [
         replace(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from subspec_cli.checkpoint.checkpoint import Checkpoint
 from subspec_cli.checkpoint.geometry import ModelGeometry
+from subspec_cli.checkpoint.safetensors_header import TensorEntry
 from subspec_cli.config import Config
 from subspec_cli.errors import SubspecError
 from subspec_cli.planning.costs import MachineCosts
@@ -33,7 +33,7 @@ def has_residuals(prepared: PreparedModel, config: Config) -> bool:
 def stream_forms(
     prepared: PreparedModel,
     geometry: ModelGeometry,
-    checkpoint: Checkpoint,
+    tensors: Mapping[str, TensorEntry],
     costs: MachineCosts,
     config: Config,
     note: Callable[[str], None],
@@ -43,7 +43,7 @@ def stream_forms(
     residuals, problem = _residuals(prepared, config)
     if residuals is not None:
         try:
-            streamed = residuals.streamed(geometry, checkpoint)
+            streamed = residuals.streamed(geometry, tensors)
         except SubspecError as error:
             problem = str(error)
         else:

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from subspec_cli.checkpoint.checkpoint import Checkpoint
 from subspec_cli.checkpoint.geometry import ModelGeometry, StoredBytes
 from subspec_cli.checkpoint.layer_tensors import block_entries
 from subspec_cli.checkpoint.residual_names import parts_of
@@ -70,8 +69,8 @@ class ResidualSet:
     directory: Path
     files: tuple[ResidualFile, ...]
 
-    def blocks(self, checkpoint: Checkpoint, layer: int) -> list[list[TensorEntry]]:
-        """The entries of each block of a layer as it is streamed: residuals, and matrices that have none.
+    def blocks(self, tensors: Mapping[str, TensorEntry], layer: int) -> list[list[TensorEntry]]:
+        """The entries of each block of a layer as it is streamed: residuals, and those of `tensors` that have none.
 
         Raises IntegrityError for a file that is not as it was written.
         """
@@ -90,13 +89,13 @@ class ResidualSet:
                     else [entry]
                 )
             ]
-            for block in block_entries(checkpoint.tensors, layer)
+            for block in block_entries(tensors, layer)
         ]
 
-    def streamed(self, geometry: ModelGeometry, checkpoint: Checkpoint) -> StoredBytes:
+    def streamed(self, geometry: ModelGeometry, tensors: Mapping[str, TensorEntry]) -> StoredBytes:
         """The sizes of layers and blocks on the link."""
         blocks = [
-            [sum(entry.size_bytes for entry in block) for block in self.blocks(checkpoint, layer)]
+            [sum(entry.size_bytes for entry in block) for block in self.blocks(tensors, layer)]
             for layer in range(geometry.layers)
         ]
         return StoredBytes(tuple(map(sum, blocks)), max(map(max, blocks)))
