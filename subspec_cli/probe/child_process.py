@@ -124,9 +124,7 @@ def main() -> None:
     device = torch.device(order["device"])
     _say({"doing": "timing this machine"})
     reporter = Reporter(progress=lambda doing: _say({"doing": f"timing this machine: {doing}"}))
-    timed = probe_machine(
-        repository.geometry, settings, checkpoint, device, reporter, rebuilds=order["rebuilds"]
-    )
+    timed = probe_machine(repository.geometry, settings, checkpoint, device, reporter, order["rebuilds"])
     _say({"timed": timed.as_dict()})
 
 

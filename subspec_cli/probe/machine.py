@@ -25,7 +25,6 @@ from subspec_cli.checkpoint.layer_tensors import (
     matrices_of,
     spread,
 )
-from subspec_cli.checkpoint.residual import rebuild
 from subspec_cli.checkpoint.widening import widen
 from subspec_cli.drafting.draft_steps import rank
 from subspec_cli.drafting.graph_capture import CudaGraphs, Run
@@ -33,7 +32,6 @@ from subspec_cli.modeling.decoder import Block, DraftDecoder, DraftHead, DraftLo
 from subspec_cli.modeling.exact_attention import FIRST_RULES, ExactAttention
 from subspec_cli.modeling.kv_cache import KVCache, cache_for
 from subspec_cli.modeling.layers import LayerMath, OutputMath
-from subspec_cli.modeling.residuals import dummy_residual
 from subspec_cli.modeling.rope import RopeTable, RopeTables, Rotation
 from subspec_cli.modeling.row_group import RowGroup, padded_ids
 from subspec_cli.modeling.row_rules import RowRules
@@ -48,6 +46,7 @@ from subspec_cli.modeling.substitute import (
 from subspec_cli.modeling.token_batch import TokenBatch, causal_batch
 from subspec_cli.planning.costs import BASE_CACHED_ROWS, MachineCosts, RowTimes, attention_times, snapped
 from subspec_cli.probe.machine_use import read_use
+from subspec_cli.probe.rebuilding import rebuild_rate
 from subspec_cli.probe.timed_machine import Spread, TimedMachine
 from subspec_cli.probe.timers import copy_rate, disk_rate, reading, time_rows
 from subspec_cli.reporter import Reporter
@@ -82,13 +81,9 @@ def probe_machine(
     checkpoint: Checkpoint,
     device: torch.device,
     reporter: Reporter,
-    *,
     rebuilds: bool = False,
 ) -> TimedMachine:
-    """Time the link, target layers, draft layers and heads, and watch who else works. Times snap to the grid.
-
-    `rebuilds` times the rebuilding of residuals too.
-    """
+    """Time the link, layers and heads, and the rebuilding of residuals if wanted. Times snap to the grid."""
     before, spread = read_use(), Spread()
     layouts = _disk_layouts(geometry, checkpoint)
     on_cpu = device.type == "cpu"
@@ -99,13 +94,11 @@ def probe_machine(
         # A pass and the reader share cores and memory, so each is timed while the other runs.
         with reading(layouts) as beside:
             target, target_attention = workbench.target_layer(), attention.of_target()
-            widening = workbench.widening()
-            rebuilding = workbench.rebuilding() if rebuilds else 0.0
+            widening, rebuilding = workbench.widening(), rebuild_rate(geometry, device) if rebuilds else 0.0
         link = pageable = disk = beside.bytes_per_s
     else:
         target, target_attention = workbench.target_layer(), attention.of_target()
-        widening = workbench.widening()
-        rebuilding = workbench.rebuilding() if rebuilds else 0.0
+        widening, rebuilding = workbench.widening(), rebuild_rate(geometry, device) if rebuilds else 0.0
         disk = disk_rate(layouts)
         link, pageable = copy_rate(device, pinned=True), copy_rate(device, pinned=False)
     reporter.progress("the draft's layers")
@@ -218,17 +211,6 @@ class _Workbench:
         scale = torch.ones(1, device=self._device)
         times = time_rows(lambda _rows: widen(codes, scale, out), (1,), finish=self._finish)
         return codes.numel() / times.seconds[0]
-
-    @torch.inference_mode()
-    def rebuilding(self) -> float:
-        """Time how many bytes of 16-bit weights a second are rebuilt from residuals; 0.0 if no kernel takes them."""
-        found = dummy_residual((self._sizes.feed_forward, self._sizes.hidden), self._device)
-        if found is None:
-            return 0.0
-        stored, coded = found
-        out = torch.empty(coded.shape, dtype=torch.bfloat16, device=self._device)
-        times = time_rows(lambda _rows: rebuild(stored, coded, out), (1,), finish=self._finish)
-        return out.nbytes / times.seconds[0]
 
     @torch.inference_mode()
     def shared_layer(
