@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+from pathlib import Path
 
 import pytest
 from checkpoints import geometry_in, write_checkpoint
@@ -10,6 +12,9 @@ from fake_hub import FakeHub, running
 from fakes_session import shelf as shelf
 from tiny_models import one_thread as one_thread
 from tiny_models import tiny as tiny
+
+# Compiled loops outlive the homes of single tests.
+os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(__file__).parent / "__pycache__" / "numba"))
 
 
 @pytest.fixture(autouse=True, scope="session")
