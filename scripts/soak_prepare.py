@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Kill `subspec prepare` with SIGKILL again and again while it downloads and quantizes one model.
+"""Kill `subspec prepare --residual` with SIGKILL again and again while it downloads and quantizes one model.
 
 A hub on 127.0.0.1 serves the model, slowly as long as kills are still to come. At the end the prepared files
 must equal those of an undisturbed run, byte for byte, and the hub must have sent little more than the model.
@@ -115,7 +115,7 @@ def child_environment(url: str, work: Path) -> dict[str, str]:
 
 def command() -> list[str]:
     """Command line of the preparation."""
-    return [sys.executable, "-m", "subspec_cli", "prepare", MODEL]
+    return [sys.executable, "-m", "subspec_cli", "prepare", MODEL, "--residual"]
 
 
 def run_to_end(environment: dict[str, str]) -> None:
@@ -144,6 +144,8 @@ def killed_once(environment: dict[str, str], hub: FakeHub, delay_s: float) -> bo
 def what_was_there(work: Path) -> str:
     """State of the preparation, in words."""
     made = len(list((work / "home").glob("prepared/*/layer-*.safetensors")))
+    if list((work / "home").rglob("residual-*.safetensors")):
+        return "with residuals made"
     partial = any(path.stat().st_size for path in (work / "hub").rglob("*.incomplete"))
     if list((work / "home").rglob("*.tmp.*")):
         return "while writing a layer"

@@ -180,6 +180,9 @@ class MemoryConfig:
         "N",
         "planned",
     )
+    no_residual: bool = _setting(
+        False, _SWITCH, "Stream 16-bit weights raw, also where residuals are prepared."
+    )
     reprobe: bool = _setting(
         False, _SWITCH, "Time link and kernels again, in place of what was kept from an earlier run."
     )
@@ -278,6 +281,7 @@ class SubstituteConfig:
         "minmax", _choice("minmax", "hqq"), "How scales are found; hqq is slower."
     )
     """minmax takes a group's extremes, hqq searches for the smallest error."""
+    residual: bool = _setting(False, _SWITCH, "Write residuals too, so that passes stream fewer bytes.")
     overrides: tuple[tuple[str, int], ...] = _setting((), _OVERRIDES)
     """Other bits for matrices, by a pattern of the name inside the layer (`mlp.down_proj`); the first pattern
     that matches is used."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+from pathlib import Path
 
 import pytest
 from checkpoints import geometry_in, write_checkpoint
@@ -11,6 +13,9 @@ from fakes_session import attention_rules_found_once
 from fakes_session import shelf as shelf
 from tiny_models import one_thread as one_thread
 from tiny_models import tiny as tiny
+
+# Compiled loops outlive the homes of single tests.
+os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(__file__).parent / "__pycache__" / "numba"))
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -35,7 +40,7 @@ def assumed_machine(request, monkeypatch):
     from subspec_cli.planning.assumed_costs import assumed_costs
     from subspec_cli.probe.timed_machine import TimedMachine
 
-    def assume(directory, settings, device, reporter):
+    def assume(directory, settings, device, reporter, *, rebuilds=False):
         # So slow a link that drafting pays even for models of a few kilobytes.
         costs = assumed_costs(geometry_in(directory), device, link_gb_per_s=0.001, settings=settings)
         return TimedMachine(costs, others_share=None, spread=0.0)

@@ -43,3 +43,13 @@ def test_home_that_cannot_be_made(tmp_path, monkeypatch):
     with pytest.raises(ResourceError, match="no permission") as caught:
         home.make_home_directory(tmp_path / "a")
     assert "SUBSPEC_HOME" in caught.value.hint
+
+
+def test_compiled_loops_are_kept_under_the_home_unless_the_user_has_a_place(monkeypatch, tmp_path):
+    monkeypatch.setenv("SUBSPEC_HOME", str(tmp_path))
+    environment = {}
+    home.keep_compiled_loops(environment)
+    assert environment == {"NUMBA_CACHE_DIR": str(tmp_path / "numba")}
+    environment = {"NUMBA_CACHE_DIR": "/elsewhere"}
+    home.keep_compiled_loops(environment)
+    assert environment == {"NUMBA_CACHE_DIR": "/elsewhere"}

@@ -410,9 +410,9 @@ def test_packing_a_few_rows_at_a_time_equals_packing_the_whole(
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(16, (out_features, 128), generator=generator).to(torch.uint8)
-    in_parts = substitute._pack(codes)
+    in_parts = substitute.pack_codes(codes)
     monkeypatch.setattr(substitute, "_PACK_ROWS", out_features)
-    assert torch.equal(in_parts, substitute._pack(codes))
+    assert torch.equal(in_parts, substitute.pack_codes(codes))
 
 
 def test_loading_needs_no_quanto(tiny: MakeTiny, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from itertools import pairwise
-from typing import Any, Final
+from functools import cache, partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from subspec_cli.checkpoint.row_ranges import in_row_ranges
 from subspec_cli.compiled import compiled
-
-_LEAST_WEIGHTS: Final = 1 << 18
-"""Fewest weights for a thread of its own."""
 
 
 def widen_compiled(codes: Tensor, factors: Tensor, out: Tensor) -> bool:
@@ -29,25 +25,13 @@ def widen_compiled(codes: Tensor, factors: Tensor, out: Tensor) -> bool:
     kernel = _compiled_rows()
     if kernel is None:
         return False
-    rows = len(codes)
     arrays = (
         codes.view(torch.uint8).numpy(),
         factors.contiguous().numpy(),
         out.view(torch.int16).numpy().view(np.uint16),
     )
-    threads = max(1, min(torch.get_num_threads(), codes.numel() // _LEAST_WEIGHTS))
-    if threads == 1:
-        kernel(*arrays, 0, rows)
-        return True
-    cuts = [rows * number // threads for number in range(threads + 1)]
-    for done in [_pool(threads).submit(kernel, *arrays, first, end) for first, end in pairwise(cuts)]:
-        done.result()
+    in_row_ranges(partial(kernel, *arrays), len(codes), codes.numel())
     return True
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="widening")
 
 
 @cache

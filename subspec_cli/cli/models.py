@@ -153,6 +153,7 @@ def stored_values(stored: StoredModel) -> dict[str, Any]:
         "layers": len(manifest.layers) if manifest else None,
         "target_bytes": target.size_bytes if target else None,
         "target_bits": target.bits if target else None,
+        "has_residuals": stored.has_residuals,
         "substitute_bytes": stored.size_bytes,
         "last_used": None if used_s is None else datetime.fromtimestamp(used_s, UTC).isoformat(),
         "directory": stored.directory,

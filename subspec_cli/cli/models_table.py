@@ -50,8 +50,10 @@ def tab_rows(stored: Sequence[StoredModel]) -> list[list[str]]:
 
 
 def label(stored: StoredModel) -> str:
-    """Width and optimizer of the substitutes; why they cannot be read, if that is so."""
-    return stored.manifest.settings.label if stored.manifest else stored.problem
+    """Width and optimizer of the substitutes, and `+residual`; why they cannot be read, if that is so."""
+    if stored.manifest is None:
+        return stored.problem
+    return stored.manifest.settings.label + ("+residual" if stored.has_residuals else "")
 
 
 def _name_room(table: Sequence[Sequence[str]], width: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 from subspec_cli.planning.advice import LEAST_GAIN, Advice, Change
 from subspec_cli.planning.memory import WAITING_ROWS
@@ -15,6 +16,7 @@ from subspec_cli.planning.reason import (
     PlanReason,
     ResidentDraft,
     ShorterContext,
+    StreamChoice,
     WholeModel,
 )
 from subspec_cli.planning.timing import Outcome, Prediction
@@ -53,6 +55,8 @@ def _reasons(reason: PlanReason) -> Iterator[str]:
         yield _context_cost_text(reason.context_cost)
     if reason.substitutes is not None:
         yield _bits_text(reason.substitutes)
+    if reason.stream is not None:
+        yield _stream_text(reason.stream)
 
 
 def _layers_text(layers: GivenLayers | WholeModel | LayersThatPay) -> str:
@@ -95,6 +99,15 @@ def _share(loss: float) -> str:
 def _bits_text(substitutes: FasterBits) -> str:
     named = " and ".join(f"{bits}-bit" for bits in substitutes.slower_bits)
     return f"{substitutes.bits}-bit substitutes, predicted faster than {named}"
+
+
+def _stream_text(stream: StreamChoice) -> str:
+    sizes = f"{format_bytes(stream.residual_bytes)} of residuals a pass in place of {format_bytes(stream.raw_bytes)}"
+    rebuilt = f"rebuilt in {format_work_time(stream.rebuild_s)}"
+    if stream.residuals:
+        return f"streams {sizes}, {rebuilt}: predicted {stream.gain:.0%} faster than raw"
+    slow = "" if find_spec("numba") else "; numba rebuilds faster: pip install 'subspec-cli[residual]'"
+    return f"streams raw, predicted {stream.gain:.0%} faster than {sizes}, {rebuilt}{slow}"
 
 
 def assumptions(prediction: Prediction) -> tuple[str, ...]:

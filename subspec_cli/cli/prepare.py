@@ -16,8 +16,11 @@ from subspec_cli.streaming.host_memory import has_gpu
 from subspec_cli.units import GIB, counted, format_bytes, format_seconds
 
 if TYPE_CHECKING:
+    from subspec_cli.cli.output import Output
+    from subspec_cli.cli.output_progress import ProgressLine
     from subspec_cli.hub.weight_downloads import DownloadProgress
     from subspec_cli.session.prepare import KindReport, PrepareReport
+    from subspec_cli.session.residuals import ResidualReport
     from subspec_cli.substitutes.preparation import PrepareProgress
 
 _HEADERS = ("matrix", "bits", "bits/weight", "SQNR")
@@ -67,14 +70,44 @@ def prepare(
             progress=lambda state: progress.update(progress_text(state), *progress_share(state)),
             reporter=Reporter(note=output.note),
         )
+        residuals = None
+        if chosen.residual:
+            progress.update(f"preparing {name}: residuals")
+            residuals = _with_residuals(report, progress, output)
     if as_json:
-        output.document(report.as_dict())
+        output.document(report.as_dict() | {"residuals": residuals.as_dict() if residuals else None})
         return
     first, *rest = report_lines(report, name)
     output.result(first)
     output.table(_HEADERS, quality_rows(report))
+    if residuals is not None:
+        output.result(residual_line(residuals))
     for line in rest:
         output.result(line)
+
+
+def _with_residuals(report: PrepareReport, progress: ProgressLine, output: Output) -> ResidualReport | None:
+    from subspec_cli.reporter import Reporter
+    from subspec_cli.session.residuals import add_residuals
+    from subspec_cli.substitutes.manifest import MANIFEST_NAME, read_manifest
+    from subspec_cli.substitutes.prepared_model import PreparedModel
+
+    return add_residuals(
+        PreparedModel(report.directory, read_manifest(report.directory / MANIFEST_NAME)),
+        progress=lambda state: progress.update(
+            f"residuals · layer {state.done_layers}/{state.total_layers}", state.done_bytes, state.total_bytes
+        ),
+        reporter=Reporter(note=output.note),
+    )
+
+
+def residual_line(report: ResidualReport) -> str:
+    """How many bytes the residuals take, and how many bits of a weight are streamed with them."""
+    raw = f", {report.raw_share:.0%} of the weights stay raw" if report.raw_share else ""
+    size = format_bytes(report.size_bytes)
+    return (
+        f"residuals: {size}, {report.bits_per_weight:.2f} bits of a weight are streamed in place of 16{raw}"
+    )
 
 
 def progress_share(state: PrepareProgress) -> tuple[int, int]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from collections.abc import MutableMapping
 from pathlib import Path
 
 from subspec_cli.errors import ResourceError
@@ -33,6 +35,15 @@ def subspec_home() -> Path:
 def prepared_root() -> Path:
     """Directory that holds one directory per prepared model; it need not exist. Errors as `subspec_home`."""
     return subspec_home() / "prepared"
+
+
+def keep_compiled_loops(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Let numba, once it is imported, keep compiled loops under the home; the user's own place wins.
+
+    If nothing can be written there, numba looks for another place, and compiles again if it finds none.
+    """
+    with contextlib.suppress(ResourceError):  # no home is known
+        environment.setdefault("NUMBA_CACHE_DIR", str(subspec_home() / "numba"))
 
 
 def make_home_directory(directory: Path) -> None:

@@ -196,6 +196,26 @@ def load_substitute(
     )
 
 
+def fused_projections(
+    math_: LayerMath, layer: int, substitute: SubstituteLayer
+) -> list[tuple[tuple[str, ...], tuple[Linear, ...]]]:
+    """The matrices of a layer by the projections that hold them: one for all in their order, or one for each."""
+    inward, outward = _mixer_names(math_, layer)
+    return [
+        (inward, substitute.qkv_proj),
+        ((outward,), (substitute.o_proj,)),
+        (("mlp.gate_proj", "mlp.up_proj"), substitute.gate_up_proj),
+        (("mlp.down_proj",), (substitute.down_proj,)),
+    ]
+
+
+def kernel_codes(
+    stored: Mapping[str, Tensor], name: str, shape: tuple[int, ...], bits: int
+) -> tuple[Tensor, Tensor]:
+    """Codes `[out, in]`, and scales and zeros `[in / group, out, 2]`, of one stored matrix, for the kernel."""
+    return _kernel_layout(_read_matrix(stored, name, shape, bits))
+
+
 @dataclass(frozen=True, slots=True)
 class _StoredMatrix:
     """One matrix as it is stored on disk: plain, or codes with scales."""
@@ -233,7 +253,7 @@ def _linear(parts: list[_StoredMatrix], biases: list[Tensor | None], device: tor
         return Int8Linear(torch.cat([part.data for part in parts]).to(device), scales.to(device), bias)
     codes, pairs = zip(*(_kernel_layout(part) for part in parts), strict=True)
     scales_and_zeros = torch.cat(pairs, dim=1).contiguous().to(device)
-    return Int4Linear(_pack(torch.cat(codes).to(device)), scales_and_zeros, parts[0].group_size, bias)
+    return Int4Linear(pack_codes(torch.cat(codes).to(device)), scales_and_zeros, parts[0].group_size, bias)
 
 
 def _kernel_layout(part: _StoredMatrix) -> tuple[Tensor, Tensor]:
@@ -304,7 +324,7 @@ def _joined(
     for codes, pairs in pieces:
         scales_and_zeros[:, done : done + len(codes)] = pairs
         # A packed table is a sequence of packed pieces; its first dimension counts rows or blocks of rows.
-        piece = _pack(codes.to(device))
+        piece = pack_codes(codes.to(device))
         if not done:
             packed = piece.new_empty((len(piece) * vocab // len(codes), *piece.shape[1:]))
         first = done * len(packed) // vocab
@@ -332,7 +352,7 @@ def unpack_codes(packed: Tensor, bits: int) -> Tensor:
     return torch.cat([(packed >> shift) & mask for shift in range(0, 8, bits)])
 
 
-def _pack(codes: Tensor) -> Tensor:
+def pack_codes(codes: Tensor) -> Tensor:
     """Pack codes `[out, in]` uint8 in 0..15 into the layout of torch's int4 kernel on the tensor's device."""
     if codes.device.type != "cpu":
         pairs = (codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8)

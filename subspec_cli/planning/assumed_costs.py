@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Final, NamedTuple
 
@@ -63,6 +64,8 @@ class _Rates:
     """Overhead of a layer of any size: calls, norms, attention over a short prefix."""
     widening: float
     """Bytes of 8-bit weights a second that become 16 bits."""
+    rebuilding: float
+    """Bytes of 16-bit weights a second that compiled loops rebuild from residuals; 0 where nothing is known of it."""
     step_s: float
     """Overhead of a draft step beside its layers and head."""
 
@@ -82,6 +85,7 @@ _CPU: Final = _Rates(
     attention_ops=0.1e12,
     layer_s=0.2e-3,
     widening=3e9,
+    rebuilding=5e9,
     step_s=0.5e-3,
 )
 # A GPU with PCIe 4.0 x16 and 1 TB/s of memory, as published for an RTX 4090: a pinned copy reaches 22 to
@@ -100,8 +104,11 @@ _CUDA: Final = _Rates(
     attention_ops=20e12,
     layer_s=0.03e-3,
     widening=300e9,
+    rebuilding=0.0,
     step_s=0.3e-3,
 )
+_OPERATIONS_SHARE: Final = 0.05
+"""Rate at which torch operations rebuild weights on a CPU, as a share of that of compiled loops."""
 _RATES: Final = MappingProxyType({"cpu": _CPU, "cuda": _CUDA})
 
 
@@ -164,4 +171,5 @@ def assumed_costs(
         step_overhead_s=rates.step_s,
         origin="assumed",
         widen_bytes_per_s=0.0 if geometry.stored is None else rates.widening,
+        rebuild_bytes_per_s=rates.rebuilding * (1 if find_spec("numba") else _OPERATIONS_SHARE),
     )

@@ -108,7 +108,9 @@ class MachineCosts:
     """Host work of one draft step, on its batch and its tree, while the step waits for it."""
     origin: CostOrigin
     widen_bytes_per_s: float = 0.0
-    """Rate at which streamed weights of 8 bits become 16 bits; 0 where none are."""
+    """Rate at which streamed weights of fewer bits become 16 bits, in streamed bytes; 0 where none are."""
+    rebuild_bytes_per_s: float = 0.0
+    """Rate at which 16-bit weights are rebuilt from residuals, in bytes of 16 bits; 0 where none are prepared."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON and for the cache."""
@@ -119,6 +121,8 @@ class MachineCosts:
         """Read back `as_dict`; raises KeyError, TypeError, ValueError or AssertionError for anything else."""
         read: dict[str, Any] = {}
         for entry in dataclasses.fields(cls):
+            if entry.default is not dataclasses.MISSING and entry.name not in values:
+                continue  # kept before this was timed
             value = values[entry.name]
             if entry.type == "RowTimes":
                 value = _row_times(value)

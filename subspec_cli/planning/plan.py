@@ -18,7 +18,7 @@ from subspec_cli.planning.costs import MachineCosts, PlanCosts, RowTimes, weight
 from subspec_cli.planning.device_profile import DeviceKind, EmbeddingPlace, device_profile
 from subspec_cli.planning.layer_sizes import LayerSizes
 from subspec_cli.planning.memory import HeadBits, PinnedLayers, PlanLine
-from subspec_cli.planning.reason import FasterBits, NoRoomToDraft, PlanReason, plan_reason
+from subspec_cli.planning.reason import FasterBits, NoRoomToDraft, PlanReason, StreamChoice, plan_reason
 from subspec_cli.planning.request import AutomaticBudget, PlanRequest, usual_contexts
 from subspec_cli.planning.search import LayoutSearch, PlanOption, TimedLayout
 from subspec_cli.planning.shortage import shortage
@@ -144,6 +144,7 @@ class OffloadPlan:
             "tree_nodes": self.tree_nodes,
             "prompt_rows": self.prompt_rows,
             "streamed_bytes_per_pass": self.streamed_bytes_per_pass,
+            "streams_residuals": self.reason.stream is not None and self.reason.stream.residuals,
             "fits": self.fits,
             "automatic_budget": None if self.automatic is None else asdict(self.automatic),
             "reason": reason,
@@ -233,7 +234,33 @@ def fastest_plan(requests: Sequence[PlanRequest]) -> tuple[int, OffloadPlan]:
     if slower_bits and is_fastest:
         substitutes = FasterBits(plan.substitute_bits, tuple(sorted(slower_bits)))
         plan = replace(plan, reason=replace(plan.reason, substitutes=substitutes))
-    return number, plan
+    return number, _with_stream_choice(plan, number, plans, requests)
+
+
+def _with_stream_choice(
+    plan: OffloadPlan, number: int, plans: Sequence[tuple[int, OffloadPlan]], requests: Sequence[PlanRequest]
+) -> OffloadPlan:
+    """Return the plan with the reason for its form of streaming, if the same substitutes have another form."""
+    own = requests[number]
+    others = [
+        (requests[at], other)
+        for at, other in plans
+        if requests[at].streams_residuals != own.streams_residuals
+        and requests[at].substitute_bits == own.substitute_bits
+    ]
+    if not others or not plan.streamed:
+        return plan
+    other_request, other = others[0]
+    request = own if own.streams_residuals else other_request
+    residual_bytes = sum(request.geometry.link_layer_bytes[layer] for layer in plan.streamed)
+    choice = StreamChoice(
+        residuals=own.streams_residuals,
+        raw_bytes=sum(request.geometry.layer_bytes[layer] for layer in plan.streamed),
+        residual_bytes=residual_bytes,
+        rebuild_s=residual_bytes / request.costs.widen_bytes_per_s,
+        gain=plan.prediction.tok_per_s / other.prediction.tok_per_s - 1,
+    )
+    return replace(plan, reason=replace(plan.reason, stream=choice))
 
 
 def _undrafted(request: PlanRequest, error: ResourceError) -> OffloadPlan:

@@ -84,6 +84,20 @@ class FasterBits:
 
 
 @dataclass(frozen=True, slots=True)
+class StreamChoice:
+    """Residuals are prepared, and are streamed or not."""
+
+    residuals: bool
+    raw_bytes: int
+    """Bytes of a pass over the same layers, raw."""
+    residual_bytes: int
+    rebuild_s: float
+    """Time that rebuilding them takes in a pass."""
+    gain: float
+    """Predicted speedup over the other form, less 1."""
+
+
+@dataclass(frozen=True, slots=True)
 class PlanReason:
     """All reasons of one plan."""
 
@@ -97,6 +111,8 @@ class PlanReason:
     """None if tokens are drafted, or if the user wants plain decoding."""
     substitutes: FasterBits | None = None
     """None if there is only one set, or all have the same bits."""
+    stream: StreamChoice | None = None
+    """None if no residuals are prepared, or nothing is streamed."""
 
 
 def plan_reason(search: LayoutSearch, option: PlanOption) -> PlanReason:

@@ -112,6 +112,8 @@ class PlanRequest:
     """The prompt to answer; None lets the plan weigh context against speed."""
     automatic: AutomaticBudget | None = None
     """How the budget came about, if the user gave none."""
+    streams_residuals: bool = False
+    """Whether the streamed sizes of the geometry are those of residuals, which are rebuilt to 16 bits."""
 
     @property
     def profile(self) -> DeviceProfile:

@@ -127,7 +127,7 @@ class RoundTiming(NamedTuple):
     shadow_share: float
     """Share of the link's spare time in which steps can run without delaying it; 0 is no shadow drafting."""
     widen_s: float = 0.0
-    """Compute time that a pass takes to widen streamed weights of 8 bits."""
+    """Compute time that a pass takes to widen streamed weights of 8 bits, or to rebuild them from residuals."""
 
 
 class DepthOption(NamedTuple):
@@ -152,7 +152,7 @@ def link_s(machine: MachineCosts, layer_bytes: int, streamed: int, from_disk: in
 
 
 def widen_s(machine: MachineCosts, geometry: ModelGeometry, streamed: int) -> float:
-    """Return the seconds that a pass takes to widen its streamed layers; 0 if they are not in 8 bits."""
+    """Return the seconds that a pass takes to widen or rebuild its streamed layers; 0 if they are in 16 bits."""
     if geometry.stored is None:
         return 0.0
     return streamed * LayerSizes(geometry.link_layer_bytes).mean / machine.widen_bytes_per_s

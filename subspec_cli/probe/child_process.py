@@ -36,10 +36,13 @@ def probe_in_subprocess(
     settings: SubstituteSettings,
     device: str,
     reporter: Reporter,
+    *,
+    rebuilds: bool = False,
 ) -> TimedMachine:
     """Measure the costs of the model in `directory` and of substitutes with these settings in a subprocess.
 
-    `device` is `cpu` or `cuda`. Raises ProbeFailedError if the subprocess cannot be started or ends without a result.
+    `device` is `cpu` or `cuda`; `rebuilds` times residuals too. Raises ProbeFailedError if the subprocess cannot be
+    started or ends without a result.
     """
     order = {
         "directory": str(directory),
@@ -47,6 +50,7 @@ def probe_in_subprocess(
         "bits": settings.bits,
         "optimizer": settings.optimizer,
         "overrides": settings.overrides,
+        "rebuilds": rebuilds,
     }
     complaints: deque[str] = deque(maxlen=1)
     try:
@@ -120,7 +124,7 @@ def main() -> None:
     device = torch.device(order["device"])
     _say({"doing": "timing this machine"})
     reporter = Reporter(progress=lambda doing: _say({"doing": f"timing this machine: {doing}"}))
-    timed = probe_machine(repository.geometry, settings, checkpoint, device, reporter)
+    timed = probe_machine(repository.geometry, settings, checkpoint, device, reporter, order["rebuilds"])
     _say({"timed": timed.as_dict()})
 
 

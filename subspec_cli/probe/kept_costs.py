@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
@@ -55,7 +56,12 @@ def keep_costs(about: dict[str, Any], costs: MachineCosts) -> None:
 
 
 def probe_subject(
-    geometry: ModelGeometry, settings: SubstituteSettings, device: str, directory: Path
+    geometry: ModelGeometry,
+    settings: SubstituteSettings,
+    device: str,
+    directory: Path,
+    *,
+    rebuilds: bool = False,
 ) -> dict[str, Any]:
     """Return everything that costs depend on: machine, threads, libraries, disk, model shapes, substitutes.
 
@@ -73,6 +79,7 @@ def probe_subject(
         "disk": directory.stat().st_dev,
         "geometry": dataclasses.asdict(geometry),
         "substitutes": {"bits": settings.bits, "overrides": list(settings.overrides)},
+        **({"rebuilds": True, "numba": find_spec("numba") is not None} if rebuilds else {}),
     }
 
 

@@ -47,6 +47,7 @@ from subspec_cli.modeling.substitute import (
 from subspec_cli.modeling.token_batch import TokenBatch, causal_batch
 from subspec_cli.planning.costs import BASE_CACHED_ROWS, MachineCosts, RowTimes, attention_times, snapped
 from subspec_cli.probe.machine_use import read_use
+from subspec_cli.probe.rebuilding import rebuild_rate
 from subspec_cli.probe.timed_machine import Spread, TimedMachine
 from subspec_cli.probe.timers import copy_rate, disk_rate, reading, time_rows
 from subspec_cli.reporter import Reporter
@@ -81,8 +82,9 @@ def probe_machine(
     checkpoint: Checkpoint,
     device: torch.device,
     reporter: Reporter,
+    rebuilds: bool = False,
 ) -> TimedMachine:
-    """Time the link, target layers, draft layers and heads, and watch who else works. Times snap to the grid."""
+    """Time the link, layers and heads, and the rebuilding of residuals if wanted. Times snap to the grid."""
     before, spread = read_use(), Spread()
     layouts = _disk_layouts(geometry, checkpoint)
     on_cpu = device.type == "cpu"
@@ -93,11 +95,11 @@ def probe_machine(
         # A pass and the reader share cores and memory, so each is timed while the other runs.
         with reading(layouts) as beside:
             target, target_attention = workbench.target_layer(), attention.of_target()
-            widening = workbench.widening()
+            widening, rebuilding = workbench.widening(), rebuild_rate(geometry, device) if rebuilds else 0.0
         link = pageable = disk = beside.bytes_per_s
     else:
         target, target_attention = workbench.target_layer(), attention.of_target()
-        widening = workbench.widening()
+        widening, rebuilding = workbench.widening(), rebuild_rate(geometry, device) if rebuilds else 0.0
         disk = disk_rate(layouts)
         link, pageable = copy_rate(device, pinned=True), copy_rate(device, pinned=False)
     reporter.progress("the draft's layers")
@@ -116,6 +118,7 @@ def probe_machine(
         step_overhead_s=snapped(_TREE_S[device.type]),
         origin="measured",
         widen_bytes_per_s=snapped(widening),
+        rebuild_bytes_per_s=snapped(rebuilding),
     )
     return TimedMachine(costs, read_use().since(before).others_share, spread.usual)
 

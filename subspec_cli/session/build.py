@@ -23,6 +23,7 @@ from subspec_cli.session.machine_costs import CostSource, ProbedCosts
 from subspec_cli.session.opening import Opening, open_device, plan_opening
 from subspec_cli.session.sampling_source import own_sampling, sampling_notes
 from subspec_cli.session.session import Engines, Session
+from subspec_cli.session.stream_forms import has_residuals
 from subspec_cli.session.token_biases import token_biases
 from subspec_cli.streaming.memory_meter import MemoryMeter, return_freed_memory_at_once
 from subspec_cli.units import counted
@@ -62,7 +63,13 @@ def build_session(
     wanted = None if count is None else count(tokenizer)
     if wanted is not None:
         check_prompt_fits(wanted, config.memory.context, geometry.max_positions)
-    costs = costs or ProbedCosts(directory, device.type, config.memory.reprobe, reporter)
+    costs = costs or ProbedCosts(
+        directory,
+        device.type,
+        config.memory.reprobe,
+        reporter,
+        rebuilds=any(has_residuals(each, config) for each in (found.prepared, *found.others)),
+    )
     opening = plan_opening(config, found, device, costs, wanted=wanted, reporter=reporter)
     if wanted is not None and wanted.total > opening.plan.context:
         reporter.note(_bounded_answer(config, opening, wanted))

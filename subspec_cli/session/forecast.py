@@ -29,6 +29,7 @@ from subspec_cli.probe.kept_rates import DOWNLOAD, kept_rate, preparing
 from subspec_cli.reporter import Reporter
 from subspec_cli.session.openmp import set_openmp_defaults
 from subspec_cli.session.sampling_source import with_model_sampling
+from subspec_cli.session.stream_forms import StreamForm, has_residuals, stream_forms
 from subspec_cli.streaming.host_memory import gpu_memory, has_gpu, host_memory
 from subspec_cli.streaming.process_limits import check_libraries_fit
 from subspec_cli.substitutes.prepared_model import PreparedModel, find_prepared_sets
@@ -122,19 +123,36 @@ def forecast(
         automatic_budget(config, device, total, free),
     )
 
-    def request_for(settings: SubstituteSettings) -> PlanRequest:
-        return plan_request(
+    def request_for(settings: SubstituteSettings, form: StreamForm | None = None) -> PlanRequest:
+        request = plan_request(
             config,
-            geometry,
+            form.geometry if form else geometry,
             settings,
-            _costs(geometry, settings, device, outline.directory, link_gb_per_s),
+            form.costs if form else costs_of(settings),
             limits=limits,
             tokenizer_bytes=outline.tokenizer_bytes,
         ).after_runs(
             kept_acceptance(acceptance_subject(outline.model_id, outline.commit, settings, config.sampling))
         )
+        return replace(request, streams_residuals=form is not None and form.residuals is not None)
 
-    requests = [request_for(settings) for settings in chosen]
+    def costs_of(settings: SubstituteSettings, *, rebuilds: bool = False) -> MachineCosts:
+        return _costs(geometry, settings, (device, outline.directory, rebuilds), link_gb_per_s)
+
+    forms = [
+        form
+        for item in prepared
+        for form in stream_forms(
+            item,
+            geometry,
+            outline.repository.tensors,
+            costs_of(item.manifest.settings, rebuilds=has_residuals(item, config)),
+            config,
+            reporter.note,
+        )
+    ]
+    requests = [request_for(form.prepared.manifest.settings, form) for form in forms]
+    requests = requests or [request_for(settings) for settings in chosen]
     number, plan = fastest_plan(requests) if wants_one else (0, None)
     request = requests[number]
     untried = () if config.model.bits else tuple(set(BIT_WIDTHS) - {item.bits for item in chosen})
@@ -150,7 +168,9 @@ def forecast(
         download_bytes=outline.missing_bytes,
         download_bytes_per_s=kept_rate(DOWNLOAD),
         prepare_s=None if prepared else _prepare_s(geometry, chosen[0]),
-        substitute_disk_bytes=_disk_bytes(geometry, prepared, chosen[number]),
+        substitute_disk_bytes=_disk_bytes(
+            geometry, prepared, forms[number].prepared.manifest.settings if forms else chosen[number]
+        ),
         received_bytes=outline.received_bytes,
         plan=plan,
         best_plain=None if plan is None else _best_plain(request, plan),
@@ -163,13 +183,16 @@ def forecast(
 def _costs(
     geometry: ModelGeometry,
     settings: SubstituteSettings,
-    device: str,
-    directory: Path | None,
+    machine: tuple[str, Path | None, bool],
     link_gb_per_s: float | None,
 ) -> MachineCosts:
-    """Return the costs that a run has kept, unless a link rate is given; else assumed costs."""
+    """Return the costs that a run has kept, unless a link rate is given; else assumed costs.
+
+    `machine` is the device, the directory of the weights, and whether residuals are rebuilt.
+    """
+    device, directory, rebuilds = machine
     if directory is not None and link_gb_per_s is None:
-        known = known_costs(probe_subject(geometry, settings, device, directory))
+        known = known_costs(probe_subject(geometry, settings, device, directory, rebuilds=rebuilds))
         if known is not None:
             return known
     return assumed_costs(geometry, device, link_gb_per_s, settings)

@@ -31,18 +31,22 @@ class ProbedCosts:
     reprobe: bool
     """Whether to probe again in place of what was kept."""
     reporter: Reporter
+    rebuilds: bool = False
+    """Whether residuals are prepared, so that rebuilding them is timed too."""
 
     def __call__(self, geometry: ModelGeometry, settings: SubstituteSettings) -> MachineCosts:
         """Return the kept costs, else probe, and keep the result unless the machine was busy.
 
         If the probe fails, assume costs and say so.
         """
-        subject = probe_subject(geometry, settings, self.device, self.directory)
+        subject = probe_subject(geometry, settings, self.device, self.directory, rebuilds=self.rebuilds)
         kept = None if self.reprobe else known_costs(subject)
         if kept is not None:
             return kept
         try:
-            timed = probe_in_subprocess(self.directory, settings, self.device, self.reporter)
+            timed = probe_in_subprocess(
+                self.directory, settings, self.device, self.reporter, rebuilds=self.rebuilds
+            )
         except ProbeFailedError as error:
             reason = printable(str(error))
             self.reporter.note(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from subspec_cli.config import SECTIONS, Config, settings_of
 from subspec_cli.config_file import resolve_config
 from subspec_cli.errors import UsageError
+from subspec_cli.files.home import keep_compiled_loops
 from subspec_cli.reporter import SILENT, Reporter
 from subspec_cli.session.found_model import find_model
 from subspec_cli.session.openmp import set_openmp_defaults
@@ -66,6 +67,7 @@ def open_session(
     config = with_model_sampling(config, found.repository.sampling)
     reporter.progress("loading libraries")
     set_openmp_defaults()
+    keep_compiled_loops()
     check_libraries_fit()
     from subspec_cli.session.build import build_session
 

@@ -26,8 +26,10 @@ from subspec_cli.reporter import Reporter
 from subspec_cli.session.found_model import FoundModel
 from subspec_cli.session.learning import learned_acceptance
 from subspec_cli.session.machine_costs import CostSource
+from subspec_cli.session.stream_forms import stream_forms
 from subspec_cli.streaming.host_memory import host_memory
 from subspec_cli.streaming.memory_meter import allocator_share, available_bytes, total_bytes
+from subspec_cli.substitutes.residual_set import ResidualSet
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,8 @@ class Opening:
     """Costs of the plan's passes and draft steps: the shapes of draft trees depend on them and on tokens alone."""
     device: torch.device
     reporter: Reporter
+    residuals: ResidualSet | None = None
+    """Residuals that are streamed in place of the target's layers, if the plan says so."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -71,25 +75,37 @@ def plan_opening(
         automatic_budget(config, device.type, total, free),
     )
     machines = [costs(found.geometry, prepared.manifest.settings) for prepared in sets]
-    requests = [
-        plan_request(
-            config,
-            found.geometry,
-            prepared.manifest.settings,
-            machine,
-            limits=limits,
-            tokenizer_bytes=tokenizer_bytes_in(found.checkpoint.directory),
-            wanted=wanted,
-        ).after_runs(learned_acceptance(prepared.manifest, config.sampling))
+    forms = [
+        form
         for prepared, machine in zip(sets, machines, strict=True)
+        for form in stream_forms(
+            prepared, found.geometry, found.checkpoint.tensors, machine, config, reporter.note
+        )
+    ]
+    requests = [
+        replace(
+            plan_request(
+                config,
+                form.geometry,
+                form.prepared.manifest.settings,
+                form.costs,
+                limits=limits,
+                tokenizer_bytes=tokenizer_bytes_in(found.checkpoint.directory),
+                wanted=wanted,
+            ).after_runs(learned_acceptance(form.prepared.manifest, config.sampling)),
+            streams_residuals=form.residuals is not None,
+        )
+        for form in forms
     ]
     number, plan = fastest_plan(requests)
+    chosen = forms[number]
     return Opening(
-        replace(found, prepared=sets[number]),
+        replace(found, prepared=chosen.prepared),
         plan,
-        plan.costs(machines[number], found.geometry),
+        plan.costs(chosen.costs, chosen.geometry),
         device,
         reporter,
+        chosen.residuals,
     )
 
 

@@ -19,15 +19,18 @@ from subspec_cli.hub.source_model import open_model
 from subspec_cli.probe.kept_rates import DOWNLOAD, keep_rate, preparing
 from subspec_cli.reporter import SILENT, Reporter
 from subspec_cli.session.openmp import set_openmp_defaults
+from subspec_cli.session.residuals import add_residuals
 from subspec_cli.streaming.process_limits import check_libraries_fit
 from subspec_cli.substitutes.head_file import HEAD_BITS
 from subspec_cli.substitutes.integrity import Finding
 from subspec_cli.substitutes.inventory import StoredModel
 from subspec_cli.substitutes.layer_file import Quantizer
+from subspec_cli.substitutes.manifest import MANIFEST_NAME, read_manifest
 from subspec_cli.substitutes.preparation import PrepareProgress, SubstituteRecipe, prepare_model
 from subspec_cli.substitutes.prepared_model import PreparedModel
 from subspec_cli.substitutes.quality import MatrixQuality, by_kind, matrix_kind, summed
 from subspec_cli.substitutes.repair import drop_damaged, is_source_damaged
+from subspec_cli.substitutes.residual_set import RESIDUALS_NAME
 from subspec_cli.substitutes.settings import SubstituteSettings
 from subspec_cli.versions import library_versions
 
@@ -154,6 +157,7 @@ def repair(
     """
     if is_source_damaged(stored, findings):
         return
+    had_residuals = (stored.directory / RESIDUALS_NAME).exists()
     manifest = drop_damaged(stored, findings)
     is_on_hub = name_of_id(manifest.model_id).directory is None
     prepare(
@@ -163,6 +167,21 @@ def repair(
         follow_links=True,  # the user was asked when the set was made
         progress=progress,
     )
+    if had_residuals:
+        add_residuals(
+            PreparedModel(stored.directory, read_manifest(stored.directory / MANIFEST_NAME)),
+            progress=lambda state: progress(
+                PrepareProgress(
+                    state.done_layers,
+                    state.total_layers,
+                    0,
+                    0,
+                    state.done_bytes,
+                    state.total_bytes,
+                    state.elapsed_s,
+                )
+            ),
+        )
 
 
 def _check_tokenizer(directory: Path, repository: Repository) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -86,6 +87,12 @@ class MemoryMeter:
             _CLEAR_REFS.write_text(_RESET_PEAK)
         except OSError:
             self.bare_bytes = max(self.bare_bytes, _status_bytes("VmHWM"))
+
+    def leave_out(self, work: Callable[[], None]) -> None:
+        """Count what `work` leaves in host memory with the bare process: libraries that are imported late."""
+        before = _status_bytes("VmRSS")
+        work()
+        self.bare_bytes += max(0, _status_bytes("VmRSS") - before)
 
     def current_bytes(self) -> int:
         """Memory taken at present."""

@@ -106,9 +106,8 @@ class WidenedBlocks:
         assert max(parts) <= self.most_held
         with closing(self._source.blocks(parts)) as arriving:
             for number, stored in enumerate(arriving):
-                yield _WidenedBlock(
-                    stored, partial(self._widened, self._regions[number % len(self._regions)])
-                )
+                memory = self._regions[number % len(self._regions)]
+                yield _WidenedBlock(stored, partial(self._made, number, memory=memory))
 
     @property
     def reads_files(self) -> bool:
@@ -129,7 +128,8 @@ class WidenedBlocks:
         self._source.close()
         self._regions = []
 
-    def _widened(self, memory: Tensor, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _made(self, number: int, stored: Mapping[str, Tensor], memory: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
+        """The tensors of the block with this number in a pass."""
         return (
             widen_block(stored, memory, self._dtype) if needs_widening(stored, self._dtype) else dict(stored)
         )

@@ -136,7 +136,7 @@ def read_head(prepared: PreparedModel, shape: tuple[int, int]) -> Iterator[dict[
     assert expected is not None
     hint = repair_command(prepared.manifest.model_id)
     try:
-        path = file_path(prepared.directory, expected)
+        path = file_path(prepared.directory, expected.name)
         header = read_header(path)
         found = [_Slot(entry.name, entry.dtype, entry.shape) for entry in header.entries]
         if found != list(_layout(shape)):

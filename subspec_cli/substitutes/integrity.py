@@ -28,6 +28,7 @@ from subspec_cli.hub.source_model import find_source_directory
 from subspec_cli.substitutes.head_file import head_entry
 from subspec_cli.substitutes.inventory import UNREADABLE, StoredModel
 from subspec_cli.substitutes.manifest import MANIFEST_NAME, Manifest, Part, StoredFile, file_path
+from subspec_cli.substitutes.residual_set import RESIDUALS_NAME, ResidualFile, read_residuals
 from subspec_cli.substitutes.source_stamp import has_same_times
 
 _PIECE_BYTES: Final = 8 << 20
@@ -87,6 +88,7 @@ class Verifier:
             self._targets.setdefault((manifest.model_id, manifest.commit), _open_target(manifest))
         opened = {item.directory: item for item in self._targets.values() if isinstance(item, Checkpoint)}
         self._total_bytes = sum(file.size_bytes for manifest in manifests for file in manifest.files)
+        self._total_bytes += sum(file.size_bytes for item in stored for file in self._residuals(item))
         self._total_bytes += sum(file.size_bytes for item in opened.values() for file in item.files)
 
     def verify(self, stored: StoredModel) -> list[Finding]:
@@ -96,13 +98,24 @@ class Verifier:
             is_bad = stored.state == UNREADABLE
             return [Finding(stored.directory / MANIFEST_NAME, stored.problem)] if is_bad else []
         self._model_id = manifest.model_id
-        findings = [self._verify_file(stored.directory, file) for file in manifest.files]
+        files: list[StoredFile | ResidualFile] = [*manifest.files, *self._residuals(stored)]
+        findings = [self._verify_file(stored.directory, file) for file in files]
+        if problem := _residuals_problem(stored):
+            findings.append(problem)
         return [*(item for item in findings if item), *self._verify_target(manifest)]
 
-    def _verify_file(self, directory: Path, file: StoredFile) -> Finding | None:
+    @staticmethod
+    def _residuals(stored: StoredModel) -> list[ResidualFile]:
+        """The residual files that are listed; a list that cannot be read is a finding by itself."""
+        try:
+            return read_residuals(stored.directory)
+        except SubspecError:
+            return []
+
+    def _verify_file(self, directory: Path, file: StoredFile | ResidualFile) -> Finding | None:
         path = directory / file.name
         try:
-            size_bytes = file_path(directory, file).stat().st_size
+            size_bytes = file_path(directory, file.name).stat().st_size
         except SubspecError as error:
             return Finding(path, error.message)
         except FileNotFoundError:
@@ -216,6 +229,14 @@ class Verifier:
         self._done_bytes += count
         elapsed_s = time.monotonic() - self._started_s
         self._progress(VerifyProgress(self._model_id, self._done_bytes, self._total_bytes, elapsed_s))
+
+
+def _residuals_problem(stored: StoredModel) -> Finding | None:
+    try:
+        read_residuals(stored.directory)
+    except SubspecError as error:
+        return Finding(stored.directory / RESIDUALS_NAME, error.message)
+    return None
 
 
 def blob_of(path: Path) -> Path | None:

@@ -25,6 +25,7 @@ from subspec_cli.substitutes.last_use import LAST_USED_NAME, last_used_s
 from subspec_cli.substitutes.manifest import HEAD_NAME, JOURNAL_NAME, MANIFEST_NAME, Manifest, read_manifest
 from subspec_cli.substitutes.prepared_model import directory_slug
 from subspec_cli.substitutes.prepared_names import full_name, near_name
+from subspec_cli.substitutes.residual_set import RESIDUAL_NAME, RESIDUALS_NAME, usable_residuals
 from subspec_cli.units import printable
 
 StoredState = Literal["complete", "partial", "unreadable"]
@@ -66,6 +67,11 @@ class StoredModel:
     def size_bytes(self) -> int:
         """Bytes that removing the set frees."""
         return sum(path.lstat().st_size for path in own_files(self.directory))
+
+    @property
+    def has_residuals(self) -> bool:
+        """Whether every layer has residuals that belong to it."""
+        return self.manifest is not None and usable_residuals(self.directory, self.manifest)[0] is not None
 
     @property
     def last_used_s(self) -> float | None:
@@ -175,12 +181,16 @@ def remove_stored(stored: StoredModel) -> int:
 
 def own_files(directory: Path) -> list[Path]:
     """The files in a set's directory that this program made."""
-    known = {MANIFEST_NAME, JOURNAL_NAME, HEAD_NAME, LOCK_NAME, LAST_USED_NAME}
+    known = {MANIFEST_NAME, JOURNAL_NAME, HEAD_NAME, RESIDUALS_NAME, LOCK_NAME, LAST_USED_NAME}
     names = sorted(os.listdir(directory))
     own = [
         name
         for name in names
-        if name in known or _LAYER_NAME.fullmatch(name) or IN_USE_NAME.fullmatch(name) or is_temp_name(name)
+        if name in known
+        or _LAYER_NAME.fullmatch(name)
+        or RESIDUAL_NAME.fullmatch(name)
+        or IN_USE_NAME.fullmatch(name)
+        or is_temp_name(name)
     ]
     return [directory / name for name in own if not (directory / name).is_dir()]
 

@@ -155,9 +155,9 @@ def layer_file_name(layer: int) -> str:
     return f"layer-{layer:05d}.safetensors"
 
 
-def file_path(directory: Path, file: StoredFile) -> Path:
+def file_path(directory: Path, name: str) -> Path:
     """Path of a file of a set. Raises IntegrityError for a link: nobody but this program writes the directory."""
-    path = directory / file.name
+    path = directory / name
     if path.is_symlink():
         raise IntegrityError(
             f"{printable(str(path))} is a link to {printable(os.readlink(path))}, not a file"

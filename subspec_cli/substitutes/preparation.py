@@ -256,7 +256,7 @@ class _Preparation:
         """
         replaced = []
         for part, file in self.done.items():
-            path = file_path(self.directory, file)
+            path = file_path(self.directory, file.name)
             with contextlib.suppress(OSError, SubspecError):
                 state = file_state(path.stat())
                 if state == self.states[part]:

@@ -113,7 +113,7 @@ def load_layer(prepared: PreparedModel, layer: int) -> dict[str, torch.Tensor]:
     expected = _layer_file(prepared, layer)
     hint = repair_command(prepared.manifest.model_id)
     try:
-        path = file_path(prepared.directory, expected)
+        path = file_path(prepared.directory, expected.name)
         data, found_sha256 = read_hashed_file(path, expected.size_bytes)
         if found_sha256 != expected.sha256:
             raise IntegrityError(

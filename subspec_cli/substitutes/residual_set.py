@@ -1,0 +1,171 @@
+"""residuals.json: the residual files beside the substitutes of a prepared model, and the hashes of all three.
+
+A layer counts once it is listed. The list is written after each layer, so an interrupted preparation goes on there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from subspec_cli.checkpoint.geometry import ModelGeometry, StoredBytes
+from subspec_cli.checkpoint.layer_tensors import block_entries
+from subspec_cli.checkpoint.residual_names import parts_of
+from subspec_cli.checkpoint.safetensors_header import TensorEntry, read_header
+from subspec_cli.errors import IntegrityError, SubspecError, UnsupportedModelError
+from subspec_cli.files.atomic_write import atomic_write
+from subspec_cli.files.json_object import parse_json_object
+from subspec_cli.files.regular_file import has_size, read_small_file
+from subspec_cli.hub.command_hints import repair_command
+from subspec_cli.substitutes.manifest import Manifest
+from subspec_cli.units import printable
+
+RESIDUALS_NAME: Final = "residuals.json"
+RESIDUAL_NAME: Final = re.compile(r"residual-[0-9]{5,6}\.safetensors")
+_FORMAT: Final = 1
+_MOST_BYTES: Final = 16 << 20
+_SHA256: Final = re.compile(r"[0-9a-f]{64}")
+_FIELDS: Final[Mapping[str, type]] = {
+    "layer": int,
+    "size_bytes": int,
+    "sha256": str,
+    "source_sha256": str,
+    "substitute_sha256": str,
+    "weights": int,
+    "raw_weights": int,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ResidualFile:
+    """The residuals of one layer, and what they belong to."""
+
+    layer: int
+    size_bytes: int
+    sha256: str
+    source_sha256: str
+    """Of the layer's 16-bit bytes, as in the manifest."""
+    substitute_sha256: str
+    """Of the substitute file whose codes are the base."""
+    weights: int
+    """Weights of the layer's matrices."""
+    raw_weights: int
+    """Those of matrices that have no residual and are streamed from the source."""
+
+    @property
+    def name(self) -> str:
+        """residual-00017.safetensors."""
+        return f"residual-{self.layer:05d}.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class ResidualSet:
+    """The residuals of all layers of a prepared model."""
+
+    directory: Path
+    files: tuple[ResidualFile, ...]
+
+    def blocks(self, tensors: Mapping[str, TensorEntry], layer: int) -> list[list[TensorEntry]]:
+        """The entries of each block of a layer as it is streamed: residuals, and those of `tensors` that have none.
+
+        Raises IntegrityError for a file that is not as it was written.
+        """
+        file = self.files[layer]
+        path = self.directory / file.name
+        if path.is_symlink() or not has_size(path, file.size_bytes):
+            raise IntegrityError(f"{printable(str(path))} is missing or has another size")
+        found = {entry.name: entry for entry in read_header(path).entries}
+        return [
+            [
+                part
+                for entry in block
+                for part in (
+                    [found[name] for name in parts_of(entry.name)]
+                    if parts_of(entry.name)[0] in found
+                    else [entry]
+                )
+            ]
+            for block in block_entries(tensors, layer)
+        ]
+
+    def streamed(self, geometry: ModelGeometry, tensors: Mapping[str, TensorEntry]) -> StoredBytes:
+        """The sizes of layers and blocks on the link."""
+        blocks = [
+            [sum(entry.size_bytes for entry in block) for block in self.blocks(tensors, layer)]
+            for layer in range(geometry.layers)
+        ]
+        return StoredBytes(tuple(map(sum, blocks)), max(map(max, blocks)))
+
+
+def find_residuals(directory: Path, manifest: Manifest) -> ResidualSet | None:
+    """The residuals of a complete set of substitutes; None if they are not complete, or belong to other files.
+
+    Raises IntegrityError if the list is damaged, UnsupportedModelError if a newer version wrote it.
+    """
+    listed = {file.layer: file for file in read_residuals(directory)}
+    files = [listed.get(layer.layer) for layer in manifest.layers]
+    for layer, file in zip(manifest.layers, files, strict=True):
+        if file is None or not is_of_layer(file, layer.source_sha256, layer.sha256):
+            return None
+        if not has_size(directory / file.name, file.size_bytes):
+            return None
+    found = tuple(file for file in files if file is not None)
+    return ResidualSet(directory, found) if any(file.raw_weights < file.weights for file in found) else None
+
+
+def is_of_layer(file: ResidualFile, source_sha256: str, substitute_sha256: str) -> bool:
+    """Whether residuals belong to these 16-bit bytes and this substitute."""
+    return (file.source_sha256, file.substitute_sha256) == (source_sha256, substitute_sha256)
+
+
+def read_residuals(directory: Path) -> list[ResidualFile]:
+    """The residual files that are listed, ascending; none if there is no list. Errors as `find_residuals`."""
+    path = directory / RESIDUALS_NAME
+    if not path.exists():
+        return []
+    shown, hint = printable(str(path)), "remove it, then: subspec prepare MODEL --residual"
+    document = parse_json_object(read_small_file(path, _MOST_BYTES), shown, IntegrityError, hint)
+    version, items = document.get("format_version"), document.get("files")
+    if type(version) is int and version > _FORMAT:
+        raise UnsupportedModelError(
+            f"{shown} has format {version}, this version reads {_FORMAT}", "update subspec"
+        )
+    if version != _FORMAT or not isinstance(items, list):
+        raise IntegrityError(f"{shown} is damaged", hint)
+    files = [_read_file(item, shown, hint) for item in items]
+    if [file.layer for file in files] != sorted({file.layer for file in files}):
+        raise IntegrityError(f"{shown} lists its layers twice or out of order", hint)
+    return files
+
+
+def write_residuals(directory: Path, files: Sequence[ResidualFile]) -> None:
+    """Write the list atomically. Raises ResourceError."""
+    document = {"format_version": _FORMAT, "files": [asdict(file) for file in files]}
+    atomic_write(directory / RESIDUALS_NAME, (json.dumps(document, indent=1, sort_keys=True) + "\n").encode())
+
+
+def usable_residuals(directory: Path, manifest: Manifest) -> tuple[ResidualSet | None, str]:
+    """As `find_residuals`, with the reason in place of an error if they cannot be used."""
+    try:
+        return find_residuals(directory, manifest), ""
+    except SubspecError as error:
+        return None, f"{error.message}; {repair_command(manifest.model_id)}"
+
+
+def _read_file(item: object, shown: str, hint: str) -> ResidualFile:
+    if not isinstance(item, dict) or item.keys() != _FIELDS.keys():
+        raise IntegrityError(f"{shown} has an entry that cannot be", hint)
+    values: dict[str, Any] = item
+    hashes = [values[name] for name in ("sha256", "source_sha256", "substitute_sha256")]
+    if (
+        any(type(values[name]) is not kind for name, kind in _FIELDS.items())
+        or min(values["layer"], values["raw_weights"]) < 0
+        or min(values["size_bytes"], values["weights"]) <= 0
+        or not all(_SHA256.fullmatch(text) for text in hashes)
+    ):
+        raise IntegrityError(f"{shown} has an entry that cannot be", hint)
+    return ResidualFile(**values)
