@@ -12,9 +12,19 @@ def compiled(loop: Callable[..., None]) -> Callable[..., None] | None:
         import numba
     except ImportError:
         return None
-    how: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
-    try:
-        found: Callable[..., None] = numba.njit(cache=True, **how)(loop)
-    except RuntimeError:  # there is no directory for its cache
-        found = numba.njit(**how)(loop)
+    found: Callable[..., None] = _cached(numba.njit, loop, nogil=True)
     return found
+
+
+def compiled_callback(loop: Callable[..., None], signature: str) -> Any:  # noqa: ANN401 - numba has no types
+    """Compile a function that a C library calls at its `address`. It is compiled at once; numba must be installed."""
+    import numba
+
+    return _cached(lambda **how: numba.cfunc(signature, **how), loop)
+
+
+def _cached(decorator: Callable[..., Any], loop: Callable[..., None], **how: Any) -> Any:  # noqa: ANN401
+    try:
+        return decorator(cache=True, error_model="numpy", **how)(loop)
+    except RuntimeError:  # there is no directory for its cache
+        return decorator(error_model="numpy", **how)(loop)

@@ -65,8 +65,8 @@ def _row_sizes(most_rows: int) -> int:
 
 
 def bare_process_bytes(profile: DeviceProfile, geometry: ModelGeometry) -> int:
-    """Host memory of a process that has loaded no model: with the compiler, if the model's layers need it."""
-    compiles = bool(geometry.delta) or geometry.stored is not None
+    """Host memory of a process that has loaded no model: with the compiler, if drafts or the model's layers use it."""
+    compiles = profile.kind == "cpu" or bool(geometry.delta) or geometry.stored is not None
     has_compiler = compiles and find_spec("numba") is not None
     return profile.process_bytes + (_COMPILER_BYTES if has_compiler else 0)
 

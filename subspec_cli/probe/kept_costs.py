@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
@@ -70,6 +71,7 @@ def probe_subject(
         "device": device,
         "gpus": gpu_models() if device == "cuda" else [],
         "torch": library_versions()["torch"],
+        "compiles": find_spec("numba") is not None,
         "disk": directory.stat().st_dev,
         "geometry": dataclasses.asdict(geometry),
         "substitutes": {"bits": settings.bits, "overrides": list(settings.overrides)},
