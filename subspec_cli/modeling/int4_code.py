@@ -306,15 +306,12 @@ def _multiply(
 
 
 def can_compile() -> bool:
-    """Whether this processor, or the one that numba's settings name, has the instructions.
-
-    Without AVX512-VBMI the shuffle takes several instructions.
-    """
+    """Whether this processor, or the one that numba's settings name, has the instructions."""
     named = numba.config.CPU_FEATURES
     features = dict(get_host_cpu_features())
     if named is not None:
         features = {feature[1:]: feature[0] == "+" for feature in named.split(",") if feature}
-    wanted = ("avx512f", "avx512bw", "avx512vnni", "avx512vbmi")
+    wanted = ("avx512f", "avx512bw", "avx512vnni")
     return not numba.config.DISABLE_JIT and all(features.get(feature) for feature in wanted)
 
 
