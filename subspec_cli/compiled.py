@@ -12,11 +12,7 @@ def compiled(loop: Callable[..., Any]) -> Callable[..., Any] | None:
         import numba
     except ImportError:
         return None
-    how: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
-    try:
-        found: Callable[..., Any] = numba.njit(cache=True, **how)(loop)
-    except RuntimeError:  # there is no directory for its cache
-        found = numba.njit(**how)(loop)
+    found: Callable[..., Any] = _cached(numba.njit, loop, nogil=True)
     return found
 
 
@@ -62,3 +58,17 @@ def expand_marked(lanes: int, marker: int) -> Any:  # noqa: ANN401 - numba has n
         return types.int64(marks, out, values, number, first), generate
 
     return expand
+
+
+def compiled_callback(loop: Callable[..., Any], signature: str) -> Any:  # noqa: ANN401 - numba has no types
+    """Compile a function that a C library calls at its `address`. It is compiled at once; numba must be installed."""
+    import numba
+
+    return _cached(lambda **how: numba.cfunc(signature, **how), loop)
+
+
+def _cached(decorator: Callable[..., Any], loop: Callable[..., Any], **how: Any) -> Any:  # noqa: ANN401
+    try:
+        return decorator(cache=True, error_model="numpy", **how)(loop)
+    except RuntimeError:  # there is no directory for its cache
+        return decorator(error_model="numpy", **how)(loop)

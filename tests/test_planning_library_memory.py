@@ -11,7 +11,12 @@ from subspec_cli import versions
 from subspec_cli.limits import MOST_ROWS
 from subspec_cli.modeling.row_rules import RowRules
 from subspec_cli.planning.device_profile import device_profile
-from subspec_cli.planning.library_memory import shared_layer_kernels, target_kernels, tokenizer_bytes
+from subspec_cli.planning.library_memory import (
+    bare_process_bytes,
+    shared_layer_kernels,
+    target_kernels,
+    tokenizer_bytes,
+)
 from subspec_cli.planning.plan import make_plan
 from subspec_cli.units import GIB, MIB
 
@@ -68,7 +73,8 @@ def test_kernels_are_planned_where_they_are_compiled() -> None:
 
 def test_the_whole_process_is_the_plan_and_the_bare_process() -> None:
     on_cpu = make_plan(make_request())
-    assert on_cpu.process_bytes == on_cpu.total_bytes + device_profile("cpu").process_bytes
+    bare = bare_process_bytes(device_profile("cpu"), make_geometry())
+    assert on_cpu.process_bytes == on_cpu.total_bytes + bare
     on_gpu = make_plan(make_request(device="cuda", budget_bytes=4 * GIB))
     assert on_gpu.process_bytes == on_gpu.host_bytes
 

@@ -21,6 +21,7 @@ from subspec_cli.planning.assumed_costs import assumed_costs
 from subspec_cli.planning.costs import MachineCosts, RowTimes
 from subspec_cli.planning.device_profile import device_profile
 from subspec_cli.planning.layer_sizes import LayerSizes
+from subspec_cli.planning.library_memory import bare_process_bytes
 from subspec_cli.planning.memory import MemoryModel
 from subspec_cli.planning.plan import OffloadPlan, fastest_plan, make_plan
 from subspec_cli.planning.reason import FasterBits, GivenLayers, LayersThatPay, ShorterContext, WholeModel
@@ -245,7 +246,7 @@ def test_host_memory_holds_the_pinned_layers_the_ring_and_the_table(request: Pla
         return
     held = {line.label: line.size_bytes for line in plan.host_lines}
     if request.device == "cpu":
-        assert held == {"bare process": device_profile("cpu").process_bytes}
+        assert held == {"bare process": bare_process_bytes(device_profile("cpu"), request.geometry)}
         assert (plan.pinned_layers, plan.ring_slots) == ((), 0)
         return
     layer_bytes = request.geometry.layer_matrix_bytes

@@ -15,6 +15,7 @@ from subspec_cli.planning import request
 from subspec_cli.planning.assumed_costs import assumed_costs
 from subspec_cli.planning.costs import RowTimes
 from subspec_cli.planning.device_profile import device_profile
+from subspec_cli.planning.library_memory import bare_process_bytes
 from subspec_cli.planning.plan import fastest_plan
 from subspec_cli.probe.timed_machine import TimedMachine
 from subspec_cli.session import load, machine_costs, opening
@@ -148,10 +149,10 @@ def test_an_embedding_in_host_memory_gives_the_same_rows(shelf, monkeypatch, ref
 
 def test_a_bound_on_host_memory_lowers_the_budget_on_the_cpu(shelf):
     ram_gb = 0.75
-    with open_tiny(shelf.model("qwen2"), memory={"vram_gb": 1.0, "ram_gb": ram_gb}) as session:
-        assert (
-            session.description.plan.budget_bytes == int(ram_gb * GIB) - device_profile("cpu").process_bytes
-        )
+    model = shelf.model("qwen2")
+    bare = bare_process_bytes(device_profile("cpu"), geometry_in(model))
+    with open_tiny(model, memory={"vram_gb": 1.0, "ram_gb": ram_gb}) as session:
+        assert session.description.plan.budget_bytes == int(ram_gb * GIB) - bare
 
 
 def test_without_a_budget_a_share_of_what_is_free_is_planned_for():

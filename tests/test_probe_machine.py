@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -312,6 +313,9 @@ SUBJECT = {
     "threads": lambda patch: patch.setenv("OMP_NUM_THREADS", "7"),
     "hidden instructions": lambda patch: patch.setattr(
         kept_costs, "processor_model", lambda: ("EPYC", ["avx2"])
+    ),
+    "compiler": lambda patch: patch.setattr(
+        kept_costs, "find_spec", lambda name: None if find_spec(name) else True
     ),
 }
 

@@ -22,6 +22,7 @@ from subspec_cli.errors import IntegrityError, PromptRefusedError, UnsupportedMo
 from subspec_cli.files.silenced_stderr import silenced_stderr
 from subspec_cli.modeling.chat_template import RAW_HINT, ChatTemplate
 from subspec_cli.modeling.delta_kernel import compile_rule
+from subspec_cli.modeling.int4_product import dot_product
 from subspec_cli.modeling.settling import Settling, byte_of_token, settling_of
 from subspec_cli.streaming.memory_meter import return_freed_memory_now
 from subspec_cli.units import printable
@@ -37,7 +38,7 @@ _PINNED: Final = dict.fromkeys(("mistral", "mistral3", "ministral", "ministral3"
 """Choices for types whose token ids would otherwise depend on another package, or change with a warning."""
 
 
-def import_libraries(model_type: str, *, has_recurrent_layers: bool) -> None:
+def import_libraries(model_type: str, *, has_recurrent_layers: bool, drafts_on_cpu: bool) -> None:
     """Import what opening a model of this type would import, so that none of it counts as the model's memory.
 
     For some types transformers' configuration class alone imports 860 modules, which take 75 MiB.
@@ -47,6 +48,8 @@ def import_libraries(model_type: str, *, has_recurrent_layers: bool) -> None:
     CONFIG_MAPPING[model_type]
     if has_recurrent_layers:
         compile_rule()
+    if drafts_on_cpu:
+        dot_product()
 
 
 def _tokenizer_config(directory: Path, facts: TokenizerFacts) -> PreTrainedConfig:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from subspec_cli.checkpoint.layer_description import Activation
 from subspec_cli.modeling.decoder import DraftLogits, Head
+from subspec_cli.modeling.int4_product import Int4Product, int4_product
 from subspec_cli.modeling.layers import LayerMath
 from subspec_cli.modeling.row_rules import activate_
 from subspec_cli.substitutes.head_file import HEAD_BITS
@@ -54,21 +55,19 @@ class PlainLinear:
 
 @dataclass(frozen=True, slots=True)
 class Int4Linear:
-    """A packed 4-bit matrix for torch's int4 kernels, which compute in bfloat16."""
+    """A 4-bit matrix as torch packs it, and the kernel that multiplies bfloat16 rows with it."""
 
     packed: Tensor
     scales_and_zeros: Tensor
     """`[in / group, out, 2]` bfloat16: weight = (code - 8) * scale + zero."""
     group_size: int
     bias: Tensor | None
+    product: Int4Product
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Apply."""
-        kernel = (
-            torch._weight_int4pack_mm_for_cpu if inputs.device.type == "cpu" else torch._weight_int4pack_mm
-        )
         rows = inputs.to(torch.bfloat16)
-        output = kernel(rows, self.packed, self.group_size, self.scales_and_zeros).to(inputs.dtype)
+        output = self.product(rows, self.packed, self.group_size, self.scales_and_zeros).to(inputs.dtype)
         return output if self.bias is None else output.add_(self.bias)
 
 
@@ -253,7 +252,9 @@ def _linear(parts: list[_StoredMatrix], biases: list[Tensor | None], device: tor
         return Int8Linear(torch.cat([part.data for part in parts]).to(device), scales.to(device), bias)
     codes, pairs = zip(*(_kernel_layout(part) for part in parts), strict=True)
     scales_and_zeros = torch.cat(pairs, dim=1).contiguous().to(device)
-    return Int4Linear(pack_codes(torch.cat(codes).to(device)), scales_and_zeros, parts[0].group_size, bias)
+    product = int4_product(device, scales_and_zeros.shape[1])
+    packed = pack_codes(torch.cat(codes).to(device))
+    return Int4Linear(packed, scales_and_zeros, parts[0].group_size, bias, product)
 
 
 def _kernel_layout(part: _StoredMatrix) -> tuple[Tensor, Tensor]:
@@ -330,7 +331,7 @@ def _joined(
         first = done * len(packed) // vocab
         packed[first : first + len(piece)] = piece
         done += len(codes)
-    return Int4Linear(packed, scales_and_zeros, group_size, None)
+    return Int4Linear(packed, scales_and_zeros, group_size, None, int4_product(packed.device, vocab))
 
 
 def dummy_substitute(name: str, shape: tuple[int, ...], bits: int, dtype: torch.dtype) -> dict[str, Tensor]:

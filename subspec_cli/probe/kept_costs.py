@@ -76,6 +76,7 @@ def probe_subject(
         "device": device,
         "gpus": gpu_models() if device == "cuda" else [],
         "torch": library_versions()["torch"],
+        "compiles": find_spec("numba") is not None,
         "disk": directory.stat().st_dev,
         "geometry": dataclasses.asdict(geometry),
         "substitutes": {"bits": settings.bits, "overrides": list(settings.overrides)},

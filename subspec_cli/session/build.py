@@ -52,7 +52,11 @@ def build_session(
     device = open_device(config.memory.device)
     return_freed_memory_at_once()
     directory, geometry = found.checkpoint.directory, found.geometry
-    import_libraries(found.repository.tokenizer.model_type, has_recurrent_layers=bool(geometry.delta))
+    import_libraries(
+        found.repository.tokenizer.model_type,
+        has_recurrent_layers=bool(geometry.delta),
+        drafts_on_cpu=device.type == "cpu",
+    )
     for note in (*found.repository.notes, *sampling_notes(config.sampling, found.repository.sampling)):
         reporter.note(note)
     # Every library is imported now: what memory grows by from here on is the run's.
