@@ -16,7 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subspec_cli.checkpoint.layer_description import Arithmetic, AttentionShape, NormKind
-from subspec_cli.checkpoint.layer_tensors import KEY_NORM, LAYER_FACTOR, QUERY_NORM, norm_name
+from subspec_cli.checkpoint.layer_tensors import (
+    KEY_NORM,
+    LAYER_FACTOR,
+    QUERY_NORM,
+    head_norm_names,
+    norm_name,
+)
 from subspec_cli.modeling.fast_attention import FastAttention
 from subspec_cli.modeling.kv_cache import KVCache, StepRows
 from subspec_cli.modeling.layers import LayerMath
@@ -168,7 +174,7 @@ def draft_norm(kind: NormKind, weight: Tensor, bias: Tensor | None, eps: float) 
     """Return a norm over the last dimension of `[..., width]` rows; the weight is `[width]` or `[H, width]`."""
     if kind == "scaled_from_one":
         weight = (1.0 + weight.float()).to(weight.dtype)
-    width, is_layer = weight.shape[-1:], kind == "layer"
+    width, is_layer = weight.shape[-1:], kind in ("layer", "fused_layer")
     if not is_layer and weight.is_cpu and weight.dtype is not torch.float16:
         return _added(_by_length(weight, eps), bias)
     fused = F.layer_norm if is_layer else F.rms_norm
@@ -228,13 +234,13 @@ def _heads_norm(
     arithmetic: Arithmetic, shape: AttentionShape, small: Mapping[str, Tensor]
 ) -> Callable[[Tensor], None]:
     """Return a norm of queries and keys in one: their weights are those of each head, one below the other."""
-
-    def of_each_head(query: Tensor, key: Tensor) -> Tensor:
-        return torch.cat((query.expand(shape.heads, -1), key.expand(shape.kv_heads, -1)))
-
-    weight = of_each_head(small[QUERY_NORM], small[KEY_NORM])
-    biases = [small.get(_bias_name(name)) for name in (QUERY_NORM, KEY_NORM)]
-    bias = None if biases[0] is None or biases[1] is None else of_each_head(biases[0], biases[1])
+    if arithmetic.qk_norm == "own_heads":
+        names = head_norm_names(QUERY_NORM, shape.heads) + head_norm_names(KEY_NORM, shape.kv_heads)
+    else:
+        names = (QUERY_NORM,) * shape.heads + (KEY_NORM,) * shape.kv_heads
+    weight = torch.stack([small[name] for name in names])
+    biases = [small[_bias_name(name)] for name in names if _bias_name(name) in small]
+    bias = torch.stack(biases) if biases else None
     norm = draft_norm(arithmetic.norm, weight, bias, arithmetic.eps)
 
     def normalize(qk: Tensor) -> None:

@@ -28,6 +28,7 @@ from subspec_cli.checkpoint.layer_tensors import (
 from subspec_cli.checkpoint.widening import widen
 from subspec_cli.drafting.draft_steps import rank
 from subspec_cli.drafting.graph_capture import CudaGraphs, Run
+from subspec_cli.limits import MOST_ROWS
 from subspec_cli.modeling.decoder import Block, DraftDecoder, DraftHead, DraftLogits, Head, TargetDecoder
 from subspec_cli.modeling.exact_attention import FIRST_RULES, ExactAttention
 from subspec_cli.modeling.kv_cache import KVCache, cache_for
@@ -63,6 +64,8 @@ _NARROW: Final = 64
 """Width of those layers beside attention, so that their time is attention's."""
 _TIMED_PASS_ROWS: Final = (1, 8, 16, 32, 48, 64, 128)
 _TIMED_STEP_ROWS: Final = (1, 2, 3, 4, 6, 8)
+_LOW_BIT_STEP_ROWS: Final = tuple(range(1, MOST_ROWS + 1))
+"""Low-bit kernels take rows a few at a time, so their times jump, and lines between the counts would hide where."""
 _ATTENTION_PASS_ROWS: Final = (1, 16, 64)
 _ATTENTION_STEP_ROWS: Final = (1, 4, 8)
 _TREE_DEPTH: Final = 24
@@ -236,7 +239,7 @@ class _Workbench:
                 ).items()
             }
             layers.append(load_substitute(math, layer, stored, self._settings, self._device))
-        return self._draft(math, layers, BASE_CACHED_ROWS, _TIMED_STEP_ROWS)
+        return self._draft(math, layers, BASE_CACHED_ROWS, _LOW_BIT_STEP_ROWS)
 
     @torch.inference_mode()
     def target_head(self) -> RowTimes:
@@ -264,10 +267,9 @@ class _Workbench:
         def run(states: Tensor) -> None:
             rank(head.guess(states), None)
 
-        steps = self._launched(
-            lambda rows: partial(run, self._ones(rows, self._sizes.hidden)), _TIMED_STEP_ROWS
-        )
-        return time_rows(steps, _TIMED_STEP_ROWS, finish=self._finish, typical=self._typical)
+        counts = _LOW_BIT_STEP_ROWS if bits == 4 else _TIMED_STEP_ROWS
+        steps = self._launched(lambda rows: partial(run, self._ones(rows, self._sizes.hidden)), counts)
+        return time_rows(steps, counts, finish=self._finish, typical=self._typical)
 
     def _head(self) -> Head:
         return Head(self._output(), self._ones(self._sizes.vocab, self._sizes.hidden))
