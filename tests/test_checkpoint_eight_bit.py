@@ -28,9 +28,8 @@ from subspec_cli.checkpoint.tensor_reader import read_tensors
 from subspec_cli.checkpoint.widening import widen, widened_tensors
 from subspec_cli.planning.assumed_costs import assumed_costs
 from subspec_cli.planning.timing import widen_s
-from subspec_cli.probe.machine import _Workbench
+from subspec_cli.probe.rebuilding import widen_rate
 from subspec_cli.substitutes.prepared_model import find_prepared
-from subspec_cli.substitutes.settings import SubstituteSettings
 
 one_thread = tiny_models.one_thread
 PROMPT = "Why is the sky blue, and the sea, and what else is blue? " * 3
@@ -260,9 +259,9 @@ def test_an_audit_widens_as_the_library_does(tmp_path, monkeypatch, form):
 
 def test_widening_takes_computing_time(tmp_path):
     geometry = Tiny(made(tmp_path)).geometry
-    settings, cpu = SubstituteSettings(4, "minmax"), torch.device("cpu")
-    assert _Workbench(geometry, settings, cpu, typical=min).widening() > 0
-    assert _Workbench(replace(geometry, stored=None), settings, cpu, typical=min).widening() == 0
+    cpu = torch.device("cpu")
+    assert widen_rate(geometry, cpu) > 0
+    assert widen_rate(replace(geometry, stored=None), cpu) == 0
     costs = assumed_costs(geometry, "cpu")
     assert widen_s(costs, geometry, 2) == pytest.approx(
         sum(geometry.link_layer_bytes) / costs.widen_bytes_per_s

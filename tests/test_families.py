@@ -22,7 +22,15 @@ from fakes import CountdownStop, free_policy
 from fakes_session import Shelf, answer_to, open_tiny
 from family_cases import CASES, FamilyCase
 from library_answers import first_gap
-from test_modeling_decoder import path_to, prefilled, random_tree, sequential_logits, tree_logits
+from test_modeling_decoder import (
+    path_to,
+    prefilled,
+    random_tree,
+    resident_draft,
+    sequential_logits,
+    tree_logits,
+    unpadded_batch,
+)
 from tiny_models import EOS_ID, Tiny, make_tiny_model
 from torch import Tensor
 from transformers import AttentionInterface
@@ -253,6 +261,18 @@ def test_a_tree_has_the_bits_of_its_paths(oracle: Oracle) -> None:
         alone = prefilled(model, decoder, prompt)
         for node in path:
             assert torch.equal(model.prefill(decoder, alone, [tree.token_ids[node]])[0], found[node])
+
+
+def test_a_draft_over_the_targets_matrices_finds_its_logits(oracle: Oracle) -> None:
+    """The draft has its own form of every norm, rotation and factor; in float32 only the formula shows."""
+    model = oracle.wide
+    decoder = model.target()
+    decoder.begin_answer(30)
+    tree = random_tree(8, [2, 3, 2, 2, 1, 1, 1])
+    kv = prefilled(model, decoder, tokens_of(5, 30))
+    found = resident_draft(model, model.source()).forward(unpadded_batch(tree, kv), kv).logits
+    expected = tree_logits(decoder, kv, tree)
+    torch.testing.assert_close(found, expected, atol=FLOAT32_ATOL, rtol=0)
 
 
 def noisy_draft(model: Tiny) -> DraftDecoder:

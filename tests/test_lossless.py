@@ -293,7 +293,9 @@ def test_ordinary_kernels_do_not_pass_and_are_not_called_exact(shelf, monkeypatc
             end = rows.first + len(query)
             rows = torch.arange(end)[None] <= torch.arange(rows.first, end)[:, None]
         mask, end = grouped_mask(rows, shape.group, query), rows.shape[1]
-        return fast_attention(query, keys[:, :end], values[:, :end], mask, scale=shape.head_dim**-0.5)
+        return fast_attention(
+            query, keys[None, :, :end], values[None, :, :end], mask, scale=shape.head_dim**-0.5
+        )
 
     monkeypatch.setattr(ExactAttention, "tree_rows", masked)
     monkeypatch.setattr(ExactAttention, "attend", ordinary)

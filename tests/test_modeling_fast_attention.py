@@ -19,7 +19,9 @@ def test_rows_are_near_the_sum_in_float64(dtype: torch.dtype, atol: float, heads
     allowed = torch.arange(33)[None] <= positions[:, None]
     expected = torch.stack([case.plain(int(position), None) for position in positions])
     mask = grouped_mask(allowed, heads // kv_heads, case.query)
-    found = fast_attention(case.query[positions], case.keys[:, :33], case.values[:, :33], mask, scale=SCALE)
+    found = fast_attention(
+        case.query[positions], case.keys[None, :, :33], case.values[None, :, :33], mask, scale=SCALE
+    )
     torch.testing.assert_close(found.double(), expected, atol=atol, rtol=0)
 
 
@@ -28,14 +30,16 @@ def test_masked_rows_do_not_show() -> None:
     allowed = torch.rand((4, 20), generator=torch.Generator().manual_seed(0)) < 0.5
     allowed[:, 3] = True
     mask = grouped_mask(allowed, 2, case.query)
-    found = fast_attention(case.query[:4], case.keys[:, :20], case.values[:, :20], mask, scale=SCALE)
+    found = fast_attention(
+        case.query[:4], case.keys[None, :, :20], case.values[None, :, :20], mask, scale=SCALE
+    )
     for row in range(4):
         chosen = allowed[row].nonzero().flatten()
         alone = fast_attention(
             case.query[row : row + 1],
-            case.keys[:, chosen],
-            case.values[:, chosen],
-            torch.zeros((2, len(chosen))),
+            case.keys[None, :, chosen],
+            case.values[None, :, chosen],
+            torch.zeros((1, 1, 2, len(chosen))),
             scale=SCALE,
         )
         torch.testing.assert_close(alone[0], found[row], atol=1e-5, rtol=0)
@@ -46,9 +50,13 @@ def test_cache_views_with_gaps_are_read_right() -> None:
     case = random_case(sizes_of(), 12)
     cache = torch.full((2, 2, 30, 16), torch.nan).bfloat16()
     cache[0, :, :12], cache[1, :, :12] = case.keys[:, :12], case.values[:, :12]
-    mask = torch.zeros((6, 12)).bfloat16()
-    found = fast_attention(case.query[:3], cache[0, :, :12], cache[1, :, :12], mask, scale=SCALE)
+    mask = torch.zeros((1, 1, 6, 12)).bfloat16()
+    found = fast_attention(case.query[:3], cache[:1, :, :12], cache[1:, :, :12], mask, scale=SCALE)
     whole = fast_attention(
-        case.query[:3], case.keys[:, :12].contiguous(), case.values[:, :12].contiguous(), mask, scale=SCALE
+        case.query[:3],
+        case.keys[None, :, :12].contiguous(),
+        case.values[None, :, :12].contiguous(),
+        mask,
+        scale=SCALE,
     )
     assert torch.equal(found, whole)

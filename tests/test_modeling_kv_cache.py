@@ -65,6 +65,24 @@ def test_written_rows_are_read_back_and_stay_scratch() -> None:
     assert kv.committed == 0
 
 
+@pytest.mark.parametrize("start", [2, torch.tensor([2, 3, 4])])
+def test_what_a_draft_step_writes_is_what_it_reads(start: int | torch.Tensor) -> None:
+    """All layers at once, at rows of a number or of a tensor."""
+    kv = make_cache()
+    write_rows(kv, 0, 50, 2)
+    kv.commit([0, 1], [7, 8])
+    layers = kv.step_rows(start, 3, 5)
+    for layer, rows in layers.items():
+        rows.write(torch.stack([marked(layer, 10, 3, keys=keys) for keys in (True, False)]))
+    assert_holds(kv, [50, 51, 10, 11, 12])
+    for layer, rows in layers.items():
+        keys, values = kv.read(layer, 5)
+        assert torch.equal(rows.keys, keys[None])
+        assert torch.equal(rows.values, values[None])
+    with pytest.raises(AssertionError):
+        kv.step_rows(1, 1, 5)  # over a committed row
+
+
 @pytest.mark.parametrize("nodes", [[0, 1, 2], [0], [], [0, 2, 5], [2, 3, 4], [1, 2, 6], [6]])
 def test_commit_moves_the_accepted_rows_together(nodes: list[int]) -> None:
     """Rows move towards the start over others still to be moved: [1, 2, 6], [2, 3, 4] overlap."""

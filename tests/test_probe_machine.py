@@ -93,7 +93,7 @@ def test_every_part_is_timed_on_stand_ins_of_the_models_shapes(shelf, home, prob
         assert all(0 < a <= b for a, b in zip(times.seconds, times.seconds[1:], strict=False)), name
         assert all(snapped(seconds) == seconds for seconds in times.seconds), name
     assert about.plan.prediction.origin == "measured"
-    assert about.costs.as_dict()["step"]["rows"] == (1, 2, 3, 4, 6, 8)
+    assert about.costs.as_dict()["step"]["rows"] == tuple(range(1, 9)), "where low-bit kernels jump"
 
 
 @pytest.mark.parametrize(("max_positions", "long"), [(100, 512), (1500, 1500), (32_768, 4096)])

@@ -19,8 +19,8 @@ from torch import Tensor
 from subspec_cli.checkpoint.layer_tensors import FEED_FORWARD, BlockKind
 from subspec_cli.modeling.delta import Gates
 from subspec_cli.modeling.draft_delta import DraftPaths
+from subspec_cli.modeling.draft_layers import StepView, draft_layer_math, normed
 from subspec_cli.modeling.exact_attention import ChainRows, ExactAttention, TreeRows
-from subspec_cli.modeling.fast_attention import FastAttention
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.layers import HeadRows, LayerMath, OutputMath
 from subspec_cli.modeling.rope import Rotations
@@ -99,7 +99,7 @@ class DraftLogits:
         assert self.head is not None
         assert self.normed is not None
         # Multiply and sum elementwise: for a GEMM, oneDNN would compile and keep a kernel for every row count.
-        found = (self.head.weight[token_ids].float() * self.normed.float()[:, None]).sum(-1)
+        found = (F.embedding(token_ids, self.head.weight).float() * self.normed.float()[:, None]).sum(-1)
         return self.head.output.finished(found.to(self.logits.dtype)).float()
 
 
@@ -326,7 +326,7 @@ class DraftDecoder:
         self.embed = embed
         self._math = math
         self._head = head
-        self._layers = tuple(layers)
+        self._layers = tuple((layer, draft_layer_math(math, number)) for number, layer in enumerate(layers))
 
     @torch.inference_mode()
     def forward(self, batch: TokenBatch, kv: KVCache) -> DraftLogits:
@@ -335,20 +335,22 @@ class DraftDecoder:
         return self.run(hidden, batch.to(hidden.device), kv)
 
     def run(self, hidden: Tensor, batch: TokenBatch, kv: KVCache) -> DraftLogits:
-        """Run one draft step from `[N, hidden]` embeddings, with all inputs on one device."""
-        math, rotations = self._math, self._math.ropes.rows(batch.positions)
-        attention = FastAttention(math.geometry, batch, hidden)
-        paths = DraftPaths(batch, kv.recurrent)
-        for number, layer in enumerate(self._layers):
-            normed = math.attention_input(number, hidden)
-            if (delta := math.delta_layers.get(number)) is not None:
-                attended = paths.attend(delta, number, layer.qkv(normed), delta.gates(normed, None))
+        """Run one draft step from `[N, hidden]` embeddings, which are overwritten, with all inputs on one device."""
+        deltas, is_parallel = self._math.delta_layers, self._math.is_parallel
+        step, paths = StepView(self._math, batch, kv, hidden), DraftPaths(batch, kv.recurrent)
+        for number, (layer, math) in enumerate(self._layers):
+            rows = normed(math.attention_input, hidden)
+            projected = layer.qkv(rows)
+            if math.heads is not None:
+                attended = math.heads.attend(number, projected, step)
             else:
-                heads = math.heads(number, layer.qkv(normed), rotations)
-                kv.write(number, batch.start, heads.keys, heads.values)
-                keys, values = kv.read(number, batch.allowed.shape[1])
-                attended = heads.gated(attention.attend(heads.query, keys, values, math.shape(number)))
-            hidden = math.with_attention(number, hidden, layer.attention_output(attended))
-            output = layer.feed_forward(normed if math.is_parallel else math.mlp_input(number, hidden))
-            hidden = math.with_mlp(number, hidden, output)
+                delta = deltas[number]
+                attended = paths.attend(delta, number, projected, delta.gates(rows, None))
+            if is_parallel:
+                output = layer.feed_forward(rows)
+                math.with_attention_(hidden, layer.attention_output(attended))
+            else:
+                math.with_attention_(hidden, layer.attention_output(attended))
+                output = layer.feed_forward(normed(math.mlp_input, hidden))
+            math.with_mlp_(hidden, output)
         return self._head.guess(hidden)

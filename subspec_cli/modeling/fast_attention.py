@@ -24,7 +24,7 @@ class FastAttention:
         }
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, shape: AttentionShape) -> Tensor:
-        """Attend with `[N, H, D]` queries to `[K, C, D]` keys and values; returns `[N, H * D]`."""
+        """Attend with `[N, H, D]` queries to `[1, K, C, D]` keys and values; returns `[N, H * D]`."""
         mask = self._masks[shape.window, shape.group]
         return fast_attention(query, keys, values, mask, scale=self._scale, cap=self._cap)
 
@@ -32,26 +32,24 @@ class FastAttention:
 def fast_attention(
     query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, *, scale: float, cap: float | None = None
 ) -> Tensor:
-    """Attend with `[N, H, D]` queries to `[K, C, D]` keys and values; returns `[N, H * D]`.
+    """Attend with `[N, H, D]` queries to `[1, K, C, D]` keys and values; returns `[N, H * D]`.
 
     `mask` is the result of `grouped_mask`. KV heads are not repeated: the queries of a group are rows of one call.
     """
     N, H, D = query.shape
-    K = keys.shape[0]
-    folded = query.transpose(0, 1).reshape(1, K, H // K * N, D)
+    K = keys.shape[1]
+    folded = query.view(N, K, H // K, D).transpose(0, 1).reshape(1, K, -1, D)
     if cap is None:
-        mixed = F.scaled_dot_product_attention(
-            folded, keys[None], values[None], attn_mask=mask[None, None], scale=scale
-        )
+        mixed = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scale)
     else:
         # No fused kernel caps scores.
-        scores = torch.matmul(folded, keys[None].transpose(-1, -2)).mul_(scale)
+        scores = torch.matmul(folded, keys.transpose(-1, -2)).mul_(scale)
         scores = scores.div_(cap).tanh_().mul_(cap).add_(mask)
-        mixed = torch.matmul(scores.softmax(-1), values[None])
-    return mixed.view(H, N, D).transpose(0, 1).reshape(N, H * D)
+        mixed = torch.matmul(scores.softmax(-1), values)
+    return mixed.view(K, N, H // K * D).transpose(0, 1).reshape(N, H * D)
 
 
 def grouped_mask(allowed: Tensor, group: int, like: Tensor) -> Tensor:
-    """Make the additive mask `[group * N, C]` of `fast_attention` from `[N, C]` bool, in `like`'s dtype."""
+    """Make the additive mask `[1, 1, N * group, C]` of `fast_attention` from `[N, C]` bool, in `like`'s dtype."""
     bias = torch.zeros(allowed.shape, dtype=like.dtype, device=like.device)
-    return bias.masked_fill_(~allowed, -torch.inf).repeat(group, 1)
+    return bias.masked_fill_(~allowed, -torch.inf).repeat_interleave(group, 0)[None, None]

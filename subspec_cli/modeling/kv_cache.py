@@ -8,7 +8,8 @@ rows into place. Nothing else turns scratch rows into committed rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -18,6 +19,26 @@ from subspec_cli.checkpoint.layer_description import AttentionShape, Mixer
 from subspec_cli.limits import SMALL_BLOCK
 from subspec_cli.modeling.layers import LayerMath
 from subspec_cli.modeling.recurrent_state import RecurrentState
+
+
+@dataclass(frozen=True, slots=True)
+class StepRows:
+    """One layer's rows of a draft step, as views of the cache."""
+
+    keys: Tensor
+    """`[1, H, C, D]`: the rows in view."""
+    values: Tensor
+    """`[1, H, C, D]`."""
+    written: Tensor
+    """`[2, H, N, D]`: the rows that the step writes; all rows if `places` says which ones."""
+    places: Tensor | None
+
+    def write(self, key_values: Tensor) -> None:
+        """Write `[2, H, N, D]` keys and values."""
+        if self.places is None:
+            self.written.copy_(key_values)
+        else:
+            self.written.index_copy_(2, self.places, key_values)
 
 
 class KVCache:
@@ -49,10 +70,14 @@ class KVCache:
             kind: torch.zeros((kinds.count(kind), 2, kind[0], self.rows, kind[1]), dtype=dtype, device=device)
             for kind in dict.fromkeys(kinds)
         }
-        self._layers = {
-            layer: self._memory[kind][kinds[:place].count(kind)]
+        number = {kind: index for index, kind in enumerate(self._memory)}
+        self._places = {
+            layer: (number[kind], kinds[:place].count(kind))
             for place, (layer, kind) in enumerate(zip(shapes, kinds, strict=True))
         }
+        """Which of the memories holds a layer, and where."""
+        memories = list(self._memory.values())
+        self._layers = {layer: memories[kind][place] for layer, (kind, place) in self._places.items()}
         """`[2, H, C, D]` of each layer."""
         self._device = device
         self.context = context
@@ -69,12 +94,8 @@ class KVCache:
         """Tokens whose keys and values are committed."""
         return tuple(self._token_ids)
 
-    def write(self, layer: int, start: int | Tensor, keys: Tensor, values: Tensor) -> None:
-        """Write `[H, N, D]` keys and values to scratch rows: from `start` on, or to the `[N]` rows in `start`."""
-        if isinstance(start, Tensor):
-            self._layers[layer][0].index_copy_(1, start, keys)
-            self._layers[layer][1].index_copy_(1, start, values)
-            return
+    def write(self, layer: int, start: int, keys: Tensor, values: Tensor) -> None:
+        """Write `[H, N, D]` keys and values to scratch rows from `start` on."""
         assert self.committed <= start
         end = start + keys.shape[1]
         assert end <= self.capacity
@@ -84,6 +105,23 @@ class KVCache:
     def read(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
         """Views of keys and values of rows `[0, end)`, each `[H, end, D]`."""
         return self._layers[layer][0, :, :end], self._layers[layer][1, :, :end]
+
+    def step_rows(self, start: int | Tensor, rows: int, end: int) -> Mapping[int, StepRows]:
+        """Return what a draft step writes and reads, by layer; made for all layers in a few calls.
+
+        It writes so many rows from `start` on, or the `[N]` rows in `start`, and reads rows `[0, end)`.
+        """
+        places = start if isinstance(start, Tensor) else None
+        if not isinstance(start, Tensor):
+            assert self.committed <= start
+            assert start + rows <= self.capacity
+        found = []
+        for memory in self._memory.values():
+            written = memory if isinstance(start, Tensor) else memory.narrow(3, start, rows)
+            keys, values = memory.narrow(3, 0, end)[:, :, None].unbind(1)
+            parts = zip(keys.unbind(), values.unbind(), written.unbind(), strict=True)
+            found.append([StepRows(*part, places) for part in parts])
+        return {layer: found[kind][place] for layer, (kind, place) in self._places.items()}
 
     def want_snapshot(self, position: int) -> None:
         """Let the pass to come keep what is needed to go back to where its chunk at `position` begins."""

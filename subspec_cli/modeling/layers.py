@@ -1,8 +1,8 @@
-"""The arithmetic of one decoder layer, in parts: the target runs them block by block, the draft a layer at a time.
+"""The arithmetic of one decoder layer, in parts, which the target runs block by block.
 
-`checkpoint.layer_description` says what a model computes; rounding follows the library's own order of casts.
-Attention itself is elsewhere: exact for the target, fast for the draft. Shapes: `N` rows, `P` rows with padding, `H`
-heads, `K` kv heads, `D` head dim.
+`checkpoint.layer_description` says what a model computes; rounding follows the library's own order of casts. The
+draft has its own form in `draft_layers`. Attention itself is elsewhere: exact for the target, fast for the draft.
+Shapes: `N` rows, `P` rows with padding, `H` heads, `K` kv heads, `D` head dim.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def normalized(
 
 @dataclass(frozen=True)
 class LayerMath:
-    """Layer functions bound to a model's description and its small tensors. Target and draft share one."""
+    """Layer functions bound to a model's description and its small tensors. The draft reads them from here."""
 
     geometry: ModelGeometry
     small: tuple[Mapping[str, Tensor], ...]

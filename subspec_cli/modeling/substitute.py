@@ -66,8 +66,11 @@ class Int4Linear:
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Apply."""
-        rows = inputs.to(torch.bfloat16)
-        output = self.product(rows, self.packed, self.group_size, self.scales_and_zeros).to(inputs.dtype)
+        if inputs.dtype is torch.bfloat16:
+            output = self.product(inputs, self.packed, self.group_size, self.scales_and_zeros)
+        else:
+            rows = inputs.to(torch.bfloat16)
+            output = self.product(rows, self.packed, self.group_size, self.scales_and_zeros).to(inputs.dtype)
         return output if self.bias is None else output.add_(self.bias)
 
 
@@ -138,7 +141,7 @@ class SubstituteLayer:
             gate, up = self.gate_up_proj[0](inputs).chunk(2, dim=-1)
         else:
             gate, up = (project(inputs) for project in self.gate_up_proj)
-        return self.down_proj(activate_(self.activation, gate.contiguous()).mul_(up))
+        return self.down_proj(torch.mul(activate_(self.activation, gate), up))
 
 
 def resident_layer(math_: LayerMath, layer: int, matrices: Mapping[str, Tensor]) -> SubstituteLayer:

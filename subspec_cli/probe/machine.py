@@ -25,10 +25,9 @@ from subspec_cli.checkpoint.layer_tensors import (
     matrices_of,
     spread,
 )
-from subspec_cli.checkpoint.widening import widen
 from subspec_cli.drafting.draft_steps import rank
 from subspec_cli.drafting.graph_capture import CudaGraphs, Run
-from subspec_cli.limits import ROW_SIZES
+from subspec_cli.limits import MOST_ROWS, ROW_SIZES
 from subspec_cli.modeling.decoder import Block, DraftDecoder, DraftHead, DraftLogits, Head, TargetDecoder
 from subspec_cli.modeling.exact_attention import FIRST_RULES, ExactAttention
 from subspec_cli.modeling.kv_cache import KVCache, cache_for
@@ -47,7 +46,7 @@ from subspec_cli.modeling.substitute import (
 from subspec_cli.modeling.token_batch import TokenBatch, causal_batch
 from subspec_cli.planning.costs import BASE_CACHED_ROWS, MachineCosts, RowTimes, attention_times, snapped
 from subspec_cli.probe.machine_use import read_use
-from subspec_cli.probe.rebuilding import rebuild_rate
+from subspec_cli.probe.rebuilding import rebuild_rate, widen_rate
 from subspec_cli.probe.timed_machine import Spread, TimedMachine
 from subspec_cli.probe.timers import copy_rate, disk_rate, reading, time_rows
 from subspec_cli.reporter import Reporter
@@ -65,6 +64,8 @@ _NARROW: Final = 64
 """Width of those layers beside attention, so that their time is attention's."""
 _TIMED_PASS_ROWS: Final = (1, *ROW_SIZES, 2 * ROW_SIZES[-1])
 _TIMED_STEP_ROWS: Final = (1, 2, 3, 4, 6, 8)
+_LOW_BIT_STEP_ROWS: Final = tuple(range(1, MOST_ROWS + 1))
+"""Low-bit kernels take rows a few at a time, so their times jump, and lines between the counts would hide where."""
 _ATTENTION_PASS_ROWS: Final = (1, 16, 64)
 _ATTENTION_STEP_ROWS: Final = (1, 4, 8)
 _TREE_DEPTH: Final = 24
@@ -95,11 +96,13 @@ def probe_machine(
         # A pass and the reader share cores and memory, so each is timed while the other runs.
         with reading(layouts) as beside:
             target, target_attention = workbench.target_layer(), attention.of_target()
-            widening, rebuilding = workbench.widening(), rebuild_rate(geometry, device) if rebuilds else 0.0
+            widening = widen_rate(geometry, device)
+            rebuilding = rebuild_rate(geometry, device) if rebuilds else 0.0
         link = pageable = disk = beside.bytes_per_s
     else:
         target, target_attention = workbench.target_layer(), attention.of_target()
-        widening, rebuilding = workbench.widening(), rebuild_rate(geometry, device) if rebuilds else 0.0
+        widening = widen_rate(geometry, device)
+        rebuilding = rebuild_rate(geometry, device) if rebuilds else 0.0
         disk = disk_rate(layouts)
         link, pageable = copy_rate(device, pinned=True), copy_rate(device, pinned=False)
     reporter.progress("the draft's layers")
@@ -203,17 +206,6 @@ class _Workbench:
         return self._per_layer(run, row_counts, len(layers))
 
     @torch.inference_mode()
-    def widening(self) -> float:
-        """Time how many bytes of 8-bit weights a second become 16 bits; 0.0 for a model that has none."""
-        if self._sizes.stored is None:
-            return 0.0
-        codes = self._ones(self._sizes.feed_forward, self._sizes.hidden).to(torch.float8_e4m3fn)
-        out = torch.empty_like(codes, dtype=self._dtype)
-        scale = torch.ones(1, device=self._device)
-        times = time_rows(lambda _rows: widen(codes, scale, out), (1,), finish=self._finish)
-        return codes.numel() / times.seconds[0]
-
-    @torch.inference_mode()
     def shared_layer(
         self, prefix: int = BASE_CACHED_ROWS, row_counts: Sequence[int] = _TIMED_STEP_ROWS
     ) -> RowTimes:
@@ -240,7 +232,7 @@ class _Workbench:
                 ).items()
             }
             layers.append(load_substitute(math, layer, stored, self._settings, self._device))
-        return self._draft(math, layers, BASE_CACHED_ROWS, _TIMED_STEP_ROWS)
+        return self._draft(math, layers, BASE_CACHED_ROWS, _LOW_BIT_STEP_ROWS)
 
     @torch.inference_mode()
     def target_head(self) -> RowTimes:
@@ -268,10 +260,9 @@ class _Workbench:
         def run(states: Tensor) -> None:
             rank(head.guess(states), None)
 
-        steps = self._launched(
-            lambda rows: partial(run, self._ones(rows, self._sizes.hidden)), _TIMED_STEP_ROWS
-        )
-        return time_rows(steps, _TIMED_STEP_ROWS, finish=self._finish, typical=self._typical)
+        counts = _LOW_BIT_STEP_ROWS if bits == 4 else _TIMED_STEP_ROWS
+        steps = self._launched(lambda rows: partial(run, self._ones(rows, self._sizes.hidden)), counts)
+        return time_rows(steps, counts, finish=self._finish, typical=self._typical)
 
     def _head(self) -> Head:
         return Head(self._output(), self._ones(self._sizes.vocab, self._sizes.hidden))
