@@ -105,7 +105,7 @@ def test_shadow_rows_lie_behind_the_tree_and_within_bounds(ahead):
             assert verified[1] <= start < end <= verified[1] + 12
             in_shadow += 1
         else:
-            assert committed <= start < end <= committed + 20
+            assert committed <= start < end <= committed + 20 + 12
     assert in_shadow > 5
 
 

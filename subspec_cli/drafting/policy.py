@@ -22,6 +22,8 @@ from subspec_cli.planning.costs import PlanCosts
 
 LEAST_CHANCE: Final = 0.02
 """A node less likely than this is neither verified nor expanded."""
+_LEAST_SHADOW_CHANCE: Final = 0.002
+"""What is less likely is not worth a row in the shadow of a pass, whose time costs nothing else."""
 _PROBE_EVERY: Final = 24
 """Passes without a draft before speculation is tried again."""
 _LINK_MARGIN: Final = 0.75
@@ -133,7 +135,7 @@ class DraftPolicy:
         idle_s = max(0.0, _LINK_MARGIN * self.costs.link_s - self.costs.compute_s(nodes, cached_rows))
         allowed_s = idle_s * (layer + 1) / self.layers - spent_s
         step_s = partial(self.step_s, cached_rows=cached_rows)
-        likely = [chance for chance in chances[:MOST_ROWS] if chance >= LEAST_CHANCE]
+        likely = [chance for chance in chances[:MOST_ROWS] if chance >= _LEAST_SHADOW_CHANCE]
         rates = [gain / step_s(rows) for rows, gain in enumerate(accumulate(likely), start=1)]
         if not rates:
             return 0
