@@ -1,9 +1,10 @@
 """The tree drafter: it grows token trees with the draft model, in scratch rows of the shared KV cache.
 
 Every draft step expands the likeliest open nodes, at any depth. Serial steps run before a pass and make
-its tree. Shadow steps run during the pass, while weights arrive, and look beyond the tree: what follows if its best
-leaf is taken, and what follows if the target leaves the tree for a runner-up. When the pass ends in a token that was
-drafted, what was found below it begins the next tree.
+its tree. Shadow steps run during the pass, while weights arrive, and look beyond the tree. The pass will end with a
+node of the tree and a token below it that is not in the tree; the steps expand the likeliest of these pairs, and what
+follows them where that is likelier than another pair. When the pass ends in a token that was drafted, what was found
+below it begins the next tree.
 """
 
 from __future__ import annotations
