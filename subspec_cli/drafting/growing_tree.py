@@ -200,10 +200,6 @@ class GrowingTree:
             tuple(node.log_prob for node in chosen),
         )
 
-    def is_verified_leaf(self, node: NodeId) -> bool:
-        """Return whether a node was frozen without having been expanded."""
-        return node in self._leaves
-
     def rankings(self, path: Sequence[int], token_ids: Sequence[int]) -> list[Ranking]:
         """Return what the draft found below the nodes of a verified path, and which of it the target chose.
 
@@ -211,10 +207,8 @@ class GrowingTree:
         """
         found = []
         for node, token in zip((self._frozen[place] for place in path), token_ids, strict=True):
-            children, above = (
-                [self.nodes[child] for child in self.nodes[node].children],
-                self.nodes[node].log_prob,
-            )
+            above = self.nodes[node].log_prob
+            children = [self.nodes[child] for child in self.nodes[node].children]
             chosen = next((place for place, child in enumerate(children) if child.token_id == token), None)
             if children:
                 found.append(Ranking(tuple(child.log_prob - above for child in children), chosen))
