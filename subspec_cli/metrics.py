@@ -55,6 +55,10 @@ class RoundTotals:
     """Draft forwards before passes."""
     shadow_steps: int = 0
     """Draft forwards in the shadow of passes."""
+    useful_shadow_steps: int = 0
+    """Those that expanded a node of the next tree; the rest were wasted."""
+    shadow_levels: int = 0
+    """Levels of trees that were ready when their drafting began: each one is a serial step less."""
     draft_cost_s: float = 0.0
     """Cost of the draft steps before passes, at the prices that the draft policy uses."""
     draft_time_s: float = 0.0
@@ -217,6 +221,7 @@ class GenerationStats(RoundTotals):
             "tau": self.tau,
             "decode_tok_per_s": self.decode_tok_per_s,
             "acceptance_by_depth": self.acceptance_by_depth,
+            "wasted_shadow_steps": self.shadow_steps - self.useful_shadow_steps,
             "link_gb_per_s": self.link_gb_per_s,
             "link_busy_share": self.link_busy_share,
             "by_cached_rows": [item.as_dict() for item in self.by_cached_rows if item.passes],

@@ -52,6 +52,20 @@ def test_a_frozen_tree_holds_expanded_nodes_in_their_rows_then_leaves(seed):
     assert growing.mask[:rows, :rows].equal(tree.ancestor_mask()[:rows, :rows])
 
 
+def test_rankings_say_which_child_the_target_chose_in_the_tree_or_not():
+    growing = GrowingTree(7, capacity=8)
+    growing.expand(0)
+    first, second, _ = (growing.add(0, token, -1.0 - token, 0.3) for token in (1, 2, 3))
+    growing.expand(first)
+    growing.add(first, 4, -4.0, 0.1)
+    growing.freeze([second])
+    assert growing.levels == 2
+    assert growing.leaves == {second}
+    assert growing.rankings([0, 1], [1, 9]) == [((-2.0, -3.0, -4.0), 0), ((-2.0,), None)]
+    assert growing.rankings([0], [3]) == [((-2.0, -3.0, -4.0), 2)]
+    assert growing.rankings([0, 2], [2, 5]) == [((-2.0, -3.0, -4.0), 1)], "nothing was found below a leaf"
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_rows_taken_after_freezing_lie_behind_the_tree_and_see_their_ancestors(seed):
     growing, _ = grown_at_random(seed)

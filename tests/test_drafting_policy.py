@@ -4,15 +4,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from fakes import chain_of, plan_costs, tree_of
+from fakes import chain_of, plan_costs
 
 from subspec_cli.decoding.verification import VerifyResult
-from subspec_cli.drafting.history import Calibration, History
+from subspec_cli.drafting.history import Calibration, History, Ranking
 from subspec_cli.drafting.policy import DraftPolicy, FixedShape, Outlook, TreeLimits
 from subspec_cli.planning.costs import RowTimes
 
 LIMITS = TreeLimits(depth=40, width=8, nodes=64)
-ROOT_ALONE = (chain_of([0]), VerifyResult((0,), (1,)))
+ROOT_ALONE = (chain_of([0]), VerifyResult((0,), (1,)), [])
 
 
 CACHED = 256
@@ -100,7 +100,7 @@ def test_recent_passes_count_in_the_rate():
     policy, slow, fast = made(0.1, 1.0), History(), History()
     for _ in range(20):
         slow.observe(*ROOT_ALONE, pass_s=1.0, drafting_s=0.0)
-        fast.observe(chain_of([0]), VerifyResult((0,), tuple(range(30))), pass_s=1.0, drafting_s=0.0)
+        fast.observe(chain_of([0]), VerifyResult((0,), tuple(range(30))), [], pass_s=1.0, drafting_s=0.0)
     assert policy.serial_rows([0.3], Outlook(1.0, 1, 0.0, CACHED), slow) == 1
     assert policy.serial_rows([0.3], Outlook(1.0, 1, 0.0, CACHED), fast) == 0
 
@@ -212,7 +212,7 @@ def test_speculation_switches_off_when_nothing_is_accepted_and_is_probed_again()
             passes += 1
         waits.append(passes)
         history.learn_yield(0.05)
-        history.observe(chain_of([0, 1]), VerifyResult((0,), (7,)), pass_s=0.2, drafting_s=0.1)
+        history.observe(chain_of([0, 1]), VerifyResult((0,), (7,)), [], pass_s=0.2, drafting_s=0.1)
         assert not first_step_pays(history), "a probe that failed is not repeated at once"
     assert all(1 <= passes < 300 for passes in waits)
 
@@ -227,49 +227,54 @@ def test_a_probe_that_succeeds_switches_speculation_on():
     assert first_step_pays(history)
 
 
-def test_calibration_starts_by_trusting_the_draft():
+def rankings(sigma, count, seed=0):
+    """What a target chose among four tokens of a draft whose scores err by `sigma`, in sharpened guesses."""
+    generator = np.random.default_rng(seed)
+    for _ in range(count):
+        scores = generator.normal(0, 2, 4)
+        chosen = int(np.argmax(scores + generator.normal(0, sigma, 4)))
+        order = np.argsort(-scores)
+        guesses = (scores - scores.max()) / 0.2
+        guesses -= np.log(np.exp(guesses).sum())
+        yield Ranking(tuple(guesses[order].tolist()), order.tolist().index(chosen))
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.8])
+def test_a_draft_is_believed_as_far_as_it_is_right(sigma):
+    """Of a draft that errs by much the runner-up is often right, though the draft is sure of its best token."""
     calibration = Calibration()
-    chances = [calibration.probability(guess) for guess in np.linspace(0, 1, 101)]
-    assert chances == sorted(chances)
-    assert (
-        max(abs(chance - guess) for chance, guess in zip(chances, np.linspace(0, 1, 101), strict=True)) < 0.15
-    )
+    for ranking in rankings(sigma, 300):
+        calibration.observe(ranking)
+    expected, taken = np.zeros(4), np.zeros(4)
+    for ranking in rankings(sigma, 400, seed=1):
+        expected += calibration.shares(ranking.log_probs)
+        taken[ranking.chosen] += 1
+    assert expected / 400 == pytest.approx(taken / 400, abs=0.05)
 
 
-@pytest.mark.parametrize("guess", [0.0, 0.01, 0.3, 0.9, 0.999, 1.0])
-def test_calibration_learns_what_the_target_really_takes(guess):
+def test_a_draft_is_believed_at_first():
+    guesses = np.log([0.9, 0.09, 0.01])
+    assert Calibration().shares(guesses) == pytest.approx(np.exp(guesses), abs=0.15)
+
+
+@pytest.mark.parametrize("guesses", [[0.0, -800.0], [-800.0], [-0.7, -0.7, -np.inf]])
+def test_no_guess_is_impossible(guesses):
+    """The target may choose what the draft finds next to impossible."""
     calibration = Calibration()
-    generator = np.random.default_rng(0)
-    for _ in range(400):
-        calibration.observe(guess, taken=bool(generator.random() < 0.25))
-    assert 0.1 < calibration.probability(guess) < 0.45
-    for _ in range(400):
-        calibration.observe(guess, taken=True)
-    assert calibration.probability(guess) > 0.9
+    calibration.observe(Ranking(tuple(guesses), len(guesses) - 1))
+    shares = calibration.shares(guesses)
+    assert np.isfinite(shares).all()
+    assert sum(shares) == pytest.approx(1)
 
 
-def test_calibration_of_one_guess_leaves_distant_ones_alone():
+def test_a_draft_that_does_not_find_the_tokens_is_not_believed():
     calibration = Calibration()
-    before = calibration.probability(0.3)
+    before = calibration.shares([-0.1, -2.4])
     for _ in range(100):
-        calibration.observe(0.95, taken=False)
-    assert calibration.probability(0.3) == before
-
-
-def observed(tree, nodes):
-    """Edges that `observe` records, as (guess, taken)."""
-    history, seen = History(), []
-    history.calibration.observe = lambda guess, *, taken: seen.append((round(guess, 6), taken))
-    history.observe(tree, VerifyResult(nodes, (0,) * len(nodes)), pass_s=1.0, drafting_s=0.0)
-    return seen
-
-
-def test_only_edges_whose_parent_was_reached_are_evidence():
-    tree = tree_of([0, 1, 2, 3, 4, 5], [-1, 0, 0, 1, 2, 2])
-    assert observed(tree, (0, 2)) == [(0.5, False), (0.5, True), (0.5, False), (0.5, False)]
-    assert observed(tree, (0,)) == [(0.5, False), (0.5, False)]
-    assert observed(tree, (0, 1, 3)) == [(0.5, True), (0.5, False), (0.5, True)]
-    assert observed(chain_of([0]), (0,)) == []
+        calibration.observe(Ranking((-0.1, -2.4), None))
+    after = calibration.shares([-0.1, -2.4])
+    assert sum(after) < 0.1
+    assert after[0] / after[1] == pytest.approx(before[0] / before[1]), "nothing is learned of their order"
 
 
 def test_the_same_costs_and_outcomes_give_the_same_decisions():
@@ -277,9 +282,11 @@ def test_the_same_costs_and_outcomes_give_the_same_decisions():
         policy, history, generator = made(0.02, 0.4), History(), np.random.default_rng(4)
         depths = []
         for _ in range(40):
-            depths.append(depth_taken(policy, history.calibration.probability(0.9), history))
+            chance = history.calibration.shares(np.log([0.9, 0.1]))[0]
+            depths.append(depth_taken(policy, chance, history))
             result = VerifyResult((0, 1)[: (accepted := int(generator.integers(1, 3)))], (1,) * accepted)
-            history.observe(chain_of([0, 1, 2]), result, pass_s=0.4, drafting_s=0.04)
+            rankings = [Ranking((-0.1, -2.4), accepted - 1)]
+            history.observe(chain_of([0, 1, 2]), result, rankings, pass_s=0.4, drafting_s=0.04)
         return depths
 
     assert run() == run()

@@ -25,7 +25,10 @@ from fakes import (
 )
 
 from subspec_cli.checkpoint.layer_description import AttentionShape
+from subspec_cli.decoding.sampler import GreedySampler
 from subspec_cli.drafting.draft_steps import DirectSteps
+from subspec_cli.drafting.frontier import Frontier
+from subspec_cli.drafting.growing_tree import ROOT, GrowingTree
 from subspec_cli.drafting.policy import DraftPolicy
 from subspec_cli.drafting.tree_drafter import TreeDrafter
 from subspec_cli.modeling.kv_cache import KVCache
@@ -82,6 +85,92 @@ def test_a_hit_saves_steps_and_costs_no_acceptance(ahead):
     assert with_shadow.tau > 0.8 * without.tau
 
 
+def leaving(prefix):
+    """A target that takes its draft's second choice at every fourth position."""
+    row = TABLE(prefix).copy()
+    if len(prefix) % 4 == 0:
+        best, second = np.argsort(-row, kind="stable")[:2]
+        row[[best, second]] = row[[second, best]]
+    return row
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_runner_up_that_was_left_out_of_the_tree_begins_the_next_one(ahead):
+    """Trees are chains, so every path that leaves one ends in a token that only the shadow has worked below."""
+    kv, target, draft = fake_cache(96, scratch=160), FakeTarget(leaving), FakeDraft(TABLE)
+    plan = policy(6, 1, 7, fixed_depth=True, fixed_width=True, costs=plan_costs(0.01, 1.0), shadow_rows=40)
+    engine = fake_engine(target, kv, TreeDrafter(steps_of(draft, kv, ahead), kv, plan, eos_ids=()))
+    outputs = list(engine.generate(request_for(PROMPT, 60)))
+    assert emitted(outputs) == plain_answer(leaving, PROMPT, 60)
+    stats = outputs[-1].stats
+    assert stats.shadow_hits >= 0.5 * (stats.passes - 1)
+    assert stats.shadow_levels >= stats.shadow_hits
+    assert 0 < stats.useful_shadow_steps < stats.shadow_steps
+
+
+def grown(table, plan):
+    """A draft whose first tree is grown and under verification."""
+    kv = fake_cache(96, scratch=160)
+    for place, token in enumerate(PROMPT[:-1]):
+        kv.write(
+            0,
+            place,
+            torch.tensor([[[token, place]]], dtype=torch.float64),
+            torch.full((1, 1, 2), 2.0).double(),
+        )
+        kv.commit([0], [token])
+    found = FakeDraft(table)
+    draft = TreeDrafter(DirectSteps(found, kv), kv, plan, eos_ids=()).begin(GreedySampler())
+    return draft, found, draft.grow(PROMPT[-1], 40)
+
+
+def test_the_shadow_works_below_many_pairs_before_it_goes_deep():
+    """Where all tokens are as likely, every row is of another pair of path end and next token."""
+
+    def even(prefix):
+        return np.zeros(VOCAB)
+
+    draft, found, proposal = grown(even, policy(3, 4, 9, costs=plan_costs(0.05, 2.0), shadow_rows=60))
+    tree, verified = proposal.tree, [PROMPT[:-1]]
+    for token, parent in zip(tree.token_ids, tree.parents, strict=True):
+        verified.append((*verified[parent + 1], token))
+    before = len(found.calls)
+    assert draft.work_in_shadow(0)
+    rows = [prefix for call in found.calls[before:] for prefix in call.prefixes]
+    assert len(rows) == len(set(rows)) > 8
+    pairs = [row for row in rows if row not in verified and row[:-1] in verified]
+    assert len(pairs) > 0.8 * len(rows)
+
+
+def test_a_leaf_under_verification_gives_way_to_a_pair_that_may_end_the_path():
+    """Its row alone saves nothing: the pair that comes is below it."""
+    kv, tree = fake_cache(96, scratch=160), GrowingTree(7, 20)
+    drafter = TreeDrafter(DirectSteps(FakeDraft(TABLE), kv), kv, policy(shadow_rows=9), eos_ids=())
+    frontier = Frontier(tree, drafter._shared)
+    tree.expand(ROOT)
+    leaf, pair = tree.add(ROOT, 1, -1.0, 0.3), tree.add(ROOT, 2, -2.0, 0.2)
+    assert [row.node for row in frontier.offer(2, 2, 9).rows] == [leaf, pair]
+    tree.freeze([leaf])
+    rows = frontier.offer(2, 2, 9).rows
+    assert [row.node for row in rows] == [pair, leaf]
+    assert [frontier.worth(row) for row in rows] == pytest.approx([0.2, 0.3 * 0.8 / 2])
+    assert [row.node for row in frontier.offer(1, 1, 9).rows] == [pair]
+
+
+def test_the_shadow_of_a_pass_takes_no_more_than_its_share_of_the_link_time():
+    for compute_s in (0.0, 0.2, 0.6, 0.8):
+        plan = policy(4, 3, 14, costs=plan_costs(0.01, 1.0, compute_s=compute_s), shadow_rows=200)
+        draft, found, _ = grown(TABLE, plan)
+        before, spent_s = len(found.calls), []
+        for layer in range(2):
+            draft.work_in_shadow(layer)
+            spent_s.append(sum(plan.step_s(call.batch.rows, 9) for call in found.calls[before:]))
+        idle_s = max(0.0, 0.75 - compute_s)
+        assert spent_s[0] <= idle_s / 2
+        assert spent_s[1] <= idle_s
+        assert (spent_s[1] > 0.5 * idle_s) == (idle_s > 0)
+
+
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_shadow_rows_lie_behind_the_tree_and_within_bounds(ahead):
     """Trap 6: the target never sees them, and they never reach into its rows."""
@@ -105,7 +194,7 @@ def test_shadow_rows_lie_behind_the_tree_and_within_bounds(ahead):
             assert verified[1] <= start < end <= verified[1] + 12
             in_shadow += 1
         else:
-            assert committed <= start < end <= committed + 20
+            assert committed <= start < end <= committed + 20 + 12
     assert in_shadow > 5
 
 

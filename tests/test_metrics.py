@@ -134,6 +134,8 @@ def test_steps_and_link_time_add_up():
             draft_steps=3,
             ready_nodes=ready,
             shadow_steps=5,
+            useful_shadow_steps=ready // 2,
+            shadow_levels=ready - ready // 4,
             draft_cost_s=0.3,
             shadow_time_s=0.2,
             link_time_s=0.5,
@@ -141,6 +143,7 @@ def test_steps_and_link_time_add_up():
         )
         stats = stats.after_pass(step)
     assert (stats.draft_steps, stats.shadow_steps, stats.shadow_hits) == (6, 10, 1)
+    assert (stats.shadow_levels, stats.as_dict()["wasted_shadow_steps"]) == (3, 8)
     assert (stats.draft_cost_s, stats.shadow_time_s, stats.link_busy_share) == (0.6, 0.4, 0.5)
 
 

@@ -16,6 +16,7 @@ from subspec_cli.planning.costs import (
     snapped,
     weighted_sum,
 )
+from subspec_cli.planning.timing import DepthOption, RoundTiming, pass_s, shadow_levels
 
 GEOMETRY = make_geometry()
 COSTS = PlanCosts(
@@ -120,3 +121,45 @@ def test_costs_of_which_a_part_is_missing_are_refused(missing):
     del values[missing]
     with pytest.raises(KeyError):
         MachineCosts.from_dict(values)
+
+
+def timing(link_s: float, **more: float) -> RoundTiming:
+    """A round whose draft steps take 60 ms, 74 with more rows."""
+    return RoundTiming(
+        **{
+            "link_s": link_s,
+            "prefetch_s": 0.05,
+            "step_s": 0.06,
+            "shadow_step_s": 0.074,
+            "shadow_share": 1.0,
+            **more,
+        }
+    )
+
+
+def levels(link_s: float, survival: float = 0.875, **more: float) -> float:
+    """Levels that the shadow is expected to give a tree of depth 10."""
+    option = DepthOption(10, 21, tau=6.0, survival=survival, compute_s=0.68)
+    found = timing(link_s, **more)
+    return shadow_levels(found, option, pass_s(found, option))
+
+
+def test_a_slower_link_and_a_better_draft_leave_more_to_the_shadow() -> None:
+    by_link = [levels(link_s) for link_s in (0.5, 0.87, 1.1, 1.59, 3.82, 9.0)]
+    assert by_link == sorted(by_link)
+    assert by_link[0] == by_link[1] == 0 < by_link[2] < by_link[3] < by_link[4]
+    by_survival = [levels(3.82, survival) for survival in (0.0, 0.3, 0.6, 0.9, 1.0)]
+    assert by_survival == sorted(by_survival)
+    assert by_survival[-1] == 10
+
+
+def test_the_shadow_gives_nothing_without_its_share_or_time_of_its_own() -> None:
+    assert levels(3.82, shadow_share=0.0) == 0
+    assert levels(1.2) > 0
+    assert levels(1.2, prefetch_s=1.0) == 0, "the weights were there before the pass began"
+
+
+def test_the_levels_of_the_shadow_are_those_that_were_measured() -> None:
+    """SmolLM2 with 4-bit substitutes, 10 and 6 answers at two links; tau 7.5 and 6.9."""
+    assert levels(1.59) == pytest.approx(0.9, abs=0.45)
+    assert levels(3.82) == pytest.approx(2.6, abs=0.4)

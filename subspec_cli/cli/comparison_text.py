@@ -165,8 +165,10 @@ def _work_line(answers: Sequence[GenerationStats]) -> str:
     serial = sum(stats.draft_steps for stats in answers) / passes
     shadow = sum(stats.shadow_steps for stats in answers) / passes
     hits = sum(stats.shadow_hits for stats in answers) / passes
+    levels = sum(stats.shadow_levels for stats in answers) / passes
     return (
-        f"{serial:.1f} draft steps before a pass, {shadow:.1f} in its shadow, of use to {hits:.0%} of the next; "
+        f"{serial:.1f} draft steps before a pass, {shadow:.1f} in its shadow, of use to {hits:.0%} of the next, "
+        f"which began with {levels:.1f} levels; "
         f"link busy {busy:.0%} of the time"
     )
 

@@ -169,7 +169,8 @@ def time_shares(stats: GenerationStats) -> list[str]:
     compute_s = stats.verify_time_s - stats.wait_time_s - stats.shadow_time_s
     shares = [f"draft {stats.draft_time_s / total_s:.0%}"]
     if stats.shadow_steps:
-        shares.append(f"in shadow {stats.shadow_time_s / total_s:.0%}")
+        hits = stats.shadow_hits / max(1, stats.passes)
+        shares.append(f"in shadow {stats.shadow_time_s / total_s:.0%} (of use to {hits:.0%})")
     return [
         *shares,
         f"verify {compute_s / total_s:.0%}",

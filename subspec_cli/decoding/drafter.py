@@ -22,10 +22,14 @@ class Proposal:
     tree: TokenTree
     draft_steps: int = 0
     """Serial draft steps."""
+    cost_s: float = 0.0
+    """Their cost at the policy's prices."""
     ready_nodes: int = 0
     """Nodes that the shadow of the last pass had already expanded."""
-    cost_s: float = 0.0
-    """Cost of the serial steps at the policy's prices."""
+    ready_levels: int = 0
+    """Levels of the draft's likeliest path among them."""
+    useful_shadow_steps: int = 0
+    """Steps in the shadow of the last pass that expanded one of them."""
 
 
 class Draft(Protocol):

@@ -69,6 +69,8 @@ class RoundMeter:
             emitted=emitted,
             depth=proposal.tree.depth,
             ready_nodes=proposal.ready_nodes,
+            shadow_levels=proposal.ready_levels,
+            useful_shadow_steps=proposal.useful_shadow_steps,
             cached_rows=self._cached_rows,
             decode_time_s=time.perf_counter() - self._started,
             draft_steps=proposal.draft_steps,

@@ -7,7 +7,6 @@ learns which nodes they were when it reads step k.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -139,6 +138,16 @@ class Frontier:
         rows = self._candidates(most_nodes, most_rows, max_depth, first)
         return Offer(rows, nodes + len(chances), expected + self._shared.history.gain(sum(chances)))
 
+    def worth(self, candidate: Candidate) -> float:
+        """Return the levels that a row for a candidate is likely to save the draft.
+
+        If the path ends above a node and its token comes next, the node's row saves a level. A leaf under
+        verification saves none: what comes next is below it, so its own row is only half of what that takes.
+        """
+        if isinstance(candidate, OpenNode) and candidate.node in self.tree.leaves:
+            return candidate.chance * self._shared.history.child_shares[0] / 2
+        return candidate.chance
+
     def start(self, rows: Sequence[Candidate]) -> None:
         """Start a draft step over candidates, with the n-grams below the first one; then read the steps before it."""
         nodes = [row for row in rows if not isinstance(row, NGram)]
@@ -162,12 +171,14 @@ class Frontier:
     def _candidates(
         self, most_nodes: int, most_rows: int, max_depth: int, first: Candidate | None
     ) -> list[Candidate]:
-        opened = self.tree.best_open(most_nodes, max_depth=max_depth, eos_ids=self._shared.eos_ids)
+        # A leaf is worth less than its chance, so it must not crowd out what is worth more.
+        count = most_nodes + len(self.tree.leaves)
+        opened = self.tree.best_open(count, max_depth=max_depth, eos_ids=self._shared.eos_ids)
         found: list[Candidate] = [
             *(OpenNode(self.tree.nodes[node].chance, self.tree.nodes[node].depth, node) for node in opened),
             *self._placeholders(max_depth),
         ]
-        found.sort(key=lambda candidate: -candidate.chance)
+        found.sort(key=lambda candidate: -self.worth(candidate))
         if first is not None:
             found = [first, *(other for other in found if other != first)]
         found = found[:most_nodes]
@@ -175,7 +186,7 @@ class Frontier:
             return found
         # The first candidate stays first. Guesses stay in their order, since none is likelier than the one before.
         others = [*found[1:], *self._ngrams(found[0], len(found), most_rows, max_depth)]
-        return [found[0], *sorted(others, key=lambda candidate: -candidate.chance)][:most_rows]
+        return [found[0], *sorted(others, key=lambda candidate: -self.worth(candidate))][:most_rows]
 
     def _take_row(self, candidate: Candidate) -> int:
         """Take a scratch row for a candidate; return its token, or the root's in place of a placeholder's."""
@@ -298,13 +309,13 @@ class Frontier:
 
     def _add_children(self, node: NodeId, token_ids: Ids, scores: Row) -> float:
         """Add the likeliest children of a node that was just expanded; return the chance that they add."""
-        shared, above, gained = self._shared, self.tree.nodes[node], 0.0
-        chances = []
-        for token_id, log_prob in likeliest(token_ids, scores, shared.sharpening):
-            share = shared.history.calibration.probability(math.exp(log_prob))
-            chances.append(share)
-            chance = above.chance * share
-            gained += chance if chance >= LEAST_CHANCE else 0.0
-            self.tree.add(node, token_id, above.log_prob + log_prob, chance)
-        shared.history.learn_child_shares(chances)
-        return gained
+        shared, above = self._shared, self.tree.nodes[node]
+        guesses = likeliest(token_ids, scores, shared.sharpening)
+        if not guesses:
+            return 0.0
+        shares = shared.history.calibration.shares([log_prob for _, log_prob in guesses])
+        for (token_id, log_prob), share in zip(guesses, shares, strict=True):
+            self.tree.add(node, token_id, above.log_prob + log_prob, above.chance * share)
+        shared.history.learn_child_shares(shares)
+        gained = (above.chance * share for share in shares)
+        return sum(chance for chance in gained if chance >= LEAST_CHANCE)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from subspec_cli.decoding.tree import TokenTree
+from subspec_cli.drafting.history import Ranking
 from subspec_cli.modeling.token_batch import TokenBatch
 
 NodeId = NewType("NodeId", int)
@@ -57,6 +58,7 @@ class GrowingTree:
         """The node in each row; None if there is none, or none yet."""
         self._open = {ROOT}
         self._frozen: list[NodeId] = []
+        self._leaves: frozenset[NodeId] = frozenset()
 
     @property
     def capacity(self) -> int:
@@ -77,6 +79,12 @@ class GrowingTree:
         """Return the number of nodes of at least this chance, and the tokens expected of a pass over them."""
         chances = [node.chance for node in self.nodes if node.chance >= least]
         return len(chances), sum(chances)
+
+    @property
+    def levels(self) -> int:
+        """Levels of the draft's own greedy chain that are expanded."""
+        tip = self.nodes[self.tip()]
+        return tip.depth if tip.row is None else tip.depth + 1
 
     def tip(self) -> NodeId:
         """Return the open end of the draft's own greedy chain."""
@@ -143,6 +151,11 @@ class GrowingTree:
                 self.nodes[node].row = ScratchRow(row)
         return kept
 
+    @property
+    def leaves(self) -> frozenset[NodeId]:
+        """The nodes under verification that were not expanded for it; none before the tree is frozen."""
+        return self._leaves
+
     def path_tokens(self, node: NodeId, count: int) -> list[int]:
         """Return the last `count` tokens, or fewer, of the path from the root to a node, including the node's."""
         tokens: list[int] = []
@@ -175,6 +188,7 @@ class GrowingTree:
         inner = [node for node in self._in_rows if node is not None]
         assert len(inner) == self.rows
         self._frozen = [*inner, *leaves]
+        self._leaves = frozenset(leaves)
         index = {node: place for place, node in enumerate(self._frozen)}
         chosen = [self.nodes[node] for node in self._frozen]
         # The leaves' rows are the target's alone: if the draft expands a leaf, it takes another row.
@@ -186,6 +200,20 @@ class GrowingTree:
             tuple(node.depth for node in chosen),
             tuple(node.log_prob for node in chosen),
         )
+
+    def rankings(self, path: Sequence[int], token_ids: Sequence[int]) -> list[Ranking]:
+        """Return what the draft found below the nodes of a verified path, and which of it the target chose.
+
+        `path` is of nodes of the frozen tree, each with the token that the target chose below it.
+        """
+        found = []
+        for node, token in zip((self._frozen[place] for place in path), token_ids, strict=True):
+            above = self.nodes[node].log_prob
+            children = [self.nodes[child] for child in self.nodes[node].children]
+            chosen = next((place for place, child in enumerate(children) if child.token_id == token), None)
+            if children:
+                found.append(Ranking(tuple(child.log_prob - above for child in children), chosen))
+        return found
 
     def outcome(self, last_node: int, bonus_token: int) -> NodeId | None:
         """Return the node that a verified path ends with: child `bonus_token` of the frozen tree's `last_node`."""

@@ -5,45 +5,76 @@ A history outlives answers. It is fed with outcomes alone and reads no clock, so
 
 from __future__ import annotations
 
-import bisect
-import math
 from collections.abc import Sequence
-from itertools import pairwise
-from typing import Final
+from typing import Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from subspec_cli.decoding.tree import TokenTree
 from subspec_cli.decoding.verification import VerifyResult
 
-_BIN_EDGES: Final = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97, 0.995)
-_PRIOR_WEIGHT: Final = 4.0
-_MEMORY: Final = 0.98
-"""Weight that older observations of a bin keep when a new one comes in."""
 _RATE_MEMORY: Final = 0.8
 """Weight that tokens and time of earlier rounds keep when a new one comes in."""
 _YIELD_WEIGHT: Final = 0.1
 """Weight of a new observation of what a draft step adds."""
 _SHARE_WEIGHT: Final = 0.02
 """Weight of a new observation of the chances of a node's children."""
+_EXPONENTS: Final = 2.0 ** np.arange(-4, 2.5, 0.5)
+"""Exponents of the draft's guesses that are compared; 1 believes them."""
+_DISBELIEF_COST: Final = 0.5
+"""What an exponent of two or of a half costs before anything is observed, in nats; a multiple costs its square."""
+_PRIOR_WEIGHT: Final = 8.0
+"""Choices that were found among the draft's tokens before anything is observed."""
+_MEMORY: Final = 0.99
+"""Weight that older choices keep when a new one comes in."""
+_LEAST_LOG_PROB: Final = -40.0
+"""Less likely guesses count as this, so that no choice is impossible."""
+
+
+class Ranking(NamedTuple):
+    """The children that the draft found for a node, and which of them the target chose."""
+
+    log_probs: tuple[float, ...]
+    """The draft's own, given the node."""
+    chosen: int | None
+    """None if it is another token."""
 
 
 class Calibration:
-    """Observed acceptance of drafted edges by the draft's own probability, with a prior that trusts it."""
+    """Chances of the draft's guesses, by what the target chose.
+
+    A good substitute errs by little, so its runner-up is hardly ever right; a worse one errs by more. The exponent
+    under which the guesses explain the choices best tells how much. All exponents count, by how well they do.
+    """
 
     def __init__(self) -> None:
-        edges = (0.0, *_BIN_EDGES, 1.0)
-        self._tried = [_PRIOR_WEIGHT] * (len(edges) - 1)
-        self._taken = [_PRIOR_WEIGHT * (a + b) / 2 for a, b in pairwise(edges)]
+        self._fit: NDArray[np.float64] = -_DISBELIEF_COST * np.log2(_EXPONENTS) ** 2
+        """Log-likelihood of the choices under each exponent."""
+        self._found = self._choices = _PRIOR_WEIGHT
 
-    def probability(self, guess: float) -> float:
-        """Return the chance that the target takes an edge to which the draft gives probability `guess`."""
-        index = bisect.bisect_right(_BIN_EDGES, guess)
-        return self._taken[index] / self._tried[index]
+    def shares(self, log_probs: Sequence[float]) -> list[float]:
+        """Return the chances of a node's children, given the node, from the draft's guesses."""
+        weights = np.exp(self._fit - self._fit.max())
+        weights *= self._found / self._choices / weights.sum()
+        shares: list[float] = (weights @ np.exp(_tempered(log_probs))).tolist()
+        return shares
 
-    def observe(self, guess: float, *, taken: bool) -> None:
-        """Record the fate of an edge whose parent the target reached."""
-        index = bisect.bisect_right(_BIN_EDGES, guess)
-        self._tried[index] = self._tried[index] * _MEMORY + 1.0
-        self._taken[index] = self._taken[index] * _MEMORY + (1.0 if taken else 0.0)
+    def observe(self, ranking: Ranking) -> None:
+        """Record what the target chose below a node, whether or not it was in the tree."""
+        self._choices = _MEMORY * self._choices + 1
+        self._found *= _MEMORY
+        if ranking.chosen is not None:
+            self._found += 1
+            self._fit = _MEMORY * self._fit + _tempered(ranking.log_probs)[:, ranking.chosen]
+
+
+def _tempered(log_probs: Sequence[float]) -> NDArray[np.float64]:
+    """Return the log-probabilities `[exponents, children]` of guesses under each exponent."""
+    scaled = _EXPONENTS[:, None] * np.maximum(np.asarray(log_probs), _LEAST_LOG_PROB)
+    scaled -= scaled.max(axis=1, keepdims=True)
+    found: NDArray[np.float64] = scaled - np.log(np.exp(scaled).sum(axis=1, keepdims=True))
+    return found
 
 
 class History:
@@ -80,16 +111,22 @@ class History:
         """Record the chance that a draft step added, per chance of the nodes it expanded."""
         self.step_yield += _YIELD_WEIGHT * (min(gained, 1.0) - self.step_yield)
 
-    def observe(self, tree: TokenTree, result: VerifyResult, *, pass_s: float, drafting_s: float) -> None:
+    def observe(
+        self,
+        tree: TokenTree,
+        result: VerifyResult,
+        rankings: Sequence[Ranking],
+        *,
+        pass_s: float,
+        drafting_s: float,
+    ) -> None:
         """Learn from a verified tree, with the costs of its pass and of the draft steps before it.
 
-        Every child of a node on the target's path is evidence: it was taken or it was not.
+        Every child that the draft found for a node on the target's path is evidence, in the tree or not: the target's
+        token says whether it was right. `rankings` are those of the path.
         """
         self.passes_without_draft = 0 if len(tree) > 1 else self.passes_without_draft + 1
         self._recent_tokens = _RATE_MEMORY * self._recent_tokens + len(result.token_ids)
         self._recent_s = _RATE_MEMORY * self._recent_s + pass_s + drafting_s
-        reached = set(result.accepted_nodes)
-        for node, parent in enumerate(tree.parents[1:], start=1):
-            if parent in reached:
-                guess = math.exp(tree.log_probs[node] - tree.log_probs[parent])
-                self.calibration.observe(guess, taken=node in reached)
+        for ranking in rankings:
+            self.calibration.observe(ranking)

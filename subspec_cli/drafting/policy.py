@@ -18,15 +18,14 @@ from typing import Final
 
 from subspec_cli.drafting.history import History
 from subspec_cli.limits import MOST_ROWS
-from subspec_cli.planning.costs import PlanCosts
+from subspec_cli.planning.costs import LINK_MARGIN, PlanCosts
 
 LEAST_CHANCE: Final = 0.02
 """A node less likely than this is neither verified nor expanded."""
+_LEAST_SHADOW_CHANCE: Final = 0.002
+"""What is less likely is not worth a row in the shadow of a pass, whose time costs nothing else."""
 _PROBE_EVERY: Final = 24
 """Passes without a draft before speculation is tried again."""
-_LINK_MARGIN: Final = 0.75
-"""Share of a pass's link time that computing is planned to fill. A link that is faster than when it was probed must
-not wait: a shadow step that delays the pass costs several times what it can save."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,10 +129,10 @@ class DraftPolicy:
         The time that the link leaves idle is handed out layer by layer, at the costs' own prices. Every row saves a
         step of the next tree with its chance, so the width is the one with most chance per second.
         """
-        idle_s = max(0.0, _LINK_MARGIN * self.costs.link_s - self.costs.compute_s(nodes, cached_rows))
+        idle_s = max(0.0, LINK_MARGIN * self.costs.link_s - self.costs.compute_s(nodes, cached_rows))
         allowed_s = idle_s * (layer + 1) / self.layers - spent_s
         step_s = partial(self.step_s, cached_rows=cached_rows)
-        likely = [chance for chance in chances[:MOST_ROWS] if chance >= LEAST_CHANCE]
+        likely = [chance for chance in chances[:MOST_ROWS] if chance >= _LEAST_SHADOW_CHANCE]
         rates = [gain / step_s(rows) for rows, gain in enumerate(accumulate(likely), start=1)]
         if not rates:
             return 0

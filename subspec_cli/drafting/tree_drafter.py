@@ -1,15 +1,18 @@
 """The tree drafter: it grows token trees with the draft model, in scratch rows of the shared KV cache.
 
 Every draft step expands the likeliest open nodes, at any depth. Serial steps run before a pass and make
-its tree. Shadow steps run during the pass, while weights arrive, and look beyond the tree: what follows if its best
-leaf is taken, and what follows if the target leaves the tree for a runner-up. When the pass ends in a token that was
-drafted, what was found below it begins the next tree.
+its tree. Shadow steps run during the pass, while weights arrive, and look beyond the tree. The pass will end with a
+node of the tree and a token below it that is not in the tree; the steps expand the likeliest of these pairs, and what
+follows them where that is likelier than another pair. When the pass ends in a token that was drafted, what was found
+below it begins the next tree.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+import bisect
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from subspec_cli.decoding.drafter import Proposal
 from subspec_cli.decoding.penalties import PathState
@@ -17,7 +20,7 @@ from subspec_cli.decoding.sampler import Sampler
 from subspec_cli.decoding.verification import VerifyResult
 from subspec_cli.drafting.draft_steps import SHARPENING, DraftSteps
 from subspec_cli.drafting.frontier import Candidate, DraftContext, Frontier
-from subspec_cli.drafting.growing_tree import ROOT, GrowingTree, NodeId
+from subspec_cli.drafting.growing_tree import ROOT, GrowingTree, NodeId, ScratchRow
 from subspec_cli.drafting.history import History
 from subspec_cli.drafting.ngram import NGramLookup
 from subspec_cli.drafting.policy import LEAST_CHANCE, DraftPolicy, Outlook, TreeLimits
@@ -60,6 +63,20 @@ class _Pass:
     cached_rows: int
     """Committed rows when the pass begins."""
     spent_s: float = 0.0
+    step_rows: list[ScratchRow] = field(default_factory=list)
+    """First row of each shadow step."""
+
+    def steps_with(self, rows: Sequence[ScratchRow]) -> int:
+        """Return how many shadow steps computed one of these rows."""
+        return len({bisect.bisect_right(self.step_rows, row) for row in rows})
+
+
+class _Ready(NamedTuple):
+    """What the last shadow has found below the newest token."""
+
+    tree: GrowingTree
+    steps: int
+    """The shadow steps that found it."""
 
 
 class TreeDraft:
@@ -67,8 +84,7 @@ class TreeDraft:
 
     def __init__(self, shared: DraftContext) -> None:
         self._shared = shared
-        self._ready: GrowingTree | None = None
-        """What the last shadow has found below the newest token."""
+        self._ready: _Ready | None = None
         self._pass: _Pass | None = None
 
     def grow(self, root_token: int, tokens_wanted: int, state: PathState | None = None) -> Proposal:
@@ -76,10 +92,12 @@ class TreeDraft:
         shared, policy = self._shared, self._shared.policy
         shared.steps.penalize(state)
         limits = policy.limits(tokens_wanted)
-        tree = self._ready or GrowingTree(root_token, limits.nodes + policy.shadow_rows)
+        tree, useful_steps = self._ready or _Ready(
+            GrowingTree(root_token, limits.nodes + policy.shadow_rows), 0
+        )
         assert tree.nodes[ROOT].token_id == root_token
         self._ready = None
-        ready, steps, cost_s = tree.rows, 0, 0.0
+        ready_nodes, ready_levels, steps, cost_s = tree.rows, tree.levels, 0, 0.0
         frontier = Frontier(tree, shared)
         shared.ngrams.learn([*shared.kv.token_ids, root_token])
         while True:
@@ -93,7 +111,8 @@ class TreeDraft:
                 shared.kv.move_scratch(gaps)  # which may leave room for more
             else:
                 break
-        proposal = Proposal(tree.freeze(self._leaves(tree, limits, cost_s)), steps, ready, cost_s)
+        frozen = tree.freeze(self._leaves(tree, limits, cost_s))
+        proposal = Proposal(frozen, steps, cost_s, ready_nodes, ready_levels, useful_steps)
         self._pass = _Pass(frontier, proposal, max(0, tokens_wanted - 1), shared.kv.committed)
         return proposal
 
@@ -107,7 +126,7 @@ class TreeDraft:
             free_rows = min(MOST_ROWS, nodes + policy.shadow_rows - current.frontier.tree.rows)
             rows = current.frontier.offer(free_rows, free_rows, current.max_depth).rows
             count = policy.shadow_step_rows(
-                [row.chance for row in rows],
+                [current.frontier.worth(row) for row in rows],
                 layer=layer,
                 nodes=nodes,
                 spent_s=current.spent_s,
@@ -116,6 +135,7 @@ class TreeDraft:
             if not count:
                 return steps
             current.spent_s += policy.step_s(count, current.cached_rows)
+            current.step_rows.append(ScratchRow(current.frontier.tree.rows))
             current.frontier.start(rows[:count])
             steps += 1
 
@@ -127,16 +147,18 @@ class TreeDraft:
             return
         verified = current.proposal.tree
         pass_s = shared.policy.costs.pass_s(len(verified), current.cached_rows)
-        shared.history.observe(verified, result, pass_s=pass_s, drafting_s=current.proposal.cost_s)
-        if ends:
-            return
         current.frontier.drain()
         tree = current.frontier.tree
+        rankings = tree.rankings(result.accepted_nodes, result.token_ids)
+        shared.history.observe(verified, result, rankings, pass_s=pass_s, drafting_s=current.proposal.cost_s)
+        if ends:
+            return
         outcome = tree.outcome(result.accepted_nodes[-1], result.token_ids[-1])
         if outcome is None:
             return
         limits = shared.policy.limits(current.max_depth + 1 - len(result.token_ids))
-        self._ready, rows = tree.subtree(outcome, most_rows=limits.nodes - 1, max_depth=limits.depth)
+        kept, rows = tree.subtree(outcome, most_rows=limits.nodes - 1, max_depth=limits.depth)
+        self._ready = _Ready(kept, current.steps_with(rows))
         # Rows were counted from where the cache ended before this pass was committed.
         shared.kv.move_scratch([row - len(result.token_ids) for row in rows])
 

@@ -18,6 +18,9 @@ BASE_CACHED_ROWS: Final = 256
 """Cached rows that attention reads where layers are timed."""
 ATTENTION_ROWS: Final = 1024
 """Cached rows beyond those, of which the attention times are the seconds."""
+LINK_MARGIN: Final = 0.75
+"""Share of a pass's link time that computing is planned to fill. A link that is faster than when it was probed must
+not wait: a shadow step that delays the pass costs several times what it can save."""
 _GRID_PER_DOUBLING: Final = 16
 """Grid points per factor of two: neighbours differ by 4.4 %."""
 

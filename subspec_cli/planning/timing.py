@@ -1,8 +1,8 @@
 """Where a second comes from: passes, draft steps, the best depth and tokens per second of a layout.
 
 One round is a target pass and the draft steps before it. The link fills the slots while the draft runs. While a pass
-waits for weights, the draft goes on in the shadow of the stream; that helps if the whole tree is accepted and its
-last token was guessed right.
+waits for weights, the draft goes on in the shadow of the stream; that helps if what comes next, wherever the path
+ends, is among the tokens that it worked below.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple
 
 from subspec_cli.checkpoint.geometry import ModelGeometry
-from subspec_cli.limits import MOST_DEPTH
+from subspec_cli.limits import MOST_DEPTH, SHADOW_ROWS
 from subspec_cli.planning.assumed_costs import assumed_survival
 from subspec_cli.planning.costs import (
     BASE_CACHED_ROWS,
+    LINK_MARGIN,
     CostOrigin,
     MachineCosts,
     PlanCosts,
@@ -36,10 +37,9 @@ SHADOW_STEP_ROWS: Final = 4
 """Rows of a step in the shadow of the stream, where several likely ends are continued at once."""
 DEPTHS: Final = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, MOST_DEPTH)
 NODE_BUDGETS: Final = (16, 32, 48, 64, 128)
-_SHADOW_SHARE: Final = 0.9
-"""Share of the link's spare time that is planned for drafting."""
-_HIT_SHARE: Final = 0.95
-"""Probability that the token after a fully accepted tree is the one that was drafted in the shadow."""
+_PAIRS: Final = 400
+"""Pairs of a path's end and its next token that share the chance where the draft errs at every level: so many rows in
+the shadow have the pair that comes in half of the passes. Fewer errors leave fewer pairs. By two trained models."""
 _HOST_GATHER_S: Final = 10e-6
 """Time a GPU takes to read a draft step's embedding rows, some kilobytes each, from host memory."""
 _TWO_SLOTS_LOSS: Final = 1.02
@@ -138,8 +138,8 @@ class DepthOption(NamedTuple):
     """Rows of a pass over the tree."""
     tau: float
     """Tokens per pass, the bonus token included."""
-    shadow_hit: float
-    """Probability that the shadow steps drafted the tokens that come next."""
+    survival: float
+    """Probability that the target accepts one more level."""
     compute_s: float
     """Compute time of a pass over the tree, without waiting for weights."""
 
@@ -213,9 +213,20 @@ def pass_s(timing: RoundTiming, option: DepthOption) -> float:
 def round_s(timing: RoundTiming, option: DepthOption) -> float:
     """Return the seconds of one round, which decide every plan: tokens per second are tau / seconds."""
     waited_s = pass_s(timing, option)
-    spare_s = timing.shadow_share * _SHADOW_SHARE * (waited_s - option.compute_s - timing.widen_s)
-    in_shadow = min(option.depth, int(spare_s / timing.shadow_step_s))
-    return waited_s + (option.depth - option.shadow_hit * in_shadow) * timing.step_s
+    return waited_s + (option.depth - shadow_levels(timing, option, waited_s)) * timing.step_s
+
+
+def shadow_levels(timing: RoundTiming, option: DepthOption, waited_s: float) -> float:
+    """Return how many levels of a tree the shadow of the last pass, of `waited_s`, is likely to have drafted."""
+    link_s = min(LINK_MARGIN * timing.link_s, waited_s)
+    spare_s = timing.shadow_share * (link_s - option.compute_s - timing.widen_s)
+    steps = min(int(spare_s / timing.shadow_step_s), SHADOW_ROWS // SHADOW_STEP_ROWS)
+    if steps <= 0 or not option.depth:
+        return 0.0
+    rows, errors = steps * SHADOW_STEP_ROWS, 1.0 - option.survival
+    # Half of the levels until the next error: deeper ones seldom win a row from another pair.
+    levels = min(steps, option.depth, max(1.0, 0.5 / errors) if errors > 0 else option.depth)
+    return levels * rows / (rows + _PAIRS * errors)
 
 
 def fastest_depth(timing: RoundTiming, options: Sequence[DepthOption]) -> tuple[float, DepthOption]:
@@ -236,7 +247,7 @@ def depth_options(request: PlanRequest) -> tuple[DepthOption, ...]:
             depth,
             verified_rows(depth, most_nodes),
             tau=sum(survival**level for level in range(depth + 1)),
-            shadow_hit=_HIT_SHARE * survival**depth,
+            survival=survival,
             compute_s=compute.at(verified_rows(depth, most_nodes)),
         )
         for depth in depths
