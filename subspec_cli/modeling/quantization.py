@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from subspec_cli.checkpoint.layer_tensors import matrices_of
-from subspec_cli.modeling.substitute import unpack_codes
-from subspec_cli.substitutes.quality import MatrixQuality, matrix_kind, rounded_power
+from subspec_cli.modeling.input_moments import InputMoments, measured_name
+from subspec_cli.modeling.substitute import pack_codes, unpack_codes
+from subspec_cli.modeling.tuned_rounding import ErrorFeedback
+from subspec_cli.substitutes.quality import MatrixQuality, OutputQuality, matrix_kind, rounded_power
 from subspec_cli.substitutes.settings import SubstituteSettings, group_size_for
 
 _POWER_ELEMENTS: Final = 1 << 20
@@ -44,23 +46,32 @@ class _QuantizedMatrix:
         return found if self.shift is None else found - self.shift[rows].float()
 
 
-def quantize_layer(tensors: Mapping[str, Tensor], settings: SubstituteSettings) -> QuantizedLayer:
+def quantize_layer(
+    tensors: Mapping[str, Tensor],
+    settings: SubstituteSettings,
+    moments: Mapping[str, InputMoments] | None = None,
+) -> QuantizedLayer:
     """Quantize the matrices of one layer with quanto. The draft uses the target's norms and biases.
 
     `tensors` is by the name inside the layer. The optimizer, `minmax` or `hqq`, has no effect at 8 bits, where quanto
-    scales by the largest magnitude.
+    scales by the largest magnitude. With `moments` of the inputs, by `measured_name`, a matrix of fewer bits is also
+    rounded for these inputs, and kept so if its outputs then err less.
     """
+    feedbacks = {name: ErrorFeedback(found) for name, found in (moments or {}).items()}
     quantizers = {bits: _quantizer(bits, settings.optimizer) for bits in sorted(settings.widths)}
     stored: dict[str, Tensor] = {}
     quality = {}
     for name in matrices_of(tensors):
         original = tensors[name]
         weight = original.to(torch.bfloat16)
-        group_size = group_size_for(tuple(weight.shape))
+        group_size, outputs = group_size_for(tuple(weight.shape)), None
         if group_size is None:
             made, noise = {name: weight}, _difference_power(original, weight.__getitem__)
         else:
-            matrix = quantizers[settings.bits_of(name)](weight, group_size)
+            bits = settings.bits_of(name)
+            matrix = quantizers[bits](weight, group_size)
+            if bits < 8 and (feedback := feedbacks.get(measured_name(name.removesuffix(".weight")))):
+                matrix, outputs = _better_rounded(weight, matrix, feedback, bits)
             made = {f"{name}.{part}": tensor for part, tensor in matrix.stored.items()}
             noise = _difference_power(original.reshape(matrix.codes.shape), matrix.restore)
         stored |= made
@@ -69,8 +80,37 @@ def quantize_layer(tensors: Mapping[str, Tensor], settings: SubstituteSettings) 
             stored_bytes=sum(tensor.nbytes for tensor in made.values()),
             signal=rounded_power(_difference_power(original, None)),
             noise=rounded_power(noise),
+            outputs=outputs,
         )
     return QuantizedLayer(stored, quality)
+
+
+def _better_rounded(
+    weight: Tensor, plain: _QuantizedMatrix, feedback: ErrorFeedback, bits: int
+) -> tuple[_QuantizedMatrix, OutputQuality]:
+    """A matrix as quanto rounds it or as its inputs ask for, whichever errs less in its outputs."""
+    found = feedback.round(weight, bits, plain.codes.shape[1])
+    codes = found.codes.view(plain.codes.shape)
+    scale, shift = found.grid.scale.view(-1, 1), found.grid.shift.view(-1, 1)
+    stored = {"codes": pack_codes(codes, bits), "scale": scale, "shift": shift}
+    tuned = _QuantizedMatrix(stored, codes, scale, shift)
+
+    def error_power(matrix: _QuantizedMatrix) -> float:
+        groups = weight.shape[1] // codes.shape[1]
+
+        def errors(rows: slice) -> Tensor:
+            restored = matrix.restore(slice(rows.start * groups, rows.stop * groups))
+            return weight[rows].float() - restored.view(-1, weight.shape[1])
+
+        return rounded_power(feedback.moments.output_power(errors, len(weight)))
+
+    outputs = OutputQuality(
+        rows=feedback.moments.rows,
+        signal=rounded_power(feedback.moments.output_power(lambda rows: weight[rows].float(), len(weight))),
+        plain_noise=error_power(plain),
+        tuned_noise=error_power(tuned),
+    )
+    return tuned if outputs.is_tuned else plain, outputs
 
 
 def _difference_power(original: Tensor, restore: Callable[[slice], Tensor] | None) -> float:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from subspec_cli.checkpoint.geometry import ModelGeometry
 from subspec_cli.checkpoint.layer_tensors import LAYER_MATRICES
 from subspec_cli.checkpoint.repository import Repository, check_fields, check_tokenizer_in, read_repository
+from subspec_cli.config import Config
 from subspec_cli.errors import UsageError
 from subspec_cli.hub.model_name import name_of_id
 from subspec_cli.hub.source_model import open_model
@@ -24,9 +25,9 @@ from subspec_cli.substitutes.integrity import Finding
 from subspec_cli.substitutes.inventory import StoredModel
 from subspec_cli.substitutes.preparation import PrepareProgress, Quantizer, SubstituteRecipe, prepare_model
 from subspec_cli.substitutes.prepared_model import PreparedModel
-from subspec_cli.substitutes.quality import MatrixQuality, by_kind, matrix_kind, summed
+from subspec_cli.substitutes.quality import MatrixQuality, OutputQuality, by_kind, matrix_kind, summed
 from subspec_cli.substitutes.repair import drop_damaged, is_source_damaged
-from subspec_cli.substitutes.settings import SubstituteSettings
+from subspec_cli.substitutes.settings import TUNED, SubstituteSettings
 from subspec_cli.versions import library_versions
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ class KindReport:
     """Scales included."""
     sqnr_db: float | None
     """Signal-to-quantization-noise ratio; None if nothing was lost."""
+    outputs: OutputQuality | None = None
+    """Of the outputs on the model's own text, if the set was tuned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,15 @@ class PrepareReport:
         return {**dataclasses.asdict(self), "directory": str(self.directory)}
 
 
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """The model to prepare, as the user names it."""
+
+    model: str
+    revision: str | None
+    follow_links: bool
+
+
 def prepare(
     model: str,
     wanted: SubstituteSettings,
@@ -90,10 +102,44 @@ def prepare(
     The names in `wanted.overrides` may be patterns. Waits and repeated attempts are reported as notes. Raises what
     `open_model` and `prepare_model` raise, and UsageError for a pattern that matches nothing.
     """
+    settings = replace(wanted, overrides=_matching(wanted.overrides, wanted.bits))
+    source = _Source(model, revision, follow_links)
+    return _prepare(source, _recipe(settings, _quantizer(settings)), force, progress, reporter)
+
+
+def tune(
+    model: str,
+    base: SubstituteSettings,
+    config: Config,
+    *,
+    revision: str | None = None,
+    force: bool = False,
+    progress: Callable[[PrepareProgress], None],
+    reporter: Reporter = SILENT,
+) -> PrepareReport:
+    """Write tuned substitutes of a model that is prepared with the settings `base`; what is there is kept.
+
+    `config` bounds the memory of the session that decodes the model's own text. Raises what `prepare` and
+    `open_session` raise.
+    """
+    from subspec_cli.session.tuning import Tuner
+
+    settings = replace(base, optimizer=TUNED, overrides=_matching(base.overrides, base.bits))
+    source = _Source(model, revision, follow_links=True)  # the user was asked when the first set was made
+    with Tuner(model, settings, config, reporter) as tuner:
+        return _prepare(source, _recipe(settings, tuner.quantize), force, progress, reporter)
+
+
+def _prepare(
+    source: _Source,
+    recipe: SubstituteRecipe,
+    force: bool,
+    progress: Callable[[PrepareProgress], None],
+    reporter: Reporter,
+) -> PrepareReport:
     started = time.perf_counter()
     set_openmp_defaults()
     check_libraries_fit()
-    settings = replace(wanted, overrides=_matching(wanted.overrides, wanted.bits))
     latest: list[PrepareProgress] = []
     while_loading: list[DownloadProgress] = []
 
@@ -104,7 +150,11 @@ def prepare(
         progress(state)
 
     with open_model(
-        model, revision, follow_links=follow_links, accept_config=check_fields, reporter=reporter
+        source.model,
+        source.revision,
+        follow_links=source.follow_links,
+        accept_config=check_fields,
+        reporter=reporter,
     ) as opened:
         repository = read_repository(opened.checkpoint)
         geometry = repository.geometry
@@ -114,7 +164,7 @@ def prepare(
         prepared = prepare_model(
             replace(opened, checkpoint=replace(opened.checkpoint, tensors=repository.tensors)),
             geometry,
-            _recipe(settings),
+            recipe,
             force=force,
             progress=watch,
             reporter=reporter,
@@ -122,7 +172,7 @@ def prepare(
     for download in while_loading:
         keep_rate(DOWNLOAD, download.received_bytes, download.elapsed_s)
     for state in latest:
-        _keep_making_rate(state, settings)
+        _keep_making_rate(state, recipe.settings)
     return _report(
         prepared,
         geometry,
@@ -156,10 +206,14 @@ def repair(
         return
     manifest = drop_damaged(stored, findings)
     is_on_hub = name_of_id(manifest.model_id).directory is None
+    revision = manifest.commit if is_on_hub else None
+    if manifest.settings.optimizer == TUNED:
+        tune(manifest.model_id, manifest.settings, Config(), revision=revision, progress=progress)
+        return
     prepare(
         manifest.model_id,
         manifest.settings,
-        revision=manifest.commit if is_on_hub else None,
+        revision=revision,
         follow_links=True,  # the user was asked when the set was made
         progress=progress,
     )
@@ -191,7 +245,8 @@ def _report(
         source_bytes=geometry.matrix_bytes,
         substitute_bytes=sum(file.size_bytes for file in manifest.layers),
         kinds=tuple(
-            KindReport(kind, bits[kind], item.bits_per_weight, item.sqnr_db) for kind, item in kinds.items()
+            KindReport(kind, bits[kind], item.bits_per_weight, item.sqnr_db, item.outputs)
+            for kind, item in kinds.items()
         ),
         bits_per_weight=total.bits_per_weight if total else 0.0,
         sqnr_db=total.sqnr_db if total else None,
@@ -200,13 +255,15 @@ def _report(
     )
 
 
-def _recipe(settings: SubstituteSettings) -> SubstituteRecipe:
+def _recipe(settings: SubstituteSettings, quantizer: Quantizer) -> SubstituteRecipe:
     versions = {name: version for name, version in library_versions().items() if name in _QUANTIZERS}
-    return SubstituteRecipe(settings, _quantizer(settings), versions)
+    return SubstituteRecipe(settings, quantizer, versions)
 
 
 def _quantizer(settings: SubstituteSettings) -> Quantizer:
-    def quantize(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, MatrixQuality]]:
+    def quantize(
+        _layer: int, tensors: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, MatrixQuality]]:
         from subspec_cli.modeling.quantization import quantize_layer
 
         made = quantize_layer(tensors, settings)

@@ -17,7 +17,7 @@ from subspec_cli.files.atomic_write import atomic_write
 from subspec_cli.files.json_object import parse_json_object
 from subspec_cli.files.regular_file import read_small_file
 from subspec_cli.hub.command_hints import prepare_command
-from subspec_cli.substitutes.quality import MATRIX_KINDS, MatrixQuality, matrix_kind
+from subspec_cli.substitutes.quality import MATRIX_KINDS, MatrixQuality, OutputQuality, matrix_kind
 from subspec_cli.substitutes.settings import SubstituteSettings
 from subspec_cli.units import printable
 
@@ -25,6 +25,8 @@ FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 JOURNAL_NAME = "manifest.partial.json"
 """The manifest of a preparation that has not ended: it lists only the layers that are done."""
+TUNING_TEXT_NAME = "tuning-text.json"
+"""The model's own text that substitutes were tuned with."""
 
 _MAX_MANIFEST_BYTES = 16 << 20
 _RETRY_HINT = "prepare the model again: subspec prepare MODEL --force"
@@ -54,6 +56,7 @@ _LAYER_FIELDS = {
     "quality": dict,
 }
 _QUALITY_FIELDS = {"weights": int, "stored_bytes": int, "signal": float, "noise": float}
+_OUTPUT_FIELDS = {"rows": int, "signal": float, "plain_noise": float, "tuned_noise": float}
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +125,8 @@ def layer_path(directory: Path, file: LayerFile) -> Path:
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Write a manifest atomically. Equal manifests give equal bytes. Raises ResourceError."""
-    atomic_write(path, (json.dumps(asdict(manifest), indent=1, sort_keys=True) + "\n").encode())
+    found = asdict(manifest, dict_factory=lambda pairs: {key: v for key, v in pairs if v is not None})
+    atomic_write(path, (json.dumps(found, indent=1, sort_keys=True) + "\n").encode())
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -180,15 +184,22 @@ def _is_override(pair: object) -> bool:
 def _read_quality(found: Mapping[str, object], shown: str) -> dict[str, MatrixQuality]:
     if unknown := sorted(found.keys() - set(MATRIX_KINDS)):
         raise _damaged(shown, f"has the quality of unknown matrices: {ascii(', '.join(unknown))[:100]}")
-    quality = {
-        kind: MatrixQuality(**_checked(item, _QUALITY_FIELDS, f"{shown}: quality"))
-        for kind, item in found.items()
-    }
+    quality = {kind: _read_matrix_quality(item, f"{shown}: quality") for kind, item in found.items()}
     for kind, item in quality.items():
-        powers = (item.signal, item.noise)
+        powers = [item.signal, item.noise]
+        if (outputs := item.outputs) is not None:
+            powers += [outputs.signal, outputs.plain_noise, outputs.tuned_noise, outputs.rows]
         if item.weights <= 0 or item.stored_bytes <= 0 or not all(0 <= p < math.inf for p in powers):
             raise _damaged(shown, f"has a quality that cannot be, of {kind}")
     return quality
+
+
+def _read_matrix_quality(found: object, shown: str) -> MatrixQuality:
+    if not isinstance(found, dict) or "outputs" not in found:
+        return MatrixQuality(**_checked(found, _QUALITY_FIELDS, shown))
+    fields = _checked(found, {**_QUALITY_FIELDS, "outputs": dict}, shown)
+    outputs = OutputQuality(**_checked(fields["outputs"], _OUTPUT_FIELDS, f"{shown}: outputs"))
+    return MatrixQuality(**{**fields, "outputs": outputs})
 
 
 def _command_for(found: Mapping[str, Any]) -> str:
