@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from fakes_session import open_tiny, prepare_quietly
+from fakes_session import prepare_quietly
 from tiny_models import make_tiny_model
 
 from subspec_cli.config_file import resolve_config
@@ -20,7 +20,7 @@ CONFIG = resolve_config({"memory": {"vram_gb": 1.0, "device": "cpu", "resident_l
 @pytest.fixture
 def model(tmp_path, monkeypatch):
     monkeypatch.setenv("SUBSPEC_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(tuning, "_TEXT_TOKENS", 48)
+    monkeypatch.setattr(tuning, "_TEXT_TOKENS", 32)
     monkeypatch.setattr(tuning, "_PROMPTS", tuning._PROMPTS[:2])
     directory = make_tiny_model(tmp_path / "model", "qwen2", layers=2)
     prepare_quietly(directory)
@@ -49,7 +49,7 @@ def files(report):
     return {path.name: path.read_bytes() for path in Path(report.directory).glob("*.safetensors")}
 
 
-def test_an_interrupted_tuning_goes_on_to_the_same_bytes_and_the_set_drafts(model):
+def test_an_interrupted_tuning_goes_on_to_the_same_bytes(model):
     with pytest.raises(KeyboardInterrupt):
         tuned(model, stop_at=1)
     report = tuned(model)
@@ -58,7 +58,7 @@ def test_an_interrupted_tuning_goes_on_to_the_same_bytes_and_the_set_drafts(mode
     assert len(whole) == 2
     text = Path(report.directory) / TUNING_TEXT_NAME
     answers = json.loads(text.read_text())["answers"]
-    assert sum(map(len, answers)) <= 48
+    assert sum(map(len, answers)) <= 32
     manifest = read_manifest(Path(report.directory) / "manifest.json")
     assert manifest.settings.optimizer == "tuned"
     outputs = manifest.layers[1].quality["gate"].outputs
@@ -69,11 +69,6 @@ def test_an_interrupted_tuning_goes_on_to_the_same_bytes_and_the_set_drafts(mode
     assert files(again) == whole
     assert json.loads(text.read_text())["answers"] == answers
     assert tuned(model).already_prepared
-    with open_tiny(model) as session:
-        told = [delta.token_ids for delta in session.generate("hi", max_new_tokens=4)]
-        session.reset()
-        plain = [delta.token_ids for delta in session.generate("hi", max_new_tokens=4, plain=True)]
-    assert sum(told, ()) == sum(plain, ())
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def prepare(
     output.result(first)
     output.table(_HEADERS, quality_rows(report))
     if any(item.outputs for item in report.kinds):
-        output.result("outputs on the model's own text, rounded for it or each weight by itself:")
+        output.result("outputs on text that nothing was rounded for, beside rounding each weight by itself:")
         output.table(_OUTPUT_HEADERS, output_rows(report))
     for line in rest:
         output.result(line)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from subspec_cli.modeling.decoder import Block, Flow, GroupFlow, TargetDecoder
 from subspec_cli.modeling.kv_cache import KVCache
+from subspec_cli.modeling.row_group import RowGroup
 
 MOMENT_BLOCK: Final = 1024
 """Features whose errors are weighed together: memory and time grow by this, not by the width of a matrix."""
@@ -62,6 +63,16 @@ class InputMoments:
         return torch.cat([total.diagonal() for total in self.sums]) / max(1, self.rows)
 
 
+@dataclass(frozen=True, slots=True)
+class MeasuredInputs:
+    """The inputs of one matrix on two texts."""
+
+    fit: InputMoments
+    """What the matrix is rounded for."""
+    check: InputMoments
+    """What says whether that was of use."""
+
+
 def block_sizes(features: int) -> list[int]:
     """Sizes of the blocks of a matrix with so many inputs."""
     return [min(MOMENT_BLOCK, features - start) for start in range(0, features, MOMENT_BLOCK)]
@@ -75,24 +86,36 @@ def measured_name(name: str) -> str:
 class MeasuringTarget(TargetDecoder):
     """A target that adds up the inputs of the matrices of the layer that it runs."""
 
-    _moments: dict[str, InputMoments]
-    _rows: int
+    _measured: dict[str, MeasuredInputs]
+    _group: RowGroup
+    _check: RowGroup
 
-    def measured(self, flow: Flow) -> Generator[tuple[int, Mapping[str, InputMoments]], None, None]:
-        """Run all layers; yield the number of each, once it is done, and the moments by `measured_name`."""
-        self._moments, self._rows = {}, 0
+    def measured(self, flow: Flow) -> Generator[tuple[int, Mapping[str, MeasuredInputs]], None, None]:
+        """Run all layers; yield the number of each, once it is done, and its inputs by `measured_name`.
+
+        The last group of rows is the text for checks; one group alone is both.
+        """
+        self._measured, self._check = {}, flow.groups[-1].group
+        is_one = len(flow.groups) == 1
         with closing(self.layers(flow)) as layers:
             for layer in layers:
-                found, self._moments = self._moments, {}
-                yield layer, found
+                found, self._measured = self._measured, {}
+                yield (
+                    layer,
+                    {n: MeasuredInputs(i.check, i.check) for n, i in found.items()} if is_one else found,
+                )
 
     def run_block(self, block: Block, flow: GroupFlow, kv: KVCache) -> None:
-        """Run one block of a layer for one group, whose rows of padding are not measured."""
-        self._rows = flow.group.rows
+        """Run one block of a layer for one group."""
+        self._group = flow.group
         super().run_block(block, flow, kv)
 
     def _project(self, block: Block, name: str, inputs: Tensor) -> Tensor:
         if measured_name(name) == name:
-            moments = self._moments.setdefault(name, InputMoments(inputs.shape[1]))
-            moments.add(inputs[: self._rows])
+            if name not in self._measured:
+                width = inputs.shape[1]
+                self._measured[name] = MeasuredInputs(InputMoments(width), InputMoments(width))
+            found = self._measured[name]
+            moments = found.check if self._group is self._check else found.fit
+            moments.add(inputs[: self._group.rows])  # without padding
         return super()._project(block, name, inputs)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from subspec_cli.checkpoint.layer_tensors import matrices_of
-from subspec_cli.modeling.input_moments import InputMoments, measured_name
+from subspec_cli.modeling.input_moments import InputMoments, MeasuredInputs, measured_name
 from subspec_cli.modeling.substitute import pack_codes, unpack_codes
 from subspec_cli.modeling.tuned_rounding import ErrorFeedback
 from subspec_cli.substitutes.quality import MatrixQuality, OutputQuality, matrix_kind, rounded_power
@@ -46,18 +46,26 @@ class _QuantizedMatrix:
         return found if self.shift is None else found - self.shift[rows].float()
 
 
+@dataclass(frozen=True, slots=True)
+class _Inputs:
+    """What the inputs of a matrix ask of its rounding, and further inputs to check it with."""
+
+    feedback: ErrorFeedback
+    check: InputMoments
+
+
 def quantize_layer(
     tensors: Mapping[str, Tensor],
     settings: SubstituteSettings,
-    moments: Mapping[str, InputMoments] | None = None,
+    measured: Mapping[str, MeasuredInputs] | None = None,
 ) -> QuantizedLayer:
     """Quantize the matrices of one layer with quanto. The draft uses the target's norms and biases.
 
     `tensors` is by the name inside the layer. The optimizer, `minmax` or `hqq`, has no effect at 8 bits, where quanto
-    scales by the largest magnitude. With `moments` of the inputs, by `measured_name`, a matrix of fewer bits is also
-    rounded for these inputs, and kept so if its outputs then err less.
+    scales by the largest magnitude. With `measured` inputs, by `measured_name`, a matrix of fewer bits is rounded for
+    them too, and kept so if its outputs then err less.
     """
-    feedbacks = {name: ErrorFeedback(found) for name, found in (moments or {}).items()}
+    inputs = {name: _Inputs(ErrorFeedback(item.fit), item.check) for name, item in (measured or {}).items()}
     quantizers = {bits: _quantizer(bits, settings.optimizer) for bits in sorted(settings.widths)}
     stored: dict[str, Tensor] = {}
     quality = {}
@@ -70,8 +78,8 @@ def quantize_layer(
         else:
             bits = settings.bits_of(name)
             matrix = quantizers[bits](weight, group_size)
-            if bits < 8 and (feedback := feedbacks.get(measured_name(name.removesuffix(".weight")))):
-                matrix, outputs = _better_rounded(weight, matrix, feedback, bits)
+            if bits < 8 and (known := inputs.get(measured_name(name.removesuffix(".weight")))):
+                matrix, outputs = _better_rounded(weight, matrix, known, bits)
             made = {f"{name}.{part}": tensor for part, tensor in matrix.stored.items()}
             noise = _difference_power(original.reshape(matrix.codes.shape), matrix.restore)
         stored |= made
@@ -86,10 +94,10 @@ def quantize_layer(
 
 
 def _better_rounded(
-    weight: Tensor, plain: _QuantizedMatrix, feedback: ErrorFeedback, bits: int
+    weight: Tensor, plain: _QuantizedMatrix, inputs: _Inputs, bits: int
 ) -> tuple[_QuantizedMatrix, OutputQuality]:
     """A matrix as quanto rounds it or as its inputs ask for, whichever errs less in its outputs."""
-    found = feedback.round(weight, bits, plain.codes.shape[1])
+    found = inputs.feedback.round(weight, bits, plain.codes.shape[1])
     codes = found.codes.view(plain.codes.shape)
     scale, shift = found.grid.scale.view(-1, 1), found.grid.shift.view(-1, 1)
     stored = {"codes": pack_codes(codes, bits), "scale": scale, "shift": shift}
@@ -102,11 +110,11 @@ def _better_rounded(
             restored = matrix.restore(slice(rows.start * groups, rows.stop * groups))
             return weight[rows].float() - restored.view(-1, weight.shape[1])
 
-        return rounded_power(feedback.moments.output_power(errors, len(weight)))
+        return rounded_power(inputs.check.output_power(errors, len(weight)))
 
     outputs = OutputQuality(
-        rows=feedback.moments.rows,
-        signal=rounded_power(feedback.moments.output_power(lambda rows: weight[rows].float(), len(weight))),
+        rows=inputs.check.rows,
+        signal=rounded_power(inputs.check.output_power(lambda rows: weight[rows].float(), len(weight))),
         plain_noise=error_power(plain),
         tuned_noise=error_power(tuned),
     )

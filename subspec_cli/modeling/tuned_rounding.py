@@ -1,9 +1,9 @@
 """Low-bit codes that are rounded for a model's own inputs, in the format and the bytes of plain rounding.
 
-Scales are searched for the least error, weighted by the power of each input. Then features are rounded one after
-another, and what rounding changes in the outputs is made good by the features that are still to come (GPTQ,
-arXiv 2210.17323; the strongest features come first). Everything is computed with the values that the kernel will
-use, so nothing is rounded twice. Shapes: `R` output features, `F` input features, `G` groups of `F`.
+Scales are fitted to the codes that they give, weighted by the power of each input. Then the features are rounded in
+turn, the strongest first, and those still to come make good what rounding changes in the outputs (GPTQ, arXiv
+2210.17323). All is computed with the values that the kernel will use, so nothing is rounded twice.
+Shapes: `R` output features, `F` input features, `G` groups of `F`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,12 @@ from torch import Tensor
 from subspec_cli.checkpoint.layer_tensors import matrices_of
 from subspec_cli.modeling.input_moments import MOMENT_BLOCK, InputMoments, block_sizes, measured_name
 
-_DAMPING: Final = 0.01
-"""Share of the mean power that is added to every feature's: the rows that were seen are few."""
-_CLIPS: Final = tuple(1 - 0.05 * step for step in range(9))
-"""Parts of a group's range that are tried for its scale."""
+_DAMPING: Final = 1.0
+"""Part of the mean power that is added to every feature's: the rows that were seen are few, and others will come."""
 _LEAST_SCALE: Final = torch.finfo(torch.bfloat16).tiny
-_SEARCH_ELEMENTS: Final = 1 << 17
+_FIT_ELEMENTS: Final = 1 << 17
 _ROUND_ELEMENTS: Final = 1 << 23
-"""Weights that are searched, and rounded, at a time: they bound the memory."""
+"""Weights that are fitted, and rounded, at a time: they bound the memory."""
 _LAZY_FEATURES: Final = 64
 """Features that are rounded before their errors reach those behind them."""
 
@@ -60,20 +58,20 @@ def rounding_bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
     moments = sum(
         4 * size * size for name in names for size in block_sizes(shapes[f"{name}.weight"][1])
     )  # and as much for what is made of them, in float64 block by block
-    return 2 * moments + 6 * 8 * MOMENT_BLOCK**2 + 3 * 4 * _ROUND_ELEMENTS
+    return 3 * moments + 6 * 8 * MOMENT_BLOCK**2 + 3 * 4 * _ROUND_ELEMENTS
 
 
 class ErrorFeedback:
     """What one set of inputs says about rounding: made once, used for every matrix with these inputs."""
 
     def __init__(self, moments: InputMoments) -> None:
-        self.moments = moments
+        self._power = moments.power()
         parts = [_order_and_factor(total) for total in moments.sums]
         self._parts: Sequence[tuple[Tensor, Tensor]] = parts
 
     def round(self, weight: Tensor, bits: int, group_size: int) -> RoundedMatrix:
         """Round a matrix `[R, F]`."""
-        grid = search_grid(weight, self.moments.power(), bits, group_size)
+        grid = fitted_grid(weight, self._power, bits, group_size)
         codes = torch.empty(weight.shape, dtype=torch.uint8)
         step = max(1, _ROUND_ELEMENTS // MOMENT_BLOCK)
         for start in range(0, len(weight), step):
@@ -128,37 +126,35 @@ def _round_block(
     return codes.T
 
 
-def search_grid(weight: Tensor, power: Tensor, bits: int, group_size: int) -> Grid:
-    """The grid of least error, with the errors of each feature weighed by `power [F]`, some rows at a time."""
-    rows = max(1, _SEARCH_ELEMENTS // weight.shape[1])
-    found = [_search_rows(part.float(), power, bits, group_size) for part in weight.split(rows)]
+def fitted_grid(weight: Tensor, power: Tensor, bits: int, group_size: int) -> Grid:
+    """The grid between a group's extremes, or the one that fits best with its codes, whichever errs less.
+
+    The errors of each feature are weighed by `power [F]`. Works on some rows at a time.
+    """
+    rows = max(1, _FIT_ELEMENTS // weight.shape[1])
+    found = [_fitted_rows(part.float(), power, bits, group_size) for part in weight.split(rows)]
     scale, shift = (torch.cat(part) for part in zip(*found, strict=True))
     return Grid(scale, shift)
 
 
-def _search_rows(weight: Tensor, power: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
+def _fitted_rows(weight: Tensor, power: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
     groups = weight.view(len(weight), -1, group_size)
     weighing = power.view(1, -1, group_size) + power.mean() * _DAMPING
     low, high = groups.amin(-1), groups.amax(-1)
-    best = torch.full_like(low, torch.inf), low.bfloat16(), low.bfloat16()
+    plain = _stored((high - low) / (2**bits - 1), -low)
+    code, error = _coded(groups, plain, bits)
+    fitted = _stored(*_least_squares(groups, code, weighing, bits))
+    _, fitted_error = _coded(groups, fitted, bits)
+    loss, fitted_loss = (part.square_().mul_(weighing).sum(-1) for part in (error, fitted_error))
+    better = fitted_loss < loss
+    return (
+        torch.where(better, fitted.scale, plain.scale),
+        torch.where(better, fitted.shift, plain.shift),
+    )
 
-    def tried(scale: Tensor, shift: Tensor) -> Tensor:
-        nonlocal best
-        grid = Grid(scale.clamp_min(_LEAST_SCALE).bfloat16(), shift.bfloat16())
-        code, error = _coded(groups, grid, bits)
-        loss = error.square_().mul_(weighing).sum(-1)
-        better = loss < best[0]
-        best = (
-            torch.where(better, loss, best[0]),
-            torch.where(better, grid.scale, best[1]),
-            torch.where(better, grid.shift, best[2]),
-        )
-        return code
 
-    for clip in _CLIPS:
-        code = tried((high - low) * (clip / (2**bits - 1)), low * -clip)
-        tried(*_least_squares(groups, code, weighing, bits))
-    return best[1], best[2]
+def _stored(scale: Tensor, shift: Tensor) -> Grid:
+    return Grid(scale.clamp_min(_LEAST_SCALE).bfloat16(), shift.bfloat16())
 
 
 def _least_squares(groups: Tensor, code: Tensor, weighing: Tensor, bits: int) -> tuple[Tensor, Tensor]:

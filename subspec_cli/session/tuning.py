@@ -31,7 +31,7 @@ from subspec_cli.units import counted, format_bytes, format_seconds
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from subspec_cli.modeling.input_moments import InputMoments
+    from subspec_cli.modeling.input_moments import MeasuredInputs
 
 _PROMPTS: Final = (
     "Hello!",
@@ -42,9 +42,25 @@ _PROMPTS: Final = (
     "Who are you?",
     "Write a small program.",
     "How do I learn a language?",
+    "What is your favorite color?",
+    "Describe a city.",
+    "Give me three tips.",
+    "How does a plane fly?",
+    "Write a poem.",
+    "Why is the sky blue?",
+    "List some animals.",
+    "What should I eat today?",
+    "Summarize the history of music.",
+    "Count to ten.",
+    "Explain money to a child.",
+    "What is a good book?",
+    "Solve 12 times 7.",
+    "Write an email.",
+    "What happens at night?",
+    "Tell me a joke.",
 )
 """Neutral beginnings: what follows is the model's own."""
-_TEXT_TOKENS: Final = 1024
+_TEXT_TOKENS: Final = 2048
 """Most tokens of text, beginnings included."""
 _MOST_TEXT_BYTES: Final = 1 << 20
 
@@ -58,7 +74,7 @@ class Tuner:
     config: Config
     reporter: Reporter
     _opened: ExitStack = field(default_factory=ExitStack)
-    _measured: Generator[tuple[int, Mapping[str, InputMoments]], None, None] | None = None
+    _measured: Generator[tuple[int, Mapping[str, MeasuredInputs]], None, None] | None = None
     _session: Session | None = None
     _next_layer: int = 0
 
@@ -77,7 +93,7 @@ class Tuner:
         made = quantize_layer(tensors, self.settings, self._moments_of(layer))
         return made.tensors, made.quality
 
-    def _moments_of(self, layer: int) -> Mapping[str, InputMoments]:
+    def _moments_of(self, layer: int) -> Mapping[str, MeasuredInputs]:
         if self._measured is None or layer < self._next_layer:
             self._measured = self._begin()
         for number, moments in self._measured:
@@ -86,7 +102,7 @@ class Tuner:
                 return moments
         raise AssertionError(f"the model has no layer {layer}")
 
-    def _begin(self) -> Generator[tuple[int, Mapping[str, InputMoments]], None, None]:
+    def _begin(self) -> Generator[tuple[int, Mapping[str, MeasuredInputs]], None, None]:
         """Begin a pass over the text."""
         from subspec_cli.decoding.row_groups import prompt_groups
         from subspec_cli.modeling.input_moments import MeasuringTarget
