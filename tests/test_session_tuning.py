@@ -21,7 +21,7 @@ CONFIG = resolve_config({"memory": {"vram_gb": 1.0, "device": "cpu", "resident_l
 def model(tmp_path, monkeypatch):
     monkeypatch.setenv("SUBSPEC_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(tuning, "_TEXT_TOKENS", 32)
-    monkeypatch.setattr(tuning, "_PROMPTS", tuning._PROMPTS[:2])
+    monkeypatch.setattr(tuning, "_ANSWER_TOKENS", 8)
     directory = make_tiny_model(tmp_path / "model", "qwen2", layers=2)
     prepare_quietly(directory)
     return directory
@@ -58,12 +58,11 @@ def test_an_interrupted_tuning_goes_on_to_the_same_bytes(model):
     assert len(whole) == 2
     text = Path(report.directory) / TUNING_TEXT_NAME
     answers = json.loads(text.read_text())["answers"]
-    assert sum(map(len, answers)) <= 32
     manifest = read_manifest(Path(report.directory) / "manifest.json")
     assert manifest.settings.optimizer == "tuned"
     outputs = manifest.layers[1].quality["gate"].outputs
     assert outputs.is_tuned
-    assert outputs.rows == sum(map(len, answers))
+    assert outputs.rows == 32
     text.unlink()
     again = tuned(model, force=True)
     assert files(again) == whole

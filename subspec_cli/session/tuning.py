@@ -19,6 +19,8 @@ from subspec_cli.errors import IntegrityError, SubspecError
 from subspec_cli.files.atomic_write import atomic_write
 from subspec_cli.files.json_object import parse_json_object
 from subspec_cli.files.regular_file import read_small_file
+from subspec_cli.limits import PREFILL_CHUNK
+from subspec_cli.planning.request import WantedTokens
 from subspec_cli.reporter import Reporter
 from subspec_cli.session.open import open_session
 from subspec_cli.session.session import Session
@@ -62,6 +64,8 @@ _PROMPTS: Final = (
 """Neutral beginnings: what follows is the model's own."""
 _TEXT_TOKENS: Final = 2048
 """Most tokens of text, beginnings included."""
+_ANSWER_TOKENS: Final = 64
+"""Most tokens after each beginning."""
 _MOST_TEXT_BYTES: Final = 1 << 20
 
 
@@ -108,7 +112,9 @@ class Tuner:
         from subspec_cli.modeling.input_moments import MeasuringTarget
 
         if self._session is None:
-            self._session = self._opened.enter_context(open_session(self._session_config(), self.reporter))
+            self._session = self._opened.enter_context(
+                open_session(self._session_config(), self.reporter, count=_wanted)
+            )
             self.reporter.note(_announced(self._session))
         session, loaded = self._session, self._session.loaded
         text = self._text(session)
@@ -128,7 +134,7 @@ class Tuner:
         return replace(
             self.config,
             model=ModelConfig(model=self.model, bits=self.settings.bits),
-            memory=replace(self.config.memory, context=_TEXT_TOKENS),
+            memory=replace(self.config.memory, context=None),
             sampling=SamplingConfig(seed=0),
         )
 
@@ -137,17 +143,35 @@ class Tuner:
         return prepared_directory(about.model_id, about.revision, self.settings) / TUNING_TEXT_NAME
 
     def _text(self, session: Session) -> list[int]:
-        """The tokens of the model's own text: what an earlier run kept, and what is missing of it."""
-        path = self._text_path(session)
+        """The tokens of the model's own text: what an earlier run kept, and what is missing of it.
+
+        It ends with a whole chunk, the one that nothing is rounded for.
+        """
+        path, most = self._text_path(session), _most_tokens(session)
         answers = _kept(path, session.loaded.math.geometry.vocab)
-        most = min(_TEXT_TOKENS, session.description.context_tokens) // len(_PROMPTS)
-        for number in range(len(answers), len(_PROMPTS)):
-            self.reporter.progress(f"decoding the model's own text, {number}/{len(_PROMPTS)}")
-            prompt = session.encode_prompt(_PROMPTS[number], system=None, raw=False)[: most // 2]
-            pieces = session.generate(prompt, max_new_tokens=most - len(prompt), stop=())
-            answers.append([*prompt, *(token for piece in pieces for token in piece.token_ids)])
+        while len(answers) < len(_PROMPTS) and sum(map(len, answers)) < most:
+            self.reporter.progress(f"decoding the model's own text, {sum(map(len, answers))}/{most} tokens")
+            answers.append(_answer(session, _PROMPTS[len(answers)], most))
             atomic_write(path, json.dumps({"answers": answers}).encode())
-        return [token for answer in answers for token in answer]
+        text = [token for answer in answers for token in answer][:most]
+        return text[: len(text) // PREFILL_CHUNK * PREFILL_CHUNK] or text
+
+
+def _wanted(_tokenizer: object) -> WantedTokens:
+    return WantedTokens(prompt=1, answer=_TEXT_TOKENS - 1)
+
+
+def _most_tokens(session: Session) -> int:
+    return min(_TEXT_TOKENS, session.description.context_tokens)
+
+
+def _answer(session: Session, beginning: str, most: int) -> list[int]:
+    """A beginning and what the model says to it. It is taken bare where a template would fill half of the text."""
+    prompt = session.encode_prompt(beginning, system=None, raw=False)
+    if len(prompt) > most // 2:
+        prompt = session.encode_prompt(beginning, system=None, raw=True)
+    pieces = session.generate(prompt, max_new_tokens=_ANSWER_TOKENS, stop=())
+    return [*prompt, *(token for piece in pieces for token in piece.token_ids)]
 
 
 def _announced(session: Session) -> str:
@@ -155,7 +179,7 @@ def _announced(session: Session) -> str:
     from subspec_cli.modeling.tuned_rounding import rounding_bytes
 
     plan, geometry = session.plan, session.loaded.math.geometry
-    tokens, speed = min(_TEXT_TOKENS, plan.context), plan.prediction.tok_per_s
+    tokens, speed = _most_tokens(session), plan.prediction.tok_per_s
     most = max(rounding_bytes(geometry.layer_shapes(layer)) for layer in geometry.representatives)
     return (
         f"tuning with up to {counted(tokens, 'token')} of the model's own text, decoded in about "
