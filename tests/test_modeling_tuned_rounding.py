@@ -105,6 +105,16 @@ def test_a_matrix_that_tuning_would_harm_is_rounded_plainly(monkeypatch):
         assert made.tensors[name].equal(tensor)
 
 
+def test_inputs_that_overflow_leave_a_matrix_as_it_is():
+    tensors, settings = {"mlp.down_proj.weight": weight()}, SubstituteSettings(4, "minmax")
+    inputs = related_inputs()
+    inputs[3, 7] = torch.inf
+    made = quantize_layer(tensors, settings, measured(inputs, related_inputs()))
+    assert made.quality["down"].outputs is None
+    for name, tensor in quantize_layer(tensors, settings).tensors.items():
+        assert made.tensors[name].equal(tensor)
+
+
 def test_a_feature_that_no_text_uses_is_rounded_all_the_same():
     inputs = related_inputs()
     inputs[:, 5] = 0

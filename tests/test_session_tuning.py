@@ -8,9 +8,12 @@ from fakes_session import prepare_quietly
 from tiny_models import make_tiny_model
 
 from subspec_cli.config_file import resolve_config
+from subspec_cli.errors import UsageError
 from subspec_cli.reporter import Reporter
 from subspec_cli.session import tuning
-from subspec_cli.session.prepare import tune
+from subspec_cli.session.prepare import repair, tune
+from subspec_cli.substitutes.integrity import Finding
+from subspec_cli.substitutes.inventory import list_stored
 from subspec_cli.substitutes.manifest import TUNING_TEXT_NAME, read_manifest
 from subspec_cli.substitutes.settings import SubstituteSettings
 
@@ -68,6 +71,16 @@ def test_an_interrupted_tuning_goes_on_to_the_same_bytes(model):
     assert files(again) == whole
     assert json.loads(text.read_text())["answers"] == answers
     assert tuned(model).already_prepared
+    damaged = Path(report.directory) / "layer-00001.safetensors"
+    damaged.write_bytes(b"x")
+    stored = next(item for item in list_stored() if item.directory == Path(report.directory))
+    repair(stored, [Finding(damaged, "a", "b")], lambda state: None)
+    assert files(report) == whole
+
+
+def test_8_bits_are_not_tuned():
+    with pytest.raises(UsageError, match="not tuned"):
+        tune("any", SubstituteSettings(8, "minmax"), CONFIG, progress=lambda state: None)
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,11 @@ class InputMoments:
                 total += float(torch.sum((part @ moments).mul_(part), dtype=torch.float64))
         return total
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether no input overflowed."""
+        return all(bool(total.isfinite().all()) for total in self.sums)
+
     def power(self) -> Tensor:
         """Mean square of each feature, `[in]`."""
         return torch.cat([total.diagonal() for total in self.sums]) / max(1, self.rows)

@@ -65,7 +65,11 @@ def quantize_layer(
     scales by the largest magnitude. With `measured` inputs, by `measured_name`, a matrix of fewer bits is rounded for
     them too, and kept so if its outputs then err less.
     """
-    inputs = {name: _Inputs(ErrorFeedback(item.fit), item.check) for name, item in (measured or {}).items()}
+    inputs = {
+        name: _Inputs(ErrorFeedback(item.fit), item.check)
+        for name, item in (measured or {}).items()
+        if item.fit.is_finite and item.check.is_finite
+    }
     quantizers = {bits: _quantizer(bits, settings.optimizer) for bits in sorted(settings.widths)}
     stored: dict[str, Tensor] = {}
     quality = {}

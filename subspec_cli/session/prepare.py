@@ -120,8 +120,10 @@ def tune(
     """Write tuned substitutes of a model that is prepared with the settings `base`; what is there is kept.
 
     `config` bounds the memory of the session that decodes the model's own text. Raises what `prepare` and
-    `open_session` raise.
+    `open_session` raise, and UsageError if all matrices have 8 bits.
     """
+    if base.widths == {8}:
+        raise UsageError("substitutes of 8 bits lose next to nothing and are not tuned", "--tune --bits 4")
     from subspec_cli.session.tuning import Tuner
 
     settings = replace(base, optimizer=TUNED, overrides=_matching(base.overrides, base.bits))
@@ -207,16 +209,17 @@ def repair(
     manifest = drop_damaged(stored, findings)
     is_on_hub = name_of_id(manifest.model_id).directory is None
     revision = manifest.commit if is_on_hub else None
-    if manifest.settings.optimizer == TUNED:
-        tune(manifest.model_id, manifest.settings, Config(), revision=revision, progress=progress)
-        return
+    is_tuned = manifest.settings.optimizer == TUNED
+    first = replace(manifest.settings, optimizer="minmax") if is_tuned else manifest.settings
     prepare(
         manifest.model_id,
-        manifest.settings,
+        first,
         revision=revision,
         follow_links=True,  # the user was asked when the set was made
         progress=progress,
     )
+    if is_tuned:
+        tune(manifest.model_id, first, Config(), revision=revision, progress=progress)
 
 
 def _check_tokenizer(directory: Path, repository: Repository) -> None:
