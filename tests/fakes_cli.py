@@ -220,6 +220,7 @@ class FakeKind:
     bits: int
     bits_per_weight: float
     sqnr_db: float | None
+    outputs: object = None
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 from fakes_store import SETTINGS, SHA256, manifest_of
 
 from subspec_cli.errors import IntegrityError, UnsupportedModelError
 from subspec_cli.substitutes.manifest import LayerFile, layer_file_name, read_manifest, write_manifest
-from subspec_cli.substitutes.quality import MatrixQuality
+from subspec_cli.substitutes.quality import MatrixQuality, OutputQuality
 
 QUALITY = {"q": MatrixQuality(1024, 544, 40.5, 0.125), "down": MatrixQuality(2048, 1088, 80.25, 0.0)}
+TUNED = replace(QUALITY["down"], outputs=OutputQuality(900, 5.5, 0.5, 0.25))
+Q_FIELDS = {"weights": 1024, "stored_bytes": 544, "signal": 40.5, "noise": 0.125}
 
 
 def test_manifest_reads_back_and_is_always_the_same_bytes(tmp_path):
@@ -30,6 +32,15 @@ def test_manifest_reads_back_and_is_always_the_same_bytes(tmp_path):
     assert [manifest.settings.bits_of(name) for name in ("mlp.down_proj.weight", "mlp.up_proj")] == [8, 4]
 
 
+def test_a_tuned_set_says_how_each_matrix_was_rounded_and_others_stay_as_they_were(tmp_path):
+    files = [LayerFile(layer_file_name(0), 0, 10, SHA256, SHA256, {"q": QUALITY["q"], "down": TUNED})]
+    write_manifest(tmp_path / "a", manifest_of(layers=files))
+    assert read_manifest(tmp_path / "a").layers[0].quality["down"].outputs.is_tuned
+    written = json.loads((tmp_path / "a").read_text())["layers"][0]["quality"]
+    assert written["q"] == Q_FIELDS
+    assert written["down"]["outputs"] == {"rows": 900, "signal": 5.5, "plain_noise": 0.5, "tuned_noise": 0.25}
+
+
 def layer(**more) -> dict:
     return {
         "name": layer_file_name(0),
@@ -37,12 +48,12 @@ def layer(**more) -> dict:
         "size_bytes": 1,
         "sha256": SHA256,
         "source_sha256": SHA256,
-        "quality": {"q": asdict(QUALITY["q"])},
+        "quality": {"q": Q_FIELDS},
     } | more
 
 
 def quality(**more) -> dict:
-    return layer(quality={"down": asdict(QUALITY["q"]) | more})
+    return layer(quality={"down": Q_FIELDS | more})
 
 
 @pytest.mark.parametrize(
@@ -65,6 +76,8 @@ def quality(**more) -> dict:
         (lambda m: m.update(layers=[layer(sha256="a" * 63)]), "a size or a hash that cannot be, at layer 0"),
         (lambda m: m.update(layers=[layer(size_bytes=0)]), "a size or a hash"),
         (lambda m: m.update(layers=[layer(), layer()]), "twice or out of order"),
+        (lambda m: m.update(layers=[quality(outputs=None)]), "NoneType at outputs, expected dict"),
+        (lambda m: m.update(layers=[quality(outputs={"rows": 1})]), "outputs lacks the keys: plain_noise"),
         (lambda m: m["settings"].update(bits=3), "settings that cannot be"),
         (lambda m: m["settings"].update(overrides={}), "a dict at overrides, expected list"),
         (lambda m: m["settings"].update(overrides=["mlp.down_proj"]), "settings that cannot be"),

@@ -10,7 +10,7 @@ import typer
 
 from subspec_cli.cli.completion import complete_model
 from subspec_cli.cli.options import FollowLinksOpt, JsonOpt, Settings, with_settings
-from subspec_cli.config import DEFAULT_BITS, ModelConfig, SubstituteConfig
+from subspec_cli.config import DEFAULT_BITS, MemoryConfig, ModelConfig, SubstituteConfig
 from subspec_cli.errors import UsageError
 from subspec_cli.streaming.host_memory import has_gpu
 from subspec_cli.units import GIB, counted, format_bytes, format_seconds
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from subspec_cli.substitutes.preparation import PrepareProgress
 
 _HEADERS = ("matrix", "bits", "bits/weight", "SQNR")
+_OUTPUT_HEADERS = ("matrix", "tuned SQNR", "plain SQNR")
 
 
 ModelArg = Annotated[
@@ -36,11 +37,25 @@ ModelArg = Annotated[
 ]
 ForceOpt = Annotated[bool, typer.Option("--force", help="Do it again, even if it is done.")]
 
+TuneOpt = Annotated[
+    bool,
+    typer.Option(
+        "--tune", help="Then write substitutes of the same size that fit the model's own text better."
+    ),
+]
 
-@with_settings(SubstituteConfig, ModelConfig, without=("model.model", "model.bits"))
+
+@with_settings(
+    SubstituteConfig,
+    ModelConfig,
+    "tune",
+    MemoryConfig,
+    without=("model.model", "model.bits", "memory.context", "memory.resident_layers"),
+)
 def prepare(
     settings: Settings,
     name: ModelArg,
+    tune: TuneOpt = False,
     force: ForceOpt = False,
     follow_links: FollowLinksOpt = False,
     as_json: JsonOpt = False,
@@ -61,15 +76,33 @@ def prepare(
         from subspec_cli.session.prepare import prepare as prepare_model
         from subspec_cli.substitutes.settings import SubstituteSettings
 
+        base = SubstituteSettings(bits, chosen.optimizer, chosen.overrides)
+        revision = settings.flags["model"]["revision"]  # the file's revision belongs to the file's model
+
+        def show(state: PrepareProgress) -> None:
+            progress.update(progress_text(state), *progress_share(state))
+
         report = prepare_model(
             name,
-            SubstituteSettings(bits, chosen.optimizer, chosen.overrides),
-            revision=settings.flags["model"]["revision"],  # the file's revision belongs to the file's model
+            base,
+            revision=revision,
             force=force,
             follow_links=follow_links,
-            progress=lambda state: progress.update(progress_text(state), *progress_share(state)),
+            progress=show,
             reporter=Reporter(note=output.note),
         )
+        if tune:
+            from subspec_cli.session.prepare import tune as tune_model
+
+            report = tune_model(
+                name,
+                base,
+                settings.config,
+                revision=revision,
+                force=force,
+                progress=show,
+                reporter=Reporter(progress.update, output.note),
+            )
         residuals = None
         if chosen.residual:
             progress.update(f"preparing {name}: residuals")
@@ -80,6 +113,9 @@ def prepare(
     first, *rest = report_lines(report, name)
     output.result(first)
     output.table(_HEADERS, quality_rows(report))
+    if any(item.outputs for item in report.kinds):
+        output.result("outputs on text that nothing was rounded for, beside rounding each weight by itself:")
+        output.table(_OUTPUT_HEADERS, output_rows(report))
     if residuals is not None:
         output.result(residual_line(residuals))
     for line in rest:
@@ -176,6 +212,15 @@ def quality_rows(report: PrepareReport) -> list[list[str]]:
 
 def _quality_row(item: KindReport) -> list[str]:
     return [item.kind, str(item.bits), f"{item.bits_per_weight:.2f}", _decibels(item.sqnr_db)]
+
+
+def output_rows(report: PrepareReport) -> list[list[str]]:
+    """A row for each kind of matrix that was tuned: what its outputs lose, and would lose without tuning."""
+    return [
+        [item.kind, _decibels(item.outputs.sqnr_db), _decibels(item.outputs.plain_sqnr_db)]
+        for item in report.kinds
+        if item.outputs is not None
+    ]
 
 
 def _decibels(sqnr_db: float | None) -> str:

@@ -356,6 +356,15 @@ def unpack_codes(packed: Tensor, bits: int) -> Tensor:
     return torch.cat([(packed >> shift) & mask for shift in range(0, 8, bits)])
 
 
+def pack_stored(codes: Tensor, bits: int) -> Tensor:
+    """Pack codes `[groups, group]` uint8 as quanto does."""
+    parts = codes.chunk(8 // bits)
+    packed = torch.zeros_like(parts[0])
+    for number, part in enumerate(parts):
+        packed[: len(part)] |= part << (number * bits)
+    return packed
+
+
 def pack_codes(codes: Tensor) -> Tensor:
     """Pack codes `[out, in]` uint8 in 0..15 into the layout of torch's int4 kernel on the tensor's device."""
     if codes.device.type != "cpu":

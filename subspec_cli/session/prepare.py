@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from subspec_cli.checkpoint.geometry import ModelGeometry
 from subspec_cli.checkpoint.layer_tensors import LAYER_MATRICES
 from subspec_cli.checkpoint.repository import Repository, check_fields, check_tokenizer_in, read_repository
+from subspec_cli.config import Config
 from subspec_cli.errors import UsageError
 from subspec_cli.hub.model_name import name_of_id
 from subspec_cli.hub.source_model import open_model
@@ -28,10 +29,10 @@ from subspec_cli.substitutes.layer_file import Quantizer
 from subspec_cli.substitutes.manifest import MANIFEST_NAME, read_manifest
 from subspec_cli.substitutes.preparation import PrepareProgress, SubstituteRecipe, prepare_model
 from subspec_cli.substitutes.prepared_model import PreparedModel
-from subspec_cli.substitutes.quality import MatrixQuality, by_kind, matrix_kind, summed
+from subspec_cli.substitutes.quality import MatrixQuality, OutputQuality, by_kind, matrix_kind, summed
 from subspec_cli.substitutes.repair import drop_damaged, is_source_damaged
 from subspec_cli.substitutes.residual_set import RESIDUALS_NAME
-from subspec_cli.substitutes.settings import SubstituteSettings
+from subspec_cli.substitutes.settings import TUNED, SubstituteSettings
 from subspec_cli.versions import library_versions
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ class KindReport:
     """Scales included."""
     sqnr_db: float | None
     """Signal-to-quantization-noise ratio; None if nothing was lost."""
+    outputs: OutputQuality | None = None
+    """Of the outputs on the model's own text, if the set was tuned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,15 @@ class PrepareReport:
         return {**dataclasses.asdict(self), "directory": str(self.directory)}
 
 
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """The model to prepare, as the user names it."""
+
+    model: str
+    revision: str | None
+    follow_links: bool
+
+
 def prepare(
     model: str,
     wanted: SubstituteSettings,
@@ -97,10 +109,46 @@ def prepare(
     The names in `wanted.overrides` may be patterns. Waits and repeated attempts are reported as notes. Raises what
     `open_model` and `prepare_model` raise, and UsageError for a pattern that matches nothing.
     """
+    settings = replace(wanted, overrides=_matching(wanted.overrides, wanted.bits))
+    source = _Source(model, revision, follow_links)
+    return _prepare(source, _recipe(settings, _quantizer(settings)), force, progress, reporter)
+
+
+def tune(
+    model: str,
+    base: SubstituteSettings,
+    config: Config,
+    *,
+    revision: str | None = None,
+    force: bool = False,
+    progress: Callable[[PrepareProgress], None],
+    reporter: Reporter = SILENT,
+) -> PrepareReport:
+    """Write tuned substitutes of a model that is prepared with the settings `base`; what is there is kept.
+
+    `config` bounds the memory of the session that decodes the model's own text. Raises what `prepare` and
+    `open_session` raise, and UsageError if all matrices have 8 bits.
+    """
+    if base.widths == {8}:
+        raise UsageError("substitutes of 8 bits lose next to nothing and are not tuned", "--tune --bits 4")
+    from subspec_cli.session.tuning import Tuner
+
+    settings = replace(base, optimizer=TUNED, overrides=_matching(base.overrides, base.bits))
+    source = _Source(model, revision, follow_links=True)  # the user was asked when the first set was made
+    with Tuner(model, settings, config, reporter) as tuner:
+        return _prepare(source, _recipe(settings, tuner.quantize), force, progress, reporter)
+
+
+def _prepare(
+    source: _Source,
+    recipe: SubstituteRecipe,
+    force: bool,
+    progress: Callable[[PrepareProgress], None],
+    reporter: Reporter,
+) -> PrepareReport:
     started = time.perf_counter()
     set_openmp_defaults()
     check_libraries_fit()
-    settings = replace(wanted, overrides=_matching(wanted.overrides, wanted.bits))
     latest: list[PrepareProgress] = []
     while_loading: list[DownloadProgress] = []
 
@@ -111,7 +159,11 @@ def prepare(
         progress(state)
 
     with open_model(
-        model, revision, follow_links=follow_links, accept_config=check_fields, reporter=reporter
+        source.model,
+        source.revision,
+        follow_links=source.follow_links,
+        accept_config=check_fields,
+        reporter=reporter,
     ) as opened:
         repository = read_repository(opened.checkpoint)
         geometry = repository.geometry
@@ -121,7 +173,7 @@ def prepare(
         prepared = prepare_model(
             replace(opened, checkpoint=replace(opened.checkpoint, tensors=repository.tensors)),
             geometry,
-            _recipe(settings),
+            recipe,
             force=force,
             progress=watch,
             reporter=reporter,
@@ -129,7 +181,7 @@ def prepare(
     for download in while_loading:
         keep_rate(DOWNLOAD, download.received_bytes, download.elapsed_s)
     for state in latest:
-        _keep_making_rate(state, settings)
+        _keep_making_rate(state, recipe.settings)
     return _report(
         prepared,
         geometry,
@@ -160,13 +212,18 @@ def repair(
     had_residuals = (stored.directory / RESIDUALS_NAME).exists()
     manifest = drop_damaged(stored, findings)
     is_on_hub = name_of_id(manifest.model_id).directory is None
+    revision = manifest.commit if is_on_hub else None
+    is_tuned = manifest.settings.optimizer == TUNED
+    first = replace(manifest.settings, optimizer="minmax") if is_tuned else manifest.settings
     prepare(
         manifest.model_id,
-        manifest.settings,
-        revision=manifest.commit if is_on_hub else None,
+        first,
+        revision=revision,
         follow_links=True,  # the user was asked when the set was made
         progress=progress,
     )
+    if is_tuned:
+        tune(manifest.model_id, first, Config(), revision=revision, progress=progress)
     if had_residuals:
         add_residuals(
             PreparedModel(stored.directory, read_manifest(stored.directory / MANIFEST_NAME)),
@@ -219,16 +276,18 @@ def _report(
 
 
 def _kind_report(kind: str, bits: int, quality: MatrixQuality) -> KindReport:
-    return KindReport(kind, bits, quality.bits_per_weight, quality.sqnr_db)
+    return KindReport(kind, bits, quality.bits_per_weight, quality.sqnr_db, quality.outputs)
 
 
-def _recipe(settings: SubstituteSettings) -> SubstituteRecipe:
+def _recipe(settings: SubstituteSettings, quantizer: Quantizer) -> SubstituteRecipe:
     versions = {name: version for name, version in library_versions().items() if name in _QUANTIZERS}
-    return SubstituteRecipe(settings, _quantizer(settings), _quantize_head, versions)
+    return SubstituteRecipe(settings, quantizer, _quantize_head, versions)
 
 
 def _quantizer(settings: SubstituteSettings) -> Quantizer:
-    def quantize(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, MatrixQuality]]:
+    def quantize(
+        _layer: int, tensors: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, MatrixQuality]]:
         from subspec_cli.modeling.quantization import quantize_layer
 
         made = quantize_layer(tensors, settings)

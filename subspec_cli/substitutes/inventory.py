@@ -22,7 +22,14 @@ from subspec_cli.hub.model_name import parse_model_name
 from subspec_cli.hub.source_model import find_source_directory
 from subspec_cli.substitutes.in_use import IN_USE_NAME, users_of
 from subspec_cli.substitutes.last_use import LAST_USED_NAME, last_used_s
-from subspec_cli.substitutes.manifest import HEAD_NAME, JOURNAL_NAME, MANIFEST_NAME, Manifest, read_manifest
+from subspec_cli.substitutes.manifest import (
+    HEAD_NAME,
+    JOURNAL_NAME,
+    MANIFEST_NAME,
+    TUNING_TEXT_NAME,
+    Manifest,
+    read_manifest,
+)
 from subspec_cli.substitutes.prepared_model import directory_slug
 from subspec_cli.substitutes.prepared_names import full_name, near_name
 from subspec_cli.substitutes.residual_set import RESIDUAL_NAME, RESIDUALS_NAME, usable_residuals
@@ -181,7 +188,15 @@ def remove_stored(stored: StoredModel) -> int:
 
 def own_files(directory: Path) -> list[Path]:
     """The files in a set's directory that this program made."""
-    known = {MANIFEST_NAME, JOURNAL_NAME, HEAD_NAME, RESIDUALS_NAME, LOCK_NAME, LAST_USED_NAME}
+    known = {
+        MANIFEST_NAME,
+        JOURNAL_NAME,
+        HEAD_NAME,
+        RESIDUALS_NAME,
+        LOCK_NAME,
+        LAST_USED_NAME,
+        TUNING_TEXT_NAME,
+    }
     names = sorted(os.listdir(directory))
     own = [
         name

@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     import torch
 
 Quantizer: TypeAlias = (
-    "Callable[[dict[str, torch.Tensor]], tuple[dict[str, torch.Tensor], dict[str, MatrixQuality]]]"
+    "Callable[[int, dict[str, torch.Tensor]], tuple[dict[str, torch.Tensor], dict[str, MatrixQuality]]]"
 )
-"""From a layer's 16-bit tensors, keyed by the name inside the layer, to the tensors to write and their quality."""
+"""From a layer's number and 16-bit tensors, keyed by the name inside the layer, to the tensors to write and their
+quality."""
 
 
 def made_layer(
@@ -31,7 +32,9 @@ def made_layer(
 
     check_finite(tensors)
     prefix = layer_prefix(layer)
-    packed, quality = quantizer({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
+    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    packed, quality = quantizer(layer, own)
+    own.clear()
     tensors.clear()  # free them before the bytes of the file take memory
     data = save({name: packed[name].contiguous() for name in sorted(packed)})
     sha256 = hashlib.sha256(data).hexdigest()

@@ -17,7 +17,7 @@ from subspec_cli.files.atomic_write import atomic_write
 from subspec_cli.files.json_object import parse_json_object
 from subspec_cli.files.regular_file import read_small_file
 from subspec_cli.hub.command_hints import prepare_command
-from subspec_cli.substitutes.quality import MATRIX_KINDS, MatrixQuality, matrix_kind
+from subspec_cli.substitutes.quality import MATRIX_KINDS, MatrixQuality, OutputQuality, matrix_kind
 from subspec_cli.substitutes.settings import SubstituteSettings
 from subspec_cli.units import printable
 
@@ -28,6 +28,8 @@ MANIFEST_NAME = "manifest.json"
 HEAD_NAME: Final = "head.safetensors"
 JOURNAL_NAME = "manifest.partial.json"
 """The manifest of a preparation that has not ended: it lists only the files that are done."""
+TUNING_TEXT_NAME = "tuning-text.json"
+"""The model's own text that substitutes were tuned with."""
 
 _MAX_MANIFEST_BYTES = 16 << 20
 _RETRY_HINT = "prepare the model again: subspec prepare MODEL --force"
@@ -57,6 +59,7 @@ _FILE_FIELDS = {
 }
 _LAYER_FIELDS = {**_FILE_FIELDS, "layer": int}
 _QUALITY_FIELDS = {"weights": int, "stored_bytes": int, "signal": float, "noise": float}
+_OUTPUT_FIELDS = {"rows": int, "signal": float, "plain_noise": float, "tuned_noise": float}
 
 Part: TypeAlias = int | Literal["head"]
 """What a file replaces: the layer of this number, or the head."""
@@ -167,7 +170,8 @@ def file_path(directory: Path, name: str) -> Path:
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Write a manifest atomically. Equal manifests give equal bytes. Raises ResourceError."""
-    atomic_write(path, (json.dumps(asdict(manifest), indent=1, sort_keys=True) + "\n").encode())
+    found = asdict(manifest, dict_factory=lambda pairs: {key: v for key, v in pairs if v is not None})
+    atomic_write(path, (json.dumps(found, indent=1, sort_keys=True) + "\n").encode())
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -235,11 +239,21 @@ def _read_qualities(found: Mapping[str, object], shown: str) -> dict[str, Matrix
 
 
 def _read_quality(found: object, kind: str, shown: str) -> MatrixQuality:
-    quality = MatrixQuality(**_checked(found, _QUALITY_FIELDS, f"{shown}: quality"))
-    powers = (quality.signal, quality.noise)
+    quality = _read_matrix_quality(found, f"{shown}: quality")
+    powers = [quality.signal, quality.noise]
+    if (outputs := quality.outputs) is not None:
+        powers += [outputs.signal, outputs.plain_noise, outputs.tuned_noise, outputs.rows]
     if quality.weights <= 0 or quality.stored_bytes <= 0 or not all(0 <= p < math.inf for p in powers):
         raise _damaged(shown, f"has a quality that cannot be, of {kind}")
     return quality
+
+
+def _read_matrix_quality(found: object, shown: str) -> MatrixQuality:
+    if not isinstance(found, dict) or "outputs" not in found:
+        return MatrixQuality(**_checked(found, _QUALITY_FIELDS, shown))
+    fields = _checked(found, {**_QUALITY_FIELDS, "outputs": dict}, shown)
+    outputs = OutputQuality(**_checked(fields["outputs"], _OUTPUT_FIELDS, f"{shown}: outputs"))
+    return MatrixQuality(**{**fields, "outputs": outputs})
 
 
 def _command_for(found: Mapping[str, Any]) -> str:

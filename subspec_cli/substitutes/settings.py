@@ -16,6 +16,9 @@ GROUP_SIZES: Final = (128, 64, 32)
 _ROW_MULTIPLE: Final = 16
 """torch's int4 kernel requires a multiple of this many output features."""
 
+TUNED: Final = "tuned"
+"""The optimizer of the second stage: rounded for the model's own inputs."""
+
 
 def group_size_for(shape: tuple[int, ...]) -> int | None:
     """Group size for a matrix `[out, in]`; None if the low-bit kernels do not support the shape."""

@@ -1,0 +1,95 @@
+"""`prepare --tune` from a prepared tiny model to a tuned set: the same bytes after any interruption."""
+
+import json
+from pathlib import Path
+
+import pytest
+from fakes_session import prepare_quietly
+from tiny_models import make_tiny_model
+
+from subspec_cli.config_file import resolve_config
+from subspec_cli.errors import UsageError
+from subspec_cli.reporter import Reporter
+from subspec_cli.session import tuning
+from subspec_cli.session.prepare import repair, tune
+from subspec_cli.substitutes.integrity import Finding
+from subspec_cli.substitutes.inventory import list_stored
+from subspec_cli.substitutes.manifest import TUNING_TEXT_NAME, read_manifest
+from subspec_cli.substitutes.settings import SubstituteSettings
+
+CONFIG = resolve_config({"memory": {"vram_gb": 1.0, "device": "cpu", "resident_layers": 0}})
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    monkeypatch.setenv("SUBSPEC_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(tuning, "_TEXT_TOKENS", 32)
+    monkeypatch.setattr(tuning, "_ANSWER_TOKENS", 8)
+    directory = make_tiny_model(tmp_path / "model", "qwen2", layers=2)
+    prepare_quietly(directory)
+    return directory
+
+
+def tuned(model, *, stop_at=None, force=False):
+    """Tune; a KeyboardInterrupt comes once so many layers are done."""
+
+    def progress(state):
+        if state.done_layers == stop_at:
+            raise KeyboardInterrupt
+
+    notes = []
+    return tune(
+        str(model),
+        SubstituteSettings(4, "minmax"),
+        CONFIG,
+        force=force,
+        progress=progress,
+        reporter=Reporter(note=notes.append),
+    )
+
+
+def files(report):
+    return {path.name: path.read_bytes() for path in Path(report.directory).glob("*.safetensors")}
+
+
+def test_an_interrupted_tuning_goes_on_to_the_same_bytes(model):
+    with pytest.raises(KeyboardInterrupt):
+        tuned(model, stop_at=1)
+    report = tuned(model)
+    assert not report.already_prepared
+    whole = files(report)
+    assert len(whole) == 2
+    text = Path(report.directory) / TUNING_TEXT_NAME
+    answers = json.loads(text.read_text())["answers"]
+    manifest = read_manifest(Path(report.directory) / "manifest.json")
+    assert manifest.settings.optimizer == "tuned"
+    outputs = manifest.layers[1].quality["gate"].outputs
+    assert outputs.is_tuned
+    assert outputs.rows == 32
+    text.unlink()
+    again = tuned(model, force=True)
+    assert files(again) == whole
+    assert json.loads(text.read_text())["answers"] == answers
+    assert tuned(model).already_prepared
+    damaged = Path(report.directory) / "layer-00001.safetensors"
+    damaged.write_bytes(b"x")
+    stored = next(item for item in list_stored() if item.directory == Path(report.directory))
+    repair(stored, [Finding(damaged, "a", "b")], lambda state: None)
+    assert files(report) == whole
+
+
+def test_8_bits_are_not_tuned():
+    with pytest.raises(UsageError, match="not tuned"):
+        tune("any", SubstituteSettings(8, "minmax"), CONFIG, progress=lambda state: None)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["", "{", '{"answers": 1}', '{"answers": [["x"]]}', '{"answers": [[288]]}', '{"answers": [[true]]}'],
+)
+def test_a_text_that_cannot_be_read_does_not_count(tmp_path, damage):
+    path = tmp_path / TUNING_TEXT_NAME
+    path.write_text(damage)
+    assert tuning._kept(path, 288) == []
+    path.write_text('{"answers": [[287, 0]]}')
+    assert tuning._kept(path, 288) == [[287, 0]]
