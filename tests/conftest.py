@@ -40,7 +40,7 @@ def assumed_machine(request, monkeypatch):
     from subspec_cli.planning.assumed_costs import assumed_costs
     from subspec_cli.probe.timed_machine import TimedMachine
 
-    def assume(directory, settings, device, reporter, *, rebuilds=False):
+    def assume(directory, settings, device, *_rest):
         # So slow a link that drafting pays even for models of a few kilobytes.
         costs = assumed_costs(geometry_in(directory), device, link_gb_per_s=0.001, settings=settings)
         return TimedMachine(costs, others_share=None, spread=0.0)

@@ -31,7 +31,7 @@ def cost(monkeypatch):
     """Lets a test say what things take; the rest is as assumed."""
 
     def set_costs(**changes):
-        def costs(directory, settings, device, reporter):
+        def costs(directory, settings, device, *_rest):
             found = assumed_costs(geometry_in(directory), device, settings=settings)
             return TimedMachine(dataclasses.replace(found, **changes), None, 0.0)
 
@@ -103,7 +103,7 @@ def test_of_the_sets_that_stand_side_by_side_the_fastest_is_loaded(tmp_path, mon
     assert [item.manifest.settings.bits for item in find_prepared_sets(str(model), 8)] == [8]
 
     def fastest(bits):
-        def costs(directory, settings, device, reporter):
+        def costs(directory, settings, device, *_rest):
             found = assumed_costs(geometry_in(directory), device, settings=settings)
             layer = FREE if settings.bits == bits else DEAR
             return TimedMachine(dataclasses.replace(found, substitute_layer=layer), None, 0.0)

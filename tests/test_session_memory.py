@@ -25,7 +25,7 @@ from subspec_cli.probe.timed_machine import TimedMachine
 from subspec_cli.session import machine_costs
 from checkpoints import geometry_in
 
-machine_costs.probe_in_subprocess = lambda directory, settings, device, reporter: TimedMachine(
+machine_costs.probe_in_subprocess = lambda directory, settings, device, *_rest: TimedMachine(
     assumed_costs(geometry_in(directory), device, link_gb_per_s=0.001, settings=settings), None, 0.0
 )
 import subspec_cli.streaming.memory_meter as memory_meter

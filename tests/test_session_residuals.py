@@ -74,7 +74,7 @@ def test_a_plan_takes_residuals_where_the_link_is_slow_and_raw_layers_where_it_i
         assert stream.residuals
         assert stream.residual_bytes < stream.raw_bytes
 
-    def fast_link(directory, settings, device, reporter, *, rebuilds=False):
+    def fast_link(directory, settings, device, reporter, rebuilds):
         assert rebuilds
         costs = assumed_costs(geometry_in(directory), device, link_gb_per_s=1000, settings=settings)
         return TimedMachine(costs, others_share=None, spread=0.0)

@@ -36,7 +36,6 @@ def probe_in_subprocess(
     settings: SubstituteSettings,
     device: str,
     reporter: Reporter,
-    *,
     rebuilds: bool = False,
 ) -> TimedMachine:
     """Measure the costs of the model in `directory` and of substitutes with these settings in a subprocess.

@@ -44,9 +44,7 @@ class ProbedCosts:
         if kept is not None:
             return kept
         try:
-            timed = probe_in_subprocess(
-                self.directory, settings, self.device, self.reporter, rebuilds=self.rebuilds
-            )
+            timed = probe_in_subprocess(self.directory, settings, self.device, self.reporter, self.rebuilds)
         except ProbeFailedError as error:
             reason = printable(str(error))
             self.reporter.note(
