@@ -47,7 +47,12 @@ def test_defaults_are_greedy_and_json_able():
         "plain": False,
     }
     assert document["bench"]["max_new_tokens"] == 128
-    assert document["substitute"] == {"bits": None, "optimizer": "minmax", "overrides": {}}
+    assert document["substitute"] == {
+        "bits": None,
+        "optimizer": "minmax",
+        "overrides": {},
+        "residual": False,
+    }
 
 
 def test_flag_wins_over_file_and_file_over_default(toml):
