@@ -105,7 +105,7 @@ def plan_opening(
         plan.costs(chosen.costs, chosen.geometry),
         device,
         reporter,
-        chosen.residuals,
+        chosen.residuals if plan.streamed else None,
     )
 
 
