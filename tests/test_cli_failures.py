@@ -187,7 +187,7 @@ def newer_manifest(path, manifest):
 
 
 def older_manifest(path, manifest):
-    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 1'))
+    path.write_text(path.read_text().replace('"format_version": 3', '"format_version": 1'))
 
 
 def extra_key(path, manifest):
@@ -208,7 +208,7 @@ def lost_layer(path, manifest):
 
 MANIFESTS = {
     "F59 cut": (cut_manifest, 6, "is not JSON at byte"),
-    "F59 newer": (newer_manifest, 3, "has format 99, this version of subspec reads format 2"),
+    "F59 newer": (newer_manifest, 3, "has format 99, this version of subspec reads format 3"),
     "F59 older": (older_manifest, 3, "has the old format 1"),
     "F59 extra key": (extra_key, 6, "has unknown keys: '\\x1b[2J'"),
     "F59 path": (strange_file, 6, "names '../../\\x1b[2Jx' as the file of layer 0"),

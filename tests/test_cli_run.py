@@ -92,9 +92,9 @@ def test_nouns_follow_their_counts(count, noun, text):
 def test_every_flag_reaches_the_session(capsys, session):
     argv = (
         "run hello --model m/x --revision r1 --bits 8 --memory-gb 1.5 --ram-gb 6 --device cpu --context 99 "
-        "--resident-layers 0 --reprobe --depth 3 --width 2 --no-shadow --no-speculation --temperature 0.7 "
-        "--top-p 0.9 --top-k 4 "
-        "--seed 12 --max-new-tokens 33 --stop END --stop . --system Be_brief --raw --plain"
+        "--resident-layers 0 --no-residual --reprobe --depth 3 --width 2 --no-shadow --no-speculation "
+        "--temperature 0.7 --top-p 0.9 --top-k 4 --seed 12 "
+        "--max-new-tokens 33 --stop END --stop . --system Be_brief --raw --plain"
     )
     assert main(argv.split()) == 0
     config = session.configs[0].as_dict()
@@ -105,6 +105,7 @@ def test_every_flag_reaches_the_session(capsys, session):
         "device": "cpu",
         "context": 99,
         "resident_layers": 0,
+        "no_residual": True,
         "reprobe": True,
     }
     assert config["draft"] == {"depth": 3, "width": 2, "no_shadow": True, "no_speculation": True}

@@ -26,6 +26,7 @@ from subspec_cli.drafting import captured_steps as module
 from subspec_cli.drafting import step_buffers
 from subspec_cli.drafting.captured_steps import CapturedSteps, make_draft_steps
 from subspec_cli.drafting.draft_steps import DirectSteps, Feed
+from subspec_cli.modeling import substitute
 from subspec_cli.modeling.decoder import DraftDecoder
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.substitute import resident_layer
@@ -304,6 +305,9 @@ def test_a_session_over_captured_steps_answers_as_without_speculation(
     shelf: Shelf, family: str, sampling: str, draft: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     graphs = FakeGraphs()
+    # What records a graph here sees torch's operations alone.
+    torch_product = torch._weight_int4pack_mm_for_cpu
+    monkeypatch.setattr(substitute, "int4_product", lambda device, outputs: torch_product)
     monkeypatch.setattr(
         load,
         "make_draft_steps",

@@ -418,7 +418,7 @@ def test_two_shells_share_parameters_and_do_not_disturb_each_other(model: Tiny) 
     """Trap 7: resident layers serve target and draft; no copy of a matrix, no state that one toggles."""
     source = model.source()
     decoder, draft = model.target(source, model.exact_rules), resident_draft(model, source)
-    for layer, shell in enumerate(draft._layers):
+    for layer, (shell, _) in enumerate(draft._layers):
         held = source.resident_matrices(layer)["self_attn.o_proj.weight"]
         assert shell.o_proj.weight.data_ptr() == held.data_ptr()
     tree = random_tree(7, [3, 3])
