@@ -125,6 +125,21 @@ def test_a_flipped_bit_and_a_short_file_are_found_and_made_again(copied):
         assert (prepared.directory / name).read_bytes() == before[name]
 
 
+def test_a_residual_file_that_changes_in_use_ends_the_answer(copied, only_residuals):
+    add(copied)
+    with open_tiny(copied) as session:
+        ids = session.encode_prompt(PROMPT, system=None, raw=False)
+        answer = session.generate(ids, max_new_tokens=40, stop=())
+        next(answer)
+        directory = find_prepared(str(copied)).directory
+        path = directory / read_residuals(directory)[0].name
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+        with pytest.raises(IntegrityError, match=r"residual-00000\.safetensors changed while it was in use"):
+            list(answer)
+
+
 def test_a_damaged_list_is_found_and_not_used(copied):
     add(copied)
     prepared = find_prepared(str(copied))

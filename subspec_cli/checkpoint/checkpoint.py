@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -117,14 +117,19 @@ def open_checkpoint(
         tensors=indexed_tensors({name: header.entries for name, header in headers.items()}, index),
         index=index,
         files=tuple(
-            _source_file(name, header.status) for name, header in headers.items() if name not in incomplete
+            source_file(name, header.status) for name, header in headers.items() if name not in incomplete
         ),
         fingerprint=digest.hexdigest()[:40],
     )
 
 
 def check_unchanged(checkpoint: Checkpoint) -> None:
-    """Check that the weight files are still those that were opened.
+    """Check that the weight files are still those that were opened. Raises what `check_files_unchanged` raises."""
+    check_files_unchanged(checkpoint.directory, checkpoint.files)
+
+
+def check_files_unchanged(directory: Path, files: Sequence[SourceFile]) -> None:
+    """Check that files of a directory are still those that were opened.
 
     A file whose attributes changed may have another change time: it got another name, mode or owner.
 
@@ -132,10 +137,10 @@ def check_unchanged(checkpoint: Checkpoint) -> None:
         IntegrityError: a file has another size, modification time or inode, or is gone, or was written and its
             modification time put back.
     """
-    for file in checkpoint.files:
-        path = checkpoint.directory / file.name
+    for file in files:
+        path = directory / file.name
         try:
-            found = _source_file(file.name, path.stat())
+            found = source_file(file.name, path.stat())
         except OSError as error:
             raise read_error(error, path) from error
         if found.attributes != file.attributes:
@@ -199,6 +204,7 @@ def _weight_files(
     return index.file_names, index
 
 
-def _source_file(name: str, status: os.stat_result) -> SourceFile:
+def source_file(name: str, status: os.stat_result) -> SourceFile:
+    """Return a file as it is now."""
     attributes = (status.st_mode, status.st_nlink, status.st_uid, status.st_gid)
     return SourceFile(name, status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns, attributes)

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from subspec_cli.checkpoint.checkpoint import check_unchanged
+from subspec_cli.checkpoint.checkpoint import check_files_unchanged, check_unchanged
 from subspec_cli.checkpoint.geometry import EMBEDDING, FINAL_NORM, FINAL_NORM_BIAS, HEAD
 from subspec_cli.checkpoint.layer_tensors import LAYER_MATRICES, layer_prefix, scale_name
 from subspec_cli.checkpoint.tensor_reader import read_tensors
@@ -310,5 +310,11 @@ def source_check(opening: Opening, blocks: TargetBlocks) -> Callable[[], None]:
     reads_blocks = blocks.streamer is not None and blocks.streamer.reads_files
     if not reads_blocks and opening.plan.embedding != "disk":
         return lambda: None
-    checkpoint = opening.found.checkpoint
-    return lambda: check_unchanged(checkpoint)
+    checkpoint, residuals = opening.found.checkpoint, opening.residuals
+
+    def check() -> None:
+        check_unchanged(checkpoint)
+        if residuals is not None:
+            check_files_unchanged(residuals.directory, residuals.opened)
+
+    return check

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from subspec_cli.checkpoint.checkpoint import SourceFile, source_file
 from subspec_cli.checkpoint.geometry import ModelGeometry, StoredBytes
 from subspec_cli.checkpoint.layer_tensors import block_entries
 from subspec_cli.checkpoint.residual_names import parts_of
@@ -68,6 +69,8 @@ class ResidualSet:
 
     directory: Path
     files: tuple[ResidualFile, ...]
+    opened: tuple[SourceFile, ...]
+    """The files as they were found: each pass reads them, so a change must be noticed."""
 
     def blocks(self, tensors: Mapping[str, TensorEntry], layer: int) -> list[list[TensorEntry]]:
         """The entries of each block of a layer as it is streamed: residuals, and those of `tensors` that have none.
@@ -114,7 +117,10 @@ def find_residuals(directory: Path, manifest: Manifest) -> ResidualSet | None:
         if not has_size(directory / file.name, file.size_bytes):
             return None
     found = tuple(file for file in files if file is not None)
-    return ResidualSet(directory, found) if any(file.raw_weights < file.weights for file in found) else None
+    if all(file.raw_weights == file.weights for file in found):
+        return None
+    opened = tuple(source_file(file.name, (directory / file.name).stat()) for file in found)
+    return ResidualSet(directory, found, opened)
 
 
 def is_of_layer(file: ResidualFile, source_sha256: str, substitute_sha256: str) -> bool:
