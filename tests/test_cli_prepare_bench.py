@@ -126,7 +126,8 @@ def test_prepare_json(capsys, preparing):
     preparing(FakePrepareReport())
     assert main(["prepare", "demo", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
-    assert document == {"model_id": "demo", "directory": "/cache/demo-int4", "sqnr_db": None}
+    report = {"model_id": "demo", "directory": "/cache/demo-int4", "sqnr_db": None}
+    assert document == report | {"residuals": None}
 
 
 def test_prepare_on_a_terminal_has_a_bar_with_rate_and_time_left(preparing, monkeypatch):

@@ -185,7 +185,7 @@ def test_the_drafter_learns_from_every_pass():
     seen = []
 
     class Watching(History):
-        def observe(self, tree, result, *, pass_s, drafting_s):
+        def observe(self, tree, result, rankings, *, pass_s, drafting_s):
             seen.append((len(tree), len(result.accepted_nodes)))
 
     kv, plan = fake_cache(64, scratch=128), free_policy(4, 1, 5, fixed_width=True)

@@ -14,7 +14,7 @@ from subspec_cli.session import tuning
 from subspec_cli.session.prepare import repair, tune
 from subspec_cli.substitutes.integrity import Finding
 from subspec_cli.substitutes.inventory import list_stored
-from subspec_cli.substitutes.manifest import TUNING_TEXT_NAME, read_manifest
+from subspec_cli.substitutes.manifest import HEAD_NAME, TUNING_TEXT_NAME, read_manifest
 from subspec_cli.substitutes.settings import SubstituteSettings
 
 CONFIG = resolve_config({"memory": {"vram_gb": 1.0, "device": "cpu", "resident_layers": 0}})
@@ -58,7 +58,7 @@ def test_an_interrupted_tuning_goes_on_to_the_same_bytes(model):
     report = tuned(model)
     assert not report.already_prepared
     whole = files(report)
-    assert len(whole) == 2
+    assert sorted(whole) == [HEAD_NAME, "layer-00000.safetensors", "layer-00001.safetensors"]
     text = Path(report.directory) / TUNING_TEXT_NAME
     answers = json.loads(text.read_text())["answers"]
     manifest = read_manifest(Path(report.directory) / "manifest.json")

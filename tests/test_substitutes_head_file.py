@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, replace
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -163,7 +163,7 @@ def as_format_2(prepared, **changes) -> None:
     """Make of a set what an earlier version wrote."""
     (prepared.directory / HEAD_NAME).unlink()
     path = prepared.directory / MANIFEST_NAME
-    fields = asdict(prepared.manifest) | {"format_version": 2} | changes
+    fields = json.loads(path.read_text()) | {"format_version": 2} | changes
     del fields["head"]
     path.write_text(json.dumps(fields))
 

@@ -122,9 +122,9 @@ def test_disk_fault_while_remaking_leaves_the_earlier_set_usable(model, monkeypa
 
 def test_source_that_changes_meanwhile_gives_no_manifest(model):
     class Meddler(Quantizer):
-        def __call__(self, tensors):
+        def __call__(self, layer, tensors):
             os.utime(model.directory / "model-00001-of-00002.safetensors")
-            return super().__call__(tensors)
+            return super().__call__(layer, tensors)
 
     with pytest.raises(IntegrityError, match="changed while it was in use"):
         run(model, Meddler())
@@ -202,10 +202,10 @@ def test_a_second_preparation_waits_and_finds_it_done(model):
     at_work, go_on = threading.Event(), threading.Event()
 
     class Slow(Quantizer):
-        def __call__(self, tensors):
+        def __call__(self, layer, tensors):
             at_work.set()
             assert go_on.wait(20)
-            return super().__call__(tensors)
+            return super().__call__(layer, tensors)
 
     first = threading.Thread(target=run, args=(model, Slow()))
     first.start()
@@ -275,8 +275,8 @@ def test_stale_temporary_files_are_swept(model, monkeypatch):
 class OtherBuild(Quantizer):
     """Gives other bytes of the same size, as another version of a library would."""
 
-    def __call__(self, tensors):
-        made, quality = super().__call__(tensors)
+    def __call__(self, layer, tensors):
+        made, quality = super().__call__(layer, tensors)
         return {name: tensor ^ 1 for name, tensor in made.items()}, quality
 
 
@@ -297,11 +297,11 @@ def test_two_preparations_where_locks_do_not_work(model, other):
     results = []
 
     class Slow(Quantizer):
-        def __call__(self, tensors):
+        def __call__(self, layer, tensors):
             if self.calls == LAYERS - 1:
                 first_waits.set()
                 assert other_done.wait(20)
-            return super().__call__(tensors)
+            return super().__call__(layer, tensors)
 
     slow = Slow()
     first = threading.Thread(target=lambda: results.append(run(model, slow)))
