@@ -9,6 +9,7 @@ from test_cli_boundary import HEAVY, run_python
 
 from subspec_cli.__main__ import main
 from subspec_cli.bench.sources import Suite
+from subspec_cli.cli.app import app as whole_app
 from subspec_cli.cli.completion import complete_model
 from subspec_cli.cli.options import with_settings
 from subspec_cli.config import (
@@ -118,3 +119,19 @@ def test_names_of_prepared_models_are_completed(monkeypatch):
     assert complete_model("t") == ["tiny-chat"]
     assert complete_model("/da") == ["/data/tiny-chat"]
     assert complete_model("Qwen/") == ["Qwen/Qwen2.5-7B"]
+
+
+def flags_of(command, name="subspec"):
+    """Every flag of a command and of those below it, with how often it is declared."""
+    declared = [flag for option in command.params for flag in (*option.opts, *option.secondary_opts)]
+    yield name, [flag for flag in declared if flag.startswith("-")]
+    for below, child in getattr(command, "commands", {}).items():
+        yield from flags_of(child, f"{name} {below}")
+
+
+def test_no_flag_is_declared_twice():
+    """Else one of the two settings never hears of it, as a setting and its negation in two sections."""
+    found = dict(flags_of(typer.main.get_command(whole_app)))
+    assert len(found) > 10
+    for name, flags in found.items():
+        assert sorted(flags) == sorted(set(flags)), name

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from fakes_session import answer_to, open_tiny
-from tiny_models import FAMILIES
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
@@ -118,7 +117,7 @@ RULES = {
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_speculation_changes_no_token(shelf, family, rule):
     with open_tiny(shelf.model(family), sampling=rule | {"seed": 3}) as session:
         arms = [

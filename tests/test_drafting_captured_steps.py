@@ -298,9 +298,10 @@ def test_the_cache_bounds_what_is_in_view(tiny: Callable[..., Tiny]) -> None:
     assert np.isfinite(steps.read().scores).all()
 
 
-@pytest.mark.parametrize("draft", [{}, {"depth": 9, "width": 3}])
+@pytest.mark.parametrize(
+    ("family", "draft"), [("qwen2", {}), ("qwen3", {"depth": 9, "width": 3})], ids=["qwen2", "qwen3"]
+)
 @pytest.mark.parametrize("sampling", [*SAMPLINGS, *OTHERS])
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 def test_a_session_over_captured_steps_answers_as_without_speculation(
     shelf: Shelf, family: str, sampling: str, draft: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,7 +50,13 @@ TuneOpt = Annotated[
     ModelConfig,
     "tune",
     MemoryConfig,
-    without=("model.model", "model.bits", "memory.context", "memory.resident_layers"),
+    without=(
+        "model.model",
+        "model.bits",
+        "memory.context",
+        "memory.resident_layers",
+        "memory.no_residual",
+    ),
 )
 def prepare(
     settings: Settings,
