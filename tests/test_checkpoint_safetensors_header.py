@@ -156,7 +156,9 @@ def test_bombs_cost_little(tmp_path, header):
     started = time.process_time()
     with pytest.raises(IntegrityError, match=r"too many values|tensors, at most 200000|claims a header"):
         read_header(path)
-    assert time.process_time() - started < 4
+    assert time.process_time() - started < 20, (
+        "some seconds on a busy core, where a bomb that works takes minutes"
+    )
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib < 400 << 10
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from fakes_session import Answer, answer_to, audit_of, open_tiny
-from tiny_models import FAMILIES, Tiny
+from tiny_models import Tiny
 
 from subspec_cli.modeling.exact_attention import ChainRows, ExactAttention
 from subspec_cli.modeling.fast_attention import fast_attention, grouped_mask
@@ -85,7 +85,8 @@ def test_speculative_tokens_are_the_plain_ones(shelf, family, dtype, tied):
     ("family", "sampling"),
     [
         *(("llama", sampling) for sampling in SAMPLINGS),
-        *((family, "warm") for family in FAMILIES if family != "llama"),
+        ("mistral", "warm"),
+        ("qwen2", "warm"),
     ],
 )
 def test_both_arms_of_one_session_agree_on_long_texts(shelf, family, sampling):
@@ -99,8 +100,7 @@ def test_both_arms_of_one_session_agree_on_long_texts(shelf, family, sampling):
     assert arms[1].stats.tau == 1
 
 
-@pytest.mark.parametrize("window", [1, 70])
-@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+@pytest.mark.parametrize(("family", "window"), [("mistral", 70), ("qwen2", 1)])
 def test_windows_shorter_than_prompt_and_tree_change_no_token(shelf, family, window):
     """And the greedy tokens are the library's within rounding."""
     model = model_of(shelf, family, sliding_window=window)
@@ -115,7 +115,7 @@ def test_windows_shorter_than_prompt_and_tree_change_no_token(shelf, family, win
         assert arms[0].stats.drafted_tokens > 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_answers_across_the_first_large_block_change_no_token(shelf, family):
     """Prompt and trees reach from small blocks alone into the positions that have a large one."""
     window = {} if family == "llama" else {"sliding_window": 600}
