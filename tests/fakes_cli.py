@@ -45,7 +45,15 @@ PREDICTION = Prediction(
     basis=Basis(
         1.4e9,
         1.4e9,
-        RoundTiming(link_s=0.5, prefetch_s=0.1, step_s=0.025, shadow_step_s=0.025, shadow_share=0.0),
+        RoundTiming(
+            link_s=0.5,
+            prefetch_s=0.1,
+            step_s=0.025,
+            shadow_step_s=0.025,
+            slot_s=0.1,
+            shadow_slots=0,
+            most_shadow_slots=6,
+        ),
         DepthOption(depth=0, rows=1, tau=1.0, survival=0.8, compute_s=0.2),
         DepthOption(depth=4, rows=9, tau=3.5, survival=0.8, compute_s=0.2),
     ),

@@ -60,7 +60,7 @@ def test_three_runs_predict_the_fourth(easiness, pass_s, step_s):
     before = [simulate(policy, easiness, 100, noise) for _ in range(3)]
     last = simulate(policy, easiness, 400, noise)
     request = make_request().after_runs(acceptance_of(before))
-    timing = RoundTiming(pass_s, 0.0, step_s, step_s, 0.0)
+    timing = RoundTiming(pass_s, 0.0, step_s, step_s, slot_s=1.0, shadow_slots=0, most_shadow_slots=6)
     options = [option._replace(compute_s=0.0) for option in depth_options(request)]
     rate, option = fastest_depth(timing, options)
     assert rate == pytest.approx(last.decode_tok_per_s, rel=0.2)

@@ -131,7 +131,9 @@ def timing(link_s: float, **more: float) -> RoundTiming:
             "prefetch_s": 0.05,
             "step_s": 0.06,
             "shadow_step_s": 0.074,
-            "shadow_share": 1.0,
+            "slot_s": 0.1,
+            "shadow_slots": 1,
+            "most_shadow_slots": 6,
             **more,
         }
     )
@@ -154,8 +156,9 @@ def test_a_slower_link_and_a_better_draft_leave_more_to_the_shadow() -> None:
 
 
 def test_the_shadow_gives_nothing_without_its_share_or_time_of_its_own() -> None:
-    assert levels(3.82, shadow_share=0.0) == 0
+    assert levels(3.82, shadow_slots=0) == 0
     assert levels(1.2) > 0
+    assert levels(3.82, slot_s=0.01) < levels(3.82), "the link stands still while a step fills its one slot"
     assert levels(1.2, prefetch_s=1.0) == 0, "the weights were there before the pass began"
 
 

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from subspec_cli.checkpoint.geometry import ModelGeometry
@@ -329,8 +329,26 @@ def test_a_prediction_is_of_the_plan_that_it_stands_in(request: PlanRequest) -> 
     assert found.tau == pytest.approx(sum(found.survival**level for level in range(found.depth + 1)))
 
 
+LONG_STEPS_AND_FEW_SLOTS = make_request(
+    make_geometry(
+        layers=34,
+        hidden=2432,
+        feed_forward=5120,
+        heads=8,
+        kv_heads=8,
+        vocab=61_230,
+        tied=False,
+        dtype="F32",
+    ),
+    budget_bytes=2_600_000_000,
+    tree_nodes=4,
+    tokenizer_bytes=0,
+)
+
+
 @FAST
 @given(requests(), st.integers(0, 10_000))
+@example(LONG_STEPS_AND_FEW_SLOTS, 3247)
 def test_a_prediction_for_other_cached_rows_is_that_of_a_plan_made_for_them(
     request: PlanRequest, cached_rows: int
 ) -> None:

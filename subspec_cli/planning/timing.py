@@ -124,8 +124,12 @@ class RoundTiming(NamedTuple):
     """A draft step of STEP_ROWS."""
     shadow_step_s: float
     """A draft step of SHADOW_STEP_ROWS."""
-    shadow_share: float
-    """Share of the link's spare time in which steps can run without delaying it; 0 is no shadow drafting."""
+    slot_s: float
+    """Link time of one slot."""
+    shadow_slots: int
+    """Slots that fill while a shadow step runs, beside the two of the pass; 0 is no shadow drafting."""
+    most_shadow_slots: int
+    """The most that a layout can have."""
     widen_s: float = 0.0
     """Compute time that a pass takes to widen streamed weights of 8 bits, or to rebuild them from residuals."""
 
@@ -219,7 +223,7 @@ def round_s(timing: RoundTiming, option: DepthOption) -> float:
 def shadow_levels(timing: RoundTiming, option: DepthOption, waited_s: float) -> float:
     """Return how many levels of a tree the shadow of the last pass, of `waited_s`, is likely to have drafted."""
     link_s = min(LINK_MARGIN * timing.link_s, waited_s)
-    spare_s = timing.shadow_share * (link_s - option.compute_s - timing.widen_s)
+    spare_s = _shadow_share(timing) * (link_s - option.compute_s - timing.widen_s)
     steps = min(int(spare_s / timing.shadow_step_s), SHADOW_ROWS // SHADOW_STEP_ROWS)
     if steps <= 0 or not option.depth:
         return 0.0
@@ -227,6 +231,14 @@ def shadow_levels(timing: RoundTiming, option: DepthOption, waited_s: float) -> 
     # Half of the levels until the next error: deeper ones seldom win a row from another pair.
     levels = min(steps, option.depth, max(1.0, 0.5 / errors) if errors > 0 else option.depth)
     return levels * rows / (rows + _PAIRS * errors)
+
+
+def _shadow_share(timing: RoundTiming) -> float:
+    """Return the share of the link's spare time in which steps can run without delaying it."""
+    if not timing.shadow_slots:
+        return 0.0
+    wanted = min(max(1, math.ceil(timing.shadow_step_s / timing.slot_s)), timing.most_shadow_slots)
+    return min(1.0, timing.shadow_slots / wanted)
 
 
 def fastest_depth(timing: RoundTiming, options: Sequence[DepthOption]) -> tuple[float, DepthOption]:
@@ -284,29 +296,32 @@ class RoundTimer:
             prefetch_s = pinned.ring_slots * memory.mean_link_bytes / request.costs.disk_bytes_per_s
         else:
             prefetch_s = layout.slots * memory.mean_slot_bytes / request.costs.link_bytes_per_s
-        share = min(1.0, (layout.slots - 2) / (draft.wanted_slots - 2)) if request.shadow_rows else 0.0
-        widening_s = widen_s(request.costs, request.geometry, streamed)
-        return RoundTiming(time_s, prefetch_s, draft.step_s, draft.shadow_step_s, max(0.0, share), widening_s)
+        most = self._slot_counts[-1]
+        return RoundTiming(
+            time_s,
+            prefetch_s,
+            draft.step_s,
+            draft.shadow_step_s,
+            slot_s=memory.slot_bytes / request.costs.link_bytes_per_s,
+            shadow_slots=max(0, layout.slots - 2) if request.shadow_rows else 0,
+            most_shadow_slots=most - 2,
+            widen_s=widen_s(request.costs, request.geometry, streamed),
+        )
 
     def _draft_timing(self, layout: MemoryLayout) -> _DraftTiming:
         key = (layout.shared, layout.draft_head_bits, layout.embedding)
         if key not in self._draft_timings:
             costs = self._request.costs
             times = step_times(costs, self._request.geometry, *key, cached_rows=self._request.cached_rows)
-            shadow_step_s = times.at(SHADOW_STEP_ROWS)
-            units = math.ceil(shadow_step_s * costs.link_bytes_per_s / self._memory.slot_bytes)
-            wanted_slots = min(max(3, units + 2), self._slot_counts[-1])
-            self._draft_timings[key] = _DraftTiming(times.at(STEP_ROWS), shadow_step_s, wanted_slots)
+            self._draft_timings[key] = _DraftTiming(times.at(STEP_ROWS), times.at(SHADOW_STEP_ROWS))
         return self._draft_timings[key]
 
 
 class _DraftTiming(NamedTuple):
-    """Times of the draft steps of all layouts with the same draft, and the slots that the steps need."""
+    """Times of the draft steps of all layouts with the same draft."""
 
     step_s: float
     shadow_step_s: float
-    wanted_slots: int
-    """Slots that keep the link busy through a step in its shadow."""
 
 
 def predict(request: PlanRequest, timing: RoundTiming, option: DepthOption) -> Prediction:
