@@ -94,8 +94,14 @@ def tiny_model(tmp_path):
     return lambda family, **how: tiny_models.make_tiny_model(tmp_path, family, **(EXTRA[family] | how))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        pytest.param(family, dtype, marks=() if (row + column) % len(DTYPES) == 0 else pytest.mark.slow)
+        for row, family in enumerate(FAMILIES)
+        for column, dtype in enumerate(DTYPES)
+    ],
+)
 def test_tokens_and_logits_are_the_librarys_within_rounding(shelf, questions, family, dtype):
     """Every token is the library's choice or a near tie, and the errors are of the library's size."""
     report = audited(model_of(shelf, family, dtype=DTYPES[dtype]), questions)

@@ -157,8 +157,12 @@ def outcomes(directory: Path, **flags: Any) -> tuple[Any, Any]:
 @pytest.mark.parametrize(
     ("family", "form"),
     [
-        *(("llama", form) for form in FORMS if form not in ("static", "channel")),
-        ("phi3", "block"),
+        *(
+            pytest.param("llama", form, marks=() if form == "block" else pytest.mark.slow)
+            for form in FORMS
+            if form not in ("static", "channel")
+        ),
+        pytest.param("phi3", "block", marks=pytest.mark.slow),
         ("mistral", "static"),
         ("mistral", "channel"),
     ],

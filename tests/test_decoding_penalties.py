@@ -117,7 +117,7 @@ RULES = {
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("qwen2", marks=pytest.mark.slow)])
 def test_speculation_changes_no_token(shelf, family, rule):
     with open_tiny(shelf.model(family), sampling=rule | {"seed": 3}) as session:
         arms = [

@@ -171,7 +171,13 @@ def chi_square_limit(freedom, z=4.7534):
 
 @pytest.mark.parametrize(
     ("draft", "top_p"),
-    [(good_draft, 1.0), (wrong_draft, 1.0), (no_draft, 1.0), (good_draft, 0.8), (wrong_draft, 0.8)],
+    [
+        (good_draft, 1.0),
+        (wrong_draft, 1.0),
+        pytest.param(no_draft, 1.0, marks=pytest.mark.slow),
+        pytest.param(good_draft, 0.8, marks=pytest.mark.slow),
+        (wrong_draft, 0.8),
+    ],
 )
 def test_emitted_tokens_follow_the_softmax_whatever_the_draft(draft, top_p):
     """20,000 pairs of tokens against 36 cells: a right sampler fails with odds 1e-6 per seed; the seed is fixed.

@@ -299,7 +299,11 @@ def test_the_cache_bounds_what_is_in_view(tiny: Callable[..., Tiny]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "draft"), [("qwen2", {}), ("qwen3", {"depth": 9, "width": 3})], ids=["qwen2", "qwen3"]
+    ("family", "draft"),
+    [
+        pytest.param("qwen2", {}, id="qwen2"),
+        pytest.param("qwen3", {"depth": 9, "width": 3}, id="qwen3", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("sampling", [*SAMPLINGS, *OTHERS])
 def test_a_session_over_captured_steps_answers_as_without_speculation(

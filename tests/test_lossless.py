@@ -58,9 +58,9 @@ def check_speculates(session, answers):
     ("family", "dtype", "tied"),
     [
         ("llama", torch.bfloat16, True),
-        ("qwen3", torch.bfloat16, False),
+        pytest.param("qwen3", torch.bfloat16, False, marks=pytest.mark.slow),
         ("qwen2", torch.float16, False),
-        ("mistral", torch.float32, False),
+        pytest.param("mistral", torch.float32, False, marks=pytest.mark.slow),
     ],
 )
 def test_speculative_tokens_are_the_plain_ones(shelf, family, dtype, tied):

@@ -91,7 +91,7 @@ def test_an_interrupted_answer_leaves_a_state_to_go_on_from(shelf: Shelf, taken:
             )
 
 
-@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("threads", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_threads_change_no_token_between_both_arms(shelf: Shelf, threads: int) -> None:
     torch.set_num_threads(threads)
     with open_tiny(hybrid(shelf), memory={"resident_layers": 2}) as session:

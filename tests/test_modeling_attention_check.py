@@ -44,7 +44,9 @@ def check(
     return find_attention_rules(made, kv or cache(dtype=dtype), most_nodes=64)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, pytest.param(torch.float32, marks=pytest.mark.slow)]
+)
 def test_the_library_s_kernel_passes(dtype: torch.dtype) -> None:
     rules, failure = check(dtype=dtype)
     assert not failure

@@ -67,7 +67,11 @@ def probes(monkeypatch):
 @pytest.mark.probed
 @pytest.mark.parametrize(
     ("family", "how"),
-    [("llama", {}), ("qwen3", {}), ("qwen3_5_text", {"layers": 5, "head_dim": 32})],
+    [
+        ("llama", {}),
+        pytest.param("qwen3", {}, marks=pytest.mark.slow),
+        pytest.param("qwen3_5_text", {"layers": 5, "head_dim": 32}, marks=pytest.mark.slow),
+    ],
 )
 def test_every_part_is_timed_on_stand_ins_of_the_models_shapes(shelf, home, probes, family, how):
     with open_tiny(shelf.model(family, **how)) as session:

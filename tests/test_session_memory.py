@@ -59,7 +59,7 @@ def run_alone(*arguments: str) -> tuple[dict[str, Any], list[str]]:
     return json.loads(document), json.loads(modules)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("qwen2", marks=pytest.mark.slow)])
 def test_a_run_stays_within_its_budget_and_imports_first(shelf, family: str) -> None:
     """For llama, transformers' configuration alone imports 860 modules."""
     model: Path = shelf.model(family, layers=6, hidden=256)
