@@ -1,11 +1,13 @@
 """Residuals: every bit pattern comes back, by compiled loops and by torch operations, in any layout of the codes."""
 
+import numpy as np
 import pytest
 import torch
 
 from subspec_cli.checkpoint import residual
 from subspec_cli.checkpoint.packed_codes import IndexLayout, UnitLayout, find_layout
 from subspec_cli.checkpoint.residual import CodedMatrix, base_order, encode, ordered, rebuild, rebuild_rows
+from subspec_cli.compiled import compiled
 from subspec_cli.errors import IntegrityError
 from subspec_cli.modeling.substitute import pack_codes
 
@@ -145,6 +147,39 @@ def test_both_ways_to_set_escapes_give_the_same_bits(lanes, monkeypatch):
     expected = torch.zeros(100, dtype=torch.int16)
     expected[marks == -128] = values[3 : 3 + int((marks == -128).sum())]
     assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("shift", [0, 4])
+def test_wide_vectors_give_the_bits_of_plain_loops(shift):
+    loops = pytest.importorskip("subspec_cli.checkpoint.compiled_residual")
+    if loops._group is None:
+        pytest.skip("this processor has no such vectors")
+    draws = np.random.default_rng(shift)
+    codes = draws.integers(0, 256, 192, dtype=np.uint8)
+    residuals = draws.integers(-127, 128, 192, dtype=np.int8)
+    pairs = torch.from_numpy(draws.normal(0, [0.01, 0.2], (3, 2))).bfloat16().view(torch.int16).numpy()
+    by_loops, by_vectors = np.zeros((2, 192), dtype=np.int16)
+    values = np.empty(192, dtype=np.float32)
+    given = (codes, np.int32(shift), pairs.view(np.uint16), residuals, values)
+    compiled(loops._weights)(*given, by_loops)
+    compiled(loops._weights_by_vectors)(*given, by_vectors)
+    assert np.array_equal(by_loops, by_vectors)
+    assert len(np.unique(by_loops)) > 100
+
+
+@pytest.mark.parametrize(("columns", "words"), [(96, 4), (64, 2), (40, 4)])
+def test_codes_are_turned_alike_with_wide_vectors_and_without(columns, words):
+    loops = pytest.importorskip("subspec_cli.checkpoint.compiled_residual")
+    if loops._group is None:
+        pytest.skip("this processor has no such vectors")
+    packed = np.random.default_rng(1).integers(0, 1 << 64, 8 + columns * words, dtype=np.uint64)
+    tile = np.zeros((8 * words, columns // 8), dtype=np.uint64)
+    loops._transpose_unit(packed, 8, words, tile)
+    expected = packed[8:].view(np.uint8).reshape(columns, 8 * words).T
+    assert np.array_equal(tile.view(np.uint8), expected)
+    tile[:] = 0
+    loops._transpose_words(packed, 8, words, tile)
+    assert np.array_equal(tile.view(np.uint8), expected)
 
 
 def test_without_numba_the_same_bits_come_from_torch_operations(monkeypatch):

@@ -94,34 +94,64 @@ def _transpose(
             tile[row + 7, column] = ((b6 >> by1) & one) | (b7 & ~one)
 
 
-def _values(
+def _transpose_by_vectors(packed: Any, first_word: int, words: int, tile: Any) -> None:  # noqa: ANN401
+    """The same with wide vectors, for units whose columns are as long as these take."""
+    columns = 8 * tile.shape[1]
+    if 8 * words == _TURNED_BYTES and columns % _TURNED_BYTES == 0:
+        for column in range(0, columns, _TURNED_BYTES):
+            _turn(packed, 8 * first_word + _TURNED_BYTES * column, tile, columns, column)
+    else:
+        _transpose_words(packed, first_word, words, tile)
+
+
+def _scale_and_zero(pair: Any) -> Any:  # noqa: ANN401
+    scale = np.uint32(np.uint32(pair[0]) << np.uint32(16)).view(np.float32)
+    middle = np.uint32(np.uint32(pair[1]) << np.uint32(16)).view(np.float32)
+    return scale, np.float32(middle - np.float32(8) * scale)
+
+
+def _weights(
     codes: Any,  # noqa: ANN401
     shift: Any,  # noqa: ANN401
     pairs: Any,  # noqa: ANN401
-    row: int,
+    residuals: Any,  # noqa: ANN401
+    values: Any,  # noqa: ANN401
     out: Any,  # noqa: ANN401
 ) -> None:
-    """A row's base in float32; `pairs` are `[groups, rows, 2]`. The product is exact, so fusing it changes no bit."""
+    """A row's weights without its escapes; `pairs` are `[groups, 2]`, and `values` is memory for their bases.
+
+    The product of code and scale is exact, so fusing it with the sum changes no bit.
+    """
     groups = len(pairs)
     blocks = len(out) // _BLOCK // groups
     for group in range(groups):
-        scale = np.uint32(np.uint32(pairs[group, row, 0]) << np.uint32(16)).view(np.float32)
-        middle = np.uint32(np.uint32(pairs[group, row, 1]) << np.uint32(16)).view(np.float32)
-        zero = np.float32(middle - np.float32(8) * scale)
+        scale, zero = _base_of(pairs[group])
         for block in range(blocks):
             first = (group * blocks + block) * _BLOCK
             for column in range(_BLOCK):
                 code = (np.int32(codes[first + column]) >> shift) & np.int32(15)
-                out[first + column] = np.float32(code) * scale + zero
-
-
-def _weights(base: Any, residuals: Any, out: Any) -> None:  # noqa: ANN401
-    """A row's weights without its escapes; `base` are the bits of its values."""
+                values[first + column] = np.float32(code) * scale + zero
+    base = values.view(np.int32)
     for column in range(len(out)):
         bits = base[column]
         order = (bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))) >> np.int32(16)
         order = order + np.int32(residuals[column])
         out[column] = np.int16(order ^ ((order >> np.int32(31)) & np.int32(0x7FFF)))
+
+
+def _weights_by_vectors(
+    codes: Any,  # noqa: ANN401
+    shift: Any,  # noqa: ANN401
+    pairs: Any,  # noqa: ANN401
+    residuals: Any,  # noqa: ANN401
+    values: Any,  # noqa: ANN401, ARG001
+    out: Any,  # noqa: ANN401
+) -> None:
+    """The same with wide vectors."""
+    size = len(out) // len(pairs)
+    for group in range(len(pairs)):
+        place = (np.int64(group * size), np.int64(size), np.int64(shift))
+        _group(codes, residuals, out, place, _base_of(pairs[group]))
 
 
 def _set_escapes_by_vectors(residuals: Any, escapes: Any, first_escape: int, places: Any, out: Any) -> Any:  # noqa: ANN401, ARG001
@@ -176,10 +206,8 @@ def _rebuild(
         last = min(end, unit_row + unit_rows - packed_row)
         while row < last:
             at = order[packed_row + row - unit_row]
-            _row_values(
-                tile[at >> 1].view(np.uint8), np.int32((at & 1) << 2), pairs, packed_row + row, values
-            )
-            _row_weights(values.view(np.int32), residuals[row], out[row])
+            codes, shift = tile[at >> 1].view(np.uint8), np.int32((at & 1) << 2)
+            _row_weights(codes, shift, pairs[:, packed_row + row], residuals[row], values, out[row])
             start = min(max(starts[row], 0), len(escapes))
             found = _set_escapes(residuals[row], escapes, start, places, out[row])
             wrong += np.int64(found != starts[row + 1] - starts[row])
@@ -188,16 +216,27 @@ def _rebuild(
 
 
 # Compiled once the module is imported: loops find each other by these names.
-_transpose_unit: Any = compiled(_transpose)
-_row_values: Any = compiled(_values)
-_row_weights: Any = compiled(_weights)
+_transpose_words: Any = compiled(_transpose)
+_base_of: Any = compiled(_scale_and_zero)
+_transpose_unit: Any = _transpose_words
+_row_weights: Any = None
 _expand: Any = None
+_turn: Any = None
+_group: Any = None
 _set_escapes: Any = None
 _rebuild_rows: Any = None
-if _transpose_unit is not None:
+_TURNED_BYTES = 0
+if _transpose_words is not None:
     if has_expanding_loads():
+        from subspec_cli.checkpoint.residual_code import TURNED_BYTES as _TURNED_BYTES
+        from subspec_cli.checkpoint.residual_code import group_weights as _group
+        from subspec_cli.checkpoint.residual_code import turn_codes as _turn
+
         _expand = expand_marked(_LANES, _MARKER)
         _set_escapes = compiled(_set_escapes_by_vectors)
+        _transpose_unit = compiled(_transpose_by_vectors)
+        _row_weights = compiled(_weights_by_vectors)
     else:
         _set_escapes = compiled(_set_escapes_by_places)
+        _row_weights = compiled(_weights)
     _rebuild_rows = compiled(_rebuild)
