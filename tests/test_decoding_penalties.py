@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from fakes_session import answer_to, open_tiny
+from tiny_models import FAMILIES
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
@@ -117,7 +118,10 @@ RULES = {
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-@pytest.mark.parametrize("family", ["llama", pytest.param("qwen2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(family, marks=() if family == "llama" else pytest.mark.slow) for family in FAMILIES],
+)
 def test_speculation_changes_no_token(shelf, family, rule):
     with open_tiny(shelf.model(family), sampling=rule | {"seed": 3}) as session:
         arms = [

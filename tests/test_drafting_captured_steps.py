@@ -303,6 +303,8 @@ def test_the_cache_bounds_what_is_in_view(tiny: Callable[..., Tiny]) -> None:
     [
         pytest.param("qwen2", {}, id="qwen2"),
         pytest.param("qwen3", {"depth": 9, "width": 3}, id="qwen3", marks=pytest.mark.slow),
+        pytest.param("qwen2", {"depth": 9, "width": 3}, id="qwen2-fixed", marks=pytest.mark.slow),
+        pytest.param("qwen3", {}, id="qwen3-free", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("sampling", [*SAMPLINGS, *OTHERS])

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from fakes_session import Answer, answer_to, audit_of, open_tiny
-from tiny_models import Tiny
+from tiny_models import FAMILIES, Tiny
 
 from subspec_cli.modeling.exact_attention import ChainRows, ExactAttention
 from subspec_cli.modeling.fast_attention import fast_attention, grouped_mask
@@ -57,10 +57,13 @@ def check_speculates(session, answers):
 @pytest.mark.parametrize(
     ("family", "dtype", "tied"),
     [
+        *(
+            pytest.param(family, torch.bfloat16, False, marks=() if family == "qwen3" else pytest.mark.slow)
+            for family in FAMILIES
+        ),
         ("llama", torch.bfloat16, True),
-        pytest.param("qwen3", torch.bfloat16, False, marks=pytest.mark.slow),
         ("qwen2", torch.float16, False),
-        pytest.param("mistral", torch.float32, False, marks=pytest.mark.slow),
+        ("mistral", torch.float32, False),
     ],
 )
 def test_speculative_tokens_are_the_plain_ones(shelf, family, dtype, tied):
@@ -87,6 +90,7 @@ def test_speculative_tokens_are_the_plain_ones(shelf, family, dtype, tied):
         *(("llama", sampling) for sampling in SAMPLINGS),
         ("mistral", "warm"),
         ("qwen2", "warm"),
+        pytest.param("qwen3", "warm", marks=pytest.mark.slow),
     ],
 )
 def test_both_arms_of_one_session_agree_on_long_texts(shelf, family, sampling):
@@ -100,7 +104,15 @@ def test_both_arms_of_one_session_agree_on_long_texts(shelf, family, sampling):
     assert arms[1].stats.tau == 1
 
 
-@pytest.mark.parametrize(("family", "window"), [("mistral", 70), ("qwen2", 1)])
+@pytest.mark.parametrize(
+    ("family", "window"),
+    [
+        ("mistral", 70),
+        ("qwen2", 1),
+        pytest.param("mistral", 1, marks=pytest.mark.slow),
+        pytest.param("qwen2", 70, marks=pytest.mark.slow),
+    ],
+)
 def test_windows_shorter_than_prompt_and_tree_change_no_token(shelf, family, window):
     """And the greedy tokens are the library's within rounding."""
     model = model_of(shelf, family, sliding_window=window)
@@ -115,7 +127,15 @@ def test_windows_shorter_than_prompt_and_tree_change_no_token(shelf, family, win
         assert arms[0].stats.drafted_tokens > 0
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "llama",
+        "qwen3",
+        pytest.param("mistral", marks=pytest.mark.slow),
+        pytest.param("qwen2", marks=pytest.mark.slow),
+    ],
+)
 def test_answers_across_the_first_large_block_change_no_token(shelf, family):
     """Prompt and trees reach from small blocks alone into the positions that have a large one."""
     window = {} if family == "llama" else {"sliding_window": 600}
