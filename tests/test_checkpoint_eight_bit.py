@@ -28,7 +28,7 @@ from subspec_cli.checkpoint.tensor_reader import read_tensors
 from subspec_cli.checkpoint.widening import widen, widened_tensors
 from subspec_cli.planning.assumed_costs import assumed_costs
 from subspec_cli.planning.timing import widen_s
-from subspec_cli.probe.rebuilding import widen_rate
+from subspec_cli.probe.widening import widen_rate
 from subspec_cli.substitutes.prepared_model import find_prepared
 
 one_thread = tiny_models.one_thread

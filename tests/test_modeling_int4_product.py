@@ -124,7 +124,7 @@ def test_a_kernel_that_differs_is_not_used(wrong: Callable[..., Tensor]):
 def test_torch_has_the_product_without_numba_or_its_openmp(monkeypatch):
     search = dot_product.__wrapped__
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_threads_entry", lambda: None)
+        patch.setattr(module, "threads_entry", lambda: None)
         assert search() is None
     monkeypatch.setitem(sys.modules, "subspec_cli.modeling.int4_code", None)
     monkeypatch.delattr(sys.modules["subspec_cli.modeling"], "int4_code", raising=False)

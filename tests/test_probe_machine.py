@@ -31,6 +31,7 @@ from subspec_cli.modeling.token_batch import causal_batch
 from subspec_cli.planning.assumed_costs import assumed_costs
 from subspec_cli.planning.costs import RowTimes, snapped
 from subspec_cli.probe import child_process, kept_costs, machine
+from subspec_cli.probe.dummy_blocks import DummyResiduals
 from subspec_cli.probe.kept_costs import known_costs, read_probe, write_probe
 from subspec_cli.probe.timed_machine import Spread, TimedMachine
 from subspec_cli.reporter import Reporter
@@ -559,3 +560,18 @@ def test_the_plans_choice_of_head_is_loaded(shelf, monkeypatch, home):
     assert kinds == [Head, LowBitHead, LowBitHead]
     assert loaded == ["read_head", "low_bit_table"]
     assert len({str(answer.outcome) for answer in heads.values()}) == 1
+
+
+def test_timed_blocks_are_rebuilt_at_each_use_and_others_stay():
+    wide, odd = "mlp.gate_proj.weight", "mlp.down_proj.weight"
+    blocks = DummyResiduals([{wide: (64, 64), odd: (64, 17)}] * 2, torch.device("cpu"))
+    assert blocks.rebuilt_bytes == 2 * 2 * 64 * 64
+    first = {
+        (block.layer, name): tensor for block in blocks.blocks() for name, tensor in block.matrices.items()
+    }
+    assert first.keys() == {(layer, name) for layer in (0, 1) for name in (wide, odd)}
+    expected = first[1, wide].clone()
+    first[1, wide].zero_()
+    for block in blocks.blocks():
+        if block.layer == 1 and wide in block.matrices:
+            assert torch.equal(block.matrices[wide], expected)

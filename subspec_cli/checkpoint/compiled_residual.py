@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from subspec_cli.checkpoint.packed_codes import CodedMatrix, UnitLayout
+from subspec_cli.checkpoint.residual_names import MARKER
 from subspec_cli.checkpoint.row_ranges import in_row_ranges
-from subspec_cli.compiled import compiled, expand_marked, has_expanding_loads
+from subspec_cli.compiled import compiled, has_expanding_loads
 from subspec_cli.errors import IntegrityError
 
-_MARKER: Final = -128
-_LANES: Final = 32
 _BLOCK: Final = 32
 """Weights of an inner loop, whose length is a constant so that it becomes vector instructions. It divides every
 group size."""
@@ -115,13 +114,13 @@ def _weights(
     shift: Any,  # noqa: ANN401
     pairs: Any,  # noqa: ANN401
     residuals: Any,  # noqa: ANN401
-    values: Any,  # noqa: ANN401
     out: Any,  # noqa: ANN401
 ) -> None:
-    """A row's weights without its escapes; `pairs` are `[groups, 2]`, and `values` is memory for their bases.
+    """A row's weights without its escapes; `pairs` are `[groups, 2]`.
 
     The product of code and scale is exact, so fusing it with the sum changes no bit.
     """
+    values = np.empty(len(out), dtype=np.float32)
     groups = len(pairs)
     blocks = len(out) // _BLOCK // groups
     for group in range(groups):
@@ -144,7 +143,6 @@ def _weights_by_vectors(
     shift: Any,  # noqa: ANN401
     pairs: Any,  # noqa: ANN401
     residuals: Any,  # noqa: ANN401
-    values: Any,  # noqa: ANN401, ARG001
     out: Any,  # noqa: ANN401
 ) -> None:
     """The same with wide vectors."""
@@ -163,7 +161,7 @@ def _set_escapes_by_vectors(residuals: Any, escapes: Any, first_escape: int, pla
         number += _expand(residuals, out, escapes, number, first)
         first += _LANES
     for column in range(first, columns):
-        if residuals[column] == _MARKER:
+        if residuals[column] == MARKER:
             if number < len(escapes):
                 out[column] = escapes[number]
             number += 1
@@ -175,7 +173,7 @@ def _set_escapes_by_places(residuals: Any, escapes: Any, first_escape: int, plac
     found: Any = 0
     for column in range(len(out)):
         places[found] = column
-        found += np.int64(residuals[column] == _MARKER)
+        found += np.int64(residuals[column] == MARKER)
     for number in range(min(found, len(escapes) - first_escape)):
         out[places[number]] = escapes[first_escape + number]
     return found
@@ -197,7 +195,6 @@ def _rebuild(
     units_row, packed_row, first, end = place
     columns, unit_rows = residuals.shape[1], len(order)
     tile = np.empty((unit_rows // 2, columns // 8), dtype=np.uint64)
-    values = np.empty(columns, dtype=np.float32)
     places = np.empty(columns + 1, dtype=np.int32)
     row, wrong = first, np.int64(0)
     while row < end:
@@ -207,7 +204,7 @@ def _rebuild(
         while row < last:
             at = order[packed_row + row - unit_row]
             codes, shift = tile[at >> 1].view(np.uint8), np.int32((at & 1) << 2)
-            _row_weights(codes, shift, pairs[:, packed_row + row], residuals[row], values, out[row])
+            _row_weights(codes, shift, pairs[:, packed_row + row], residuals[row], out[row])
             start = min(max(starts[row], 0), len(escapes))
             found = _set_escapes(residuals[row], escapes, start, places, out[row])
             wrong += np.int64(found != starts[row + 1] - starts[row])
@@ -225,14 +222,15 @@ _turn: Any = None
 _group: Any = None
 _set_escapes: Any = None
 _rebuild_rows: Any = None
-_TURNED_BYTES = 0
+_LANES = _TURNED_BYTES = 0
 if _transpose_words is not None:
     if has_expanding_loads():
+        from subspec_cli.checkpoint.residual_code import LANES as _LANES
         from subspec_cli.checkpoint.residual_code import TURNED_BYTES as _TURNED_BYTES
+        from subspec_cli.checkpoint.residual_code import expand_marked as _expand
         from subspec_cli.checkpoint.residual_code import group_weights as _group
         from subspec_cli.checkpoint.residual_code import turn_codes as _turn
 
-        _expand = expand_marked(_LANES, _MARKER)
         _set_escapes = compiled(_set_escapes_by_vectors)
         _transpose_unit = compiled(_transpose_by_vectors)
         _row_weights = compiled(_weights_by_vectors)

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from subspec_cli.checkpoint.packed_codes import CodedMatrix, UnitLayout
+from subspec_cli.checkpoint.residual_names import MARKER
 
-_MARKER: Final = -128
 _LARGEST: Final = 127
 _STRIP_WEIGHTS: Final = 1 << 20
 """Weights that torch operations rebuild at a time, which bounds the memory of intermediate values."""
@@ -64,7 +64,7 @@ def encode(weight: Tensor, codes: Tensor, pairs: Tensor) -> dict[str, Tensor] | 
     starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32)
     made = {
         "starts": starts,
-        "residuals": residual.masked_fill_(escaped, _MARKER).to(torch.int8),
+        "residuals": residual.masked_fill_(escaped, MARKER).to(torch.int8),
         "escapes": escapes,
     }
     return made if sum(part.nbytes for part in made.values()) < weight.nbytes else None
@@ -104,7 +104,7 @@ def _decoded(stored: Mapping[str, Tensor], codes: Tensor, pairs: Tensor, first: 
     """The bits of rows `first` to `end`, int16, from their codes and scales."""
     residuals, starts, escapes = (stored[name] for name in ("residuals", "starts", "escapes"))
     part = residuals[first:end]
-    marked = part == _MARKER
+    marked = part == MARKER
     order = base_order(codes, pairs).add_(part)
     order ^= (order >> 31) & 0x7FFF
     if not len(escapes):

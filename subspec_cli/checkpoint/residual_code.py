@@ -9,15 +9,17 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from subspec_cli.checkpoint.residual_names import MARKER
+
 TURNED_BYTES: Final = 32
 """Bytes of a column of codes, and columns, that are turned together."""
 _REGISTERS: Final = TURNED_BYTES * TURNED_BYTES // 64
-_LANES: Final = 32
+LANES: Final = 32
 """Weights in a vector."""
 _CODES: Final = 16
 
 _BYTE, _HALF, _INT, _LONG = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
-_BYTES, _HALVES = ir.VectorType(_BYTE, _LANES), ir.VectorType(_HALF, _LANES)
+_BYTES, _HALVES = ir.VectorType(_BYTE, LANES), ir.VectorType(_HALF, LANES)
 _WIDE = ir.VectorType(_BYTE, 64)
 
 
@@ -104,13 +106,13 @@ def group_weights(
         sign = builder.and_(builder.ashr(bits, _same(ints, 31)), _same(ints, 0x7FFFFFFF))
         order = builder.ashr(builder.xor(bits, sign), _same(ints, 16))
         few = builder.trunc(order, ir.VectorType(_HALF, _CODES))
-        twice = ir.Constant(ir.VectorType(_INT, _LANES), [*range(_CODES)] * 2)
+        twice = ir.Constant(ir.VectorType(_INT, LANES), [*range(_CODES)] * 2)
         table = builder.shuffle_vector(few, few, twice)
         kind = ir.FunctionType(_HALVES, [_HALVES] * 2)
         look_up = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.permvar.hi.512")
-        shifts = _repeated(builder, builder.trunc(shift, _HALF), _LANES)
-        with cgutils.for_range(builder, builder.udiv(count, _LONG(_LANES))) as loop:
-            element = builder.add(first, builder.mul(loop.index, _LONG(_LANES)))
+        shifts = _repeated(builder, builder.trunc(shift, _HALF), LANES)
+        with cgutils.for_range(builder, builder.udiv(count, _LONG(LANES))) as loop:
+            element = builder.add(first, builder.mul(loop.index, _LONG(LANES)))
             pair = builder.zext(builder.load(_at(builder, at[0], element, _BYTES), align=1), _HALVES)
             code = builder.and_(builder.lshr(pair, shifts), _same(_HALVES, _CODES - 1))
             added = builder.sext(builder.load(_at(builder, at[1], element, _BYTES), align=1), _HALVES)
@@ -121,3 +123,27 @@ def group_weights(
         return context.get_dummy_value()
 
     return types.void(codes, residuals, out, place, base), emit
+
+
+@intrinsic
+def expand_marked(_typing: Any, marks: Any, out: Any, values: Any, number: Any, first: Any) -> Any:  # noqa: ANN401, ARG001
+    """Replace marked elements among 32 of a row by the next values of a list, and return their number.
+
+    Args of that function: `marks` int8, `out` and `values` int16, contiguous; the next value's index, the first
+    element's index. Elements of `out` whose mark is `MARKER` get values in their order.
+    """
+
+    def emit(context: Any, builder: Any, signature: Any, given: Any) -> Any:  # noqa: ANN401
+        at = [_data(context, builder, signature, given, place) for place in range(3)]
+        found = builder.load(_at(builder, at[0], given[4], _BYTES), align=1)
+        marked = builder.icmp_signed("==", found, _same(_BYTES, MARKER))
+        target = _at(builder, at[1], builder.mul(given[4], _LONG(2)), _HALVES)
+        pointer = _HALF.as_pointer()
+        kind = ir.FunctionType(_HALVES, [pointer, marked.type, _HALVES])
+        load = cgutils.get_or_insert_function(builder.module, kind, f"llvm.masked.expandload.v{LANES}i16")
+        next_value = _at(builder, at[2], builder.mul(given[3], _LONG(2)), _HALF)
+        new = builder.call(load, [next_value, marked, builder.load(target, align=2)])
+        builder.store(new, target, align=2)
+        return builder.zext(builder.ctpop(builder.bitcast(marked, ir.IntType(LANES))), _LONG)
+
+    return types.int64(marks, out, values, types.int64, types.int64), emit

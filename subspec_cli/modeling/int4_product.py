@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -10,6 +9,8 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+
+from subspec_cli.checkpoint.row_ranges import threads_entry
 
 Int4Product = Callable[[Tensor, Tensor, int, Tensor], Tensor]
 """From bfloat16 rows `[N, in]`, packed codes, group size and bfloat16 scales and zeros `[in / group, out, 2]` to
@@ -26,7 +27,7 @@ class DotProduct:
 
     multiply: Callable[..., None]
     threads_entry: int
-    """Address of OpenMP's `GOMP_parallel` in the library that torch uses."""
+    """See `row_ranges.threads_entry`."""
     thread_code: Any
     """The code that each thread runs; held, since its memory would be freed."""
 
@@ -62,21 +63,12 @@ def dot_product() -> DotProduct | None:
         from subspec_cli.modeling import int4_code
     except ImportError:  # numba is not installed
         return None
-    entry = _threads_entry()
+    entry = threads_entry()
     if entry is None or not int4_code.can_compile():
         return None
     multiply, thread_code = int4_code.compile_product()
     product = DotProduct(multiply, entry, thread_code)
     return product if _agrees(product) else None
-
-
-def _threads_entry() -> int | None:
-    """Address of the function by which torch's own OpenMP starts threads; None if it is another library."""
-    try:
-        entry = ctypes.CDLL(torch._C.__file__).GOMP_parallel
-    except (OSError, AttributeError):
-        return None
-    return ctypes.cast(entry, ctypes.c_void_p).value
 
 
 def _agrees(product: Int4Product) -> bool:

@@ -23,7 +23,7 @@ from subspec_cli.substitutes.settings import SubstituteSettings
 from subspec_cli.versions import library_versions
 
 _MOST_BYTES: Final = 1 << 20
-_FORMAT: Final = 5
+_FORMAT: Final = 6
 _SPEED_VARIABLES: Final = (
     "ATEN_CPU_CAPABILITY",
     "DNNL_MAX_CPU_ISA",

@@ -6,9 +6,10 @@ model's files only some blocks are read, to time the link. A probe takes seconds
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
+from statistics import fmean
 from types import MappingProxyType
 from typing import Final
 
@@ -19,7 +20,6 @@ from subspec_cli.checkpoint.checkpoint import Checkpoint
 from subspec_cli.checkpoint.dtypes import torch_dtype
 from subspec_cli.checkpoint.geometry import ModelGeometry
 from subspec_cli.checkpoint.layer_tensors import (
-    LAYER_BLOCKS,
     LAYER_MATRICES,
     block_entries,
     matrices_of,
@@ -28,7 +28,13 @@ from subspec_cli.checkpoint.layer_tensors import (
 from subspec_cli.drafting.draft_steps import rank
 from subspec_cli.drafting.graph_capture import CudaGraphs, Run
 from subspec_cli.limits import MOST_ROWS, ROW_SIZES
-from subspec_cli.modeling.decoder import Block, DraftDecoder, DraftHead, DraftLogits, Head, TargetDecoder
+from subspec_cli.modeling.decoder import (
+    BlockStream,
+    DraftDecoder,
+    DraftHead,
+    Head,
+    TargetDecoder,
+)
 from subspec_cli.modeling.exact_attention import FIRST_RULES, ExactAttention
 from subspec_cli.modeling.kv_cache import KVCache, cache_for
 from subspec_cli.modeling.layers import LayerMath, OutputMath
@@ -45,10 +51,11 @@ from subspec_cli.modeling.substitute import (
 )
 from subspec_cli.modeling.token_batch import TokenBatch, causal_batch
 from subspec_cli.planning.costs import BASE_CACHED_ROWS, MachineCosts, RowTimes, attention_times, snapped
+from subspec_cli.probe.dummy_blocks import DummyBlocks, DummyResiduals, NoHead
 from subspec_cli.probe.machine_use import read_use
-from subspec_cli.probe.rebuilding import rebuild_rate, widen_rate
 from subspec_cli.probe.timed_machine import Spread, TimedMachine
 from subspec_cli.probe.timers import copy_rate, disk_rate, reading, time_rows
+from subspec_cli.probe.widening import widen_rate
 from subspec_cli.reporter import Reporter
 from subspec_cli.streaming.layout import BlockLayout, layout_block
 from subspec_cli.substitutes.settings import SubstituteSettings
@@ -66,6 +73,9 @@ _TIMED_PASS_ROWS: Final = (1, *ROW_SIZES, 2 * ROW_SIZES[-1])
 _TIMED_STEP_ROWS: Final = (1, 2, 3, 4, 6, 8)
 _LOW_BIT_STEP_ROWS: Final = tuple(range(1, MOST_ROWS + 1))
 """Low-bit kernels take rows a few at a time, so their times jump, and lines between the counts would hide where."""
+_REBUILT_ROWS: Final = (32, 64)
+"""Rows of the passes in which rebuilding is timed."""
+_LEAST_S: Final = 1e-6
 _ATTENTION_PASS_ROWS: Final = (1, 16, 64)
 _ATTENTION_STEP_ROWS: Final = (1, 4, 8)
 _TREE_DEPTH: Final = 24
@@ -97,12 +107,12 @@ def probe_machine(
         with reading(layouts) as beside:
             target, target_attention = workbench.target_layer(), attention.of_target()
             widening = widen_rate(geometry, device)
-            rebuilding = rebuild_rate(geometry, device) if rebuilds else 0.0
+            rebuilding = workbench.rebuild_rate() if rebuilds else 0.0
         link = pageable = disk = beside.bytes_per_s
     else:
         target, target_attention = workbench.target_layer(), attention.of_target()
         widening = widen_rate(geometry, device)
-        rebuilding = rebuild_rate(geometry, device) if rebuilds else 0.0
+        rebuilding = workbench.rebuild_rate() if rebuilds else 0.0
         disk = disk_rate(layouts)
         link, pageable = copy_rate(device, pinned=True), copy_rate(device, pinned=False)
     reporter.progress("the draft's layers")
@@ -135,32 +145,6 @@ def _disk_layouts(geometry: ModelGeometry, checkpoint: Checkpoint) -> list[Block
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class _DummyBlocks:
-    """Blocks of dummy layers in memory."""
-
-    layers: tuple[dict[str, Tensor], ...]
-
-    @property
-    def most_held(self) -> int:
-        """All blocks stay in memory."""
-        return len(LAYER_BLOCKS)
-
-    def blocks(self, parts: Sequence[int] = (1,)) -> Generator[Block, None, None]:  # noqa: ARG002
-        """Yield the blocks of one pass."""
-        for number, matrices in enumerate(self.layers):
-            for kind, names in LAYER_BLOCKS.items():
-                yield Block(number, kind, {name: matrices[name] for name in names if name in matrices})
-
-
-class _NoHead:
-    """Stands in for a head, so that layers are timed without one."""
-
-    def guess(self, hidden: Tensor) -> DraftLogits:
-        """Return the hidden states."""
-        return DraftLogits(hidden)
-
-
 def _tree_of(rows: int, prefix: int, rules: RowRules) -> RowGroup:
     """Return a tree behind `prefix` cached rows: one long path, and leaves beside its end."""
     number = torch.arange(rows)
@@ -191,11 +175,33 @@ class _Workbench:
     ) -> RowTimes:
         """Time one layer of the target by rows, with `prefix` cached rows."""
         sizes = self._chosen(self._sizes.layer_matrix_bytes)
-        layers = self._matrices(sizes)
+        run = self._target_pass(sizes, prefix, DummyBlocks(self._matrices(sizes)))
+        return self._per_layer(run, row_counts, sizes.layers)
+
+    @torch.inference_mode()
+    def rebuild_rate(self) -> float:
+        """Bytes of 16-bit weights a second that a pass rebuilds: by what passes take longer that do.
+
+        Rebuilding by itself would seem faster, since it and the products take each other's place in the caches.
+        """
+        sizes = self._chosen(self._sizes.layer_matrix_bytes)
+        rebuilt = DummyResiduals([sizes.layer_shapes(layer) for layer in range(sizes.layers)], self._device)
+        raw, longer = (
+            time_rows(
+                self._target_pass(sizes, BASE_CACHED_ROWS, blocks),
+                _REBUILT_ROWS,
+                finish=self._finish,
+                typical=self._typical,
+            ).seconds
+            for blocks in (DummyBlocks(self._matrices(sizes)), rebuilt)
+        )
+        return rebuilt.rebuilt_bytes / max(fmean(longer) - fmean(raw), _LEAST_S)
+
+    def _target_pass(self, sizes: ModelGeometry, prefix: int, blocks: BlockStream) -> Callable[[int], None]:
         math = self._math(sizes, prefix)
         attention = ExactAttention(math.geometry, FIRST_RULES, dtype=self._dtype, device=self._device)
         head = Head(self._output(), self._ones(1, self._sizes.hidden))
-        decoder = TargetDecoder(math, attention, self._states, head, _DummyBlocks(layers), self.rules)
+        decoder = TargetDecoder(math, attention, self._states, head, blocks, self.rules)
         kv = self._cache(math, prefix)
 
         def run(rows: int) -> None:
@@ -203,7 +209,7 @@ class _Workbench:
             for _ in decoder.layers(flow):
                 pass
 
-        return self._per_layer(run, row_counts, len(layers))
+        return run
 
     @torch.inference_mode()
     def shared_layer(
@@ -274,7 +280,7 @@ class _Workbench:
         self, math: LayerMath, layers: list[SubstituteLayer], prefix: int, row_counts: Sequence[int]
     ) -> RowTimes:
         kv = self._cache(math, prefix)
-        draft = DraftDecoder(math, self._states, _NoHead(), layers)
+        draft = DraftDecoder(math, self._states, NoHead(), layers)
 
         def run(batch: TokenBatch) -> None:
             draft.run(self._states(batch.positions), batch, kv)

@@ -1,4 +1,4 @@
-"""Timing how fast streamed weights become 16 bits, out of 8 bits or of residuals, by the loops of sessions."""
+"""Timing how fast streamed 8-bit weights become 16 bits, by the loops of sessions."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ import torch
 
 from subspec_cli.checkpoint.dtypes import torch_dtype
 from subspec_cli.checkpoint.geometry import ModelGeometry
-from subspec_cli.checkpoint.residual import rebuild
 from subspec_cli.checkpoint.widening import widen
-from subspec_cli.modeling.residuals import dummy_residual
 from subspec_cli.probe.timers import time_rows
 
 
@@ -24,18 +22,6 @@ def widen_rate(geometry: ModelGeometry, device: torch.device) -> float:
     scale = torch.ones(1, device=device)
     times = time_rows(lambda _rows: widen(codes, scale, out), (1,), finish=partial(_finish, device))
     return codes.numel() / times.seconds[0]
-
-
-@torch.inference_mode()
-def rebuild_rate(geometry: ModelGeometry, device: torch.device) -> float:
-    """Bytes of 16-bit weights a second, on all of torch's threads; 0.0 if no 4-bit kernel takes the shapes."""
-    found = dummy_residual((geometry.feed_forward, geometry.hidden), device)
-    if found is None:
-        return 0.0
-    stored, coded = found
-    out = torch.empty(coded.shape, dtype=torch.bfloat16, device=device)
-    times = time_rows(lambda _rows: rebuild(stored, coded, out), (1,), finish=partial(_finish, device))
-    return out.nbytes / times.seconds[0]
 
 
 def _finish(device: torch.device) -> None:
