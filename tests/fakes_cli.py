@@ -11,7 +11,7 @@ from subspec_cli.bench.answers import AnswerPair, ArmAnswer
 from subspec_cli.bench.report import BenchReport
 from subspec_cli.config import Config, SamplingConfig
 from subspec_cli.metrics import GenerationStats, PassStats, PrefillProgress
-from subspec_cli.planning.costs import PlanCosts, RowTimes
+from subspec_cli.planning.costs import PlanCosts, RowTimes, overlapped_s
 from subspec_cli.planning.reason import LayersThatPay, PlanReason
 from subspec_cli.planning.timing import Basis, DepthOption, Prediction, RoundTiming
 
@@ -31,9 +31,10 @@ class FakeLine:
     note: str = ""
 
 
+PASS_S, PLAIN_PASS_S = overlapped_s(0.4, 0.2), overlapped_s(0.5, 0.2)
 PREDICTION = Prediction(
-    plain_pass_s=0.5,
-    pass_s=0.4,
+    plain_pass_s=PLAIN_PASS_S,
+    pass_s=PASS_S,
     step_s=0.025,
     depth=4,
     tau=3.5,

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from fakes_cli import COSTS, PREDICTION
+from fakes_cli import COSTS, PASS_S, PREDICTION
 
 from subspec_cli.cli.comparison_text import comparison_line
 from subspec_cli.metrics import GenerationStats
 from subspec_cli.planning.comparison import compare
-from subspec_cli.planning.costs import RowTimes
+from subspec_cli.planning.costs import RowTimes, overlapped_s
 
 
 def stats(**changes):
@@ -32,21 +32,22 @@ def test_times_are_ratios_of_totals():
     assert found.pass_s == pytest.approx(24.0 / 40)
     assert found.step_s == pytest.approx(1.6 / 80)
     assert found.tok_per_s == pytest.approx(60 / 10.0)
-    assert (found.predicted_pass_s, found.predicted_step_s, found.predicted_tok_per_s) == (0.4, 0.03, 7.0)
-    assert found.predicted_tok_per_s_given_tau == pytest.approx((60 / 40) / (0.4 + 2.4 / 40))
+    assert (found.predicted_pass_s, found.predicted_step_s) == (PASS_S, 0.03)
+    assert found.predicted_tok_per_s_given_tau == pytest.approx((60 / 40) / (PASS_S + 2.4 / 40))
 
 
 def test_the_line_names_both_and_the_costs_origin():
     line = comparison_line(compare(PREDICTION, COSTS, [stats()], drafted=True))
     assert line == (
-        "predicted (assumed costs) | measured with 100 tokens in the cache: pass 400 ms | 400 ms · "
-        "draft step 30 ms | 20 ms · tok/s 7.00 | 6.00 · 5.77 predicted for this tau"
+        "predicted (assumed costs) | measured with 100 tokens in the cache: pass 416 ms | 400 ms · "
+        "draft step 30 ms | 20 ms · tok/s 6.78 | 6.00 · 5.60 predicted for this tau"
     )
 
 
 def test_plain_decoding_is_set_beside_the_plain_prediction():
     found = compare(PREDICTION, COSTS, [stats(draft_steps=0, draft_time_s=0.0)], drafted=False)
-    assert (found.predicted_pass_s, found.predicted_tok_per_s) == (0.5, 2.0)
+    assert found.predicted_pass_s == PREDICTION.plain_pass_s
+    assert found.predicted_tok_per_s == pytest.approx(1 / found.predicted_pass_s)
     assert (found.step_s, found.predicted_tok_per_s_given_tau) == (None, None)
     assert "draft step 25 ms | -" in comparison_line(found)
 
@@ -65,8 +66,8 @@ def test_the_prediction_is_for_the_cached_rows_of_the_run():
     found = compare(PREDICTION, costs, answers, drafted=True)
     more_s = 0.1 * 6144 / 1024
     assert found.cached_rows == 256 + 6144
-    assert found.predicted_pass_s == pytest.approx(0.2 + more_s)
-    assert found.predicted_plain_tok_per_s == pytest.approx(1 / (0.2 + more_s))
-    assert found.predicted_tok_per_s == pytest.approx(3.5 / (0.2 + more_s + 4 * (0.025 + more_s)))
+    pass_s = overlapped_s(0.4, 0.2 + more_s)
+    assert found.predicted_pass_s == pytest.approx(pass_s)
+    assert found.predicted_tok_per_s == pytest.approx(3.5 / (pass_s + 4 * (0.025 + more_s)))
     plain = compare(PREDICTION, costs, [stats(draft_steps=0)], drafted=False)
     assert plain.predicted_pass_s == PREDICTION.plain_pass_s, "as planned below the base"

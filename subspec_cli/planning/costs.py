@@ -144,6 +144,16 @@ def _row_times(value: Mapping[str, Any]) -> RowTimes:
     return RowTimes(tuple(int(n) for n in value["rows"]), seconds)
 
 
+def overlapped_s(link_s: float, computed_s: float) -> float:
+    """Return the seconds of a pass whose link and compute overlap: the longer of them, and a part of the other.
+
+    Blocks take now longer to arrive, now to compute, and a few slots do not even that out. The cube root of the sum
+    of cubes is fitted to measured passes: 1.455 s of link and 0.58 of compute took 1.49, 0.83 and 0.75 took 1.03.
+    """
+    longer, shorter = max(link_s, computed_s), max(0.0, min(link_s, computed_s))
+    return longer if shorter == 0 else longer * math.cbrt(1 + (shorter / longer) ** 3)
+
+
 @dataclass(frozen=True, slots=True)
 class PlanCosts:
     """Times of one plan's passes and draft steps, by their rows and by the cached rows that they read."""
@@ -164,8 +174,8 @@ class PlanCosts:
         return self.compute.at(rows) + attention_weight(cached_rows) * self.pass_attention.at(rows)
 
     def pass_s(self, rows: int, cached_rows: float) -> float:
-        """Return the seconds of a target pass: link and compute overlap."""
-        return max(self.link_s, self.compute_s(rows, cached_rows))
+        """Return the seconds of a target pass."""
+        return overlapped_s(self.link_s, self.compute_s(rows, cached_rows))
 
     def step_s(self, rows: int, cached_rows: float) -> float:
         """Return the seconds of a draft step."""

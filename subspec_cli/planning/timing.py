@@ -24,6 +24,7 @@ from subspec_cli.planning.costs import (
     PlanCosts,
     RowTimes,
     attention_weight,
+    overlapped_s,
     weighted_sum,
 )
 from subspec_cli.planning.device_profile import EmbeddingPlace
@@ -210,19 +211,21 @@ def hidden_nodes(link_time_s: float, compute: RowTimes, most_nodes: int) -> int:
 
 def pass_s(timing: RoundTiming, option: DepthOption) -> float:
     """Return the wait for a pass. The weights that the link moved while the draft ran have already arrived."""
-    computed_s = option.compute_s + timing.widen_s
-    return max(timing.link_s - min(timing.prefetch_s, option.depth * timing.step_s), computed_s)
+    return overlapped_s(_arrival_s(timing, option), option.compute_s + timing.widen_s)
+
+
+def _arrival_s(timing: RoundTiming, option: DepthOption) -> float:
+    return timing.link_s - min(timing.prefetch_s, option.depth * timing.step_s)
 
 
 def round_s(timing: RoundTiming, option: DepthOption) -> float:
     """Return the seconds of one round, which decide every plan: tokens per second are tau / seconds."""
-    waited_s = pass_s(timing, option)
-    return waited_s + (option.depth - shadow_levels(timing, option, waited_s)) * timing.step_s
+    return pass_s(timing, option) + (option.depth - shadow_levels(timing, option)) * timing.step_s
 
 
-def shadow_levels(timing: RoundTiming, option: DepthOption, waited_s: float) -> float:
-    """Return how many levels of a tree the shadow of the last pass, of `waited_s`, is likely to have drafted."""
-    link_s = min(LINK_MARGIN * timing.link_s, waited_s)
+def shadow_levels(timing: RoundTiming, option: DepthOption) -> float:
+    """Return how many levels of a tree the shadow of the last pass is likely to have drafted."""
+    link_s = min(LINK_MARGIN * timing.link_s, _arrival_s(timing, option))
     spare_s = _shadow_share(timing) * (link_s - option.compute_s - timing.widen_s)
     steps = min(int(spare_s / timing.shadow_step_s), SHADOW_ROWS // SHADOW_STEP_ROWS)
     if steps <= 0 or not option.depth:
