@@ -35,8 +35,9 @@ from subspec_cli.files.direct_io import DirectReader, allocate_buffer
 from subspec_cli.limits import MOST_DEPTH, MOST_ROWS, SHADOW_ROWS
 from subspec_cli.metrics import GenerationStats, rate_of_totals, tau_of_totals
 from subspec_cli.modeling.decoder import DraftLogits
+from subspec_cli.modeling.draft_rows import DraftRows
 from subspec_cli.modeling.kv_cache import KVCache
-from subspec_cli.modeling.token_batch import TokenBatch, causal_batch
+from subspec_cli.modeling.token_batch import causal_batch
 from subspec_cli.reporter import Reporter
 from subspec_cli.session import open_session
 from subspec_cli.session.blocks import block_layouts
@@ -89,15 +90,16 @@ class UnsharedDraft:
             device=CPU,
         )
 
-    def forward(self, batch: TokenBatch, kv: KVCache) -> DraftLogits:
+    def forward(self, rows: Sequence[DraftRows]) -> DraftLogits:
         """Run a draft step, after the own cache has caught up with the target's."""
-        wanted, own = list(kv.token_ids), self._kv
+        ((batch, wanted),) = [(part.batch, list(part.kv.token_ids)) for part in rows]
+        own = self._kv
         own.rewind(common_prefix(wanted, own.token_ids))
         while own.committed < len(wanted):
             chunk = wanted[own.committed : own.committed + 64]
-            self._draft.forward(causal_batch(chunk, own.committed), own)
+            self._draft.forward([DraftRows(causal_batch(chunk, own.committed), own)])
             own.commit(range(len(chunk)), chunk)
-        return self._draft.forward(batch, own)
+        return self._draft.forward([DraftRows(batch, own)])
 
 
 class WaitingStreamer:
@@ -196,8 +198,7 @@ class Laboratory:
             shadow_rows=SHADOW_ROWS if arm.shadow else 0,
         )
         drafter = TreeDrafter(
-            DirectSteps(draft, loaded.kv),
-            loaded.kv,
+            DirectSteps(draft),
             policy,
             eos_ids=loaded.eos_ids,
             sharpening=arm.sharpening,
@@ -211,7 +212,7 @@ class Laboratory:
             session.reset()
             deltas = list(
                 session.chat().ask(
-                    question.turns[0], max_new_tokens=tokens, stop=(), plain=plain, noise_stream=2 * number
+                    question.turns[0], max_new_tokens=tokens, stop=(), plain=plain, request_number=2 * number
                 )
             )
             found += [token for delta in deltas for token in delta.token_ids]

@@ -26,7 +26,8 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 
 from subspec_cli import load  # noqa: E402
 from subspec_cli.decoding.row_groups import prompt_groups  # noqa: E402
-from subspec_cli.modeling.row_group import RowGroup, padded_ids  # noqa: E402
+from subspec_cli.modeling.row_group import RowGroup  # noqa: E402
+from subspec_cli.modeling.target_flow import SequenceRows  # noqa: E402
 from subspec_cli.session.session import Session  # noqa: E402
 
 NODES, DEPTH = 40, 16
@@ -39,11 +40,12 @@ def prefill(session: Session, token_ids: Sequence[int]) -> None:
     """Read a prompt into the session's empty cache."""
     kv, target = session.loaded.kv, session.loaded.target(session.loaded.blocks)
     kv.rewind(0)
-    flow = target.begin(list(prompt_groups(token_ids, 0, target.rules)), kv)
+    flow = target.begin([[SequenceRows(group, kv)] for group in prompt_groups(token_ids, 0)])
     with closing(target.layers(flow)) as layers:
         for _ in layers:
             pass
-    target.logits(flow, logits_from=flow.groups[-1].group.rows - 1)
+    last = flow.batches[-1].rows
+    target.logits(flow, [(len(flow.batches) - 1, slice(last - 1, last))])
     kv.commit(range(len(token_ids)), token_ids)
 
 
@@ -76,7 +78,7 @@ def tree_pass(session: Session) -> float:
     number = torch.arange(NODES)
     depths = number.clamp_max(DEPTH)
     path = (number[None] < depths[:, None]) | torch.eye(NODES, dtype=torch.bool)
-    group = RowGroup(padded_ids([7] * NODES, target.rules), kv.committed + depths, kv.committed, path)
+    group = RowGroup(torch.full((NODES,), 7), kv.committed + depths, kv.committed, path)
     return min(timed(lambda: target.forward(group, kv)) for _ in range(5))
 
 

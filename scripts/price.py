@@ -139,7 +139,7 @@ def with_costs(session: Session, costs: PlanCosts, *, shadow: bool) -> Session:
         layers=session.plan.streamed_layers,
         shadow_rows=SHADOW_ROWS if shadow else 0,
     )
-    return session.with_drafter(TreeDrafter(loaded.draft, loaded.kv, policy, eos_ids=loaded.eos_ids))
+    return session.with_drafter(TreeDrafter(loaded.draft, policy, eos_ids=loaded.eos_ids))
 
 
 def price(session: Session, costs: PlanCosts, options: argparse.Namespace) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def price(session: Session, costs: PlanCosts, options: argparse.Namespace) -> di
         chat = session.chat(None)
         for turn, text in enumerate(question.turns):
             deltas = chat.ask(
-                text, max_new_tokens=options.max_new_tokens, stop=(), noise_stream=2 * number + turn
+                text, max_new_tokens=options.max_new_tokens, stop=(), request_number=2 * number + turn
             )
             before = GenerationStats()
             for delta in deltas:

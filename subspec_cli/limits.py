@@ -32,6 +32,8 @@ SHADOW_ROWS: Final = 128
 """Cache rows for what is drafted while the target's weights arrive."""
 LEAST_RING_SLOTS: Final = 2
 """Fewest pinned buffers between disk and GPU: one is copied while another is read."""
+SEED_BITS: Final = 53
+"""Bits of a fresh or derived seed: as many as every reader of JSON keeps of a number."""
 NOISE_ROWS: Final = 64
 """Positions whose sampling noise is kept: as many as a tree and its shadow have levels."""
 SNAPSHOTS: Final = 2

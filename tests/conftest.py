@@ -108,6 +108,6 @@ def checked_trees(monkeypatch):
 
         monkeypatch.setattr(owner, name, checked)
 
-    checking(Frontier, "_read_all_but", lambda frontier, _: frontier.tree)
+    checking(Frontier, "take", lambda frontier, _: frontier.tree)
     checking(GrowingTree, "compact", lambda tree, _: tree)
     checking(GrowingTree, "subtree", lambda _, found: found[0])

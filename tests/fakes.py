@@ -19,17 +19,30 @@ from torch import Tensor
 
 from subspec_cli.checkpoint.layer_description import AttentionShape
 from subspec_cli.config import SamplingConfig
-from subspec_cli.decoding.drafter import Drafter, Proposal
+from subspec_cli.decoding.drafter import Drafter, Proposal, TreeOrder
 from subspec_cli.decoding.engine import Engine, PassOutput, Request
+from subspec_cli.decoding.penalties import PathState
 from subspec_cli.decoding.sampler import GreedySampler, Row, Sampler, make_sampler, sample_token
 from subspec_cli.decoding.tree import TokenTree
 from subspec_cli.decoding.verification import VerifyResult
-from subspec_cli.drafting.draft_steps import DirectSteps, Feed, Found
+from subspec_cli.drafting.draft_steps import (
+    DirectSequence,
+    DirectSteps,
+    DraftModel,
+    DraftSteps,
+    Feed,
+    Found,
+    SequenceSteps,
+    StepPart,
+)
 from subspec_cli.drafting.policy import DraftPolicy, FixedShape, TreeLimits
+from subspec_cli.metrics import OnPrefill
 from subspec_cli.modeling.decoder import DraftLogits
+from subspec_cli.modeling.draft_rows import DraftRows
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.row_group import RowGroup
 from subspec_cli.modeling.row_rules import RowRules
+from subspec_cli.modeling.target_flow import SequenceRows
 from subspec_cli.modeling.token_batch import TokenBatch, causal_batch
 from subspec_cli.planning.costs import PlanCosts, RowTimes
 from subspec_cli.streaming.streamer import StreamCounters
@@ -136,30 +149,32 @@ class FakeTarget(FakeModel):
     fails_at: int | None = None
     """Number of the forward that writes half its work and raises."""
 
-    def begin_answer(self, prompt_tokens: int) -> bool:
+    def begin_answer(self, kv: KVCache, prompt_tokens: int) -> bool:
+        kv.begin_answer(prompt_tokens)
         return False
 
-    def begin(self, groups: Sequence[RowGroup], kv: KVCache) -> SimpleNamespace:
-        assert all(group.padded == self.rules.padded(group.rows) for group in groups)
-        return SimpleNamespace(groups=groups, kv=kv, prefixes=[])
+    def begin(self, batches: Sequence[Sequence[SequenceRows]]) -> SimpleNamespace:
+        assert all(len(batch) == 1 or all(rows.group.path is not None for rows in batch) for batch in batches)
+        return SimpleNamespace(batches=batches, prefixes=[])
 
     def layers(self, flow: SimpleNamespace) -> Iterator[int]:
         """Two of them; the first does all the work."""
-        for group in flow.groups:
-            flow.prefixes = self.prefixes(as_batch(group), flow.kv, TARGET_MADE)
+        for batch in flow.batches:
+            found = [self.prefixes(as_batch(rows.group), rows.kv, TARGET_MADE) for rows in batch]
+            flow.prefixes.append([prefix for part in found for prefix in part])
         if self.fails_at is not None and len(self.calls) > self.fails_at:
             raise OSError("the disk is gone")
         yield 0
         yield 1
 
-    def logits(self, flow: SimpleNamespace, *, logits_from: int = 0) -> Tensor:
-        return self.table_rows(flow.prefixes[logits_from:])
+    def logits(self, flow: SimpleNamespace, wanted: Sequence[tuple[int, slice]]) -> Tensor:
+        return self.table_rows([prefix for number, rows in wanted for prefix in flow.prefixes[number][rows]])
 
     def forward(self, group: RowGroup, kv: KVCache, *, logits_from: int = 0) -> Tensor:
-        flow = self.begin([group], kv)
+        flow = self.begin([[SequenceRows(group, kv)]])
         for _ in self.layers(flow):
             pass
-        return self.logits(flow, logits_from=logits_from)
+        return self.logits(flow, [(0, slice(logits_from, group.rows))])
 
     def counters(self) -> StreamCounters:
         """Each forward moves the same bytes and waits a second for them."""
@@ -169,8 +184,9 @@ class FakeTarget(FakeModel):
 class FakeDraft(FakeModel):
     """The guess: rows are not padded."""
 
-    def forward(self, batch: TokenBatch, kv: KVCache) -> DraftLogits:
-        return DraftLogits(self.table_rows(self.prefixes(batch, kv, DRAFT_MADE)))
+    def forward(self, rows: Sequence[DraftRows]) -> DraftLogits:
+        found = [self.prefixes(part.batch, part.kv, DRAFT_MADE) for part in rows]
+        return DraftLogits(self.table_rows([prefix for part in found for prefix in part]))
 
 
 class LateSteps(DirectSteps):
@@ -178,36 +194,75 @@ class LateSteps(DirectSteps):
 
     ahead = 1
 
-    def __init__(self, draft: FakeDraft, kv: KVCache) -> None:
-        super().__init__(draft, kv)
-        self.unread: list[Found] = []
+    def __init__(self, draft: DraftModel) -> None:
+        super().__init__(draft)
+        self.unread: list[list[Found]] = []
         self.fed = 0
         self.behind: list[int] = []
         """At each reading, how many steps were started after the one that is read."""
+        self._sequences: list[SequenceSteps] = []
+        """Of the step before."""
 
-    def begin(self, sampler: Sampler) -> None:
-        super().begin(sampler)
+    def begin(self, kv: KVCache, sampler: Sampler) -> DirectSequence:
         self.unread.clear()
+        return super().begin(kv, sampler)
 
-    def start(self, batch: TokenBatch, feeds: Sequence[Feed | None]) -> None:
+    def start(self, parts: Sequence[StepPart]) -> None:
         assert len(self.unread) <= self.ahead
-        tokens = batch.token_ids.tolist()
-        for row, feed in enumerate(feeds):
-            if feed is not None:
-                assert self.unread, "the step before was read, so no placeholder was needed"
-                tokens[row] = int(self.unread[-1].token_ids[feed])
-                self.fed += 1
-        super().start(replace(batch, token_ids=torch.tensor(tokens)), [None] * len(feeds))
+        super().start([self._fed(part) for part in parts])
+        self._sequences = [part.sequence for part in parts]
         self.unread.append(super().read())
 
-    def read(self) -> Found:
+    def _fed(self, part: StepPart) -> StepPart:
+        tokens = part.batch.token_ids.tolist()
+        for row, feed in enumerate(part.feeds):
+            if feed is not None:
+                assert self.unread, "the step before was read, so no placeholder was needed"
+                before = self._sequences.index(part.sequence)
+                tokens[row] = int(self.unread[-1][before].token_ids[feed])
+                self.fed += 1
+        batch = replace(part.batch, token_ids=torch.tensor(tokens))
+        return StepPart(part.sequence, batch, [None] * len(part.feeds))
+
+    def read(self) -> list[Found]:
         self.behind.append(len(self.unread) - 1)
         return self.unread.pop(0)
 
 
-def steps_of(draft: FakeDraft, kv: KVCache, ahead: int) -> DirectSteps:
+def steps_of(draft: FakeDraft, ahead: int) -> DirectSteps:
     """Steps that are read at once, or one later."""
-    return LateSteps(draft, kv) if ahead else DirectSteps(draft, kv)
+    return LateSteps(draft) if ahead else DirectSteps(draft)
+
+
+class OneSequence:
+    """Draft steps with rows of one sequence only."""
+
+    def __init__(self, steps: DraftSteps, kv: KVCache) -> None:
+        self.steps = steps
+        self._kv = kv
+        self.begin(GreedySampler())
+
+    def begin(self, sampler: Sampler) -> None:
+        self.sequence = self.steps.begin(self._kv, sampler)
+
+    def penalize(self, state: PathState | None) -> None:
+        self.sequence.penalize(state)
+
+    def start(self, batch: TokenBatch, feeds: Sequence[Feed | None]) -> None:
+        self.steps.start([StepPart(self.sequence, batch, feeds)])
+
+    def read(self) -> Found:
+        (found,) = self.steps.read()
+        return found
+
+
+def grow_tree(
+    drafter: Drafter, kv: KVCache, root: int, wanted: int, sampler: Sampler | None = None
+) -> Proposal:
+    """The first tree of an answer."""
+    draft = drafter.begin(sampler or GreedySampler(), kv)
+    (proposal,) = drafter.grow([TreeOrder(draft, root, wanted)])
+    return proposal
 
 
 def fake_cache(context: int = 64, scratch: int = 64) -> KVCache:
@@ -266,16 +321,17 @@ class ScriptedDrafter:
 
     propose: Callable[[int, int], TokenTree]
     wanted: list[int] = field(default_factory=list)
+    shadow_steps: int = 0
 
-    def begin(self, sampler: Sampler) -> ScriptedDrafter:
+    def begin(self, sampler: Sampler, kv: KVCache) -> ScriptedDrafter:
         return self
 
-    def grow(self, root_token: int, tokens_wanted: int, state: object = None) -> Proposal:
-        self.wanted.append(tokens_wanted)
-        return Proposal(self.propose(root_token, tokens_wanted))
+    def grow(self, orders: Sequence[TreeOrder]) -> list[Proposal]:
+        self.wanted.extend(order.tokens_wanted for order in orders)
+        return [Proposal(self.propose(order.root_token, order.tokens_wanted)) for order in orders]
 
-    def work_in_shadow(self, layer: int) -> int:
-        return 0
+    def work_in_shadow(self, layer: int) -> None:
+        pass
 
     def learn(self, result: VerifyResult, *, ends: bool) -> None:
         pass
@@ -306,9 +362,9 @@ def plain_answer(
     return prefix[len(prompt) :]
 
 
-def sampled(seed: int = 0, noise_stream: int = 0, **settings: float) -> Sampler:
+def sampled(seed: int = 0, choice: int = 0, **settings: float) -> Sampler:
     """A sampling rule; temperature 1 unless given."""
-    return make_sampler(SamplingConfig(**({"temperature": 1.0} | settings)), seed, noise_stream)
+    return make_sampler(SamplingConfig(**({"temperature": 1.0} | settings)), seed, choice)
 
 
 class CountdownStop:
@@ -325,9 +381,21 @@ class CountdownStop:
         return "length" if self._left == 0 else None
 
 
-def fake_engine(target: FakeTarget, kv: KVCache, drafter: Drafter, prompt_rows: int = 1 << 20) -> Engine:
+@dataclass
+class AloneEngine:
+    """An engine whose answers have the same cache, one after another."""
+
+    engine: Engine
+    kv: KVCache
+
+    def generate(self, request: Request, on_prefill: OnPrefill | None = None) -> Iterator[PassOutput]:
+        return self.engine.generate(request, self.kv, on_prefill)
+
+
+def fake_engine(target: FakeTarget, kv: KVCache, drafter: Drafter, prompt_rows: int = 1 << 20) -> AloneEngine:
     """The real loop over fakes."""
-    return Engine(target, kv, drafter, counters=target.counters, prompt_rows=prompt_rows)
+    engine = Engine(target, drafter, counters=target.counters, prompt_rows=prompt_rows)
+    return AloneEngine(engine, kv)
 
 
 def request_for(

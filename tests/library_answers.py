@@ -66,10 +66,10 @@ def our_answer(directory: Path, text: str, limit: int) -> tuple[Outcome, Reposit
     tokenizer = ModelTokenizer(directory, repository.tokenizer)
     prompt = tokenizer.encode(text)
     target = opened.target(rules=RowRules(2))
-    engine = Engine(target, opened.kv(), PlainDrafter(), counters=StreamCounters, prompt_rows=CONTEXT)
+    engine = Engine(target, PlainDrafter(), counters=StreamCounters, prompt_rows=CONTEXT)
     answer = AnswerText(tokenizer, eos_ids=repository.end_ids, stop=(), max_new_tokens=limit)
     sampler = make_sampler(SamplingConfig(temperature=0.0), 0, 0)
-    outputs = engine.generate(Request(tuple(prompt), sampler, limit, answer))
+    outputs = engine.generate(Request(tuple(prompt), sampler, limit, answer), opened.kv())
     tokens = [token for output in outputs for token in output.token_ids]
     return Outcome(prompt, tokens, answer.take()), repository
 

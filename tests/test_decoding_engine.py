@@ -63,7 +63,7 @@ def machine(draft_table=None, *, table=TABLE, eos_ids=(), plan=None, context=64,
     kv, target, plan = fake_cache(context, scratch=128), FakeTarget(table), plan or free_policy(6, 3, 24)
     drafter = PlainDrafter()
     if draft_table is not None:
-        drafter = TreeDrafter(steps_of(FakeDraft(draft_table), kv, ahead), kv, plan, eos_ids=eos_ids)
+        drafter = TreeDrafter(steps_of(FakeDraft(draft_table), ahead), plan, eos_ids=eos_ids)
     return fake_engine(target, kv, drafter), target, kv
 
 

@@ -125,7 +125,7 @@ RULES = {
 def test_speculation_changes_no_token(shelf, family, rule):
     with open_tiny(shelf.model(family), sampling=rule | {"seed": 3}) as session:
         arms = [
-            answer_to(session, prompt, 40, plain=plain, noise_stream=2)
+            answer_to(session, prompt, 40, plain=plain, request_number=2)
             for prompt in ("Hello", "aaaa bbbb aaaa bbbb " * 6)
             for plain in (False, True)
         ]

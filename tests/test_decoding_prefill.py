@@ -27,7 +27,6 @@ from subspec_cli.drafting.history import History
 from subspec_cli.drafting.tree_drafter import TreeDrafter
 from subspec_cli.errors import UsageError
 from subspec_cli.limits import PREFILL_CHUNK
-from subspec_cli.modeling.row_rules import RowRules
 
 
 def spans(target):
@@ -48,7 +47,7 @@ def test_prefill_chunks_end_at_fixed_positions():
 
 def test_chunks_are_gapless_and_end_at_multiples():
     for start in (0, 1, PREFILL_CHUNK - 1, PREFILL_CHUNK, PREFILL_CHUNK + 1):
-        groups = list(prompt_groups([1] * 3000, start, RowRules(2)))
+        groups = list(prompt_groups([1] * 3000, start))
         assert [group.start for group in groups] == [start, *(g.start + g.rows for g in groups[:-1])]
         assert groups[-1].start + groups[-1].rows == 3000
         assert all(group.start % PREFILL_CHUNK == 0 for group in groups[1:])
@@ -185,10 +184,10 @@ def test_the_drafter_learns_from_every_pass():
     seen = []
 
     class Watching(History):
-        def observe(self, tree, result, rankings, *, pass_s, drafting_s):
+        def observe(self, tree, result, rankings, *, round_s):
             seen.append((len(tree), len(result.accepted_nodes)))
 
     kv, plan = fake_cache(64, scratch=128), free_policy(4, 1, 5, fixed_width=True)
-    drafter = TreeDrafter(DirectSteps(FakeDraft(TABLE), kv), kv, plan, eos_ids=(), history=Watching())
+    drafter = TreeDrafter(DirectSteps(FakeDraft(TABLE)), plan, eos_ids=(), history=Watching())
     list(fake_engine(FakeTarget(TABLE), kv, drafter).generate(request_for(PROMPT, 11)))
     assert seen == [(5, 5), (5, 5)]

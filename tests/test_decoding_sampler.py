@@ -10,6 +10,7 @@ from subspec_cli.decoding.sampler import (
     GreedySampler,
     GumbelSampler,
     allowed_tokens,
+    derived_seed,
     gumbel_noise,
     make_sampler,
     sample_token,
@@ -42,7 +43,7 @@ def kept(scaled, top_k=0, top_p=1.0):
 
 
 def test_greedy_takes_the_lowest_id_of_equals():
-    rule = make_sampler(SamplingConfig(), seed=0, noise_stream=0)
+    rule = make_sampler(SamplingConfig(), seed=0, choice=0)
     assert isinstance(rule, GreedySampler)
     assert sample_token(rule, np.array([1.0, 7.0, 3.0, 7.0, 7.0]), 5) == 1
     assert sample_token(rule, np.zeros(4), 0) == 0
@@ -107,10 +108,10 @@ def test_filters_equal_a_full_sort(top_k, top_p):
 
 def test_sampling_never_takes_a_forbidden_token():
     row = np.array([3.0, 3.0, 3.0, 1.0, 0.0])
-    drawn = {sample_token(sampled(noise_stream=n, top_k=2), row, n) for n in range(200)}
+    drawn = {sample_token(sampled(choice=n, top_k=2), row, n) for n in range(200)}
     assert drawn == {0, 1}
-    assert {sample_token(sampled(noise_stream=n, top_k=1), row, n) for n in range(50)} == {0}
-    assert {sample_token(sampled(noise_stream=n, top_p=1e-9), row, n) for n in range(50)} == {0}
+    assert {sample_token(sampled(choice=n, top_k=1), row, n) for n in range(50)} == {0}
+    assert {sample_token(sampled(choice=n, top_p=1e-9), row, n) for n in range(50)} == {0}
 
 
 @pytest.mark.parametrize("settings", [{}, {"top_p": 0.9}, {"top_k": 3}, {"top_k": 3, "top_p": 0.9}])
@@ -122,7 +123,7 @@ def test_a_temperature_near_zero_is_greedy(settings):
 
 def test_scores_do_not_depend_on_what_was_asked_before():
     """Whatever rows of noise are kept, each position gets its own."""
-    rule, row = sampled(seed=3, noise_stream=2), np.zeros(6)
+    rule, row = sampled(seed=3, choice=2), np.zeros(6)
     for position in (*range(400), *range(0, 400, 7)):
         assert rule.scores(row, position).tolist() == gumbel_noise(3, 2, position, 6).tolist()
     assert row.tolist() == [0.0] * 6
@@ -186,3 +187,17 @@ def test_only_a_temperature_makes_a_sampler():
     assert isinstance(make_sampler(SamplingConfig(temperature=0.5), 0, 0), GumbelSampler)
     with pytest.raises(AssertionError):
         GumbelSampler(SamplingConfig(temperature=0.0), 0, 0)
+
+
+def test_a_derived_seed_is_another_one_for_each_number_and_the_first_is_the_seed_itself():
+    assert derived_seed(5, 0) == 5
+    seeds = [derived_seed(seed, number) for seed in (0, 5, 2**53 - 1) for number in range(1, 300)]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**53 for seed in seeds)
+    assert derived_seed(5, 1) == derived_seed(5, 1)
+
+
+def test_choices_of_a_request_have_noise_of_their_own():
+    rows = [tuple(sampled(3, choice=choice).noise(7, 5)) for choice in range(4)]
+    assert len(set(rows)) == 4
+    assert rows[2] == tuple(gumbel_noise(3, 2, 7, 5))

@@ -9,7 +9,6 @@ from test_decoding_verification import random_tree
 from subspec_cli.decoding.row_groups import tree_group
 from subspec_cli.decoding.tree import TokenTree
 from subspec_cli.modeling.row_group import chunk_group
-from subspec_cli.modeling.row_rules import RowRules
 
 CPU = torch.device("cpu")
 
@@ -46,16 +45,16 @@ def test_a_parent_comes_before_its_child(parents):
 
 
 def test_prompt_rows_are_in_the_cache_rows_of_their_positions():
-    group = chunk_group([5, 6, 7], 4, RowRules(4))
-    assert group.token_ids.tolist() == [5, 6, 7, 7]
+    group = chunk_group([5, 6, 7], 4)
+    assert group.token_ids.tolist() == [5, 6, 7]
     assert group.positions.tolist() == [4, 5, 6]
-    assert (group.rows, group.padded, group.start, group.path) == (3, 4, 4, None)
+    assert (group.rows, group.start, group.path) == (3, 4, None)
 
 
 def test_a_whole_tree_sees_prefix_ancestors_and_self():
     tree = tree_of([9, 1, 2, 3], [-1, 0, 0, 2])
-    group = tree_group(tree, 2, RowRules(8))
-    assert group.token_ids.tolist() == [9, 1, 2, 3, 3, 3, 3, 3]
+    group = tree_group(tree, 2)
+    assert group.token_ids.tolist() == [9, 1, 2, 3]
     assert group.positions.tolist() == [2, 3, 3, 4]
-    assert (group.rows, group.padded, group.start) == (4, 8, 2)
+    assert (group.rows, group.start) == (4, 2)
     assert group.path.equal(tree.ancestor_mask())

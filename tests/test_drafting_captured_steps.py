@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fakes import LateSteps, sampled
+from fakes import LateSteps, OneSequence, sampled
 from fakes_session import Shelf, answer_to, open_tiny
 from test_lossless import SAMPLINGS, check_speculates
 from tiny_models import CPU, VOCAB, Tiny
@@ -24,7 +24,7 @@ from subspec_cli.decoding.penalties import Penalties, begin_path
 from subspec_cli.decoding.sampler import GreedySampler, Sampler
 from subspec_cli.drafting import captured_steps as module
 from subspec_cli.drafting import step_buffers
-from subspec_cli.drafting.captured_steps import CapturedSteps, make_draft_steps
+from subspec_cli.drafting.captured_steps import CapturedSteps, StepSizes, make_draft_steps
 from subspec_cli.drafting.draft_steps import DirectSteps, Feed
 from subspec_cli.modeling import substitute
 from subspec_cli.modeling.decoder import DraftDecoder
@@ -117,8 +117,8 @@ class FakeGraphs:
         self.forgotten.append(self.captures)
 
 
-def captured_steps(draft: DraftDecoder, kv: KVCache, graphs: FakeGraphs, most_rows: int = 4) -> CapturedSteps:
-    return CapturedSteps(draft, kv, graphs, most_rows=most_rows, vocab=VOCAB, device=CPU)
+def captured_steps(draft: DraftDecoder, kv: KVCache, graphs: FakeGraphs, most_rows: int = 4) -> OneSequence:
+    return OneSequence(CapturedSteps(draft, lambda: graphs, StepSizes(most_rows, VOCAB), CPU), kv)
 
 
 def draft_of(model: Tiny) -> DraftDecoder:
@@ -169,7 +169,7 @@ def test_steps_that_are_replayed_late_are_the_steps_themselves(
     plain, kept = model.kv(), model.kv()
     for kv in (plain, kept):
         model.prefill(model.target(), kv, PROMPT)
-    direct, late = LateSteps(draft, plain), captured_steps(draft, kept, graphs)
+    direct, late = OneSequence(LateSteps(draft), plain), captured_steps(draft, kept, graphs)
     for steps in (direct, late):
         steps.begin(sampler)
     first = 0
@@ -191,7 +191,7 @@ def test_steps_that_are_replayed_late_are_the_steps_themselves(
     assert graphs.forgotten == [0, 3, 5]
 
 
-def check_found(late: CapturedSteps, direct: LateSteps, *, rows: int) -> None:
+def check_found(late: OneSequence, direct: OneSequence, *, rows: int) -> None:
     ours, theirs = late.read(), direct.read()
     assert ours.token_ids.shape == (rows, 8)
     assert np.array_equal(ours.token_ids, theirs.token_ids)
@@ -203,7 +203,7 @@ def test_one_graph_serves_other_numbers_of_the_same_rule(tiny: Callable[..., Tin
     model = tiny("qwen2", dtype=torch.float32)
     draft, graphs = draft_of(model), FakeGraphs()
     plain, kept = model.kv(), model.kv()
-    direct, late = LateSteps(draft, plain), captured_steps(draft, kept, graphs)
+    direct, late = OneSequence(LateSteps(draft), plain), captured_steps(draft, kept, graphs)
     for seed, settings in enumerate([{"top_k": 3}, {"top_p": 0.3}, {"top_k": 9, "temperature": 2.0}]):
         sampler = sampled(seed, **settings)
         for steps in (direct, late):
@@ -221,7 +221,7 @@ def test_penalties_are_an_input_that_waits_for_the_step_in_flight(
     model = tiny("qwen2", dtype=torch.float32)
     draft, graphs, sampler = draft_of(model), FakeGraphs(), SAMPLERS[kind]()
     plain, kept = model.kv(), model.kv()
-    direct, late = LateSteps(draft, plain), captured_steps(draft, kept, graphs)
+    direct, late = OneSequence(LateSteps(draft), plain), captured_steps(draft, kept, graphs)
     rule = Penalties(repetition=1.5, presence=0.8, frequency=0.4, bias=((5, 30.0), (9, -30.0)))
     state = begin_path(rule, PROMPT[:5], VOCAB)
     assert state is not None
@@ -245,7 +245,7 @@ def test_noise_of_far_positions_takes_turns_in_the_same_place(
     model = tiny("qwen2", dtype=torch.float32)
     draft, graphs, sampler = draft_of(model), FakeGraphs(), sampled(1)
     plain, kept = model.kv(), model.kv()
-    direct, late = LateSteps(draft, plain), captured_steps(draft, kept, graphs)
+    direct, late = OneSequence(LateSteps(draft), plain), captured_steps(draft, kept, graphs)
     for steps in (direct, late):
         steps.begin(sampler)
     for first in range(8):
@@ -269,9 +269,9 @@ def test_after_a_step_that_was_interrupted_turns_agree_again(tiny: Callable[...,
     model = tiny("qwen2", dtype=torch.float32)
     draft, graphs = draft_of(model), FakeGraphs()
     plain, kept = model.kv(), model.kv()
-    direct, late = LateSteps(draft, plain), captured_steps(draft, kept, graphs)
+    direct, late = OneSequence(LateSteps(draft), plain), captured_steps(draft, kept, graphs)
     late.start(step(0, plain, 2, 0), [None, None])
-    late._buffers.host_turn = 0
+    late.sequence._buffers.host_turn = 0
     for number in range(3):
         for steps in (direct, late):
             steps.begin(GreedySampler())
@@ -318,12 +318,14 @@ def test_a_session_over_captured_steps_answers_as_without_speculation(
     monkeypatch.setattr(
         load,
         "make_draft_steps",
-        lambda draft, kv, *, most_rows, **_: captured_steps(draft, kv, graphs, most_rows),
+        lambda draft, kv, *, most_rows, **_: captured_steps(draft, kv, graphs, most_rows).steps,
     )
     settings = (SAMPLINGS | OTHERS)[sampling]
     with open_tiny(shelf.model(family, tied=True), sampling=settings, draft=draft) as session:
         for prompt in ("Rivers", "Why is the sky blue?"):
-            answers = [answer_to(session, prompt, 40, plain=plain, noise_stream=3) for plain in (False, True)]
+            answers = [
+                answer_to(session, prompt, 40, plain=plain, request_number=3) for plain in (False, True)
+            ]
             assert answers[0].outcome == answers[1].outcome
             check_speculates(session, answers[:1])
     assert graphs.replays > graphs.captures

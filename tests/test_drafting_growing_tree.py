@@ -7,7 +7,6 @@ from fakes import as_batch
 
 from subspec_cli.decoding.row_groups import tree_group
 from subspec_cli.drafting.growing_tree import GrowingTree, draft_batch
-from subspec_cli.modeling.row_rules import RowRules
 
 NO_END = frozenset()
 
@@ -187,7 +186,7 @@ def test_the_outcome_of_a_pass_is_found_by_its_token():
 @pytest.mark.parametrize("seed", range(4))
 def test_a_draft_step_is_a_cut_of_the_whole_tree(seed):
     growing, order = grown_at_random(seed)
-    whole = as_batch(tree_group(growing.freeze([]), 3, RowRules(1)))
+    whole = as_batch(tree_group(growing.freeze([]), 3))
     first, count = len(order) - 3, 3
     tokens = [growing.nodes[number].token_id for number in order[first:]]
     step = draft_batch(growing, tokens, 3)

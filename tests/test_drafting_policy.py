@@ -99,8 +99,8 @@ def test_recent_passes_count_in_the_rate():
     """What earlier passes made in their time is what a step has to beat."""
     policy, slow, fast = made(0.1, 1.0), History(), History()
     for _ in range(20):
-        slow.observe(*ROOT_ALONE, pass_s=1.0, drafting_s=0.0)
-        fast.observe(chain_of([0]), VerifyResult((0,), tuple(range(30))), [], pass_s=1.0, drafting_s=0.0)
+        slow.observe(*ROOT_ALONE, round_s=1.0)
+        fast.observe(chain_of([0]), VerifyResult((0,), tuple(range(30))), [], round_s=1.0)
     assert policy.serial_rows([0.3], Outlook(1.0, 1, 0.0, CACHED), slow) == 1
     assert policy.serial_rows([0.3], Outlook(1.0, 1, 0.0, CACHED), fast) == 0
 
@@ -208,11 +208,11 @@ def test_speculation_switches_off_when_nothing_is_accepted_and_is_probed_again()
     for _ in range(3):
         passes = 0
         while not first_step_pays(history) and passes < 300:
-            history.observe(*ROOT_ALONE, pass_s=0.2, drafting_s=0.0)
+            history.observe(*ROOT_ALONE, round_s=0.2)
             passes += 1
         waits.append(passes)
         history.learn_yield(0.05)
-        history.observe(chain_of([0, 1]), VerifyResult((0,), (7,)), [], pass_s=0.2, drafting_s=0.1)
+        history.observe(chain_of([0, 1]), VerifyResult((0,), (7,)), [], round_s=0.3)
         assert not first_step_pays(history), "a probe that failed is not repeated at once"
     assert all(1 <= passes < 300 for passes in waits)
 
@@ -286,7 +286,7 @@ def test_the_same_costs_and_outcomes_give_the_same_decisions():
             depths.append(depth_taken(policy, chance, history))
             result = VerifyResult((0, 1)[: (accepted := int(generator.integers(1, 3)))], (1,) * accepted)
             rankings = [Ranking((-0.1, -2.4), accepted - 1)]
-            history.observe(chain_of([0, 1, 2]), result, rankings, pass_s=0.4, drafting_s=0.04)
+            history.observe(chain_of([0, 1, 2]), result, rankings, round_s=0.44)
         return depths
 
     assert run() == run()

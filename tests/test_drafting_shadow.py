@@ -15,6 +15,7 @@ from fakes import (
     fake_cache,
     fake_engine,
     free_policy,
+    grow_tree,
     plain_answer,
     plan_costs,
     policy,
@@ -48,7 +49,7 @@ def circle(prefix):
 def answered(draft_table, plan, *, limit=40, sampler=None, eos_ids=(), ahead=0):
     """(tokens, stats, draft, target) of one answer."""
     kv, target, draft = fake_cache(96, scratch=160), FakeTarget(TABLE), FakeDraft(draft_table)
-    drafter = TreeDrafter(steps_of(draft, kv, ahead), kv, plan, eos_ids=eos_ids)
+    drafter = TreeDrafter(steps_of(draft, ahead), plan, eos_ids=eos_ids)
     engine = fake_engine(target, kv, drafter)
     outputs = list(engine.generate(request_for(PROMPT, limit, sampler=sampler, eos_ids=eos_ids)))
     return emitted(outputs), outputs[-1].stats, draft, target
@@ -99,7 +100,7 @@ def test_a_runner_up_that_was_left_out_of_the_tree_begins_the_next_one(ahead):
     """Trees are chains, so every path that leaves one ends in a token that only the shadow has worked below."""
     kv, target, draft = fake_cache(96, scratch=160), FakeTarget(leaving), FakeDraft(TABLE)
     plan = policy(6, 1, 7, fixed_depth=True, fixed_width=True, costs=plan_costs(0.01, 1.0), shadow_rows=40)
-    engine = fake_engine(target, kv, TreeDrafter(steps_of(draft, kv, ahead), kv, plan, eos_ids=()))
+    engine = fake_engine(target, kv, TreeDrafter(steps_of(draft, ahead), plan, eos_ids=()))
     outputs = list(engine.generate(request_for(PROMPT, 60)))
     assert emitted(outputs) == plain_answer(leaving, PROMPT, 60)
     stats = outputs[-1].stats
@@ -109,7 +110,7 @@ def test_a_runner_up_that_was_left_out_of_the_tree_begins_the_next_one(ahead):
 
 
 def grown(table, plan):
-    """A draft whose first tree is grown and under verification."""
+    """A drafter whose first tree is grown and under verification."""
     kv = fake_cache(96, scratch=160)
     for place, token in enumerate(PROMPT[:-1]):
         kv.write(
@@ -120,8 +121,8 @@ def grown(table, plan):
         )
         kv.commit([0], [token])
     found = FakeDraft(table)
-    draft = TreeDrafter(DirectSteps(found, kv), kv, plan, eos_ids=()).begin(GreedySampler())
-    return draft, found, draft.grow(PROMPT[-1], 40)
+    drafter = TreeDrafter(DirectSteps(found), plan, eos_ids=())
+    return drafter, found, grow_tree(drafter, kv, PROMPT[-1], 40)
 
 
 def test_the_shadow_works_below_many_pairs_before_it_goes_deep():
@@ -130,12 +131,12 @@ def test_the_shadow_works_below_many_pairs_before_it_goes_deep():
     def even(prefix):
         return np.zeros(VOCAB)
 
-    draft, found, proposal = grown(even, policy(3, 4, 9, costs=plan_costs(0.05, 2.0), shadow_rows=60))
+    drafter, found, proposal = grown(even, policy(3, 4, 9, costs=plan_costs(0.05, 2.0), shadow_rows=60))
     tree, verified = proposal.tree, [PROMPT[:-1]]
     for token, parent in zip(tree.token_ids, tree.parents, strict=True):
         verified.append((*verified[parent + 1], token))
     before = len(found.calls)
-    assert draft.work_in_shadow(0)
+    drafter.work_in_shadow(0)
     rows = [prefix for call in found.calls[before:] for prefix in call.prefixes]
     assert len(rows) == len(set(rows)) > 8
     pairs = [row for row in rows if row not in verified and row[:-1] in verified]
@@ -145,8 +146,8 @@ def test_the_shadow_works_below_many_pairs_before_it_goes_deep():
 def test_a_leaf_under_verification_gives_way_to_a_pair_that_may_end_the_path():
     """Its row alone saves nothing: the pair that comes is below it."""
     kv, tree = fake_cache(96, scratch=160), GrowingTree(7, 20)
-    drafter = TreeDrafter(DirectSteps(FakeDraft(TABLE), kv), kv, policy(shadow_rows=9), eos_ids=())
-    frontier = Frontier(tree, drafter._shared)
+    drafter = TreeDrafter(DirectSteps(FakeDraft(TABLE)), policy(shadow_rows=9), eos_ids=())
+    frontier = Frontier(tree, drafter.begin(GreedySampler(), kv).context)
     tree.expand(ROOT)
     leaf, pair = tree.add(ROOT, 1, -1.0, 0.3), tree.add(ROOT, 2, -2.0, 0.2)
     assert [row.node for row in frontier.offer(2, 2, 9).rows] == [leaf, pair]
@@ -160,10 +161,10 @@ def test_a_leaf_under_verification_gives_way_to_a_pair_that_may_end_the_path():
 def test_the_shadow_of_a_pass_takes_no_more_than_its_share_of_the_link_time():
     for compute_s in (0.0, 0.2, 0.6, 0.8):
         plan = policy(4, 3, 14, costs=plan_costs(0.01, 1.0, compute_s=compute_s), shadow_rows=200)
-        draft, found, _ = grown(TABLE, plan)
+        drafter, found, _ = grown(TABLE, plan)
         before, spent_s = len(found.calls), []
         for layer in range(2):
-            draft.work_in_shadow(layer)
+            drafter.work_in_shadow(layer)
             spent_s.append(sum(plan.step_s(call.batch.rows, 9) for call in found.calls[before:]))
         idle_s = max(0.0, 0.75 - compute_s)
         assert spent_s[0] <= idle_s / 2
@@ -184,7 +185,7 @@ def test_shadow_rows_lie_behind_the_tree_and_within_bounds(ahead):
     kv.write = logged
     target, plan = FakeTarget(TABLE), policy(6, 4, 20, shadow_rows=12)
     draft = FakeDraft(blended(TABLE, random_table(7), 0.3))
-    engine = fake_engine(target, kv, TreeDrafter(steps_of(draft, kv, ahead), kv, plan, eos_ids=()))
+    engine = fake_engine(target, kv, TreeDrafter(steps_of(draft, ahead), plan, eos_ids=()))
     list(engine.generate(request_for(PROMPT, 40)))
     verified, in_shadow = (-1, 0), 0
     for maker, committed, start, end in log:
@@ -213,7 +214,7 @@ def test_no_findings_are_taken_into_another_answer(ahead):
     """State of an answer that was left early must not reach into the next one."""
     kv, target = fake_cache(96, scratch=160), FakeTarget(TABLE)
     plan = policy(4, 3, 14, shadow_rows=30)
-    engine = fake_engine(target, kv, TreeDrafter(steps_of(FakeDraft(TABLE), kv, ahead), kv, plan, eos_ids=()))
+    engine = fake_engine(target, kv, TreeDrafter(steps_of(FakeDraft(TABLE), ahead), plan, eos_ids=()))
     steps = engine.generate(request_for(PROMPT, 40))
     for _ in range(3):
         next(steps)
@@ -226,15 +227,15 @@ def test_a_step_in_flight_when_the_user_interrupts_is_forgotten():
     class Interrupted(LateSteps):
         count = 0
 
-        def start(self, batch, feeds):
-            super().start(batch, feeds)
+        def start(self, parts):
+            super().start(parts)
             self.count += 1
             if self.count == 5:
                 raise KeyboardInterrupt
 
     kv, target, draft = fake_cache(96, scratch=160), FakeTarget(TABLE), FakeDraft(TABLE)
-    plan, steps = policy(4, 3, 14, shadow_rows=30), Interrupted(draft, kv)
-    engine = fake_engine(target, kv, TreeDrafter(steps, kv, plan, eos_ids=()))
+    plan, steps = policy(4, 3, 14, shadow_rows=30), Interrupted(draft)
+    engine = fake_engine(target, kv, TreeDrafter(steps, plan, eos_ids=()))
     with pytest.raises(KeyboardInterrupt):
         list(engine.generate(request_for(PROMPT, 40)))
     assert steps.unread
@@ -272,7 +273,7 @@ def test_a_guess_of_the_lookup_makes_several_nodes_in_one_step():
     def run(width):
         kv, target, draft = fake_cache(96, scratch=160), FakeTarget(circle), FakeDraft(circle)
         plan = free_policy(8, width, 9)
-        drafter = TreeDrafter(DirectSteps(draft, kv), kv, plan, eos_ids=())
+        drafter = TreeDrafter(DirectSteps(draft), plan, eos_ids=())
         engine = fake_engine(target, kv, drafter)
         outputs = list(engine.generate(request_for((0, 1, 2, 3, 0, 1, 2, 3), 36)))
         assert emitted(outputs) == plain_answer(circle, (0, 1, 2, 3, 0, 1, 2, 3), 36)
@@ -288,7 +289,7 @@ def test_wrong_guesses_change_no_token_and_leave_no_rows():
     prompt = (1, 2, 3) * 6
     kv, target, draft = fake_cache(96, scratch=160), FakeTarget(TABLE), FakeDraft(TABLE)
     plan = free_policy(6, 4, 20, shadow_rows=30)
-    engine = fake_engine(target, kv, TreeDrafter(DirectSteps(draft, kv), kv, plan, eos_ids=()))
+    engine = fake_engine(target, kv, TreeDrafter(DirectSteps(draft), plan, eos_ids=()))
     assert emitted(list(engine.generate(request_for(prompt, 40)))) == plain_answer(TABLE, prompt, 40)
 
 
@@ -332,9 +333,7 @@ def test_all_decisions_of_a_round_are_at_the_rows_that_were_committed_before_it(
     )
     kv, target = fake_cache(96, scratch=160), FakeTarget(circle)
     plan = policy(6, 4, 20, costs=costs, shadow_rows=30)
-    engine = fake_engine(
-        target, kv, TreeDrafter(steps_of(FakeDraft(circle), kv, ahead), kv, plan, eos_ids=())
-    )
+    engine = fake_engine(target, kv, TreeDrafter(steps_of(FakeDraft(circle), ahead), plan, eos_ids=()))
     AskedCosts.asked, committed = [set()], [len(prompt)]
     for output in engine.generate(request_for(prompt, 40)):
         if output.stats.passes:

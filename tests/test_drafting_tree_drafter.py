@@ -15,6 +15,7 @@ from fakes import (
     LateSteps,
     fake_cache,
     free_policy,
+    grow_tree,
     plain_answer,
     plan_costs,
     policy,
@@ -39,7 +40,7 @@ ROOT = 4
 def prompted_cache(**size):
     """A cache with the prompt's rows."""
     kv, target = fake_cache(**size), FakeTarget(random_table(0))
-    target.forward(chunk_group(PROMPT, 0, target.rules), kv)
+    target.forward(chunk_group(PROMPT, 0), kv)
     kv.commit(range(len(PROMPT)), PROMPT)
     return kv
 
@@ -47,8 +48,8 @@ def prompted_cache(**size):
 def grown(table, plan, *, sampler=None, wanted=99, eos_ids=(), ahead=0):
     """A tree under ROOT after PROMPT, and the calls that made it."""
     kv, draft = prompted_cache(), FakeDraft(table)
-    drafter = TreeDrafter(steps_of(draft, kv, ahead), kv, plan, eos_ids=eos_ids)
-    tree = drafter.begin(sampler or GreedySampler()).grow(ROOT, wanted).tree
+    drafter = TreeDrafter(steps_of(draft, ahead), plan, eos_ids=eos_ids)
+    tree = grow_tree(drafter, kv, ROOT, wanted, sampler).tree
     assert kv.token_ids == PROMPT
     return tree, draft.calls
 
@@ -106,9 +107,9 @@ def test_a_draft_read_late_takes_no_more_steps_for_its_chain():
     table = random_table(3, spread=20.0)
     for width in (1, 3):
         kv = prompted_cache()
-        steps = LateSteps(FakeDraft(table), kv)
-        drafter = TreeDrafter(steps, kv, free_policy(9, width, 40), eos_ids=())
-        tree = drafter.begin(GreedySampler()).grow(ROOT, 99).tree
+        steps = LateSteps(FakeDraft(table))
+        drafter = TreeDrafter(steps, free_policy(9, width, 40), eos_ids=())
+        tree = grow_tree(drafter, kv, ROOT, 99).tree
         assert steps.behind == [1] * 8 + [0]
         assert max(tree.depths) == 9
         assert chain(table, 9) in paths(tree)
@@ -170,7 +171,7 @@ def test_never_deeper_than_tokens_still_wanted(wanted):
 
 def test_one_wanted_token_needs_no_draft():
     tree, calls = grown(random_table(1), free_policy(), wanted=1)
-    assert tree == PlainDrafter().begin(GreedySampler()).grow(ROOT, 1).tree
+    assert tree == grow_tree(PlainDrafter(), fake_cache(), ROOT, 1).tree
     assert not calls
 
 
@@ -225,7 +226,7 @@ def test_tokens_that_a_filter_forbids_are_not_drafted():
 def test_the_noise_of_the_next_position_decides_the_ranking():
     """The child of a node at position p is the token of position p + 1, so it is ranked with that noise."""
     table = random_table(6, spread=1.0)
-    sampler = sampled(8, noise_stream=2)
+    sampler = sampled(8, choice=2)
     tree, _ = grown(table, free_policy(1, 1, 2), sampler=sampler)
     row = table((*PROMPT, ROOT))
     assert tree.token_ids[1] == sample_token(sampler, row, len(PROMPT) + 1)
@@ -251,19 +252,19 @@ def test_a_sure_draft_is_not_branched():
 
 
 def test_the_root_alone_is_plain_decoding():
-    tree = PlainDrafter().begin(GreedySampler()).grow(7, 100).tree
+    tree = grow_tree(PlainDrafter(), fake_cache(), 7, 100).tree
     assert (tree.token_ids, tree.parents, tree.depths, tree.log_probs) == ((7,), (-1,), (0,), (0.0,))
 
 
 def test_draft_logits_may_be_of_any_float_dtype():
     class HalfDraft(FakeDraft):
-        def forward(self, batch, kv):
-            return DraftLogits(super().forward(batch, kv).logits.to(torch.bfloat16))
+        def forward(self, rows):
+            return DraftLogits(super().forward(rows).logits.to(torch.bfloat16))
 
     kv = fake_cache()
     draft = HalfDraft(random_table(1))
-    drafter = TreeDrafter(DirectSteps(draft, kv), kv, free_policy(3, 2, 9), eos_ids=())
-    assert drafter.begin(sampled(1)).grow(ROOT, 9).tree.depth == 3
+    drafter = TreeDrafter(DirectSteps(draft), free_policy(3, 2, 9), eos_ids=())
+    assert grow_tree(drafter, kv, ROOT, 9, sampled(1)).tree.depth == 3
 
 
 FILTERS = [{"top_k": 3}, {"top_p": 0.6}, {"top_k": 300, "top_p": 0.9}, {"top_k": 5, "top_p": 0.7}]
@@ -320,13 +321,13 @@ def test_rows_of_a_tree_read_late_hold_what_its_nodes_say():
     for seed, nodes in itertools.product(range(12), (7, 16, 40)):
         table = circle if seed % 2 else random_table(seed, spread=1.5)
         kv = fake_cache(scratch=200)
-        target, steps = FakeTarget(random_table(0)), LateSteps(FakeDraft(table), kv)
-        target.forward(chunk_group((0, 1, 2, 3, 0, 1, 2, 3, 0), 0, target.rules), kv)
+        target, steps = FakeTarget(random_table(0)), LateSteps(FakeDraft(table))
+        target.forward(chunk_group((0, 1, 2, 3, 0, 1, 2, 3, 0), 0), kv)
         kv.commit(range(9), (0, 1, 2, 3, 0, 1, 2, 3, 0))
         # Space for unused rows beside those of the tree.
         make = free_policy if seed % 3 else policy
         plan = make(30, 6, nodes, costs=plan_costs(0.001, row_s=1e-6), shadow_rows=60)
-        tree = TreeDrafter(steps, kv, plan, eos_ids=()).begin(GreedySampler()).grow(1, 99).tree
+        tree = grow_tree(TreeDrafter(steps, plan, eos_ids=()), kv, 1, 99).tree
         taken = sum(call.batch.rows for call in steps.draft.calls)
         inner = set(tree.parents[1:])
         gaps += taken > len(tree)
@@ -356,10 +357,9 @@ def test_a_tree_goes_by_the_costs_at_its_committed_rows(ahead):
     steps = {}
     for rows in (100, 1200):
         kv, draft, target = fake_cache(1500), FakeDraft(table), FakeTarget(random_table(0))
-        target.forward(chunk_group([1] * rows, 0, target.rules), kv)
+        target.forward(chunk_group([1] * rows, 0), kv)
         kv.commit(range(rows), [1] * rows)
-        drafted = TreeDrafter(steps_of(draft, kv, ahead), kv, plan, eos_ids=()).begin(GreedySampler())
-        proposal = drafted.grow(ROOT, 99)
+        proposal = grow_tree(TreeDrafter(steps_of(draft, ahead), plan, eos_ids=()), kv, ROOT, 99)
         widths = [call.batch.rows for call in draft.calls]
         assert proposal.cost_s == pytest.approx(sum(plan.step_s(width, rows) for width in widths))
         steps[rows] = proposal.draft_steps

@@ -47,7 +47,9 @@ from subspec_cli.decoding.text import AnswerText
 from subspec_cli.drafting.draft_steps import DirectSteps
 from subspec_cli.drafting.tree_drafter import TreeDrafter
 from subspec_cli.modeling.decoder import DraftDecoder
+from subspec_cli.modeling.draft_rows import DraftRows
 from subspec_cli.modeling.exact_attention import ChainRows
+from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.pretrained import ModelTokenizer
 from subspec_cli.modeling.self_check import SelfCheck, check_batch_invariance
 from subspec_cli.modeling.substitute import resident_layer
@@ -183,7 +185,7 @@ def largest_difference(oracle: Oracle) -> float:
     """Of float32 logits from the library's: a prompt, then tokens one by one over the cache."""
     model, token_ids = oracle.wide, tokens_of(0, PREFILLED + DECODED)
     decoder, kv = model.target(), model.kv()
-    decoder.begin_answer(PREFILLED)
+    decoder.begin_answer(kv, PREFILLED)
     rows = [model.prefill(decoder, kv, token_ids[:PREFILLED], chunk=16)]
     rows += [model.prefill(decoder, kv, [token]) for token in token_ids[PREFILLED:]]
     expected = library_logits(model.reference(), token_ids)
@@ -201,7 +203,7 @@ def test_bfloat16_logits_are_bit_for_bit_those_of_the_library_with_our_attention
         pytest.skip("its recurrence is written otherwise than the library's")
     model, token_ids = oracle.narrow, tokens_of(1, 64)
     decoder, kv = model.target(), model.kv()
-    decoder.begin_answer(len(token_ids))
+    decoder.begin_answer(kv, len(token_ids))
     found = model.prefill(decoder, kv, token_ids)
     with our_attention_in_the_library(model) as name:
         expected = library_logits(model.library_in(torch.bfloat16, name), token_ids)
@@ -247,7 +249,6 @@ def test_a_tree_has_the_bits_of_its_paths(oracle: Oracle) -> None:
     model, check = oracle.narrow, oracle.self_check
     assert check.exactness == "exact", check.reason
     decoder = model.target(rules=check.rules, attention=model.attention(check.attention))
-    decoder.begin_answer(60)
     prompt, tree = tokens_of(2, 60), random_tree(20, [2, 2, 2, 2, 1, 1, 1])
     kv = prefilled(model, decoder, prompt)
     found = tree_logits(decoder, kv, tree)
@@ -267,10 +268,9 @@ def test_a_draft_over_the_targets_matrices_finds_its_logits(oracle: Oracle) -> N
     """The draft has its own form of every norm, rotation and factor; in float32 only the formula shows."""
     model = oracle.wide
     decoder = model.target()
-    decoder.begin_answer(30)
     tree = random_tree(8, [2, 3, 2, 2, 1, 1, 1])
     kv = prefilled(model, decoder, tokens_of(5, 30))
-    found = resident_draft(model, model.source()).forward(unpadded_batch(tree, kv), kv).logits
+    found = resident_draft(model, model.source()).forward([DraftRows(unpadded_batch(tree, kv), kv)]).logits
     expected = tree_logits(decoder, kv, tree)
     torch.testing.assert_close(found, expected, atol=FLOAT32_ATOL, rtol=0)
 
@@ -304,21 +304,24 @@ class Arm:
     def _engine(self) -> Engine:
         model, check = self.oracle.narrow, self.oracle.self_check
         target = model.target(rules=check.rules, attention=model.attention(check.attention))
-        kv = model.kv()
-        return Engine(target, kv, self._drafter(kv), counters=StreamCounters, prompt_rows=CONTEXT)
+        return Engine(target, self._drafter(), counters=StreamCounters, prompt_rows=CONTEXT)
 
-    def _drafter(self, kv: Any) -> Drafter:
+    @cached_property
+    def _kv(self) -> KVCache:
+        return self.oracle.narrow.kv()
+
+    def _drafter(self) -> Drafter[Any]:
         if self.shape is None:
             return PlainDrafter()
-        steps = DirectSteps(noisy_draft(self.oracle.narrow), kv)
-        return TreeDrafter(steps, kv, free_policy(*self.shape), eos_ids=())
+        steps = DirectSteps(noisy_draft(self.oracle.narrow))
+        return TreeDrafter(steps, free_policy(*self.shape), eos_ids=())
 
     def answer(self, temperature: float, text: str) -> list[int]:
         """Tokens that the engine gives to a prompt in the model's chat template."""
         prompt = self.oracle.prompts[text]
         sampler = make_sampler(SamplingConfig(temperature=temperature), 1, 0)
         stop = AnswerText(self.oracle.tokenizer, eos_ids=(), stop=(), max_new_tokens=NEW_TOKENS)
-        outputs = list(self._engine.generate(Request(tuple(prompt), sampler, NEW_TOKENS, stop)))
+        outputs = list(self._engine.generate(Request(tuple(prompt), sampler, NEW_TOKENS, stop), self._kv))
         self.drafted += outputs[-1].stats.drafted_tokens
         return [token for output in outputs for token in output.token_ids]
 
@@ -352,12 +355,12 @@ def test_greedy_answers_are_those_of_the_library(oracle: Oracle) -> None:
             pad_token_id=0,
         )[:, 20:]
     decoder, kv = model.target(), model.kv()
-    engine = Engine(decoder, kv, PlainDrafter(), counters=StreamCounters, prompt_rows=CONTEXT)
+    engine = Engine(decoder, PlainDrafter(), counters=StreamCounters, prompt_rows=CONTEXT)
     for prompt, row in zip(prompts, library.tolist(), strict=True):
         theirs = row[: row.index(EOS_ID) + 1] if EOS_ID in row else row
         sampler = make_sampler(SamplingConfig(temperature=0.0), 0, 0)
         stop = CountdownStop(GENERATED, (EOS_ID,))
-        outputs = engine.generate(Request(tuple(prompt), sampler, GENERATED, stop))
+        outputs = engine.generate(Request(tuple(prompt), sampler, GENERATED, stop), kv)
         ours = [token for output in outputs for token in output.token_ids]
         assert first_gap(model.reference(), prompt, ours, theirs) < 2 * FLOAT32_ATOL
 
@@ -376,7 +379,7 @@ def test_a_session_over_a_prepared_model_changes_no_token(shelf: Shelf, name: st
         has_bias = session.loaded.head.output.norm_bias is not None
         assert has_bias == session.loaded.math.geometry.arithmetic.norm_bias
         speculative, plain = (
-            answer_to(session, "Why is the sea blue?", 24, plain=plain, noise_stream=2)
+            answer_to(session, "Why is the sea blue?", 24, plain=plain, request_number=2)
             for plain in (False, True)
         )
     assert speculative.outcome == plain.outcome

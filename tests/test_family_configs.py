@@ -274,9 +274,9 @@ def library_logits(directory: Path, token_ids: list[int]) -> torch.Tensor:
 def our_logits(directory: Path, token_ids: list[int]) -> torch.Tensor:
     """What we compute. Raises SubspecError for a repository that is refused."""
     model = Tiny(directory, context=64, scratch=8)
-    decoder = model.target()
-    decoder.begin_answer(len(token_ids))
-    return model.prefill(decoder, model.kv(), token_ids)
+    decoder, kv = model.target(), model.kv()
+    decoder.begin_answer(kv, len(token_ids))
+    return model.prefill(decoder, kv, token_ids)
 
 
 @pytest.mark.parametrize("name", ODD)

@@ -72,7 +72,7 @@ def test_speculative_tokens_are_the_plain_ones(shelf, family, dtype, tied):
     for resident, sampling in enumerate(("greedy", "cool")):
         flags = {"sampling": SAMPLINGS[sampling]}
         with open_tiny(model, **flags, memory={"resident_layers": resident}) as session:
-            speculative = [answer_to(session, prompt, 24, noise_stream=7) for prompt in PROMPTS]
+            speculative = [answer_to(session, prompt, 24, request_number=7) for prompt in PROMPTS]
             check_speculates(session, speculative)
             spoken = conversation(session)
         with open_tiny(
@@ -80,7 +80,7 @@ def test_speculative_tokens_are_the_plain_ones(shelf, family, dtype, tied):
         ) as session:
             assert not session.description.speculation
             for prompt, answer in zip(PROMPTS, speculative, strict=True):
-                assert answer.outcome == answer_to(session, prompt, 24, noise_stream=7).outcome
+                assert answer.outcome == answer_to(session, prompt, 24, request_number=7).outcome
             assert conversation(session) == spoken
 
 
@@ -97,7 +97,7 @@ def test_both_arms_of_one_session_agree_on_long_texts(shelf, family, sampling):
     """As `bench` compares them, over a prompt of two prefill chunks and far past the window."""
     model = model_of(shelf, family)
     with open_tiny(model, sampling=SAMPLINGS[sampling]) as session:
-        arms = [answer_to(session, LONG_PROMPT, 90, plain=plain, noise_stream=1) for plain in (False, True)]
+        arms = [answer_to(session, LONG_PROMPT, 90, plain=plain, request_number=1) for plain in (False, True)]
     assert arms[0].outcome == arms[1].outcome
     assert len(arms[0].token_ids) > 60 or arms[0].finish_reason == "stop"
     assert arms[1].stats.drafted_tokens == 0
@@ -119,7 +119,7 @@ def test_windows_shorter_than_prompt_and_tree_change_no_token(shelf, family, win
     for sampling in ("greedy", "warm"):
         with open_tiny(model, sampling=SAMPLINGS[sampling], draft={"depth": 9}) as session:
             arms = [
-                answer_to(session, LONG_PROMPT, 60, plain=plain, noise_stream=5) for plain in (False, True)
+                answer_to(session, LONG_PROMPT, 60, plain=plain, request_number=5) for plain in (False, True)
             ]
             if sampling == "greedy":
                 assert audit_of(session, LONG_PROMPT, arms[0]).problems == ()
@@ -143,7 +143,7 @@ def test_answers_across_the_first_large_block_change_no_token(shelf, family):
     prompt = "All work and no play makes a dull day. " * 13  # 507 tokens
     how = {"sampling": SAMPLINGS["warm"], "memory": {"context": 800}}
     with open_tiny(model, **how) as session:
-        arms = [answer_to(session, prompt, 160, plain=plain, noise_stream=6) for plain in (False, True)]
+        arms = [answer_to(session, prompt, 160, plain=plain, request_number=6) for plain in (False, True)]
     assert arms[0].outcome == arms[1].outcome
     assert len(arms[0].token_ids) > 100 or arms[0].finish_reason == "stop"
 
@@ -156,7 +156,7 @@ def test_the_shape_of_the_tree_changes_no_token(shelf, shape):
     for sampling in ("greedy", "warm"):
         with open_tiny(model, sampling=SAMPLINGS[sampling], draft=shape) as session:
             speculative, plain = (
-                answer_to(session, PROMPTS[1], 60, plain=p, noise_stream=2) for p in (False, True)
+                answer_to(session, PROMPTS[1], 60, plain=p, request_number=2) for p in (False, True)
             )
         assert speculative.outcome == plain.outcome
         check_speculates(session, [speculative])
@@ -168,7 +168,7 @@ def test_the_bits_of_the_substitutes_change_no_token(shelf, bits):
     for width in (4, bits):
         model = model_of(shelf, "qwen3", bits=width)
         with open_tiny(model, sampling=SAMPLINGS["warm"]) as session:
-            outcomes.append([answer_to(session, prompt, noise_stream=3).outcome for prompt in PROMPTS])
+            outcomes.append([answer_to(session, prompt, request_number=3).outcome for prompt in PROMPTS])
     assert outcomes[0] == outcomes[1]
 
 
@@ -177,7 +177,7 @@ def test_where_the_layers_live_changes_no_token(shelf):
     for resident in range(4):
         with open_tiny(model, sampling=SAMPLINGS["warm"], memory={"resident_layers": resident}) as session:
             assert session.description.plan.resident_layers == resident
-            outcomes.append([answer_to(session, prompt, 60, noise_stream=4).outcome for prompt in PROMPTS])
+            outcomes.append([answer_to(session, prompt, 60, request_number=4).outcome for prompt in PROMPTS])
     assert outcomes == [outcomes[0]] * 4
 
 
@@ -187,7 +187,7 @@ def test_layers_wide_enough_to_need_padding_change_no_token(shelf):
     for sampling in SAMPLINGS.values():
         with open_tiny(model, sampling=sampling) as session:
             speculative, plain = (
-                answer_to(session, PROMPTS[1], 60, plain=p, noise_stream=2) for p in (False, True)
+                answer_to(session, PROMPTS[1], 60, plain=p, request_number=2) for p in (False, True)
             )
             check_speculates(session, [speculative])
         assert speculative.outcome == plain.outcome
@@ -197,7 +197,7 @@ def test_a_cache_that_is_reused_changes_no_token(shelf):
     """Rows made by decoding, by prefill and by an abandoned turn serve the next prompt alike."""
     model = model_of(shelf, "mistral")
     with open_tiny(model) as session:
-        fresh = answer_to(session, PROMPTS[1] + " So?", noise_stream=0)
+        fresh = answer_to(session, PROMPTS[1] + " So?", request_number=0)
         for taken in (1, 3):
             session.reset()
             ids = session.encode_prompt(PROMPTS[1], system=None, raw=False)
@@ -205,7 +205,7 @@ def test_a_cache_that_is_reused_changes_no_token(shelf):
             for _ in range(taken):
                 next(steps)
             steps.close()
-            again = answer_to(session, PROMPTS[1] + " So?", noise_stream=0, keep_cache=True)
+            again = answer_to(session, PROMPTS[1] + " So?", request_number=0, keep_cache=True)
             assert again.stats.prefilled_tokens < fresh.stats.prefilled_tokens
             assert again.outcome == fresh.outcome
 
@@ -243,7 +243,7 @@ def test_a_draft_of_noise_changes_no_token_and_gains_nothing(shelf, sampling, mo
     draft_of(lambda layer: noise_matrices(Tiny(model), layer), monkeypatch)
     with open_tiny(model, sampling=SAMPLINGS[sampling], draft={"depth": 3}) as session:
         speculative, plain = (
-            answer_to(session, PROMPTS[1], 60, plain=p, noise_stream=2) for p in (False, True)
+            answer_to(session, PROMPTS[1], 60, plain=p, request_number=2) for p in (False, True)
         )
     assert speculative.outcome == plain.outcome
     assert speculative.stats.drafted_tokens > 100
@@ -257,7 +257,7 @@ def test_a_draft_that_is_the_target_is_accepted_whole(shelf, sampling, monkeypat
     draft_of(lambda layer: own_matrices(Tiny(model), layer), monkeypatch)
     with open_tiny(model, sampling=SAMPLINGS[sampling], draft={"depth": 4, "width": 1}) as session:
         speculative, plain = (
-            answer_to(session, PROMPTS[1], 51, plain=p, noise_stream=2) for p in (False, True)
+            answer_to(session, PROMPTS[1], 51, plain=p, request_number=2) for p in (False, True)
         )
     assert speculative.outcome == plain.outcome
     after_first = len(speculative.token_ids) - 1
@@ -274,7 +274,7 @@ def test_windows_go_by_position_not_by_slot(shelf, monkeypatch):
     with open_tiny(model, sampling=SAMPLINGS["warm"], draft={"depth": 12, "width": 4}) as session:
         for prompt in PROMPTS:
             speculative, plain = (
-                answer_to(session, prompt, 60, plain=p, noise_stream=2) for p in (False, True)
+                answer_to(session, prompt, 60, plain=p, request_number=2) for p in (False, True)
             )
             assert speculative.outcome == plain.outcome
             assert speculative.stats.tau > 5
@@ -292,7 +292,7 @@ def test_a_damaged_draft_changes_no_token(shelf, monkeypatch):
     for sampling in SAMPLINGS.values():
         with open_tiny(model, sampling=sampling) as session:
             speculative, plain = (
-                answer_to(session, PROMPTS[1], plain=p, noise_stream=2) for p in (False, True)
+                answer_to(session, PROMPTS[1], plain=p, request_number=2) for p in (False, True)
             )
         assert speculative.outcome == plain.outcome
         assert speculative.stats.drafted_tokens == 0
@@ -324,7 +324,7 @@ def test_ordinary_kernels_do_not_pass_and_are_not_called_exact(shelf, monkeypatc
     with open_tiny(model_of(shelf, "llama"), sampling={"temperature": 1.0, "seed": 1}) as session:
         assert session.description.exactness == "numeric"
         for prompt in (*PROMPTS, LONG_PROMPT):
-            arms = [answer_to(session, prompt, 90, plain=plain, noise_stream=1) for plain in (False, True)]
+            arms = [answer_to(session, prompt, 90, plain=plain, request_number=1) for plain in (False, True)]
             disagreements += arms[0].token_ids != arms[1].token_ids
     if not disagreements:
         pytest.skip("with this instruction set ordinary kernels round these rows alike")

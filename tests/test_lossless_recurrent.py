@@ -46,7 +46,7 @@ def test_prompts_of_any_length_have_the_tokens_of_plain_decoding(
         assert session.description.exactness == "exact", session.description
         for length in LENGTHS:
             arms = [
-                answer_to(session, prompt_of(length), 40, raw=True, plain=plain, noise_stream=length)
+                answer_to(session, prompt_of(length), 40, raw=True, plain=plain, request_number=length)
                 for plain in (False, True)
             ]
             assert arms[0].outcome == arms[1].outcome
@@ -64,10 +64,10 @@ def test_a_chat_that_goes_back_has_the_tokens_of_fresh_prompts(shelf: Shelf) -> 
         "?",
     ]
     with open_tiny(hybrid(shelf), sampling=WARM, memory={"context": 700}) as session:
-        fresh = [answer_to(session, text, 20, raw=True, noise_stream=3).outcome for text in prompts]
+        fresh = [answer_to(session, text, 20, raw=True, request_number=3).outcome for text in prompts]
         session.reset()
-        kept = [answer_to(session, text, 20, raw=True, noise_stream=3, keep_cache=True) for text in prompts]
-        again = answer_to(session, prompts[-1], 20, raw=True, noise_stream=3, keep_cache=True)
+        kept = [answer_to(session, text, 20, raw=True, request_number=3, keep_cache=True) for text in prompts]
+        again = answer_to(session, prompts[-1], 20, raw=True, request_number=3, keep_cache=True)
     assert [answer.outcome for answer in kept] == fresh
     assert again.outcome == fresh[-1]
     read = [answer.stats.prefilled_tokens for answer in kept]
@@ -78,15 +78,15 @@ def test_a_chat_that_goes_back_has_the_tokens_of_fresh_prompts(shelf: Shelf) -> 
 def test_an_interrupted_answer_leaves_a_state_to_go_on_from(shelf: Shelf, taken: int) -> None:
     prompt = prompt_of(90)
     with open_tiny(hybrid(shelf), sampling=WARM) as session:
-        whole = answer_to(session, prompt, 30, raw=True, noise_stream=2)
+        whole = answer_to(session, prompt, 30, raw=True, request_number=2)
         session.reset()
         ids = session.encode_prompt(prompt, system=None, raw=True)
-        with closing(session.generate(ids, max_new_tokens=30, stop=(), noise_stream=2)) as deltas:
+        with closing(session.generate(ids, max_new_tokens=30, stop=(), request_number=2)) as deltas:
             for _ in range(taken):
                 next(deltas)
         for _ in range(2):
             assert (
-                answer_to(session, prompt, 30, raw=True, noise_stream=2, keep_cache=True).outcome
+                answer_to(session, prompt, 30, raw=True, request_number=2, keep_cache=True).outcome
                 == whole.outcome
             )
 

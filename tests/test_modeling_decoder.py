@@ -19,11 +19,13 @@ from subspec_cli.decoding.row_groups import tree_group
 from subspec_cli.decoding.tree import TokenTree
 from subspec_cli.modeling.block_kernels import fused_cpu_kernel
 from subspec_cli.modeling.decoder import DraftDecoder, TargetDecoder
+from subspec_cli.modeling.draft_rows import DraftRows
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.row_group import chunk_group
 from subspec_cli.modeling.row_rules import RowRules, serial
 from subspec_cli.modeling.substitute import resident_layer
 from subspec_cli.modeling.target_blocks import TargetBlocks
+from subspec_cli.modeling.target_flow import SequenceRows
 from subspec_cli.modeling.token_batch import TokenBatch
 
 MakeTiny = Callable[..., Tiny]
@@ -90,7 +92,7 @@ def random_tree(seed: int, widths: Sequence[int]) -> TokenTree:
 
 def tree_logits(decoder: TargetDecoder, kv: KVCache, tree: TokenTree) -> Tensor:
     """`[N, V]` of one pass over the whole tree."""
-    return decoder.forward(tree_group(tree, kv.committed, decoder.rules), kv)
+    return decoder.forward(tree_group(tree, kv.committed), kv)
 
 
 def sequential_logits(decoder: TargetDecoder, kv: KVCache, tree: TokenTree) -> Tensor:
@@ -113,6 +115,7 @@ def sequential_logits(decoder: TargetDecoder, kv: KVCache, tree: TokenTree) -> T
 
 def prefilled(model: Tiny, decoder: TargetDecoder, prompt: list[int], chunk: int = 64) -> KVCache:
     kv = model.kv()
+    decoder.begin_answer(kv, len(prompt))
     if prompt:
         model.prefill(decoder, kv, prompt, chunk)
     return kv
@@ -155,13 +158,13 @@ def test_a_draft_of_resident_layers_is_the_same_model(float_model: Tiny) -> None
     tree = random_tree(5, [3, 4, 4, 3, 3, 2, 2, 1])
     kv = prefilled(float_model, decoder, PROMPT[:20])
     exact = tree_logits(decoder, kv, tree)
-    fast = draft.forward(unpadded_batch(tree, kv), kv).logits
+    fast = draft.forward([DraftRows(unpadded_batch(tree, kv), kv)]).logits
     assert_close(fast, exact)
 
 
 def unpadded_batch(tree: TokenTree, kv: KVCache) -> TokenBatch:
     """A whole tree as one step of the draft."""
-    return as_batch(tree_group(tree, kv.committed, RowRules(2)))
+    return as_batch(tree_group(tree, kv.committed))
 
 
 def resident_draft(model: Tiny, source: TargetBlocks) -> DraftDecoder:
@@ -225,7 +228,7 @@ def test_prefill_in_one_chunk_or_several_gives_the_same_bits(model: Tiny, chunk:
 
 def test_only_the_wanted_rows_reach_the_head(model: Tiny) -> None:
     decoder = model.target(rules=model.exact_rules)
-    batch = chunk_group(PROMPT[:13], 0, decoder.rules)
+    batch = chunk_group(PROMPT[:13], 0)
     everything = decoder.forward(batch, model.kv())
     for first in (0, 5, 12):
         wanted = decoder.forward(batch, model.kv(), logits_from=first)
@@ -279,7 +282,7 @@ def test_padding_is_finite_and_never_reaches_the_cache(model: Tiny, rows: int) -
     """Trap 4: masked rows of the cache are multiplied by zero, so nothing in it may ever be NaN."""
     decoder = model.target(rules=WatchedRules(16))
     kv = prefilled(model, decoder, PROMPT[:5])
-    logits = decoder.forward(chunk_group(PROMPT[:rows], 5, decoder.rules), kv)
+    logits = decoder.forward(chunk_group(PROMPT[:rows], 5), kv)
     assert logits.shape == (rows, VOCAB)
     assert logits.isfinite().all()
     for layer in range(model.geometry.layers):
@@ -291,12 +294,19 @@ def test_padding_is_finite_and_never_reaches_the_cache(model: Tiny, rows: int) -
 
 def test_what_the_padding_holds_does_not_show(model: Tiny) -> None:
     decoder = model.target(rules=replace(model.exact_rules, row_block=8))
-    batch = chunk_group(PROMPT[:3], 0, decoder.rules)
-    other_ids = batch.token_ids.clone()
-    other_ids[3:] = torch.tensor([5, 99, 250, 8, 1])
-    assert len(other_ids) == 8
-    other = replace(batch, token_ids=other_ids)
-    assert torch.equal(decoder.forward(batch, model.kv()), decoder.forward(other, model.kv()))
+    batch, padded = chunk_group(PROMPT[:3], 0), []
+
+    def other_ids(rows: Sequence[SequenceRows]) -> Tensor:
+        ids = TargetDecoder._padded_ids(decoder, rows)
+        ids[3:] = torch.tensor([5, 99, 250, 8, 1])
+        padded.append(len(ids))
+        return ids
+
+    expected = decoder.forward(batch, model.kv())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoder, "_padded_ids", other_ids)
+        assert torch.equal(decoder.forward(batch, model.kv()), expected)
+    assert padded == [8]
 
 
 def test_fixed_rows_run_every_linear_in_blocks_of_one_size() -> None:
@@ -322,7 +332,7 @@ def test_fixed_rows_run_every_linear_in_blocks_of_one_size() -> None:
 def test_every_linear_of_the_target_and_its_head_follow_the_row_rules(tiny: MakeTiny) -> None:
     model = tiny("llama", attention_bias=True, mlp_bias=True, tied=False)
     decoder = model.target(rules=RowRules(4, fixed_rows=True))
-    batch = chunk_group(PROMPT[:13], 0, decoder.rules)
+    batch = chunk_group(PROMPT[:13], 0)
     sizes: list[int] = []
     linear = torch.nn.functional.linear
 
@@ -361,7 +371,7 @@ def test_in_a_tree_products_have_all_threads_and_the_small_work_between_them_has
                 return of(*given, **named)
 
             patch.setattr(place, name, watched)
-        flow = decoder.begin([chunk_group(PROMPT[:5], 0, decoder.rules)], kv)
+        flow = decoder.begin([[SequenceRows(chunk_group(PROMPT[:5], 0), kv)]])
         with closing(decoder.layers(flow)) as layers:
             assert [torch.get_num_threads() for _ in layers] == [2] * decoder.layer_count
     assert threads == {"linear": {2}, "rsqrt": {1}, "silu": {1}}
@@ -425,10 +435,10 @@ def test_two_shells_share_parameters_and_do_not_disturb_each_other(model: Tiny) 
     kv = prefilled(model, decoder, PROMPT[:10])
     before = tree_logits(decoder, kv, tree)
     batch = unpadded_batch(tree, kv)
-    drafted = draft.forward(batch, kv).logits
+    drafted = draft.forward([DraftRows(batch, kv)]).logits
     assert torch.equal(tree_logits(decoder, kv, tree), before), "the target overwrites what the draft wrote"
     tree_logits(decoder, kv, tree)
-    assert torch.equal(draft.forward(batch, kv).logits, drafted)
+    assert torch.equal(draft.forward([DraftRows(batch, kv)]).logits, drafted)
 
 
 @dataclass
@@ -449,7 +459,7 @@ class Interrupted:
 @pytest.mark.parametrize("calls", [1, 2, 3])
 def test_after_an_interrupt_the_next_pass_starts_at_the_first_block(tiny: MakeTiny, calls: int) -> None:
     model = tiny("qwen2")
-    batch = chunk_group(PROMPT[:6], 0, RowRules(4))
+    batch = chunk_group(PROMPT[:6], 0)
     expected = model.target().forward(batch, model.kv())
     with closing(model.streamer(range(3), 2)) as streamer:
         attention = model.attention(kernel=Interrupted(calls))
@@ -514,7 +524,7 @@ def test_a_failing_block_leaves_the_stream_at_once(
     source, streamer = streamed_source
     decoder = model.target(source, attention=model.attention(kernel=Interrupted(3)))
     with pytest.raises(KeyboardInterrupt) as caught:
-        decoder.forward(chunk_group(PROMPT[:6], 0, decoder.rules), model.kv())
+        decoder.forward(chunk_group(PROMPT[:6], 0), model.kv())
     assert (streamer.completed, streamer.left) == (0, 1)
     assert caught.tb is not None
 
@@ -547,7 +557,8 @@ def test_a_forward_leaves_the_weights_as_they_are(model: Tiny) -> None:
     with unchanged(held | model.weights):
         decoder = model.target(source)
         kv = prefilled(model, decoder, PROMPT[:10])
-        resident_draft(model, source).forward(unpadded_batch(random_tree(1, [2, 2]), kv), kv)
+        rows = DraftRows(unpadded_batch(random_tree(1, [2, 2]), kv), kv)
+        resident_draft(model, source).forward([rows])
 
 
 def test_the_last_positions_of_the_context_have_room_for_a_whole_tree(tiny: MakeTiny) -> None:
@@ -559,3 +570,30 @@ def test_the_last_positions_of_the_context_have_room_for_a_whole_tree(tiny: Make
     wide = replace(model, context=100, scratch=9)
     expected = tree_logits(decoder, prefilled(wide, wide.target(), PROMPT[:24]), deep)
     assert torch.equal(logits, expected)
+
+
+def test_trees_of_several_sequences_go_through_a_pass_as_they_do_alone(tiny: MakeTiny) -> None:
+    """Chunks of a prompt are in the same pass; every row keeps its bits, and every sequence its own cache."""
+    model = tiny("qwen2", dtype=torch.bfloat16)
+    decoder = model.target(rules=model.exact_rules)
+    prompts, trees = (
+        [PROMPT[:13], PROMPT[3:8], PROMPT[1:20]],
+        [random_tree(n, [2, 1, 3][: n + 1]) for n in range(3)],
+    )
+    caches = [prefilled(model, decoder, prompt) for prompt in prompts]
+    alone = [tree_logits(decoder, kv, tree) for kv, tree in zip(caches, trees, strict=True)]
+    fresh, chunk = model.kv(), chunk_group(PROMPT[:9], 0)
+    read_alone = decoder.forward(chunk, model.kv())
+    batch = [SequenceRows(tree_group(tree, kv.committed), kv) for tree, kv in zip(trees, caches, strict=True)]
+    flow = decoder.begin([[SequenceRows(chunk, fresh)], batch])
+    with closing(decoder.layers(flow)) as layers:
+        for _ in layers:
+            pass
+    first = 0
+    for tree, expected in zip(trees, alone, strict=True):
+        found = decoder.logits(flow, [(1, slice(first, first + len(tree)))])
+        assert torch.equal(found, expected)
+        first += len(tree)
+    together = decoder.logits(flow, [(0, slice(8, 9)), (1, slice(first))])
+    assert torch.equal(together[:1], read_alone[8:])
+    assert torch.equal(together[1:], torch.cat(alone))

@@ -14,12 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from subspec_cli.checkpoint.layer_description import NormKind
 from subspec_cli.modeling.decoder import DraftDecoder
 from subspec_cli.modeling.draft_layers import draft_norm, turn_of
+from subspec_cli.modeling.draft_rows import DraftRows
 from subspec_cli.modeling.layers import normalized
 from subspec_cli.modeling.rope import Rotation, rotate
 from subspec_cli.modeling.substitute import resident_layer
 from subspec_cli.modeling.token_batch import TokenBatch
 
-MOST_OPERATIONS = 27
+MOST_OPERATIONS = 28
 """Of one layer over resident matrices on a CPU; a GPU's kernel for norms saves 6, fused projections 4."""
 MOST_BESIDE_LAYERS = 20
 
@@ -92,7 +93,8 @@ def operations_of(model: Tiny) -> int:
     rows, allowed = torch.tensor([5, 6, 7]), torch.ones((3, 40), dtype=torch.bool)
     hidden = model.embed(rows)
     with torch.inference_mode(), Operations() as seen:
-        draft.run(hidden.clone(), TokenBatch(rows, rows, rows, allowed, torch.arange(40)), kv)
+        batch = TokenBatch(rows, rows, rows, allowed, torch.arange(40))
+        draft.run(hidden.clone(), [DraftRows(batch, kv)])
     return seen.count
 
 

@@ -172,3 +172,16 @@ def test_random_sequences_keep_the_committed_rows(seed: int) -> None:
             del model.marks[keep:], model.tokens[keep:]
         assert kv.token_ids == tuple(model.tokens)
         assert_holds(kv, model.marks)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_what_a_damaged_draft_writes_is_finite(bad: float) -> None:
+    """Rows behind the tree stay in the blocks that the target reads, masked: 0 times what is not finite is not 0."""
+    kv = make_cache()
+    found = torch.ones(2, HEADS, 3, DIM)
+    found[1, :, 1] = bad
+    kv.step_rows(2, 3, 5)[0].write(found)
+    keys, values = kv.read(0, 5)
+    assert keys[:, 2:].eq(1).all()
+    assert values[:, 3].eq(0).all()
+    assert values.isfinite().all()

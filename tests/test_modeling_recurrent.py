@@ -18,9 +18,11 @@ from subspec_cli.limits import TREE_STATES
 from subspec_cli.modeling import delta_kernel
 from subspec_cli.modeling.decoder import DraftDecoder
 from subspec_cli.modeling.delta_kernel import DeltaRows, Visits, chain_visits, run_rule, tree_visits
+from subspec_cli.modeling.draft_rows import DraftRows
 from subspec_cli.modeling.kv_cache import KVCache
-from subspec_cli.modeling.row_group import RowGroup, padded_ids
+from subspec_cli.modeling.row_group import RowGroup
 from subspec_cli.modeling.substitute import resident_layer
+from subspec_cli.modeling.target_flow import SequenceRows
 from subspec_cli.modeling.token_batch import TokenBatch
 
 one_thread = tiny_models.one_thread
@@ -76,7 +78,7 @@ def path_mask(parents: Sequence[int]) -> torch.Tensor:
 def run_tree(model: Tiny, kv: KVCache, ids: Sequence[int], parents: Sequence[int]) -> torch.Tensor:
     """Logits of a tree's nodes behind what is committed."""
     decoder, path = model.target(), path_mask(parents)
-    group = RowGroup(padded_ids(list(ids), decoder.rules), path.sum(1) - 1 + kv.committed, kv.committed, path)
+    group = RowGroup(torch.tensor(list(ids)), path.sum(1) - 1 + kv.committed, kv.committed, path)
     return decoder.forward(group, kv)
 
 
@@ -216,7 +218,7 @@ def test_a_pass_that_is_not_committed_leaves_the_state(hybrid: Tiny) -> None:
     for parents in ((-1, 0, 0), None):
         path = None if parents is None else path_mask(parents)
         positions = torch.arange(30, 33) if path is None else path.sum(1) + 29
-        flow = decoder.begin([RowGroup(padded_ids(tokens(3, 4), decoder.rules), positions, 30, path)], kv)
+        flow = decoder.begin([[SequenceRows(RowGroup(torch.tensor(tokens(3, 4)), positions, 30, path), kv)]])
         layers = decoder.layers(flow)
         for _ in range(3):
             next(layers)
@@ -281,7 +283,7 @@ def test_the_draft_of_the_target_s_own_weights_finds_its_logits(hybrid: Tiny) ->
             allowed,
             places,
         )
-        return draft.forward(batch, kv).logits
+        return draft.forward([DraftRows(batch, kv)]).logits
 
     found = torch.cat([step(rows) for rows in ([0], [1, 2], [3, 4, 5, 6], [7], [8, 9], [10, 11])])
     wanted = run_tree(hybrid, kv, ids, PARENTS)
@@ -297,6 +299,6 @@ def test_the_draft_of_the_target_s_own_weights_finds_its_logits(hybrid: Tiny) ->
         torch.ones(1, kv.committed + 5, dtype=torch.bool),
         torch.arange(kv.committed + 5),
     )
-    guessed = draft.forward(after, kv).logits
+    guessed = draft.forward([DraftRows(after, kv)]).logits
     target = run_tree(hybrid, kv, [*(ids[node] for node in below), 7], [-1, 0, 1, 2, 3])
     assert (guessed - target[-1:]).abs().max() < 1e-3

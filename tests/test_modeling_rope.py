@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -38,6 +39,8 @@ ROPES: dict[str, dict[str, Any]] = {
     },
 }
 FAR = 512
+SHORT = torch.tensor(1)
+"""A prompt of one token."""
 
 
 def config_with(kind: str, family: str = "llama") -> Any:
@@ -76,7 +79,7 @@ def test_tables_equal_the_library(kind: str, dtype: torch.dtype) -> None:
     table = table_of(settings_of(config), dtype=dtype)
     positions = torch.tensor([0, 1, 2, 63, 64, 127, 128, 300, FAR - 1, 5])
     cos, sin = library_rows(config, positions, dtype)
-    turned = table.rows(positions)
+    turned = table.rows(positions, SHORT)
     ours_cos, ours_sin = turned.cos, turned.sin
     assert ours_cos.shape == (10, 1, 32)
     torch.testing.assert_close(ours_cos[:, 0], cos[0], atol=1e-6, rtol=0)
@@ -88,11 +91,22 @@ def test_longrope_takes_its_factors_by_the_prompt(prompt: int, far: int) -> None
     """The library decides by the largest position of a call: here that of the prompt's last token."""
     config = config_with("longrope")
     table = table_of(settings_of(config))
-    table.begin(prompt)
-    positions = torch.tensor([0, 1, 17, far])
+    positions, prompt_tokens = torch.tensor([0, 1, 17, far]), torch.tensor(prompt)
     cos, sin = library_rows(config, positions, torch.float32)
-    torch.testing.assert_close(table.rows(positions)[0][:, 0], cos[0], atol=1e-6, rtol=0)
-    torch.testing.assert_close(table.rows(positions)[1][:, 0], sin[0], atol=1e-6, rtol=0)
+    turned = table.rows(positions, prompt_tokens)
+    torch.testing.assert_close(turned.cos[:, 0], cos[0], atol=1e-6, rtol=0)
+    torch.testing.assert_close(turned.sin[:, 0], sin[0], atol=1e-6, rtol=0)
+
+
+def test_rows_of_several_prompts_are_turned_each_by_its_own() -> None:
+    table = table_of(settings_of(config_with("longrope")))
+    positions, lengths = torch.tensor([5, 5, 90, 90]), torch.tensor([10, 300, 300, 10])
+    together = table.rows(positions, lengths)
+    for row, (position, length) in enumerate(zip(positions, lengths, strict=True)):
+        alone = table.rows(position[None], length)
+        assert torch.equal(together.cos[row], alone.cos[0])
+        assert torch.equal(together.sin[row], alone.sin[0])
+    assert not torch.equal(together.cos[0], together.cos[1])
 
 
 def test_a_token_generated_past_the_switch_is_turned_by_the_long_factors() -> None:
@@ -100,20 +114,23 @@ def test_a_token_generated_past_the_switch_is_turned_by_the_long_factors() -> No
     table = table_of(settings_of(config))
     for position in (127, 128, 200):
         cos, _ = library_rows(config, torch.tensor([position]), torch.float32)
-        torch.testing.assert_close(table.rows(torch.tensor([position]))[0][:, 0], cos[0], atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            table.rows(torch.tensor([position]), SHORT)[0][:, 0], cos[0], atol=1e-6, rtol=0
+        )
 
 
 def test_room_that_is_not_used_changes_nothing() -> None:
     settings = settings_of(config_with("longrope"))
     small, large = (table_of(settings, positions=n) for n in (100, FAR))
     positions = torch.arange(100)
-    assert torch.equal(small.rows(positions)[0], large.rows(positions)[0])
-    assert not small.begin(90)
+    assert torch.equal(small.rows(positions, SHORT)[0], large.rows(positions, SHORT)[0])
+    assert not small.differs(0, 90)
 
 
 def test_cached_rows_of_the_other_table_are_known_by_it() -> None:
     table = table_of(settings_of(config_with("longrope")))
-    assert [table.begin(tokens) for tokens in (10, 128, 129, 300, 20)] == [False, False, True, False, True]
+    lengths = (0, 10, 128, 129, 300, 20)
+    assert [table.differs(*pair) for pair in pairwise(lengths)] == [False, False, True, False, True]
 
 
 def test_qwen_configs_without_a_head_dim_take_it_from_the_heads() -> None:
@@ -121,4 +138,4 @@ def test_qwen_configs_without_a_head_dim_take_it_from_the_heads() -> None:
     table = table_of(settings_of(config), positions=8)
     positions = torch.arange(8)
     cos, _ = Qwen2RotaryEmbedding(config)(torch.zeros(1), positions[None])
-    torch.testing.assert_close(table.rows(positions)[0][:, 0], cos[0], atol=1e-6, rtol=0)
+    torch.testing.assert_close(table.rows(positions, SHORT)[0][:, 0], cos[0], atol=1e-6, rtol=0)

@@ -18,6 +18,7 @@ from subspec_cli.checkpoint.layer_tensors import LAYER_MATRICES, layer_prefix
 from subspec_cli.modeling import quantization as quantize_module
 from subspec_cli.modeling import substitute
 from subspec_cli.modeling.decoder import DraftDecoder
+from subspec_cli.modeling.draft_rows import DraftRows
 from subspec_cli.modeling.layers import LayerMath
 from subspec_cli.modeling.quantization import QuantizedLayer, quantize_layer
 from subspec_cli.modeling.substitute import (
@@ -464,5 +465,5 @@ def test_a_draft_of_substitutes_guesses_what_the_target_says(tiny: MakeTiny, fam
     target = model.target()
     expected = model.prefill(target, model.kv(), prompt)
     draft = DraftDecoder(math_, model.embed, model.head, layers)
-    found = draft.forward(causal_batch(prompt, 0), model.kv()).logits
+    found = draft.forward([DraftRows(causal_batch(prompt, 0), model.kv())]).logits
     assert sqnr_db(expected, found) > DRAFT_DB[bits]

@@ -9,6 +9,7 @@ from subspec_cli.modeling import input_moments, tuned_rounding
 from subspec_cli.modeling.input_moments import InputMoments, MeasuredInputs, MeasuringTarget, measured_name
 from subspec_cli.modeling.quantization import quantize_layer
 from subspec_cli.modeling.substitute import unpack_codes
+from subspec_cli.modeling.target_flow import SequenceRows
 from subspec_cli.modeling.tuned_rounding import ErrorFeedback
 from subspec_cli.substitutes.settings import SubstituteSettings
 
@@ -138,8 +139,9 @@ def test_every_matrix_is_measured_with_what_it_multiplies(tiny, monkeypatch):
     monkeypatch.setattr(type(target), "_project", project)
     monkeypatch.setattr("subspec_cli.decoding.row_groups.PREFILL_CHUNK", 32)
     measuring = MeasuringTarget(*parts_of(target))
-    groups = list(prompt_groups(list(range(40, 86)), 0, target.rules))
-    found = dict(measuring.measured(measuring.begin(groups, model.kv())))
+    kv = model.kv()
+    batches = [[SequenceRows(group, kv)] for group in prompt_groups(list(range(40, 86)), 0)]
+    found = dict(measuring.measured(measuring.begin(batches)))
     assert sorted(found) == list(range(target.layer_count))
     assert {(layer, measured_name(name)) for layer, name in seen} == {
         (layer, name) for layer, items in found.items() for name in items

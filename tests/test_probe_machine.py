@@ -112,9 +112,9 @@ def test_attention_is_timed_below_two_prefixes(shelf, monkeypatch, max_positions
         seen.append(start)
         return causal_batch(token_ids, start)
 
-    def tree(rows, prefix, rules):
+    def tree(rows, prefix):
         seen.append(prefix)
-        return original(rows, prefix, rules)
+        return original(rows, prefix)
 
     def cache(math, **size):
         sizes.append(math.geometry.layers)

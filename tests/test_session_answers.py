@@ -1,6 +1,7 @@
 """One session, many answers: noise, stops, context, chat turns and interruptions."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from fakes_session import Answer, answer_to, open_tiny, prepare_quietly
 from tiny_models import EOS_ID
 
 from subspec_cli.config import SamplingConfig
+from subspec_cli.decoding.sampler import derived_seed
 from subspec_cli.errors import ExitCode, IntegrityError, UsageError
 from subspec_cli.modeling.decoder import TargetDecoder
 
@@ -52,16 +54,18 @@ def test_each_request_has_noise_of_its_own(sampling):
 
 
 def test_a_named_request_repeats_its_answer(sampling):
-    first = answer_to(sampling, PROMPT, 16, noise_stream=5)
-    assert answer_to(sampling, PROMPT, 16, noise_stream=6).token_ids != first.token_ids
-    assert answer_to(sampling, PROMPT, 16, noise_stream=5).outcome == first.outcome
-    assert answer_to(sampling, PROMPT, 16, noise_stream=5, plain=True).outcome == first.outcome
+    first = answer_to(sampling, PROMPT, 16, request_number=5)
+    assert answer_to(sampling, PROMPT, 16, request_number=6).token_ids != first.token_ids
+    assert answer_to(sampling, PROMPT, 16, request_number=5).outcome == first.outcome
+    assert answer_to(sampling, PROMPT, 16, request_number=5, plain=True).outcome == first.outcome
 
 
 def test_a_number_that_was_named_is_not_drawn_again(sampling):
-    first = answer_to(sampling, PROMPT, 16, noise_stream=9)
-    assert answer_to(sampling, PROMPT, 16).outcome == answer_to(sampling, PROMPT, 16, noise_stream=10).outcome
-    assert first.token_ids != answer_to(sampling, PROMPT, 16, noise_stream=10).token_ids
+    first = answer_to(sampling, PROMPT, 16, request_number=9)
+    assert (
+        answer_to(sampling, PROMPT, 16).outcome == answer_to(sampling, PROMPT, 16, request_number=10).outcome
+    )
+    assert first.token_ids != answer_to(sampling, PROMPT, 16, request_number=10).token_ids
 
 
 def test_a_reset_chat_draws_anew(sampling):
@@ -101,18 +105,18 @@ def test_a_fresh_seed_is_shown_and_can_be_given_again(model):
 
 @pytest.mark.parametrize("plain", [False, True])
 def test_a_stop_string_ends_the_answer_and_is_not_shown(sampling, plain):
-    whole = answer_to(sampling, PROMPT, 30, noise_stream=1)
+    whole = answer_to(sampling, PROMPT, 30, request_number=1)
     assert whole.finish_reason == "length"
     for at in range(2, len(whole.text) - 3, 3):
         stop = whole.text[at : at + 3]
-        answer = answer_to(sampling, PROMPT, 30, noise_stream=1, stop=(stop, "never"), plain=plain)
+        answer = answer_to(sampling, PROMPT, 30, request_number=1, stop=(stop, "never"), plain=plain)
         assert answer.finish_reason == "stop"
         assert answer.text == whole.text[: whole.text.index(stop)]
         assert answer.token_ids == whole.token_ids[: len(answer.token_ids)]
 
 
 def test_deltas_are_the_text_and_the_tokens(sampling):
-    answer = answer_to(sampling, PROMPT, 30, noise_stream=1)
+    answer = answer_to(sampling, PROMPT, 30, request_number=1)
     assert len(answer.token_ids) == answer.stats.new_tokens == 30
     assert [delta.finish_reason for delta in answer.deltas[:-1]] == [None] * (len(answer.deltas) - 1)
     assert answer.text == sampling.loaded.tokenizer.decode(answer.token_ids)
@@ -154,7 +158,7 @@ def test_raw_prompts_bypass_the_template(session):
 
 
 def test_sampling_set_later_is_the_sampling_given_at_first(model, sampling):
-    expected = [answer_to(sampling, PROMPT, 16, noise_stream=number).outcome for number in range(2)]
+    expected = [answer_to(sampling, PROMPT, 16, request_number=number).outcome for number in range(2)]
     settings = sampling.description.config.sampling
     with open_tiny(model) as other:
         greedy = answer_to(other, PROMPT, 16).outcome
@@ -271,7 +275,7 @@ PENALTIES = {"repetition_penalty": 1.3, "presence_penalty": 0.2, "frequency_pena
 
 def in_parts(chat, question, counts, limit, *, between=lambda: None):
     """Tokens of an answer that is stopped after so many pieces each time; `between` is called before it goes on."""
-    token_ids, deltas = [], chat.ask(question, max_new_tokens=limit, stop=(), noise_stream=5)
+    token_ids, deltas = [], chat.ask(question, max_new_tokens=limit, stop=(), request_number=5)
     for count in counts:
         taken = [next(deltas) for _ in range(count)]
         deltas.close()
@@ -289,10 +293,10 @@ def in_parts(chat, question, counts, limit, *, between=lambda: None):
 def test_an_interrupted_answer_goes_on_with_the_tokens_of_a_whole_one(model, sampling):
     with open_tiny(model, sampling=sampling) as session:
         chat = session.chat(None)
-        whole = asked(chat, PROMPT, 50, noise_stream=5).token_ids
+        whole = asked(chat, PROMPT, 50, request_number=5).token_ids
         messages = chat.messages
         assert len(whole) > 30
-        for counts, between in (((1,), session.reset), ((2, 1, 1), lambda: None), ((7, 3), session.reset)):
+        for counts, between in (((1,), session.reset), ((2, 1, 1), lambda: None), ((3, 2), session.reset)):
             chat.reset()
             assert in_parts(chat, PROMPT, counts, 50, between=between) == whole
             assert chat.messages == messages
@@ -303,10 +307,10 @@ def test_an_answer_that_was_interrupted_before_its_first_token_goes_on(sampling)
         raise KeyboardInterrupt
 
     chat = sampling.chat(None)
-    whole = asked(chat, PROMPT, 20, noise_stream=5).token_ids
+    whole = asked(chat, PROMPT, 20, request_number=5).token_ids
     chat.reset()
     with pytest.raises(KeyboardInterrupt):
-        asked(chat, PROMPT, 20, noise_stream=5, on_prefill=interrupt)
+        asked(chat, PROMPT, 20, request_number=5, on_prefill=interrupt)
     assert chat.messages == ()
     assert Answer(chat.resume(max_new_tokens=20)).token_ids == whole
     assert len(chat.messages) == 2
@@ -314,10 +318,10 @@ def test_an_answer_that_was_interrupted_before_its_first_token_goes_on(sampling)
 
 def test_an_answer_that_length_ended_goes_on(sampling):
     chat = sampling.chat(None)
-    whole = asked(chat, PROMPT, 40, noise_stream=5)
+    whole = asked(chat, PROMPT, 40, request_number=5)
     text = chat.messages[-1]["content"]
     chat.reset()
-    first = asked(chat, PROMPT, 13, noise_stream=5)
+    first = asked(chat, PROMPT, 13, request_number=5)
     known = chat.unfinished
     second = Answer(chat.resume(max_new_tokens=27))
     assert first.token_ids + second.token_ids == whole.token_ids
@@ -365,13 +369,44 @@ def test_a_context_that_is_full_has_room_again_after_a_drop(session):
     assert chat.messages[-1]["content"].startswith(said.rstrip("\ufffd"))
 
 
+def seeds_of(session, chat, *steps):
+    """The seed of the noise after each step of a conversation."""
+    found = []
+    for step in steps:
+        step()
+        asked(chat, "Hello", 2)
+        found.append(chat._open.begun.sampler._seed)
+    return found
+
+
+def test_a_conversation_keeps_its_seed_until_it_goes_back(sampling):
+    sampling.set_sampling(replace(sampling.description.config.sampling, seed=77))
+    chat = sampling.chat(None)
+    first, second, reset, again, retried = seeds_of(
+        sampling,
+        chat,
+        lambda: None,
+        lambda: None,
+        chat.reset,
+        lambda: None,
+        lambda: chat.replace_messages(chat.messages[:-2]),
+    )
+    assert first == second == 77, (
+        "the first conversation has the session's seed, as a request by that seed has"
+    )
+    assert reset == again == derived_seed(77, 1)
+    assert retried == derived_seed(77, 2)
+    sampling.set_sampling(replace(sampling.description.config.sampling, seed=78))
+    assert seeds_of(sampling, chat, lambda: None) == [78]
+
+
 def test_both_arms_hold_the_same_conversation(sampling):
     outcomes = []
     for plain in (False, True):
         sampling.reset()
         chat = sampling.chat("Be brief.")
         outcomes.append(
-            [asked(chat, text, 20, plain=plain, noise_stream=4).outcome for text in ("One", "Two", "Three")]
+            [asked(chat, text, 20, plain=plain, request_number=4).outcome for text in ("One", "Two", "Three")]
         )
     assert outcomes[0] == outcomes[1]
 

@@ -49,12 +49,12 @@ def test_the_models_own_values_are_used_when_asked_for_and_flags_win(say):
             source="model", temperature=0.9, top_p=0.5, top_k=40, repetition_penalty=1.2, seed=3
         )
         arms = [
-            answer_to(session, "aaaa bbbb aaaa bbbb", 40, plain=plain, noise_stream=1)
+            answer_to(session, "aaaa bbbb aaaa bbbb", 40, plain=plain, request_number=1)
             for plain in (False, True)
         ]
         by_hand = {name: getattr(used, name) for name in ("temperature", "top_p", "top_k", "seed")}
     with open_tiny(model, sampling={**by_hand, "repetition_penalty": 1.2}) as session:
-        arms.append(answer_to(session, "aaaa bbbb aaaa bbbb", 40, noise_stream=1))
+        arms.append(answer_to(session, "aaaa bbbb aaaa bbbb", 40, request_number=1))
     assert arms[0].outcome == arms[1].outcome == arms[2].outcome
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from fake_gpu import make_layers
-from fakes import LateSteps
+from fakes import LateSteps, OneSequence
 from fakes_session import Shelf, answer_to, open_tiny
 from test_drafting_captured_steps import SAMPLERS, SIZES, step
 from test_modeling_substitute import layer_tensors
@@ -124,11 +124,11 @@ def test_captured_draft_steps_are_the_steps_themselves(tiny: Callable[..., Tiny]
     """Sizes come back, so that steps are replayed and not only captured; rounding is all that may differ."""
     model, notes, sampler = tiny("qwen2"), [], SAMPLERS[kind]()
     draft, (plain, kept) = on_gpu(model), (gpu_cache(model), gpu_cache(model))
-    late = make_draft_steps(
+    made = make_draft_steps(
         draft, kept, most_rows=4, vocab=VOCAB, device=CUDA, reporter=Reporter(note=notes.append)
     )
     assert not notes
-    direct, first = LateSteps(draft, plain), 0
+    late, direct, first = OneSequence(made, kept), OneSequence(LateSteps(draft), plain), 0
     for steps in (direct, late):
         steps.begin(sampler)
     for number, (rows, feeds) in enumerate(SIZES):

@@ -344,7 +344,7 @@ class Tiny:
         waiting = list(token_ids)
         while position < end:
             n = min(end, (position // chunk + 1) * chunk) - position
-            logits.append(decoder.forward(chunk_group(waiting[:n], position, decoder.rules), kv))
+            logits.append(decoder.forward(chunk_group(waiting[:n], position), kv))
             kv.commit(range(n), waiting[:n])
             waiting, position = waiting[n:], position + n
         return torch.cat(logits)

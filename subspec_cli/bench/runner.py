@@ -226,7 +226,7 @@ class _Run:
         self,
         session: Session,
         messages: Sequence[dict[str, str]],
-        noise_stream: int,
+        request_number: int,
         *,
         plain_first: bool,
         category: str,
@@ -235,7 +235,7 @@ class _Run:
         arms, link = dict[bool, ArmAnswer](), self._link
         for plain in (plain_first, not plain_first):
             before, disk_before = session.link_counters(), disk_read_bytes()
-            arms[plain] = answer = self._answer(session, messages, noise_stream, plain=plain)
+            arms[plain] = answer = self._answer(session, messages, request_number, plain=plain)
             if not plain:
                 link = self._link_after(session, before, disk_before)
             self._done += 1
@@ -263,11 +263,11 @@ class _Run:
         _generate(session, messages, 0, limit=min(_WARM_UP_TOKENS, self._limit), plain=False)
 
     def _answer(
-        self, session: Session, messages: Sequence[dict[str, str]], noise_stream: int, *, plain: bool
+        self, session: Session, messages: Sequence[dict[str, str]], request_number: int, *, plain: bool
     ) -> ArmAnswer:
         limit = self._plain_limit if plain else self._limit
         before = read_use()
-        answer = _generate(session, messages, noise_stream, limit=limit, plain=plain)
+        answer = _generate(session, messages, request_number, limit=limit, plain=plain)
         return dataclasses.replace(answer, use=read_use().since(before))
 
     def _count(self, tokenizer: ModelTokenizer) -> WantedTokens:
@@ -339,13 +339,13 @@ def run_bench(
 
 
 def _generate(
-    session: Session, messages: Sequence[dict[str, str]], noise_stream: int, *, limit: int, plain: bool
+    session: Session, messages: Sequence[dict[str, str]], request_number: int, *, limit: int, plain: bool
 ) -> ArmAnswer:
     """Answer the last message of a conversation from an empty cache."""
     session.reset()
     prompt = session.encode_messages(messages, system=session.description.config.run.system)
     deltas = list(
-        session.generate(prompt, max_new_tokens=limit, stop=(), plain=plain, noise_stream=noise_stream)
+        session.generate(prompt, max_new_tokens=limit, stop=(), plain=plain, request_number=request_number)
     )
     token_ids = tuple(token for delta in deltas for token in delta.token_ids)
     text = "".join(delta.text for delta in deltas)

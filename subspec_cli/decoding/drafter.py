@@ -6,13 +6,15 @@ target alone decides which tokens are emitted.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from subspec_cli.decoding.penalties import PathState
 from subspec_cli.decoding.sampler import Sampler
 from subspec_cli.decoding.tree import TokenTree
 from subspec_cli.decoding.verification import VerifyResult
+from subspec_cli.modeling.kv_cache import KVCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +23,7 @@ class Proposal:
 
     tree: TokenTree
     draft_steps: int = 0
-    """Serial draft steps."""
+    """Serial draft steps with rows of the tree, which may have rows of other trees too."""
     cost_s: float = 0.0
     """Their cost at the policy's prices."""
     ready_nodes: int = 0
@@ -35,17 +37,9 @@ class Proposal:
 class Draft(Protocol):
     """The drafting for one answer."""
 
-    def grow(self, root_token: int, tokens_wanted: int, state: PathState | None = None) -> Proposal:
-        """Return a tree under `root_token`, the newest emitted token; `tokens_wanted` more tokens may follow it.
-
-        `state` is what penalties know behind the root; a draft may guess by it.
-
-        The tree's `N` nodes may write scratch rows `[committed, committed + N)` of the KV cache.
-        """
-        ...
-
-    def work_in_shadow(self, layer: int) -> int:
-        """Run the draft steps that are planned after `layer` of the pass; return how many there were."""
+    @property
+    def shadow_steps(self) -> int:
+        """Steps with rows of this answer in the shadow of the pass under way, or of the last one."""
         ...
 
     def learn(self, result: VerifyResult, *, ends: bool) -> None:
@@ -56,33 +50,60 @@ class Draft(Protocol):
         ...
 
 
-class Drafter(Protocol):
-    """Begins the drafting for each answer."""
+DraftT = TypeVar("DraftT", bound=Draft)
 
-    def begin(self, sampler: Sampler) -> Draft:
-        """Begin an answer whose tokens `sampler` picks; the drafting for earlier answers ends."""
+
+@dataclass(frozen=True, slots=True)
+class TreeOrder(Generic[DraftT]):
+    """A tree that is wanted for an answer."""
+
+    draft: DraftT
+    root_token: int
+    """The newest emitted token."""
+    tokens_wanted: int
+    """Tokens that may follow it."""
+    state: PathState | None = None
+    """What penalties know behind the root; a draft may guess by it."""
+
+
+class Drafter(Protocol[DraftT]):
+    """Begins the drafting for each answer, and grows the trees of all answers in flight."""
+
+    def begin(self, sampler: Sampler, kv: KVCache) -> DraftT:
+        """Begin an answer over a cache, whose tokens `sampler` picks; earlier drafting over it ends."""
+        ...
+
+    def grow(self, orders: Sequence[TreeOrder[DraftT]]) -> list[Proposal]:
+        """Return a tree under each root, in order: those of one pass.
+
+        A tree's `N` nodes may write scratch rows `[committed, committed + N)` of its answer's cache.
+        """
+        ...
+
+    def work_in_shadow(self, layer: int) -> None:
+        """Run the draft steps that are planned after `layer` of the pass over the trees that were grown last."""
         ...
 
 
-class PlainDrafter:
-    """Plain decoding: every tree is a root alone, so every pass emits one token."""
+class PlainDraft:
+    """Nothing is drafted for an answer."""
 
-    def begin(self, sampler: Sampler) -> PlainDrafter:  # noqa: ARG002
-        """Return itself: there is no state."""
-        return self
-
-    def grow(
-        self,
-        root_token: int,
-        tokens_wanted: int,  # noqa: ARG002
-        state: PathState | None = None,  # noqa: ARG002
-    ) -> Proposal:
-        """Return the root alone."""
-        return Proposal(TokenTree((root_token,), (-1,), (0,), (0.0,)))
-
-    def work_in_shadow(self, layer: int) -> int:  # noqa: ARG002
-        """Run no draft step."""
-        return 0
+    shadow_steps = 0
 
     def learn(self, result: VerifyResult, *, ends: bool) -> None:
-        """Learn nothing: nothing was drafted."""
+        """Learn nothing."""
+
+
+class PlainDrafter:
+    """Plain decoding: every tree is a root alone, so every pass emits one token of each answer."""
+
+    def begin(self, sampler: Sampler, kv: KVCache) -> PlainDraft:  # noqa: ARG002
+        """Return a draft without state."""
+        return PlainDraft()
+
+    def grow(self, orders: Sequence[TreeOrder[PlainDraft]]) -> list[Proposal]:
+        """Return the roots alone."""
+        return [Proposal(TokenTree((order.root_token,), (-1,), (0,), (0.0,))) for order in orders]
+
+    def work_in_shadow(self, layer: int) -> None:
+        """Run no draft step."""

@@ -1,6 +1,6 @@
-"""The decode loop: draft a tree, verify it in one target pass, commit the accepted rows, emit, repeat.
+"""The decode loop: draft trees, verify them in one target pass, commit the accepted rows, emit, repeat.
 
-While the pass waits for weights, planned draft steps look beyond the tree. The engine knows tensors, trees and one
+While the pass waits for weights, planned draft steps look beyond the trees. The engine knows tensors, trees and one
 drafter; it knows nothing of costs, files or consoles.
 """
 
@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from subspec_cli.decoding.drafter import Draft, Drafter
-from subspec_cli.decoding.meter import PromptMeter, RoundMeter
+from subspec_cli.decoding.drafter import Draft, Drafter, Proposal, TreeOrder
+from subspec_cli.decoding.meter import OwnCounts, PromptMeter, RoundMeter
 from subspec_cli.decoding.penalties import NO_PENALTIES, PathState, Penalties, begin_path
-from subspec_cli.decoding.row_groups import prompt_groups, prompt_passes, tree_group
+from subspec_cli.decoding.row_groups import prompt_groups, tree_group
 from subspec_cli.decoding.sampler import Sampler, sample_token
 from subspec_cli.decoding.text import StopRule
 from subspec_cli.decoding.tree import TokenTree
@@ -25,6 +26,7 @@ from subspec_cli.metrics import FinishReason, GenerationStats, OnPrefill
 from subspec_cli.modeling.decoder import TargetDecoder
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.row_group import RowGroup
+from subspec_cli.modeling.target_flow import SequenceRows
 from subspec_cli.streaming.streamer import StreamCounters
 from subspec_cli.units import counted
 
@@ -53,138 +55,250 @@ class PassOutput:
     """Totals of the answer so far."""
 
 
-@dataclass(slots=True)
-class _Answer:
-    """An answer in flight. Its newest token is the root of the next tree and is not in the cache yet."""
+class Answer:
+    """An answer in flight: `Engine.join` begins it, and `Engine.round` goes on with it.
 
-    request: Request
-    draft: Draft
-    output: PassOutput
-    state: PathState | None
-    """What penalties know behind the newest token; None without penalties."""
+    Once it has a token, the newest one is the root of the next tree and is not in the cache yet.
+    """
+
+    def __init__(self, request: Request, kv: KVCache, draft: Draft, meter: PromptMeter, reused: int) -> None:
+        self.request = request
+        self.kv = kv
+        self.draft = draft
+        self.prompt = request.prompt_ids + request.given_ids
+        """The tokens to read before the first token of the answer."""
+        self.reused = reused
+        """Tokens of the prompt that were in the cache already."""
+        self.meter = meter
+        self.prompt_passes = 0
+        self.output: PassOutput | None = None
+        """The newest one; None while the prompt is read."""
+        self.state: PathState | None = None
+        """What penalties know behind the newest token; None without penalties."""
 
     @property
-    def tokens_wanted(self) -> int:
-        return self.request.max_new_tokens - self.output.stats.new_tokens
+    def is_reading(self) -> bool:
+        """Whether rows of the prompt are still to be computed."""
+        return self.output is None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the last token is there."""
+        return self.output is not None and self.output.finish_reason is not None
+
+    @property
+    def chunks(self) -> Iterator[RowGroup]:
+        """The chunks of the prompt that are still to be read."""
+        return prompt_groups(self.prompt, self.kv.committed)
+
+    def order(self) -> TreeOrder[Draft]:
+        """Return what tree is wanted next."""
+        assert self.output is not None
+        wanted = self.request.max_new_tokens - self.output.stats.new_tokens
+        return TreeOrder(self.draft, self.output.token_ids[-1], wanted, self.state)
+
+
+class _Reading(NamedTuple):
+    """Chunks of a prompt that are read in one pass."""
+
+    answer: Answer
+    groups: list[RowGroup]
+
+    @property
+    def end(self) -> int:
+        """Position behind the last row."""
+        return self.groups[-1].start + self.groups[-1].rows
 
 
 class Engine:
-    """Generates with one target, one KV cache and one drafter."""
+    """Generates with one target and one drafter; every answer has a KV cache of its own.
+
+    The unit of work is a round: the trees of all answers that have a token, and chunks of prompts that are still to
+    be read, go through one pass of the target's weights. Answers join and leave between rounds. No row depends on the
+    rows beside it, so an answer's tokens do not depend on its company.
+    """
 
     def __init__(
         self,
         target: TargetDecoder,
-        kv: KVCache,
-        drafter: Drafter,
+        drafter: Drafter[Any],
         *,
         counters: Callable[[], StreamCounters],
         prompt_rows: int,
+        company_rows: int = 0,
     ) -> None:
-        """`prompt_rows` bounds the prompt rows of one pass; a pass has at least one chunk of a prompt."""
-        self._prompt_rows = prompt_rows
+        """A pass has at least one chunk of a prompt, if there is one.
+
+        Args:
+            target: the exact model.
+            drafter: drafts for all answers.
+            counters: totals of the stream of weights.
+            prompt_rows: most prompt rows of a pass without trees.
+            company_rows: most prompt rows of a pass with trees.
+        """
         self._target = target
-        self._kv = kv
         self._drafter = drafter
         self._counters = counters
+        self._prompt_rows = prompt_rows
+        self._company_rows = company_rows
 
-    def generate(self, request: Request, on_prefill: OnPrefill | None = None) -> Iterator[PassOutput]:
-        """Prefill, then run rounds until the stop rule or the limit ends the answer.
+    def generate(
+        self, request: Request, kv: KVCache, on_prefill: OnPrefill | None = None
+    ) -> Iterator[PassOutput]:
+        """Answer one request alone, over a cache that may hold a prefix of its prompt.
 
         `on_prefill` receives how far the prompt is read. Afterwards, and also if the consumer leaves early, the cache
         holds prompt + emitted - 1 rows.
         """
-        in_flight = [self._prefill(request, on_prefill)]
-        yield in_flight[0].output
-        while in_flight := [answer for answer in in_flight if answer.output.finish_reason is None]:
-            meter = RoundMeter(self._counters, self._kv.committed)
-            with meter.timed("draft"):
-                proposals = [
-                    answer.draft.grow(answer.output.token_ids[-1], answer.tokens_wanted, answer.state)
-                    for answer in in_flight
-                ]
-            with meter.timed("verify"):
-                results = self._verify(in_flight, [proposal.tree for proposal in proposals], meter)
-            for answer, proposal, result in zip(in_flight, proposals, results, strict=True):
-                token_ids, finish_reason = self._commit(proposal.tree, result, answer.request.stop)
-                answer.state = None if answer.state is None else answer.state.after(*token_ids)
-                answer.draft.learn(result, ends=finish_reason is not None)
-                stats = answer.output.stats.after_pass(meter.stats(proposal, result, len(token_ids)))
-                answer.output = PassOutput(token_ids, finish_reason, stats)
-                yield answer.output
+        answer = self.join(request, kv, on_prefill)
+        while not answer.has_ended:
+            for _, output in self.round([answer]):
+                yield output
 
-    def _verify(
-        self, in_flight: Sequence[_Answer], trees: Sequence[TokenTree], meter: RoundMeter
-    ) -> list[VerifyResult]:
-        """Run one pass over the trees of all answers, and draft in its shadow."""
-        (answer,), (tree,) = in_flight, trees  # the cache holds one sequence
-        logits = self._target_pass(tree, answer.draft, meter)
-        return [verify(tree, logits, answer.request.sampler, self._kv.committed, answer.state)]
+    def join(self, request: Request, kv: KVCache, on_prefill: OnPrefill | None = None) -> Answer:
+        """Begin an answer over a cache that no other answer in flight has; the next rounds read its prompt.
 
-    def _target_pass(self, tree: TokenTree, draft: Draft, meter: RoundMeter) -> Tensor:
-        """Return the target's logits `[N, V]` of a tree's `N` nodes."""
-        flow = self._target.begin([tree_group(tree, self._kv.committed, self._target.rules)], self._kv)
-        # Closed at once when a block fails or the user interrupts: the next pass starts at the first block.
-        with closing(self._target.layers(flow)) as layers:
-            for layer in layers:
-                with meter.timed("shadow"):
-                    meter.add_shadow_steps(draft.work_in_shadow(layer))
-        return self._target.logits(flow)
-
-    def _commit(
-        self, tree: TokenTree, result: VerifyResult, stop: StopRule
-    ) -> tuple[tuple[int, ...], FinishReason | None]:
-        """Commit the accepted rows up to the token that ends the answer; return the tokens and the reason."""
-        token_ids, finish_reason = _clip(result.token_ids, stop)
-        kept = result.accepted_nodes[: len(token_ids)]
-        self._kv.commit(kept, [tree.token_ids[node] for node in kept])
-        return token_ids, finish_reason
-
-    def _prefill(self, request: Request, on_prefill: OnPrefill | None) -> _Answer:
-        """Compute the rows of prompt and given tokens that the cache lacks; the last row gives the next token."""
+        Raises UsageError if the context has no room for the prompt and a token.
+        """
         meter = PromptMeter(on_prefill)
-        draft = self._drafter.begin(request.sampler)
+        draft = self._drafter.begin(request.sampler, kv)
         prompt = request.prompt_ids + request.given_ids
-        if len(prompt) + 1 > self._kv.context:
+        if len(prompt) + 1 > kv.context:
             raise UsageError(
-                f"the prompt has {counted(len(prompt), 'token')}, the context holds {self._kv.context}",
+                f"the prompt has {counted(len(prompt), 'token')}, the context holds {kv.context}",
                 "shorten the prompt, or raise --context",
             )
         # Rotary positions and penalties tell a prompt from its answer, whoever computes the rows.
-        turned_anew = self._target.begin_answer(len(request.prompt_ids))
-        reused = 0 if turned_anew else min(common_prefix(prompt, self._kv.token_ids), len(prompt) - 1)
-        reused = self._kv.rewind(reused)
-        passes = prompt_passes(prompt_groups(prompt, reused, self._target.rules), self._prompt_rows)
-        for groups in passes:
-            self._kv.want_snapshot(groups[-1].start)
-            first, end = groups[0].start, groups[-1].start + groups[-1].rows
-            logits = self._prompt_pass(
-                groups, meter.pass_of(first - reused, end - reused, len(prompt) - reused)
+        turned_anew = self._target.begin_answer(kv, len(request.prompt_ids))
+        reused = 0 if turned_anew else min(common_prefix(prompt, kv.token_ids), len(prompt) - 1)
+        return Answer(request, kv, draft, meter, kv.rewind(reused))
+
+    def round(self, answers: Sequence[Answer]) -> Iterator[tuple[Answer, PassOutput]]:
+        """Run one pass for some answers in flight; yield what it emitted, by answer.
+
+        An answer that is still reading its prompt may emit nothing. If the round fails or is interrupted, answers
+        stay as they were before it, but for those whose output was yielded.
+        """
+        decoding = [answer for answer in answers if not answer.is_reading]
+        meter = RoundMeter(self._counters)
+        proposals: list[Proposal] = []
+        if decoding:
+            with meter.timed("draft"):
+                proposals = self._drafter.grow([answer.order() for answer in decoding])
+        readings = self._readings(answers, self._company_rows if decoding else self._prompt_rows)
+        trees = [proposal.tree for proposal in proposals]
+        with meter.timed("verify"):
+            read_rows, tree_rows = self._target_pass(readings, decoding, trees, meter)
+        for reading, row in zip(readings, read_rows, strict=True):
+            if (output := self._end_reading(reading, row)) is not None:
+                yield reading.answer, output
+        with meter.timed("verify"):
+            results = [
+                verify(tree, logits, answer.request.sampler, answer.kv.committed, answer.state)
+                for answer, tree, logits in zip(decoding, trees, tree_rows, strict=True)
+            ]
+        for answer, proposal, result in zip(decoding, proposals, results, strict=True):
+            yield answer, self._end_tree(answer, proposal, result, meter)
+
+    def _readings(self, answers: Sequence[Answer], most_rows: int) -> list[_Reading]:
+        """Return what is read of prompts: whole chunks, in the order of the answers, at least one if there is any."""
+        found: list[_Reading] = []
+        rows = 0
+        for answer in answers:
+            groups: list[RowGroup] = []
+            for group in answer.chunks if answer.is_reading else ():
+                if (found or groups) and rows + group.rows > most_rows:
+                    break
+                groups.append(group)
+                rows += group.rows
+            if groups:
+                found.append(_Reading(answer, groups))
+            if rows >= most_rows and found:
+                break
+        return found
+
+    def _target_pass(
+        self,
+        readings: Sequence[_Reading],
+        decoding: Sequence[Answer],
+        trees: Sequence[TokenTree],
+        meter: RoundMeter,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Return logits: the last row `[V]` of what is read of each prompt, and `[N, V]` of each tree's nodes."""
+        batches = [[SequenceRows(group, answer.kv)] for answer, groups in readings for group in groups]
+        if trees:
+            batches.append(
+                [
+                    SequenceRows(tree_group(tree, answer.kv.committed), answer.kv)
+                    for answer, tree in zip(decoding, trees, strict=True)
+                ]
             )
-            self._kv.commit(range(end - first), prompt[first:end])
-        self._kv.keep_snapshot()
-        row = host_row(logits[0], len(prompt) - 1)
-        state = begin_path(request.penalties, request.prompt_ids, len(row))
+        for reading in readings:
+            reading.answer.kv.want_snapshot(reading.groups[-1].start)
+        flow = self._target.begin(batches)
+        # Closed at once when a block fails or the user interrupts: the next pass starts at the first block.
+        with closing(self._target.layers(flow)) as layers:
+            for layer in layers:
+                for reading in readings:
+                    self._report(reading, (layer + 1) / self._target.layer_count)
+                if trees:
+                    with meter.timed("shadow"):
+                        self._drafter.work_in_shadow(layer)
+        wanted, number = [], -1
+        for reading in readings:
+            number += len(reading.groups)
+            wanted.append((number, slice(reading.groups[-1].rows - 1, reading.groups[-1].rows)))
+        sizes = [len(tree) for tree in trees]
+        if trees:
+            wanted.append((len(batches) - 1, slice(sum(sizes))))
+        logits = self._target.logits(flow, wanted)
+        return list(logits[: len(readings)]), list(logits[len(readings) :].split(sizes)) if trees else []
+
+    def _report(self, reading: _Reading, share: float) -> None:
+        answer = reading.answer
+        first, end = answer.kv.committed - answer.reused, reading.end - answer.reused
+        answer.meter.report(first + share * (end - first), len(answer.prompt) - answer.reused)
+
+    def _end_reading(self, reading: _Reading, row: Tensor) -> PassOutput | None:
+        """Commit the rows that were read; at the prompt's end, emit the first token."""
+        answer, kv = reading.answer, reading.answer.kv
+        request, prompt = answer.request, answer.prompt
+        last = reading.end == len(prompt)
+        logits = host_row(row, len(prompt) - 1) if last else None
+        rows = prompt[kv.committed : reading.end]
+        kv.commit(range(len(rows)), rows)
+        answer.prompt_passes += 1
+        if logits is None:
+            return None
+        kv.keep_snapshot()
+        state = begin_path(request.penalties, request.prompt_ids, len(logits))
         state = None if state is None else state.after(*request.given_ids)
-        token = sample_token(request.sampler, row, len(prompt), state)
-        state = None if state is None else state.after(token)
+        token = sample_token(request.sampler, logits, len(prompt), state)
+        answer.state = None if state is None else state.after(token)
         stats = GenerationStats().after_prefill(
             prompt_tokens=len(prompt),
-            prefilled_tokens=len(prompt) - reused,
-            prefill_passes=len(passes),
-            ttft_s=meter.elapsed_s(),
+            prefilled_tokens=len(prompt) - answer.reused,
+            prefill_passes=answer.prompt_passes,
+            ttft_s=answer.meter.elapsed_s(),
         )
-        return _Answer(request, draft, PassOutput((token,), request.stop.feed(token), stats), state)
+        answer.output = PassOutput((token,), request.stop.feed(token), stats)
+        return answer.output
 
-    def _prompt_pass(self, groups: Sequence[RowGroup], on_layers: Callable[[float], None]) -> Tensor:
-        """Run chunks of a prompt through all layers; return the logits `[1, V]` of the last row.
-
-        `on_layers` receives the share of the layers that is done.
-        """
-        flow = self._target.begin(groups, self._kv)
-        with closing(self._target.layers(flow)) as layers:
-            for done, _ in enumerate(layers, start=1):
-                on_layers(done / self._target.layer_count)
-        return self._target.logits(flow, logits_from=groups[-1].rows - 1)
+    def _end_tree(
+        self, answer: Answer, proposal: Proposal, result: VerifyResult, meter: RoundMeter
+    ) -> PassOutput:
+        """Commit the accepted rows up to the token that ends the answer, and emit the tokens."""
+        assert answer.output is not None
+        tree, cached_rows, shadow_steps = proposal.tree, answer.kv.committed, answer.draft.shadow_steps
+        token_ids, finish_reason = _clip(result.token_ids, answer.request.stop)
+        kept = result.accepted_nodes[: len(token_ids)]
+        answer.kv.commit(kept, [tree.token_ids[node] for node in kept])
+        answer.state = None if answer.state is None else answer.state.after(*token_ids)
+        answer.draft.learn(result, ends=finish_reason is not None)
+        own = OwnCounts(len(token_ids), cached_rows, shadow_steps)
+        stats = answer.output.stats.after_pass(meter.stats(proposal, result, own))
+        answer.output = PassOutput(token_ids, finish_reason, stats)
+        return answer.output
 
 
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from subspec_cli.decoding.drafter import Proposal
 from subspec_cli.decoding.verification import VerifyResult
@@ -26,26 +26,31 @@ class PromptMeter:
         """Return the seconds since the meter was created."""
         return time.perf_counter() - self._started
 
-    def pass_of(self, first: int, end: int, tokens: int) -> Callable[[float], None]:
-        """Return the report of one pass over tokens `[first, end)` of `tokens`, by the share of its layers."""
+    def report(self, done_tokens: float, tokens: int) -> None:
+        """Report how many of the prompt's tokens are read."""
+        if self._on_prefill is not None:
+            self._on_prefill(PrefillProgress(done_tokens, tokens, self.elapsed_s()))
 
-        def report(share: float) -> None:
-            if self._on_prefill is not None:
-                self._on_prefill(PrefillProgress(first + share * (end - first), tokens, self.elapsed_s()))
 
-        return report
+class OwnCounts(NamedTuple):
+    """What a round did for one of its answers."""
+
+    emitted: int
+    """Tokens."""
+    cached_rows: int
+    """Rows of its cache that the pass read."""
+    shadow_steps: int
+    """Draft steps with its rows that ran while the pass waited for weights."""
 
 
 class RoundMeter:
-    """Measures one round from its creation on; `cached_rows` are those that its pass reads."""
+    """Measures one round from its creation on."""
 
-    def __init__(self, counters: Callable[[], StreamCounters], cached_rows: int) -> None:
-        self._cached_rows = cached_rows
+    def __init__(self, counters: Callable[[], StreamCounters]) -> None:
         self._counters = counters
         self._link = counters()
         self._started = time.perf_counter()
         self._spent_s: dict[Phase, float] = {"draft": 0.0, "verify": 0.0, "shadow": 0.0}
-        self._shadow_steps = 0
 
     @contextmanager
     def timed(self, phase: Phase) -> Iterator[None]:
@@ -56,25 +61,21 @@ class RoundMeter:
         finally:
             self._spent_s[phase] += time.perf_counter() - started
 
-    def add_shadow_steps(self, count: int) -> None:
-        """Count draft steps that ran while the pass waited for weights."""
-        self._shadow_steps += count
-
-    def stats(self, proposal: Proposal, result: VerifyResult, emitted: int) -> PassStats:
-        """Return the statistics of the round so far, for one answer that emitted `emitted` tokens."""
+    def stats(self, proposal: Proposal, result: VerifyResult, own: OwnCounts) -> PassStats:
+        """Return the statistics of the round so far for one answer. Times and bytes are the whole round's."""
         moved = self._counters().since(self._link)
         return PassStats(
             drafted=len(proposal.tree) - 1,
             accepted=result.accepted,
-            emitted=emitted,
+            emitted=own.emitted,
             depth=proposal.tree.depth,
             ready_nodes=proposal.ready_nodes,
             shadow_levels=proposal.ready_levels,
             useful_shadow_steps=proposal.useful_shadow_steps,
-            cached_rows=self._cached_rows,
+            cached_rows=own.cached_rows,
             decode_time_s=time.perf_counter() - self._started,
             draft_steps=proposal.draft_steps,
-            shadow_steps=self._shadow_steps,
+            shadow_steps=own.shadow_steps,
             draft_cost_s=proposal.cost_s,
             draft_time_s=self._spent_s["draft"],
             verify_time_s=self._spent_s["verify"],

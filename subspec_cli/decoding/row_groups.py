@@ -8,15 +8,14 @@ import torch
 
 from subspec_cli.decoding.tree import TokenTree
 from subspec_cli.limits import PREFILL_CHUNK
-from subspec_cli.modeling.row_group import RowGroup, chunk_group, padded_ids
-from subspec_cli.modeling.row_rules import RowRules
+from subspec_cli.modeling.row_group import RowGroup, chunk_group
 
 
-def prompt_groups(token_ids: Sequence[int], start: int, rules: RowRules) -> Iterator[RowGroup]:
+def prompt_groups(token_ids: Sequence[int], start: int) -> Iterator[RowGroup]:
     """Yield the chunks of a prompt's tokens from position `start` on; they end at multiples of one constant."""
     while start < len(token_ids):
         end = (start // PREFILL_CHUNK + 1) * PREFILL_CHUNK
-        yield chunk_group(token_ids[start:end], start, rules)
+        yield chunk_group(token_ids[start:end], start)
         start = end
 
 
@@ -33,10 +32,10 @@ def prompt_passes(groups: Iterable[RowGroup], most_rows: int) -> list[list[RowGr
     return passes
 
 
-def tree_group(tree: TokenTree, committed: int, rules: RowRules) -> RowGroup:
+def tree_group(tree: TokenTree, committed: int) -> RowGroup:
     """Return a tree in scratch rows from `committed` on; a node attends to the prefix, its ancestors and itself."""
     return RowGroup(
-        padded_ids(tree.token_ids, rules),
+        torch.tensor(tree.token_ids),
         torch.tensor(tree.depths) + committed,
         committed,
         tree.ancestor_mask(),

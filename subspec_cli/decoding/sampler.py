@@ -1,13 +1,14 @@
 """One pure function picks every token, greedy or sampled: `sample_token(sampler, logits_row, position)`.
 
 Sampling uses the Gumbel-max trick: argmax of filtered logits / temperature + Gumbel noise is an exact draw from the
-filtered softmax. The noise is a counter-based function of (seed, noise stream, position), so plain and speculative
-decoding draw the same token from the same logits. The draft adds the same noise to its own logits to predict the
-target's draw ("coupling without communication", Daliri et al.).
+filtered softmax. The noise is a counter-based function of (seed, choice, position), so plain and speculative decoding
+draw the same token from the same logits, alone or beside other requests. The draft adds the same noise to its own
+logits to predict the target's draw ("coupling without communication", Daliri et al.).
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from subspec_cli.config import SamplingConfig
 from subspec_cli.decoding.penalties import PathState
-from subspec_cli.limits import NOISE_ROWS
+from subspec_cli.limits import NOISE_ROWS, SEED_BITS
 
 Row = NDArray[np.float64]
 _LEAST_TEMPERATURE: Final = 1e-200
@@ -80,13 +81,13 @@ class GreedySampler:
 class GumbelSampler:
     """Samples exactly at a temperature, with top-k and top-p."""
 
-    def __init__(self, sampling: SamplingConfig, seed: int, noise_stream: int) -> None:
+    def __init__(self, sampling: SamplingConfig, seed: int, choice: int) -> None:
         assert sampling.temperature > 0
         self.temperature = max(sampling.temperature, _LEAST_TEMPERATURE)
         filters = Filters(sampling.top_k, sampling.top_p, sampling.min_p)
         self.filters = None if filters == Filters(0, 1.0) else filters
         self._seed = seed
-        self._request = noise_stream
+        self._choice = choice
         self._noise: OrderedDict[int, Row] = OrderedDict()
 
     def scores(self, logits: Row, position: int) -> Row:
@@ -101,24 +102,35 @@ class GumbelSampler:
     def noise(self, position: int, vocab: int) -> Row:
         """Return standard Gumbel noise `[V]`; the noise of the last positions is cached."""
         if position not in self._noise:
-            self._noise[position] = gumbel_noise(self._seed, self._request, position, vocab)
+            self._noise[position] = gumbel_noise(self._seed, self._choice, position, vocab)
             if len(self._noise) > NOISE_ROWS:
                 self._noise.popitem(last=False)
         return self._noise[position]
 
 
-def make_sampler(sampling: SamplingConfig, seed: int, noise_stream: int) -> Sampler:
-    """Return the sampler of one answer; the number `noise_stream` keeps the noise of reused positions distinct."""
-    return GreedySampler() if sampling.is_greedy else GumbelSampler(sampling, seed, noise_stream)
+def make_sampler(sampling: SamplingConfig, seed: int, choice: int = 0) -> Sampler:
+    """Return the sampler of one answer; `choice` is its number among the answers to one request."""
+    return GreedySampler() if sampling.is_greedy else GumbelSampler(sampling, seed, choice)
 
 
-def gumbel_noise(seed: int, noise_stream: int, position: int, vocab: int) -> Row:
+def derived_seed(seed: int, number: int) -> int:
+    """Return the seed of a request that has none of its own, by its number under another seed.
+
+    Number 0 has that seed itself, so a program's first request equals one that names the seed.
+    """
+    if number == 0:
+        return seed
+    digest = hashlib.sha256(f"subspec request {number} of seed {seed}".encode()).digest()
+    return int.from_bytes(digest[:8]) >> (64 - SEED_BITS)
+
+
+def gumbel_noise(seed: int, choice: int, position: int, vocab: int) -> Row:
     """Return the standard Gumbel noise `[vocab]` of one position, the same on every machine.
 
-    Philox with key = seed and counter = (noise stream, position). Distinct counters never share a block, because the
+    Philox with key = seed and counter = (choice, position). Distinct counters never share a block, because the
     generator moves only the lowest of the four counter words.
     """
-    bits = Philox(key=seed, counter=[0, position, noise_stream, 0])
+    bits = Philox(key=seed, counter=[0, position, choice, 0])
     uniform = Generator(bits).random(vocab)
     # random() may return 0; the smallest positive double replaces it, far below any value that can be drawn.
     return -np.log(-np.log(np.maximum(uniform, np.finfo(np.float64).tiny)))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Final, Literal, NamedTuple
 
@@ -26,6 +27,7 @@ from subspec_cli.drafting.draft_steps import (
     Feed,
     Found,
     Sampling,
+    StepPart,
     penalty_numbers,
     rank,
     sampling_rule,
@@ -33,6 +35,7 @@ from subspec_cli.drafting.draft_steps import (
 from subspec_cli.drafting.graph_capture import CudaGraphs, Graphs, Run
 from subspec_cli.drafting.step_buffers import TURNS, MappedTensor, NoiseRing, StepBuffers
 from subspec_cli.modeling.decoder import DraftDecoder
+from subspec_cli.modeling.draft_rows import DraftRows
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.token_batch import TokenBatch
 from subspec_cli.reporter import Reporter
@@ -81,27 +84,27 @@ class GraphCache:
         return self._graphs.mark()
 
 
-class CapturedSteps:
-    """Launches draft steps as CUDA graphs; one more step may be started before the last one is read."""
+@dataclass(frozen=True, slots=True)
+class StepSizes:
+    """What bounds the memory of captured steps."""
 
-    ahead: Literal[0, 1] = 1
+    most_rows: int
+    """Rows of one sequence in a step."""
+    vocab: int
+
+
+class CapturedSequence:
+    """One sequence's steps as CUDA graphs over its own cache and buffers."""
 
     def __init__(
-        self,
-        draft: DraftDecoder,
-        kv: KVCache,
-        graphs: Graphs,
-        *,
-        most_rows: int,
-        vocab: int,
-        device: torch.device,
+        self, draft: DraftDecoder, kv: KVCache, graphs: Graphs, sizes: StepSizes, device: torch.device
     ) -> None:
-        self.draft = draft
+        self._draft = draft
         self._kv = kv
-        self._vocab = vocab
+        self._vocab = sizes.vocab
         self._sampler: Sampler = GreedySampler()
-        self._buffers = StepBuffers(most_rows, min(RANKED, vocab), kv.capacity, device)
-        self._noise = NoiseRing(vocab, device)
+        self._buffers = StepBuffers(sizes.most_rows, min(RANKED, sizes.vocab), kv.capacity, device)
+        self._noise = NoiseRing(sizes.vocab, device)
         self._device = device
         self._penalty: MappedTensor | None = None
         """Of `penalty_numbers`; allocated when a state first has any."""
@@ -171,7 +174,7 @@ class CapturedSteps:
             buffers.allowed.gpu[:, :rows, :columns].index_select(0, turn)[0] != 0,
             buffers.key_positions.gpu[:, :columns].index_select(0, turn)[0].long(),
         )
-        found = self.draft.run(self.draft.embed(token_ids), batch, self._kv)
+        found = self._draft.run(self._draft.embed(token_ids), [DraftRows(batch, self._kv)])
         penalty = self._penalty.gpu if kind.is_penalized and self._penalty is not None else None
         ids, scores = rank(found, self._sampling(kind.rule, noise_places), penalty)
         buffers.last_found[: ids.numel()] = ids.flatten()
@@ -185,6 +188,44 @@ class CapturedSteps:
         noise = self._noise.gpu.index_select(0, noise_places)
         numbers = self._buffers.rule.gpu.index_select(0, self._buffers.turn)[0]
         return Sampling(noise, numbers, rule == "filtered")
+
+
+class CapturedSteps:
+    """Launches draft steps as CUDA graphs, one for each sequence; one more may be started before the last is read."""
+
+    ahead: Literal[0, 1] = 1
+
+    def __init__(
+        self, draft: DraftDecoder, graphs: Callable[[], Graphs], sizes: StepSizes, device: torch.device
+    ) -> None:
+        """`graphs` makes the captures of a sequence, which keep to its cache."""
+        self.draft = draft
+        self._new_graphs = graphs
+        self._sizes = sizes
+        self._device = device
+        self._sequences: dict[KVCache, CapturedSequence] = {}
+        self._unread: deque[list[CapturedSequence]] = deque()
+
+    def begin(self, kv: KVCache, sampler: Sampler) -> CapturedSequence:
+        """Return the cache's sequence, which starts over; no other sequence has steps in flight."""
+        self._unread.clear()
+        if kv not in self._sequences:
+            self._sequences[kv] = CapturedSequence(
+                self.draft, kv, self._new_graphs(), self._sizes, self._device
+            )
+        self._sequences[kv].begin(sampler)
+        return self._sequences[kv]
+
+    def start(self, parts: Sequence[StepPart]) -> None:
+        """Launch the parts one after another, each behind the step in flight."""
+        sequences = [part.sequence for part in parts if isinstance(part.sequence, CapturedSequence)]
+        for sequence, part in zip(sequences, parts, strict=True):
+            sequence.start(part.batch, part.feeds)
+        self._unread.append(sequences)
+
+    def read(self) -> list[Found]:
+        """Wait for the oldest step in flight and return what it found, by its parts."""
+        return [sequence.read() for sequence in self._unread.popleft()]
 
 
 def make_draft_steps(
@@ -201,14 +242,14 @@ def make_draft_steps(
     If capturing fails, steps are launched directly and `reporter` gets a note with the reason. OutOfMemoryError is
     raised.
     """
-    direct = DirectSteps(draft, kv)
+    direct = DirectSteps(draft)
     if device.type == "cpu" or kv.recurrent is not None:
         return direct  # a step of recurrent layers reads where the committed state ends on the host
     try:
-        steps = CapturedSteps(draft, kv, CudaGraphs(device), most_rows=most_rows, vocab=vocab, device=device)
+        steps = CapturedSteps(draft, partial(CudaGraphs, device), StepSizes(most_rows, vocab), device)
         zero = torch.zeros(1, dtype=torch.long)
         first = TokenBatch(zero, zero, 0, torch.ones((1, 1), dtype=torch.bool), zero)
-        steps.start(first, [None])
+        steps.start([StepPart(steps.begin(kv, GreedySampler()), first, [None])])
         steps.read()
     except torch.OutOfMemoryError:
         raise

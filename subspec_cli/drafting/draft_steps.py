@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from subspec_cli.decoding.penalties import PathState
-from subspec_cli.decoding.sampler import Filters, GreedySampler, Row, Sampler
+from subspec_cli.decoding.sampler import Filters, Row, Sampler
 from subspec_cli.modeling.decoder import DraftLogits
+from subspec_cli.modeling.draft_rows import DraftRows, places_of
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.token_batch import TokenBatch
 from subspec_cli.streaming.mapped_memory import shared_with_gpu
@@ -59,8 +60,8 @@ class Feed(NamedTuple):
 class DraftModel(Protocol):
     """The model that drafts."""
 
-    def forward(self, batch: TokenBatch, kv: KVCache) -> DraftLogits:
-        """Run one draft step over unpadded rows."""
+    def forward(self, rows: Sequence[DraftRows]) -> DraftLogits:
+        """Run one draft step over unpadded rows of some sequences, one sequence after another."""
         ...
 
 
@@ -74,17 +75,8 @@ class Found:
     """`[N, K]`; not finite where nothing is proposed."""
 
 
-class DraftSteps(Protocol):
-    """Starts draft steps and reads what they found, in order."""
-
-    @property
-    def ahead(self) -> Literal[0, 1]:
-        """Most steps that may be in flight unread when another is started."""
-        ...
-
-    def begin(self, sampler: Sampler) -> None:
-        """Let the steps to come guess what `sampler` picks; steps that were not read are dropped."""
-        ...
+class SequenceSteps(Protocol):
+    """One sequence's part in draft steps: its cache, and what its rows guess by."""
 
     def penalize(self, state: PathState | None) -> None:
         """Let the steps to come guess by what penalties know behind the root; None ends it.
@@ -93,16 +85,56 @@ class DraftSteps(Protocol):
         """
         ...
 
-    def start(self, batch: TokenBatch, feeds: Sequence[Feed | None]) -> None:
-        """Start a step over a batch on the host; it writes draft-made keys and values to scratch rows.
 
-        A row with a feed takes its token from the previous step, in place of the batch's token.
-        """
+class StepPart(NamedTuple):
+    """One sequence's rows of a draft step."""
+
+    sequence: SequenceSteps
+    batch: TokenBatch
+    """On the host."""
+    feeds: Sequence[Feed | None]
+    """By row. A row with a feed takes its token from the sequence's part of the previous step, not from the batch."""
+
+
+class DraftSteps(Protocol):
+    """Starts draft steps over rows of some sequences, and reads what they found, in order."""
+
+    @property
+    def ahead(self) -> Literal[0, 1]:
+        """Most steps that may be in flight unread when another is started."""
         ...
 
-    def read(self) -> Found:
-        """Return the result of the oldest step that was not read."""
+    def begin(self, kv: KVCache, sampler: Sampler) -> SequenceSteps:
+        """Begin an answer over a cache, whose tokens `sampler` picks; steps that were not read are dropped."""
         ...
+
+    def start(self, parts: Sequence[StepPart]) -> None:
+        """Start a step over rows of some sequences; it writes draft-made keys and values to their scratch rows."""
+        ...
+
+    def read(self) -> list[Found]:
+        """Return the result of the oldest step that was not read, by its parts."""
+        ...
+
+
+@dataclass(slots=True)
+class DirectSequence:
+    """A sequence in steps that are computed when they are started."""
+
+    kv: KVCache
+    sampler: Sampler
+    penalty: Tensor | None = None
+
+    def penalize(self, state: PathState | None) -> None:
+        """Keep the state's numbers."""
+        self.penalty = None if state is None else penalty_numbers(state)
+
+    def ranked(self, batch: TokenBatch, logits: DraftLogits) -> Found:
+        """Rank what the draft found for the sequence's rows."""
+        if self.penalty is not None:
+            self.penalty = shared_with_gpu(self.penalty, logits.logits.device)
+        ids, scores = rank(logits, sampling_of(self.sampler, batch, logits.logits), self.penalty)
+        return Found(ids.cpu().numpy(), scores.double().cpu().numpy())
 
 
 class DirectSteps:
@@ -110,33 +142,27 @@ class DirectSteps:
 
     ahead: Literal[0, 1] = 0
 
-    def __init__(self, draft: DraftModel, kv: KVCache) -> None:
+    def __init__(self, draft: DraftModel) -> None:
         self.draft = draft
-        self._kv = kv
-        self._sampler: Sampler = GreedySampler()
-        self._penalty: Tensor | None = None
-        self._found: Found | None = None
+        self._found: list[Found] = []
 
-    def begin(self, sampler: Sampler) -> None:
-        """Keep the sampler; no step is in flight."""
-        self._sampler = sampler
+    def begin(self, kv: KVCache, sampler: Sampler) -> DirectSequence:
+        """Return a sequence; no step is in flight."""
+        return DirectSequence(kv, sampler)
 
-    def penalize(self, state: PathState | None) -> None:
-        """Keep the state's numbers."""
-        self._penalty = None if state is None else penalty_numbers(state)
-
-    def start(self, batch: TokenBatch, feeds: Sequence[Feed | None]) -> None:
+    def start(self, parts: Sequence[StepPart]) -> None:
         """Run the step now."""
-        assert not any(feeds)
-        found = self.draft.forward(batch, self._kv)
-        if self._penalty is not None:
-            self._penalty = shared_with_gpu(self._penalty, found.logits.device)
-        ids, scores = rank(found, sampling_of(self._sampler, batch, found.logits), self._penalty)
-        self._found = Found(ids.cpu().numpy(), scores.double().cpu().numpy())
+        assert not any(feed for part in parts for feed in part.feeds)
+        sequences = [part.sequence for part in parts if isinstance(part.sequence, DirectSequence)]
+        rows = [DraftRows(part.batch, own.kv) for part, own in zip(parts, sequences, strict=True)]
+        found = self.draft.forward(rows)
+        self._found = [
+            own.ranked(part.batch, found if len(rows) == 1 else found.of(place))
+            for part, own, place in zip(parts, sequences, places_of(rows), strict=True)
+        ]
 
-    def read(self) -> Found:
+    def read(self) -> list[Found]:
         """Return what the last step found."""
-        assert self._found is not None
         return self._found
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from subspec_cli.decoding.sampler import Row
-from subspec_cli.drafting.draft_steps import DraftSteps, Feed, Ids, StepRow, likeliest
+from subspec_cli.drafting.draft_steps import Feed, Found, Ids, SequenceSteps, StepPart, StepRow, likeliest
 from subspec_cli.drafting.growing_tree import ROOT, GrowingTree, NodeId, ScratchRow, draft_batch
 from subspec_cli.drafting.history import History
 from subspec_cli.drafting.ngram import LONGEST, Guess, NGramLookup
@@ -69,16 +69,23 @@ class Offer(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class DraftContext:
-    """The model, policy and history that all trees of a drafter share."""
+class DraftRules:
+    """Policy, history and constants that all trees of a drafter share."""
 
-    steps: DraftSteps
-    kv: KVCache
     policy: DraftPolicy
     history: History
-    ngrams: NGramLookup
     eos_ids: frozenset[int]
     sharpening: float
+
+
+@dataclass(frozen=True, slots=True)
+class DraftContext:
+    """What the trees of one answer share."""
+
+    rules: DraftRules
+    steps: SequenceSteps
+    kv: KVCache
+    ngrams: NGramLookup
 
 
 @dataclass(slots=True)
@@ -98,6 +105,7 @@ class Frontier:
     def __init__(self, tree: GrowingTree, shared: DraftContext) -> None:
         self.tree = tree
         self._shared = shared
+        self._policy, self._history = shared.rules.policy, shared.rules.history
         self._in_flight: deque[_StepInFlight] = deque()
 
     @property
@@ -121,7 +129,7 @@ class Frontier:
             return OpenNode(node.chance, node.depth, tip) if node.depth < max_depth else None
         for step in self._in_flight:
             if tip in step.nodes and node.depth + 1 < max_depth:
-                chance = node.chance * self._shared.history.child_shares[0]
+                chance = node.chance * self._history.child_shares[0]
                 return Placeholder(chance, node.depth + 1, Feed(StepRow(step.nodes.index(tip)), 0))
         return None
 
@@ -136,7 +144,7 @@ class Frontier:
         nodes, expected = self.tree.likely(LEAST_CHANCE)
         chances = [chance for step in self._in_flight for _, chance in self._parents(step)]
         rows = self._candidates(most_nodes, most_rows, max_depth, first)
-        return Offer(rows, nodes + len(chances), expected + self._shared.history.gain(sum(chances)))
+        return Offer(rows, nodes + len(chances), expected + self._history.gain(sum(chances)))
 
     def worth(self, candidate: Candidate) -> float:
         """Return the levels that a row for a candidate is likely to save the draft.
@@ -145,11 +153,11 @@ class Frontier:
         verification saves none: what comes next is below it, so its own row is only half of what that takes.
         """
         if isinstance(candidate, OpenNode) and candidate.node in self.tree.leaves:
-            return candidate.chance * self._shared.history.child_shares[0] / 2
+            return candidate.chance * self._history.child_shares[0] / 2
         return candidate.chance
 
-    def start(self, rows: Sequence[Candidate]) -> None:
-        """Start a draft step over candidates, with the n-grams below the first one; then read the steps before it."""
+    def prepare(self, rows: Sequence[Candidate]) -> StepPart:
+        """Take rows for candidates, with the n-grams below the first one, and return the tree's part of a step."""
         nodes = [row for row in rows if not isinstance(row, NGram)]
         ngrams = [row for row in rows if isinstance(row, NGram)]
         # The likeliest node comes just before the n-grams, so that the rows of right guesses continue its own row.
@@ -157,23 +165,36 @@ class Frontier:
         first = ScratchRow(self.tree.rows)
         tokens = [self._take_row(candidate) for candidate in ordered]
         batch = draft_batch(self.tree, tokens, self._shared.kv.committed)
-        self._shared.steps.start(
-            batch, [row.feed if isinstance(row, Placeholder) else None for row in ordered]
-        )
         known = [row.node if isinstance(row, OpenNode) else None for row in ordered]
         self._in_flight.append(_StepInFlight(ordered, first, known))
-        self._read_all_but(self._shared.steps.ahead)
+        feeds = [row.feed if isinstance(row, Placeholder) else None for row in ordered]
+        return StepPart(self._shared.steps, batch, feeds)
 
-    def drain(self) -> None:
-        """Read all steps in flight."""
-        self._read_all_but(0)
+    def take(self, found: Found) -> None:
+        """Add to the tree what the oldest step in flight has found."""
+        step = self._in_flight.popleft()
+        expanded = gained = 0.0
+        for row, candidate in enumerate(step.rows):
+            if isinstance(candidate, NGram):
+                step.nodes[row] = self._confirm_guess(step, row, candidate)
+            node = step.nodes[row]
+            if node is None or self._is_end(node):
+                continue
+            expanded += self.tree.nodes[node].chance
+            gained += self._add_children(node, found.token_ids[row], found.scores[row])
+        if expanded > 0:
+            self._history.learn_yield(gained / expanded)
+        if self._in_flight:
+            self._resolve_placeholders(self._in_flight[0], step, found.token_ids)
+        else:
+            self.tree.release_unused()
 
     def _candidates(
         self, most_nodes: int, most_rows: int, max_depth: int, first: Candidate | None
     ) -> list[Candidate]:
         # A leaf is worth less than its chance, so it must not crowd out what is worth more.
         count = most_nodes + len(self.tree.leaves)
-        opened = self.tree.best_open(count, max_depth=max_depth, eos_ids=self._shared.eos_ids)
+        opened = self.tree.best_open(count, max_depth=max_depth, eos_ids=self._shared.rules.eos_ids)
         found: list[Candidate] = [
             *(OpenNode(self.tree.nodes[node].chance, self.tree.nodes[node].depth, node) for node in opened),
             *self._placeholders(max_depth),
@@ -182,7 +203,7 @@ class Frontier:
         if first is not None:
             found = [first, *(other for other in found if other != first)]
         found = found[:most_nodes]
-        if not found or self._shared.policy.fixed.width is not None:
+        if not found or self._policy.fixed.width is not None:
             return found
         # The first candidate stays first. Guesses stay in their order, since none is likelier than the one before.
         others = [*found[1:], *self._ngrams(found[0], len(found), most_rows, max_depth)]
@@ -201,29 +222,8 @@ class Frontier:
                 self.tree.take_row(ScratchRow(self.tree.rows - 1), candidate.depth)
                 return guess.token_id
 
-    def _read_all_but(self, ahead: int) -> None:
-        """Read steps, the oldest first, until `ahead` are left in flight; add what they found to the tree."""
-        while len(self._in_flight) > ahead:
-            step = self._in_flight.popleft()
-            found = self._shared.steps.read()
-            expanded = gained = 0.0
-            for row, candidate in enumerate(step.rows):
-                if isinstance(candidate, NGram):
-                    step.nodes[row] = self._confirm_guess(step, row, candidate)
-                node = step.nodes[row]
-                if node is None or self._is_end(node):
-                    continue
-                expanded += self.tree.nodes[node].chance
-                gained += self._add_children(node, found.token_ids[row], found.scores[row])
-            if expanded > 0:
-                self._shared.history.learn_yield(gained / expanded)
-            if self._in_flight:
-                self._resolve_placeholders(self._in_flight[0], step, found.token_ids)
-        if not self._in_flight:
-            self.tree.release_unused()
-
     def _is_end(self, node: NodeId) -> bool:
-        return node != ROOT and self.tree.nodes[node].token_id in self._shared.eos_ids
+        return node != ROOT and self.tree.nodes[node].token_id in self._shared.rules.eos_ids
 
     def _parents(self, step: _StepInFlight) -> Iterator[tuple[StepRow, float]]:
         """Yield the rows of a step in flight that may have children, and the chance of their nodes."""
@@ -240,7 +240,7 @@ class Frontier:
                 depth, below = step.rows[row].depth + 1, step.rows[row + 1 : row + 2]
                 # The child of a right n-gram guess has a row already.
                 taken = sum(other.chance for other in below if isinstance(other, NGram))
-                for rank, share in enumerate(self._shared.history.child_shares):
+                for rank, share in enumerate(self._history.child_shares):
                     if depth < max_depth:
                         left = chance * share - (taken if rank == 0 else 0.0)
                         yield Placeholder(max(0.0, left), depth, Feed(row, rank))
@@ -254,11 +254,11 @@ class Frontier:
         agreed, after = 1.0, self.tree.nodes[node].token_id
         for place, guess in enumerate(self._shared.ngrams.guesses(self._context(node), unknown + most)):
             agreed *= guess.chance
-            if guess.token_id in self._shared.eos_ids:
+            if guess.token_id in self._shared.rules.eos_ids:
                 return
             if place >= unknown:
                 cached_rows = self._shared.kv.committed
-                if not self._shared.policy.ngram_pays(agreed, rows + place - unknown, cached_rows):
+                if not self._policy.ngram_pays(agreed, rows + place - unknown, cached_rows):
                     return
                 depth = first.depth + 1 + place - unknown
                 yield NGram(first.chance * agreed, depth, guess, after)
@@ -309,13 +309,13 @@ class Frontier:
 
     def _add_children(self, node: NodeId, token_ids: Ids, scores: Row) -> float:
         """Add the likeliest children of a node that was just expanded; return the chance that they add."""
-        shared, above = self._shared, self.tree.nodes[node]
-        guesses = likeliest(token_ids, scores, shared.sharpening)
+        above = self.tree.nodes[node]
+        guesses = likeliest(token_ids, scores, self._shared.rules.sharpening)
         if not guesses:
             return 0.0
-        shares = shared.history.calibration.shares([log_prob for _, log_prob in guesses])
+        shares = self._history.calibration.shares([log_prob for _, log_prob in guesses])
         for (token_id, log_prob), share in zip(guesses, shares, strict=True):
             self.tree.add(node, token_id, above.log_prob + log_prob, above.chance * share)
-        shared.history.learn_child_shares(shares)
+        self._history.learn_child_shares(shares)
         gained = (above.chance * share for share in shares)
         return sum(chance for chance in gained if chance >= LEAST_CHANCE)

@@ -117,16 +117,15 @@ class History:
         result: VerifyResult,
         rankings: Sequence[Ranking],
         *,
-        pass_s: float,
-        drafting_s: float,
+        round_s: float,
     ) -> None:
-        """Learn from a verified tree, with the costs of its pass and of the draft steps before it.
+        """Learn from a verified tree, with its share of what its pass and the draft steps before it cost.
 
         Every child that the draft found for a node on the target's path is evidence, in the tree or not: the target's
         token says whether it was right. `rankings` are those of the path.
         """
         self.passes_without_draft = 0 if len(tree) > 1 else self.passes_without_draft + 1
         self._recent_tokens = _RATE_MEMORY * self._recent_tokens + len(result.token_ids)
-        self._recent_s = _RATE_MEMORY * self._recent_s + pass_s + drafting_s
+        self._recent_s = _RATE_MEMORY * self._recent_s + round_s
         for ranking in rankings:
             self.calibration.observe(ranking)

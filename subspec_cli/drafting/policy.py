@@ -47,17 +47,22 @@ class FixedShape:
     depth: int | None = None
     width: int | None = None
 
+    @property
+    def is_set(self) -> bool:
+        """Whether the user fixed one of them."""
+        return self.depth is not None or self.width is not None
+
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """A tree as it would be verified now."""
+    """The trees of a pass as they would be verified now."""
 
     expected_tokens: float
     nodes: int
     spent_s: float
     """Cost of its draft steps so far."""
-    cached_rows: int
-    """Committed rows, which the pass and every draft step read."""
+    cached_rows: float
+    """Committed rows of a sequence, which the pass and every draft step read; the mean of several."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,14 +75,21 @@ class DraftPolicy:
     """Layers of the target, over which the shadow of a pass is spread."""
     fixed: FixedShape = FixedShape()
     shadow_rows: int = 0
-    """Most cache rows that the shadow of one pass may take; 0 switches it off."""
+    """Most cache rows of a sequence that the shadow of one pass may take; 0 switches it off."""
+    together_nodes: int | None = None
+    """Most nodes of all trees of a pass; None for those of one tree."""
+
+    @property
+    def pass_nodes(self) -> int:
+        """Most nodes of all trees of a pass."""
+        return self.max_tree.nodes if self.together_nodes is None else self.together_nodes
 
     def limits(self, tokens_wanted: int) -> TreeLimits:
         """Return the bounds of a tree if `tokens_wanted` more tokens may be emitted, including the bonus token."""
         most = self.max_tree
         return TreeLimits(max(0, min(most.depth, tokens_wanted - 1, most.nodes - 1)), most.width, most.nodes)
 
-    def step_s(self, rows: int, cached_rows: int) -> float:
+    def step_s(self, rows: int, cached_rows: float) -> float:
         """Return the cost of a draft step."""
         return self.costs.step_s(rows, cached_rows)
 
@@ -109,7 +121,7 @@ class DraftPolicy:
             return 0
         return best + 1 if self.fixed.width is None else min(self.fixed.width, len(chances))
 
-    def ngram_pays(self, chance: float, rows: int, cached_rows: int) -> bool:
+    def ngram_pays(self, chance: float, rows: int, cached_rows: float) -> bool:
         """Return whether an n-gram guess of this chance, which saves a step if right, is worth one more row."""
         more_s = self.step_s(rows + 1, cached_rows) - self.step_s(rows, cached_rows)
         return chance * self.step_s(1, cached_rows) > more_s
@@ -122,7 +134,7 @@ class DraftPolicy:
         return max(LEAST_CHANCE, rate * row_s)
 
     def shadow_step_rows(
-        self, chances: Sequence[float], *, layer: int, nodes: int, spent_s: float, cached_rows: int
+        self, chances: Sequence[float], *, layer: int, nodes: int, spent_s: float, cached_rows: float
     ) -> int:
         """Return the rows of the next draft step in the shadow of a pass over `nodes`; 0 waits.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
 
@@ -17,17 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subspec_cli.checkpoint.layer_tensors import FEED_FORWARD, BlockKind
-from subspec_cli.modeling.delta import Gates
 from subspec_cli.modeling.draft_delta import DraftPaths
 from subspec_cli.modeling.draft_layers import StepView, draft_layer_math, normed
+from subspec_cli.modeling.draft_rows import DraftRows
 from subspec_cli.modeling.exact_attention import ChainRows, ExactAttention, TreeRows
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.layers import HeadRows, LayerMath, OutputMath
-from subspec_cli.modeling.rope import Rotations
 from subspec_cli.modeling.row_group import RowGroup
 from subspec_cli.modeling.row_rules import RowRules, serial
-from subspec_cli.modeling.target_delta import DeltaInputs, TreeLinks, run_delta, tree_links
-from subspec_cli.modeling.token_batch import TokenBatch
+from subspec_cli.modeling.target_delta import DeltaInputs, run_delta, tree_links
+from subspec_cli.modeling.target_flow import BatchFlow, Flow, SequencePart, SequenceRows, joined
 
 Embedding = Callable[[Tensor], Tensor]
 """Maps `[P]` token ids to `[P, hidden]` rows."""
@@ -55,30 +54,6 @@ class BlockStream(Protocol):
         ...
 
 
-@dataclass(slots=True)
-class GroupFlow:
-    """The state that one group of rows carries from block to block."""
-
-    group: RowGroup
-    attended: ChainRows | TreeRows
-    hidden: Tensor
-    rotations: Rotations
-    links: TreeLinks | None
-    """How a tree's rows follow each other, for recurrent layers; None for a chunk of a prompt."""
-    normed: Tensor = field(init=False)
-    """Input of the feed-forward, from the gate block, or from attention in a parallel layer, to the up block."""
-    inner: Tensor = field(init=False)
-    """Gate, then gated activations, from the gate block to the down block."""
-
-
-@dataclass(frozen=True, slots=True)
-class Flow:
-    """A pass over some groups of rows. Rows of a group see the keys of all groups before it."""
-
-    groups: tuple[GroupFlow, ...]
-    kv: KVCache
-
-
 @dataclass(frozen=True, slots=True)
 class DraftLogits:
     """The draft's logits `[N, V]` for the next token; approximate if its head is low-bit."""
@@ -88,6 +63,10 @@ class DraftLogits:
     """`[N, hidden]` inputs of a low-bit head; None if the logits come from the 16-bit head."""
     head: Head | None = None
     """The 16-bit head, if a low-bit head computed the logits."""
+
+    def of(self, rows: slice) -> DraftLogits:
+        """The logits of some of the rows."""
+        return DraftLogits(self.logits[rows], None if self.normed is None else self.normed[rows], self.head)
 
     @property
     def is_rough(self) -> bool:
@@ -146,30 +125,33 @@ class TargetDecoder:
 
     def forward(self, group: RowGroup, kv: KVCache, *, logits_from: int = 0) -> Tensor:
         """Run one group: logits `[rows - logits_from, V]`; its keys and values are written to the cache."""
-        flow = self.begin([group], kv)
+        flow = self.begin([[SequenceRows(group, kv)]])
         with closing(self.layers(flow)) as layers:
             for _ in layers:
                 pass
-        return self.logits(flow, logits_from=logits_from)
+        return self.logits(flow, [(0, slice(logits_from, group.rows))])
 
-    def begin_answer(self, prompt_tokens: int) -> bool:
+    def begin_answer(self, kv: KVCache, prompt_tokens: int) -> bool:
         """Choose the rotary table for a prompt; return whether rows that are cached are turned by another one."""
-        return self.math.ropes.begin(prompt_tokens)
+        return self.math.ropes.differ(kv.begin_answer(prompt_tokens), prompt_tokens)
 
     @torch.inference_mode()
-    def begin(self, groups: Sequence[RowGroup], kv: KVCache) -> Flow:
-        """Begin a pass over groups of rows: embed their tokens, ready for `layers`."""
-        return Flow(tuple(self.begin_rows(self._embed(group.token_ids), group) for group in groups), kv)
+    def begin(self, batches: Sequence[Sequence[SequenceRows]]) -> Flow:
+        """Begin a pass over batches of rows: embed their tokens, ready for `layers`.
+
+        The rows of a batch go through a layer together. Only trees share a batch, each of another sequence.
+        """
+        return Flow(tuple(self.begin_rows(self._embed(self._padded_ids(batch)), batch) for batch in batches))
 
     @torch.inference_mode()
     def layers(self, flow: Flow) -> Generator[int, None, None]:
         """Run the layers one after another and yield the number of each layer that is done.
 
-        All groups go through a block, or through a whole feed-forward, while its weights are there. When a number is
+        All batches go through a block, or through a whole feed-forward, while its weights are there. When a number is
         yielded, no further block has been waited for. Close the generator when a block fails or the user interrupts:
         the next pass starts at the first block.
         """
-        together = len(flow.groups) > 1 and self._stream.most_held >= len(FEED_FORWARD)
+        together = len(flow.batches) > 1 and self._stream.most_held >= len(FEED_FORWARD)
         with closing(self._stream.blocks((1, len(FEED_FORWARD)) if together else (1,))) as blocks:
             done = -1
             for block in blocks:
@@ -180,40 +162,41 @@ class TargetDecoder:
                     parts = [block, *islice(blocks, len(FEED_FORWARD) - 1)]
                 else:
                     parts = [block]
-                for group in flow.groups:
+                for batch in flow.batches:
                     for part in parts:
-                        self.run_block(part, group, flow.kv)
+                        self.run_block(part, batch)
                 done = block.layer
         yield done
 
     @torch.inference_mode()
-    def logits(self, flow: Flow, *, logits_from: int = 0) -> Tensor:
-        """End a pass: logits `[rows - logits_from, V]` of the last group, once all layers are done."""
-        last = flow.groups[-1]
-        rows = last.group.rows
-        wanted = self._pad(last.hidden[logits_from:rows])
-        return self._head.logits(wanted, self.rules)[: rows - logits_from]
+    def logits(self, flow: Flow, wanted: Sequence[tuple[int, slice]]) -> Tensor:
+        """End a pass, once all layers are done: logits `[N, V]` of the wanted rows, by batch and rows in it."""
+        rows = joined([flow.batches[number].hidden[place] for number, place in wanted])
+        return self._head.logits(self._pad(rows), self.rules)[: len(rows)]
 
-    def begin_rows(self, hidden: Tensor, group: RowGroup) -> GroupFlow:
-        """Begin a group with `[P, hidden]` rows in place of tokens."""
-        attended: ChainRows | TreeRows = ChainRows(group.start)
-        if group.path is not None:
-            attended = self.attention.tree_rows(group.positions, group.path, group.start)
-        links = None
-        if group.path is not None and self.math.delta_layers:
-            links = tree_links(group.path, self.math.geometry.delta[0].kernel, hidden.device)
-        group = group.with_positions_on(hidden.device)
-        return GroupFlow(group, attended, hidden, self.math.ropes.rows(group.positions), links)
+    def begin_rows(self, hidden: Tensor, batch: Sequence[SequenceRows]) -> BatchFlow:
+        """Begin a batch with `[P, hidden]` rows in place of tokens."""
+        parts, first = [], 0
+        for rows in batch:
+            place = slice(first, first + rows.group.rows)
+            parts.append(self._part(place, rows.group, rows.kv, hidden.device))
+            first = place.stop
+        positions = joined([rows.group.positions for rows in batch]).to(hidden.device)
+        lengths = [rows.kv.prompt_tokens for rows in batch]
+        prompt_tokens = lengths[0]
+        if len(batch) > 1:
+            prompt_tokens = torch.cat([n.expand(r.group.rows) for n, r in zip(lengths, batch, strict=True)])
+        return BatchFlow(tuple(parts), first, hidden, self.math.ropes.rows(positions, prompt_tokens))
 
-    def run_block(self, block: Block, flow: GroupFlow, kv: KVCache) -> None:
-        """Run one block of a layer for one group; `flow` carries the results to the next block."""
+    def run_block(self, block: Block, flow: BatchFlow) -> None:
+        """Run one block of a layer for one batch; `flow` carries the results to the next block."""
         if block.kind == "attention":
-            self._run_attention(block, flow, kv)
+            self._run_attention(block, flow)
         else:
             self.run_feed_forward(block, flow)
 
-    def run_feed_forward(self, block: Block, flow: GroupFlow) -> None:
-        """Run the gate, up or down block of a layer for one group."""
+    def run_feed_forward(self, block: Block, flow: BatchFlow) -> None:
+        """Run the gate, up or down block of a layer for one batch."""
         match block.kind:
             case "gate":
                 if not self.math.is_parallel:
@@ -231,8 +214,8 @@ class TargetDecoder:
                     flow.hidden = self.math.with_mlp(block.layer, flow.hidden, output)
                 del flow.inner
 
-    def project_heads(self, block: Block, flow: GroupFlow) -> HeadRows:
-        """Return the rotated queries, keys and values of a group's rows, without padding."""
+    def project_heads(self, block: Block, flow: BatchFlow) -> HeadRows:
+        """Return the rotated queries, keys and values of a batch's rows, without padding."""
         elements = flow.hidden.numel()
         with serial(elements):
             normed = self.math.attention_input(block.layer, flow.hidden)
@@ -241,50 +224,69 @@ class TargetDecoder:
         if self.math.is_parallel:
             flow.normed = normed
         with serial(elements):
-            rows = torch.cat(projected, -1)[: flow.group.rows]
+            rows = torch.cat(projected, -1)[: flow.rows]
             return self.math.heads(block.layer, rows, flow.rotations)
 
     def output_name(self, layer: int) -> str:
         """The matrix that projects what a layer's attention, or what is in its place, gives."""
         return "linear_attn.out_proj.weight" if layer in self.math.delta_layers else "self_attn.o_proj.weight"
 
-    def finish_attention(self, block: Block, flow: GroupFlow, attended: Tensor) -> None:
+    def finish_attention(self, block: Block, flow: BatchFlow, attended: Tensor) -> None:
         """Project `[N, H * D]` attended rows and add them to the hidden states."""
-        attended = F.pad(attended, (0, 0, 0, flow.group.padded - flow.group.rows))
+        attended = F.pad(attended, (0, 0, 0, len(flow.hidden) - flow.rows))
         output = self._project(block, self.output_name(block.layer).removesuffix(".weight"), attended)
         with serial(output.numel()):
             flow.hidden = self.math.with_attention(block.layer, flow.hidden, output)
 
-    def project_delta(self, block: Block, flow: GroupFlow) -> DeltaInputs:
-        """Return what a group's rows put into a recurrent layer, without padding."""
-        normed, rows = self.math.attention_input(block.layer, flow.hidden), flow.group.rows
+    def project_delta(self, block: Block, flow: BatchFlow) -> DeltaInputs:
+        """Return what a batch's rows put into a recurrent layer, without padding."""
+        normed, rows = self.math.attention_input(block.layer, flow.hidden), slice(flow.rows)
         qkv, gate = (self._project(block, f"linear_attn.in_proj_{name}", normed) for name in ("qkv", "z"))
         gates = self.math.delta_layers[block.layer].gates(normed, self.rules)
-        return DeltaInputs(qkv[:rows], gate[:rows], Gates(gates.log_decay[:rows], gates.beta[:rows]))
+        return DeltaInputs(qkv, gate, gates).of(rows)
 
-    def _run_delta(self, block: Block, flow: GroupFlow, kv: KVCache) -> None:
-        assert kv.recurrent is not None
+    def _part(self, place: slice, group: RowGroup, kv: KVCache, device: torch.device) -> SequencePart:
+        attended: ChainRows | TreeRows = ChainRows(group.start)
+        links = None
+        if group.path is not None:
+            attended = self.attention.tree_rows(group.positions, group.path, group.start)
+            if self.math.delta_layers:
+                links = tree_links(group.path, self.math.geometry.delta[0].kernel, device)
+        return SequencePart(place, group.start, kv, attended, links)
+
+    def _padded_ids(self, batch: Sequence[SequenceRows]) -> Tensor:
+        """Return ids `[P]`. Padding repeats the last token: its values are finite and nothing reads them."""
+        ids = joined([rows.group.token_ids for rows in batch])
+        return F.pad(ids, (0, self.rules.padded(len(ids)) - len(ids)), value=int(ids[-1]))
+
+    def _run_delta(self, block: Block, flow: BatchFlow) -> None:
         inputs = self.project_delta(block, flow)
-        output = run_delta(
-            self.math.delta_layers[block.layer],
-            kv.recurrent,
-            block.layer,
-            inputs,
-            flow.group.start,
-            flow.links,
-        )
-        self.finish_attention(block, flow, output)
+        outputs = [
+            run_delta(
+                self.math.delta_layers[block.layer],
+                part.kv.recurrent,
+                block.layer,
+                inputs.of(part.place),
+                part.start,
+                part.links,
+            )
+            for part in flow.parts
+            if part.kv.recurrent is not None
+        ]
+        self.finish_attention(block, flow, joined(outputs))
 
-    def _run_attention(self, block: Block, flow: GroupFlow, kv: KVCache) -> None:
+    def _run_attention(self, block: Block, flow: BatchFlow) -> None:
         if block.layer in self.math.delta_layers:
-            self._run_delta(block, flow, kv)
+            self._run_delta(block, flow)
             return
-        heads = self.project_heads(block, flow)
-        kv.write(block.layer, flow.group.start, heads.keys, heads.values)
-        keys, values = kv.read(block.layer, kv.rows)
-        shape = self.math.shape(block.layer)
-        attended = self.attention.attend(heads.query, keys, values, flow.attended, shape)
-        self.finish_attention(block, flow, heads.gated(attended))
+        heads, shape = self.project_heads(block, flow), self.math.shape(block.layer)
+        attended = []
+        for part in flow.parts:
+            part.kv.write(block.layer, part.start, heads.keys[:, part.place], heads.values[:, part.place])
+            keys, values = part.kv.read(block.layer, part.kv.rows)
+            query = heads.query[part.place]
+            attended.append(self.attention.attend(query, keys, values, part.attended, shape))
+        self.finish_attention(block, flow, heads.gated(joined(attended)))
 
     def _project(self, block: Block, name: str, inputs: Tensor) -> Tensor:
         return self.rules.linear(inputs, block.matrices[f"{name}.weight"], self.math.bias(block.layer, name))
@@ -329,25 +331,30 @@ class DraftDecoder:
         self._layers = tuple((layer, draft_layer_math(math, number)) for number, layer in enumerate(layers))
 
     @torch.inference_mode()
-    def forward(self, batch: TokenBatch, kv: KVCache) -> DraftLogits:
-        """Run one draft step: logits `[N, V]`; draft-made keys and values are written to scratch rows."""
-        hidden = self.embed(batch.token_ids)
-        return self.run(hidden, batch.to(hidden.device), kv)
+    def forward(self, rows: Sequence[DraftRows]) -> DraftLogits:
+        """Run one draft step over rows of some sequences: logits `[N, V]`, one sequence after another.
 
-    def run(self, hidden: Tensor, batch: TokenBatch, kv: KVCache) -> DraftLogits:
+        Draft-made keys and values are written to scratch rows of each sequence's cache.
+        """
+        hidden = self.embed(joined([part.batch.token_ids for part in rows]))
+        return self.run(hidden, [part.to(hidden.device) for part in rows])
+
+    def run(self, hidden: Tensor, rows: Sequence[DraftRows]) -> DraftLogits:
         """Run one draft step from `[N, hidden]` embeddings, which are overwritten, with all inputs on one device."""
         deltas, is_parallel = self._math.delta_layers, self._math.is_parallel
-        step, paths = StepView(self._math, batch, kv, hidden), DraftPaths(batch, kv.recurrent)
+        step = StepView(self._math, rows, hidden)
+        paths = DraftPaths(rows) if deltas else None
         for number, (layer, math) in enumerate(self._layers):
-            rows = normed(math.attention_input, hidden)
-            projected = layer.qkv(rows)
+            inputs = normed(math.attention_input, hidden)
+            projected = layer.qkv(inputs)
             if math.heads is not None:
                 attended = math.heads.attend(number, projected, step)
             else:
+                assert paths is not None
                 delta = deltas[number]
-                attended = paths.attend(delta, number, projected, delta.gates(rows, None))
+                attended = paths.attend(delta, number, projected, delta.gates(inputs, None))
             if is_parallel:
-                output = layer.feed_forward(rows)
+                output = layer.feed_forward(inputs)
                 math.with_attention_(hidden, layer.attention_output(attended))
             else:
                 math.with_attention_(hidden, layer.attention_output(attended))

@@ -9,22 +9,42 @@ key features, `V` value features.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from subspec_cli.modeling.delta import DeltaLayer, Gates
+from subspec_cli.modeling.draft_rows import DraftRows, places_of
 from subspec_cli.modeling.recurrent_state import RecurrentState
 from subspec_cli.modeling.token_batch import TokenBatch
 
 
 class DraftPaths:
-    """The paths of one draft step's rows."""
+    """The paths of one draft step's rows, of each sequence by itself."""
 
-    def __init__(self, batch: TokenBatch, state: RecurrentState | None) -> None:
-        """`state` is None for a model without recurrent layers, which are then not asked for."""
+    def __init__(self, rows: Sequence[DraftRows]) -> None:
+        self._paths = [
+            (place, _SequencePaths(part.batch, part.kv.recurrent))
+            for place, part in zip(places_of(rows), rows, strict=True)
+            if part.kv.recurrent is not None
+        ]
+
+    def attend(self, delta: DeltaLayer, layer: int, projected: Tensor, gates: Gates) -> Tensor:
+        """Run the rows of a step `[N, C + H * V]` through a layer; returns `[N, H * V]`."""
+        return torch.cat(
+            [
+                paths.attend(delta, layer, projected[place], Gates(gates.log_decay[place], gates.beta[place]))
+                for place, paths in self._paths
+            ]
+        )
+
+
+class _SequencePaths:
+    """The paths of one sequence's rows."""
+
+    def __init__(self, batch: TokenBatch, state: RecurrentState) -> None:
         self._state = state
-        if state is None:
-            return
         assert isinstance(batch.start, int), "steps of recurrent layers are not captured"
         committed = state.committed
         self._first = batch.start - committed
@@ -37,7 +57,6 @@ class DraftPaths:
 
     def attend(self, delta: DeltaLayer, layer: int, projected: Tensor, gates: Gates) -> Tensor:
         """Run the rows of a step `[N, C + H * V]` through a layer; returns `[N, H * V]`."""
-        assert self._state is not None
         state, shape = self._state, delta.shape
         qkv, gate = projected.split((shape.conv_width, shape.value_width), -1)
         scratch, base = state.draft_scratch(layer), state.before(layer, state.committed)

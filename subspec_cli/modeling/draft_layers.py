@@ -7,7 +7,7 @@ draft rounds. Shapes: `N` rows, `H` heads, `K` kv heads, `D` head dim, `C` cache
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,11 +23,11 @@ from subspec_cli.checkpoint.layer_tensors import (
     head_norm_names,
     norm_name,
 )
+from subspec_cli.modeling.draft_rows import DraftRows, places_of
 from subspec_cli.modeling.fast_attention import FastAttention
-from subspec_cli.modeling.kv_cache import KVCache, StepRows
+from subspec_cli.modeling.kv_cache import StepRows
 from subspec_cli.modeling.layers import LayerMath
 from subspec_cli.modeling.rope import Rotation
-from subspec_cli.modeling.token_batch import TokenBatch
 
 RowMap = Callable[[Tensor], Tensor]
 
@@ -64,14 +64,51 @@ def turn_of(rotation: Rotation, dtype: torch.dtype) -> Turn:
     return Turn(rotation.cos.to(dtype), signed.to(dtype), rotation.is_interleaved, rotation.query_factor)
 
 
-class StepView:
-    """What all layers of a step read: its rotations, its masks, and its rows of the cache."""
+class _SequenceView(NamedTuple):
+    """What all layers read for one sequence's rows of a step: its masks, and its rows of the cache."""
 
-    def __init__(self, math: LayerMath, batch: TokenBatch, kv: KVCache, like: Tensor) -> None:
+    place: slice
+    attention: FastAttention
+    rows: Mapping[int, StepRows]
+
+
+class StepView:
+    """What all layers of a step read: its rotations, and the views of its sequences."""
+
+    def __init__(self, math: LayerMath, rows: Sequence[DraftRows], like: Tensor) -> None:
         """`like` has the type and the device of the hidden states."""
-        self.turns = [turn_of(rotation, like.dtype) for rotation in math.ropes.rows(batch.positions)]
-        self.attention = FastAttention(math.geometry, batch, like)
-        self.rows: Mapping[int, StepRows] = kv.step_rows(batch.start, batch.rows, batch.allowed.shape[1])
+        positions, prompt_tokens = rows[0].batch.positions, rows[0].kv.prompt_tokens
+        if len(rows) > 1:
+            positions = torch.cat([part.batch.positions for part in rows])
+            prompt_tokens = torch.cat([part.kv.prompt_tokens.expand(part.batch.rows) for part in rows])
+        self.turns = [turn_of(rotation, like.dtype) for rotation in math.ropes.rows(positions, prompt_tokens)]
+        self._views = [
+            _SequenceView(
+                place,
+                FastAttention(math.geometry, batch, like),
+                part.kv.step_rows(batch.start, batch.rows, batch.allowed.shape[1]),
+            )
+            for place, part, batch in zip(places_of(rows), rows, (part.batch for part in rows), strict=True)
+        ]
+
+    def attend(self, layer: int, query: Tensor, key_values: Tensor, shape: AttentionShape) -> Tensor:
+        """Write `[2, K, N, D]` keys and values, and attend with `[N, H, D]` queries; returns `[N, H * D]`."""
+        if len(self._views) == 1:
+            return _attended(self._views[0], layer, query, key_values, shape)
+        return torch.cat(
+            [
+                _attended(view, layer, query[view.place], key_values[:, :, view.place], shape)
+                for view in self._views
+            ]
+        )
+
+
+def _attended(
+    view: _SequenceView, layer: int, query: Tensor, key_values: Tensor, shape: AttentionShape
+) -> Tensor:
+    rows = view.rows[layer]
+    rows.write(key_values)
+    return view.attention.attend(query, rows.keys, rows.values, shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +141,8 @@ class DraftHeads:
             self.normalize(qk)
         if shape.rope is not None and turn.query_factor is not None:
             query.mul_(turn.query_factor)
-        rows = step.rows[layer]
-        rows.write(key_values.view(count, 2, shape.kv_heads, shape.head_dim).permute(1, 2, 0, 3))
-        attended = step.attention.attend(query, rows.keys, rows.values, shape)
+        key_values = key_values.view(count, 2, shape.kv_heads, shape.head_dim).permute(1, 2, 0, 3)
+        attended = step.attend(layer, query, key_values, shape)
         return attended if gate is None else attended.mul_(gate.sigmoid().flatten(1))
 
     def _states(self, projected: Tensor) -> tuple[Tensor, Tensor | None]:

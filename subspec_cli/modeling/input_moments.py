@@ -13,9 +13,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from subspec_cli.modeling.decoder import Block, Flow, GroupFlow, TargetDecoder
-from subspec_cli.modeling.kv_cache import KVCache
-from subspec_cli.modeling.row_group import RowGroup
+from subspec_cli.modeling.decoder import Block, TargetDecoder
+from subspec_cli.modeling.target_flow import BatchFlow, Flow
 
 MOMENT_BLOCK: Final = 1024
 """Features whose errors are weighed together: memory and time grow by this, not by the width of a matrix."""
@@ -92,16 +91,16 @@ class MeasuringTarget(TargetDecoder):
     """A target that adds up the inputs of the matrices of the layer that it runs."""
 
     _measured: dict[str, MeasuredInputs]
-    _group: RowGroup
-    _check: RowGroup
+    _batch: BatchFlow
+    _check: BatchFlow
 
     def measured(self, flow: Flow) -> Generator[tuple[int, Mapping[str, MeasuredInputs]], None, None]:
         """Run all layers; yield the number of each, once it is done, and its inputs by `measured_name`.
 
-        The last group of rows is the text for checks; one group alone is both.
+        The last batch of rows is the text for checks; one batch alone is both.
         """
-        self._measured, self._check = {}, flow.groups[-1].group
-        is_one = len(flow.groups) == 1
+        self._measured, self._check = {}, flow.batches[-1]
+        is_one = len(flow.batches) == 1
         with closing(self.layers(flow)) as layers:
             for layer in layers:
                 found, self._measured = self._measured, {}
@@ -110,10 +109,10 @@ class MeasuringTarget(TargetDecoder):
                     {n: MeasuredInputs(i.check, i.check) for n, i in found.items()} if is_one else found,
                 )
 
-    def run_block(self, block: Block, flow: GroupFlow, kv: KVCache) -> None:
-        """Run one block of a layer for one group."""
-        self._group = flow.group
-        super().run_block(block, flow, kv)
+    def run_block(self, block: Block, flow: BatchFlow) -> None:
+        """Run one block of a layer for one batch."""
+        self._batch = flow
+        super().run_block(block, flow)
 
     def _project(self, block: Block, name: str, inputs: Tensor) -> Tensor:
         if measured_name(name) == name:
@@ -121,6 +120,6 @@ class MeasuringTarget(TargetDecoder):
                 width = inputs.shape[1]
                 self._measured[name] = MeasuredInputs(InputMoments(width), InputMoments(width))
             found = self._measured[name]
-            moments = found.check if self._group is self._check else found.fit
-            moments.add(inputs[: self._group.rows])  # without padding
+            moments = found.check if self._batch is self._check else found.fit
+            moments.add(inputs[: self._batch.rows])  # without padding
         return super()._project(block, name, inputs)

@@ -34,7 +34,11 @@ class StepRows:
     places: Tensor | None
 
     def write(self, key_values: Tensor) -> None:
-        """Write `[2, H, N, D]` keys and values."""
+        """Write `[2, H, N, D]` keys and values, after making zeros of what is not finite.
+
+        A draft that overflows proposes nothing, but the target multiplies rows that it masks by zero.
+        """
+        key_values.nan_to_num_(0.0, 0.0, 0.0)
         if self.places is None:
             self.written.copy_(key_values)
         else:
@@ -83,6 +87,15 @@ class KVCache:
         self.context = context
         """Most rows that can be committed."""
         self._token_ids: list[int] = []
+        self._prompt_tokens = 0
+        self.prompt_tokens = torch.zeros((), dtype=torch.long, device=device)
+        """Length of the answer's prompt, by which rows are turned; captured draft steps read it at its address."""
+
+    def begin_answer(self, prompt_tokens: int) -> int:
+        """Take the length of the next answer's prompt; return that of the last one's, 0 at first."""
+        last, self._prompt_tokens = self._prompt_tokens, prompt_tokens
+        self.prompt_tokens.fill_(prompt_tokens)
+        return last
 
     @property
     def committed(self) -> int:

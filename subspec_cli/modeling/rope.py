@@ -68,26 +68,20 @@ class RopeTable:
         self._whole = whole
         self._length = length
         self._switch = switch
-        # A tensor that keeps its address: captured draft steps read it.
-        self._first = torch.zeros((), dtype=torch.long, device=whole.cos.device)
 
-    def rows(self, positions: Tensor) -> Rotation:
-        """How rows at the given positions are turned."""
-        at = positions if self._switch is None else positions + self._first
-        whole = self._whole
+    def rows(self, positions: Tensor, prompt_tokens: Tensor) -> Rotation:
+        """How rows at positions `[N]` are turned; `prompt_tokens`, `[]` or `[N]`, is the length of their prompts."""
+        at, whole = positions, self._whole
+        if self._switch is not None:
+            at = positions + self._length * (prompt_tokens > self._switch)
         growth = whole.query_factor
         return whole._replace(
             cos=whole.cos[at], sin=whole.sin[at], query_factor=None if growth is None else growth[positions]
         )
 
-    def begin(self, prompt_tokens: int) -> bool:
-        """Begin an answer to a prompt of so many tokens; return whether cached rows are turned by the other table."""
-        if self._switch is None:
-            return False
-        first = 0 if prompt_tokens <= self._switch else self._length
-        changed = int(self._first) != first
-        self._first.fill_(first)
-        return changed
+    def differs(self, one: int, other: int) -> bool:
+        """Whether answers to prompts of these lengths are turned by different tables."""
+        return self._switch is not None and (one > self._switch) != (other > self._switch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,14 +90,13 @@ class RopeTables:
 
     tables: tuple[RopeTable, ...]
 
-    def rows(self, positions: Tensor) -> Rotations:
-        """How rows at the given positions are turned, by each table."""
-        return [table.rows(positions) for table in self.tables]
+    def rows(self, positions: Tensor, prompt_tokens: Tensor) -> Rotations:
+        """How rows are turned, by each table; arguments as of `RopeTable.rows`."""
+        return [table.rows(positions, prompt_tokens) for table in self.tables]
 
-    def begin(self, prompt_tokens: int) -> bool:
-        """Begin an answer to a prompt of so many tokens; return whether cached rows are turned by other tables."""
-        changed = [table.begin(prompt_tokens) for table in self.tables]
-        return any(changed)
+    def differ(self, one: int, other: int) -> bool:
+        """Whether answers to prompts of these lengths are turned by different tables."""
+        return any(table.differs(one, other) for table in self.tables)
 
 
 def build_rope_tables(

@@ -24,11 +24,12 @@ from subspec_cli.errors import ResourceError
 from subspec_cli.limits import ROW_SIZES
 from subspec_cli.metrics import Exactness
 from subspec_cli.modeling.attention_check import find_attention_rules
-from subspec_cli.modeling.decoder import Block, BlockStream, GroupFlow, Head, TargetDecoder
+from subspec_cli.modeling.decoder import Block, BlockStream, Head, TargetDecoder
 from subspec_cli.modeling.exact_attention import AttentionRules, ExactAttention
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.row_group import RowGroup
 from subspec_cli.modeling.row_rules import RowRules
+from subspec_cli.modeling.target_flow import BatchFlow, SequenceRows
 
 _ROW_BLOCKS: Final = (2, 4, 8, 16, 32, 64)
 _DEVICE_ROW_BLOCK: Final = 64
@@ -89,7 +90,7 @@ def check_batch_invariance(
     threads = torch.get_num_threads()
     failure = ""
     for rules in candidate_rules(device):
-        failure = _first_failure(decoder_for(rules), head, stream, states, counts, most_nodes)
+        failure = _first_failure(decoder_for(rules), head, stream, states, counts, most_nodes, kv)
         if not failure:
             break
     attention, attention_failure = find_attention_rules(attention_for, kv, most_nodes=most_nodes)
@@ -116,6 +117,7 @@ def _first_failure(
     states: Tensor,
     counts: Sequence[int],
     most_nodes: int,
+    kv: KVCache,
 ) -> str:
     """The name of the first part that is not batch-invariant; empty if all are."""
     kinds = decoder.math.geometry.representatives
@@ -126,7 +128,7 @@ def _first_failure(
                 continue
             if block.kind == "attention" and not block.layer:
                 _check_product(block.matrices[decoder.output_name(block.layer)])
-            if not _rows_keep_bits(partial(_run_block, decoder, block), decoder.rules, states, counts):
+            if not _rows_keep_bits(partial(_run_block, decoder, block, kv), decoder.rules, states, counts):
                 return (
                     f"the {block.kind} block of layer {block.layer}"
                     if block.layer
@@ -208,11 +210,11 @@ def _windows_keep_bits(run: Callable[[Tensor], Tensor], states: Tensor, referenc
     )
 
 
-def _run_block(decoder: TargetDecoder, block: Block, rows: Tensor) -> Tensor:
+def _run_block(decoder: TargetDecoder, block: Block, kv: KVCache, rows: Tensor) -> Tensor:
     """Run one block on `[P, hidden]` rows, each at position 0; queries stand for what attention returns."""
     group = RowGroup(torch.zeros(len(rows), dtype=torch.long), torch.zeros(len(rows), dtype=torch.long), 0)
     # A small residual, since adding a large one would hide how the rest was rounded; norms rescale it.
-    flow = decoder.begin_rows(rows / 256, group)
+    flow = decoder.begin_rows(rows / 256, [SequenceRows(group, kv)])
     flow.normed = rows
     flow.inner = _widened(rows, decoder.math.geometry.feed_forward)
     if block.kind == "attention" and block.layer in decoder.math.delta_layers:
@@ -223,7 +225,7 @@ def _run_block(decoder: TargetDecoder, block: Block, rows: Tensor) -> Tensor:
     return flow.hidden if block.kind == "down" else flow.inner
 
 
-def _run_projections(decoder: TargetDecoder, block: Block, flow: GroupFlow) -> Tensor:
+def _run_projections(decoder: TargetDecoder, block: Block, flow: BatchFlow) -> Tensor:
     heads = decoder.project_heads(block, flow)
     decoder.finish_attention(block, flow, heads.gated(heads.query.flatten(1)))
     return torch.cat(
@@ -231,7 +233,7 @@ def _run_projections(decoder: TargetDecoder, block: Block, flow: GroupFlow) -> T
     )
 
 
-def _run_delta(decoder: TargetDecoder, block: Block, flow: GroupFlow) -> Tensor:
+def _run_delta(decoder: TargetDecoder, block: Block, flow: BatchFlow) -> Tensor:
     """Run all of a recurrent layer but the rule, which takes row after row: values stand for what it returns."""
     delta, inputs = decoder.math.delta_layers[block.layer], decoder.project_delta(block, flow)
     before = delta.shape.kernel - 1

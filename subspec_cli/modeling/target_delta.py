@@ -24,6 +24,11 @@ class DeltaInputs(NamedTuple):
     """`[N, H * V]`, of the output."""
     gates: Gates
 
+    def of(self, rows: slice) -> DeltaInputs:
+        """What some of the rows put in."""
+        gates = Gates(self.gates.log_decay[rows], self.gates.beta[rows])
+        return DeltaInputs(self.qkv[rows], self.gate[rows], gates)
+
 
 class TreeLinks(NamedTuple):
     """How the rows of a tree follow each other; made once per pass."""

@@ -28,18 +28,13 @@ from subspec_cli.checkpoint.layer_tensors import (
 from subspec_cli.drafting.draft_steps import rank
 from subspec_cli.drafting.graph_capture import CudaGraphs, Run
 from subspec_cli.limits import MOST_ROWS, ROW_SIZES
-from subspec_cli.modeling.decoder import (
-    BlockStream,
-    DraftDecoder,
-    DraftHead,
-    Head,
-    TargetDecoder,
-)
+from subspec_cli.modeling.decoder import BlockStream, DraftDecoder, DraftHead, Head, TargetDecoder
+from subspec_cli.modeling.draft_rows import DraftRows
 from subspec_cli.modeling.exact_attention import FIRST_RULES, ExactAttention
 from subspec_cli.modeling.kv_cache import KVCache, cache_for
 from subspec_cli.modeling.layers import LayerMath, OutputMath
 from subspec_cli.modeling.rope import RopeTable, RopeTables, Rotation
-from subspec_cli.modeling.row_group import RowGroup, padded_ids
+from subspec_cli.modeling.row_group import RowGroup
 from subspec_cli.modeling.row_rules import RowRules
 from subspec_cli.modeling.substitute import (
     LowBitHead,
@@ -49,6 +44,7 @@ from subspec_cli.modeling.substitute import (
     low_bit_table,
     resident_layer,
 )
+from subspec_cli.modeling.target_flow import SequenceRows
 from subspec_cli.modeling.token_batch import TokenBatch, causal_batch
 from subspec_cli.planning.costs import BASE_CACHED_ROWS, MachineCosts, RowTimes, attention_times, snapped
 from subspec_cli.probe.dummy_blocks import DummyBlocks, DummyResiduals, NoHead
@@ -145,12 +141,12 @@ def _disk_layouts(geometry: ModelGeometry, checkpoint: Checkpoint) -> list[Block
     ]
 
 
-def _tree_of(rows: int, prefix: int, rules: RowRules) -> RowGroup:
+def _tree_of(rows: int, prefix: int) -> RowGroup:
     """Return a tree behind `prefix` cached rows: one long path, and leaves beside its end."""
     number = torch.arange(rows)
     depths = number.clamp_max(_TREE_DEPTH)
     path = (number[None] < depths[:, None]) | torch.eye(rows, dtype=torch.bool)
-    return RowGroup(padded_ids([0] * rows, rules), prefix + depths, prefix, path)
+    return RowGroup(torch.zeros(rows, dtype=torch.long), prefix + depths, prefix, path)
 
 
 class _Workbench:
@@ -205,7 +201,7 @@ class _Workbench:
         kv = self._cache(math, prefix)
 
         def run(rows: int) -> None:
-            flow = decoder.begin([_tree_of(rows, prefix, self.rules)], kv)
+            flow = decoder.begin([[SequenceRows(_tree_of(rows, prefix), kv)]])
             for _ in decoder.layers(flow):
                 pass
 
@@ -283,7 +279,7 @@ class _Workbench:
         draft = DraftDecoder(math, self._states, NoHead(), layers)
 
         def run(batch: TokenBatch) -> None:
-            draft.run(self._states(batch.positions), batch, kv)
+            draft.run(self._states(batch.positions), [DraftRows(batch, kv)])
 
         steps = self._launched(
             lambda rows: partial(run, causal_batch([0] * rows, prefix).to(self._device)), row_counts

@@ -5,13 +5,12 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Final
 
 from subspec_cli.config import Config, DraftConfig
 from subspec_cli.decoding.drafter import PlainDrafter
 from subspec_cli.drafting.policy import DraftPolicy, FixedShape, TreeLimits
 from subspec_cli.drafting.tree_drafter import TreeDrafter
-from subspec_cli.limits import MOST_DEPTH, MOST_ROWS
+from subspec_cli.limits import MOST_DEPTH, MOST_ROWS, SEED_BITS
 from subspec_cli.modeling.pretrained import ModelTokenizer, import_libraries
 from subspec_cli.planning.request import WantedTokens, check_prompt_fits
 from subspec_cli.reporter import Reporter
@@ -29,8 +28,6 @@ from subspec_cli.streaming.memory_meter import MemoryMeter, return_freed_memory_
 from subspec_cli.units import counted
 from subspec_cli.versions import library_versions
 
-_SEED_BITS: Final = 53
-"""Bits of a fresh seed: as many as every reader of JSON keeps of a number."""
 TokenCount = Callable[[ModelTokenizer], WantedTokens | None]
 """Counts the tokens of a prompt that is known before the plan is made.
 
@@ -120,7 +117,7 @@ def _engines(draft: DraftConfig, opening: Opening, loaded: LoadedModel) -> Engin
         fixed=FixedShape(draft.depth, draft.width),
         shadow_rows=plan.shadow_rows,
     )
-    drafter = TreeDrafter(loaded.draft, loaded.kv, policy, eos_ids=loaded.eos_ids)
+    drafter = TreeDrafter(loaded.draft, policy, eos_ids=loaded.eos_ids)
     return Engines(loaded.engine(drafter), plain)
 
 
@@ -134,7 +131,7 @@ def _describe(config: Config, opening: Opening, loaded: LoadedModel, notes: list
         plan=opening.plan,
         costs=opening.costs,
         self_check=loaded.self_check,
-        seed=secrets.randbits(_SEED_BITS) if seed is None else seed,
+        seed=secrets.randbits(SEED_BITS) if seed is None else seed,
         end_ids=found.repository.end_ids,
         model_sampling=own_sampling(found.repository.sampling),
         has_chat_template=loaded.tokenizer.has_chat_template,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from subspec_cli.errors import UsageError
 from subspec_cli.metrics import OnPrefill
@@ -23,14 +23,26 @@ class _OpenTurn:
     """Whether it has a token, and so is a part of the conversation."""
 
 
+class _Request(NamedTuple):
+    """What the seed of a conversation is derived from."""
+
+    session_seed: int
+    number: int
+
+
 class Chat:
-    """Turns of one conversation; each turn prefills only what the cache does not hold."""
+    """Turns of one conversation; each turn prefills only what the cache does not hold.
+
+    All turns have one seed, since no position comes twice in a conversation. A conversation that goes back, and so
+    comes to a position again, goes on with another seed.
+    """
 
     def __init__(self, session: Session, system: str | None) -> None:
         self._session = session
         self._system = system
         self._messages: list[dict[str, str]] = []
         self._open: _OpenTurn | None = None
+        self._request: _Request | None = None
 
     @property
     def messages(self) -> tuple[dict[str, str], ...]:
@@ -45,7 +57,7 @@ class Chat:
         max_new_tokens: int | None = None,
         stop: Sequence[str] | None = None,
         plain: bool = False,
-        noise_stream: int | None = None,
+        request_number: int | None = None,
         on_prefill: OnPrefill | None = None,
     ) -> Generator[TextDelta, None, None]:
         """Answer the next message; options and errors are those of `Session.generate`.
@@ -58,10 +70,16 @@ class Chat:
             self._session.encode_messages(asked, system=self._system),
             seed=seed,
             stop=stop,
-            noise_stream=noise_stream,
+            request_number=self._request_number() if request_number is None else request_number,
         )
         self._open = _OpenTurn(text, begun)
         yield from self._answer(self._open, asked, max_new_tokens, plain=plain, on_prefill=on_prefill)
+
+    def _request_number(self) -> int:
+        seed = self._session.description.seed
+        if self._request is None or self._request.session_seed != seed:
+            self._request = _Request(seed, self._session.take_request_number())
+        return self._request.number
 
     @property
     def unfinished(self) -> str | None:
@@ -122,7 +140,7 @@ class Chat:
         """
         if not (messages and self._messages and messages[-1] is self._messages[-1]):
             self._open = None
-        self._messages = list(messages)
+        self._messages, self._request = list(messages), None
 
     def set_system(self, system: str) -> None:
         """Continue with another system message."""
@@ -130,5 +148,5 @@ class Chat:
 
     def reset(self) -> None:
         """Forget the conversation and empty the cache."""
-        self._messages, self._open = [], None
+        self._messages, self._open, self._request = [], None, None
         self._session.reset()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,15 +88,13 @@ class LoadedModel:
         """Return the target under the rules of the self-check, with weights from `blocks`."""
         return TargetDecoder(self.math, self.attention, self.embed, self.head, blocks, self.self_check.rules)
 
-    def engine(self, drafter: Drafter, blocks: TargetBlocks | None = None) -> Engine:
+    def engine(self, drafter: Drafter[Any], blocks: TargetBlocks | None = None) -> Engine:
         """Return an engine over this model's cache that drafts with `drafter`.
 
         `blocks` replaces the source of the target's weights.
         """
         blocks = blocks or self.blocks
-        return Engine(
-            self.target(blocks), self.kv, drafter, counters=_counters(blocks), prompt_rows=self.prompt_rows
-        )
+        return Engine(self.target(blocks), drafter, counters=_counters(blocks), prompt_rows=self.prompt_rows)
 
     def counters(self) -> StreamCounters:
         """Return the totals of the stream so far; zeros if everything is resident."""

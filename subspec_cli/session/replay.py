@@ -22,6 +22,7 @@ from subspec_cli.modeling.kv_cache import KVCache, cache_for
 from subspec_cli.modeling.layers import LayerMath, OutputMath
 from subspec_cli.modeling.row_group import RowGroup, chunk_group
 from subspec_cli.modeling.target_blocks import TargetBlocks
+from subspec_cli.modeling.target_flow import SequenceRows
 from subspec_cli.session.load import LoadedModel
 from subspec_cli.session.session import Session
 
@@ -41,26 +42,26 @@ class Replay:
         The prompt is read as for an answer. The answer's tokens follow in passes of at most as many rows as a tree
         may have: the plan has memory for these, and the self-check has checked them.
         """
-        kv, rules = self._kv, self._target.rules
+        kv = self._kv
         kv.rewind(0)
-        self._target.begin_answer(len(prompt))
+        self._target.begin_answer(kv, len(prompt))
         *read, newest = prompt
-        for groups in prompt_passes(prompt_groups(read, 0, rules), self._prompt_rows):
+        for groups in prompt_passes(prompt_groups(read, 0), self._prompt_rows):
             first, end = groups[0].start, groups[-1].start + groups[-1].rows
             self._pass(groups, logits_from=groups[-1].rows - 1)
             kv.commit(range(end - first), read[first:end])
         rows = (newest, *answer[:-1])
         for first in range(0, len(rows), self._most_rows):
             part = rows[first : first + self._most_rows]
-            yield self._pass([chunk_group(part, kv.committed, rules)], logits_from=0)
+            yield self._pass([chunk_group(part, kv.committed)], logits_from=0)
             kv.commit(range(len(part)), part)
 
     def _pass(self, groups: Sequence[RowGroup], *, logits_from: int) -> Tensor:
-        flow = self._target.begin(groups, self._kv)
+        flow = self._target.begin([[SequenceRows(group, self._kv)] for group in groups])
         with closing(self._target.layers(flow)) as layers:
             for _ in layers:
                 pass
-        return self._target.logits(flow, logits_from=logits_from)
+        return self._target.logits(flow, [(len(groups) - 1, slice(logits_from, groups[-1].rows))])
 
 
 def own_replay(session: Session) -> Replay:

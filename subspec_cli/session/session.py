@@ -6,12 +6,13 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from types import TracebackType
+from typing import Any
 
 from subspec_cli.config import SamplingConfig
 from subspec_cli.decoding.drafter import Drafter
 from subspec_cli.decoding.engine import Engine, PassOutput, Request
 from subspec_cli.decoding.penalties import Penalties, penalties_of
-from subspec_cli.decoding.sampler import Sampler, make_sampler
+from subspec_cli.decoding.sampler import Sampler, derived_seed, make_sampler
 from subspec_cli.decoding.text import AnswerText
 from subspec_cli.errors import IntegrityError, UsageError
 from subspec_cli.metrics import FinishReason, GenerationStats, OnPrefill
@@ -79,7 +80,7 @@ class Session:
         self.description = description
         self.learning = learning
         self._engines = engines
-        self._noise_streams = 0
+        self._next_request = 0
 
     def __enter__(self) -> Session:
         return self
@@ -139,7 +140,7 @@ class Session:
         max_new_tokens: int | None = None,
         stop: Sequence[str] | None = None,
         plain: bool = False,
-        noise_stream: int | None = None,
+        request_number: int | None = None,
         on_prefill: OnPrefill | None = None,
     ) -> Generator[TextDelta, None, None]:
         """Answer a prompt, given as text or as token ids, piece by piece. Closing the generator ends the answer.
@@ -149,12 +150,12 @@ class Session:
         Args:
             prompt: text goes through the chat template, with the system message of the settings; token ids
                 are taken as they are.
-            seed: seed of the noise at a temperature above 0; the same seed gives the same answer. None takes
-                the session's seed and the next of its noise streams, so that asking again gives another answer.
+            seed: seed of the noise at a temperature above 0; the same seed gives the same answer. None derives
+                one from the session's seed and the request's number, so that asking again gives another answer.
             max_new_tokens: longest answer; None takes the setting.
             stop: texts that end the answer and are not part of it; None takes the setting.
             plain: decode without speculation: the same tokens, slower.
-            noise_stream: number of the noise stream to use, independent of earlier requests.
+            request_number: the number from which a seed is derived; None takes the next one.
             on_prefill: receives how far the prompt is read; what it raises ends the answer.
 
         Raises:
@@ -165,7 +166,7 @@ class Session:
         run = self.description.config.run
         if isinstance(prompt, str):
             prompt = self.encode_prompt(prompt, system=run.system, raw=run.raw)
-        begun = self.begin(prompt, seed=seed, stop=stop, noise_stream=noise_stream)
+        begun = self.begin(prompt, seed=seed, stop=stop, request_number=request_number)
         yield from self.go_on(begun, max_new_tokens=max_new_tokens, plain=plain, on_prefill=on_prefill)
 
     def begin(
@@ -174,13 +175,13 @@ class Session:
         *,
         seed: int | None = None,
         stop: Sequence[str] | None = None,
-        noise_stream: int | None = None,
+        request_number: int | None = None,
     ) -> BegunAnswer:
         """Begin an answer without a token yet; arguments and errors are those of `generate`."""
         config = self.description.config
         if not prompt_ids or len(prompt_ids) >= self.description.context_tokens:
             raise self._no_room(len(prompt_ids))
-        sampler = self._sampler(seed, noise_stream)
+        sampler = self._sampler(seed, request_number)
         stops = tuple(config.run.stop if stop is None else stop)
         return BegunAnswer(
             tuple(prompt_ids), sampler, penalties_of(config.sampling, self.description.biases), stops
@@ -216,7 +217,7 @@ class Session:
         engine = self._engines.plain if plain else self._engines.speculative
         sampling, stats = self.description.config.sampling, GenerationStats()
         try:
-            with closing(self._checked(engine.generate(request, on_prefill))) as outputs:
+            with closing(self._checked(engine.generate(request, self.loaded.kv, on_prefill))) as outputs:
                 for output in outputs:
                     stats = output.stats
                     begun.token_ids.extend(output.token_ids)
@@ -246,7 +247,7 @@ class Session:
         self.loaded.kv.rewind(0)
 
     def set_sampling(self, sampling: SamplingConfig) -> None:
-        """Choose tokens of later answers by other settings. A new seed begins with noise stream 0.
+        """Choose tokens of later answers by other settings. A new seed begins with request 0.
 
         The settings are taken as they are: the model's own values are filled in when a session is opened. Raises
         UsageError for a bias that names no token.
@@ -254,7 +255,7 @@ class Session:
         about = self.description
         biases = token_biases(sampling.logit_bias, self.loaded.tokenizer, self.loaded.math.geometry.vocab)
         seed = about.seed if sampling.seed is None else sampling.seed
-        self._noise_streams = self._noise_streams if seed == about.seed else 0
+        self._next_request = self._next_request if seed == about.seed else 0
         config = replace(about.config, sampling=sampling)
         self.description = replace(about, config=config, seed=seed, biases=biases)
 
@@ -262,7 +263,7 @@ class Session:
         """Begin a conversation over this session's cache; without `system` the settings' system message is used."""
         return Chat(self, self.description.config.run.system if system is None else system)
 
-    def with_drafter(self, drafter: Drafter, *, blocks: TargetBlocks | None = None) -> Session:
+    def with_drafter(self, drafter: Drafter[Any], *, blocks: TargetBlocks | None = None) -> Session:
         """Return a session over the same loaded model that drafts with `drafter`. For experiments.
 
         `blocks` replaces the source of the target's weights. Both sessions share the KV cache, so one answer at a
@@ -271,14 +272,20 @@ class Session:
         engines = replace(self._engines, speculative=self.loaded.engine(drafter, blocks))
         return Session(self.loaded, engines, self.description)
 
-    def _sampler(self, seed: int | None, noise_stream: int | None) -> Sampler:
-        """Return the sampler of one answer; a seed of its own begins with noise stream 0."""
+    def take_request_number(self) -> int:
+        """Return the number of the next request, from which its seed is derived."""
+        self._next_request += 1
+        return self._next_request - 1
+
+    def _sampler(self, seed: int | None, request_number: int | None) -> Sampler:
+        """Return the sampler of one answer, by its own seed or one that is derived from the session's."""
         sampling = self.description.config.sampling
-        if seed is not None:
-            return make_sampler(sampling, seed, noise_stream or 0)
-        number = self._noise_streams if noise_stream is None else noise_stream
-        self._noise_streams = max(self._noise_streams, number + 1)
-        return make_sampler(sampling, self.description.seed, number)
+        if seed is None:
+            if request_number is None:
+                request_number = self.take_request_number()
+            self._next_request = max(self._next_request, request_number + 1)
+            seed = derived_seed(self.description.seed, request_number)
+        return make_sampler(sampling, seed)
 
     def _checked(self, outputs: Iterator[PassOutput]) -> Generator[PassOutput, None, None]:
         """Yield each output once it is certain that weight files are unchanged and that products are whole.

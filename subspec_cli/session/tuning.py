@@ -110,6 +110,7 @@ class Tuner:
         """Begin a pass over the text."""
         from subspec_cli.decoding.row_groups import prompt_groups
         from subspec_cli.modeling.input_moments import MeasuringTarget
+        from subspec_cli.modeling.target_flow import SequenceRows
 
         if self._session is None:
             self._session = self._opened.enter_context(
@@ -122,10 +123,10 @@ class Tuner:
             loaded.math, loaded.attention, loaded.embed, loaded.head, loaded.blocks, loaded.self_check.rules
         )
         session.reset()
-        target.begin_answer(len(text))
-        groups = list(prompt_groups(text, 0, loaded.self_check.rules))
+        target.begin_answer(loaded.kv, len(text))
+        batches = [[SequenceRows(group, loaded.kv)] for group in prompt_groups(text, 0)]
         self._next_layer = 0
-        measured = target.measured(target.begin(groups, loaded.kv))
+        measured = target.measured(target.begin(batches))
         self._opened.callback(measured.close)
         return measured
 
