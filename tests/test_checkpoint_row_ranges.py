@@ -61,3 +61,13 @@ def test_a_small_matrix_takes_one_thread():
     ranges = []
     in_row_ranges(lambda first, end: ranges.append((first, end)), 1000, 1000)
     assert ranges == [(0, 1000)]
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_an_interrupt_is_not_lost_and_no_row_is_missing_in_silence():
+    def loop(_first, end):
+        if end == 640:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        in_row_ranges(loop, 640, 1 << 30)

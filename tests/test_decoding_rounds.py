@@ -124,6 +124,32 @@ def test_random_arrivals_departures_and_failures_change_no_token(ahead, seed):
     assert sorted(done) == list(range(14))
 
 
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_pass_that_fails_behind_its_first_layer_is_run_again(ahead):
+    """Draft steps of its shadow are in flight then."""
+    plan = policy(5, 3, 20, costs=plan_costs(0.01, 0.9), shadow_rows=60)
+    engine, target = engine_of(plan, ahead=ahead)
+    kvs = caches(3)
+    answers = [engine.join(request_for(prompt, 30), kv) for prompt, kv in zip(PROMPTS[:3], kvs, strict=True)]
+    layers, rounds, tokens = target.layers, 0, {id(answer): [] for answer in answers}
+
+    def failing(flow):
+        for layer in layers(flow):
+            yield layer
+            if rounds % 3 == 2:
+                raise OSError("the disk is gone")
+
+    target.layers = failing
+    while in_flight := [answer for answer in answers if not answer.has_ended]:
+        rounds += 1
+        try:
+            for answer, output in engine.round(in_flight):
+                tokens[id(answer)].extend(output.token_ids)
+        except OSError:
+            assert rounds % 3 == 2
+    assert list(tokens.values()) == [plain_answer(TABLE, prompt, 30) for prompt in PROMPTS[:3]]
+
+
 def test_all_trees_of_a_round_share_one_pass():
     engine, target = engine_of(PLANS["trees"])
     requests = [request_for(prompt, 20) for prompt in PROMPTS[:4]]

@@ -33,13 +33,13 @@ def in_row_ranges(loop: Callable[[int, int], None], rows: int, weights: int) -> 
         loop(0, rows)
         return
     step = -(-rows // (threads * _RANGES_A_THREAD * _ROWS_OF_UNITS)) * _ROWS_OF_UNITS
-    numbers, failures = count(), list[Exception]()
+    numbers, failures = count(), list[BaseException]()
 
     def work(_job: object) -> None:
         try:
             while (first := step * next(numbers)) < rows:
                 loop(first, min(rows, first + step))
-        except Exception as error:  # no exception may leave a function that C calls
+        except BaseException as error:
             failures.append(error)
 
     _START(entry)(_WORK(work), None, threads, 0)

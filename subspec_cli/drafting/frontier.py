@@ -109,11 +109,6 @@ class Frontier:
         self._in_flight: deque[_StepInFlight] = deque()
 
     @property
-    def is_drained(self) -> bool:
-        """Whether no step is in flight."""
-        return not self._in_flight
-
-    @property
     def nodes_at_most(self) -> int:
         """Number of nodes with a row, and of rows that may still get a node."""
         undecided = sum(step.nodes.count(None) for step in self._in_flight)

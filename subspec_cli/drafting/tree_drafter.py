@@ -64,7 +64,7 @@ class TreeDrafter:
     def grow(self, orders: Sequence[TreeOrder[TreeDraft]]) -> list[Proposal]:
         """Return the trees of one pass; rows `[committed, committed + nodes)` of each cache are a tree's scratch."""
         policy = self._policy
-        self._queue.forget()
+        self._queue.drain()  # a round that failed may have left shadow steps in flight
         growths = [_Growth(order, policy.limits(order.tokens_wanted), policy.shadow_rows) for order in orders]
         # A shape that the user fixed is each tree's own.
         groups = [[growth] for growth in growths] if policy.fixed.is_set else [growths]
@@ -84,9 +84,7 @@ class TreeDrafter:
                     growths[number].cost_s += cost_s
             elif not self._queue.is_drained:
                 self._queue.drain()  # and decide again, knowing all tokens
-            elif (
-                sum(growth.compact() for growth in growths) == 0
-            ):  # gaps that were closed leave room for more
+            elif sum(growth.compact() for growth in growths) == 0:  # closing gaps may leave room
                 return spent_s
 
     def work_in_shadow(self, layer: int) -> None:
