@@ -116,6 +116,7 @@ class _Child:
             raise
         finally:
             clock.cancel()
+            clock.join()  # until its thread has ended it holds this object
         if not reply:
             self._process.wait()
         return reply
