@@ -13,8 +13,9 @@ from typing import Any, Final
 
 import tomli
 
-from subspec_cli.config import SECTIONS, Config, Setting, flag_of, settings_of
+from subspec_cli.config import SECTIONS, Config, flag_of, settings_of
 from subspec_cli.errors import UsageError
+from subspec_cli.setting_rules import Setting
 
 LOCAL_CONFIG: Final = "subspec.toml"
 _MAX_CONFIG_BYTES: Final = 1 << 20

@@ -12,8 +12,9 @@ from subspec_cli.bench.report import BenchReport
 from subspec_cli.config import Config, SamplingConfig
 from subspec_cli.metrics import GenerationStats, PassStats, PrefillProgress
 from subspec_cli.planning.costs import PlanCosts, RowTimes, overlapped_s
+from subspec_cli.planning.prediction import Basis, Prediction
 from subspec_cli.planning.reason import LayersThatPay, PlanReason
-from subspec_cli.planning.timing import Basis, DepthOption, Prediction, RoundTiming
+from subspec_cli.planning.timing import DepthOption, RoundTiming
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,14 @@ from subspec_cli.config import (
     settings_of,
 )
 
-COMMANDS = {"model": "run", "substitute": "prepare", "bench": "bench", "audit": "audit"}
+COMMANDS = {
+    "model": "run",
+    "substitute": "prepare",
+    "bench": "bench",
+    "audit": "audit",
+    "batch": "batch",
+    "serve": "serve",
+}
 
 
 @pytest.mark.parametrize("section", SECTIONS)

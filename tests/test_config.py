@@ -38,7 +38,18 @@ def test_defaults_are_greedy_and_json_able():
     assert config.sampling.is_greedy
     assert not resolve_config({"sampling": {"temperature": 0.7}}).sampling.is_greedy
     document = json.loads(json.dumps(config.as_dict()))
-    assert list(document) == ["model", "memory", "draft", "sampling", "substitute", "run", "bench", "audit"]
+    assert list(document) == [
+        "model",
+        "memory",
+        "draft",
+        "sampling",
+        "substitute",
+        "run",
+        "bench",
+        "audit",
+        "batch",
+        "serve",
+    ]
     assert document["run"] == {
         "max_new_tokens": 512,
         "system": None,
@@ -47,6 +58,7 @@ def test_defaults_are_greedy_and_json_able():
         "plain": False,
     }
     assert document["bench"]["max_new_tokens"] == 128
+    assert resolve_config({"serve": {"api_key": "secret"}}).as_dict()["serve"]["api_key"] == "…"
     assert document["substitute"] == {
         "bits": None,
         "optimizer": "minmax",

@@ -18,7 +18,7 @@ from subspec_cli.modeling.key_blocks import (
     spans,
     tree_spans,
 )
-from subspec_cli.planning.memory import mask_table_bytes
+from subspec_cli.planning.work_memory import mask_table_bytes
 
 CPU = torch.device("cpu")
 POSITIONS = st.integers(0, 6000)

@@ -24,10 +24,10 @@ from subspec_cli.planning.layer_sizes import LayerSizes
 from subspec_cli.planning.library_memory import bare_process_bytes
 from subspec_cli.planning.memory import MemoryModel
 from subspec_cli.planning.plan import OffloadPlan, fastest_plan, make_plan
+from subspec_cli.planning.prediction import predict_at
 from subspec_cli.planning.reason import FasterBits, GivenLayers, LayersThatPay, ShorterContext, WholeModel
 from subspec_cli.planning.request import DEFAULT_CONTEXT, PlanRequest
 from subspec_cli.planning.search import LayoutSearch, layouts, timed_layouts
-from subspec_cli.planning.timing import predict_at
 from subspec_cli.substitutes.settings import (
     SubstituteSettings,
     substitute_head_bytes,

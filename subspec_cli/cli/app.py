@@ -9,6 +9,7 @@ from typing import Annotated, Final
 import typer
 
 from subspec_cli.cli.audit import audit
+from subspec_cli.cli.batch import batch
 from subspec_cli.cli.bench import bench
 from subspec_cli.cli.chat import chat
 from subspec_cli.cli.completion import COMPLETE_VARIABLE, completion
@@ -18,6 +19,7 @@ from subspec_cli.cli.models import models
 from subspec_cli.cli.plan import plan
 from subspec_cli.cli.prepare import prepare
 from subspec_cli.cli.run import run
+from subspec_cli.cli.serve import serve
 from subspec_cli.errors import ExitCode
 from subspec_cli.versions import __version__
 
@@ -35,6 +37,8 @@ app.command()(plan)
 app.command()(prepare)
 app.command()(run)
 app.command()(chat)
+app.command()(serve)
+app.command()(batch)
 app.command()(bench)
 app.command()(audit)
 app.command()(completion)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Final
 
-from subspec_cli.config import MOST_BIAS
 from subspec_cli.errors import UsageError
+from subspec_cli.setting_rules import MOST_BIAS
 
 _MOST_BYTES: Final = 8 << 20
 _HINT: Final = 'write a JSON object such as {"65": 2.5, " the": -100}: ids, or texts that are one token'

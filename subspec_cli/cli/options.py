@@ -19,18 +19,9 @@ import typer
 
 from subspec_cli.cli.bias_file import read_bias_file
 from subspec_cli.cli.completion import complete_model
-from subspec_cli.config import (
-    AUTO,
-    BIASES,
-    BUDGET,
-    SIZE,
-    Config,
-    ModelConfig,
-    Setting,
-    flag_of,
-    settings_of,
-)
+from subspec_cli.config import Config, ModelConfig, flag_of, settings_of
 from subspec_cli.config_file import find_config_file, resolve_config
+from subspec_cli.setting_rules import AUTO, BIASES, BUDGET, SIZE, Setting
 from subspec_cli.units import SIZE_WORDS, parse_size_gib
 
 DebugOpt = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from subspec_cli.cli.output import Output
     from subspec_cli.planning.memory import PlanLine
     from subspec_cli.planning.plan import OffloadPlan
-    from subspec_cli.planning.timing import Prediction
+    from subspec_cli.planning.prediction import Prediction
     from subspec_cli.session.forecast import Forecast
 
 _BAR_CELLS: Final = 76

@@ -10,11 +10,12 @@ from subspec_cli.cli.completion import complete_model
 from subspec_cli.cli.options import FollowLinksOpt, JsonOpt, Settings, number, with_settings
 from subspec_cli.config import DraftConfig, MemoryConfig, ModelConfig
 from subspec_cli.errors import UsageError
+from subspec_cli.setting_rules import MOST_PARALLEL
 from subspec_cli.units import GIB, parse_size_gib
 
 if TYPE_CHECKING:
     from subspec_cli.cli.output import Output
-    from subspec_cli.planning.timing import Prediction
+    from subspec_cli.planning.prediction import Prediction
     from subspec_cli.session.forecast import BudgetRow, Forecast
 
 _HEADERS = ("GiB", "resident", "context", "plain tok/s", "subspec tok/s", "speedup", "RAM")
@@ -47,6 +48,18 @@ CompareOpt = Annotated[
     ),
 ]
 
+ParallelOpt = Annotated[
+    int | None,
+    typer.Option(
+        "--parallel",
+        min=1,
+        max=MOST_PARALLEL,
+        metavar="N",
+        help="Plan for N answers at a time, as batch and serve take them.",
+        show_default="one, by this command's settings",
+    ),
+]
+
 
 @with_settings(ModelConfig, MemoryConfig, DraftConfig, without=("memory.reprobe",))
 def plan(
@@ -54,6 +67,7 @@ def plan(
     model: ModelArg = None,  # noqa: ARG001 - it is config.model.model
     link_gb_per_s: LinkOpt = None,
     compare: CompareOpt = None,
+    parallel: ParallelOpt = None,
     follow_links: FollowLinksOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
@@ -74,6 +88,7 @@ def plan(
         config,
         link_gb_per_s=link_gb_per_s,
         compare_gib=compared,
+        parallel=parallel,
         follow_links=follow_links,
         reporter=Reporter(note=output.note),
     )

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from subspec_cli.planning.advice import LEAST_GAIN, Advice, Change
 from subspec_cli.planning.memory import WAITING_ROWS
 from subspec_cli.planning.plan import OffloadPlan
+from subspec_cli.planning.prediction import Outcome, Prediction
 from subspec_cli.planning.reason import (
     ContextCost,
     FasterBits,
@@ -19,7 +20,6 @@ from subspec_cli.planning.reason import (
     StreamChoice,
     WholeModel,
 )
-from subspec_cli.planning.timing import Outcome, Prediction
 from subspec_cli.units import GIB, counted, format_bytes, format_work_time
 
 

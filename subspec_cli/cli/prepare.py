@@ -10,8 +10,9 @@ import typer
 
 from subspec_cli.cli.completion import complete_model
 from subspec_cli.cli.options import FollowLinksOpt, JsonOpt, Settings, with_settings
-from subspec_cli.config import DEFAULT_BITS, MemoryConfig, ModelConfig, SubstituteConfig
+from subspec_cli.config import MemoryConfig, ModelConfig, SubstituteConfig
 from subspec_cli.errors import UsageError
+from subspec_cli.setting_rules import DEFAULT_BITS
 from subspec_cli.streaming.host_memory import has_gpu
 from subspec_cli.units import GIB, counted, format_bytes, format_seconds
 

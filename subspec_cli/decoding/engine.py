@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from subspec_cli.decoding.drafter import Draft, Drafter, Proposal, TreeOrder
+from subspec_cli.decoding.logprobs import TokenLogprobs, token_logprobs
 from subspec_cli.decoding.meter import OwnCounts, PromptMeter, RoundMeter
 from subspec_cli.decoding.penalties import NO_PENALTIES, PathState, Penalties, begin_path
 from subspec_cli.decoding.row_groups import prompt_groups, tree_group
@@ -42,6 +43,8 @@ class Request:
     penalties: Penalties = NO_PENALTIES
     given_ids: tuple[int, ...] = ()
     """The answer's beginning, if it was given before and goes on; `stop` has been fed with it."""
+    logprobs: int | None = None
+    """Likeliest tokens to tell beside each token, with its log-probability; None tells neither."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,8 @@ class PassOutput:
     """Set on the last output only."""
     stats: GenerationStats
     """Totals of the answer so far."""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """One for each token, if the request wants them."""
 
 
 class Answer:
@@ -173,11 +178,14 @@ class Engine:
         reused = 0 if turned_anew else min(common_prefix(prompt, kv.token_ids), len(prompt) - 1)
         return Answer(request, kv, draft, meter, kv.rewind(reused))
 
-    def round(self, answers: Sequence[Answer]) -> Iterator[tuple[Answer, PassOutput]]:
+    def round(
+        self, answers: Sequence[Answer], on_layer: Callable[[], None] = lambda: None
+    ) -> Iterator[tuple[Answer, PassOutput]]:
         """Run one pass for some answers in flight; yield what it emitted, by answer.
 
         An answer that is still reading its prompt may emit nothing. If the round fails or is interrupted, answers
-        stay as they were before it, but for those whose output was yielded.
+        stay as they were before it, but for those whose output was yielded. `on_layer` is called behind every layer
+        of the pass; what it raises ends the round.
         """
         decoding = [answer for answer in answers if not answer.is_reading]
         meter = RoundMeter(self._counters)
@@ -188,13 +196,20 @@ class Engine:
         readings = self._readings(answers, self._company_rows if decoding else self._prompt_rows)
         trees = [proposal.tree for proposal in proposals]
         with meter.timed("verify"):
-            read_rows, tree_rows = self._target_pass(readings, decoding, trees, meter)
+            read_rows, tree_rows = self._target_pass(readings, decoding, trees, meter, on_layer)
         for reading, row in zip(readings, read_rows, strict=True):
             if (output := self._end_reading(reading, row)) is not None:
                 yield reading.answer, output
         with meter.timed("verify"):
             results = [
-                verify(tree, logits, answer.request.sampler, answer.kv.committed, answer.state)
+                verify(
+                    tree,
+                    logits,
+                    answer.request.sampler,
+                    answer.kv.committed,
+                    answer.state,
+                    answer.request.logprobs,
+                )
                 for answer, tree, logits in zip(decoding, trees, tree_rows, strict=True)
             ]
         for answer, proposal, result in zip(decoding, proposals, results, strict=True):
@@ -223,6 +238,7 @@ class Engine:
         decoding: Sequence[Answer],
         trees: Sequence[TokenTree],
         meter: RoundMeter,
+        on_layer: Callable[[], None],
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Return logits: the last row `[V]` of what is read of each prompt, and `[N, V]` of each tree's nodes."""
         batches = [[SequenceRows(group, answer.kv)] for answer, groups in readings for group in groups]
@@ -239,6 +255,7 @@ class Engine:
         # Closed at once when a block fails or the user interrupts: the next pass starts at the first block.
         with closing(self._target.layers(flow)) as layers:
             for layer in layers:
+                on_layer()
                 for reading in readings:
                     self._report(reading, (layer + 1) / self._target.layer_count)
                 if trees:
@@ -281,7 +298,8 @@ class Engine:
             prefill_passes=answer.prompt_passes,
             ttft_s=answer.meter.elapsed_s(),
         )
-        answer.output = PassOutput((token,), request.stop.feed(token), stats)
+        told = () if request.logprobs is None else (token_logprobs(logits, token, request.logprobs),)
+        answer.output = PassOutput((token,), request.stop.feed(token), stats, told)
         return answer.output
 
     def _end_tree(
@@ -297,7 +315,7 @@ class Engine:
         answer.draft.learn(result, ends=finish_reason is not None)
         own = OwnCounts(len(token_ids), cached_rows, shadow_steps)
         stats = answer.output.stats.after_pass(meter.stats(proposal, result, own))
-        answer.output = PassOutput(token_ids, finish_reason, stats)
+        answer.output = PassOutput(token_ids, finish_reason, stats, result.logprobs[: len(token_ids)])
         return answer.output
 
 

@@ -118,9 +118,16 @@ def derived_seed(seed: int, number: int) -> int:
 
     Number 0 has that seed itself, so a program's first request equals one that names the seed.
     """
-    if number == 0:
-        return seed
-    digest = hashlib.sha256(f"subspec request {number} of seed {seed}".encode()).digest()
+    return seed if number == 0 else _hashed_seed(f"subspec request {number} of seed {seed}")
+
+
+def named_seed(seed: int, name: str) -> int:
+    """Return the seed of a request that has none of its own, by its name in a job with another seed."""
+    return _hashed_seed(f"subspec request named {name} of seed {seed}")
+
+
+def _hashed_seed(text: str) -> int:
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8]) >> (64 - SEED_BITS)
 
 

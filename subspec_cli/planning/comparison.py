@@ -9,7 +9,7 @@ from typing import Any
 
 from subspec_cli.metrics import GenerationStats, rate_of_totals, tau_of_totals
 from subspec_cli.planning.costs import CostOrigin, PlanCosts
-from subspec_cli.planning.timing import Prediction, predict_at
+from subspec_cli.planning.prediction import Prediction, predict_at
 
 
 @dataclass(frozen=True, slots=True)

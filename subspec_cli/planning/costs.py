@@ -177,6 +177,10 @@ class PlanCosts:
         """Return the seconds of a target pass."""
         return overlapped_s(self.link_s, self.compute_s(rows, cached_rows))
 
+    def step_at(self, cached_rows: float) -> RowTimes:
+        """Return the times of a draft step over so many cached rows."""
+        return weighted_sum([(1, self.step), (attention_weight(cached_rows), self.step_attention)])
+
     def step_s(self, rows: int, cached_rows: float) -> float:
         """Return the seconds of a draft step."""
         return self.step.at(rows) + attention_weight(cached_rows) * self.step_attention.at(rows)

@@ -9,19 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple
 
-from subspec_cli.checkpoint.geometry import ModelGeometry
 from subspec_cli.checkpoint.layer_tensors import FEED_FORWARD, LAYER_BLOCKS, LAYER_MATRICES
 from subspec_cli.limits import (
     ATTENTION_WORK_BYTES,
-    GATE_ROWS,
-    GUARD,
     LARGE_BLOCK,
     LEAST_RING_SLOTS,
     MOST_ROWS,
     NOISE_ROWS,
     SMALL_BLOCK,
-    SNAPSHOTS,
-    TREE_STATES,
 )
 from subspec_cli.planning.device_profile import EmbeddingPlace
 from subspec_cli.planning.layer_sizes import LayerSizes
@@ -33,6 +28,12 @@ from subspec_cli.planning.library_memory import (
     widened_bytes,
 )
 from subspec_cli.planning.request import PlanRequest
+from subspec_cli.planning.work_memory import (
+    activation_bytes,
+    mask_table_bytes,
+    recurrent_bytes,
+    work_row_bytes,
+)
 from subspec_cli.substitutes.settings import substitute_head_bytes
 from subspec_cli.units import MIB, counted, format_bytes
 
@@ -48,8 +49,6 @@ _SAMPLED_BYTES: Final = 40
 _PAGE_BYTES: Final = 4096
 _KERNEL_WORK_BYTES: Final = 4 * MIB
 """Scores and partial sums inside an attention kernel, on all threads."""
-_HOST_ROW_BYTES: Final = 128
-"""Token ids, positions and texts of one row of context."""
 
 WAITING_ROWS: Final = "waiting prompt rows"
 """Label of the line for activations that wait while the weights of their next block arrive."""
@@ -125,24 +124,24 @@ class MemoryModel:
         self.mean_slot_bytes = self.mean_link_bytes // (1 if holds_layer else len(LAYER_BLOCKS))
         """Weights that a slot holds on average: blocks differ in size."""
         self._widened_bytes = widened_bytes(self._profile, geometry)
-        self._work_row_bytes = _work_row_bytes(geometry)
-        """Work space for one row of context."""
-        self.row_bytes = geometry.kv_row_bytes + self._work_row_bytes
-        """Bytes that one more row of context costs."""
+        self._work_row_bytes = work_row_bytes(geometry, request.sequences)
+        self._kv_row_bytes = request.sequences * geometry.kv_row_bytes
+        self.row_bytes = self._kv_row_bytes + self._work_row_bytes
+        """Bytes that one more row of every sequence's context costs."""
         self._held_row_bytes = (geometry.hidden + geometry.feed_forward) * geometry.element_bytes
         """Activations of a prompt row from the gate block to the down block."""
         self._scratch_rows = _whole_blocks(request.scratch_rows)
         self._low_bit_head_bytes = substitute_head_bytes(geometry)
         self._small_bytes = geometry.small_bytes
         self._work_bytes = self._workspace_bytes()
-        self._recurrent_bytes = recurrent_bytes(geometry, self._scratch_rows)
-        noise_bytes = NOISE_ROWS * geometry.vocab * _NOISE_BYTES if request.samples else 0
+        self._recurrent_bytes = recurrent_bytes(geometry, self._scratch_rows, request.sequences)
+        noise_bytes = NOISE_ROWS * geometry.vocab * _NOISE_BYTES * request.sequences if request.samples else 0
         self._noise_bytes = noise_bytes if self._profile.budget_is_ram else 0
         self._host_noise_bytes = 0 if self._profile.budget_is_ram else 2 * noise_bytes
         """Beside a GPU: the sampler's own, and twice as many positions in float32, which the GPU reads."""
         self._rounding_bytes = len(LAYER_MATRICES) * self._profile.rounding_bytes
         """Rounding per layer."""
-        kernels = target_kernels(geometry, request.prefill_rows, request.tree_nodes)
+        kernels = target_kernels(geometry, request.prefill_rows, request.pass_nodes)
         self._kernel_bytes = kernels * self._profile.kernel_bytes
         self._fixed_bytes = (
             geometry.table_bytes
@@ -228,11 +227,11 @@ class MemoryModel:
             PlanLine("rebuilt weights" if self._request.streams_residuals else "widened weights",
                      self._widened_bytes if layout.slots else 0,
                      "from residuals" if self._request.streams_residuals else "8 bits to 16"),
-            PlanLine("KV cache", rows * geometry.kv_row_bytes, f"{rows} rows"),
-            PlanLine("recurrent state", self._recurrent_bytes, f"{len(geometry.delta)} layers"),
+            PlanLine("KV cache", rows * self._kv_row_bytes, f"{self._each()}{rows} rows"),
+            PlanLine("recurrent state", self._recurrent_bytes, f"{self._each()}{len(geometry.delta)} layers"),
             PlanLine("workspace", self._work_bytes + rows * self._work_row_bytes),
             PlanLine(WAITING_ROWS, prompt.held_bytes, f"{counted(prompt.rows, 'row')} a pass"),
-            PlanLine("sampling noise", self._noise_bytes, f"{NOISE_ROWS} positions"),
+            PlanLine("sampling noise", self._noise_bytes, f"{self._each()}{NOISE_ROWS} positions"),
             PlanLine("tokenizer", self._tokenizer_bytes if profile.budget_is_ram else 0),
             PlanLine("kernels", self._kernel_bytes + self._draft_kernel_bytes(layout), "compiled at first use"),
             PlanLine("CUDA context", profile.context_bytes, "outside the allocator"),
@@ -270,7 +269,7 @@ class MemoryModel:
             PlanLine("bare process", process_bytes),
             PlanLine("tokenizer", self._tokenizer_bytes),
             PlanLine("embedding", self._host_table_bytes(layout)),
-            PlanLine("sampling noise", self._host_noise_bytes, f"{NOISE_ROWS} positions"),
+            PlanLine("sampling noise", self._host_noise_bytes, f"{self._each()}{NOISE_ROWS} positions"),
             PlanLine("pinned layers", self._link_sizes.most(pinned), f"{pinned} of {streamed} streamed"),
             PlanLine(
                 "pinned ring", ring * self._link_bytes, f"{counted(streamed - pinned, 'layer')} from disk"
@@ -295,6 +294,10 @@ class MemoryModel:
         sizes = self._request.substitute_bytes
         return 0 if sizes is None else sizes.most(count)
 
+    def _each(self) -> str:
+        """How often there is what every sequence has, before a count; empty for one sequence."""
+        return f"{self._request.sequences} x " if self._request.sequences > 1 else ""
+
     def _resident_note(self, layout: MemoryLayout) -> str:
         note = f"{layout.resident} of {self.layers}"
         if layout.drafts and layout.shared:
@@ -306,13 +309,13 @@ class MemoryModel:
         geometry, request = self._geometry, self._request
         element_bytes = geometry.element_bytes
         heads_width = max(shape.query_width for shape in geometry.attention)
-        activations = request.prefill_rows * _activation_bytes(geometry)
+        activations = request.prefill_rows * activation_bytes(geometry)
         masks = sum(mask_table_bytes(*key, element_bytes) for key in geometry.mask_keys)
         blocks = request.model_context // LARGE_BLOCK + LARGE_BLOCK // SMALL_BLOCK + 2
         results = request.prefill_rows * heads_width * (blocks * element_bytes + 12)
         tiles = min(results, ATTENTION_WORK_BYTES) + _KERNEL_WORK_BYTES + masks
         drafted = MOST_ROWS * geometry.vocab * (_SAMPLED_BYTES if request.samples else _RANKED_BYTES)
-        verified = request.tree_nodes * geometry.vocab * geometry.element_bytes
+        verified = request.pass_nodes * geometry.vocab * geometry.element_bytes
         # A tree is drafted while the last tree's logits are still held; the self-check compares those of two trees.
         logits = verified + max(verified, drafted)
         return activations + tiles + logits
@@ -326,73 +329,8 @@ class MemoryModel:
         return kernels * self._profile.kernel_bytes
 
 
-def _activation_bytes(geometry: ModelGeometry) -> int:
-    """Return the activations of one row: the most of norm, attention and feed-forward, which follow each other."""
-    hidden, element_bytes = geometry.hidden, geometry.element_bytes
-    qk_width = max(shape.query_width + shape.key_width for shape in geometry.attention)
-    qkv_width = max(shape.query_width + 2 * shape.key_width for shape in geometry.attention)
-    # A norm is computed in float32. Rotating makes a few copies of queries and keys.
-    norm = (2 * element_bytes + 3 * 4) * hidden
-    attention = 2 * element_bytes * hidden + 6 * element_bytes * qkv_width
-    if geometry.arithmetic.qk_norm is not None:
-        attention += 3 * 4 * qk_width
-    feed_forward = element_bytes * (4 * hidden + 2 * geometry.feed_forward)
-    return max(norm, attention, feed_forward, _delta_activation_bytes(geometry))
-
-
-def _delta_activation_bytes(geometry: ModelGeometry) -> int:
-    """Return the activations of one row in a recurrent layer: convolved, and split in float32."""
-    if not geometry.delta:
-        return 0
-    shape, element_bytes = geometry.delta[0], geometry.element_bytes
-    inputs = (2 * geometry.hidden + 3 * shape.conv_width + 3 * shape.value_width) * element_bytes
-    return inputs + 4 * (5 * shape.conv_width + 2 * shape.value_width)
-
-
-def recurrent_bytes(geometry: ModelGeometry, scratch_rows: int) -> int:
-    """Return the memory of recurrent layers.
-
-    It is the committed state, the next one and snapshots, each with the last inputs of the convolution, and what
-    target and draft keep of each scratch row, as in `modeling.recurrent_state`; the states of a tree's branches; and
-    the padded projections of decay and share.
-    """
-    if not geometry.delta:
-        return 0
-    shape, layers, element_bytes = geometry.delta[0], len(geometry.delta), geometry.element_bytes
-    tail = (shape.kernel - 1) * shape.conv_width * element_bytes
-    moments = (2 + SNAPSHOTS) * layers * (shape.state_elements * 4 + tail)
-    kept = (shape.conv_width + shape.key_heads * shape.key_dim + shape.value_width) * element_bytes
-    rows = scratch_rows * layers * (kept + 3 * shape.value_heads * 4)
-    gates = layers * -(-2 * shape.value_heads // GATE_ROWS) * GATE_ROWS * geometry.hidden * element_bytes
-    return moments + rows + gates + TREE_STATES * shape.state_elements * 4
-
-
 def _whole_blocks(rows: int) -> int:
     return -(-rows // SMALL_BLOCK) * SMALL_BLOCK
-
-
-def _work_row_bytes(geometry: ModelGeometry) -> int:
-    """Return the work space for one row of context.
-
-    It is the row's rotary positions, its mask for a draft step, its hidden state while a prompt is read, and the copy
-    of one layer's keys and values that an attention kernel may make.
-    """
-    shapes = geometry.attention
-    rotary = 4 * max(shape.head_dim for shape in shapes) * geometry.rope_tables
-    elements = rotary + geometry.hidden + 2 * max(shape.key_width for shape in shapes)
-    masks = MOST_ROWS * sum(group + 1 for _, group in geometry.mask_keys)
-    return (elements + masks) * geometry.element_bytes + _HOST_ROW_BYTES
-
-
-def mask_table_bytes(window: int | None, group: int, element_bytes: int) -> int:
-    """Return the size of the masks of layers with one window, for `group` query heads per kv head.
-
-    They are the tables of `WindowMasks` in `modeling.key_blocks`.
-    """
-    elements = (LARGE_BLOCK + GUARD + SMALL_BLOCK) * SMALL_BLOCK
-    if window is not None:
-        elements += 2 * LARGE_BLOCK * LARGE_BLOCK
-    return elements * group * element_bytes
 
 
 def _table_note(layout: MemoryLayout) -> str:

@@ -18,17 +18,17 @@ from subspec_cli.planning.costs import MachineCosts, PlanCosts, RowTimes, weight
 from subspec_cli.planning.device_profile import DeviceKind, EmbeddingPlace, device_profile
 from subspec_cli.planning.layer_sizes import LayerSizes
 from subspec_cli.planning.memory import HeadBits, PinnedLayers, PlanLine
+from subspec_cli.planning.prediction import Prediction, predict
 from subspec_cli.planning.reason import FasterBits, NoRoomToDraft, PlanReason, StreamChoice, plan_reason
-from subspec_cli.planning.request import AutomaticBudget, PlanRequest, usual_contexts
+from subspec_cli.planning.request import AutomaticBudget, PlanRequest, pass_nodes, usual_contexts
 from subspec_cli.planning.search import LayoutSearch, PlanOption, TimedLayout
 from subspec_cli.planning.shortage import shortage
 from subspec_cli.planning.timing import (
     NODE_BUDGETS,
-    Prediction,
     hidden_nodes,
+    hidden_prompt_rows,
     link_s,
     pass_compute,
-    predict,
     step_times,
     verified_rows,
     widen_s,
@@ -67,7 +67,9 @@ class OffloadPlan:
     draft_rows: int
     """Most rows of one draft step."""
     prompt_rows: int
-    """Most rows of a prompt in one pass."""
+    """Most rows of prompts in one pass without trees."""
+    company_rows: int
+    """Most rows of prompts in a pass with trees: whole chunks that compute while the link is busy anyway."""
     lines: tuple[PlanLine, ...]
     host_lines: tuple[PlanLine, ...]
     """Host memory beside the budget."""
@@ -78,6 +80,8 @@ class OffloadPlan:
     """Whether the whole model fits the budget, so that nothing needs to be streamed."""
     automatic: AutomaticBudget | None = None
     """How the budget came about, if the user gave none."""
+    sequences: int = 1
+    """Answers in flight at the same time, each with a context and scratch rows of its own."""
 
     @property
     def resident_layers(self) -> int:
@@ -88,6 +92,11 @@ class OffloadPlan:
     def streamed_layers(self) -> int:
         """Number of streamed layers."""
         return len(self.streamed)
+
+    @property
+    def pass_nodes(self) -> int:
+        """Most nodes of all trees of a pass."""
+        return pass_nodes(self.tree_nodes, self.sequences)
 
     @property
     def scratch_rows(self) -> int:
@@ -131,6 +140,7 @@ class OffloadPlan:
             "host_bytes": self.host_bytes,
             "process_bytes": self.process_bytes,
             "context": self.context,
+            "parallel": self.sequences,
             "resident_layers": list(self.resident),
             "shared_layers": list(self.shared),
             "streamed_layers": list(self.streamed),
@@ -298,6 +308,9 @@ def _finished(search: LayoutSearch, option: PlanOption) -> OffloadPlan:
         shadow_rows=request.shadow_rows if streamed and layout.drafts else 0,
         draft_rows=max(request.fixed_width or 0, MOST_ROWS),
         prompt_rows=prompt.rows,
+        company_rows=hidden_prompt_rows(
+            timed.timing.link_s - timed.timing.widen_s, _compute(request), prompt.rows
+        ),
         lines=memory.lines(layout, option.context, prompt),
         host_lines=memory.host_lines(layout),
         streamed_bytes_per_pass=sum(request.geometry.link_layer_bytes[layer] for layer in streamed),
@@ -305,6 +318,7 @@ def _finished(search: LayoutSearch, option: PlanOption) -> OffloadPlan:
         reason=plan_reason(search, option),
         fits=memory.whole_model_bytes(layout.embedding, option.context) <= request.budget_bytes,
         automatic=request.automatic,
+        sequences=request.sequences,
     )
 
 
@@ -319,12 +333,15 @@ def _tree_nodes(request: PlanRequest, timed: TimedLayout, prediction: Prediction
     """
     if request.fixed_depth is not None or request.fixed_width is not None:
         return request.tree_nodes
-    compute = pass_compute(request.costs, request.geometry, request.cached_rows)
-    hidden = hidden_nodes(timed.timing.link_s, compute, request.tree_nodes)
+    hidden = hidden_nodes(timed.timing.link_s, _compute(request), request.tree_nodes)
     deepest = max(timed.depth.depth, prediction.high.depth if prediction.high else 0)
     wanted = verified_rows(deepest, request.tree_nodes)
     enough = next((nodes for nodes in NODE_BUDGETS if nodes >= wanted), wanted)
     return min(max(hidden, enough), request.tree_nodes)
+
+
+def _compute(request: PlanRequest) -> RowTimes:
+    return pass_compute(request.costs, request.geometry, request.cached_rows)
 
 
 def _as_dicts(lines: Sequence[PlanLine]) -> list[dict[str, Any]]:

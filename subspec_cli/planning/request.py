@@ -112,6 +112,8 @@ class PlanRequest:
     """The prompt to answer; None lets the plan weigh context against speed."""
     automatic: AutomaticBudget | None = None
     """How the budget came about, if the user gave none."""
+    sequences: int = 1
+    """Answers in flight at the same time, each with a context of its own."""
     streams_residuals: bool = False
     """Whether the streamed sizes of the geometry are those of residuals, which are rebuilt to 16 bits."""
 
@@ -126,9 +128,18 @@ class PlanRequest:
         return self.tree_nodes + (self.shadow_rows if self.substitute_bytes is not None else 0)
 
     @property
+    def pass_nodes(self) -> int:
+        """Most nodes of the trees of one pass."""
+        return pass_nodes(self.tree_nodes, self.sequences)
+
+    @property
     def likely_survival(self) -> float:
         """Probability that the target accepts one more level of the draft, learned or assumed."""
         return assumed_survival(self.substitute_bits).middle if self.survival is None else self.survival
+
+    def for_parallel(self, parallel: int | None) -> PlanRequest:
+        """Return this request for answers at a time, each with sampling settings of its own; None is this one."""
+        return self if parallel is None else replace(self, sequences=parallel, samples=True)
 
     def after_runs(self, acceptance: Acceptance | None) -> PlanRequest:
         """Return this request with what earlier runs have learned; the same if that is too little."""
@@ -136,6 +147,11 @@ class PlanRequest:
             return self
         survival = acceptance.survival(assumed_survival(self.substitute_bits).middle)
         return replace(self, survival=survival, learned_tokens=round(acceptance.tokens))
+
+
+def pass_nodes(tree_nodes: int, sequences: int) -> int:
+    """Return the most nodes of the trees of one pass: those of one tree, or as many more as a chunk has rows."""
+    return max(tree_nodes, min(sequences * tree_nodes, PREFILL_CHUNK))
 
 
 @dataclass(frozen=True, slots=True)

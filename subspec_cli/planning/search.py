@@ -118,7 +118,8 @@ class LayoutSearch:
         def seconds(item: TimedLayout) -> float:
             prompt = self.memory.prompt_pass(item.layout, context, free_bytes - item.base_bytes)
             passes = -(-wanted.prompt // prompt.rows)
-            return passes * item.timing.link_s + wanted.answer / item.tok_per_s
+            answers = self.request.sequences * wanted.answer
+            return passes * item.timing.link_s + answers / item.tok_per_s
 
         fitting = (item for item in self._by_size if item.base_bytes <= free_bytes)
         return min(fitting, key=seconds, default=None)

@@ -7,21 +7,16 @@ ends, is among the tokens that it worked below.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from subspec_cli.checkpoint.geometry import ModelGeometry
-from subspec_cli.limits import MOST_DEPTH, SHADOW_ROWS
-from subspec_cli.planning.assumed_costs import assumed_survival
+from subspec_cli.limits import MOST_DEPTH, MOST_ROWS, PREFILL_CHUNK, SHADOW_ROWS
 from subspec_cli.planning.costs import (
     BASE_CACHED_ROWS,
     LINK_MARGIN,
-    CostOrigin,
     MachineCosts,
-    PlanCosts,
     RowTimes,
     attention_weight,
     overlapped_s,
@@ -47,74 +42,6 @@ _TWO_SLOTS_LOSS: Final = 1.02
 """Factor on the link's time: with two slots the link stops whenever using a block takes longer than reading one."""
 
 
-@dataclass(frozen=True, slots=True)
-class Basis:
-    """The figures that a prediction depends on."""
-
-    link_bytes_per_s: float
-    pageable_bytes_per_s: float
-    """Rate of copies from memory that is not pinned; the link's own where nothing is copied."""
-    timing: RoundTiming
-    plain: DepthOption
-    """Plain decoding."""
-    option: DepthOption
-    """The predicted depth."""
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a plan gives if drafts are accepted with some probability."""
-
-    survival: float
-    """Probability that the target accepts one more level of the draft."""
-    depth: int
-    """Best depth at it; 0 if drafting would not pay."""
-    tau: float
-    tok_per_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """What a plan is expected to give."""
-
-    plain_pass_s: float
-    """Pass of one row, in plain decoding."""
-    pass_s: float
-    """Wait for a pass over a tree of `depth`."""
-    step_s: float
-    depth: int
-    """Best depth; 0 if drafting would not pay."""
-    tau: float
-    """Tokens per pass at that depth."""
-    plain_tok_per_s: float
-    """Tokens per second of plain decoding under the same plan."""
-    tok_per_s: float
-    survival: float
-    """Probability that the target accepts one more level of the draft."""
-    origin: CostOrigin
-    """Where the costs come from."""
-    cached_rows: float
-    """Tokens in the KV cache for which these times are predicted."""
-    basis: Basis
-    learned_tokens: int = 0
-    """Tokens of earlier runs from which the survival was learned; 0 if it is assumed."""
-    low: Outcome | None = None
-    """Low end of what may be expected while the survival is assumed."""
-    high: Outcome | None = None
-    """High end of it."""
-
-    @property
-    def speedup(self) -> float:
-        """Speedup over plain decoding under the same plan."""
-        return self.tok_per_s / self.plain_tok_per_s
-
-    def as_dict(self, assumptions: Sequence[str]) -> dict[str, Any]:
-        """Return plain values for JSON, with the sentences for the basis."""
-        values = dataclasses.asdict(self)
-        del values["basis"]
-        return {**values, "assumptions": list(assumptions), "speedup": self.speedup}
-
-
 class RoundTiming(NamedTuple):
     """Times of a round that do not depend on its depth; a tuple, because a plan makes thousands of them."""
 
@@ -122,7 +49,7 @@ class RoundTiming(NamedTuple):
     prefetch_s: float
     """Link time of the slots, which fill while the draft runs."""
     step_s: float
-    """A draft step of STEP_ROWS."""
+    """One more level for every sequence: draft steps with STEP_ROWS for each."""
     shadow_step_s: float
     """A draft step of SHADOW_STEP_ROWS."""
     slot_s: float
@@ -133,6 +60,8 @@ class RoundTiming(NamedTuple):
     """The most that a layout can have."""
     widen_s: float = 0.0
     """Compute time that a pass takes to widen streamed weights of 8 bits, or to rebuild them from residuals."""
+    sequences: int = 1
+    """Answers in flight."""
 
 
 class DepthOption(NamedTuple):
@@ -140,9 +69,9 @@ class DepthOption(NamedTuple):
 
     depth: int
     rows: int
-    """Rows of a pass over the tree."""
+    """Rows of a pass over the trees of all sequences."""
     tau: float
-    """Tokens per pass, the bonus token included."""
+    """Tokens per pass and sequence, the bonus token included."""
     survival: float
     """Probability that the target accepts one more level."""
     compute_s: float
@@ -199,14 +128,26 @@ def step_times(
 
 
 def verified_rows(depth: int, most_nodes: int) -> int:
-    """Return the rows of a pass: the root, the chain and about as many nodes beside it."""
+    """Return the rows of a tree in a pass: the root, the chain and about as many nodes beside it."""
     return min(most_nodes, 2 * depth + 1)
+
+
+def level_s(step: RowTimes, sequences: int) -> float:
+    """Return the seconds of one more level for every sequence: full draft steps, and one with the rows left."""
+    full, rest = divmod(sequences * STEP_ROWS, MOST_ROWS)
+    return full * step.at(MOST_ROWS) + (step.at(rest) if rest else 0.0)
 
 
 def hidden_nodes(link_time_s: float, compute: RowTimes, most_nodes: int) -> int:
     """Return the largest tree whose compute time still hides behind the link."""
     fitting = [n for n in NODE_BUDGETS if n <= most_nodes and compute.at(n) <= link_time_s]
     return fitting[-1] if fitting else min(NODE_BUDGETS[0], most_nodes)
+
+
+def hidden_prompt_rows(link_time_s: float, compute: RowTimes, most_rows: int) -> int:
+    """Return the prompt rows, in whole chunks, whose compute time hides behind the link; 0 if not even one does."""
+    chunks = range(PREFILL_CHUNK, most_rows + 1, PREFILL_CHUNK)
+    return max((rows for rows in chunks if compute.at(rows) <= link_time_s), default=0)
 
 
 def pass_s(timing: RoundTiming, option: DepthOption) -> float:
@@ -230,7 +171,7 @@ def shadow_levels(timing: RoundTiming, option: DepthOption) -> float:
     steps = min(int(spare_s / timing.shadow_step_s), SHADOW_ROWS // SHADOW_STEP_ROWS)
     if steps <= 0 or not option.depth:
         return 0.0
-    rows, errors = steps * SHADOW_STEP_ROWS, 1.0 - option.survival
+    rows, errors = steps * SHADOW_STEP_ROWS / timing.sequences, 1.0 - option.survival
     # Half of the levels until the next error: deeper ones seldom win a row from another pair.
     levels = min(steps, option.depth, max(1.0, 0.5 / errors) if errors > 0 else option.depth)
     return levels * rows / (rows + _PAIRS * errors)
@@ -246,7 +187,7 @@ def _shadow_share(timing: RoundTiming) -> float:
 
 def fastest_depth(timing: RoundTiming, options: Sequence[DepthOption]) -> tuple[float, DepthOption]:
     """Return the highest tokens per second of these depths, and its depth."""
-    rates = [option.tau / round_s(timing, option) for option in options]
+    rates = [timing.sequences * option.tau / round_s(timing, option) for option in options]
     best = max(rates)
     return best, options[rates.index(best)]
 
@@ -257,13 +198,17 @@ def depth_options(request: PlanRequest) -> tuple[DepthOption, ...]:
     depths = (0, fixed) if fixed else (0, *(depth for depth in DEPTHS if depth < most_nodes))
     compute = pass_compute(request.costs, request.geometry, request.cached_rows)
     survival = request.likely_survival
+    rows = {
+        depth: min(request.sequences * verified_rows(depth, most_nodes), request.pass_nodes)
+        for depth in depths
+    }
     return tuple(
         DepthOption(
             depth,
-            verified_rows(depth, most_nodes),
+            rows[depth],
             tau=sum(survival**level for level in range(depth + 1)),
             survival=survival,
-            compute_s=compute.at(verified_rows(depth, most_nodes)),
+            compute_s=compute.at(rows[depth]),
         )
         for depth in depths
     )
@@ -309,6 +254,7 @@ class RoundTimer:
             shadow_slots=max(0, layout.slots - 2) if request.shadow_rows else 0,
             most_shadow_slots=most - 2,
             widen_s=widen_s(request.costs, request.geometry, streamed),
+            sequences=request.sequences,
         )
 
     def _draft_timing(self, layout: MemoryLayout) -> _DraftTiming:
@@ -316,7 +262,9 @@ class RoundTimer:
         if key not in self._draft_timings:
             costs = self._request.costs
             times = step_times(costs, self._request.geometry, *key, cached_rows=self._request.cached_rows)
-            self._draft_timings[key] = _DraftTiming(times.at(STEP_ROWS), times.at(SHADOW_STEP_ROWS))
+            self._draft_timings[key] = _DraftTiming(
+                level_s(times, self._request.sequences), times.at(SHADOW_STEP_ROWS)
+            )
         return self._draft_timings[key]
 
 
@@ -325,59 +273,3 @@ class _DraftTiming(NamedTuple):
 
     step_s: float
     shadow_step_s: float
-
-
-def predict(request: PlanRequest, timing: RoundTiming, option: DepthOption) -> Prediction:
-    """Return the figures of a layout at one depth, with the figures that they depend on."""
-    machine, plain = request.costs, depth_options(request)[0]
-    rates = (machine.link_bytes_per_s, machine.pageable_bytes_per_s)
-    assumed = assumed_survival(request.substitute_bits)
-    is_assumed = request.survival is None and option.depth > 0
-    return Prediction(
-        **_times(timing, plain, option),
-        depth=option.depth,
-        tau=option.tau,
-        survival=request.likely_survival,
-        origin=machine.origin,
-        cached_rows=request.cached_rows,
-        basis=Basis(*rates, timing, plain, option),
-        learned_tokens=request.learned_tokens,
-        low=_outcome(request, timing, assumed.low) if is_assumed else None,
-        high=_outcome(request, timing, assumed.high) if is_assumed else None,
-    )
-
-
-def _outcome(request: PlanRequest, timing: RoundTiming, survival: float) -> Outcome:
-    """Return what a layout gives at another survival; the draft policy chooses the depth while it runs."""
-    plain, *drafted = depth_options(replace(request, survival=survival))
-    if not request.fixed_depth:
-        drafted.append(plain)
-    rate, best = fastest_depth(timing, drafted)
-    return Outcome(survival, best.depth, best.tau, rate)
-
-
-def predict_at(prediction: Prediction, costs: PlanCosts, cached_rows: float) -> Prediction:
-    """Return the figures of the same plan and depth for another number of cached rows."""
-    basis = prediction.basis
-    # The costs of a plan count widening as computing.
-    timing = basis.timing._replace(
-        widen_s=0.0,
-        step_s=costs.step_s(STEP_ROWS, cached_rows),
-        shadow_step_s=costs.step_s(SHADOW_STEP_ROWS, cached_rows),
-    )
-    plain, option = (
-        each._replace(compute_s=costs.compute_s(each.rows, cached_rows))
-        for each in (basis.plain, basis.option)
-    )
-    return replace(prediction, **_times(timing, plain, option), cached_rows=cached_rows)
-
-
-def _times(timing: RoundTiming, plain: DepthOption, option: DepthOption) -> dict[str, Any]:
-    """Return the fields of a prediction that depend on times."""
-    return {
-        "plain_pass_s": pass_s(timing, plain),
-        "pass_s": pass_s(timing, option),
-        "step_s": timing.step_s,
-        "plain_tok_per_s": 1 / round_s(timing, plain),
-        "tok_per_s": option.tau / round_s(timing, option),
-    }

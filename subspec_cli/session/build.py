@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
-from dataclasses import replace
 
 from subspec_cli.config import Config, DraftConfig
 from subspec_cli.decoding.drafter import PlainDrafter
@@ -42,8 +41,12 @@ def build_session(
     *,
     costs: CostSource | None = None,
     count: TokenCount | None = None,
+    parallel: int | None = None,
 ) -> Session:
-    """Read the tokenizer, plan, load, check rows. Nothing large is allocated before the plan fits the budget."""
+    """Read the tokenizer, plan, load, check rows. Nothing large is allocated before the plan fits the budget.
+
+    `parallel` is the number of answers in flight, each with sampling settings of its own.
+    """
     notes: list[str] = []
     reporter = _recording(reporter, notes)
     device = open_device(config.memory.device)
@@ -60,7 +63,9 @@ def build_session(
     meter = MemoryMeter(device)
     reporter.progress("loading the tokenizer")
     tokenizer = ModelTokenizer(directory, found.repository.tokenizer)
-    biases = token_biases(config.sampling.logit_bias, tokenizer, geometry.vocab)
+    token_biases(
+        config.sampling.logit_bias, tokenizer, geometry.vocab
+    )  # one that names no token is refused now
     wanted = None if count is None else count(tokenizer)
     if wanted is not None:
         check_prompt_fits(wanted, config.memory.context, geometry.max_positions)
@@ -71,12 +76,12 @@ def build_session(
         reporter,
         rebuilds=any(has_residuals(each, config) for each in (found.prepared, *found.others)),
     )
-    opening = plan_opening(config, found, device, costs, wanted=wanted, reporter=reporter)
+    opening = plan_opening(config, found, device, costs, wanted=wanted, parallel=parallel, reporter=reporter)
     if wanted is not None and wanted.total > opening.plan.context:
         reporter.note(_bounded_answer(config, opening, wanted))
     loaded = Loader(opening, tokenizer, meter).load()
     try:
-        description = replace(_describe(config, opening, loaded, notes), biases=biases)
+        description = _describe(config, opening, loaded, notes)
         learning = Learning(opening.found.prepared.manifest)
         return Session(loaded, _engines(config.draft, opening, loaded), description, learning)
     except BaseException:
@@ -116,6 +121,7 @@ def _engines(draft: DraftConfig, opening: Opening, loaded: LoadedModel) -> Engin
         layers=opening.found.geometry.layers,
         fixed=FixedShape(draft.depth, draft.width),
         shadow_rows=plan.shadow_rows,
+        together_nodes=plan.pass_nodes,
     )
     drafter = TreeDrafter(loaded.draft, policy, eos_ids=loaded.eos_ids)
     return Engines(loaded.engine(drafter), plain)

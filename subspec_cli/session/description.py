@@ -9,6 +9,7 @@ from subspec_cli.metrics import Exactness
 from subspec_cli.modeling.self_check import SelfCheck
 from subspec_cli.planning.costs import PlanCosts
 from subspec_cli.planning.plan import OffloadPlan
+from subspec_cli.versions import __version__
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +37,6 @@ class SessionDescription:
     """Whether weights are read past the page cache."""
     versions: dict[str, str]
     """Installed version of each library that results depend on."""
-    biases: tuple[tuple[int, float], ...] = ()
-    """Biases of logits, by token id."""
     notes: tuple[str, ...] = ()
     """What did not go as planned while loading, and is not fatal."""
 
@@ -70,6 +69,11 @@ class SessionDescription:
     def exactness(self) -> Exactness:
         """What the self-check found."""
         return self.self_check.exactness
+
+    @property
+    def fingerprint(self) -> str:
+        """What decides the tokens beside a request: versions of code and model, and whether rows keep their bits."""
+        return f"subspec-{__version__}-{self.revision[:8]}-{self.exactness}"
 
     @property
     def exactness_reason(self) -> str:

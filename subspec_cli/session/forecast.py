@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from subspec_cli.checkpoint.geometry import ModelGeometry
-from subspec_cli.config import BIT_WIDTHS, DEFAULT_BITS, Config
+from subspec_cli.config import Config
 from subspec_cli.errors import ResourceError, UsageError
 from subspec_cli.hub.model_outline import outline_model
 from subspec_cli.planning.advice import Advice, advise
@@ -30,6 +30,7 @@ from subspec_cli.reporter import Reporter
 from subspec_cli.session.openmp import set_openmp_defaults
 from subspec_cli.session.sampling_source import with_model_sampling
 from subspec_cli.session.stream_forms import StreamForm, has_residuals, stream_forms
+from subspec_cli.setting_rules import BIT_WIDTHS, DEFAULT_BITS
 from subspec_cli.streaming.host_memory import gpu_memory, has_gpu, host_memory
 from subspec_cli.streaming.process_limits import check_libraries_fit
 from subspec_cli.substitutes.prepared_model import PreparedModel, find_prepared_sets
@@ -92,6 +93,7 @@ def forecast(
     *,
     link_gb_per_s: float | None,
     compare_gib: Sequence[float],
+    parallel: int | None = None,
     follow_links: bool = False,
     reporter: Reporter,
 ) -> Forecast:
@@ -124,16 +126,16 @@ def forecast(
     )
 
     def request_for(settings: SubstituteSettings, form: StreamForm | None = None) -> PlanRequest:
-        request = plan_request(
+        planned = plan_request(
             config,
             form.geometry if form else geometry,
             settings,
             form.costs if form else costs_of(settings),
             limits=limits,
             tokenizer_bytes=outline.tokenizer_bytes,
-        ).after_runs(
-            kept_acceptance(acceptance_subject(outline.model_id, outline.commit, settings, config.sampling))
         )
+        subject = acceptance_subject(outline.model_id, outline.commit, settings, config.sampling)
+        request = planned.for_parallel(parallel).after_runs(kept_acceptance(subject))
         return replace(request, streams_residuals=form is not None and form.residuals is not None)
 
     def costs_of(settings: SubstituteSettings, *, rebuilds: bool = False) -> MachineCosts:

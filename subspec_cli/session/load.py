@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -72,9 +72,12 @@ class LoadedModel:
     blocks: TargetBlocks
     self_check: SelfCheck
     """Row rules of the target, and how far they make it exact."""
-    kv: KVCache
+    caches: tuple[KVCache, ...]
+    """One for each answer in flight."""
     prompt_rows: int
-    """Most rows of a prompt in one pass."""
+    """Most rows of prompts in a pass without trees."""
+    company_rows: int
+    """Most rows of prompts in a pass with trees."""
     draft: DraftSteps | None
     """None for plain decoding."""
     meter: MemoryMeter
@@ -83,6 +86,11 @@ class LoadedModel:
     """Stops the stream and releases the memory that the garbage collector does not."""
     check_source: Callable[[], None]
     """Raises IntegrityError if weights that are still read from files changed since the files were opened."""
+
+    @property
+    def kv(self) -> KVCache:
+        """The cache of a session's only answer in flight, and work space while there is none."""
+        return self.caches[0]
 
     def target(self, blocks: TargetBlocks) -> TargetDecoder:
         """Return the target under the rules of the self-check, with weights from `blocks`."""
@@ -94,7 +102,13 @@ class LoadedModel:
         `blocks` replaces the source of the target's weights.
         """
         blocks = blocks or self.blocks
-        return Engine(self.target(blocks), drafter, counters=_counters(blocks), prompt_rows=self.prompt_rows)
+        return Engine(
+            self.target(blocks),
+            drafter,
+            counters=_counters(blocks),
+            prompt_rows=self.prompt_rows,
+            company_rows=self.company_rows,
+        )
 
     def counters(self) -> StreamCounters:
         """Return the totals of the stream so far; zeros if everything is resident."""
@@ -138,7 +152,7 @@ class Loader:
             blocks = open_blocks(
                 self._opening, opened, lambda layer: coded.of_layer(layer, substitutes[layer])
             )
-            kv = self._kv_cache(math)
+            caches = tuple(self._kv_cache(math) for _ in range(plan.sequences))
             draft = None
             if plan.drafts:
                 shared = {
@@ -146,12 +160,12 @@ class Loader:
                     for layer in plan.shared
                 }
                 layers = [(substitutes | shared)[layer] for layer in range(found.geometry.layers)]
-                draft = self._draft_steps(DraftDecoder(math, embed, self._draft_head(head), layers), kv)
+                draft = self._draft_steps(DraftDecoder(math, embed, self._draft_head(head), layers), caches)
             self_check = self._check(
                 partial(TargetDecoder, math, self._attention(FIRST_RULES), embed, head, blocks),
                 head,
                 blocks,
-                kv,
+                caches[0],
             )
             if not mark_used(found.prepared.directory):
                 place = printable(str(found.prepared.directory))
@@ -167,8 +181,9 @@ class Loader:
                 head=head,
                 blocks=blocks,
                 self_check=self_check,
-                kv=kv,
+                caches=caches,
                 prompt_rows=plan.prompt_rows,
+                company_rows=plan.company_rows,
                 draft=draft,
                 meter=self._meter,
                 close=opened.pop_all().close,
@@ -191,7 +206,7 @@ class Loader:
             head,
             blocks,
             kv,
-            most_nodes=self._opening.plan.tree_nodes,
+            most_nodes=self._opening.plan.pass_nodes,
             prefill_rows=PREFILL_CHUNK,
         )
 
@@ -293,10 +308,10 @@ class Loader:
         shape = (vocab, hidden)
         return LowBitHead(head, load_table(read_head(prepared, shape), shape, self._opening.device))
 
-    def _draft_steps(self, decoder: DraftDecoder, kv: KVCache) -> DraftSteps:
+    def _draft_steps(self, decoder: DraftDecoder, caches: Sequence[KVCache]) -> DraftSteps:
         return make_draft_steps(
             decoder,
-            kv,
+            caches[0],
             most_rows=self._opening.plan.draft_rows,
             vocab=self._opening.found.geometry.vocab,
             device=self._opening.device,

@@ -58,6 +58,7 @@ def plan_opening(
     costs: CostSource,
     *,
     wanted: WantedTokens | None,
+    parallel: int | None,
     reporter: Reporter,
 ) -> Opening:
     """Take the fastest plan over all sets of substitutes of the model, for the tokens that are wanted if known.
@@ -92,7 +93,9 @@ def plan_opening(
                 limits=limits,
                 tokenizer_bytes=tokenizer_bytes_in(found.checkpoint.directory),
                 wanted=wanted,
-            ).after_runs(learned_acceptance(form.prepared.manifest, config.sampling)),
+            )
+            .for_parallel(parallel)
+            .after_runs(learned_acceptance(form.prepared.manifest, config.sampling)),
             streams_residuals=form.residuals is not None,
         )
         for form in forms

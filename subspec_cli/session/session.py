@@ -6,11 +6,12 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from subspec_cli.config import SamplingConfig
 from subspec_cli.decoding.drafter import Drafter
 from subspec_cli.decoding.engine import Engine, PassOutput, Request
+from subspec_cli.decoding.logprobs import TokenLogprobs
 from subspec_cli.decoding.penalties import Penalties, penalties_of
 from subspec_cli.decoding.sampler import Sampler, derived_seed, make_sampler
 from subspec_cli.decoding.text import AnswerText
@@ -24,9 +25,12 @@ from subspec_cli.session.description import SessionDescription
 from subspec_cli.session.learning import Learning
 from subspec_cli.session.load import LoadedModel
 from subspec_cli.session.oom import oom_as_error
+from subspec_cli.session.rounds import Rounds
 from subspec_cli.session.token_biases import token_biases
 from subspec_cli.streaming.streamer import StreamCounters
 from subspec_cli.units import counted
+
+Output = TypeVar("Output")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,8 @@ class TextDelta:
     """Set on the last piece only."""
     stats: GenerationStats
     """Totals of the answer so far."""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """One for each token, if they were asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +53,12 @@ class BegunAnswer:
     """An answer that may go on: what decides its tokens, and those it has."""
 
     prompt_ids: tuple[int, ...]
+    sampling: SamplingConfig
     sampler: Sampler
     penalties: Penalties
     stop: tuple[str, ...]
+    logprobs: int | None = None
+    """Likeliest tokens to tell beside each token; None tells no log-probabilities."""
     token_ids: list[int] = field(default_factory=list)
 
 
@@ -63,7 +72,7 @@ class Engines:
 
 
 class Session:
-    """One model, one KV cache, one answer at a time. Use as a context manager.
+    """One model that answers: one answer at a time, or several by `rounds`. Use as a context manager.
 
     `loaded` is the model in memory, `description` says what was planned and promised, and `learning` counts what was
     accepted of drafts, for the next plan; None learns nothing. All are read-only.
@@ -125,6 +134,10 @@ class Session:
         """Return the token ids of one prompt: through the chat template if the model has one, unless `raw`."""
         return self.loaded.tokenizer.encode_prompt(text, system=system, raw=raw)
 
+    def token_text(self, token_id: int) -> str:
+        """Return the text of one token alone, special tokens written out; U+FFFD stands for parts of characters."""
+        return self.loaded.tokenizer.decode([token_id], special=True)
+
     def encode_messages(self, messages: Sequence[dict[str, str]], *, system: str | None = None) -> list[int]:
         """Return the token ids of a conversation, up to where the assistant begins to speak.
 
@@ -179,12 +192,44 @@ class Session:
     ) -> BegunAnswer:
         """Begin an answer without a token yet; arguments and errors are those of `generate`."""
         config = self.description.config
-        if not prompt_ids or len(prompt_ids) >= self.description.context_tokens:
-            raise self._no_room(len(prompt_ids))
-        sampler = self._sampler(seed, request_number)
-        stops = tuple(config.run.stop if stop is None else stop)
+        self._check_room(prompt_ids)
+        return self.begin_by(
+            prompt_ids,
+            config.sampling,
+            seed=self._seed(seed, request_number),
+            stop=config.run.stop if stop is None else stop,
+        )
+
+    def begin_by(
+        self,
+        prompt_ids: Sequence[int],
+        sampling: SamplingConfig,
+        *,
+        seed: int,
+        choice: int = 0,
+        stop: Sequence[str] = (),
+        logprobs: int | None = None,
+    ) -> BegunAnswer:
+        """Begin an answer by settings of its own, which nothing of the session's fills in.
+
+        Args:
+            prompt_ids: tokens of the prompt.
+            sampling: how tokens are chosen; its own seed is not used.
+            seed: seed of the noise.
+            choice: number of the answer among those to one request, each with noise of its own.
+            stop: texts that end the answer and are not part of it.
+            logprobs: likeliest tokens to tell beside each token, with its log-probability; None tells neither.
+
+        Raises UsageError as `generate` does, and for a bias that names no token.
+        """
+        self._check_room(prompt_ids)
         return BegunAnswer(
-            tuple(prompt_ids), sampler, penalties_of(config.sampling, self.description.biases), stops
+            tuple(prompt_ids),
+            sampling,
+            make_sampler(sampling, seed, choice),
+            penalties_of(sampling, self._biases(sampling)),
+            tuple(stop),
+            logprobs,
         )
 
     def go_on(
@@ -200,31 +245,48 @@ class Session:
         Wherever it was interrupted, the tokens are those of an answer that was not. Text begins where
         `certain_text` ends, and statistics count the tokens before as a part of the prompt.
         """
-        given = tuple(begun.token_ids)
-        known = len(begun.prompt_ids) + len(given)
+        text, request = self.request_of(begun, max_new_tokens)
+        engine = self._engines.plain if plain else self._engines.speculative
+        stats = GenerationStats()
+        try:
+            with closing(self.checked(engine.generate(request, self.loaded.kv, on_prefill))) as outputs:
+                for output in outputs:
+                    stats = output.stats
+                    yield self.delta_of(begun, text, output)
+        finally:
+            self.learn(begun.sampling, stats)
+
+    def request_of(self, begun: BegunAnswer, max_new_tokens: int | None) -> tuple[AnswerText, Request]:
+        """Return the stop rule and the request with which an answer goes on; errors are those of `go_on`."""
+        known = len(begun.prompt_ids) + len(begun.token_ids)
         free = self.description.context_tokens - known
         if free < 1:
             raise UsageError(
                 f"the context is full, all {self.description.context_tokens} tokens",
                 "in a chat /drop forgets the oldest turns; or raise --context or the memory budget",
             )
-        limit = min(
-            self.description.config.run.max_new_tokens if max_new_tokens is None else max_new_tokens, free
-        )
+        wanted = self.description.config.run.max_new_tokens if max_new_tokens is None else max_new_tokens
+        limit = min(wanted, free)
         text = self._text_of(begun, limit)
         text.take()
-        request = Request(begun.prompt_ids, begun.sampler, limit, text, begun.penalties, given)
-        engine = self._engines.plain if plain else self._engines.speculative
-        sampling, stats = self.description.config.sampling, GenerationStats()
-        try:
-            with closing(self._checked(engine.generate(request, self.loaded.kv, on_prefill))) as outputs:
-                for output in outputs:
-                    stats = output.stats
-                    begun.token_ids.extend(output.token_ids)
-                    yield TextDelta(text.take(), output.token_ids, output.finish_reason, stats)
-        finally:
-            if self.learning is not None:
-                self.learning.add(sampling, stats)
+        given = tuple(begun.token_ids)
+        return text, Request(
+            begun.prompt_ids, begun.sampler, limit, text, begun.penalties, given, begun.logprobs
+        )
+
+    def delta_of(self, begun: BegunAnswer, text: AnswerText, output: PassOutput) -> TextDelta:
+        """Add what a pass emitted to its answer, and return it as a piece."""
+        begun.token_ids.extend(output.token_ids)
+        return TextDelta(text.take(), output.token_ids, output.finish_reason, output.stats, output.logprobs)
+
+    def learn(self, sampling: SamplingConfig, stats: GenerationStats) -> None:
+        """Count what was accepted of an answer's drafts, for the next plan."""
+        if self.learning is not None:
+            self.learning.add(sampling, stats)
+
+    def rounds(self) -> Rounds:
+        """Return the answers in flight at the same time, none yet. No other answer may be generated meanwhile."""
+        return Rounds(self, self._engines.speculative, self.loaded.caches)
 
     def certain_text(self, begun: BegunAnswer) -> str:
         """Return the text of an answer that no later token can change."""
@@ -253,11 +315,11 @@ class Session:
         UsageError for a bias that names no token.
         """
         about = self.description
-        biases = token_biases(sampling.logit_bias, self.loaded.tokenizer, self.loaded.math.geometry.vocab)
+        self._biases(sampling)
         seed = about.seed if sampling.seed is None else sampling.seed
         self._next_request = self._next_request if seed == about.seed else 0
         config = replace(about.config, sampling=sampling)
-        self.description = replace(about, config=config, seed=seed, biases=biases)
+        self.description = replace(about, config=config, seed=seed)
 
     def chat(self, system: str | None = None) -> Chat:
         """Begin a conversation over this session's cache; without `system` the settings' system message is used."""
@@ -277,18 +339,20 @@ class Session:
         self._next_request += 1
         return self._next_request - 1
 
-    def _sampler(self, seed: int | None, request_number: int | None) -> Sampler:
-        """Return the sampler of one answer, by its own seed or one that is derived from the session's."""
-        sampling = self.description.config.sampling
-        if seed is None:
-            if request_number is None:
-                request_number = self.take_request_number()
-            self._next_request = max(self._next_request, request_number + 1)
-            seed = derived_seed(self.description.seed, request_number)
-        return make_sampler(sampling, seed)
+    def _biases(self, sampling: SamplingConfig) -> tuple[tuple[int, float], ...]:
+        return token_biases(sampling.logit_bias, self.loaded.tokenizer, self.loaded.math.geometry.vocab)
 
-    def _checked(self, outputs: Iterator[PassOutput]) -> Generator[PassOutput, None, None]:
-        """Yield each output once it is certain that weight files are unchanged and that products are whole.
+    def _seed(self, seed: int | None, request_number: int | None) -> int:
+        """Return the seed of one answer: its own, or one that is derived from the session's."""
+        if seed is not None:
+            return seed
+        if request_number is None:
+            request_number = self.take_request_number()
+        self._next_request = max(self._next_request, request_number + 1)
+        return derived_seed(self.description.seed, request_number)
+
+    def checked(self, outputs: Iterator[Output]) -> Generator[Output, None, None]:
+        """Yield each output of passes once it is certain that weight files are unchanged and that products are whole.
 
         Raises ResourceError if memory runs out.
         """
@@ -303,11 +367,14 @@ class Session:
             self.loaded.check_source()  # a file that was cut short or replaced is the better reason
             raise
 
-    def _no_room(self, prompt_tokens: int) -> UsageError:
-        if not prompt_tokens:
-            return UsageError("the prompt is empty")
+    def _check_room(self, prompt_ids: Sequence[int]) -> None:
+        """Raise UsageError if the context has no room for a prompt and a token, or if the prompt is empty."""
         limit = self.description.context_tokens
-        return UsageError(
-            f"the prompt has {counted(prompt_tokens, 'token')}, the context holds {limit}, one of them for an answer",
-            "shorten the prompt (in a chat: /drop or /reset, then /retry), or raise --context or the memory budget",
-        )
+        if not prompt_ids:
+            raise UsageError("the prompt is empty")
+        if len(prompt_ids) >= limit:
+            raise UsageError(
+                f"the prompt has {counted(len(prompt_ids), 'token')}, the context holds {limit}, "
+                "one of them for an answer",
+                "shorten the prompt (in a chat: /drop or /reset, then /retry), or raise --context or the budget",
+            )

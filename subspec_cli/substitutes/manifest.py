@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
-from subspec_cli.config import BIT_WIDTHS
 from subspec_cli.errors import IntegrityError, UnsupportedModelError
 from subspec_cli.files.atomic_write import atomic_write
 from subspec_cli.files.json_object import parse_json_object
 from subspec_cli.files.regular_file import read_small_file
 from subspec_cli.hub.command_hints import prepare_command
+from subspec_cli.setting_rules import BIT_WIDTHS
 from subspec_cli.substitutes.quality import MATRIX_KINDS, MatrixQuality, OutputQuality, matrix_kind
 from subspec_cli.substitutes.settings import SubstituteSettings
 from subspec_cli.units import printable

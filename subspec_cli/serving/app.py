@@ -1,0 +1,235 @@
+"""The HTTP application: the OpenAI API over one service, with metrics and a page."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.resources import files
+from typing import Any, Final
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+
+from subspec_cli.decoding.sampler import derived_seed
+from subspec_cli.serving.gate import Access, Gate
+from subspec_cli.serving.http_answers import Asked, HttpAnswers
+from subspec_cli.serving.metrics_text import Counts, metrics_text
+from subspec_cli.serving.model_names import check_model, model_names
+from subspec_cli.serving.orders import OrderMaker
+from subspec_cli.serving.request_body import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    Generation,
+    RequestRefusedError,
+    TokenizeBody,
+    refusal_in,
+)
+from subspec_cli.serving.response_body import error_document
+from subspec_cli.serving.service import AnswerService, NotReadyError, QueueFullError, State
+from subspec_cli.session.session import Session
+from subspec_cli.versions import __version__
+
+_RETRY_S: Final = 5
+_PAGE_HEADERS: Final = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self' 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+_ERROR: Final[dict[int | str, dict[str, Any]]] = {
+    "4XX": {"description": "The request is refused; the body says why."},
+    "5XX": {"description": "The answer failed, or the model is not loaded; the body says why."},
+}
+
+
+@dataclass(slots=True)
+class Served:
+    """What the handlers share."""
+
+    service: AnswerService
+    log: Callable[[str], None]
+    counts: Counts = field(default_factory=Counts)
+    began: int = field(default_factory=lambda: int(time.time()))
+    _maker: OrderMaker | None = None
+
+    def ready(self, model: str | None) -> tuple[Session, OrderMaker]:
+        """Return session and maker of orders; raises NotReadyError, or RequestRefusedError for another model."""
+        session = self.service.check_ready()
+        check_model(model, session.description.model_id)
+        if self._maker is None:
+            self._maker = OrderMaker(session, answer_tokens=None)
+        return session, self._maker
+
+    def ended(self, answers: HttpAnswers, status: int, path: str) -> None:
+        """Count a request that is over, and log it."""
+        self.counts.add(answers.answers, status)
+        self.log(answers.log_line(path, status))
+
+
+def make_app(service: AnswerService, access: Access, log: Callable[[str], None]) -> FastAPI:
+    """Return the application over a service, which may still be loading its model.
+
+    `log` takes one line for each request that asked for answers, without anything of what was said.
+    """
+    app = FastAPI(title="subspec", version=__version__, docs_url=None, redoc_url=None, responses=_ERROR)
+    served = Served(service, log)
+    _add_answers(app, served)
+    _add_facts(app, served)
+    _add_errors(app)
+    if access.origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=access.origins, allow_methods=["*"], allow_headers=["*"]
+        )
+    app.add_middleware(Gate, access=access)
+    return app
+
+
+def _add_answers(app: FastAPI, served: Served) -> None:
+    async def respond(
+        request: Request, body: Generation, order: Callable[[OrderMaker, int], Any]
+    ) -> Response:
+        session, maker = served.ready(body.model)
+        seed = body.seed
+        if seed is None:
+            seed = derived_seed(session.description.seed, session.take_request_number())
+        orders = await run_in_threadpool(order, maker, seed)
+        asked = Asked("chat" if isinstance(body, ChatBody) else "completion", body, orders)
+        path = request.url.path
+        answers = HttpAnswers(
+            served.service, session, asked, lambda found, status: served.ended(found, status, path)
+        )
+        return await answers.respond(request)
+
+    @app.post("/v1/chat/completions", response_model=None)
+    async def chat_completions(body: ChatBody, request: Request) -> Response:
+        """Answer a conversation."""
+        return await respond(request, body, lambda maker, seed: maker.of_chat(body, seed))
+
+    @app.post("/v1/completions", response_model=None)
+    async def completions(body: CompletionBody, request: Request) -> Response:
+        """Go on from bare prompts."""
+        return await respond(request, body, lambda maker, seed: maker.of_completion(body, seed))
+
+    @app.post("/tokenize", response_model=None)
+    def tokenize(body: TokenizeBody) -> dict[str, Any]:
+        """Return the token ids of a text or of a conversation."""
+        session, maker = served.ready(body.model)
+        if body.messages is not None:
+            turns = [message.as_turn() for message in body.messages]
+            token_ids = maker.conversation(turns)
+        else:
+            token_ids = maker.tokenize(body.text, add_special_tokens=body.add_special_tokens)
+        about = session.description
+        return {"count": len(token_ids), "max_model_len": about.context_tokens, "tokens": token_ids}
+
+    @app.post("/detokenize", response_model=None)
+    def detokenize(body: DetokenizeBody) -> dict[str, str]:
+        """Return the text of token ids, special tokens written out."""
+        _, maker = served.ready(body.model)
+        text = maker.detokenize(body.tokens)
+        return {"prompt": text, "content": text}
+
+
+def _add_facts(app: FastAPI, served: Served) -> None:
+    def model_document(model_id: str, session: Session) -> dict[str, Any]:
+        return {
+            "id": model_id,
+            "object": "model",
+            "created": served.began,
+            "owned_by": "subspec",
+            "max_model_len": session.description.context_tokens,
+        }
+
+    @app.get("/v1/models", response_model=None)
+    def models() -> dict[str, Any]:
+        """Return the model that is served."""
+        session = served.service.check_ready()
+        name = model_names(session.description.model_id)[0]
+        return {"object": "list", "data": [model_document(name, session)]}
+
+    @app.get("/v1/models/{name:path}", response_model=None)
+    def model(name: str) -> dict[str, Any]:
+        """Return the model of a name."""
+        session, _ = served.ready(name)
+        return model_document(name, session)
+
+    @app.get("/health", response_model=None)
+    def health() -> JSONResponse:
+        """Say whether requests are answered."""
+        state = served.service.state
+        return JSONResponse({"status": state.value}, 200 if state is State.READY else 503)
+
+    @app.get("/metrics", response_model=None)
+    def metrics() -> PlainTextResponse:
+        """Return counters and gauges for Prometheus."""
+        return PlainTextResponse(
+            metrics_text(served.service, served.counts), media_type="text/plain; version=0.0.4"
+        )
+
+    @app.get("/v1/figures", response_model=None)
+    def figures() -> dict[str, Any]:
+        """Return what the page shows: the model, its exactness, its memory and the link."""
+        session = served.service.check_ready()
+        about, link = session.description, session.link_counters()
+        return {
+            "model": model_names(about.model_id)[0],
+            "revision": about.revision,
+            "exactness": about.exactness,
+            "exactness_reason": about.exactness_reason,
+            "device": about.device,
+            "context": about.context_tokens,
+            "parallel": about.plan.sequences,
+            "in_flight": served.service.in_flight,
+            "waiting": served.service.waiting,
+            "memory_bytes": session.memory_bytes(),
+            "peak_memory_bytes": session.peak_memory_bytes(),
+            "budget_bytes": about.budget_bytes,
+            "resident_layers": about.plan.resident_layers,
+            "streamed_layers": about.plan.streamed_layers,
+            "predicted_tok_per_s": about.plan.prediction.tok_per_s,
+            "streamed_bytes": link.streamed_bytes,
+            "link_busy_s": link.read_time_s,
+        }
+
+    page = files("subspec_cli.serving").joinpath("page.html").read_text(encoding="utf-8")
+
+    @app.get("/", include_in_schema=False)
+    def start() -> HTMLResponse:
+        """Return the page."""
+        return HTMLResponse(page, headers=_PAGE_HEADERS)
+
+
+def _add_errors(app: FastAPI) -> None:
+    """Answer every error in the form of the API."""
+
+    @app.exception_handler(RequestRefusedError)
+    def refused(_: Request, error: RequestRefusedError) -> JSONResponse:
+        status = 404 if error.code == "model_not_found" else 400
+        return JSONResponse(error_document(error.message, param=error.param, code=error.code), status)
+
+    @app.exception_handler(RequestValidationError)
+    def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        faults = [(each["loc"][1:], each["msg"], each["type"]) for each in error.errors()]
+        found = refusal_in(faults)
+        return JSONResponse(error_document(found.message, param=found.param), 400)
+
+    @app.exception_handler(QueueFullError)
+    def full(_: Request, error: QueueFullError) -> JSONResponse:
+        document = error_document(str(error), kind="rate_limit_error", code="queue_full")
+        return JSONResponse(document, 429, {"Retry-After": str(_RETRY_S)})
+
+    @app.exception_handler(NotReadyError)
+    def not_ready(_: Request, error: NotReadyError) -> JSONResponse:
+        document = error_document(str(error), kind="server_error", code="not_ready")
+        return JSONResponse(document, 503, {"Retry-After": str(_RETRY_S)})
+
+    @app.exception_handler(HTTPException)
+    def http_error(_: Request, error: HTTPException) -> JSONResponse:
+        return JSONResponse(error_document(str(error.detail)), error.status_code, error.headers)

@@ -1,0 +1,149 @@
+"""What every HTTP request passes first: the names of hosts and origins, the key, and the size of its body.
+
+A page from elsewhere may let a browser send requests to a server on this machine, under a name of its own that it
+lets point here (DNS rebinding). So a request must name this server by an address, by `localhost` or by a name that
+was allowed; one that says from which page it comes must come from this server's own or from one that was allowed.
+"""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+from urllib.parse import urlsplit
+
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from subspec_cli.serving.response_body import error_document
+
+MOST_BODY_BYTES: Final = 32 << 20
+_OPEN_PATHS: Final = frozenset(("/", "/health", "/favicon.ico"))
+"""What needs no key: nothing that says or does anything."""
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Who may ask."""
+
+    api_key: str | None = None
+    """None asks for none."""
+    hosts: tuple[str, ...] = ()
+    """Names of this server beside addresses and `localhost`."""
+    origins: tuple[str, ...] = ()
+    """Origins of pages beside this server's own; `*` is all."""
+
+
+class _TooLargeError(Exception):
+    pass
+
+
+class Gate:
+    """The middleware that lets requests in, or answers them with the reason."""
+
+    def __init__(self, app: ASGIApp, access: Access) -> None:
+        self._app = app
+        self._access = access
+        self._hosts = frozenset(name.lower() for name in (*access.hosts, "localhost"))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        refusal = self._refusal(scope)
+        if refusal is not None:
+            await refusal(scope, receive, send)
+            return
+        limited = _Limited(receive, send)
+        try:
+            await self._app(scope, limited.receive, limited.send)
+        except _TooLargeError:
+            if not limited.has_begun:
+                await _too_large()(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> JSONResponse | None:
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        host = headers.get("host", "")
+        if not self._is_own(host):
+            return _refused(
+                403, f"this server is not called {host[:100]!r}: --allowed-host NAME allows a name"
+            )
+        origin = headers.get("origin")
+        if origin is not None and not self._is_allowed(origin, host):
+            return _refused(403, f"pages of {origin[:100]!r} may not ask: --cors-origin ORIGIN allows them")
+        is_preflight = scope["method"] == "OPTIONS" and "access-control-request-method" in headers
+        if scope["path"] not in _OPEN_PATHS and not is_preflight and not self._has_key(headers):
+            return _refused(401, "the API key is missing or wrong", code="invalid_api_key")
+        length = headers.get("content-length", "0")
+        if not length.isdecimal() or int(length) > MOST_BODY_BYTES:
+            return _too_large()
+        return None
+
+    def _is_own(self, host: str) -> bool:
+        name = urlsplit(f"//{host}").hostname if host.isprintable() else None
+        if name is None:
+            return False
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            return name in self._hosts
+        return True
+
+    def _is_allowed(self, origin: str, host: str) -> bool:
+        if "*" in self._access.origins or origin in self._access.origins:
+            return True
+        return urlsplit(origin).netloc.lower() == host.lower()
+
+    def _has_key(self, headers: dict[str, str]) -> bool:
+        if self._access.api_key is None:
+            return True
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        same = hmac.compare_digest(given.strip().encode(), self._access.api_key.encode())
+        return same and scheme.lower() == "bearer"
+
+
+class _Limited:
+    """The two ends of a request, with a bound on its body."""
+
+    def __init__(self, receive: Receive, send: Send) -> None:
+        self._receive = receive
+        self._send = send
+        self._left = MOST_BODY_BYTES
+        self.has_begun = False
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self._left -= len(message.get("body", b""))
+        if self._left < 0:
+            raise _TooLargeError
+        return message
+
+    async def send(self, message: Message) -> None:
+        self.has_begun = True
+        await self._send(message)
+
+
+def _too_large() -> JSONResponse:
+    return _refused(413, f"the request has more than {MOST_BODY_BYTES >> 20} MiB")
+
+
+def _refused(status: int, message: str, *, code: str | None = None) -> JSONResponse:
+    headers = {"WWW-Authenticate": "Bearer"} if status == 401 else None
+    kind = "authentication_error" if status == 401 else "invalid_request_error"
+    return JSONResponse(error_document(message, kind=kind, code=code), status, headers)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server that listens there."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def named_hosts(host: str, allowed: Iterable[str]) -> tuple[str, ...]:
+    """Return the names of a server that listens on `host`: what was allowed, and `host` itself if it is a name."""
+    return tuple(dict.fromkeys((host, *allowed)))
