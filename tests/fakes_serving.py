@@ -27,9 +27,9 @@ LONG_S = 20.0
 """After so long a test has failed; nothing takes it otherwise."""
 
 
-def until(is_so: Callable[[], bool]) -> None:
+def until(is_so: Callable[[], bool], most_s: float = LONG_S) -> None:
     """Wait for another thread."""
-    end_s = time.monotonic() + LONG_S
+    end_s = time.monotonic() + most_s
     while not is_so():
         assert time.monotonic() < end_s, "it never came about"
         time.sleep(0.001)
