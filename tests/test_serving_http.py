@@ -119,6 +119,17 @@ def test_log_probabilities_of_both_kinds() -> None:
     }
 
 
+def test_token_ids_are_told_where_they_are_asked_for() -> None:
+    asked = chat(return_token_ids=True, max_tokens=3, cache_prompt=True)
+    with serving() as served:
+        whole = served.ask(CHAT, asked).json["choices"][0]
+        *events, _ = served.ask(CHAT, {**asked, "stream": True}).events
+        without = served.ask(CHAT, chat(return_token_ids=False)).json["choices"][0]
+    assert whole["token_ids"] == [104, 105, 47]
+    assert [event["choices"][0].get("token_ids") for event in events] == [None, [104], [105], [47]]
+    assert "token_ids" not in without
+
+
 # --- streams
 
 

@@ -100,7 +100,11 @@ class HttpAnswers:
         self._offsets = [0] * len(asked.orders)
         """Characters of the tokens whose log-probabilities were sent, by answer."""
         self.answers = [
-            AnswerSoFar(len(order.prompt_ids), logprobs=None if order.logprobs is None else [])
+            AnswerSoFar(
+                len(order.prompt_ids),
+                logprobs=None if order.logprobs is None else [],
+                tells_ids=bool(asked.body.return_token_ids),
+            )
             for order in asked.orders
         ]
         self._tickets = self._ordered()
@@ -219,10 +223,13 @@ class HttpAnswers:
             else:
                 logprobs = completion_logprobs(piece.logprobs, self._offsets[index], token_text)
                 self._offsets[index] += sum(map(len, logprobs["tokens"]))
-        if not piece.text and logprobs is None and piece.finish_reason is None:
+        tells_more = answer.tells_ids or logprobs is not None
+        if not piece.text and not tells_more and piece.finish_reason is None:
             return ": held back\n\n"
         choice = self._chunk(index, {"content": piece.text} if piece.text else {}, logprobs)
         choice["finish_reason"] = piece.finish_reason
+        if answer.tells_ids:
+            choice["token_ids"] = list(piece.token_ids)
         is_last = all(each.finish_reason is not None for each in self.answers)
         return self._event([choice], **({"subspec": self._figures()} if is_last else {}))
 

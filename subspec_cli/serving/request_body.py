@@ -144,6 +144,8 @@ class Generation(_Strict):
         ]
         | None
     ) = None
+    return_token_ids: bool | None = None
+    cache_prompt: bool | None = None
     user: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None
