@@ -177,6 +177,7 @@ def test_a_silence_is_filled_with_comments(monkeypatch: pytest.MonkeyPatch) -> N
     async def streamed(served: Served) -> Exchange:
         found = served.begin(CHAT, chat(stream=True))
         await found.comes(": keep-alive\n\n: keep-alive\n\n")
+        assert found.events == [], "nothing looks like a token before the first one"
         brake.release()
         return await found.ends()
 

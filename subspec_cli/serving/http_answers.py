@@ -196,11 +196,15 @@ class HttpAnswers:
         """Yield server-sent events; the last ones say the figures and that it is done, or what failed."""
         try:
             yield ": subspec\n\n"
-            if self._asked.kind == "chat":
-                for index in range(len(self.answers)):
-                    yield self._event([self._chunk(index, {"role": "assistant", "content": ""}, None)])
+            # A role comes with the first piece: clients take the time of their first event for that of the prompt.
+            silent = set(range(len(self.answers))) if self._asked.kind == "chat" else set()
             async with aclosing(self._outputs()) as outputs:
                 async for output in outputs:
+                    if output and output[0] in silent:
+                        silent.remove(output[0])
+                        yield self._event(
+                            [self._chunk(output[0], {"role": "assistant", "content": ""}, None)]
+                        )
                     yield self._piece_event(*output) if output else ": keep-alive\n\n"
             if self._asked.tells_usage:
                 yield self._event([], usage=self._usage())
