@@ -417,7 +417,9 @@ def test_models_tokens_metrics_figures_and_the_page() -> None:
         page = served.ask("/")
         assert "default-src 'none'" in page.headers["content-security-policy"]
         assert "<html" in page.text
-        assert CHAT in served.ask("/openapi.json").json["paths"]
+        described = served.ask("/openapi.json").json["paths"]
+        assert CHAT in described
+        assert list(described["/metrics"]["get"]["responses"]["200"]["content"]) == ["text/plain"]
 
 
 # --- requests that are refused
@@ -520,7 +522,7 @@ HOSTS = [
     ("localhost:99999", 403),
     ("evil.example@localhost", 403),
     ("localhost/evil", 403),
-    ("local\x7fhost", 403),
+    ("local\thost", 403),
 ]
 
 

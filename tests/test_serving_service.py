@@ -247,6 +247,7 @@ def test_an_idle_service_stops() -> None:
     with serving(session) as served:
         served.service.stop()
         served.service.thread.join(LONG_S)
+        assert not served.service.thread.is_alive()
     assert session.is_closed
 
 
@@ -278,6 +279,7 @@ def test_a_model_that_was_loaded_in_spite_of_a_stop_is_closed() -> None:
         served.service.stop()
         served.may_load.set()
         served.service.thread.join(LONG_S)
+        assert not served.service.thread.is_alive()
     assert session.is_closed
     assert served.service.error is None
 

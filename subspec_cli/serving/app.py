@@ -178,7 +178,7 @@ def _add_facts(app: FastAPI, served: Served) -> None:
         state = served.service.state
         return JSONResponse({"status": state.value}, 200 if state is State.READY else 503)
 
-    @app.get("/metrics", response_model=None)
+    @app.get("/metrics", response_model=None, response_class=PlainTextResponse)
     def metrics() -> PlainTextResponse:
         """Return counters and gauges for Prometheus."""
         return PlainTextResponse(

@@ -288,7 +288,7 @@ class DetokenizeBody(_Strict):
     """`POST /detokenize`."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: list[Annotated[int, Field(ge=0)]]
 
 
 def refusal_of(error: ValidationError) -> RequestRefusedError:
