@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 from fakes_serving import Brake, Exchange, FakeSession, Served, text_of, until
+from pydantic import BaseModel, ValidationError
 
 from subspec_cli.errors import IntegrityError
 from subspec_cli.serving import gate, http_answers, orders
 from subspec_cli.serving.gate import Access, is_loopback, named_hosts
+from subspec_cli.serving.request_body import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from subspec_cli.serving.service import State
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
@@ -458,8 +460,18 @@ BAD: list[tuple[str, Any, int, str | None, str]] = [
     (COMPLETION, {"prompt": []}, 400, None, "the prompt is empty"),
     (COMPLETION, {"prompt": ["a", ""]}, 400, None, "the prompt is empty"),
     (COMPLETION, {"prompt": ["a"] * 2049}, 400, "prompt", "wants 2049 answers, at most 2048"),
+    (COMPLETION, {"prompt": "a" * 70_000}, 400, None, "70,000 characters, the context holds 100 tokens"),
+    (
+        CHAT,
+        chat(messages=[{"role": "user", "content": "a" * 70_000}]),
+        400,
+        None,
+        "more than 65,536 characters",
+    ),
+    ("/tokenize", {"prompt": "a" * 70_000}, 400, None, "70,000 characters"),
     (COMPLETION, {"prompt": ["a"] * 200, "n": 16}, 400, "prompt", "wants 3200 answers"),
-    (COMPLETION, {"prompt": [-1]}, 400, "prompt", "the model has no token -1"),
+    (COMPLETION, {"prompt": [0x110000]}, 400, "prompt", "the model has no token 1114112"),
+    (COMPLETION, {"prompt": [-1]}, 400, "prompt.0", "greater than or equal to 0"),
     (COMPLETION, {"prompt": "a", "best_of": 2}, 400, "best_of", "Input should be 1"),
     ("/tokenize", {"prompt": "a", "content": "b"}, 400, None, "give one of prompt, content and messages"),
     ("/detokenize", {"tokens": [0x110000]}, 400, "tokens", "no token 1114112"),
@@ -482,6 +494,32 @@ def test_a_bad_request_says_what_is_wrong(
     assert error["type"] == "invalid_request_error"
     assert reason in error["message"]
     assert param is None or error["param"] == param
+
+
+MANY = 20_000
+FULL_OF_FAULTS: list[tuple[type[BaseModel], dict[str, Any]]] = [
+    (CompletionBody, {"prompt": [1] * MANY + ["a"]}),
+    (CompletionBody, {"prompt": ["a"] * 2000 + [1]}),
+    (CompletionBody, {"prompt": [[1]] * 2000 + ["a"]}),
+    (CompletionBody, {"prompt": [["a"] * MANY]}),
+    (DetokenizeBody, {"tokens": ["a"] * MANY}),
+    (ChatBody, {"messages": [{"role": "user"}] * 5000}),
+    (ChatBody, {"messages": SAY * MANY}),
+    (ChatBody, {"messages": [{"role": "user", "content": [{}] * MANY}]}),
+    (ChatBody, chat(stop=[1] * MANY)),
+    (ChatBody, chat(modalities=["audio"] * MANY)),
+    (ChatBody, chat(logit_bias={f"k{number}": 1 for number in range(MANY)})),
+    (ChatBody, chat(**{f"k{number}": 1 for number in range(MANY)})),
+    (TokenizeBody, {"messages": [{"role": "user"}] * 5000}),
+]
+
+
+@pytest.mark.parametrize(("kind", "body"), FULL_OF_FAULTS)
+def test_a_body_full_of_faults_is_given_up_early(kind: type[BaseModel], body: dict[str, Any]) -> None:
+    """Each fault that is kept takes a kilobyte, and time in which nobody is answered."""
+    with pytest.raises(ValidationError) as refused:
+        kind.model_validate(body)
+    assert refused.value.error_count() < 10
 
 
 def test_refused_requests_for_answers_are_logged_without_their_content(letters: Served) -> None:
@@ -607,7 +645,7 @@ def test_a_body_that_is_too_large_is_refused(monkeypatch: pytest.MonkeyPatch) ->
         chunked = served.ask(CHAT, (b" " * 60, b" " * 60))
         fits = served.ask(CHAT, json.dumps({"messages": SAY}).encode())
     assert [each.status for each in (said, lied, chunked, fits)] == [413, 413, 413, 200]
-    assert "more than 32 MiB" in error_of(chunked)["message"]
+    assert "more than 16 MiB" in error_of(chunked)["message"]
     assert [line[9:] for line in served.lines[:3]] == [f"POST {CHAT} 413"] * 3
 
 

@@ -15,7 +15,7 @@ from subspec_cli.planning.request import DEFAULT_CONTEXT, WantedTokens
 from subspec_cli.serving.job import Job, JobLine, PromptBody
 from subspec_cli.serving.job_results import JobResults
 from subspec_cli.serving.model_names import check_model
-from subspec_cli.serving.orders import COMPLETION_TOKENS, AnswerOrder, OrderMaker
+from subspec_cli.serving.orders import COMPLETION_TOKENS, AnswerOrder, OrderMaker, most_characters
 from subspec_cli.serving.request_body import ChatBody, CompletionBody, RequestRefusedError
 from subspec_cli.serving.response_body import (
     AnswerHead,
@@ -228,6 +228,8 @@ def longest_request(
         answer = max(answer, body.token_limit or usual)
         entry = (len(str(body.messages if isinstance(body, ChatBody) else body.prompt)), number, body)
         (heapq.heappush if len(longest) < _COUNTED_LINES else heapq.heappushpop)(longest, entry)
+    if longest and max(longest)[0] > most_characters(DEFAULT_CONTEXT):
+        return None
     prompt = max((_prompt_tokens(body, tokenizer, system, raw=raw) for *_, body in longest), default=0)
     wanted = WantedTokens(prompt, answer)
     return wanted if prompt and wanted.total <= DEFAULT_CONTEXT else None

@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from subspec_cli.serving.response_body import error_document
 
-MOST_BODY_BYTES: Final = 32 << 20
+MOST_BODY_BYTES: Final = 16 << 20
 MOST_BODY_S: Final = 120
 """Longest time that a request may take to arrive."""
 _TOO_LARGE: Final = f"the request has more than {MOST_BODY_BYTES >> 20} MiB"

@@ -18,6 +18,12 @@ COMPLETION_TOKENS: Final = 16
 """Longest answer of `/v1/completions` where the request does not say, as in the OpenAI API."""
 MOST_ANSWERS: Final = 2048
 """Most answers to one request: as many prompts as the OpenAI API takes."""
+_LEAST_PROMPT_LIMIT: Final = 1 << 16
+_CHARACTERS_A_TOKEN: Final = 32
+"""Texts with more than so many characters for each token of the context are not even counted.
+
+Hardly a text has more than 8, and to count the tokens of one takes hundreds of bytes a token.
+"""
 _SAMPLING_FIELDS: Final = (
     "temperature",
     "top_p",
@@ -76,12 +82,18 @@ class OrderMaker:
 
     def of_completion(self, body: CompletionBody, seed: int) -> list[AnswerOrder]:
         """Return the answers to bare prompts, each with its choices together; raises RequestRefusedError."""
+        wanted = len(body.prompts) * (body.n or 1)
+        if wanted > MOST_ANSWERS:
+            raise RequestRefusedError(
+                f"the request wants {wanted} answers, at most {MOST_ANSWERS} are given to one", "prompt"
+            )
         prompts = [self._prompt_ids(prompt) for prompt in body.prompts]
         return self._orders(prompts, body, seed, COMPLETION_TOKENS)
 
     def of_prompt(self, text: str, body: Generation, seed: int) -> list[AnswerOrder]:
         """Return the answers to a prompt as `subspec run` takes it, with the settings' system message."""
         run = self._session.description.config.run
+        self._check_size(len(text))
         prompt = self._encoded(
             "prompt", lambda: self._session.encode_prompt(text, system=run.system, raw=run.raw)
         )
@@ -90,10 +102,12 @@ class OrderMaker:
     def tokenize(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Return the token ids of a text; raises RequestRefusedError."""
         tokenizer = self._session.loaded.tokenizer
+        self._check_size(len(text))
         return self._encoded("prompt", lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
     def conversation(self, turns: Sequence[dict[str, str]]) -> list[int]:
         """Return the token ids of a conversation up to the answer; raises RequestRefusedError."""
+        self._check_size(sum(len(turn["content"]) for turn in turns))
         return self._encoded("messages", lambda: self._session.encode_messages(turns))
 
     def detokenize(self, token_ids: Sequence[int]) -> str:
@@ -114,6 +128,15 @@ class OrderMaker:
             )
         return token_ids
 
+    def _check_size(self, characters: int) -> None:
+        context = self._session.description.context_tokens
+        if characters > most_characters(context):
+            raise RequestRefusedError(
+                f"the prompt has {characters:,} characters, the context holds {context:,} tokens: "
+                f"texts of more than {most_characters(context):,} characters are not read",
+                code="context_length_exceeded",
+            )
+
     def _encoded(self, param: str, encode: Callable[[], list[int]]) -> list[int]:
         try:
             with self._encoding:
@@ -128,11 +151,6 @@ class OrderMaker:
         if body.grammar is not None:
             raise RequestRefusedError("response_format: JSON formats are not supported", "response_format")
         choices = body.n or 1
-        if len(prompts) * choices > MOST_ANSWERS:
-            raise RequestRefusedError(
-                f"the request wants {len(prompts) * choices} answers, at most {MOST_ANSWERS} are given to one",
-                "prompt",
-            )
         first = AnswerOrder(
             (),
             sampling_of(body, config.sampling),
@@ -166,6 +184,11 @@ class OrderMaker:
             order.begin(self._session)
         except UsageError as error:
             raise RequestRefusedError(error.message, "logit_bias") from error
+
+
+def most_characters(context: int) -> int:
+    """Return the longest text that is turned into tokens for a context."""
+    return max(_LEAST_PROMPT_LIMIT, _CHARACTERS_A_TOKEN * context)
 
 
 def sampling_of(body: Generation, base: SamplingConfig) -> SamplingConfig:

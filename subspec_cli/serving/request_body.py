@@ -16,6 +16,9 @@ from subspec_cli.setting_rules import MOST_BIAS
 MOST_CHOICES: Final = 16
 MOST_STOPS: Final = 16
 MOST_TOP_LOGPROBS: Final = 20
+_MOST_MESSAGES: Final = 10_000
+_MOST_FIELDS: Final = 100
+_MOST_BIASES: Final = 10_000
 _MOST_SEED: Final = 2**63 - 1
 _MOST_TOKENS: Final = 2**31
 _TYPE_NAMES: Final = frozenset(("str", "int", "bool", "constrained-str", "function-before"))
@@ -34,9 +37,19 @@ class RequestRefusedError(Exception):
 
 
 class _Strict(BaseModel):
-    """Unknown fields and values of other types are refused."""
+    """Unknown fields and values of other types are refused.
+
+    Each fault takes a kilobyte: lists are given up at the first one, and what has no other bound gets one.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_few_fields(cls, values: Any) -> Any:  # noqa: ANN401 - of any type, from JSON
+        if isinstance(values, dict) and len(values) > _MOST_FIELDS:
+            raise ValueError(f"there are {len(values)} fields, at most {_MOST_FIELDS} are read")
+        return values
 
 
 def _not_supported(reason: str) -> BeforeValidator:
@@ -49,9 +62,16 @@ def _not_supported(reason: str) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+def _few_biases(values: Any) -> Any:  # noqa: ANN401 - of any type, from JSON
+    if isinstance(values, dict) and len(values) > _MOST_BIASES:
+        raise ValueError(f"there are {len(values)} tokens, at most {_MOST_BIASES} can have a bias")
+    return values
+
+
 _NO_TOOLS = _not_supported("tool calls are not supported")
 _NO_AUDIO = _not_supported("only text is supported")
 Text = Annotated[str, Field(min_length=1)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
 
 
 class TextPart(_Strict):
@@ -65,7 +85,7 @@ class Message(_Strict):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     name: Annotated[None, _not_supported("names of speakers are not supported")] = None
     refusal: Annotated[None, _not_supported("refusals are not supported")] = None
     tool_calls: Annotated[None, _NO_TOOLS] = None
@@ -129,7 +149,7 @@ class Generation(_Strict):
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=1, le=_MOST_TOKENS)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
-    stop: str | Annotated[list[Text], Field(max_length=MOST_STOPS)] | None = None
+    stop: str | Annotated[list[Text], Field(max_length=MOST_STOPS, fail_fast=True)] | None = None
     seed: Annotated[int, Field(ge=0, le=_MOST_SEED)] | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -139,8 +159,12 @@ class Generation(_Strict):
     presence_penalty: Annotated[float, Field(ge=-100, le=100)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-100, le=100)] | None = None
     logit_bias: (
-        dict[
-            Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-MOST_BIAS, le=MOST_BIAS)]
+        Annotated[
+            dict[
+                Annotated[str, Field(pattern=r"^\d{1,9}$")],
+                Annotated[float, Field(ge=-MOST_BIAS, le=MOST_BIAS)],
+            ],
+            BeforeValidator(_few_biases),
         ]
         | None
     ) = None
@@ -185,7 +209,7 @@ class Generation(_Strict):
 class ChatBody(Generation):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=_MOST_MESSAGES, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=_MOST_TOKENS)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
@@ -197,7 +221,7 @@ class ChatBody(Generation):
     parallel_tool_calls: bool | None = None
     functions: Annotated[None, _NO_TOOLS] = None
     function_call: Literal["none", "auto"] | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None
     audio: Annotated[None, _NO_AUDIO] = None
     prediction: Annotated[None, _not_supported("predicted outputs are not supported")] = None
     reasoning_effort: Annotated[None, _not_supported("a reasoning effort is not supported")] = None
@@ -242,7 +266,12 @@ class ChatBody(Generation):
 class CompletionBody(Generation):
     """`POST /v1/completions`."""
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: (
+        str
+        | TokenIds
+        | Annotated[list[str], Field(fail_fast=True)]
+        | Annotated[list[TokenIds], Field(fail_fast=True)]
+    )
     logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
     best_of: Literal[1] | None = None
     echo: Annotated[None, _not_supported("echo is not supported")] = None
@@ -269,7 +298,9 @@ class TokenizeBody(_Strict):
     model: str | None = None
     prompt: str | None = None
     content: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: (
+        Annotated[list[Message], Field(min_length=1, max_length=_MOST_MESSAGES, fail_fast=True)] | None
+    ) = None
     add_special_tokens: bool = True
 
     @model_validator(mode="after")
@@ -288,7 +319,7 @@ class DetokenizeBody(_Strict):
     """`POST /detokenize`."""
 
     model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0)]]
+    tokens: TokenIds
 
 
 def refusal_of(error: ValidationError) -> RequestRefusedError:
