@@ -71,11 +71,12 @@ class FakeRounds:
     def free(self) -> int:
         return self._session.places - len(self.in_flight)
 
-    def join(self, begun: FakeBegun, max_new_tokens: int) -> FakeInFlight:
+    def join(self, begun: FakeBegun, max_new_tokens: int | None) -> FakeInFlight:
         assert self.free > 0
         if self._session.fault_in_join is not None:
             raise self._session.fault_in_join
-        found = FakeInFlight(begun, max_new_tokens)
+        usual = self._session.description.config.run.max_new_tokens
+        found = FakeInFlight(begun, usual if max_new_tokens is None else max_new_tokens)
         self.in_flight.append(found)
         self.order.append("".join(map(chr, begun.prompt_ids)))
         return found

@@ -14,6 +14,8 @@ from pydantic import BaseModel, ValidationError
 from subspec_cli.errors import IntegrityError
 from subspec_cli.serving import gate, http_answers, orders
 from subspec_cli.serving.gate import Access, is_loopback, named_hosts
+from subspec_cli.serving.http_answers import HttpAnswers
+from subspec_cli.serving.orders import OrderMaker
 from subspec_cli.serving.request_body import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from subspec_cli.serving.service import State
 
@@ -149,6 +151,7 @@ def test_a_chat_is_streamed() -> None:
     assert all(event["usage"] is None for event in events)
     assert usage["choices"] == []
     assert usage["usage"]["completion_tokens"] == 6
+    assert f"POST {CHAT} 200 " in served.lines[0]
     assert [("subspec" in event) for event in events] == [False] * 6 + [True]
 
 
@@ -234,19 +237,29 @@ def test_an_error_of_our_own_is_told_in_the_form_of_the_api(monkeypatch: pytest.
     def fail(*_: Any, **__: Any) -> Any:
         raise ZeroDivisionError("secret")
 
-    monkeypatch.setattr(http_answers, "choice_document", fail)
     with serving() as served:
-        found = served.ask_for_fault(CHAT, chat())
-    assert found.status == 500
-    assert error_of(found)["message"] == "internal error: ZeroDivisionError"
-    assert "ZeroDivisionError: secret (test_serving_http.py:" in served.lines[-1]
+        monkeypatch.setattr(http_answers, "usage_document", fail)
+        monkeypatch.setattr(
+            HttpAnswers, "log_line", lambda answers, path, status: f"{status} {answers._told}"
+        )
+        whole = served.ask(CHAT, chat())
+        streamed = served.ask(CHAT, chat(stream=True, stream_options={"include_usage": True}))
+        monkeypatch.setattr(OrderMaker, "of_chat", fail)
+        early = served.ask_for_fault(CHAT, chat())
+    assert [whole.status, streamed.status, early.status] == [500, 200, 500]
+    errors = [error_of(whole), streamed.events[-1]["error"], error_of(early)]
+    assert [error["message"] for error in errors] == ["internal error: ZeroDivisionError"] * 3
+    assert len(served.lines) == 3
+    for line in served.lines:
+        assert "500 " in line
+        assert "internal error: ZeroDivisionError: secret (test_serving_http.py:" in line
 
 
 def test_an_answer_that_cannot_begin_is_refused() -> None:
     with serving() as served:
         found = served.ask(COMPLETION, {"prompt": ""})
     assert found.status == 400
-    assert error_of(found)["message"] == "the prompt is empty"
+    assert (error_of(found)["message"], error_of(found)["param"]) == ("the prompt is empty", None)
 
 
 # --- clients that leave

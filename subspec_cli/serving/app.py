@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import time
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
-from pathlib import Path
 from typing import Any, Final
 
 from fastapi import FastAPI, Request
@@ -20,7 +18,7 @@ from starlette.types import Scope
 
 from subspec_cli.decoding.sampler import derived_seed
 from subspec_cli.serving.gate import Access, Gate
-from subspec_cli.serving.http_answers import Asked, HttpAnswers
+from subspec_cli.serving.http_answers import Asked, HttpAnswers, fault_words
 from subspec_cli.serving.metrics_text import Counts, metrics_text
 from subspec_cli.serving.model_names import check_model, model_names
 from subspec_cli.serving.orders import OrderMaker
@@ -79,7 +77,7 @@ class Served:
     def refused(self, scope: Scope, status: int, reason: str = "") -> None:
         """Count and log a request that was not answered, if it asked for answers or may not ask at all."""
         method, path = str(scope["method"]), str(scope["path"])
-        if path in _ANSWER_PATHS or status in (401, 403):
+        if path in _ANSWER_PATHS or status in (401, 403, 500):
             self.counts.add((), status)
             words = f"{time.strftime('%H:%M:%S')} {method[:20]} {path[:100]} {status}"
             self.log(f"{words} · {reason}" if reason else words)
@@ -253,10 +251,9 @@ def _add_errors(app: FastAPI, served: Served) -> None:
 
     @app.exception_handler(Exception)
     def fault(request: Request, error: Exception) -> JSONResponse:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        message = f"internal error: {type(error).__name__}"
-        served.refused(request.scope, 500, f"{message}: {error} ({Path(place.filename).name}:{place.lineno})")
-        return JSONResponse(error_document(message, kind="server_error"), 500)
+        words, reason = fault_words(error)
+        served.refused(request.scope, 500, reason)
+        return JSONResponse(error_document(words, kind="server_error"), 500)
 
 
 def _fault_of(error: RequestValidationError) -> RequestRefusedError:

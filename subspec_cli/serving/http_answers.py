@@ -6,9 +6,11 @@ import asyncio
 import json
 import secrets
 import time
+import traceback
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from starlette.requests import Request
@@ -146,12 +148,8 @@ class HttpAnswers:
             document = whole.result()
             self._status = 200
             return JSONResponse(document)
-        except AnswersFailedError as error:
-            self._fail(error)
-            return JSONResponse(error.document, error.status)
-        except Exception:
-            self._status = 500
-            raise
+        except Exception as error:
+            return JSONResponse(self._fail(error), self._status)
         finally:
             whole.cancel()
             left.cancel()
@@ -210,13 +208,18 @@ class HttpAnswers:
                 yield self._event([], usage=self._usage())
             self._status = 200
             yield "data: [DONE]\n\n"
-        except AnswersFailedError as error:
-            self._fail(error)
-            yield f"data: {json.dumps(error.document)}\n\n"
+        except Exception as error:
+            yield f"data: {json.dumps(self._fail(error))}\n\n"
 
-    def _fail(self, error: AnswersFailedError) -> None:
-        self._status = error.status
-        self._told = error.failure.message if error.failure.is_fault else ""
+    def _fail(self, error: Exception) -> dict[str, Any]:
+        """Note why there is no answer; return what the client is told."""
+        if isinstance(error, AnswersFailedError):
+            self._status = error.status
+            self._told = error.failure.message if error.failure.is_fault else ""
+            return error.document
+        self._status = 500
+        words, self._told = fault_words(error)
+        return error_document(words, kind="server_error")
 
     def _piece_event(self, index: int, piece: TextDelta) -> str:
         answer, token_text = self.answers[index], self._session.token_text
@@ -273,6 +276,13 @@ class HttpAnswers:
         for ticket in self._tickets:
             self._service.cancel(ticket)
         self._on_end(self, status)
+
+
+def fault_words(error: Exception) -> tuple[str, str]:
+    """Return what a client and what the log is told of an error of our own."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    words = f"internal error: {type(error).__name__}"
+    return words, f"{words}: {error} ({Path(place.filename).name}:{place.lineno})"
 
 
 class _Guarded(Response):
