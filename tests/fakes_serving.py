@@ -104,6 +104,8 @@ class FakeRounds:
         text = text_of(begun.prompt_ids, begun.seed, begun.choice)
         letter = text[found.written]
         found.written += 1
+        held = self._session.held
+        ready = "" if found.written < held else text[:held] if found.written == held else letter
         ends = found.written == len(text)
         read = len(begun.prompt_ids)
         found.stats = replace(
@@ -111,7 +113,7 @@ class FakeRounds:
         )
         told = None if begun.logprobs is None else TokenLogprobs(ord(letter), -0.5, ((ord(letter), -0.5),))
         reason = "stop" if ends else "length" if found.written == found.limit else None
-        return TextDelta(letter, (ord(letter),), reason, found.stats, () if told is None else (told,))
+        return TextDelta(ready, (ord(letter),), reason, found.stats, () if told is None else (told,))
 
 
 class FakeTokenizer:
@@ -131,6 +133,8 @@ class FakeSession:
         self.in_round: Callable[[], None] = lambda: None
         self.fault_in_join: Exception | None = None
         self.is_closed = False
+        self.held = 1
+        """Tokens whose text comes in one piece at the beginning."""
         self.numbers = 0
         plan = SimpleNamespace(
             sequences=places,
@@ -354,7 +358,7 @@ class Served:
 
         return asyncio.run(exchanged())
 
-    def ask_for_fault(self, path: str, body: Any) -> Exchange:
+    def ask_for_fault(self, path: str, body: Any = None) -> Exchange:
         """Send a request that the application fails at: it answers, and then raises for its server."""
 
         async def exchanged() -> Exchange:

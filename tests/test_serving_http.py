@@ -161,6 +161,19 @@ def test_a_stream_without_usage_has_none() -> None:
     assert not any("usage" in event for event in found.events[:-1])
 
 
+def test_tokens_without_text_are_told_only_to_those_who_want_ids() -> None:
+    session = FakeSession()
+    session.held = 3
+    with serving(session) as served:
+        found = served.ask(CHAT, chat(stream=True))
+        with_ids = served.ask(CHAT, chat(stream=True, return_token_ids=True))
+    assert found.comments.count(": held back") == 2
+    deltas = [event["choices"][0]["delta"].get("content") for event in found.events[:-1]]
+    assert deltas == ["", "hi/", "3", "/", "0"]
+    ids = [token for event in with_ids.events[:-1] for token in event["choices"][0].get("token_ids", [])]
+    assert bytes(ids) == b"hi/3/0"
+
+
 def test_a_streamed_completion_is_the_whole_one_in_pieces() -> None:
     asked = {"prompt": ["ab", "c"], "n": 2, "seed": 5, "logprobs": 1}
     with serving() as served:
@@ -255,6 +268,17 @@ def test_an_error_of_our_own_is_told_in_the_form_of_the_api(monkeypatch: pytest.
         assert "internal error: ZeroDivisionError: secret (test_serving_http.py:" in line
 
 
+def test_an_error_of_our_own_on_any_route_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise KeyError("x")
+
+    with serving() as served:
+        monkeypatch.setattr(served.session, "link_counters", fail)
+        found = served.ask_for_fault("/v1/figures")
+    assert (found.status, error_of(found)["type"]) == (500, "server_error")
+    assert "GET /v1/figures 500 · internal error: KeyError" in served.lines[0]
+
+
 def test_an_answer_that_cannot_begin_is_refused() -> None:
     with serving() as served:
         found = served.ask(COMPLETION, {"prompt": ""})
@@ -345,6 +369,7 @@ def test_a_full_queue_is_429_and_the_others_are_answered() -> None:
         first = served.begin(CHAT, chat())
         await asyncio.to_thread(brake.reached.wait)
         second = served.begin(CHAT, chat())
+        await asyncio.to_thread(until, lambda: served.service.waiting == 1)
         third = await served.begin(CHAT, chat()).ends()
         brake.release()
         return [await first.ends(), await second.ends(), third]
