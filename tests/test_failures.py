@@ -23,6 +23,7 @@ LIBRARY, PRETRAINED = "test_decoding_text_library", "test_modeling_pretrained"
 TEMPLATE = "test_modeling_chat_template"
 EIGHT_BIT = "test_checkpoint_eight_bit"
 STAMP = "test_substitutes_source_stamp"
+HTTP, SERVICE, SERVER = "test_serving_http", "test_serving_service", "test_serving_process"
 ENGINE, TRUST, OPENING = "test_decoding_engine", "test_session_trust", "test_session_open"
 SAME = "test_checkpoint_repository::test_the_answer_is_the_librarys"
 NAMED = "test_checkpoint_repository::test_a_refusal_names_the_thing_and_comes_before_weights_are_read"
@@ -294,6 +295,25 @@ COVERED = [
     ("A01", "test_modeling_self_check::test_a_shortage_of_threads_that_begins_later_is_found"),
     ("A01", f"{TRUST}::test_an_answer_ends_when_products_are_no_longer_whole"),
     ("A04", "test_session_memory::test_a_run_stays_within_its_budget_and_imports_first"),
+    ("S01", f"{SERVER}::test_a_port_that_is_taken"),
+    ("S01", f"{SERVER}::test_other_machines_are_not_answered_by_accident"),
+    ("S02", f"{HTTP}::test_a_bad_request_says_what_is_wrong"),
+    ("S03", f"{HTTP}::test_a_client_that_leaves_frees_its_place_within_a_layer"),
+    ("S03", f"{HTTP}::test_a_client_that_leaves_before_the_first_byte_takes_no_place"),
+    ("S03", f"{SERVER}::test_a_client_that_leaves_makes_room"),
+    ("S04", f"{HTTP}::test_a_full_queue_is_429_and_the_others_are_answered"),
+    ("S05", f"{SERVICE}::test_a_round_that_fails_tells_everyone_and_the_next_request_is_answered"),
+    ("S05", f"{HTTP}::test_a_failure_in_the_middle_of_a_stream_is_its_last_event"),
+    ("S06", f"{HTTP}::test_a_server_answers_to_its_own_names"),
+    ("S06", f"{HTTP}::test_pages_from_elsewhere_may_not_ask"),
+    ("S06", f"{HTTP}::test_the_key_is_asked_for_but_where_nothing_is_said"),
+    ("S07", f"{HTTP}::test_a_body_that_is_too_large_is_refused"),
+    ("S07", f"{HTTP}::test_a_body_full_of_faults_is_given_up_early"),
+    ("S07", f"{HTTP}::test_a_body_that_never_ends_is_given_up"),
+    ("S08", f"{SERVER}::test_at_sigterm_an_answer_in_flight_is_finished"),
+    ("S08", f"{SERVER}::test_a_second_signal_ends_at_once_and_tells_those_in_flight"),
+    ("S09", f"{SERVER}::test_a_signal_while_the_model_loads"),
+    ("S09", f"{SERVER}::test_a_model_that_cannot_be_loaded_ends_the_server_with_the_reason"),
 ]
 """Number in the list of failures, and a test that holds it."""
 
