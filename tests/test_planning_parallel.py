@@ -33,7 +33,8 @@ def plan_for(sequences: int, **changes: object) -> OffloadPlan:
 def test_one_answer_with_its_own_settings_is_planned_as_one_that_samples() -> None:
     request = make_request()
     assert request.for_parallel(None) is request
-    assert make_plan(request.for_parallel(1)) == make_plan(replace(request, samples=True))
+    single = replace(request, samples=True, takes_grammars=True)
+    assert make_plan(request.for_parallel(1)) == make_plan(single)
 
 
 @pytest.mark.parametrize("sequences", [2, 4, 8])
@@ -91,7 +92,7 @@ def test_prompt_rows_in_company_are_those_that_hide_behind_the_link() -> None:
 
 
 def test_a_model_without_room_for_all_contexts_says_so() -> None:
-    small = make_request(make_geometry(layers=4), budget_bytes=GIB, context=12_000)
+    small = make_request(make_geometry(layers=4), budget_bytes=GIB, context=4_000)
     make_plan(small.for_parallel(1))
     with pytest.raises(ResourceError, match="is the least") as caught:
         make_plan(small.for_parallel(64))

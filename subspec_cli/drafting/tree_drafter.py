@@ -206,7 +206,8 @@ class _Growth:
         self.tree = self._ready.tree
         assert self.tree.nodes[ROOT].token_id == order.root_token
         self._ready_nodes, self._ready_levels = self.tree.rows, self.tree.levels
-        self.frontier = Frontier(self.tree, order.draft.context)
+        constraint = None if order.state is None else order.state.constraint
+        self.frontier = Frontier(self.tree, order.draft.context, constraint)
         self.proposal: Proposal
 
     @property
@@ -287,7 +288,7 @@ class TreeDraft:
 
     def begin_tree(self, root_token: int, capacity: int, state: PathState | None) -> _Ready:
         """Return the next tree: what the last shadow has found below the root, or the root alone."""
-        self.context.steps.penalize(state)
+        self.context.steps.penalize(None if state is None or state.penalties.do_nothing else state)
         ready, self._ready = self._ready or _Ready(GrowingTree(root_token, capacity), 0), None
         self.context.ngrams.learn([*self.context.kv.token_ids, root_token])
         return ready

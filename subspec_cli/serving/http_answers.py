@@ -33,7 +33,8 @@ from subspec_cli.serving.service import STOPPED, AnswerService, Failure, Ticket
 from subspec_cli.units import format_seconds
 
 if TYPE_CHECKING:
-    from subspec_cli.session.session import Session, TextDelta
+    from subspec_cli.session.answer import TextDelta
+    from subspec_cli.session.session import Session
 
 _KEEP_ALIVE_S: Final = 10.0
 """A comment is sent after so long without a piece: clients and proxies give up on silent connections."""

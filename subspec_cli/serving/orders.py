@@ -8,11 +8,12 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, Final
 
 from subspec_cli.config import SamplingConfig
-from subspec_cli.errors import PromptRefusedError, UsageError
+from subspec_cli.errors import PromptRefusedError, UnsupportedModelError, UsageError
 from subspec_cli.serving.request_body import ChatBody, CompletionBody, Generation, RequestRefusedError
 
 if TYPE_CHECKING:
-    from subspec_cli.session.session import BegunAnswer, Session
+    from subspec_cli.session.answer import BegunAnswer
+    from subspec_cli.session.session import Session
 
 COMPLETION_TOKENS: Final = 16
 """Longest answer of `/v1/completions` where the request does not say, as in the OpenAI API."""
@@ -39,6 +40,8 @@ class AnswerOrder:
     """None is as many as the context holds."""
     stop: tuple[str, ...]
     logprobs: int | None
+    schema: dict[str, Any] | bool | None = None
+    """JSON schema that the answer follows; `True` is any object."""
 
     def begin(self, session: Session) -> BegunAnswer:
         """Begin the answer; raises UsageError if the context has no room for it."""
@@ -49,6 +52,7 @@ class AnswerOrder:
             choice=self.choice,
             stop=self.stop,
             logprobs=self.logprobs,
+            schema=self.schema,
         )
 
 
@@ -123,8 +127,6 @@ class OrderMaker:
         self, prompts: Sequence[Sequence[int]], body: Generation, seed: int, tokens: int | None
     ) -> list[AnswerOrder]:
         config = self._session.description.config
-        if body.grammar is not None:
-            raise RequestRefusedError("response_format: JSON formats are not supported", "response_format")
         first = AnswerOrder(
             (),
             sampling_of(body, config.sampling),
@@ -133,6 +135,7 @@ class OrderMaker:
             tokens if body.token_limit is None else body.token_limit,
             config.run.stop if body.stops is None else body.stops,
             body.told_logprobs,
+            body.grammar,
         )
         orders = [
             replace(first, prompt_ids=tuple(prompt), choice=choice)
@@ -154,8 +157,9 @@ class OrderMaker:
             )
         try:
             order.begin(self._session)
-        except UsageError as error:
-            raise RequestRefusedError(error.message, "logit_bias") from error
+        except (UsageError, UnsupportedModelError) as error:
+            param = "logit_bias" if order.schema is None else "response_format"
+            raise RequestRefusedError(error.message, param) from error
 
 
 def sampling_of(body: Generation, base: SamplingConfig) -> SamplingConfig:

@@ -13,8 +13,9 @@ from subspec_cli.errors import SubspecError, UsageError
 from subspec_cli.serving.orders import AnswerOrder
 
 if TYPE_CHECKING:
+    from subspec_cli.session.answer import TextDelta
     from subspec_cli.session.rounds import AnswerInFlight, Rounds
-    from subspec_cli.session.session import Session, TextDelta
+    from subspec_cli.session.session import Session
 
 STOPPED: Final = "the server is stopping"
 
@@ -203,7 +204,7 @@ class AnswerService:
                 if delta.finish_reason is not None:
                     del self._in_flight[found]
                 if not ticket.is_cancelled:
-                    ticket.sink(delta)
+                    ticket.sink(delta if delta.failure is None else Failure(delta.failure, is_fault=True))
         except _AbandonedError:
             pass
         except (SubspecError, OSError, MemoryError, RuntimeError) as error:
