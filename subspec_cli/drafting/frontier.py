@@ -19,7 +19,7 @@ from subspec_cli.decoding.constraint import Constraint
 from subspec_cli.decoding.sampler import Row
 from subspec_cli.drafting.draft_steps import Feed, Found, Ids, SequenceSteps, StepPart, StepRow, likeliest
 from subspec_cli.drafting.growing_tree import ROOT, GrowingTree, NodeId, ScratchRow, draft_batch
-from subspec_cli.drafting.history import History
+from subspec_cli.drafting.history import Calibration, History
 from subspec_cli.drafting.ngram import LONGEST, Guess, NGramLookup
 from subspec_cli.drafting.policy import LEAST_CHANCE, DraftPolicy
 from subspec_cli.modeling.kv_cache import KVCache
@@ -90,6 +90,8 @@ class DraftContext:
     steps: SequenceSteps
     kv: KVCache
     ngrams: NGramLookup
+    calibration: Calibration
+    """The answer's own: what holds for prose is wrong for the code beside it."""
 
 
 @dataclass(slots=True)
@@ -341,7 +343,7 @@ class Frontier:
         guesses = likeliest(token_ids, scores, self._shared.rules.sharpening)
         if not guesses:
             return 0.0
-        shares = self._history.calibration.shares([log_prob for _, log_prob in guesses])
+        shares = self._shared.calibration.shares([log_prob for _, log_prob in guesses])
         for (token_id, log_prob), share in zip(guesses, shares, strict=True):
             self.tree.add(node, token_id, above.log_prob + log_prob, above.chance * share)
         self._history.learn_child_shares(shares)

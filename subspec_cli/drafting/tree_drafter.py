@@ -59,7 +59,9 @@ class TreeDrafter:
         ngrams = self._ngrams.setdefault(kv, NGramLookup())
         ngrams.forget()
         self._queue.forget()
-        return TreeDraft(DraftContext(self._rules, self._steps.begin(kv, sampler), kv, ngrams), self._queue)
+        calibration = self._history.calibration.copy()
+        steps = self._steps.begin(kv, sampler)
+        return TreeDraft(DraftContext(self._rules, steps, kv, ngrams, calibration), self._queue)
 
     def grow(self, orders: Sequence[TreeOrder[TreeDraft]]) -> list[Proposal]:
         """Return the trees of one pass; rows `[committed, committed + nodes)` of each cache are a tree's scratch."""
@@ -303,6 +305,8 @@ class TreeDraft:
         tree = current.frontier.tree
         rankings = tree.rankings(result.accepted_nodes, result.token_ids)
         rules.history.observe(current.proposal.tree, result, rankings, round_s=current.round_s)
+        for ranking in rankings:
+            self.context.calibration.observe(ranking)
         if ends:
             return
         outcome = tree.outcome(result.accepted_nodes[-1], result.token_ids[-1])
