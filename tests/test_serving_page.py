@@ -6,14 +6,15 @@ import base64
 import hashlib
 import json
 import re
+import time
 from collections.abc import Callable, Iterator
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 import pytest
 from browser import CHROMIUM, Chromium, Tab
 from fakes_serving import DictatedServer
 
-from subspec_cli.serving.service import QueueFullError
+from subspec_cli.serving.service import QueueFullError, State
 
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 MakeServer = Callable[..., DictatedServer]
@@ -108,6 +109,30 @@ def test_policy_allows_only_the_script_and_the_style_of_the_page(server):
     assert not re.search(r"(?:src|href)=\"(?!data:)", html)
 
 
+@pytest.mark.parametrize("asks", [False, True])
+def test_pieces_of_a_stream_have_figures_if_they_are_asked_for(server, asks):
+    options = {"include_usage": True, "continuous_usage_stats": asks}
+    messages = [{"role": "user", "content": "hello"}]
+    body = json.dumps({"messages": messages, "stream": True, "stream_options": options}).encode()
+    server.say("a")
+    server.say("b", "stop")
+    while server.service.state is State.LOADING:
+        time.sleep(0.01)
+    with urlopen(
+        Request(f"{server.url}v1/chat/completions", body, {"Content-Type": "application/json"})
+    ) as reply:
+        lines = [line.removeprefix("data: ") for line in reply.read().decode().splitlines() if "{" in line]
+    begun, first, last, totals = map(json.loads, lines)
+    written = [
+        piece["usage"] and piece["usage"]["completion_tokens"] for piece in (begun, first, last, totals)
+    ]
+    assert written == ([0, 4, 8, 8] if asks else [None, None, None, 8])
+    assert [piece.get("subspec", {}).get("choices", [{}])[0].get("passes") for piece in (first, last)] == [
+        1 if asks else None,
+        2,
+    ]
+
+
 @needs_browser
 def test_policy_blocks_script_that_is_put_into_the_page(browser, server):
     tab = browser.tab(server.url)
@@ -139,7 +164,7 @@ def test_answer_streams_and_its_figures_show(server, page):
     assert page.text("#other") == "0\u00a0%"
     assert page.text("#first") == "250 ms"
     assert page.text("#context") == "24 of 100 tokens"
-    assert page.text("#memory") == "1.00 GiB of 2.00 GiB, at most 1.50 GiB"
+    assert page.text("#memory") == "1.00 GiB of 2.00 GiB, peak 1.50 GiB"
     server.say(" and the end.", "stop")
     ended(page)
     assert page.text(".answer") == "The first part and the end."
@@ -163,7 +188,7 @@ def test_stop_ends_the_answer_on_the_server_too(server, page, how):
     page.until_text(".note", "Stopped.")
     assert server.session.model.left.wait(10)
     assert page.text(".answer") == "Some"
-    assert page.focused() == "prompt"
+    assert page.focused() == ("prompt" if how == "Escape" else "send")
     ask(page, "again")
     server.say("More", "stop")
     page.until_text(".turn:last-child .answer", "More")
@@ -201,7 +226,7 @@ def test_simple_marks_are_shown_whatever_the_pieces(server, page):
         "[...document.querySelector('.answer').children].map((e) => e.tagName + ' ' + e.textContent)"
     )
     assert shown == [
-        "H3 Head",
+        "H4 Head",
         "P f(*args, **kw) and g(**kw), **not",
         "OL one\nmoreinnertwo x",
         "PRE a\n\n  b",
@@ -220,7 +245,7 @@ def test_key_is_asked_for_and_kept_for_the_tab_only(make_server, open_page):
     page.type("wrong")
     page.press("Enter")
     page.until_text("#key-reason", "is wrong")
-    page.value("document.querySelector('#key').value = ''")
+    page.value("document.querySelector('#key').select()")
     page.type("open sesame")
     page.press("Enter")
     ready(page)
@@ -236,9 +261,13 @@ def test_key_is_asked_for_and_kept_for_the_tab_only(make_server, open_page):
 
 @needs_browser
 def test_page_waits_while_the_model_is_loading(make_server, open_page):
-    server = make_server(is_loaded=False)
+    server = make_server(is_loaded=False, api_key="open sesame")
     page = open_page(server)
+    page.until_text("#key-reason", "asks for an API key")
+    page.type("open sesame")
+    page.press("Enter")
     page.until_text("#state", "Not ready: the model is loading. This page waits.")
+    assert page.value("document.querySelector('#key-form').hidden")
     assert page.value("document.querySelector('#send').disabled")
     server.loaded.set()
     ready(page)
@@ -264,7 +293,7 @@ def test_failures_are_said_where_the_answer_would_be(server, page, monkeypatch):
     press_button(page, "Try again")
     server.say("Whole", "length")
     page.until_text(".answer", "Whole")
-    page.until_text(".note", "reached the most tokens")
+    page.until_text(".note", "Cut off at the limit of tokens.")
     assert server.session.conversations[-1] == [{"role": "user", "content": "hello"}]
 
 
