@@ -12,7 +12,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 from browser import CHROMIUM, Chromium, Tab
-from fakes_serving import DictatedServer
+from dictated_server import DictatedServer
 
 from subspec_cli.serving.service import QueueFullError, State
 
