@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
 from fastapi import FastAPI, Request
@@ -13,6 +15,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Res
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.types import Scope
 
 from subspec_cli.decoding.sampler import derived_seed
 from subspec_cli.serving.gate import Access, Gate
@@ -36,6 +39,7 @@ from subspec_cli.session.session import Session
 from subspec_cli.versions import __version__
 
 _RETRY_S: Final = 5
+_ANSWER_PATHS: Final = ("/v1/chat/completions", "/v1/completions")
 _ERROR: Final[dict[int | str, dict[str, Any]]] = {
     "4XX": {"description": "The request is refused; the body says why."},
     "5XX": {"description": "The answer failed, or the model is not loaded; the body says why."},
@@ -65,6 +69,14 @@ class Served:
         self.counts.add(answers.answers, status)
         self.log(answers.log_line(path, status))
 
+    def refused(self, scope: Scope, status: int, reason: str = "") -> None:
+        """Count and log a request that was not answered, if it asked for answers or may not ask at all."""
+        method, path = str(scope["method"]), str(scope["path"])
+        if path in _ANSWER_PATHS or status in (401, 403):
+            self.counts.add((), status)
+            words = f"{time.strftime('%H:%M:%S')} {method[:20]} {path[:100]} {status}"
+            self.log(f"{words} · {reason}" if reason else words)
+
 
 def make_app(service: AnswerService, access: Access, log: Callable[[str], None]) -> FastAPI:
     """Return the application over a service, which may still be loading its model.
@@ -75,12 +87,12 @@ def make_app(service: AnswerService, access: Access, log: Callable[[str], None])
     served = Served(service, log)
     _add_answers(app, served)
     _add_facts(app, served)
-    _add_errors(app)
+    _add_errors(app, served)
     if access.origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=access.origins, allow_methods=["*"], allow_headers=["*"]
         )
-    app.add_middleware(Gate, access=access)
+    app.add_middleware(Gate, access=access, on_refusal=served.refused)
     return app
 
 
@@ -159,7 +171,7 @@ def _add_facts(app: FastAPI, served: Served) -> None:
         state = served.service.state
         return JSONResponse({"status": state.value}, 200 if state is State.READY else 503)
 
-    @app.get("/metrics", response_model=None)
+    @app.get("/metrics", response_model=None, response_class=PlainTextResponse)
     def metrics() -> PlainTextResponse:
         """Return counters and gauges for Prometheus."""
         return PlainTextResponse(
@@ -201,30 +213,55 @@ def _add_facts(app: FastAPI, served: Served) -> None:
         return HTMLResponse(page.html, headers=page.headers)
 
 
-def _add_errors(app: FastAPI) -> None:
+def _add_errors(app: FastAPI, served: Served) -> None:
     """Answer every error in the form of the API."""
 
+    def answer(
+        request: Request, status: int, document: dict[str, Any], headers: Mapping[str, str] | None = None
+    ) -> JSONResponse:
+        served.refused(request.scope, status)
+        return JSONResponse(document, status, headers)
+
     @app.exception_handler(RequestRefusedError)
-    def refused(_: Request, error: RequestRefusedError) -> JSONResponse:
+    def refused(request: Request, error: RequestRefusedError) -> JSONResponse:
         status = 404 if error.code == "model_not_found" else 400
-        return JSONResponse(error_document(error.message, param=error.param, code=error.code), status)
+        return answer(request, status, error_document(error.message, param=error.param, code=error.code))
 
     @app.exception_handler(RequestValidationError)
-    def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        faults = [(each["loc"][1:], each["msg"], each["type"]) for each in error.errors()]
-        found = refusal_in(faults)
-        return JSONResponse(error_document(found.message, param=found.param), 400)
+    def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        found = _fault_of(error)
+        return answer(request, 400, error_document(found.message, param=found.param))
 
     @app.exception_handler(QueueFullError)
-    def full(_: Request, error: QueueFullError) -> JSONResponse:
+    def full(request: Request, error: QueueFullError) -> JSONResponse:
         document = error_document(str(error), kind="rate_limit_error", code="queue_full")
-        return JSONResponse(document, 429, {"Retry-After": str(_RETRY_S)})
+        return answer(request, 429, document, {"Retry-After": str(_RETRY_S)})
 
     @app.exception_handler(NotReadyError)
-    def not_ready(_: Request, error: NotReadyError) -> JSONResponse:
+    def not_ready(request: Request, error: NotReadyError) -> JSONResponse:
         document = error_document(str(error), kind="server_error", code="not_ready")
-        return JSONResponse(document, 503, {"Retry-After": str(_RETRY_S)})
+        return answer(request, 503, document, {"Retry-After": str(_RETRY_S)})
 
     @app.exception_handler(HTTPException)
-    def http_error(_: Request, error: HTTPException) -> JSONResponse:
-        return JSONResponse(error_document(str(error.detail)), error.status_code, error.headers)
+    def http_error(request: Request, error: HTTPException) -> JSONResponse:
+        return answer(request, error.status_code, error_document(str(error.detail)), error.headers)
+
+    @app.exception_handler(Exception)
+    def fault(request: Request, error: Exception) -> JSONResponse:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        message = f"internal error: {type(error).__name__}"
+        served.refused(request.scope, 500, f"{message}: {error} ({Path(place.filename).name}:{place.lineno})")
+        return JSONResponse(error_document(message, kind="server_error"), 500)
+
+
+def _fault_of(error: RequestValidationError) -> RequestRefusedError:
+    """Return the first fault of a body, in words."""
+    faults = error.errors()
+    first = faults[0]
+    if first["type"] == "json_invalid":
+        return RequestRefusedError(
+            f"the body is not JSON at character {first['loc'][1]}: {first['ctx']['error']}"
+        )
+    if first["loc"] == ("body",) and first["type"] != "value_error":
+        return RequestRefusedError("the body must be a JSON object, sent with Content-Type: application/json")
+    return refusal_in([(each["loc"][1:], each["msg"], each["type"]) for each in faults])

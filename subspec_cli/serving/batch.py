@@ -128,7 +128,11 @@ class BatchRun:
                 self._write(self._refused(line, problem))
                 continue
             answers = [
-                AnswerSoFar(len(order.prompt_ids), logprobs=None if order.logprobs is None else [])
+                AnswerSoFar(
+                    len(order.prompt_ids),
+                    logprobs=None if order.logprobs is None else [],
+                    tells_ids=bool(line.body and line.body.return_token_ids),
+                )
                 for order in orders
             ]
             opened = _OpenLine(line, orders, answers)

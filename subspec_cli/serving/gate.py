@@ -7,19 +7,25 @@ was allowed; one that says from which page it comes must come from this server's
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import ipaddress
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 from urllib.parse import urlsplit
 
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from subspec_cli.serving.response_body import error_document
 
 MOST_BODY_BYTES: Final = 32 << 20
+MOST_BODY_S: Final = 120
+"""Longest time that a request may take to arrive."""
+_TOO_LARGE: Final = f"the request has more than {MOST_BODY_BYTES >> 20} MiB"
 _OPEN_PATHS: Final = frozenset(("/", "/health", "/favicon.ico"))
 """What needs no key: nothing that says or does anything."""
 
@@ -36,16 +42,17 @@ class Access:
     """Origins of pages beside this server's own; `*` is all."""
 
 
-class _TooLargeError(Exception):
-    pass
+OnRefusal = Callable[[Scope, int], None]
+"""Receives a request that was not let in, and the status of its answer."""
 
 
 class Gate:
     """The middleware that lets requests in, or answers them with the reason."""
 
-    def __init__(self, app: ASGIApp, access: Access) -> None:
+    def __init__(self, app: ASGIApp, access: Access, on_refusal: OnRefusal) -> None:
         self._app = app
         self._access = access
+        self._on_refusal = on_refusal
         self._hosts = frozenset(name.lower() for name in (*access.hosts, "localhost"))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -55,14 +62,10 @@ class Gate:
             return
         refusal = self._refusal(scope)
         if refusal is not None:
+            self._on_refusal(scope, refusal.status_code)
             await refusal(scope, receive, send)
             return
-        limited = _Limited(receive, send)
-        try:
-            await self._app(scope, limited.receive, limited.send)
-        except _TooLargeError:
-            if not limited.has_begun:
-                await _too_large()(scope, receive, send)
+        await self._app(scope, _Body(receive).receive, send)
 
     def _refusal(self, scope: Scope) -> JSONResponse | None:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
@@ -79,11 +82,11 @@ class Gate:
             return _refused(401, "the API key is missing or wrong", code="invalid_api_key")
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > MOST_BODY_BYTES:
-            return _too_large()
+            return _refused(413, _TOO_LARGE)
         return None
 
     def _is_own(self, host: str) -> bool:
-        name = urlsplit(f"//{host}").hostname if host.isprintable() else None
+        name = _name_in(host)
         if name is None:
             return False
         try:
@@ -95,7 +98,8 @@ class Gate:
     def _is_allowed(self, origin: str, host: str) -> bool:
         if "*" in self._access.origins or origin in self._access.origins:
             return True
-        return urlsplit(origin).netloc.lower() == host.lower()
+        _, _, place = origin.partition("://")
+        return place.lower() == host.lower()
 
     def _has_key(self, headers: dict[str, str]) -> bool:
         if self._access.api_key is None:
@@ -105,29 +109,40 @@ class Gate:
         return same and scheme.lower() == "bearer"
 
 
-class _Limited:
-    """The two ends of a request, with a bound on its body."""
+class _Body:
+    """The body of a request, with bounds on its size and on the time that it takes."""
 
-    def __init__(self, receive: Receive, send: Send) -> None:
+    def __init__(self, receive: Receive) -> None:
         self._receive = receive
-        self._send = send
         self._left = MOST_BODY_BYTES
-        self.has_begun = False
+        self._is_whole = False
+        self._end_s = time.monotonic() + MOST_BODY_S
 
     async def receive(self) -> Message:
-        message = await self._receive()
+        """Return the next part; raises HTTPException if it is too much or comes too late."""
+        if self._is_whole:
+            return await self._receive()
+        try:
+            async with asyncio.timeout(max(0.0, self._end_s - time.monotonic())):
+                message = await self._receive()
+        except TimeoutError:
+            raise HTTPException(408, f"the request is not whole after {MOST_BODY_S} s") from None
+        self._is_whole = not message.get("more_body", False)
         self._left -= len(message.get("body", b""))
         if self._left < 0:
-            raise _TooLargeError
+            raise HTTPException(413, _TOO_LARGE)
         return message
 
-    async def send(self, message: Message) -> None:
-        self.has_begun = True
-        await self._send(message)
 
-
-def _too_large() -> JSONResponse:
-    return _refused(413, f"the request has more than {MOST_BODY_BYTES >> 20} MiB")
+def _name_in(host: str) -> str | None:
+    """Return the name in a Host header, without its port; None if there is none."""
+    try:
+        found = urlsplit(f"//{host}")
+        name, _ = found.hostname, found.port
+    except ValueError:
+        return None
+    # Tabs and line ends are dropped while a URL is split.
+    return name if found.netloc == host and found.username is None else None
 
 
 def _refused(status: int, message: str, *, code: str | None = None) -> JSONResponse:

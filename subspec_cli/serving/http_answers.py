@@ -7,7 +7,7 @@ import json
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -102,8 +102,16 @@ class HttpAnswers:
         self._pieces: asyncio.Queue[tuple[int, TextDelta | Failure]] = asyncio.Queue()
         self.began_s = time.monotonic()
         self._status = CLIENT_LEFT
+        self._told = ""
+        """What the log says of a failure."""
+        self._offsets = [0] * len(asked.orders)
+        """Characters of the tokens whose log-probabilities were sent, by answer."""
         self.answers = [
-            AnswerSoFar(len(order.prompt_ids), logprobs=None if order.logprobs is None else [])
+            AnswerSoFar(
+                len(order.prompt_ids),
+                logprobs=None if order.logprobs is None else [],
+                tells_ids=bool(asked.body.return_token_ids),
+            )
             for order in asked.orders
         ]
         self._tickets = self._ordered()
@@ -122,7 +130,7 @@ class HttpAnswers:
 
         def sink_of(index: int) -> Callable[[TextDelta | Failure], None]:
             def sink(piece: TextDelta | Failure) -> None:
-                if not loop.is_closed():
+                with suppress(RuntimeError):  # the server ends, and its loop is closed
                     loop.call_soon_threadsafe(self._pieces.put_nowait, (index, piece))
 
             return sink
@@ -146,8 +154,11 @@ class HttpAnswers:
             self._status = 200
             return JSONResponse(document)
         except AnswersFailedError as error:
-            self._status = error.status
+            self._fail(error)
             return JSONResponse(error.document, error.status)
+        except Exception:
+            self._status = 500
+            raise
         finally:
             whole.cancel()
             left.cancel()
@@ -192,19 +203,27 @@ class HttpAnswers:
         """Yield server-sent events; the last ones say the figures and that it is done, or what failed."""
         try:
             yield ": subspec\n\n"
-            if self._asked.kind == "chat":
-                for index in range(len(self.answers)):
-                    yield self._event([self._chunk(index, {"role": "assistant", "content": ""}, None)])
+            # A role comes with the first piece: clients take the time of their first event for that of the prompt.
+            silent = set(range(len(self.answers))) if self._asked.kind == "chat" else set()
             async with aclosing(self._outputs()) as outputs:
                 async for output in outputs:
+                    if output and output[0] in silent:
+                        silent.remove(output[0])
+                        yield self._event(
+                            [self._chunk(output[0], {"role": "assistant", "content": ""}, None)]
+                        )
                     yield self._piece_event(*output) if output else ": keep-alive\n\n"
             if self._asked.tells_usage:
                 yield self._event([], usage=self._usage())
             self._status = 200
             yield "data: [DONE]\n\n"
         except AnswersFailedError as error:
-            self._status = error.status
+            self._fail(error)
             yield f"data: {json.dumps(error.document)}\n\n"
+
+    def _fail(self, error: AnswersFailedError) -> None:
+        self._status = error.status
+        self._told = error.failure.message if error.failure.is_fault else ""
 
     def _piece_event(self, index: int, piece: TextDelta) -> str:
         answer, token_text = self.answers[index], self._session.token_text
@@ -213,13 +232,15 @@ class HttpAnswers:
             if self._asked.kind == "chat":
                 logprobs = chat_logprobs(piece.logprobs, token_text)
             else:
-                before = answer.logprobs[: len(answer.logprobs) - len(piece.logprobs)]
-                offset = sum(len(token_text(each.token_id)) for each in before)
-                logprobs = completion_logprobs(piece.logprobs, offset, token_text)
-        if not piece.text and logprobs is None and piece.finish_reason is None:
+                logprobs = completion_logprobs(piece.logprobs, self._offsets[index], token_text)
+                self._offsets[index] += sum(map(len, logprobs["tokens"]))
+        tells_more = answer.tells_ids or logprobs is not None
+        if not piece.text and not tells_more and piece.finish_reason is None:
             return ": held back\n\n"
         choice = self._chunk(index, {"content": piece.text} if piece.text else {}, logprobs)
         choice["finish_reason"] = piece.finish_reason
+        if answer.tells_ids:
+            choice["token_ids"] = list(piece.token_ids)
         is_last = all(each.finish_reason is not None for each in self.answers)
         has_figures = is_last or self._asked.tells_figures
         return self._event([choice], **({"subspec": self._figures()} if has_figures else {}))
@@ -256,7 +277,7 @@ class HttpAnswers:
             f"tau {tau_of_totals(stats):.1f}",
             format_seconds(time.monotonic() - self.began_s),
         )
-        return " · ".join(parts)
+        return " · ".join((*parts, self._told) if self._told else parts)
 
     def _end(self, status: int) -> None:
         for ticket in self._tickets:

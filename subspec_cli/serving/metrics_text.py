@@ -19,22 +19,26 @@ class Counts:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self.requests: Tally[int] = Tally()
-        """By status."""
-        self.sums: Tally[str] = Tally()
+        self._requests: Tally[int] = Tally()
+        self._sums: Tally[str] = Tally()
+
+    def totals(self) -> tuple[dict[int, int], dict[str, int]]:
+        """Return the requests by status, and the sums by name."""
+        with self._lock:
+            return dict(self._requests), dict(self._sums)
 
     def add(self, answers: Sequence[AnswerSoFar], status: int) -> None:
         """Count a request that is over."""
         with self._lock:
-            self.requests[status] += 1
+            self._requests[status] += 1
             for answer in answers:
                 stats = answer.stats
-                self.sums["prompt_tokens"] += stats.prompt_tokens
-                self.sums["cached_prompt_tokens"] += stats.prompt_tokens - stats.prefilled_tokens
-                self.sums["generated_tokens"] += stats.new_tokens
-                self.sums["passes"] += stats.passes
-                self.sums["drafted_tokens"] += stats.drafted_tokens
-                self.sums["accepted_tokens"] += max(0, stats.new_tokens - 1 - stats.passes)
+                self._sums["prompt_tokens"] += stats.prompt_tokens
+                self._sums["cached_prompt_tokens"] += stats.prompt_tokens - stats.prefilled_tokens
+                self._sums["generated_tokens"] += stats.new_tokens
+                self._sums["passes"] += stats.passes
+                self._sums["drafted_tokens"] += stats.drafted_tokens
+                self._sums["accepted_tokens"] += max(0, stats.new_tokens - 1 - stats.passes)
 
 
 _HELP = {
@@ -56,11 +60,12 @@ class _Collector(Collector):
         requests = CounterMetricFamily(
             "subspec_requests", "Requests for answers by status", labels=["status"]
         )
-        for status, number in sorted(self._counts.requests.items()):
+        by_status, sums = self._counts.totals()
+        for status, number in sorted(by_status.items()):
             requests.add_metric([str(status)], number)
         yield requests
         for name, text in _HELP.items():
-            yield CounterMetricFamily(f"subspec_{name}", text, value=self._counts.sums[name])
+            yield CounterMetricFamily(f"subspec_{name}", text, value=sums.get(name, 0))
         yield GaugeMetricFamily(
             "subspec_answers_in_flight", "Answers in flight", value=self._service.in_flight
         )

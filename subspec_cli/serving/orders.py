@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 COMPLETION_TOKENS: Final = 16
 """Longest answer of `/v1/completions` where the request does not say, as in the OpenAI API."""
+MOST_ANSWERS: Final = 2048
+"""Most answers to one request: as many prompts as the OpenAI API takes."""
 _SAMPLING_FIELDS: Final = (
     "temperature",
     "top_p",
@@ -36,8 +38,7 @@ class AnswerOrder:
     seed: int
     choice: int
     """Number among the answers to one prompt."""
-    max_new_tokens: int | None
-    """None is as many as the context holds."""
+    max_new_tokens: int
     stop: tuple[str, ...]
     logprobs: int | None
     schema: dict[str, Any] | bool | None = None
@@ -63,7 +64,10 @@ class OrderMaker:
     """
 
     def __init__(self, session: Session, *, answer_tokens: int | None) -> None:
-        """`answer_tokens` is the longest answer of a conversation where the request does not say."""
+        """`answer_tokens` is the longest answer of a conversation where the request does not say.
+
+        None is as many tokens as the context holds.
+        """
         self._session = session
         self._answer_tokens = answer_tokens
         self._encoding = Lock()
@@ -76,8 +80,6 @@ class OrderMaker:
 
     def of_completion(self, body: CompletionBody, seed: int) -> list[AnswerOrder]:
         """Return the answers to bare prompts, each with its choices together; raises RequestRefusedError."""
-        if not body.prompts:
-            raise RequestRefusedError("prompt: the list is empty", "prompt")
         prompts = [self._prompt_ids(prompt) for prompt in body.prompts]
         return self._orders(prompts, body, seed, COMPLETION_TOKENS)
 
@@ -126,13 +128,19 @@ class OrderMaker:
     def _orders(
         self, prompts: Sequence[Sequence[int]], body: Generation, seed: int, tokens: int | None
     ) -> list[AnswerOrder]:
-        config = self._session.description.config
+        config, context = self._session.description.config, self._session.description.context_tokens
+        choices = body.n or 1
+        if len(prompts) * choices > MOST_ANSWERS:
+            raise RequestRefusedError(
+                f"the request wants {len(prompts) * choices} answers, at most {MOST_ANSWERS} are given to one",
+                "prompt",
+            )
         first = AnswerOrder(
             (),
             sampling_of(body, config.sampling),
             seed,
             0,
-            tokens if body.token_limit is None else body.token_limit,
+            (tokens or context) if body.token_limit is None else body.token_limit,
             config.run.stop if body.stops is None else body.stops,
             body.told_logprobs,
             body.grammar,
@@ -140,9 +148,9 @@ class OrderMaker:
         orders = [
             replace(first, prompt_ids=tuple(prompt), choice=choice)
             for prompt in prompts
-            for choice in range(body.n or 1)
+            for choice in range(choices)
         ]
-        for order in orders[:: body.n or 1]:
+        for order in orders[::choices]:
             self._check(order)
         return orders
 
@@ -150,6 +158,8 @@ class OrderMaker:
         """Refuse now what could not begin later."""
         context = self._session.description.context_tokens
         tokens = len(order.prompt_ids)
+        if not tokens:
+            raise RequestRefusedError("the prompt is empty")
         if tokens >= context:
             raise RequestRefusedError(
                 f"the prompt has {tokens} tokens, the context holds {context}, one of them for an answer",

@@ -146,6 +146,8 @@ class Generation(_Strict):
         ]
         | None
     ) = None
+    return_token_ids: bool | None = None
+    cache_prompt: bool | None = None
     user: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None
@@ -288,7 +290,7 @@ class DetokenizeBody(_Strict):
     """`POST /detokenize`."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: list[Annotated[int, Field(ge=0)]]
 
 
 def refusal_of(error: ValidationError) -> RequestRefusedError:

@@ -51,13 +51,16 @@ class AnswerSoFar:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] | None = None
     """None if they were not asked for."""
+    tells_ids: bool = False
+    """Whether token ids were asked for."""
     finish_reason: FinishReason | None = None
     stats: GenerationStats = field(default_factory=GenerationStats)
 
 
 def choice_document(kind: Kind, index: int, answer: AnswerSoFar, token_text: TokenText) -> dict[str, Any]:
     """Return one whole choice."""
-    shared = {"index": index, "finish_reason": answer.finish_reason}
+    ids = {"token_ids": answer.token_ids} if answer.tells_ids else {}
+    shared = {"index": index, "finish_reason": answer.finish_reason, **ids}
     if kind == "chat":
         message = {"role": "assistant", "content": answer.text, "refusal": None}
         logprobs = None if answer.logprobs is None else chat_logprobs(answer.logprobs, token_text)

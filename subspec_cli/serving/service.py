@@ -29,11 +29,17 @@ class State(Enum):
     FAILED = "failed"
 
 
+_NOT_READY: Final = {
+    State.LOADING: "the model is loading",
+    State.FAILED: "the server has failed and ends; its own messages say why",
+}
+
+
 class QueueFullError(Exception):
     """As many answers wait as may."""
 
-    def __init__(self, waiting: int) -> None:
-        super().__init__(f"{waiting} answers wait already")
+    def __init__(self, waiting: int, most: int) -> None:
+        super().__init__(f"{waiting} answers wait already, at most {most} may: ask again later")
 
 
 class NotReadyError(Exception):
@@ -58,10 +64,13 @@ class Ticket:
 
     def __init__(self, order: AnswerOrder, sink: Sink) -> None:
         self.order = order
-        self.sink = sink
-        self.found: AnswerInFlight | None = None
-        """None while it waits."""
+        self._sink = sink
         self.is_cancelled = False
+
+    def tell(self, piece: TextDelta | Failure) -> None:
+        """Hand out a piece, unless nobody waits for it."""
+        if not self.is_cancelled:
+            self._sink(piece)
 
 
 class _AbandonedError(Exception):
@@ -81,6 +90,8 @@ class AnswerService:
         self._changed = threading.Condition()
         self._waiting: deque[Ticket] = deque()
         self._in_flight: dict[AnswerInFlight, Ticket] = {}
+        self._joining: list[Ticket] = []
+        """Taken from those that wait, and not in flight yet."""
         self._must_end = False
         self.state = State.LOADING
         self.session: Session | None = None
@@ -101,18 +112,20 @@ class AnswerService:
     @property
     def in_flight(self) -> int:
         """Answers that have a place."""
-        return len(self._in_flight)
+        return len(self._in_flight) + len(self._joining)
 
     def submit(self, orders: Sequence[AnswerOrder], sinks: Sequence[Sink]) -> list[Ticket]:
-        """Order some answers, all or none.
+        """Order some answers, all or none. An idle service takes as many as one request may want.
 
         Raises QueueFullError or NotReadyError.
         """
         tickets = [Ticket(*each) for each in zip(orders, sinks, strict=True)]
         with self._changed:
-            self.check_ready()
-            if self._waiting and len(self._waiting) + len(orders) > self._most_waiting:
-                raise QueueFullError(len(self._waiting))
+            session = self.check_ready()
+            waiting, in_flight = self.waiting, self.in_flight
+            left_over = waiting + len(orders) - (session.plan.sequences - in_flight)
+            if waiting + in_flight and left_over > self._most_waiting:
+                raise QueueFullError(waiting, self._most_waiting)
             self._waiting.extend(tickets)
             self._changed.notify_all()
         return tickets
@@ -120,7 +133,7 @@ class AnswerService:
     def check_ready(self) -> Session:
         """Return the session; raises NotReadyError if there is none to answer with."""
         if self.session is None or self.state is not State.READY:
-            raise NotReadyError("the model is loading" if self.state is State.LOADING else STOPPED)
+            raise NotReadyError(_NOT_READY.get(self.state, STOPPED))
         return self.session
 
     def check_wanted(self) -> None:
@@ -146,7 +159,7 @@ class AnswerService:
             self._waiting.clear()
             self._changed.notify_all()
         for ticket in waiting:
-            ticket.sink(Failure(STOPPED, is_fault=False))
+            ticket.tell(Failure(STOPPED, is_fault=False))
 
     def _run(self) -> None:
         try:
@@ -156,10 +169,13 @@ class AnswerService:
                     if self.state is State.LOADING:
                         self.state = State.READY
                 self._answer(session.rounds())
+        except StoppedError:
+            pass  # asked for, and nobody waits for an answer yet
         except BaseException as error:
             self.error = error
             self.state = State.FAILED
             self.stop()
+            self._tell_all(Failure(told(error), is_fault=True))
 
     def _answer(self, rounds: Rounds) -> None:
         while True:
@@ -168,26 +184,23 @@ class AnswerService:
                     self._changed.wait()
                 if self.state is State.STOPPING and (self._must_end or not self._in_flight):
                     break
-                joining = [self._waiting.popleft() for _ in range(min(rounds.free, len(self._waiting)))]
-            for ticket in joining:
-                self._join(rounds, ticket)
+                self._joining = [self._waiting.popleft() for _ in range(min(rounds.free, len(self._waiting)))]
+            while self._joining:
+                self._join(rounds, self._joining[0])
+                del self._joining[0]
             self._drop_cancelled(rounds)
             if self._in_flight:
                 self._round(rounds)
-        for found, ticket in list(self._in_flight.items()):
-            rounds.leave(found)
-            ticket.sink(Failure(STOPPED, is_fault=False))
-        self._in_flight.clear()
+        self._leave_all(rounds, Failure(STOPPED, is_fault=False))
 
     def _join(self, rounds: Rounds, ticket: Ticket) -> None:
         session = self.session
         assert session is not None
         try:
             found = rounds.join(ticket.order.begin(session), ticket.order.max_new_tokens)
-        except UsageError as error:
-            ticket.sink(Failure(error.message, is_fault=False))
+        except Exception as error:
+            ticket.tell(Failure(told(error), is_fault=not isinstance(error, UsageError)))
             return
-        ticket.found = found
         self._in_flight[found] = ticket
 
     def _drop_cancelled(self, rounds: Rounds) -> None:
@@ -203,19 +216,29 @@ class AnswerService:
                 ticket = self._in_flight[found]
                 if delta.finish_reason is not None:
                     del self._in_flight[found]
-                if not ticket.is_cancelled:
-                    ticket.sink(delta if delta.failure is None else Failure(delta.failure, is_fault=True))
+                ticket.tell(delta if delta.failure is None else Failure(delta.failure, is_fault=True))
         except _AbandonedError:
             pass
-        except (SubspecError, OSError, MemoryError, RuntimeError) as error:
-            message = error.message if isinstance(error, SubspecError) else f"{type(error).__name__}: {error}"
-            for found, ticket in list(self._in_flight.items()):
-                rounds.leave(found)
-                if not ticket.is_cancelled:
-                    ticket.sink(Failure(message, is_fault=True))
-            self._in_flight.clear()
+        except Exception as error:
+            self._leave_all(rounds, Failure(told(error), is_fault=True))
+
+    def _leave_all(self, rounds: Rounds, failure: Failure) -> None:
+        for found in self._in_flight:
+            rounds.leave(found)
+        self._tell_all(failure)
+
+    def _tell_all(self, failure: Failure) -> None:
+        for ticket in [*self._in_flight.values(), *self._joining]:
+            ticket.tell(failure)
+        self._in_flight.clear()
+        self._joining.clear()
 
     def _check_awaited(self) -> None:
         """End the pass under way if nobody waits for any of its answers."""
         if self._must_end or all(ticket.is_cancelled for ticket in self._in_flight.values()):
             raise _AbandonedError
+
+
+def told(error: BaseException) -> str:
+    """Return what is said of an error."""
+    return error.message if isinstance(error, SubspecError) else f"{type(error).__name__}: {error}"
