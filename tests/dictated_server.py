@@ -87,6 +87,9 @@ class DictatedSession:
         self.model = DictatedRounds()
         self.conversations: list[list[dict[str, str]]] = []
         self.orders: list[dict[str, Any]] = []
+        self.plan = SimpleNamespace(
+            sequences=1, resident_layers=3, streamed_layers=5, prediction=SimpleNamespace(tok_per_s=10.0)
+        )
         self.description = SimpleNamespace(
             model_id="house/tiny-model",
             revision="0123456789abcdef",
@@ -98,12 +101,7 @@ class DictatedSession:
             seed=7,
             fingerprint="subspec-test",
             config=SimpleNamespace(sampling=SamplingConfig(), run=RunConfig()),
-            plan=SimpleNamespace(
-                sequences=1,
-                resident_layers=3,
-                streamed_layers=5,
-                prediction=SimpleNamespace(tok_per_s=10.0),
-            ),
+            plan=self.plan,
         )
 
     def __enter__(self) -> DictatedSession:
