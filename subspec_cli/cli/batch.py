@@ -73,7 +73,7 @@ def run_job(
     from subspec_cli.cli.answer_text import loading_line, session_lines
     from subspec_cli.cli.output_progress import ProgressLine
     from subspec_cli.reporter import Reporter
-    from subspec_cli.serving.batch import BatchRun
+    from subspec_cli.serving.batch import BatchRun, job_identity
     from subspec_cli.serving.job_results import JobResults
     from subspec_cli.session import open_session
 
@@ -88,7 +88,7 @@ def run_job(
         )
     with (
         session,
-        JobResults(path, _identity(job, session), fresh_seed=session.description.seed) as results,
+        JobResults(path, job_identity(job, session.description), fresh_seed=session.description.seed) as results,
         ProgressLine(output) as progress,
     ):
         for line in session_lines(session):
@@ -123,25 +123,7 @@ def _counting(job: Job, config: Config) -> TokenCount | None:
     from subspec_cli.serving.batch import longest_request
 
     run = config.run
-    return lambda tokenizer: longest_request(
-        job, tokenizer, system=run.system, raw=run.raw, answer_tokens=run.max_new_tokens
-    )
-
-
-def _identity(job: Job, session: Session) -> dict[str, Any]:
-    """Everything that decides the answers."""
-    about = session.description
-    values = about.config.as_dict()
-    sampling = {key: value for key, value in values["sampling"].items() if key not in ("seed", "sampling")}
-    run = {key: values["run"][key] for key in ("max_new_tokens", "stop", "system", "raw")}
-    return {
-        "input_sha256": job.sha256,
-        "model": about.model_id,
-        "revision": about.revision,
-        "seed": about.config.sampling.seed,
-        **sampling,
-        **run,
-    }
+    return longest_request(job, system=run.system, raw=run.raw, answer_tokens=run.max_new_tokens).tokens
 
 
 def progress_text(state: BatchProgress) -> str:
