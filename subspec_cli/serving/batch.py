@@ -40,8 +40,10 @@ class BatchProgress:
     """Of the lines that are done."""
     open_tokens: int = 0
     """Of the lines that are not."""
-    replicas: int = 1
-    """Replicas that can answer now."""
+    wanted_replicas: int = 0
+    """Replicas of the job; 0 is this process alone."""
+    replicas: int = 0
+    """Those of them that can answer now."""
     restarts: int = 0
     """Replicas that died and were started again."""
     started_s: float = field(default_factory=time.monotonic)
@@ -142,9 +144,7 @@ class LongestRequest:
         wanted = WantedTokens(prompt, self.answer)
         return wanted if prompt and wanted.total <= DEFAULT_CONTEXT else None
 
-    def _prompt_tokens(
-        self, body: ChatBody | CompletionBody | PromptBody, tokenizer: ModelTokenizer
-    ) -> int:
+    def _prompt_tokens(self, body: ChatBody | CompletionBody | PromptBody, tokenizer: ModelTokenizer) -> int:
         """Return the tokens of the longest prompt of a body; 0 if the tokenizer refuses it, which is said later."""
         from subspec_cli.errors import PromptRefusedError, UsageError
 
