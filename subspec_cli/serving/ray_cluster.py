@@ -49,21 +49,29 @@ def ray_cluster(address: str, replicas: int | None, device: str) -> Iterator[Clu
     if address == LOCAL:
         processors = max(replicas or 1, os.cpu_count() or 1)
         how |= {"include_dashboard": False, "num_cpus": processors, "object_store_memory": _STORE_BYTES}
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(address, **how)
-        with contextlib.suppress(ValueError):  # not the main thread, where Ray sets none either
-            signal.signal(signal.SIGTERM, handler)  # Ray's own would leave without a summary
-    except (OSError, ValueError, RuntimeError, AssertionError) as error:
-        words = printable(str(error)).strip().partition("\n")[0]
-        raise ResourceError(
-            f"Ray at {address} cannot be used: {words}",
-            "--ray local starts one for the command; ray start --head begins a cluster",
-        ) from error
-    try:
-        yield _checked(ray.cluster_resources(), len(ray.nodes()), replicas, device)
-    finally:
-        ray.shutdown()
+    with _silent_stdout():
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            ray.init(address, **how)
+            with contextlib.suppress(ValueError):  # not the main thread, where Ray sets none either
+                signal.signal(signal.SIGTERM, handler)  # Ray's own would leave without a summary
+        except (OSError, ValueError, RuntimeError, AssertionError) as error:
+            words = printable(str(error)).strip().partition("\n")[0]
+            raise ResourceError(
+                f"Ray at {address} cannot be used: {words}",
+                "--ray local starts one for the command; ray start --head begins a cluster",
+            ) from error
+        try:
+            yield _checked(ray.cluster_resources(), len(ray.nodes()), replicas, device)
+        finally:
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def _silent_stdout() -> Iterator[None]:
+    """Keep Ray from stdout, where a command's result goes: it prints there that a worker has died."""
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
 
 
 def _checked(found: dict[str, float], nodes: int, replicas: int | None, device: str) -> Cluster:

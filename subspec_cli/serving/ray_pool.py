@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Self
 
 import ray
 from ray.exceptions import RayError, RayTaskError
@@ -19,12 +18,11 @@ from subspec_cli.serving.dispatch import Answered, Event, Lost, Ready
 from subspec_cli.serving.job import JobLine
 from subspec_cli.serving.ray_cluster import Cluster
 from subspec_cli.serving.replica import Place, Replica, ReplicaFacts, WorkDone
-from subspec_cli.serving.replica_shares import check_places, common_threads, share_of
+from subspec_cli.serving.replica_shares import Placement
 from subspec_cli.units import counted, format_seconds, printable
 
 _WAIT_S: Final = 0.5
 """Time after which the command shows its progress again."""
-_Step = Literal["place", "open", "work"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +44,11 @@ class RayPool:
         self._order = order
         self._note = note
         self._actors: dict[int, Any] = {}
-        self._calls: dict[Any, tuple[int, _Step]] = {}
-        """Replica and step by the reference of what Ray will return."""
-        self._places: dict[int, Place] = {}
-        self._free_bytes: dict[str, int] = {}
-        """By machine, before the first replica took any."""
-        self._threads: int | None = None
-        """None until every replica has a place for the first time."""
+        self._calls: dict[Any, int] = {}
+        """Replica by the reference of what Ray will return."""
+        self._placement = Placement(order.config, cluster.replicas, os.environ.get("OMP_NUM_THREADS"))
         self._unopened: list[int] = []
-        self._opened: set[str] = set()
-        """Machines on which a model was loaded: another replica there finds what was probed and prepared."""
+        """Replicas that have a place and wait for their turn to load the model."""
         self._began_s: dict[int, float] = {}
         self._noted: set[str] = set()
 
@@ -74,12 +67,12 @@ class RayPool:
         # Not Ray's own restarts: the dispatcher must know what a dead replica held, and how often one died.
         actor = ray.remote(Replica).options(max_restarts=0, **self._cluster.actor_options).remote()
         self._actors[replica] = actor
-        self._calls[actor.place.remote()] = replica, "place"
+        self._calls[actor.place.remote()] = replica
 
     def work(self, replica: int, lines: list[JobLine], seed: int) -> None:
         """Hand lines to a replica."""
         reference = self._actors[replica].work.remote(lines, self._order.job_sha256, seed)
-        self._calls[reference] = replica, "work"
+        self._calls[reference] = replica
 
     def events(self) -> list[Event]:
         """Return what has happened, after waiting a moment; raises what every replica would fail with."""
@@ -92,10 +85,9 @@ class RayPool:
         return events
 
     def _event(self, reference: Any) -> Event | None:  # noqa: ANN401 - Ray's
-        call = self._calls.pop(reference, None)
-        if call is None:  # of a replica that died meanwhile
+        replica = self._calls.pop(reference, None)
+        if replica is None:  # it died meanwhile
             return None
-        replica, _ = call
         try:
             value = ray.get(reference)
         except RayTaskError as error:
@@ -114,33 +106,22 @@ class RayPool:
         return None
 
     def _place(self, replica: int, place: Place) -> None:
-        free_bytes = self._free_bytes.setdefault(place.machine, place.free_bytes)
-        self._places[replica] = dataclasses.replace(place, free_bytes=free_bytes)
+        for note in self._placement.place(replica, place):
+            self._note(note)
         self._unopened.append(replica)
-        if self._threads is None and len(self._places) == self._cluster.replicas:
-            places = list(self._places.values())
-            for note in check_places(places):
-                self._note(note)
-            self._threads = common_threads(places, os.environ.get("OMP_NUM_THREADS"))
 
     def _open_placed(self) -> None:
-        """Let replicas load the model: on each machine first one alone, which may prepare it and probe."""
-        if self._threads is None:
-            return
-        busy = {self._places[replica].machine for replica, step in self._calls.values() if step == "open"}
+        """Let replicas load the model whose turn it is."""
         for replica in list(self._unopened):
-            machine = self._places[replica].machine
-            if machine in busy - self._opened:
-                continue
-            busy.add(machine)
-            self._unopened.remove(replica)
-            share = share_of(replica, self._places, self._order.config, self._threads)
-            opening = self._actors[replica].open.remote(share, self._order.longest, self._order.parallel)
-            self._calls[opening] = replica, "open"
+            share = self._placement.share(replica)
+            if share is not None:
+                self._unopened.remove(replica)
+                opening = self._actors[replica].open.remote(share, self._order.longest, self._order.parallel)
+                self._calls[opening] = replica
 
     def _ready(self, replica: int, facts: ReplicaFacts) -> Ready:
         plan, host = facts.description.plan, printable(facts.place.host)
-        self._opened.add(facts.place.machine)
+        self._placement.loaded(replica)
         took = format_seconds(time.monotonic() - self._began_s[replica])
         self._note(
             f"replica {replica + 1} is ready on {host} after {took}: {plan.resident_layers} resident + "
@@ -156,14 +137,15 @@ class RayPool:
         reason = _reason(error)
         self._note(f"replica {replica + 1} died and is started again: {reason}")
         ray.kill(self._actors.pop(replica))
-        self._places.pop(replica, None)
+        self._placement.lost(replica)
         self._unopened = [each for each in self._unopened if each != replica]
-        self._calls = {reference: call for reference, call in self._calls.items() if call[0] != replica}
+        self._calls = {reference: each for reference, each in self._calls.items() if each != replica}
         return Lost(replica, reason)
 
 
 def _reason(error: RayError) -> str:
-    """Return what a user can use of Ray's paragraphs."""
+    """Return the part of Ray's paragraphs that a user can use."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    found = next((line for line in reversed(lines) if "Error" in line or "died" in line), "it has died")
-    return printable(found)[:300]
+    found = next((line for line in reversed(lines) if "died" in line or "Error" in line), "it has died")
+    detail = found.partition("Worker exit detail: ")[2] or found
+    return printable(detail.partition(" Some common causes")[0])[:300]
