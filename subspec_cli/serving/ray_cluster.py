@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
@@ -15,6 +16,7 @@ from subspec_cli.units import counted, printable
 
 LOCAL: Final = "local"
 """The address that starts a Ray of this command's own."""
+_CONNECT_S: Final = 5.0
 _STORE_BYTES: Final = 128 << 20
 """Memory for Ray's objects: a job's lines and records are small."""
 
@@ -49,6 +51,7 @@ def ray_cluster(address: str, replicas: int | None, device: str) -> Iterator[Clu
     if address == LOCAL:
         processors = max(replicas or 1, os.cpu_count() or 1)
         how |= {"include_dashboard": False, "num_cpus": processors, "object_store_memory": _STORE_BYTES}
+    _check_answers(address)
     with _silent_stdout():
         handler = signal.getsignal(signal.SIGTERM)
         try:
@@ -65,6 +68,20 @@ def ray_cluster(address: str, replicas: int | None, device: str) -> Iterator[Clu
             yield _checked(ray.cluster_resources(), len(ray.nodes()), replicas, device)
         finally:
             ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Raise ResourceError if nothing listens at HOST:PORT: Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if "://" in address or not (host and port.isdecimal()):
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise ResourceError(
+            f"nothing answers at {printable(address)}: {getattr(error, 'strerror', None) or error}",
+            "ray start --head begins a cluster and says its address",
+        ) from error
 
 
 @contextlib.contextmanager

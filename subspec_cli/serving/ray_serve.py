@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import queue
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -24,8 +25,6 @@ from subspec_cli.serving.replica_shares import Placement
 from subspec_cli.units import printable
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
-
     from subspec_cli.session.session import Session
 
 _NAME: Final = "subspec"
@@ -92,6 +91,8 @@ class ServedReplica:
 
         self._order = order
         self._desk = desk
+        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        threading.Thread(target=self._log, daemon=True).start()
         self._id = serve.get_replica_context().replica_id.unique_id
         self._service = AnswerService(self._open, most_waiting=order.config.serve.queue)
         self._service.start()
@@ -102,11 +103,11 @@ class ServedReplica:
                 ray.get(desk.failed.remote(self._id, self._service.error))
             raise self._service.error
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
+    def __serve_build_asgi_app__(self) -> Callable[..., Awaitable[None]]:
         """Return the application, for Ray Serve."""
         from subspec_cli.serving.app import make_app
 
-        return make_app(self._service, self._order.access, lambda line: self._desk.log.remote(line))
+        return make_app(self._service, self._order.access, self._lines.put)
 
     def check_health(self) -> None:
         """Let Ray Serve replace a replica whose service has failed."""
@@ -117,6 +118,11 @@ class ServedReplica:
         """End the service: Ray Serve has waited for the requests that were open."""
         self._service.stop(at_once=True)
 
+    def _log(self) -> None:
+        """Pass lines on. Ray would cancel what the handler of a cancelled request sends, so this thread does it."""
+        while True:
+            ray.get(self._desk.log.remote(self._lines.get()))
+
     def _open(self) -> Session:
         from subspec_cli.reporter import Reporter
 
@@ -124,11 +130,11 @@ class ServedReplica:
         ray.get(desk.place.remote(self._id, this_place()))
         while (share := ray.get(desk.share.remote(self._id))) is None:
             time.sleep(_POLL_S)
-        reporter = Reporter(note=lambda text: desk.log.remote(f"note: {host}: {text}"))
+        reporter = Reporter(note=lambda text: self._lines.put(f"note: {host}: {text}"))
         session = open_replica(share, None, self._order.config.serve.parallel, reporter)
         about = session.description
         ray.get(desk.loaded.remote(self._id))
-        desk.log.remote(
+        self._lines.put(
             f"a replica of {about.model_id} is ready on {host} after {time.monotonic() - began_s:.1f} s: "
             f"{about.device} {about.dtype}, context {about.context_tokens:,} tokens, {about.exactness}, "
             f"{about.plan.resident_layers} resident + {about.plan.streamed_layers} streamed layers"
@@ -161,8 +167,9 @@ class RayServer:
             while True:
                 time.sleep(_POLL_S)
         finally:
-            # Of a cluster's Serve only this application is taken away: others may run there.
-            serve.shutdown() if self._order.config.serve.ray == LOCAL else serve.delete(_NAME)
+            serve.delete(_NAME)  # answers in flight are finished, as long as the grace lasts
+            if self._order.config.serve.ray == LOCAL:  # on a cluster Serve may have other applications
+                serve.shutdown()
             self._stopped.set()
             passing.join()
 

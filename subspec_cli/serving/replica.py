@@ -175,6 +175,8 @@ def open_replica(
         )
     except SubspecError as error:
         error.message = f"on {printable(socket.gethostname())}: {error.message}"
+        if os.path.isabs(share.config.model.model or ""):
+            error.hint = error.hint or "a model in a directory must be at the same path on every node"
         raise
 
 
