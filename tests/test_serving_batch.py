@@ -191,9 +191,8 @@ def test_the_plan_is_made_for_the_longest_request(tmp_path: Path) -> None:
     def wanted(*lines: Any) -> Any:
         (tmp_path / "in").write_text("\n".join(json.dumps(line) for line in lines))
         tokenizer: Any = Words()
-        return longest_request(
-            open_job(tmp_path / "in"), tokenizer, system=None, raw=False, answer_tokens=100
-        )
+        longest = longest_request(open_job(tmp_path / "in"), system=None, raw=False, answer_tokens=100)
+        return longest.tokens(tokenizer)
 
     found = wanted({"prompt": "a b c", "max_tokens": 7}, {"prompt": "a " * 9}, {"bad": 1}, {"messages": SAY})
     assert (found.prompt, found.answer) == (9, 100)

@@ -55,6 +55,7 @@ DOORS = {
     "fastapi": ("serving/app.py",),
     "starlette": ("serving/app.py", "serving/gate.py", "serving/http_answers.py"),
     "uvicorn": ("serving/server.py",),
+    "ray": ("serving/ray_*.py",),
     "prometheus_client": ("serving/metrics_text.py",),
 }
 
