@@ -34,7 +34,8 @@ from subspec_cli.planning.assumed_costs import assumed_costs
 from subspec_cli.planning.costs import MachineCosts, PlanCosts, RowTimes
 from subspec_cli.reporter import Reporter
 from subspec_cli.session import open_session
-from subspec_cli.session.session import Session, TextDelta
+from subspec_cli.session.answer import TextDelta
+from subspec_cli.session.session import Session
 from subspec_cli.substitutes.settings import SubstituteSettings
 
 COSTS: Final = Path(__file__).with_name("price_costs.json")
@@ -155,7 +156,8 @@ def price(session: Session, costs: PlanCosts, options: argparse.Namespace) -> di
             )
             before = GenerationStats()
             for delta in deltas:
-                digest.update(repr(delta.token_ids).encode())
+                # Token by token: passes that accept more give the same tokens in fewer pieces.
+                digest.update("".join(f"{token} " for token in delta.token_ids).encode())
                 bill.price_s += pass_price_s(before, delta, costs)
                 before = delta.stats
             add(bill, before)

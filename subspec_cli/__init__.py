@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from subspec_cli.metrics import GenerationStats, PrefillProgress
     from subspec_cli.planning.plan import OffloadPlan
     from subspec_cli.reporter import Reporter
+    from subspec_cli.session.answer import TextDelta
     from subspec_cli.session.chat import Chat
     from subspec_cli.session.open import load
-    from subspec_cli.session.session import Session, TextDelta
+    from subspec_cli.session.session import Session
 
 __all__ = [
     "Chat",

@@ -15,6 +15,7 @@ from subspec_cli.setting_rules import (
     BUDGET,
     DEFAULT_BITS,
     MOST_PARALLEL,
+    MOST_REPLICAS,
     NAME,
     OVERRIDES,
     SIZE,
@@ -264,6 +265,16 @@ class ServeConfig:
         (), TEXTS, "Let pages of this origin ask; may be given several times.", "ORIGIN"
     )
     grace_s: int = setting(30, whole(0, 3600), "Time to finish answers when asked to stop.", "S")
+    ray: str | None = setting(
+        None,
+        NAME,
+        "Serve replicas on Ray Serve: local starts Ray for the command, auto or HOST:PORT joins a cluster.",
+        "local|auto|HOST:PORT",
+        "one process",
+    )
+    replicas: int | None = setting(
+        None, whole(1, MOST_REPLICAS), "Replicas on Ray.", "N", "one for each GPU, on cpu for each node"
+    )
 
 
 @dataclass(frozen=True)
@@ -272,6 +283,16 @@ class BatchConfig:
 
     parallel: int = setting(
         4, whole(1, MOST_PARALLEL), "Answers at a time, each with a context of its own.", "N"
+    )
+    ray: str | None = setting(
+        None,
+        NAME,
+        "Spread the job over replicas on Ray: local starts one for the command, auto or HOST:PORT joins a cluster.",
+        "local|auto|HOST:PORT",
+        "one process",
+    )
+    replicas: int | None = setting(
+        None, whole(1, MOST_REPLICAS), "Replicas on Ray.", "N", "one for each GPU, on cpu for each node"
     )
 
 

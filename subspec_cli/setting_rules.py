@@ -16,6 +16,8 @@ DEFAULT_BITS: Final = 4
 """Bits that `prepare` takes when neither flag nor file names any."""
 MOST_PARALLEL: Final = 64
 """Most answers at a time."""
+MOST_REPLICAS: Final = 256
+"""Most replicas of one model."""
 MOST_BIAS: Final = 100
 """Largest bias of a logit, as in the OpenAI API."""
 

@@ -136,6 +136,8 @@ class FakeSession:
         self.held = 1
         """Tokens whose text comes in one piece at the beginning."""
         self.numbers = 0
+        self.schemas: list[dict[str, Any] | bool | None] = []
+        """Of all answers that began."""
         plan = SimpleNamespace(
             sequences=places,
             resident_layers=1,
@@ -182,9 +184,13 @@ class FakeSession:
         choice: int,
         stop: Sequence[str],
         logprobs: int | None,
+        schema: dict[str, Any] | bool | None,
     ) -> FakeBegun:
         if not prompt_ids:
             raise UsageError("the prompt is empty")
+        if isinstance(schema, dict) and "$bad" in schema:
+            raise UsageError("the schema cannot be followed: $bad")
+        self.schemas.append(schema)
         return FakeBegun(tuple(prompt_ids), seed, choice, logprobs)
 
     def encode_messages(self, messages: Sequence[dict[str, str]], *, system: str | None = None) -> list[int]:

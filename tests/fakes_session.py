@@ -22,8 +22,9 @@ from subspec_cli.modeling.exact_attention import FIRST_RULES, AttentionRules, Ex
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.reporter import Reporter
 from subspec_cli.session import open_session
+from subspec_cli.session.answer import TextDelta
 from subspec_cli.session.prepare import prepare
-from subspec_cli.session.session import Session, TextDelta
+from subspec_cli.session.session import Session
 from subspec_cli.substitutes.settings import SubstituteSettings
 
 

@@ -24,9 +24,11 @@ from huggingface_hub import constants
 
 import subspec_cli
 from subspec_cli.__main__ import main
+from subspec_cli.cli.output_plan import _line
 from subspec_cli.config import SamplingConfig
 from subspec_cli.errors import ExitCode
 from subspec_cli.planning.acceptance import Acceptance
+from subspec_cli.planning.memory import PlanLine
 from subspec_cli.probe import kept_rates
 from subspec_cli.probe.kept_acceptance import acceptance_subject, keep_acceptance
 from subspec_cli.probe.kept_rates import DOWNLOAD, keep_rate, preparing
@@ -317,3 +319,20 @@ def test_a_range_is_shown_until_a_run_has_learned(capsys, model):
     out = " ".join(plan(capsys, model, *argv)[1].split())
     assert "acceptance learned from 1,824 tokens" in out
     assert "assumed, as no run" not in out
+
+
+def test_a_plan_with_every_line_is_drawn(capsys, model):
+    found = document(capsys, model, "--device", "cpu", "--memory-gb", "0.2", "--context", 64, "--parallel", 4)
+    assert found["plan"]["parallel"] == 4
+    every = [PlanLine(f"line {number}", 1 << 20) for number in range(24)]
+    assert len({_line(number, line, 1 << 30).plain[0] for number, line in enumerate(every)}) == 24
+
+
+def test_several_answers_are_planned_together(capsys, model):
+    argv = (model, "--device", "cpu", "--memory-gb", "0.2", "--context", 64, "--parallel")
+    status, out, err = plan(capsys, *argv, 4)
+    assert (status, err) == (0, "")
+    assert "4 answers at a time together" in " ".join(out.split())
+    assert re.search(r"KV cache .* 4 x \d+ rows", out)
+    for number in ("0", "65", "x"):
+        assert plan(capsys, *argv, number)[0] == 2

@@ -47,6 +47,7 @@ def preparing(monkeypatch):
         monkeypatch.setitem(
             sys.modules, "subspec_cli.session.prepare", module("subspec_cli.session.prepare", prepare=prepare)
         )
+        monkeypatch.setattr("subspec_cli.cli.prepare._TUNED_BYTES", 1 << 60)
         return calls
 
     return use

@@ -257,3 +257,29 @@ def test_a_scripted_tree_of_each_answer_is_verified_by_its_own_path():
     assert tokens == list(answers.values())
     assert all(answer.output.stats.passes == 2 for answer in joined), "drafts are right, so 7 tokens a pass"
     assert chain_of([1]).depth == 0
+
+
+def test_each_answer_is_judged_by_its_own_record():
+    """Beside an answer whose draft is always wrong, one whose draft is always right keeps deep trees."""
+    wrong = random_table(99)
+    drafts = chosen_by_first_token({1: TABLE, 9: wrong})
+    requests = [(1, 2, 3), (9, 8, 7)]
+
+    def mean_accepted(prompts):
+        engine, _ = engine_of(policy(20, 8, 24, costs=plan_costs(0.05, 1.0)), draft=drafts)
+        answers = [
+            engine.join(request_for(prompt, 80), kv)
+            for prompt, kv in zip(prompts, caches(len(prompts)), strict=True)
+        ]
+        while in_flight := [answer for answer in answers if not answer.has_ended]:
+            list(engine.round(in_flight))
+        return [answer.output.stats.tau for answer in answers]
+
+    (alone,) = mean_accepted(requests[:1])
+    right, of_wrong = mean_accepted(requests)
+    assert of_wrong < 2
+    assert right > 0.6 * alone, "0.57 where both are judged together"
+
+
+def chosen_by_first_token(tables):
+    return lambda prefix: tables[prefix[0]](prefix)

@@ -295,6 +295,16 @@ COVERED = [
     ("A01", "test_modeling_self_check::test_a_shortage_of_threads_that_begins_later_is_found"),
     ("A01", f"{TRUST}::test_an_answer_ends_when_products_are_no_longer_whole"),
     ("A04", "test_session_memory::test_a_run_stays_within_its_budget_and_imports_first"),
+    ("B01", "test_serving_job::test_a_bad_line_says_what_is_wrong"),
+    ("B01", "test_serving_batch::test_records_have_the_form_of_the_api"),
+    ("B02", "test_serving_job::test_every_torn_last_line_is_cut"),
+    ("B02", "test_serving_batch::test_a_job_is_answered_as_alone_and_goes_on_after_any_stop"),
+    ("B03", "test_serving_job::test_records_of_another_job_are_refused"),
+    ("B03", "test_serving_job::test_a_file_of_something_else_is_refused_and_kept"),
+    ("B04", "test_serving_job::test_a_second_process_is_kept_out"),
+    ("B05", "test_serving_job::test_a_damaged_record_in_the_middle_is_refused"),
+    ("B06", "test_decoding_grammar::test_a_schema_that_cannot_be_followed_is_refused"),
+    ("B06", "test_decoding_grammar::test_a_tokenizer_or_a_model_that_takes_no_grammar_is_refused"),
     ("S01", f"{SERVER}::test_a_port_that_is_taken"),
     ("S01", f"{SERVER}::test_other_machines_are_not_answered_by_accident"),
     ("S02", f"{HTTP}::test_a_bad_request_says_what_is_wrong"),
@@ -327,7 +337,7 @@ def rows_of_the_document() -> dict[str, list[str]]:
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in FAILURES.read_text().splitlines()
     ]
-    return {row[0]: row[1:] for row in rows if re.fullmatch(r"[AFT]\d+", row[0])}
+    return {row[0]: row[1:] for row in rows if re.fullmatch(r"[ABFST]\d+", row[0])}
 
 
 @pytest.mark.parametrize("test", sorted({test for _, test in COVERED}))

@@ -16,8 +16,9 @@ from fakes_session import Shelf, answer_to, open_tiny
 
 from subspec_cli.config import SamplingConfig
 from subspec_cli.decoding.logprobs import token_logprobs
+from subspec_cli.session.answer import BegunAnswer
 from subspec_cli.session.rounds import AnswerInFlight, Rounds
-from subspec_cli.session.session import BegunAnswer, Session
+from subspec_cli.session.session import Session
 
 shelf = fakes_session.shelf
 one_thread = tiny_models.one_thread

@@ -41,6 +41,23 @@ def error_of(found: Exchange) -> dict[str, Any]:
 # --- answers
 
 
+@pytest.mark.parametrize(
+    ("wanted", "schema"),
+    [
+        ({"type": "json_object"}, True),
+        (
+            {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "array"}}},
+            {"type": "array"},
+        ),
+        ({"type": "text"}, None),
+    ],
+)
+def test_a_json_format_reaches_the_answer(wanted: dict[str, Any], schema: Any) -> None:
+    with serving() as served:
+        assert served.ask(CHAT, chat(response_format=wanted, max_tokens=2)).status == 200
+        assert served.session.schemas[-1] == schema
+
+
 def test_a_chat_is_answered_whole() -> None:
     with serving() as served:
         found = served.ask(CHAT, chat(max_completion_tokens=4))
@@ -493,7 +510,14 @@ BAD: list[tuple[str, Any, int, str | None, str]] = [
         "finite",
     ),
     (CHAT, chat(stream_options={"include_usage": True}), 400, None, "stream_options needs stream: true"),
-    (CHAT, chat(response_format={"type": "json_object"}), 400, "response_format", "not supported"),
+    (
+        CHAT,
+        chat(response_format={"type": "json_schema", "json_schema": {"schema": {"$bad": 1}}}),
+        400,
+        "response_format",
+        "the schema cannot be followed",
+    ),
+    (CHAT, chat(response_format={"type": "yaml"}), 400, None, "response_format"),
     (CHAT, chat(messages=[{"role": "user", "content": "a" * 100}]), 400, None, "the prompt has 100 tokens"),
     (COMPLETION, {"prompt": []}, 400, None, "the prompt is empty"),
     (COMPLETION, {"prompt": ["a", ""]}, 400, None, "the prompt is empty"),

@@ -7,6 +7,7 @@ import pytest
 from fakes_session import prepare_quietly
 from tiny_models import make_tiny_model
 
+from subspec_cli.__main__ import main
 from subspec_cli.config_file import resolve_config
 from subspec_cli.errors import UsageError
 from subspec_cli.reporter import Reporter
@@ -93,3 +94,30 @@ def test_a_text_that_cannot_be_read_does_not_count(tmp_path, damage):
     assert tuning._kept(path, 288) == []
     path.write_text('{"answers": [[287, 0]]}')
     assert tuning._kept(path, 288) == [[287, 0]]
+
+
+def test_large_sets_of_few_bits_are_tuned_without_being_asked_for(model, monkeypatch, capsys):
+    monkeypatch.setattr("subspec_cli.cli.prepare._TUNED_BYTES", 1000)
+    where = ("--device", "cpu", "--memory-gb", "1")
+
+    def made(*argv):
+        assert main(["prepare", str(model), *where, *argv, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)["optimizer"]
+
+    assert made("--no-tune") == "minmax"
+    assert made("--bits", "8") == "minmax"
+    assert made("--optimizer", "hqq") == "hqq"
+    assert made() == "tuned"
+    monkeypatch.setattr("subspec_cli.cli.prepare._TUNED_BYTES", 1 << 40)
+    assert made() == "minmax"
+    assert made("--tune") == "tuned"
+
+
+def test_a_machine_that_cannot_tune_keeps_the_first_set(model, monkeypatch, capsys):
+    monkeypatch.setattr("subspec_cli.cli.prepare._TUNED_BYTES", 1000)
+    where = ("--device", "cpu", "--memory-gb", "1MiB")
+    assert main(["prepare", str(model), *where]) == 0
+    out, err = capsys.readouterr()
+    assert "not tuned: a budget of 1.00 MiB is too small" in " ".join(err.split())
+    assert "minmax" in out or "prepared" in out
+    assert main(["prepare", str(model), *where, "--tune"]) == 7

@@ -50,10 +50,12 @@ DOORS = {
     "accelerate": (),
     "matplotlib": ("cli/bench_plot.py",),
     "pyarrow": ("bench/question_rows.py",),
+    "llguidance": ("modeling/grammar.py",),
     "pydantic": ("serving/request_body.py", "serving/job.py"),
     "fastapi": ("serving/app.py",),
     "starlette": ("serving/app.py", "serving/gate.py", "serving/http_answers.py"),
     "uvicorn": ("serving/server.py",),
+    "ray": ("serving/ray_*.py",),
     "prometheus_client": ("serving/metrics_text.py",),
 }
 

@@ -16,6 +16,7 @@ from subspec_cli.versions import __version__
 
 if TYPE_CHECKING:
     from subspec_cli.session import Session
+    from subspec_cli.session.description import SessionDescription
 
 _FREE_SHARE: Final = 0.25
 """Share of a chat's context below which the user is warned."""
@@ -37,7 +38,12 @@ def loading_line(config: Config, file: Path | None, command: str = "") -> str:
 
 def session_lines(session: Session) -> list[str]:
     """The banner: model, device and exactness, sampling; the plan and its reason."""
-    about, plan = session.description, session.description.plan
+    return description_lines(session.description)
+
+
+def description_lines(about: SessionDescription) -> list[str]:
+    """The banner of a session that may be in another process."""
+    plan = about.plan
     first = [
         f"model {about.model_id}",
         f"{about.device} {about.dtype}",

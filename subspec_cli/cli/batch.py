@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from subspec_cli.cli.batch_on_ray import run_job_on_ray
+from subspec_cli.cli.batch_text import batch_document, longest_of, progress_text, summary_text
 from subspec_cli.cli.options import JsonOpt, Settings, with_settings
+from subspec_cli.cli.ray_options import check_ray
 from subspec_cli.config import (
     BatchConfig,
     Config,
@@ -18,14 +21,12 @@ from subspec_cli.config import (
     SamplingConfig,
 )
 from subspec_cli.errors import UsageError
-from subspec_cli.units import counted, format_seconds
+from subspec_cli.units import counted
 
 if TYPE_CHECKING:
     from subspec_cli.cli.output import Output
-    from subspec_cli.serving.batch import BatchProgress
     from subspec_cli.serving.job import Job
     from subspec_cli.session.build import TokenCount
-    from subspec_cli.session.session import Session
 
 InputArg = Annotated[
     Path,
@@ -61,9 +62,11 @@ def batch(settings: Settings, requests: InputArg, results: ResultsArg, as_json: 
     from subspec_cli.serving.job import open_job
 
     _check_files(requests, results)
+    check_ray(settings.config.batch.ray, settings.config.batch.replicas)
     output = Output()
     job = open_job(requests)
-    run_job(settings.config, settings.file, job, results, output, as_json=as_json)
+    run = run_job if settings.config.batch.ray is None else run_job_on_ray
+    run(settings.config, settings.file, job, results, output, as_json=as_json)
 
 
 def run_job(
@@ -73,7 +76,7 @@ def run_job(
     from subspec_cli.cli.answer_text import loading_line, session_lines
     from subspec_cli.cli.output_progress import ProgressLine
     from subspec_cli.reporter import Reporter
-    from subspec_cli.serving.batch import BatchRun
+    from subspec_cli.serving.batch import BatchRun, job_identity
     from subspec_cli.serving.job_results import JobResults
     from subspec_cli.session import open_session
 
@@ -88,7 +91,9 @@ def run_job(
         )
     with (
         session,
-        JobResults(path, _identity(job, session), fresh_seed=session.description.seed) as results,
+        JobResults(
+            path, job_identity(job, session.description), fresh_seed=session.description.seed
+        ) as results,
         ProgressLine(output) as progress,
     ):
         for line in session_lines(session):
@@ -106,7 +111,7 @@ def run_job(
         finally:
             output.note(summary_text(run.progress, path))
     if as_json:
-        output.document(_document(run.progress, session, path))
+        output.document(batch_document(run.progress, session.description, session.peak_memory_bytes(), path))
 
 
 def _check_files(requests: Path, results: Path) -> None:
@@ -118,78 +123,5 @@ def _check_files(requests: Path, results: Path) -> None:
 
 
 def _counting(job: Job, config: Config) -> TokenCount | None:
-    if config.memory.context is not None:
-        return None
-    from subspec_cli.serving.batch import longest_request
-
-    run = config.run
-    return lambda tokenizer: longest_request(
-        job, tokenizer, system=run.system, raw=run.raw, answer_tokens=run.max_new_tokens
-    )
-
-
-def _identity(job: Job, session: Session) -> dict[str, Any]:
-    """Everything that decides the answers."""
-    about = session.description
-    values = about.config.as_dict()
-    sampling = {key: value for key, value in values["sampling"].items() if key not in ("seed", "sampling")}
-    run = {key: values["run"][key] for key in ("max_new_tokens", "stop", "system", "raw")}
-    return {
-        "input_sha256": job.sha256,
-        "model": about.model_id,
-        "revision": about.revision,
-        "seed": about.config.sampling.seed,
-        **sampling,
-        **run,
-    }
-
-
-def progress_text(state: BatchProgress) -> str:
-    """Answers done, tokens, the rate and the time left."""
-    from subspec_cli.cli.output_progress import time_left
-
-    done, total = state.written, state.lines - state.known
-    parts = (
-        f"{state.known + done}/{state.lines} requests",
-        f"{state.in_flight} at a time" if state.in_flight else "",
-        f"{state.new_tokens:,} tokens",
-        f"{state.tok_per_s:.2f} tok/s" if state.new_tokens else "",
-        time_left(done, total, state.elapsed_s),
-    )
-    return " · ".join(part for part in parts if part)
-
-
-def summary_text(state: BatchProgress, path: Path) -> str:
-    """What a run did, in one line."""
-    left = state.lines - state.known - state.written
-    refused = f", {state.refused} of them refused" if state.refused else ""
-    text = (
-        f"{counted(state.written, 'request')}{refused}: {counted(state.new_tokens, 'token')} in "
-        f"{format_seconds(state.elapsed_s)}, {state.tok_per_s:.2f} tok/s in all"
-    )
-    return (
-        f"{text}; {counted(left, 'request')} left, the same command goes on" if left else f"{text}; in {path}"
-    )
-
-
-def _document(state: BatchProgress, session: Session, path: Path) -> dict[str, Any]:
-    from subspec_cli.metrics import tau_of_totals
-
-    about = session.description
-    return {
-        "results": str(path),
-        "requests": state.lines,
-        "done_before": state.known,
-        "written": state.written,
-        "refused": state.refused,
-        "new_tokens": state.new_tokens,
-        "elapsed_s": state.elapsed_s,
-        "tok_per_s": state.tok_per_s,
-        "tau": tau_of_totals(state.stats),
-        "parallel": about.plan.sequences,
-        "exactness": about.exactness,
-        "predicted_tok_per_s": about.plan.prediction.tok_per_s,
-        "peak_memory_bytes": session.peak_memory_bytes(),
-        "model": about.model_id,
-        "revision": about.revision,
-    }
+    longest = longest_of(job, config)
+    return None if longest is None else longest.tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
@@ -31,7 +32,7 @@ _STRIP_CELLS: Final = 64
 _COLOURS: Final = ("cyan", "green", "yellow", "blue", "magenta", "red", "bright_cyan", "bright_green",
                    "bright_yellow", "bright_blue", "bright_magenta", "bright_red", "white",
                    "bright_white")  # fmt: skip
-_KEYS: Final = "abcdefghijklmn"
+_KEYS: Final = string.ascii_lowercase
 _LEGEND: Final = {
     "R": "resident, drafts too",
     "T": "resident for the target",
@@ -74,14 +75,18 @@ def _budget_bar(plan: OffloadPlan) -> Text:
     for number, line in enumerate(plan.lines):
         done_bytes += line.size_bytes
         cells = round(done_bytes / plan.budget_bytes * _BAR_CELLS) - drawn
-        bar.append(_KEYS[number] * cells, style=f"reverse {_COLOURS[number]}")
+        bar.append(_KEYS[number] * cells, style=f"reverse {_colour(number)}")
         drawn += cells
     return bar.append("·" * (_BAR_CELLS - drawn)).append("]")
 
 
+def _colour(number: int) -> str:
+    return _COLOURS[number % len(_COLOURS)]
+
+
 def _line(number: int, line: PlanLine, budget_bytes: int) -> Text:
     share = line.size_bytes / budget_bytes
-    text = Text(_KEYS[number], style=f"bold {_COLOURS[number]}")
+    text = Text(_KEYS[number], style=f"bold {_colour(number)}")
     text.append(
         f" {line.label:<19}{format_bytes(line.size_bytes):>10}{share:>7.1%} ", style="default not bold"
     )
@@ -166,7 +171,11 @@ def _speeds(found: Forecast, plan: OffloadPlan) -> Iterator[tuple[str, str]]:
     yield "plain", plain
     if guess.depth:
         steps = f"{counted(guess.depth, 'draft step')} of {short_time(guess.step_s)}"
+        if guess.sequences > 1:
+            steps = f"{counted(guess.depth, 'level')} drafted in {short_time(guess.step_s)} each"
         each = f"tau {guess.tau:.1f} by {steps} and a pass of {short_time(guess.pass_s)}"
+        if guess.sequences > 1:
+            each = f"{guess.sequences} answers at a time together, {each}"
         ends = range_lines(guess)
         source = f"{acceptance_text(guess)}{', as no run here has shown it yet' if ends else ''}"
         yield "subspec", f"{speed_text(guess)}: {each}; {source}"

@@ -116,15 +116,20 @@ def assumptions(prediction: Prediction) -> tuple[str, ...]:
     rate, pageable = basis.link_bytes_per_s, basis.pageable_bytes_per_s
     unpinned = "" if pageable == rate else f", {pageable / 1e9:.3g} from memory that is not pinned"
     widen_s = basis.timing.widen_s
-    widening = (f"widening 8 bits to 16 {widen_s * 1e3:.3g} ms a pass ({origin})",) if widen_s else ()
+    widening = (f"streamed weights to 16 bits {widen_s * 1e3:.3g} ms a pass ({origin})",) if widen_s else ()
     return (
         f"link {rate / 1e9:.3g} GB/s ({origin}{unpinned})",
         f"{prediction.cached_rows:.0f} tokens in the KV cache",
-        f"draft step {format_work_time(prediction.step_s)} ({origin})",
+        f"{step_words(prediction)} {format_work_time(prediction.step_s)} ({origin})",
         f"target compute {format_work_time(basis.plain.compute_s)} a pass ({origin})",
         *widening,
         f"survival {prediction.survival:.3g} a level ({acceptance_text(prediction)})",
     )
+
+
+def step_words(prediction: Prediction) -> str:
+    """Return what a prediction calls the drafting of one more level."""
+    return "draft step" if prediction.sequences == 1 else "draft steps of a level of all"
 
 
 def budget_text(plan: OffloadPlan) -> str:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import shlex
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
 from subspec_cli.cli.completion import complete_model
 from subspec_cli.cli.options import FollowLinksOpt, JsonOpt, Settings, with_settings
 from subspec_cli.config import MemoryConfig, ModelConfig, SubstituteConfig
-from subspec_cli.errors import UsageError
+from subspec_cli.errors import ResourceError, UnsupportedModelError, UsageError
 from subspec_cli.setting_rules import DEFAULT_BITS
 from subspec_cli.streaming.host_memory import has_gpu
 from subspec_cli.units import GIB, counted, format_bytes, format_seconds
@@ -23,9 +25,13 @@ if TYPE_CHECKING:
     from subspec_cli.session.prepare import KindReport, PrepareReport
     from subspec_cli.session.residuals import ResidualReport
     from subspec_cli.substitutes.preparation import PrepareProgress
+    from subspec_cli.substitutes.settings import SubstituteSettings
 
 _HEADERS = ("matrix", "bits", "bits/weight", "SQNR")
 _OUTPUT_HEADERS = ("matrix", "tuned SQNR", "plain SQNR")
+_TUNED_BYTES: Final = 200_000_000
+"""Weights of a model from which on tuning is worth its time without being asked for: smaller ones are fast anyway."""
+_TUNED_BITS: Final = 4
 
 
 ModelArg = Annotated[
@@ -39,9 +45,11 @@ ModelArg = Annotated[
 ForceOpt = Annotated[bool, typer.Option("--force", help="Do it again, even if it is done.")]
 
 TuneOpt = Annotated[
-    bool,
+    bool | None,
     typer.Option(
-        "--tune", help="Then write substitutes of the same size that fit the model's own text better."
+        "--tune/--no-tune",
+        help="Then write substitutes of the same size that fit the model's own text better.",
+        show_default=f"with at most 4 bits, for weights of {_TUNED_BYTES // 1_000_000} MB or more",
     ),
 ]
 
@@ -62,7 +70,7 @@ TuneOpt = Annotated[
 def prepare(
     settings: Settings,
     name: ModelArg,
-    tune: TuneOpt = False,
+    tune: TuneOpt = None,
     force: ForceOpt = False,
     follow_links: FollowLinksOpt = False,
     as_json: JsonOpt = False,
@@ -98,10 +106,11 @@ def prepare(
             progress=show,
             reporter=Reporter(note=output.note),
         )
-        if tune:
+        if tune or (tune is None and _is_worth_tuning(base, report)):
             from subspec_cli.session.prepare import tune as tune_model
 
-            report = tune_model(
+            tune_it = partial(
+                tune_model,
                 name,
                 base,
                 settings.config,
@@ -110,6 +119,7 @@ def prepare(
                 progress=show,
                 reporter=Reporter(progress.update, output.note),
             )
+            report = tune_it() if tune else _tuned_if_possible(tune_it, report, output)
         residuals = None
         if chosen.residual:
             progress.update(f"preparing {name}: residuals")
@@ -127,6 +137,23 @@ def prepare(
         output.result(residual_line(residuals))
     for line in rest:
         output.result(line)
+
+
+def _is_worth_tuning(settings: SubstituteSettings, report: PrepareReport) -> bool:
+    """Whether a set is tuned without being asked for."""
+    is_plain = settings.optimizer == "minmax" and settings.bits <= _TUNED_BITS
+    return is_plain and report.source_bytes >= _TUNED_BYTES
+
+
+def _tuned_if_possible(
+    tune_it: Callable[[], PrepareReport], report: PrepareReport, output: Output
+) -> PrepareReport:
+    """Tune what nobody asked to have tuned; what this machine lacks for it is told, and the first set stays."""
+    try:
+        return tune_it()
+    except (ResourceError, UnsupportedModelError) as error:
+        output.note(f"not tuned: {error}; the substitutes that are written work without it")
+        return report
 
 
 def _with_residuals(report: PrepareReport, progress: ProgressLine, output: Output) -> ResidualReport | None:

@@ -11,6 +11,7 @@ import typer
 
 from subspec_cli.cli.completion import complete_model
 from subspec_cli.cli.options import Settings, with_settings
+from subspec_cli.cli.ray_options import check_ray
 from subspec_cli.config import Config, DraftConfig, MemoryConfig, ModelConfig, SamplingConfig, ServeConfig
 from subspec_cli.errors import ResourceError, UsageError
 from subspec_cli.units import counted
@@ -42,12 +43,17 @@ def serve(settings: Settings, model: ServedArg = None) -> None:  # noqa: ARG001 
     from subspec_cli.cli.answer_text import loading_line
     from subspec_cli.cli.output import Output
 
+    check_ray(config.serve.ray, config.serve.replicas)
     key = config.serve.api_key or os.environ.get(_KEY_VARIABLE) or None
     _check_reach(config.serve, key)
     output = Output()
     output.note(loading_line(config, settings.file, "serve"))
     with _listening(config.serve) as listener:
-        _serve(config, key, listener, output)
+        if config.serve.ray is None:
+            _serve(config, key, listener, output)
+            return
+        port = listener.getsockname()[1]
+    _serve_on_ray(config, key, port, output)
 
 
 def _check_reach(serve: ServeConfig, key: str | None) -> None:
@@ -110,6 +116,25 @@ def _serve(config: Config, key: str | None, listener: socket.socket, output: Out
     service = AnswerService(open_served, most_waiting=serve.queue)
     access = Access(key, named_hosts(serve.host, serve.allowed_host), serve.cors_origin)
     run_server(service, access, listener, output.note, grace_s=serve.grace_s)
+
+
+def _serve_on_ray(config: Config, key: str | None, port: int, output: Output) -> None:
+    from subspec_cli.cli.ray_options import named_model, on_device
+    from subspec_cli.serving.gate import Access, named_hosts
+    from subspec_cli.serving.ray_cluster import ray_cluster
+    from subspec_cli.serving.server import Address
+
+    served, config = config.serve, named_model(config)
+    access = Access(key, named_hosts(served.host, served.allowed_host), served.cors_origin)
+    with ray_cluster(str(served.ray), served.replicas, config.memory.device) as cluster:
+        from subspec_cli.serving.ray_serve import RayServer, ServeOrder
+
+        order = ServeOrder(on_device(config, cluster.device), access)
+        url, replicas = Address(served.host, port).url, counted(cluster.replicas, "replica")
+        output.note(f"loading {replicas} on Ray ({served.ray})")
+        RayServer(cluster, order, port, output.note).run(
+            lambda: output.note(f"ready: {url} is a page, {url}v1 the API; {replicas} behind it")
+        )
 
 
 def _ready_line(address: Address, session: Session) -> str:

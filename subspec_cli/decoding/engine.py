@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from subspec_cli.decoding.constraint import Constraint
 from subspec_cli.decoding.drafter import Draft, Drafter, Proposal, TreeOrder
 from subspec_cli.decoding.logprobs import TokenLogprobs, token_logprobs
 from subspec_cli.decoding.meter import OwnCounts, PromptMeter, RoundMeter
@@ -45,6 +46,8 @@ class Request:
     """The answer's beginning, if it was given before and goes on; `stop` has been fed with it."""
     logprobs: int | None = None
     """Likeliest tokens to tell beside each token, with its log-probability; None tells neither."""
+    constraint: Constraint | None = None
+    """State of a grammar before the answer's first token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +82,7 @@ class Answer:
         self.output: PassOutput | None = None
         """The newest one; None while the prompt is read."""
         self.state: PathState | None = None
-        """What penalties know behind the newest token; None without penalties."""
+        """What penalties and a grammar know behind the newest token; None without them."""
 
     @property
     def is_reading(self) -> bool:
@@ -288,7 +291,7 @@ class Engine:
         if logits is None:
             return None
         kv.keep_snapshot()
-        state = begin_path(request.penalties, request.prompt_ids, len(logits))
+        state = begin_path(request.penalties, request.prompt_ids, len(logits), request.constraint)
         state = None if state is None else state.after(*request.given_ids)
         token = sample_token(request.sampler, logits, len(prompt), state)
         answer.state = None if state is None else state.after(token)

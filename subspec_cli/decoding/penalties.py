@@ -1,6 +1,6 @@
-"""Penalties and biases on the target's logits, which depend on the tokens before a position.
+"""Penalties, biases and grammars on the target's logits, which depend on the tokens before a position.
 
-A `PathState` knows them at one node of a tree: it is made from its parent's by the node's token. So verification
+A `PathState` knows these at one node of a tree: it is made from its parent's by the node's token. So verification
 adjusts each row by the tokens on its own path, and plain and speculative decoding pick the same tokens.
 
 Formulas: the repetition penalty of Keskar et al. (CTRL, arXiv 1909.05858) over prompt and answer, as the library's
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from subspec_cli.config import SamplingConfig
+from subspec_cli.decoding.constraint import Constraint
 
 Row = NDArray[np.float64]
 
@@ -52,17 +53,20 @@ class PathState:
     """`[V]`: tokens of prompt and answer."""
     counts: NDArray[np.int32]
     """`[V]`: how often each token is in the answer."""
+    constraint: Constraint | None = None
+    """What a grammar lets come next; None if anything may."""
 
     def after(self, *token_ids: int) -> PathState:
         """Return the state behind further tokens of a path: that of a child with one of them, or deeper."""
-        seen, counts = self.seen.copy(), self.counts.copy()
+        seen, counts, constraint = self.seen.copy(), self.counts.copy(), self.constraint
         for token_id in token_ids:
             seen[token_id] = True
             counts[token_id] += 1
-        return replace(self, seen=seen, counts=counts)
+            constraint = None if constraint is None else constraint.after(token_id)
+        return replace(self, seen=seen, counts=counts, constraint=constraint)
 
     def adjust(self, logits: Row) -> Row:
-        """Return the logits `[V]` of the next token with biases and penalties applied; the argument stays."""
+        """Return the logits `[V]` of the next token, adjusted by all that is known; the argument stays."""
         row, rule = logits.copy(), self.penalties
         for token_id, bias in rule.bias:
             row[token_id] += bias
@@ -71,6 +75,8 @@ class PathState:
             row[self.seen] = np.where(came < 0, came * rule.repetition, came / rule.repetition)
         if rule.presence or rule.frequency:
             row -= self.counts * rule.frequency + (self.counts > 0) * rule.presence
+        if self.constraint is not None:
+            row[~self.constraint.allowed()] = -np.inf
         return row
 
 
@@ -84,10 +90,12 @@ def penalties_of(sampling: SamplingConfig, biases: tuple[tuple[int, float], ...]
     )
 
 
-def begin_path(penalties: Penalties, prompt_ids: Iterable[int], vocab: int) -> PathState | None:
+def begin_path(
+    penalties: Penalties, prompt_ids: Iterable[int], vocab: int, constraint: Constraint | None = None
+) -> PathState | None:
     """Return the state behind a prompt; None if there is nothing to adjust."""
-    if penalties.do_nothing:
+    if penalties.do_nothing and constraint is None:
         return None
     seen = np.zeros(vocab, dtype=np.bool_)
     seen[list(prompt_ids)] = True
-    return PathState(penalties, seen, np.zeros(vocab, dtype=np.int32))
+    return PathState(penalties, seen, np.zeros(vocab, dtype=np.int32), constraint)

@@ -94,6 +94,8 @@ class StepPart(NamedTuple):
     """On the host."""
     feeds: Sequence[Feed | None]
     """By row. A row with a feed takes its token from the sequence's part of the previous step, not from the batch."""
+    allowed: NDArray[np.bool_] | None = None
+    """`[N, V]`: what a grammar lets follow each row; None if anything may."""
 
 
 class DraftSteps(Protocol):
@@ -129,11 +131,13 @@ class DirectSequence:
         """Keep the state's numbers."""
         self.penalty = None if state is None else penalty_numbers(state)
 
-    def ranked(self, batch: TokenBatch, logits: DraftLogits) -> Found:
+    def ranked(self, part: StepPart, logits: DraftLogits) -> Found:
         """Rank what the draft found for the sequence's rows."""
         if self.penalty is not None:
             self.penalty = shared_with_gpu(self.penalty, logits.logits.device)
-        ids, scores = rank(logits, sampling_of(self.sampler, batch, logits.logits), self.penalty)
+        allowed = None if part.allowed is None else torch.from_numpy(part.allowed).to(logits.logits.device)
+        sampling = sampling_of(self.sampler, part.batch, logits.logits)
+        ids, scores = rank(logits, sampling, self.penalty, allowed)
         return Found(ids.cpu().numpy(), scores.double().cpu().numpy())
 
 
@@ -157,7 +161,7 @@ class DirectSteps:
         rows = [DraftRows(part.batch, own.kv) for part, own in zip(parts, sequences, strict=True)]
         found = self.draft.forward(rows)
         self._found = [
-            own.ranked(part.batch, found if len(rows) == 1 else found.of(place))
+            own.ranked(part, found if len(rows) == 1 else found.of(place))
             for part, own, place in zip(parts, sequences, places_of(rows), strict=True)
         ]
 
@@ -217,14 +221,20 @@ def sampling_rule(sampler: Sampler, vocab: int) -> Tensor:
 
 
 def rank(
-    found: DraftLogits, sampling: Sampling | None, penalty: Tensor | None = None
+    found: DraftLogits,
+    sampling: Sampling | None,
+    penalty: Tensor | None = None,
+    allowed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return ids `[N, K]` and float32 scores of the best few tokens of each draft row, best first; K <= RANKED.
 
     Without `sampling` the ranking is greedy. The best of rough logits are scored again by the 16-bit head: the error
-    of a 4-bit head alone would cost a fifth of the accepted tokens. `likeliest` handles values that are not finite.
+    of a 4-bit head alone would cost a fifth of the accepted tokens. `allowed` `[N, V]` leaves out what a grammar
+    forbids. `likeliest` handles values that are not finite.
     """
     scaled = _scaled(penalized(found.logits, penalty), sampling)
+    if allowed is not None:
+        scaled = scaled.masked_fill(~allowed, -torch.inf)
     count = min(_CANDIDATES if found.is_rough else RANKED, scaled.shape[1])
     scores = scaled if sampling is None else scaled + sampling.noise
     if sampling is not None and sampling.is_filtered:

@@ -12,10 +12,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
+from subspec_cli.decoding.constraint import Constraint
 from subspec_cli.decoding.sampler import Row
 from subspec_cli.drafting.draft_steps import Feed, Found, Ids, SequenceSteps, StepPart, StepRow, likeliest
 from subspec_cli.drafting.growing_tree import ROOT, GrowingTree, NodeId, ScratchRow, draft_batch
-from subspec_cli.drafting.history import History
+from subspec_cli.drafting.history import Calibration, History
 from subspec_cli.drafting.ngram import LONGEST, Guess, NGramLookup
 from subspec_cli.drafting.policy import LEAST_CHANCE, DraftPolicy
 from subspec_cli.modeling.kv_cache import KVCache
@@ -86,6 +90,8 @@ class DraftContext:
     steps: SequenceSteps
     kv: KVCache
     ngrams: NGramLookup
+    calibration: Calibration
+    """The answer's own: what holds for prose is wrong for the code beside it."""
 
 
 @dataclass(slots=True)
@@ -102,9 +108,11 @@ class _StepInFlight:
 class Frontier:
     """A growing tree, and the draft steps that grow it."""
 
-    def __init__(self, tree: GrowingTree, shared: DraftContext) -> None:
+    def __init__(self, tree: GrowingTree, shared: DraftContext, constraint: Constraint | None = None) -> None:
+        """`constraint` is what a grammar knows behind the root."""
         self.tree = tree
         self._shared = shared
+        self._constraints = {} if constraint is None else {ROOT: constraint}
         self._policy, self._history = shared.rules.policy, shared.rules.history
         self._in_flight: deque[_StepInFlight] = deque()
 
@@ -163,7 +171,7 @@ class Frontier:
         known = [row.node if isinstance(row, OpenNode) else None for row in ordered]
         self._in_flight.append(_StepInFlight(ordered, first, known))
         feeds = [row.feed if isinstance(row, Placeholder) else None for row in ordered]
-        return StepPart(self._shared.steps, batch, feeds)
+        return StepPart(self._shared.steps, batch, feeds, self._allowed(ordered))
 
     def take(self, found: Found) -> None:
         """Add to the tree what the oldest step in flight has found."""
@@ -183,6 +191,33 @@ class Frontier:
             self._resolve_placeholders(self._in_flight[0], step, found.token_ids)
         else:
             self.tree.release_unused()
+
+    def _allowed(self, rows: Sequence[Candidate]) -> NDArray[np.bool_] | None:
+        """Return what a grammar lets follow each row; anything where the host does not know the row's token yet."""
+        if not self._constraints:
+            return None
+        masks: list[NDArray[np.bool_]] = []
+        state: Constraint | None = None
+        for row in rows:
+            match row:
+                case OpenNode(node=node):
+                    state = self._constraint_of(node)
+                case NGram(guess=guess) if state is not None:
+                    state = state.after(guess.token_id)  # it continues the row before it
+                case _:
+                    state = None
+            masks.append(
+                np.ones_like(self._constraints[ROOT].allowed()) if state is None else state.allowed()
+            )
+        return np.stack(masks)
+
+    def _constraint_of(self, node: NodeId) -> Constraint:
+        """Return what the grammar knows behind a node."""
+        if node not in self._constraints:
+            found = self.tree.nodes[node]
+            assert found.parent is not None
+            self._constraints[node] = self._constraint_of(found.parent).after(found.token_id)
+        return self._constraints[node]
 
     def _candidates(
         self, most_nodes: int, most_rows: int, max_depth: int, first: Candidate | None
@@ -308,7 +343,7 @@ class Frontier:
         guesses = likeliest(token_ids, scores, self._shared.rules.sharpening)
         if not guesses:
             return 0.0
-        shares = self._history.calibration.shares([log_prob for _, log_prob in guesses])
+        shares = self._shared.calibration.shares([log_prob for _, log_prob in guesses])
         for (token_id, log_prob), share in zip(guesses, shares, strict=True):
             self.tree.add(node, token_id, above.log_prob + log_prob, above.chance * share)
         self._history.learn_child_shares(shares)

@@ -53,6 +53,12 @@ class Calibration:
         """Log-likelihood of the choices under each exponent."""
         self._found = self._choices = _PRIOR_WEIGHT
 
+    def copy(self) -> Calibration:
+        """Return one that has learned the same, and learns by itself from here on."""
+        other = Calibration()
+        other._fit, other._found, other._choices = self._fit, self._found, self._choices
+        return other
+
     def shares(self, log_probs: Sequence[float]) -> list[float]:
         """Return the chances of a node's children, given the node, from the draft's guesses."""
         weights = np.exp(self._fit - self._fit.max())

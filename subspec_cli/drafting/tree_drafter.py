@@ -59,7 +59,9 @@ class TreeDrafter:
         ngrams = self._ngrams.setdefault(kv, NGramLookup())
         ngrams.forget()
         self._queue.forget()
-        return TreeDraft(DraftContext(self._rules, self._steps.begin(kv, sampler), kv, ngrams), self._queue)
+        calibration = self._history.calibration.copy()
+        steps = self._steps.begin(kv, sampler)
+        return TreeDraft(DraftContext(self._rules, steps, kv, ngrams, calibration), self._queue)
 
     def grow(self, orders: Sequence[TreeOrder[TreeDraft]]) -> list[Proposal]:
         """Return the trees of one pass; rows `[committed, committed + nodes)` of each cache are a tree's scratch."""
@@ -206,7 +208,8 @@ class _Growth:
         self.tree = self._ready.tree
         assert self.tree.nodes[ROOT].token_id == order.root_token
         self._ready_nodes, self._ready_levels = self.tree.rows, self.tree.levels
-        self.frontier = Frontier(self.tree, order.draft.context)
+        constraint = None if order.state is None else order.state.constraint
+        self.frontier = Frontier(self.tree, order.draft.context, constraint)
         self.proposal: Proposal
 
     @property
@@ -287,7 +290,7 @@ class TreeDraft:
 
     def begin_tree(self, root_token: int, capacity: int, state: PathState | None) -> _Ready:
         """Return the next tree: what the last shadow has found below the root, or the root alone."""
-        self.context.steps.penalize(state)
+        self.context.steps.penalize(None if state is None or state.penalties.do_nothing else state)
         ready, self._ready = self._ready or _Ready(GrowingTree(root_token, capacity), 0), None
         self.context.ngrams.learn([*self.context.kv.token_ids, root_token])
         return ready
@@ -302,6 +305,8 @@ class TreeDraft:
         tree = current.frontier.tree
         rankings = tree.rankings(result.accepted_nodes, result.token_ids)
         rules.history.observe(current.proposal.tree, result, rankings, round_s=current.round_s)
+        for ranking in rankings:
+            self.context.calibration.observe(ranking)
         if ends:
             return
         outcome = tree.outcome(result.accepted_nodes[-1], result.token_ids[-1])

@@ -108,6 +108,12 @@ class ModelTokenizer:
         """Whether the model has a template that formats messages as in its training."""
         return bool(self._tokenizer.chat_template)
 
+    @property
+    def backend_json(self) -> str | None:
+        """The tokenizer as the tokenizers library writes it; None if it is not one of that library."""
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        return None if backend is None else str(backend.to_str())
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of raw text, with the special tokens that the tokenizer adds by itself unless told not to.
 

@@ -17,6 +17,10 @@ from subspec_cli.units import MIB
 _COMPILER_BYTES: Final = 152 * MIB
 """151 MiB measured where numba compiles the draft's products, 109 MiB where it finds them in its cache."""
 
+_GRAMMAR_TOKEN_BYTES: Final = 512
+"""Of llguidance's index of a vocabulary, 339 measured where tokens are short."""
+_GRAMMAR_STATE_BYTES: Final = 4 * MIB
+"""Of the states of the grammars in use."""
 _PAGE_BYTES: Final = 4096
 _TOKENIZER_BASE_BYTES: Final = 10 * MIB
 """Of any tokenizer, most of it the words that it remembers."""
@@ -37,6 +41,11 @@ def tokenizer_bytes(file_bytes: int, later_bytes: int) -> int:
     loaded_bytes = _TOKENIZER_BASE_BYTES + int(_TOKENIZER_FACTOR * file_bytes)
     loading_bytes = _TOKENIZER_BASE_BYTES + _TOKENIZER_LOADING_FACTOR * file_bytes
     return max(loaded_bytes, loading_bytes - later_bytes)
+
+
+def grammar_bytes(vocab: int) -> int:
+    """Return the memory of grammars over a vocabulary; 0 if the library for them is not installed."""
+    return vocab * _GRAMMAR_TOKEN_BYTES + _GRAMMAR_STATE_BYTES if find_spec("llguidance") else 0
 
 
 def target_kernels(geometry: ModelGeometry, prefill_rows: int, tree_nodes: int) -> int:

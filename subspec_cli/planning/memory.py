@@ -22,6 +22,7 @@ from subspec_cli.planning.device_profile import EmbeddingPlace
 from subspec_cli.planning.layer_sizes import LayerSizes
 from subspec_cli.planning.library_memory import (
     bare_process_bytes,
+    grammar_bytes,
     shared_layer_kernels,
     target_kernels,
     tokenizer_bytes,
@@ -158,8 +159,9 @@ class MemoryModel:
         self._tokenizer_bytes = tokenizer_bytes(
             request.tokenizer_bytes, self._fixed_bytes if self._profile.budget_is_ram else 0
         )
+        self._grammar_bytes = grammar_bytes(geometry.vocab) if request.takes_grammars else 0
         if self._profile.budget_is_ram:
-            self._fixed_bytes += self._tokenizer_bytes
+            self._fixed_bytes += self._tokenizer_bytes + self._grammar_bytes
 
     def substitutes(self, layout: MemoryLayout) -> int:
         """Return how many layers have a substitute in memory."""
@@ -233,6 +235,7 @@ class MemoryModel:
             PlanLine(WAITING_ROWS, prompt.held_bytes, f"{counted(prompt.rows, 'row')} a pass"),
             PlanLine("sampling noise", self._noise_bytes, f"{self._each()}{NOISE_ROWS} positions"),
             PlanLine("tokenizer", self._tokenizer_bytes if profile.budget_is_ram else 0),
+            PlanLine("grammars", self._grammar_bytes if profile.budget_is_ram else 0, "of JSON formats"),
             PlanLine("kernels", self._kernel_bytes + self._draft_kernel_bytes(layout), "compiled at first use"),
             PlanLine("CUDA context", profile.context_bytes, "outside the allocator"),
             PlanLine("libraries", profile.library_bytes),
@@ -268,6 +271,7 @@ class MemoryModel:
         found = (
             PlanLine("bare process", process_bytes),
             PlanLine("tokenizer", self._tokenizer_bytes),
+            PlanLine("grammars", self._grammar_bytes, "of JSON formats"),
             PlanLine("embedding", self._host_table_bytes(layout)),
             PlanLine("sampling noise", self._host_noise_bytes, f"{self._each()}{NOISE_ROWS} positions"),
             PlanLine("pinned layers", self._link_sizes.most(pinned), f"{pinned} of {streamed} streamed"),
@@ -284,7 +288,10 @@ class MemoryModel:
     def _bare_host_bytes(self) -> int:
         """Host memory beside a GPU without layers and embedding."""
         return (
-            bare_process_bytes(self._profile, self._geometry) + self._tokenizer_bytes + self._host_noise_bytes
+            bare_process_bytes(self._profile, self._geometry)
+            + self._tokenizer_bytes
+            + self._grammar_bytes
+            + self._host_noise_bytes
         )
 
     def _host_table_bytes(self, layout: MemoryLayout) -> int:

@@ -114,6 +114,8 @@ class PlanRequest:
     """How the budget came about, if the user gave none."""
     sequences: int = 1
     """Answers in flight at the same time, each with a context of its own."""
+    takes_grammars: bool = False
+    """Whether answers may have to follow a grammar."""
     streams_residuals: bool = False
     """Whether the streamed sizes of the geometry are those of residuals, which are rebuilt to 16 bits."""
 
@@ -139,7 +141,9 @@ class PlanRequest:
 
     def for_parallel(self, parallel: int | None) -> PlanRequest:
         """Return this request for answers at a time, each with sampling settings of its own; None is this one."""
-        return self if parallel is None else replace(self, sequences=parallel, samples=True)
+        return (
+            self if parallel is None else replace(self, sequences=parallel, samples=True, takes_grammars=True)
+        )
 
     def after_runs(self, acceptance: Acceptance | None) -> PlanRequest:
         """Return this request with what earlier runs have learned; the same if that is too little."""

@@ -27,6 +27,7 @@ def shortage(search: LayoutSearch) -> ResourceError:
         search.memory.lines(least.layout, context, PromptPass(0, 0)), key=lambda line: line.size_bytes
     )
     lower = ["a smaller --context"] if request.context and request.context > contexts[-1] else []
+    lower += ["a smaller --parallel"] if request.sequences > 1 else []
     # Two-bit codes lie in memory as four-bit ones, so only eight bits can become fewer.
     lower += ["substitutes of 4 bits"] if request.substitute_bytes and request.substitute_bits > 4 else []
     ways = " or ".join(lower)
@@ -50,7 +51,8 @@ def _prompt_shortage(search: LayoutSearch, wanted: WantedTokens, held: int) -> R
         f"the prompt has {counted(wanted.prompt, 'token')}, a budget of {format_bytes(request.budget_bytes)} "
         f"holds {held}, one of them for an answer",
         f"{request.profile.budget_option} {_enough_gib(enough_bytes):.2f} holds the prompt and "
-        f"{counted(answer, 'token')} of answer; or shorten the prompt",
+        f"{counted(answer, 'token')} of answer; or shorten the prompt"
+        f"{', or give a smaller --parallel' if request.sequences > 1 else ''}",
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib.resources import files
 from typing import Any, Final
 
 from fastapi import FastAPI, Request
@@ -22,6 +21,7 @@ from subspec_cli.serving.http_answers import Asked, HttpAnswers, fault_words
 from subspec_cli.serving.metrics_text import Counts, metrics_text
 from subspec_cli.serving.model_names import check_model, model_names
 from subspec_cli.serving.orders import OrderMaker
+from subspec_cli.serving.page import read_page
 from subspec_cli.serving.request_body import (
     ChatBody,
     CompletionBody,
@@ -38,13 +38,6 @@ from subspec_cli.versions import __version__
 
 _RETRY_S: Final = 5
 _ANSWER_PATHS: Final = ("/v1/chat/completions", "/v1/completions")
-_PAGE_HEADERS: Final = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self' 'unsafe-inline'; style-src 'unsafe-inline'; "
-    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-store",
-}
 _ERROR: Final[dict[int | str, dict[str, Any]]] = {
     "4XX": {"description": "The request is refused; the body says why."},
     "5XX": {"description": "The answer failed, or the model is not loaded; the body says why."},
@@ -195,6 +188,8 @@ def _add_facts(app: FastAPI, served: Served) -> None:
             "exactness_reason": about.exactness_reason,
             "device": about.device,
             "context": about.context_tokens,
+            "temperature": about.config.sampling.temperature,
+            "top_p": about.config.sampling.top_p,
             "parallel": about.plan.sequences,
             "in_flight": served.service.in_flight,
             "waiting": served.service.waiting,
@@ -208,12 +203,12 @@ def _add_facts(app: FastAPI, served: Served) -> None:
             "link_busy_s": link.read_time_s,
         }
 
-    page = files("subspec_cli.serving").joinpath("page.html").read_text(encoding="utf-8")
+    page = read_page()
 
     @app.get("/", include_in_schema=False)
     def start() -> HTMLResponse:
         """Return the page."""
-        return HTMLResponse(page, headers=_PAGE_HEADERS)
+        return HTMLResponse(page.html, headers=page.headers)
 
 
 def _add_errors(app: FastAPI, served: Served) -> None:

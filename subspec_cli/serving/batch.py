@@ -3,33 +3,22 @@
 from __future__ import annotations
 
 import heapq
-import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from subspec_cli.decoding.sampler import named_seed
 from subspec_cli.metrics import GenerationStats
 from subspec_cli.planning.request import DEFAULT_CONTEXT, WantedTokens
 from subspec_cli.serving.job import Job, JobLine, PromptBody
 from subspec_cli.serving.job_results import JobResults
-from subspec_cli.serving.model_names import check_model
-from subspec_cli.serving.orders import COMPLETION_TOKENS, AnswerOrder, OrderMaker, most_characters
-from subspec_cli.serving.request_body import ChatBody, CompletionBody, RequestRefusedError
-from subspec_cli.serving.response_body import (
-    AnswerHead,
-    AnswerSoFar,
-    Kind,
-    choice_document,
-    error_document,
-    figures_document,
-    usage_document,
-)
+from subspec_cli.serving.line_answers import LineAnswerer, LineResult
+from subspec_cli.serving.orders import COMPLETION_TOKENS, most_characters
+from subspec_cli.serving.request_body import ChatBody, CompletionBody
 
 if TYPE_CHECKING:
     from subspec_cli.modeling.pretrained import ModelTokenizer
-    from subspec_cli.session.rounds import AnswerInFlight
+    from subspec_cli.session.description import SessionDescription
     from subspec_cli.session.session import Session
 
 _COUNTED_LINES: Final = 64
@@ -47,9 +36,23 @@ class BatchProgress:
     refused: int = 0
     """Of those written, the lines that could not be answered."""
     in_flight: int = 0
-    new_tokens: int = 0
+    done_tokens: int = 0
+    """Of the lines that are done."""
+    open_tokens: int = 0
+    """Of the lines that are not."""
+    wanted_replicas: int = 0
+    """Replicas of the job; 0 is this process alone."""
+    replicas: int = 0
+    """Those of them that can answer now."""
+    restarts: int = 0
+    """Replicas that died and were started again."""
     started_s: float = field(default_factory=time.monotonic)
     stats: list[GenerationStats] = field(default_factory=list)
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens of all answers."""
+        return self.done_tokens + self.open_tokens
 
     @property
     def elapsed_s(self) -> float:
@@ -61,18 +64,12 @@ class BatchProgress:
         """Tokens per second of all answers together."""
         return self.new_tokens / self.elapsed_s if self.elapsed_s > 0 else 0.0
 
-
-@dataclass(slots=True)
-class _OpenLine:
-    """A line whose answers are not all there yet."""
-
-    line: JobLine
-    orders: list[AnswerOrder]
-    answers: list[AnswerSoFar]
-
-    @property
-    def is_whole(self) -> bool:
-        return all(answer.finish_reason is not None for answer in self.answers)
+    def add(self, result: LineResult) -> None:
+        """Count a line whose record is written."""
+        self.written += 1
+        self.refused += result.is_refused
+        self.done_tokens += result.new_tokens
+        self.stats.extend(result.stats)
 
 
 class BatchRun:
@@ -81,146 +78,103 @@ class BatchRun:
     def __init__(
         self, session: Session, job: Job, results: JobResults, report: Callable[[BatchProgress], None]
     ) -> None:
-        self._session = session
+        self._answerer = LineAnswerer(session, job.sha256, int(results.identity["seed"]))
         self._job = job
         self._results = results
         self._report = report
-        self._maker = OrderMaker(session, answer_tokens=session.description.config.run.max_new_tokens)
         self.progress = BatchProgress(job.lines, results.done)
 
     def run(self) -> None:
         """Answer every line whose record is not there yet. What is raised leaves whole records, and no others."""
-        rounds = self._session.rounds()
-        places: dict[AnswerInFlight, tuple[_OpenLine, int]] = {}
-        waiting = self._answers()
+        answerer, waiting = self._answerer, unanswered(self._job, self._results)
         while True:
-            for opened, index in itertools.islice(waiting, rounds.free):
-                begun = opened.orders[index].begin(self._session)
-                places[rounds.join(begun, opened.orders[index].max_new_tokens)] = opened, index
-            if not places:
+            while answerer.has_room and (line := next(waiting, None)) is not None:
+                answerer.add(line)
+            if answerer.is_idle:
                 return
-            self.progress.in_flight = len(places)
+            answerer.let_join()
+            self.progress.in_flight = answerer.in_flight
             self._report(self.progress)
-            for found, delta in rounds.round():
-                opened, index = places[found]
-                answer = opened.answers[index]
-                answer.text += delta.text
-                answer.token_ids.extend(delta.token_ids)
-                answer.stats, answer.finish_reason = delta.stats, delta.finish_reason
-                if answer.logprobs is not None:
-                    answer.logprobs.extend(delta.logprobs)
-                self.progress.new_tokens += len(delta.token_ids)
-                if delta.finish_reason is not None:
-                    del places[found]
-                    self.progress.stats.append(delta.stats)
-                if opened.is_whole:
-                    self._write(self._answered(opened))
-
-    def _answers(self) -> Iterator[tuple[_OpenLine, int]]:
-        """Yield the answers to give, in the order of the lines; bad lines are written off on the way."""
-        for line in self._job:
-            if self._results.has(line):
-                continue
-            try:
-                orders = self._orders(line)
-            except RequestRefusedError as problem:
-                self.progress.refused += 1
-                self._write(self._refused(line, problem))
-                continue
-            answers = [
-                AnswerSoFar(
-                    len(order.prompt_ids),
-                    logprobs=None if order.logprobs is None else [],
-                    tells_ids=bool(line.body and line.body.return_token_ids),
-                )
-                for order in orders
-            ]
-            opened = _OpenLine(line, orders, answers)
-            yield from ((opened, index) for index in range(len(orders)))
-
-    def _orders(self, line: JobLine) -> list[AnswerOrder]:
-        if line.problem is not None:
-            raise line.problem
-        check_model(line.body.model if line.body else None, self._session.description.model_id)
-        seed = self._seed(line)
-        match line.body:
-            case ChatBody() as body:
-                return self._maker.of_chat(body, seed)
-            case CompletionBody() as body:
-                return self._maker.of_completion(body, seed)
-            case PromptBody() as body:
-                return self._maker.of_prompt(body.prompt, body, seed)
-        raise AssertionError
-
-    def _seed(self, line: JobLine) -> int:
-        assert line.body is not None
-        assert line.custom_id is not None
-        own = line.body.seed
-        return named_seed(int(self._results.identity["seed"]), line.custom_id) if own is None else own
-
-    def _write(self, record: dict[str, Any]) -> None:
-        self._results.write(record)
-        self.progress.written += 1
-        self._report(self.progress)
-
-    def _answered(self, opened: _OpenLine) -> dict[str, Any]:
-        line, about = opened.line, self._session.description
-        kind: Kind = "completion" if isinstance(line.body, CompletionBody) else "chat"
-        head = AnswerHead(
-            f"{'cmpl' if kind == 'completion' else 'chatcmpl'}-{self._id(line)}",
-            int(time.time()),
-            about.model_id,
-            about.fingerprint,
-            kind,
-        )
-        choices = line.body.n or 1 if line.body else 1
-        body = {
-            **head.document(is_chunk=False),
-            "choices": [
-                choice_document(kind, index, answer, self._session.token_text)
-                for index, answer in enumerate(opened.answers)
-            ],
-            "usage": usage_document(opened.answers, choices),
-            "subspec": figures_document(
-                opened.answers, {"seed": opened.orders[0].seed, "exactness": about.exactness}
-            ),
-        }
-        response = {"status_code": 200, "request_id": f"req_{self._id(line)}", "body": body}
-        return {
-            "id": f"batch_req_{self._id(line)}",
-            "custom_id": line.custom_id,
-            "response": response,
-            "error": None,
-        }
-
-    def _refused(self, line: JobLine, problem: RequestRefusedError) -> dict[str, Any]:
-        error = {
-            "code": problem.code or "invalid_request",
-            "message": f"line {line.number}: {problem.message}",
-            "param": problem.param,
-            "line": line.number,
-        }
-        body = error_document(problem.message, param=problem.param, code=problem.code)
-        response = {"status_code": 400, "request_id": f"req_{self._id(line)}", "body": body}
-        return {
-            "id": f"batch_req_{self._id(line)}",
-            "custom_id": line.custom_id,
-            "response": response,
-            "error": error,
-        }
-
-    def _id(self, line: JobLine) -> str:
-        return f"{self._job.sha256[:16]}-{line.number}"
+            done = answerer.round()
+            self.progress.open_tokens = answerer.open_tokens
+            for result in done:
+                self._results.write(result.record)
+                self.progress.add(result)
+                self._report(self.progress)
 
 
-def longest_request(
-    job: Job, tokenizer: ModelTokenizer, *, system: str | None, raw: bool, answer_tokens: int
-) -> WantedTokens | None:
-    """Return the tokens of the longest prompt and of the longest answer, for the plan.
+def unanswered(job: Job, results: JobResults) -> Iterator[JobLine]:
+    """Yield the lines whose records are not there, in their order."""
+    return (line for line in job if not results.has(line))
 
-    Only the prompts with most characters are counted. None if a context of the usual length does not hold them: the
-    plan then trades context against speed, and lines that are longer are refused.
-    """
+
+def job_identity(job: Job, about: SessionDescription) -> dict[str, Any]:
+    """Return everything that decides the answers."""
+    values = about.config.as_dict()
+    sampling = {key: value for key, value in values["sampling"].items() if key not in ("seed", "sampling")}
+    run = {key: values["run"][key] for key in ("max_new_tokens", "stop", "system", "raw")}
+    return {
+        "input_sha256": job.sha256,
+        "model": about.model_id,
+        "revision": about.revision,
+        "seed": about.config.sampling.seed,
+        **sampling,
+        **run,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class LongestRequest:
+    """The lines of a job that may need most of the context."""
+
+    bodies: tuple[ChatBody | CompletionBody | PromptBody, ...]
+    """Those whose prompts have most characters."""
+    answer: int
+    """Most tokens that an answer of the job may have."""
+    system: str | None
+    raw: bool
+
+    def tokens(self, tokenizer: ModelTokenizer) -> WantedTokens | None:
+        """Return the tokens of the longest prompt and of the longest answer, for the plan.
+
+        None if a context of the usual length does not hold them: the plan then trades context against speed, and
+        lines that are longer are refused.
+        """
+        prompt = max((self._prompt_tokens(body, tokenizer) for body in self.bodies), default=0)
+        wanted = WantedTokens(prompt, self.answer)
+        return wanted if prompt and wanted.total <= DEFAULT_CONTEXT else None
+
+    def _prompt_tokens(self, body: ChatBody | CompletionBody | PromptBody, tokenizer: ModelTokenizer) -> int:
+        """Return the tokens of the longest prompt of a body; 0 if the tokenizer refuses it, which is said later."""
+        from subspec_cli.errors import PromptRefusedError, UsageError
+
+        try:
+            match body:
+                case ChatBody():
+                    if _fits(*(turn["content"] for turn in body.turns)):
+                        return len(tokenizer.encode_messages(body.turns))
+                case PromptBody():
+                    if _fits(body.prompt):
+                        return len(tokenizer.encode_prompt(body.prompt, system=self.system, raw=self.raw))
+                case CompletionBody():
+                    texts = [each for each in body.prompts if isinstance(each, str)]
+                    if all(map(_fits, texts)):
+                        return max(
+                            len(tokenizer.encode(each) if isinstance(each, str) else each)
+                            for each in body.prompts
+                        )
+            return DEFAULT_CONTEXT + 1
+        except (PromptRefusedError, UsageError, ValueError):
+            return 0
+
+
+def _fits(*texts: str) -> bool:
+    """Whether the tokens of a prompt are worth counting: it may fit the usual context."""
+    return sum(map(len, texts)) <= most_characters(DEFAULT_CONTEXT)
+
+
+def longest_request(job: Job, *, system: str | None, raw: bool, answer_tokens: int) -> LongestRequest:
+    """Return the lines of a job that may need most of the context."""
     bodies = (line.body for line in job if line.body is not None)
     answer, longest = 0, list[tuple[int, int, ChatBody | CompletionBody | PromptBody]]()
     for number, body in enumerate(bodies):
@@ -228,25 +182,4 @@ def longest_request(
         answer = max(answer, body.token_limit or usual)
         entry = (len(str(body.messages if isinstance(body, ChatBody) else body.prompt)), number, body)
         (heapq.heappush if len(longest) < _COUNTED_LINES else heapq.heappushpop)(longest, entry)
-    if longest and max(longest)[0] > most_characters(DEFAULT_CONTEXT):
-        return None
-    prompt = max((_prompt_tokens(body, tokenizer, system, raw=raw) for *_, body in longest), default=0)
-    wanted = WantedTokens(prompt, answer)
-    return wanted if prompt and wanted.total <= DEFAULT_CONTEXT else None
-
-
-def _prompt_tokens(
-    body: ChatBody | CompletionBody | PromptBody, tokenizer: ModelTokenizer, system: str | None, *, raw: bool
-) -> int:
-    """Return the tokens of the longest prompt of a body; 0 if the tokenizer refuses it, which is said later."""
-    from subspec_cli.errors import PromptRefusedError, UsageError
-
-    try:
-        match body:
-            case ChatBody():
-                return len(tokenizer.encode_messages(body.turns))
-            case PromptBody():
-                return len(tokenizer.encode_prompt(body.prompt, system=system, raw=raw))
-        return max(len(tokenizer.encode(each) if isinstance(each, str) else each) for each in body.prompts)
-    except (PromptRefusedError, UsageError, ValueError):
-        return 0
+    return LongestRequest(tuple(body for *_, body in longest), answer, system, raw)

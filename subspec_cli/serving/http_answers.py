@@ -35,7 +35,8 @@ from subspec_cli.serving.service import STOPPED, AnswerService, Failure, Ticket
 from subspec_cli.units import format_seconds
 
 if TYPE_CHECKING:
-    from subspec_cli.session.session import Session, TextDelta
+    from subspec_cli.session.answer import TextDelta
+    from subspec_cli.session.session import Session
 
 _KEEP_ALIVE_S: Final = 10.0
 """A comment is sent after so long without a piece: clients and proxies give up on silent connections."""
@@ -84,6 +85,12 @@ class Asked:
         """Whether a stream ends with the number of tokens."""
         options = self.body.stream_options
         return options is not None and bool(options.include_usage)
+
+    @property
+    def tells_figures(self) -> bool:
+        """Whether every piece of a stream says what the answers took so far."""
+        options = self.body.stream_options
+        return options is not None and bool(options.include_usage and options.continuous_usage_stats)
 
 
 class HttpAnswers:
@@ -238,14 +245,17 @@ class HttpAnswers:
         if answer.tells_ids:
             choice["token_ids"] = list(piece.token_ids)
         is_last = all(each.finish_reason is not None for each in self.answers)
-        return self._event([choice], **({"subspec": self._figures()} if is_last else {}))
+        has_figures = is_last or self._asked.tells_figures
+        return self._event([choice], **({"subspec": self._figures()} if has_figures else {}))
 
     def _chunk(self, index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None) -> dict[str, Any]:
         content = {"delta": delta} if self._asked.kind == "chat" else {"text": delta.get("content", "")}
         return {"index": index, **content, "logprobs": logprobs, "finish_reason": None}
 
     def _event(self, choices: list[dict[str, Any]], **more: Any) -> str:  # noqa: ANN401 - values of JSON
-        usage = {"usage": None} if self._asked.tells_usage else {}
+        usage: dict[str, Any] = {}
+        if self._asked.tells_usage:
+            usage = {"usage": self._usage() if self._asked.tells_figures else None}
         document = {**self._head.document(is_chunk=True), "choices": choices, **usage, **more}
         return f"data: {json.dumps(document)}\n\n"
 

@@ -8,11 +8,12 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, Final
 
 from subspec_cli.config import SamplingConfig
-from subspec_cli.errors import PromptRefusedError, UsageError
+from subspec_cli.errors import PromptRefusedError, UnsupportedModelError, UsageError
 from subspec_cli.serving.request_body import ChatBody, CompletionBody, Generation, RequestRefusedError
 
 if TYPE_CHECKING:
-    from subspec_cli.session.session import BegunAnswer, Session
+    from subspec_cli.session.answer import BegunAnswer
+    from subspec_cli.session.session import Session
 
 COMPLETION_TOKENS: Final = 16
 """Longest answer of `/v1/completions` where the request does not say, as in the OpenAI API."""
@@ -46,6 +47,8 @@ class AnswerOrder:
     max_new_tokens: int
     stop: tuple[str, ...]
     logprobs: int | None
+    schema: dict[str, Any] | bool | None = None
+    """JSON schema that the answer follows; `True` is any object."""
 
     def begin(self, session: Session) -> BegunAnswer:
         """Begin the answer; raises UsageError if the context has no room for it."""
@@ -56,6 +59,7 @@ class AnswerOrder:
             choice=self.choice,
             stop=self.stop,
             logprobs=self.logprobs,
+            schema=self.schema,
         )
 
 
@@ -148,8 +152,6 @@ class OrderMaker:
         self, prompts: Sequence[Sequence[int]], body: Generation, seed: int, tokens: int | None
     ) -> list[AnswerOrder]:
         config, context = self._session.description.config, self._session.description.context_tokens
-        if body.grammar is not None:
-            raise RequestRefusedError("response_format: JSON formats are not supported", "response_format")
         choices = body.n or 1
         first = AnswerOrder(
             (),
@@ -159,6 +161,7 @@ class OrderMaker:
             (tokens or context) if body.token_limit is None else body.token_limit,
             config.run.stop if body.stops is None else body.stops,
             body.told_logprobs,
+            body.grammar,
         )
         orders = [
             replace(first, prompt_ids=tuple(prompt), choice=choice)
@@ -182,8 +185,9 @@ class OrderMaker:
             )
         try:
             order.begin(self._session)
-        except UsageError as error:
-            raise RequestRefusedError(error.message, "logit_bias") from error
+        except (UsageError, UnsupportedModelError) as error:
+            param = "logit_bias" if order.schema is None else "response_format"
+            raise RequestRefusedError(error.message, param) from error
 
 
 def most_characters(context: int) -> int:

@@ -110,6 +110,8 @@ class StreamOptions(_Strict):
     """How an answer is streamed."""
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    """With `include_usage`: whether every piece says what the answer took so far; vLLM's field."""
     include_obfuscation: Annotated[None, _not_supported("padding of a stream is not supported")] = None
 
 

@@ -13,8 +13,9 @@ from subspec_cli.errors import SubspecError, UsageError
 from subspec_cli.serving.orders import AnswerOrder
 
 if TYPE_CHECKING:
+    from subspec_cli.session.answer import TextDelta
     from subspec_cli.session.rounds import AnswerInFlight, Rounds
-    from subspec_cli.session.session import Session, TextDelta
+    from subspec_cli.session.session import Session
 
 STOPPED: Final = "the server is stopping"
 
@@ -215,7 +216,7 @@ class AnswerService:
                 ticket = self._in_flight[found]
                 if delta.finish_reason is not None:
                     del self._in_flight[found]
-                ticket.tell(delta)
+                ticket.tell(delta if delta.failure is None else Failure(delta.failure, is_fault=True))
         except _AbandonedError:
             pass
         except Exception as error:

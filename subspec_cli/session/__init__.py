@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from subspec_cli.session.open import load, open_session
 
 if TYPE_CHECKING:
+    from subspec_cli.session.answer import TextDelta as TextDelta
     from subspec_cli.session.chat import Chat as Chat
     from subspec_cli.session.session import Session as Session
-    from subspec_cli.session.session import TextDelta as TextDelta
 
 __all__ = ["load", "open_session"]

@@ -17,7 +17,7 @@ from subspec_cli.session.description import SessionDescription
 from subspec_cli.session.found_model import FoundModel
 from subspec_cli.session.learning import Learning
 from subspec_cli.session.load import LoadedModel, Loader
-from subspec_cli.session.machine_costs import CostSource, ProbedCosts
+from subspec_cli.session.machine_costs import CostSource, ProbedCosts, SharedCosts
 from subspec_cli.session.opening import Opening, open_device, plan_opening
 from subspec_cli.session.sampling_source import own_sampling, sampling_notes
 from subspec_cli.session.session import Engines, Session
@@ -42,10 +42,12 @@ def build_session(
     costs: CostSource | None = None,
     count: TokenCount | None = None,
     parallel: int | None = None,
+    sharers: int = 1,
 ) -> Session:
     """Read the tokenizer, plan, load, check rows. Nothing large is allocated before the plan fits the budget.
 
-    `parallel` is the number of answers in flight, each with sampling settings of its own.
+    `parallel` is the number of answers in flight, each with sampling settings of its own; `sharers` that of the
+    sessions that read this machine's disk.
     """
     notes: list[str] = []
     reporter = _recording(reporter, notes)
@@ -76,6 +78,11 @@ def build_session(
         reporter,
         rebuilds=any(has_residuals(each, config) for each in (found.prepared, *found.others)),
     )
+    if sharers > 1:
+        costs = SharedCosts(costs, sharers, device.type)
+        reporter.note(
+            f"{sharers} replicas are on this machine: each is planned with 1/{sharers} of the disk's rate"
+        )
     opening = plan_opening(config, found, device, costs, wanted=wanted, parallel=parallel, reporter=reporter)
     if wanted is not None and wanted.total > opening.plan.context:
         reporter.note(_bounded_answer(config, opening, wanted))

@@ -10,7 +10,8 @@ from subspec_cli.errors import UsageError
 from subspec_cli.metrics import OnPrefill
 
 if TYPE_CHECKING:
-    from subspec_cli.session.session import BegunAnswer, Session, TextDelta
+    from subspec_cli.session.answer import BegunAnswer, TextDelta
+    from subspec_cli.session.session import Session
 
 
 @dataclass(slots=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from subspec_cli.checkpoint.geometry import ModelGeometry
 from subspec_cli.errors import IntegrityError, ResourceError
 from subspec_cli.planning.assumed_costs import assumed_costs
-from subspec_cli.planning.costs import MachineCosts
+from subspec_cli.planning.costs import MachineCosts, snapped
 from subspec_cli.probe.child_process import ProbeFailedError, probe_in_subprocess
 from subspec_cli.probe.kept_costs import keep_costs, known_costs, probe_subject
 from subspec_cli.reporter import Reporter
@@ -59,3 +59,27 @@ class ProbedCosts:
         except (ResourceError, IntegrityError) as error:  # a read-only disk is no reason not to run
             self.reporter.note(f"the next run times this machine again: {error}")
         return timed.costs
+
+
+@dataclass(frozen=True, slots=True)
+class SharedCosts:
+    """The costs of a machine on which several replicas read at the same time, each its share of the disk's rate."""
+
+    source: CostSource
+    """Costs of a replica that has the machine for itself."""
+    sharers: int
+    """Replicas on the machine."""
+    device: str
+    """`cpu` or `cuda`."""
+
+    def __call__(self, geometry: ModelGeometry, settings: SubstituteSettings) -> MachineCosts:
+        """Return the costs with the disk's rate divided. On the CPU the link is the disk; a GPU's link is its own."""
+        costs = self.source(geometry, settings)
+        shared = replace(costs, disk_bytes_per_s=snapped(costs.disk_bytes_per_s / self.sharers))
+        if self.device != "cpu":
+            return shared
+        return replace(
+            shared,
+            link_bytes_per_s=snapped(costs.link_bytes_per_s / self.sharers),
+            pageable_bytes_per_s=snapped(costs.pageable_bytes_per_s / self.sharers),
+        )

@@ -57,13 +57,15 @@ def open_session(
     costs: CostSource | None = None,
     count: TokenCount | None = None,
     parallel: int | None = None,
+    sharers: int = 1,
 ) -> Session:
     """Find the prepared model and make it ready to answer.
 
     `costs` replaces what would be probed on this machine, for experiments that must not depend on a clock. `count`
     counts the tokens of a known prompt: the context is then made for it, unless the settings give one. `parallel` is
-    the number of answers in flight, each with sampling settings of its own; None is one at a time. Notes go to the
-    reporter and into the session's description. Raises what `load` raises.
+    the number of answers in flight, each with sampling settings of its own; None is one at a time. `sharers` is the
+    number of sessions that read this machine's disk, this one among them. Notes go to the reporter and into the
+    session's description. Raises what `load` raises.
     """
     found = find_model(config)
     config = with_model_sampling(config, found.repository.sampling)
@@ -73,7 +75,9 @@ def open_session(
     check_libraries_fit()
     from subspec_cli.session.build import build_session
 
-    return build_session(config, found, reporter, costs=costs, count=count, parallel=parallel)
+    return build_session(
+        config, found, reporter, costs=costs, count=count, parallel=parallel, sharers=sharers
+    )
 
 
 def _by_section(settings: Mapping[str, object]) -> dict[str, dict[str, object]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from subspec_cli.decoding.engine import Answer, Engine, common_prefix
@@ -12,7 +13,8 @@ from subspec_cli.metrics import GenerationStats, OnPrefill
 from subspec_cli.modeling.kv_cache import KVCache
 
 if TYPE_CHECKING:
-    from subspec_cli.session.session import BegunAnswer, Session, TextDelta
+    from subspec_cli.session.answer import BegunAnswer, TextDelta
+    from subspec_cli.session.session import Session
 
 
 class AnswerInFlight:
@@ -91,4 +93,8 @@ class Rounds:
                 found = by_answer[id(answer)]
                 if output.finish_reason is not None:
                     self.leave(found)
-                yield found, self._session.delta_of(found.begun, found.text, output)
+                delta = self._session.delta_of(found.begun, found.text, output)
+                state = answer.state
+                if delta.finish_reason and state is not None and state.constraint is not None:
+                    delta = replace(delta, failure=state.constraint.failure)
+                yield found, delta

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib.util import find_spec
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from subspec_cli.config import SamplingConfig
 from subspec_cli.decoding.drafter import Drafter
 from subspec_cli.decoding.engine import Engine, PassOutput, Request
-from subspec_cli.decoding.logprobs import TokenLogprobs
-from subspec_cli.decoding.penalties import Penalties, penalties_of
-from subspec_cli.decoding.sampler import Sampler, derived_seed, make_sampler
+from subspec_cli.decoding.penalties import penalties_of
+from subspec_cli.decoding.sampler import derived_seed, make_sampler
 from subspec_cli.decoding.text import AnswerText
 from subspec_cli.errors import IntegrityError, UsageError
-from subspec_cli.metrics import FinishReason, GenerationStats, OnPrefill
+from subspec_cli.metrics import GenerationStats, OnPrefill
 from subspec_cli.modeling.self_check import check_products
 from subspec_cli.modeling.target_blocks import TargetBlocks
 from subspec_cli.planning.plan import OffloadPlan
+from subspec_cli.session.answer import BegunAnswer, TextDelta
 from subspec_cli.session.chat import Chat
 from subspec_cli.session.description import SessionDescription
 from subspec_cli.session.learning import Learning
@@ -30,36 +32,10 @@ from subspec_cli.session.token_biases import token_biases
 from subspec_cli.streaming.streamer import StreamCounters
 from subspec_cli.units import counted
 
+if TYPE_CHECKING:
+    from subspec_cli.modeling.grammar import JsonGrammars
+
 Output = TypeVar("Output")
-
-
-@dataclass(frozen=True, slots=True)
-class TextDelta:
-    """A piece of an answer: text that became certain, and the tokens of one target pass."""
-
-    text: str
-    """Empty while a character or a stop string may be incomplete."""
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason | None
-    """Set on the last piece only."""
-    stats: GenerationStats
-    """Totals of the answer so far."""
-    logprobs: tuple[TokenLogprobs, ...] = ()
-    """One for each token, if they were asked for."""
-
-
-@dataclass(frozen=True, slots=True)
-class BegunAnswer:
-    """An answer that may go on: what decides its tokens, and those it has."""
-
-    prompt_ids: tuple[int, ...]
-    sampling: SamplingConfig
-    sampler: Sampler
-    penalties: Penalties
-    stop: tuple[str, ...]
-    logprobs: int | None = None
-    """Likeliest tokens to tell beside each token; None tells no log-probabilities."""
-    token_ids: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +185,7 @@ class Session:
         choice: int = 0,
         stop: Sequence[str] = (),
         logprobs: int | None = None,
+        schema: dict[str, Any] | bool | None = None,
     ) -> BegunAnswer:
         """Begin an answer by settings of its own, which nothing of the session's fills in.
 
@@ -219,8 +196,10 @@ class Session:
             choice: number of the answer among those to one request, each with noise of its own.
             stop: texts that end the answer and are not part of it.
             logprobs: likeliest tokens to tell beside each token, with its log-probability; None tells neither.
+            schema: JSON schema that the answer follows; `True` is any JSON object.
 
-        Raises UsageError as `generate` does, and for a bias that names no token.
+        Raises UsageError as `generate` does, for a bias that names no token, and for a schema that cannot be
+        followed; UnsupportedModelError if the model's tokenizer takes no grammar.
         """
         self._check_room(prompt_ids)
         return BegunAnswer(
@@ -230,6 +209,7 @@ class Session:
             penalties_of(sampling, self._biases(sampling)),
             tuple(stop),
             logprobs,
+            None if schema is None else self._grammars.first_state(schema),
         )
 
     def go_on(
@@ -271,7 +251,14 @@ class Session:
         text.take()
         given = tuple(begun.token_ids)
         return text, Request(
-            begun.prompt_ids, begun.sampler, limit, text, begun.penalties, given, begun.logprobs
+            begun.prompt_ids,
+            begun.sampler,
+            limit,
+            text,
+            begun.penalties,
+            given,
+            begun.logprobs,
+            begun.constraint,
         )
 
     def delta_of(self, begun: BegunAnswer, text: AnswerText, output: PassOutput) -> TextDelta:
@@ -338,6 +325,16 @@ class Session:
         """Return the number of the next request, from which its seed is derived."""
         self._next_request += 1
         return self._next_request - 1
+
+    @cached_property
+    def _grammars(self) -> JsonGrammars:
+        """What makes grammars for the tokenizer; the vocabulary is indexed at the first use."""
+        if find_spec("llguidance") is None:
+            raise UsageError("JSON formats need llguidance", "pip install 'subspec-cli[serve]'")
+        from subspec_cli.modeling.grammar import JsonGrammars
+
+        loaded = self.loaded
+        return JsonGrammars(loaded.tokenizer.backend_json, loaded.math.geometry.vocab, loaded.eos_ids)
 
     def _biases(self, sampling: SamplingConfig) -> tuple[tuple[int, float], ...]:
         return token_biases(sampling.logit_bias, self.loaded.tokenizer, self.loaded.math.geometry.vocab)

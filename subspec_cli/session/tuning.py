@@ -185,7 +185,8 @@ def _announced(session: Session) -> str:
     return (
         f"tuning with up to {counted(tokens, 'token')} of the model's own text, decoded in about "
         f"{format_seconds(tokens / speed)} at {speed:.3g} tok/s; memory: {format_bytes(plan.total_bytes)} for the "
-        f"session, up to {format_bytes(most)} and one layer for rounding"
+        f"session, up to {format_bytes(most)} and one layer for rounding. Ctrl-C ends it: the first set works "
+        "without it, and the same command goes on"
     )
 
 
