@@ -298,7 +298,7 @@ def disk_error(home: Path, model: Path, folder: Path) -> Finding:
     """The model's file is cut in the middle of an answer."""
     copy = folder / "model"
     shutil.copytree(model, copy)
-    finish(start(home, "prepare", str(copy)))
+    finish(start(home, "prepare", str(copy), "--no-tune"))
     server = Server(home, str(copy), "--memory-gb", "2", "--resident-layers", "0")
     server.wait()
     shard = next(copy.glob("*.safetensors"))
@@ -433,7 +433,7 @@ def main() -> int:
         folder = Path(name)
         home = folder / "home"
         home.mkdir()
-        finish(start(home, "prepare", "demo"))
+        finish(start(home, "prepare", "demo", "--no-tune"))
         server = Server(home, "demo", "--memory-gb", "1", "--queue", "100")
         faults: dict[str, Callable[[], Finding]] = {each.__name__: partial(each, server) for each in clients}
         faults["mixed_load"] = lambda: mixed_load(server, arguments.minutes, chance)

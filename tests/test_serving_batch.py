@@ -180,6 +180,7 @@ def test_records_have_the_form_of_the_api(shelf: Shelf, tmp_path: Path) -> None:
 def test_the_plan_is_made_for_the_longest_request(tmp_path: Path) -> None:
     class Words:
         def encode_prompt(self, text: str, **_: Any) -> list[int]:
+            assert len(text) < 200_000, "a text that cannot fit is not counted, which takes gigabytes"
             return [0] * len(text.split())
 
         def encode_messages(self, turns: Any) -> list[int]:
@@ -197,6 +198,9 @@ def test_the_plan_is_made_for_the_longest_request(tmp_path: Path) -> None:
     found = wanted({"prompt": "a b c", "max_tokens": 7}, {"prompt": "a " * 9}, {"bad": 1}, {"messages": SAY})
     assert (found.prompt, found.answer) == (9, 100)
     assert wanted({"prompt": "a " * 5000}) is None, "the plan trades context against speed"
+    assert wanted({"prompt": "a " * 500_000}) is None
+    several = {"custom_id": "a", "url": "/v1/completions", "body": {"prompt": ["abc" * 20_000] * 3}}
+    assert wanted(several).prompt == 1, "each prompt has a context of its own"
     assert wanted({"bad": 1}) is None
 
 
