@@ -113,6 +113,8 @@ class FakeRounds:
         )
         told = None if begun.logprobs is None else TokenLogprobs(ord(letter), -0.5, ((ord(letter), -0.5),))
         reason = "stop" if ends else "length" if found.written == found.limit else None
+        if self._session.failure is not None:
+            return TextDelta("", (ord(letter),), "stop", found.stats, (), self._session.failure)
         return TextDelta(ready, (ord(letter),), reason, found.stats, () if told is None else (told,))
 
 
@@ -133,6 +135,8 @@ class FakeSession:
         self.in_round: Callable[[], None] = lambda: None
         self.fault_in_join: Exception | None = None
         self.is_closed = False
+        self.failure: str | None = None
+        """Why an answer cannot go on: it ends with its first token then."""
         self.held = 1
         """Tokens whose text comes in one piece at the beginning."""
         self.numbers = 0

@@ -177,3 +177,17 @@ def test_the_draft_ranks_only_what_is_allowed(is_rough: bool) -> None:
     assert ids[0, :2].tolist() == [2, 4]
     assert not torch.isfinite(scores[0, 2:]).any()
     assert torch.isfinite(scores[1]).all()
+
+
+def test_an_error_of_the_parser_is_told_without_its_state(shelf: Shelf) -> None:
+    """The state holds the schema and the answer so far."""
+    with open_tiny(model_of(shelf)) as session:
+        first = session._grammars.first_state({"enum": ["secret"]})
+        failed = next(
+            state
+            for token in range(258)
+            if (state := first.after(token)).failure and not first.allowed()[token]
+        )
+    assert failed.failure
+    assert "secret" not in failed.failure
+    assert "\n" not in failed.failure

@@ -228,7 +228,7 @@ def test_a_failure_before_the_first_token_is_a_500(monkeypatch: pytest.MonkeyPat
     session = FakeSession()
 
     def fail() -> None:
-        raise IntegrityError("the weights changed")
+        raise IntegrityError("the weights\nchanged")
 
     with serving(session) as served:
         session.in_round = fail
@@ -237,12 +237,22 @@ def test_a_failure_before_the_first_token_is_a_500(monkeypatch: pytest.MonkeyPat
         assert served.ask(CHAT, chat()).status == 200, "the next one is answered"
     assert found.status == 500
     assert error_of(found) == {
-        "message": "the weights changed",
+        "message": "the weights\nchanged",
         "type": "server_error",
         "param": None,
         "code": None,
     }
     assert served.lines[0].endswith("the weights changed")
+
+
+def test_a_schema_that_proves_impossible_ends_its_answer_with_the_reason() -> None:
+    session = FakeSession()
+    session.failure = "the parser has too many states"
+    with serving(session) as served:
+        found, streamed = served.ask(CHAT, chat()), served.ask(CHAT, chat(stream=True))
+    assert (found.status, error_of(found)["type"]) == (400, "invalid_request_error")
+    assert error_of(found)["message"] == streamed.events[-1]["error"]["message"] == session.failure
+    assert not any("parser" in line for line in served.lines), "it may hold what was asked for"
 
 
 def test_a_failure_in_the_middle_of_a_stream_is_its_last_event() -> None:

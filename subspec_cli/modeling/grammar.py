@@ -47,11 +47,16 @@ class JsonGrammars:
         try:
             grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(wanted), overrides=_OPTIONS)
         except ValueError as error:
-            raise UsageError(f"the schema cannot be followed: {str(error)[:300]}") from error
+            raise UsageError(f"the schema cannot be followed: {_reason(str(error))}") from error
         matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
-            raise UsageError(f"the schema cannot be followed: {matcher.get_error()[:300]}")
+            raise UsageError(f"the schema cannot be followed: {_reason(matcher.get_error())}")
         return GrammarState(matcher, self._vocab, self._end_ids)
+
+
+def _reason(error: str) -> str:
+    """Return an error without the dump of the parser's state, which holds schema and answer."""
+    return error.partition("\n")[0][:300]
 
 
 class GrammarState:
@@ -65,7 +70,7 @@ class GrammarState:
     @cached_property
     def failure(self) -> str | None:
         """Why the grammar cannot go on, such as a limit of its parser; None if it can."""
-        return self._matcher.get_error() or None
+        return _reason(self._matcher.get_error()) or None
 
     def after(self, token_id: int) -> GrammarState:
         """Return the state behind one more token, which must be an allowed one."""

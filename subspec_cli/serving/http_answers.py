@@ -222,7 +222,7 @@ class HttpAnswers:
         """Note why there is no answer; return what the client is told."""
         if isinstance(error, AnswersFailedError):
             self._status = error.status
-            self._told = error.failure.message if error.failure.is_fault else ""
+            self._told = _one_line(error.failure.message) if error.failure.is_fault else ""
             return error.document
         self._status = 500
         words, self._told = fault_words(error)
@@ -292,7 +292,11 @@ def fault_words(error: Exception) -> tuple[str, str]:
     """Return what a client and what the log is told of an error of our own."""
     place = traceback.extract_tb(error.__traceback__)[-1]
     words = f"internal error: {type(error).__name__}"
-    return words, f"{words}: {error} ({Path(place.filename).name}:{place.lineno})"
+    return words, _one_line(f"{words}: {error} ({Path(place.filename).name}:{place.lineno})")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:500]
 
 
 class _Guarded(Response):

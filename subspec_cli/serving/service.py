@@ -216,7 +216,7 @@ class AnswerService:
                 ticket = self._in_flight[found]
                 if delta.finish_reason is not None:
                     del self._in_flight[found]
-                ticket.tell(delta if delta.failure is None else Failure(delta.failure, is_fault=True))
+                ticket.tell(delta if delta.failure is None else Failure(delta.failure, is_fault=False))
         except _AbandonedError:
             pass
         except Exception as error:
