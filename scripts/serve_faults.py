@@ -333,26 +333,41 @@ def killed_batch(home: Path, model: str, folder: Path, kills: int, chance: rando
     undisturbed = start(home, "batch", *options, str(whole))
     finish(undisturbed)
     took_s = time.monotonic() - began_s
-    torn = 0
-    for _ in range(kills):
+    torn, counts = 0, [0]
+    for number in range(kills):
         running = start(home, "batch", *options, str(broken))
-        time.sleep(chance.uniform(0.3, 1.2) * took_s / 4)
+        if number % 2:  # while records are written, not while the model is loaded
+            until(partial(has_grown, broken, counts[-1], len(lines)))
+            time.sleep(chance.uniform(0, 0.3))
+        else:
+            time.sleep(chance.uniform(0.1, 1) * took_s)
         running.kill()
         running.communicate()
+        counts.append(len(records_in(broken)))
         torn += broken.exists() and bool(broken.read_bytes()) and not broken.read_bytes().endswith(b"\n")
     last = start(home, "batch", *options, str(broken))
     finish(last)
-    texts = [texts_in(path) for path in (whole, broken)]
-    count, is_equal = len(broken.read_text().splitlines()), texts[0] == texts[1]
+    count, is_equal = len(records_in(broken)), texts_in(whole) == texts_in(broken)
     return Finding(
-        f"{kills} kills, {torn} torn lines: {count} records, texts equal to an undisturbed run's: {is_equal}",
+        f"{kills} kills at {', '.join(map(str, counts[1:]))} records, {torn} torn lines: {count} records, "
+        f"texts equal to an undisturbed run's: {is_equal}",
         count == len(lines) and is_equal,
     )
 
 
+def records_in(path: Path) -> list[str]:
+    """Return the lines of a batch's results, also of those that are not there yet."""
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def has_grown(path: Path, count: int, most: int) -> bool:
+    """Whether a batch has written a record, or has none left to write."""
+    return len(records_in(path)) > count or count == most
+
+
 def texts_in(path: Path) -> dict[str, str]:
     """Return the texts of a batch's results by their ids."""
-    records = [json.loads(line) for line in path.read_text().splitlines()]
+    records = [json.loads(line) for line in records_in(path)]
     return {
         each["custom_id"]: each["response"]["body"]["choices"][0]["message"]["content"] for each in records
     }
