@@ -42,12 +42,11 @@ def run_job_on_ray(
             with RayPool(cluster, order, output.note) as pool:
                 dispatcher = Dispatcher(pool, cluster.replicas, lambda state: _show(state, progress))
                 _run(dispatcher, job, path, output)
+                document = batch_document(
+                    dispatcher.progress, dispatcher.about.description, dispatcher.peak_memory_bytes, path
+                )
     if as_json:
-        output.document(
-            batch_document(
-                dispatcher.progress, dispatcher.about.description, dispatcher.peak_memory_bytes, path
-            )
-        )
+        output.document(document)
 
 
 def _run(dispatcher: Dispatcher, job: Job, path: Path, output: Output) -> None:

@@ -25,8 +25,15 @@ EXAMPLES: Final = {
     ),
     "chat": ("subspec chat -m demo",),
     "bench": ("subspec bench sample -m demo --limit 4 -n 64",),
-    "batch": ("subspec batch requests.jsonl answers.jsonl -m demo --parallel 4",),
-    "serve": ("subspec serve demo", "subspec serve demo --host 0.0.0.0 --port 8080 --parallel 4"),
+    "batch": (
+        "subspec batch requests.jsonl answers.jsonl -m demo --parallel 4",
+        "subspec batch requests.jsonl answers.jsonl -m demo --ray local --replicas 2",
+    ),
+    "serve": (
+        "subspec serve demo",
+        "subspec serve demo --host 0.0.0.0 --port 8080 --parallel 4",
+        "subspec serve demo --ray local --replicas 2",
+    ),
     "audit": ("subspec audit demo --limit 2",),
     "list": ("subspec models list", "subspec models list | cut -f 1,6"),
     "path": ('du -sh "$(subspec models path demo)"',),
