@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from subspec_cli.planning.assumed_costs import assumed_costs
 from subspec_cli.serving.batch import BatchRun, longest_request
 from subspec_cli.serving.job import Job, open_job
 from subspec_cli.serving.job_results import JobResults
+from subspec_cli.serving.ray_cluster import Cluster, check_answers, checked_cluster
 from subspec_cli.serving.replica import Place, Replica, Share
 from subspec_cli.serving.replica_shares import Placement, common_threads, share_of
 from subspec_cli.session.machine_costs import SharedCosts
@@ -131,6 +133,50 @@ def test_a_directory_is_named_in_full(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("SUBSPEC_HOME", str(tmp_path / "home"))
     with pytest.raises(UsageError, match="no model is named"):
         named_model(Config())
+
+
+FOUND = {"CPU": 8.0, "GPU": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("found", "replicas", "device", "taken"),
+    [
+        (FOUND, None, "auto", Cluster(3, "cuda")),
+        (FOUND, 2, "auto", Cluster(2, "cuda")),
+        (FOUND, None, "cpu", Cluster(2, "cpu")),
+        (FOUND, 8, "cpu", Cluster(8, "cpu")),
+        ({"CPU": 8.0}, None, "auto", Cluster(2, "cpu")),
+    ],
+)
+def test_a_replica_for_each_gpu_or_node(found: Any, replicas: Any, device: str, taken: Cluster) -> None:
+    assert checked_cluster(found, 2, replicas, device) == taken
+    assert taken.actor_options["num_gpus"] == (taken.device == "cuda")
+
+
+@pytest.mark.parametrize(
+    ("found", "device", "words", "hint"),
+    [
+        (FOUND, "auto", "9 replicas need as many GPUs, the cluster has 3", "--replicas 3"),
+        (FOUND, "cpu", "9 replicas need as many processors, the cluster has 8", "--replicas 8"),
+        ({"CPU": 8.0}, "cuda", "9 replicas need as many GPUs, the cluster has 0", "--device cpu"),
+    ],
+)
+def test_a_cluster_that_is_too_small(found: Any, device: str, words: str, hint: str) -> None:
+    with pytest.raises(UsageError, match=words) as caught:
+        checked_cluster(found, 2, 9, device)
+    assert hint in caught.value.hint
+
+
+def test_an_address_where_nothing_listens_is_said_at_once() -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises(ResourceError, match=f"nothing answers at {address}: Connection refused"):
+            check_answers(address)
+        listener.listen()
+        check_answers(address)
+    for known_by_ray in ("local", "auto", "ray://127.0.0.1:1"):
+        check_answers(known_by_ray)
 
 
 def job_of(folder: Path) -> Job:

@@ -51,7 +51,7 @@ def ray_cluster(address: str, replicas: int | None, device: str) -> Iterator[Clu
     if address == LOCAL:
         processors = max(replicas or 1, os.cpu_count() or 1)
         how |= {"include_dashboard": False, "num_cpus": processors, "object_store_memory": _STORE_BYTES}
-    _check_answers(address)
+    check_answers(address)
     with _silent_stdout():
         handler = signal.getsignal(signal.SIGTERM)
         try:
@@ -62,15 +62,16 @@ def ray_cluster(address: str, replicas: int | None, device: str) -> Iterator[Clu
             words = printable(str(error)).strip().partition("\n")[0]
             raise ResourceError(
                 f"Ray at {address} cannot be used: {words}",
-                "--ray local starts one for the command; ray start --head begins a cluster",
+                "--ray local starts one for the command; a cluster that asks for a token needs "
+                "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN",
             ) from error
         try:
-            yield _checked(ray.cluster_resources(), len(ray.nodes()), replicas, device)
+            yield checked_cluster(ray.cluster_resources(), len(ray.nodes()), replicas, device)
         finally:
             ray.shutdown()
 
 
-def _check_answers(address: str) -> None:
+def check_answers(address: str) -> None:
     """Raise ResourceError if nothing listens at HOST:PORT: Ray would try for minutes."""
     host, _, port = address.rpartition(":")
     if "://" in address or not (host and port.isdecimal()):
@@ -91,7 +92,8 @@ def _silent_stdout() -> Iterator[None]:
         yield
 
 
-def _checked(found: dict[str, float], nodes: int, replicas: int | None, device: str) -> Cluster:
+def checked_cluster(found: dict[str, float], nodes: int, replicas: int | None, device: str) -> Cluster:
+    """Return what a command takes of the resources that were found; raises UsageError if they are too few."""
     gpus, processors = int(found.get("GPU", 0)), int(found.get("CPU", 0))
     if device == "auto":
         device = "cuda" if gpus else "cpu"

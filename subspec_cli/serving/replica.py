@@ -71,12 +71,13 @@ class ReplicaFacts:
     def check_like(self, other: ReplicaFacts) -> None:
         """Raise UsageError unless every answer is the same here and there."""
         about, there = self.description, other.description
+        least = min(about.context_tokens, there.context_tokens)
         pairs = [
             ("revision", about.revision, there.revision, "--revision REV names one"),
             ("dtype", about.dtype, there.dtype, ""),
             ("device", about.device, there.device, "--device cpu or cuda names one"),
             ("exactness", about.exactness, there.exactness, "leave out the node that is not exact"),
-            ("context", about.context_tokens, there.context_tokens, "--context N fixes it"),
+            ("context", about.context_tokens, there.context_tokens, f"--context {least} fixes it"),
             ("threads", about.threads, there.threads, "OMP_NUM_THREADS=N fixes them"),
             ("libraries", about.versions, there.versions, "install the same versions on both"),
         ]
