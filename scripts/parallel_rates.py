@@ -67,7 +67,8 @@ def main() -> None:
     """Measure and print."""
     options = read_options()
     numbers = [int(part) for part in options.parallel.split(",")]
-    questions = load_suite("sample", options.questions, options.limit)
+    most = options.limit if options.identity or not options.limit else max(options.limit, *numbers)
+    questions = load_suite("sample", options.questions, most)
     config = Config(
         model=ModelConfig(model=options.model),
         memory=MemoryConfig(
@@ -91,7 +92,8 @@ def main() -> None:
         more_bytes = own_bytes(planned(replace(config, memory=memory), number)) - least_bytes
         memory = replace(memory, memory_gib=options.memory_gb + max(0, more_bytes) / GIB)
         with open_session(replace(config, memory=memory), QUIET, parallel=number) as session:
-            found.append(measure(session, questions, options.max_new_tokens))
+            some = questions[: max(options.limit or 0, number)] or questions
+            found.append(measure(session, some, options.max_new_tokens))
         show(found[-1], found[0])
 
 
@@ -118,7 +120,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--memory-gb", type=float, required=True)
     parser.add_argument("--parallel", default="1,2,4,8")
     parser.add_argument("--questions")
-    parser.add_argument("--limit", type=int)
+    parser.add_argument("--limit", type=int, help="questions, at least one for each place")
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--resident-layers", type=int)
@@ -172,11 +174,12 @@ def begin(session: Session, asked: Asked):  # noqa: ANN201
 
 def show(found: Measured, first: Measured) -> None:
     """Print a row."""
-    same = sum(found.tokens[name] == tokens for name, tokens in first.tokens.items())
+    both = found.tokens.keys() & first.tokens.keys()
+    same = sum(found.tokens[name] == first.tokens[name] for name in both)
     print(
         f"{found.sequences:7} {found.budget_gib:11.2f} {found.rate:6.2f} {found.rate / first.rate:6.2f}x"
         f" {found.tau:5.1f} {found.full_s / max(1, found.full_rounds):7.2f} {found.predicted:10.2f}"
-        f" {found.ceiling:8.2f} {found.rate / found.ceiling:6.0%} {same} of {len(first.tokens)}",
+        f" {found.ceiling:8.2f} {found.rate / found.ceiling:6.0%} {same} of {len(both)}",
         flush=True,
     )
 
