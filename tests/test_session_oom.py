@@ -166,6 +166,7 @@ def opening_for(directory: Path, streamed: tuple[int, ...], notes: list[str]) ->
         shadow_rows=0,
         draft_rows=8,
         prompt_rows=512,
+        company_rows=0,
         lines=(),
         host_lines=(),
         streamed_bytes_per_pass=0,
