@@ -172,11 +172,15 @@ def test_the_consumer_waits_for_a_read_in_flight(rig: Rig) -> None:
     second = next(arriving)  # releases slot 0: the third block is being read into it
     assert soon(lambda: len(rig.reader.begun) == 3)
     rig.assert_block(1, second)
-    releaser = threading.Timer(0.03, rig.reader.gate.set)
-    releaser.start()
-    rig.assert_block(2, next(arriving))
-    assert stream.counters().wait_time_s > 0.01
-    releaser.join()
+    third: list[Block] = []
+    consumer = threading.Thread(target=lambda: third.append(next(arriving)))
+    consumer.start()
+    consumer.join(0.2)
+    assert not third
+    rig.reader.gate.set()
+    consumer.join()
+    rig.assert_block(2, third[0])
+    assert stream.counters().wait_time_s > 0
     arriving.close()
 
 
