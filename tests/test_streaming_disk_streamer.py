@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -172,7 +173,7 @@ def test_the_consumer_waits_for_a_read_in_flight(rig: Rig) -> None:
     second = next(arriving)  # releases slot 0: the third block is being read into it
     assert soon(lambda: len(rig.reader.begun) == 3)
     rig.assert_block(1, second)
-    third: list[Block] = []
+    third: list[Any] = []
     consumer = threading.Thread(target=lambda: third.append(next(arriving)))
     consumer.start()
     consumer.join(0.2)
