@@ -174,7 +174,13 @@ def test_the_consumer_waits_for_a_read_in_flight(rig: Rig) -> None:
     assert soon(lambda: len(rig.reader.begun) == 3)
     rig.assert_block(1, second)
     third: list[Any] = []
-    consumer = threading.Thread(target=lambda: third.append(next(arriving)))
+
+    def consume() -> None:
+        block = next(arriving)
+        block["block.2"].sum()  # waits for what is read
+        third.append(block)
+
+    consumer = threading.Thread(target=consume)
     consumer.start()
     consumer.join(0.2)
     assert not third
