@@ -22,11 +22,11 @@ from subspec_cli.serving.orders import AnswerOrder
 from subspec_cli.serving.request_body import Generation
 from subspec_cli.serving.response_body import (
     AnswerHead,
-    AnswerSoFar,
     Kind,
     chat_logprobs,
     choice_document,
     completion_logprobs,
+    empty_answers,
     error_document,
     figures_document,
     usage_document,
@@ -108,14 +108,7 @@ class HttpAnswers:
         """What the log says of a failure."""
         self._offsets = [0] * len(asked.orders)
         """Characters of the tokens whose log-probabilities were sent, by answer."""
-        self.answers = [
-            AnswerSoFar(
-                len(order.prompt_ids),
-                logprobs=None if order.logprobs is None else [],
-                tells_ids=bool(asked.body.return_token_ids),
-            )
-            for order in asked.orders
-        ]
+        self.answers = empty_answers(asked.orders, asked.body)
         self._tickets = self._ordered()
         prefix = "chatcmpl" if asked.kind == "chat" else "cmpl"
         about = session.description
@@ -188,12 +181,7 @@ class HttpAnswers:
                 continue
             if isinstance(piece, Failure):
                 raise AnswersFailedError(piece)
-            answer = self.answers[index]
-            answer.text += piece.text
-            answer.token_ids.extend(piece.token_ids)
-            answer.stats, answer.finish_reason = piece.stats, piece.finish_reason
-            if answer.logprobs is not None:
-                answer.logprobs.extend(piece.logprobs)
+            self.answers[index].add(piece)
             open_answers -= piece.finish_reason is not None
             yield index, piece
 

@@ -18,6 +18,7 @@ from subspec_cli.serving.response_body import (
     AnswerSoFar,
     Kind,
     choice_document,
+    empty_answers,
     error_document,
     figures_document,
     usage_document,
@@ -102,15 +103,7 @@ class LineAnswerer:
         except RequestRefusedError as problem:
             self._done.append(LineResult(line.number, self._refused(line, problem), is_refused=True))
             return
-        answers = [
-            AnswerSoFar(
-                len(order.prompt_ids),
-                logprobs=None if order.logprobs is None else [],
-                tells_ids=bool(line.body and line.body.return_token_ids),
-            )
-            for order in orders
-        ]
-        opened = _OpenLine(line, orders, answers)
+        opened = _OpenLine(line, orders, empty_answers(orders, line.body))
         self._waiting.extend((opened, index) for index in range(len(orders)))
 
     def let_join(self) -> None:
@@ -125,13 +118,8 @@ class LineAnswerer:
         if self._places:
             for found, delta in self._rounds.round():
                 opened, index = self._places[found]
-                answer = opened.answers[index]
-                answer.text += delta.text
-                answer.token_ids.extend(delta.token_ids)
-                answer.stats, answer.finish_reason = delta.stats, delta.finish_reason
+                opened.answers[index].add(delta)
                 opened.failure = opened.failure or delta.failure
-                if answer.logprobs is not None:
-                    answer.logprobs.extend(delta.logprobs)
                 if delta.finish_reason is not None:
                     del self._places[found]
                 if opened.is_whole:

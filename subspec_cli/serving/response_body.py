@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from subspec_cli.decoding.logprobs import TokenLogprobs
 from subspec_cli.metrics import FinishReason, GenerationStats
+from subspec_cli.serving.orders import AnswerOrder
+from subspec_cli.serving.request_body import Generation
+
+if TYPE_CHECKING:
+    from subspec_cli.session.answer import TextDelta
 
 Kind = Literal["chat", "completion"]
 TokenText = Callable[[int], str]
@@ -55,6 +60,26 @@ class AnswerSoFar:
     """Whether token ids were asked for."""
     finish_reason: FinishReason | None = None
     stats: GenerationStats = field(default_factory=GenerationStats)
+
+    def add(self, piece: TextDelta) -> None:
+        """Take the next piece."""
+        self.text += piece.text
+        self.token_ids.extend(piece.token_ids)
+        self.stats, self.finish_reason = piece.stats, piece.finish_reason
+        if self.logprobs is not None:
+            self.logprobs.extend(piece.logprobs)
+
+
+def empty_answers(orders: Sequence[AnswerOrder], body: Generation | None) -> list[AnswerSoFar]:
+    """Return the answers to the orders of one request, before their first piece."""
+    return [
+        AnswerSoFar(
+            len(order.prompt_ids),
+            logprobs=None if order.logprobs is None else [],
+            tells_ids=bool(body and body.return_token_ids),
+        )
+        for order in orders
+    ]
 
 
 def choice_document(kind: Kind, index: int, answer: AnswerSoFar, token_text: TokenText) -> dict[str, Any]:
