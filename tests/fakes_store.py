@@ -85,12 +85,13 @@ def run(
     retry_policy=HASTE,
     versions=VERSIONS,
     head_quantizer=quantize_head,
+    get_ready=lambda: None,
     **changes,
 ):
     """`prepare_model` with a fake quantizer; `changes` go to it, or to the geometry (`layers`)."""
     layers = changes.pop("layers", None)
     recipe = preparation.SubstituteRecipe(
-        SubstituteSettings(bits, "minmax"), quantizer or Quantizer(), head_quantizer, versions
+        SubstituteSettings(bits, "minmax"), quantizer or Quantizer(), head_quantizer, versions, get_ready
     )
     how = {
         "force": False,

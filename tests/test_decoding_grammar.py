@@ -11,11 +11,18 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from fakes import fake_cache, policy
 from fakes_session import Shelf, open_tiny
 
 from subspec_cli.config import SamplingConfig
 from subspec_cli.decoding.penalties import NO_PENALTIES, begin_path
-from subspec_cli.drafting.draft_steps import rank
+from subspec_cli.decoding.sampler import GreedySampler
+from subspec_cli.drafting.captured_steps import CapturedSequence
+from subspec_cli.drafting.draft_steps import SHARPENING, DirectSequence, rank
+from subspec_cli.drafting.frontier import DraftContext, DraftRules, Frontier
+from subspec_cli.drafting.growing_tree import GrowingTree
+from subspec_cli.drafting.history import Calibration, History
+from subspec_cli.drafting.ngram import NGramLookup
 from subspec_cli.errors import UnsupportedModelError, UsageError
 from subspec_cli.modeling.decoder import DraftLogits
 from subspec_cli.session.session import Session
@@ -177,6 +184,21 @@ def test_the_draft_ranks_only_what_is_allowed(is_rough: bool) -> None:
     assert ids[0, :2].tolist() == [2, 4]
     assert not torch.isfinite(scores[0, 2:]).any()
     assert torch.isfinite(scores[1]).all()
+
+
+class Unmasked(DirectSequence):
+    takes_masks = CapturedSequence.takes_masks
+
+
+@pytest.mark.parametrize("kind", [DirectSequence, Unmasked])
+def test_masks_are_made_only_for_steps_that_read_them(kind: type[DirectSequence]) -> None:
+    kv, rules = fake_cache(), DraftRules(policy(), History(), frozenset(), SHARPENING)
+    context = DraftContext(rules, kind(kv, GreedySampler()), kv, NGramLookup(), Calibration())
+    frontier = Frontier(GrowingTree(7, 20), context, Only(2, 5))
+    part = frontier.prepare(frontier.offer(1, 1, 9).rows)
+    assert (part.allowed is None) == (kind is Unmasked)
+    if part.allowed is not None:
+        assert np.flatnonzero(part.allowed[0]).tolist() == [2, 5]
 
 
 def test_an_error_of_the_parser_is_told_without_its_state(shelf: Shelf) -> None:

@@ -153,7 +153,7 @@ def test_a_prompt_goes_to_the_cache_that_holds_most_of_it(shelf: Shelf) -> None:
         for text in (*texts, *(text + "Why?" for text in texts)):
             prompt = session.encode_prompt(text, system=None, raw=True)
             answer = rounds.join(session.begin_by(prompt, GREEDY, seed=0), 3)
-            reused.append(answer.cached_tokens / len(prompt))
+            reused.append(answer.answer.reused / len(prompt))
             while rounds.in_flight:
                 list(rounds.round())
         assert reused[:2] == [0, 0]

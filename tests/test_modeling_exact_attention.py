@@ -5,12 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from attention_cases import Case, attention_of, random_case, random_tree_in, sizes_of
+from tiny_models import CPU
 from torch import Tensor
 
+from subspec_cli.checkpoint.geometry import ModelGeometry
 from subspec_cli.checkpoint.layer_description import AttentionShape
 from subspec_cli.modeling import exact_attention
+from subspec_cli.modeling.attention_check import find_attention_rules
 from subspec_cli.modeling.block_kernels import KernelName
 from subspec_cli.modeling.exact_attention import AttentionRules, ChainRows, ExactAttention
+from subspec_cli.modeling.kv_cache import KVCache
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 TOLERANCE = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float32: 2**-18}
@@ -70,12 +74,20 @@ def test_rows_of_a_tree_have_the_bits_of_the_chain(
             )
 
 
+def rules_here(sizes: ModelGeometry) -> AttentionRules:
+    """The rules that the self-check finds here: some kernels feel their company where a head is no whole tile."""
+    kv = KVCache(sizes.mixers, context=1900, scratch=64, dtype=torch.bfloat16, device=CPU)
+    rules, failure = find_attention_rules(lambda found: attention_of(sizes, rules=found), kv, most_nodes=64)
+    assert not failure
+    return rules
+
+
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim"), [(4, 4, 16), (3, 1, 8), (7, 1, 64), (9, 3, 64), (4, 2, 80)]
 )
 def test_any_heads_give_the_same_bits_in_chains_and_trees(heads: int, kv_heads: int, dim: int) -> None:
     sizes = sizes_of(heads, kv_heads, dim)
-    case, attention = random_case(sizes, 700, seed=2), attention_of(sizes)
+    case, attention = random_case(sizes, 700, seed=2), attention_of(sizes, rules=rules_here(sizes))
     whole = chain(attention, case, 0, 700, None)
     assert torch.equal(chain(attention, case, 513, 514, None)[0], whole[513])
     assert torch.equal(tree(attention, case, 560, 21, 18, None), whole[560:578])

@@ -77,7 +77,7 @@ def path_mask(parents: Sequence[int]) -> torch.Tensor:
 
 def run_tree(model: Tiny, kv: KVCache, ids: Sequence[int], parents: Sequence[int]) -> torch.Tensor:
     """Logits of a tree's nodes behind what is committed."""
-    decoder, path = model.target(), path_mask(parents)
+    decoder, path = model.target(rules=model.exact_rules), path_mask(parents)
     group = RowGroup(torch.tensor(list(ids)), path.sum(1) - 1 + kv.committed, kv.committed, path)
     return decoder.forward(group, kv)
 
@@ -154,7 +154,7 @@ class Doubled:
 
 def test_logits_are_those_of_the_library(hybrid: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """With its chunked rule, closer with its rule of one token after another, and as near to float64 as both."""
-    ids, decoder, kv = tokens(150), hybrid.target(), hybrid.kv()
+    ids, decoder, kv = tokens(150), hybrid.target(rules=hybrid.exact_rules), hybrid.kv()
     found = torch.cat(
         [hybrid.prefill(decoder, kv, ids[:140]), *(hybrid.prefill(decoder, kv, [t]) for t in ids[140:])]
     )
@@ -182,14 +182,14 @@ def test_trees_chunks_and_steps_have_the_same_bits(hybrid: Tiny, threads: int) -
     """Each node against its path in one chunk, and in single steps of plain decoding."""
     torch.set_num_threads(threads)
     prompt, ids = tokens(70), tokens(len(PARENTS), 1)
-    kv = hybrid.kv()
-    hybrid.prefill(hybrid.target(), kv, prompt)
+    decoder, kv = hybrid.target(rules=hybrid.exact_rules), hybrid.kv()
+    hybrid.prefill(decoder, kv, prompt)
     logits = run_tree(hybrid, kv, ids, PARENTS)
     for node in (4, 7, 9):
         line = line_of(node, PARENTS)
         chunked, stepped = hybrid.kv(), hybrid.kv()
-        whole = hybrid.prefill(hybrid.target(), chunked, [*prompt, *(ids[n] for n in line)])
-        hybrid.prefill(hybrid.target(), stepped, prompt)
+        whole = hybrid.prefill(decoder, chunked, [*prompt, *(ids[n] for n in line)])
+        hybrid.prefill(decoder, stepped, prompt)
         for at in line:
             single = run_tree(hybrid, stepped, [ids[at]], [-1])
             stepped.commit([0], [ids[at]])
@@ -202,19 +202,21 @@ def test_a_committed_path_continues_as_its_prompt_would(hybrid: Tiny, node: int)
     prompt, ids, after = tokens(70), tokens(len(PARENTS), 1), tokens(5, 2)
     line = line_of(node, PARENTS)
     kv, whole = hybrid.kv(), hybrid.kv()
-    hybrid.prefill(hybrid.target(), kv, prompt)
+    hybrid.prefill(hybrid.target(rules=hybrid.exact_rules), kv, prompt)
     run_tree(hybrid, kv, ids, PARENTS)
     kv.commit(line, [ids[n] for n in line])
-    expected = hybrid.prefill(hybrid.target(), whole, [*prompt, *(ids[n] for n in line), *after])[-5:]
-    assert torch.equal(hybrid.prefill(hybrid.target(), kv, after), expected)
+    expected = hybrid.prefill(
+        hybrid.target(rules=hybrid.exact_rules), whole, [*prompt, *(ids[n] for n in line), *after]
+    )[-5:]
+    assert torch.equal(hybrid.prefill(hybrid.target(rules=hybrid.exact_rules), kv, after), expected)
 
 
 def test_a_pass_that_is_not_committed_leaves_the_state(hybrid: Tiny) -> None:
     prompt, after = tokens(30), tokens(6, 3)
     kv, whole = hybrid.kv(), hybrid.kv()
-    hybrid.prefill(hybrid.target(), kv, prompt)
-    expected = hybrid.prefill(hybrid.target(), whole, [*prompt, *after])[-6:]
-    decoder = hybrid.target()
+    hybrid.prefill(hybrid.target(rules=hybrid.exact_rules), kv, prompt)
+    expected = hybrid.prefill(hybrid.target(rules=hybrid.exact_rules), whole, [*prompt, *after])[-6:]
+    decoder = hybrid.target(rules=hybrid.exact_rules)
     for parents in ((-1, 0, 0), None):
         path = None if parents is None else path_mask(parents)
         positions = torch.arange(30, 33) if path is None else path.sum(1) + 29
@@ -223,13 +225,13 @@ def test_a_pass_that_is_not_committed_leaves_the_state(hybrid: Tiny) -> None:
         for _ in range(3):
             next(layers)
         layers.close()  # as an interrupt does
-    assert torch.equal(hybrid.prefill(hybrid.target(), kv, after), expected)
+    assert torch.equal(hybrid.prefill(hybrid.target(rules=hybrid.exact_rules), kv, after), expected)
 
 
 def test_a_commit_that_an_interrupt_divides_is_taken_back(hybrid: Tiny) -> None:
     """The state is ahead of the cache's tokens then; the next prompt goes back to where both are known."""
     prompt, after = tokens(30), tokens(6, 3)
-    kv, whole, decoder = hybrid.kv(), hybrid.kv(), hybrid.target()
+    kv, whole, decoder = hybrid.kv(), hybrid.kv(), hybrid.target(rules=hybrid.exact_rules)
     hybrid.prefill(decoder, kv, prompt)
     kv.keep_snapshot()
     run_tree(hybrid, kv, tokens(3, 4), (-1, 0, 1))
@@ -243,7 +245,7 @@ def test_a_commit_that_an_interrupt_divides_is_taken_back(hybrid: Tiny) -> None:
 @pytest.mark.parametrize(("wanted", "left"), [(120, 120), (119, 100), (100, 100), (99, 64), (63, 0)])
 def test_a_state_goes_back_to_snapshots_only(hybrid: Tiny, wanted: int, left: int) -> None:
     whole, rest = [*tokens(100), *tokens(20, 5)], tokens(9, 6)
-    kv, fresh, decoder = hybrid.kv(), hybrid.kv(), hybrid.target()
+    kv, fresh, decoder = hybrid.kv(), hybrid.kv(), hybrid.target(rules=hybrid.exact_rules)
     hybrid.prefill(decoder, kv, whole[:64])
     kv.want_snapshot(64)
     hybrid.prefill(decoder, kv, whole[64:100])
@@ -267,7 +269,7 @@ def test_the_draft_of_the_target_s_own_weights_finds_its_logits(hybrid: Tiny) ->
     """Over several steps, one of them with a chain inside, and again behind a commit that moves rows."""
     prompt, ids = tokens(40), tokens(len(PARENTS), 1)
     kv, draft, path = hybrid.kv(), draft_of(hybrid), path_mask(PARENTS)
-    hybrid.prefill(hybrid.target(), kv, prompt)
+    hybrid.prefill(hybrid.target(rules=hybrid.exact_rules), kv, prompt)
     depths = path.sum(1) - 1
 
     def step(rows: Sequence[int]) -> torch.Tensor:

@@ -7,9 +7,10 @@ import torch
 from tiny_models import CPU, FAMILIES, Tiny, make_tiny_model
 
 from subspec_cli.errors import ResourceError
+from subspec_cli.modeling import self_check as self_check_module
 from subspec_cli.modeling.block_kernels import fused_cpu_kernel
 from subspec_cli.modeling.decoder import Head, TargetDecoder
-from subspec_cli.modeling.row_rules import RowRules
+from subspec_cli.modeling.row_rules import RowRules, likely_rules
 from subspec_cli.modeling.self_check import (
     candidate_rules,
     check_batch_invariance,
@@ -212,6 +213,41 @@ def test_the_smallest_row_block_that_holds_is_taken(qwen, monkeypatch):
     assert found.rules.row_block == 8
 
 
+def test_calls_of_one_size_are_taken_where_every_row_count_rounds_otherwise(qwen, monkeypatch):
+    """As AMX tiles do. What held before such a part is then checked in such calls too."""
+    tried = []
+
+    def feels_the_count(rows, weight, bias=None):
+        result = original(rows, weight, bias)
+        return result * (1 + len(rows) / 64) if weight.shape[1] > weight.shape[0] else result
+
+    original = torch.nn.functional.linear
+    keeps = self_check_module._rows_keep_bits
+    monkeypatch.setattr(self_check_module, "_check_product", lambda weight: None)
+    monkeypatch.setattr(torch.nn.functional, "linear", feels_the_count)
+    monkeypatch.setattr(
+        self_check_module,
+        "_rows_keep_bits",
+        lambda run, rules, states, counts: tried.append(rules) or keeps(run, rules, states, counts),
+    )
+    found = self_check(qwen)
+    assert (found.exactness, found.rules) == ("exact", RowRules(32, fixed_rows=True))
+    assert tried[-5:] == [found.rules] * 5, "attention, gate, up, down, head"
+
+
+@pytest.mark.parametrize("feels", [False, True])
+def test_the_likely_rules_are_those_of_the_products(monkeypatch, feels):
+    def product(rows, weight):
+        return torch.ones(len(rows), len(weight)) * (len(rows) if feels else 1)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", product)
+    found = likely_rules([(64, 32), (32, 64)], torch.bfloat16, CPU)
+    assert found == (RowRules(32, fixed_rows=True) if feels else RowRules(2))
+    assert likely_rules([], torch.bfloat16, torch.device("cuda")) == next(
+        candidate_rules(torch.device("cuda"))
+    )
+
+
 def test_elementwise_tiles_are_taken_where_whole_rows_do_not_hold(qwen, monkeypatch):
     original = RowRules.gated
 
@@ -246,8 +282,8 @@ def test_rows_are_padded_to_whole_blocks(device):
         padded = rules.padded(rows)
         assert padded >= rows
         assert padded % rules.row_block == 0
-    blocks = [rules.row_block for rules in rules_tried]
-    assert blocks == sorted(blocks)
+    order = [(rules.fixed_rows, rules.row_block, rules.tile_elementwise) for rules in rules_tried]
+    assert order == sorted(order), "cheapest first"
 
 
 @pytest.mark.parametrize("width", [64, 256, 4096, 11008])

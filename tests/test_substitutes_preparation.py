@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from checkpoints import tiny_tensors, write_checkpoint, write_weights
@@ -14,6 +15,7 @@ from subspec_cli.checkpoint.checkpoint import layer_entries, open_checkpoint
 from subspec_cli.checkpoint.tensor_reader import read_hashed_tensors
 from subspec_cli.errors import UnsupportedModelError
 from subspec_cli.hub.source_model import ResolvedModel
+from subspec_cli.substitutes import preparation
 from subspec_cli.substitutes.disk_space import estimate_file_bytes
 from subspec_cli.substitutes.manifest import (
     HEAD_NAME,
@@ -166,6 +168,22 @@ def test_estimate_is_above_quanto_like_sizes(model):
     wide = SubstituteSettings(2, "minmax", (("mlp.up_proj", 8),))
     more = estimate_file_bytes(checkpoint, 0, wide)
     assert more - estimate_file_bytes(checkpoint, 0, SubstituteSettings(2, "minmax")) > 64 * 32 * 0.75
+
+
+def test_what_comes_before_the_first_layer_is_no_part_of_its_time(model, monkeypatch):
+    """A rate that counts it would say that hours are left."""
+    clock, seen = [0.0], []
+
+    def work(layer, tensors):
+        clock[0] += 2
+        return Quantizer()(layer, tensors)
+
+    def get_ready():
+        clock[0] += 1000 if clock[0] == 0 else 0
+
+    monkeypatch.setattr(preparation, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    run(model, work, get_ready=get_ready, seen=seen)
+    assert [state.elapsed_s for state in seen][:LAYERS] == [2.0 * (layer + 1) for layer in range(LAYERS)]
 
 
 def test_a_copy_in_another_place_takes_the_layers_that_are_there(model, tmp_path):

@@ -96,6 +96,9 @@ class StepSizes:
 class CapturedSequence:
     """One sequence's steps as CUDA graphs over its own cache and buffers."""
 
+    takes_masks = False
+    """The host does not know the rows of a step behind the one in flight."""
+
     def __init__(
         self, draft: DraftDecoder, kv: KVCache, graphs: Graphs, sizes: StepSizes, device: torch.device
     ) -> None:

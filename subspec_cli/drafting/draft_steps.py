@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, NamedTuple, NewType, Protocol
+from typing import ClassVar, Final, Literal, NamedTuple, NewType, Protocol
 
 import numpy as np
 import torch
@@ -78,6 +78,11 @@ class Found:
 class SequenceSteps(Protocol):
     """One sequence's part in draft steps: its cache, and what its rows guess by."""
 
+    @property
+    def takes_masks(self) -> bool:
+        """Whether rows guess only what a grammar allows; else `StepPart.allowed` is not read."""
+        ...
+
     def penalize(self, state: PathState | None) -> None:
         """Let the steps to come guess by what penalties know behind the root; None ends it.
 
@@ -126,6 +131,7 @@ class DirectSequence:
     kv: KVCache
     sampler: Sampler
     penalty: Tensor | None = None
+    takes_masks: ClassVar[bool] = True
 
     def penalize(self, state: PathState | None) -> None:
         """Keep the state's numbers."""

@@ -194,7 +194,7 @@ class Frontier:
 
     def _allowed(self, rows: Sequence[Candidate]) -> NDArray[np.bool_] | None:
         """Return what a grammar lets follow each row; anything where the host does not know the row's token yet."""
-        if not self._constraints:
+        if not self._constraints or not self._shared.steps.takes_masks:
             return None
         masks: list[NDArray[np.bool_]] = []
         state: Constraint | None = None

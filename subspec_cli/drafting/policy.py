@@ -64,6 +64,14 @@ class Outlook:
     cached_rows: float
     """Committed rows of a sequence, which the pass and every draft step read; the mean of several."""
 
+    def with_step(self, rows: int, policy: DraftPolicy) -> Outlook:
+        """Return the outlook behind one more draft step. Each row that it expands leaves about one node to verify."""
+        return replace(
+            self,
+            nodes=self.nodes + rows,
+            spent_s=self.spent_s + policy.step_s(rows, self.cached_rows),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class DraftPolicy:
@@ -109,11 +117,11 @@ class DraftPolicy:
         )
         if self.fixed.width is not None and forced:
             return min(self.fixed.width, len(chances))
-        rate = history.tokens_per_s(outlook.expected_tokens, self.round_s(outlook))
-        step_s = partial(self.step_s, cached_rows=outlook.cached_rows)
+        round_s = self.round_s(outlook)
+        rate = history.tokens_per_s(outlook.expected_tokens, round_s)
         able = [chances[0], *(chance for chance in chances[1:MOST_ROWS] if chance >= LEAST_CHANCE)]
         gains = [
-            history.gain(chance) - rate * step_s(rows)
+            history.gain(chance) - rate * (self.round_s(outlook.with_step(rows, self)) - round_s)
             for rows, chance in enumerate(accumulate(able), start=1)
         ]
         best = max(range(len(gains)), key=lambda index: (gains[index], -index))

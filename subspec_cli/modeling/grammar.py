@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Final
 
 import llguidance
@@ -15,6 +15,8 @@ from subspec_cli.errors import UnsupportedModelError, UsageError
 
 _OPTIONS: Final[Any] = {"whitespace_flexible": True, "whitespace_pattern": r"( |\n {0,24})?"}
 """One space, or a new line that is indented: a small model may write spaces without end."""
+_KEPT_GRAMMARS: Final = 4
+"""Latest schemas whose first states are kept."""
 
 
 class JsonGrammars:
@@ -37,15 +39,19 @@ class JsonGrammars:
             ) from error
         self._vocab = vocab
         self._end_ids = tuple(sorted(end_ids))
+        # A request's schema is checked when it comes, and begins each of its choices later.
+        self._compiled = lru_cache(maxsize=_KEPT_GRAMMARS)(self._compile)
 
     def first_state(self, schema: dict[str, Any] | bool) -> GrammarState:
         """Return the state before an answer that follows a JSON schema; `True` is any object.
 
         Raises UsageError for a schema that cannot be followed.
         """
-        wanted = {"type": "object"} if schema is True else schema
+        return self._compiled(json.dumps({"type": "object"} if schema is True else schema))
+
+    def _compile(self, schema: str) -> GrammarState:
         try:
-            grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(wanted), overrides=_OPTIONS)
+            grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=_OPTIONS)
         except ValueError as error:
             raise UsageError(f"the schema cannot be followed: {_reason(str(error))}") from error
         matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0)

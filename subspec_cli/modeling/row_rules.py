@@ -5,7 +5,7 @@ Shapes: `P` rows with padding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
@@ -17,6 +17,15 @@ from torch import Tensor
 from subspec_cli.checkpoint.layer_description import Activation
 from subspec_cli.limits import ROW_SIZES
 
+ROW_BLOCKS: Final = (2, 4, 8, 16, 32, 64)
+"""Sizes to whose multiples rows may be padded."""
+CPU_CALL_ROWS: Final = (32, 64)
+"""Fixed rows of a product on CPUs whose kernels change with the row count, as with AMX tiles: 32 rows take about
+half as long as 64, and 16 two thirds of 32."""
+GPU_CALL_ROWS: Final = 64
+"""Fixed rows of a product off the CPU, where kernels change with the shape."""
+_TRIED_ROWS: Final = (8, 16, 64, 192)
+_TRIED_FEATURES: Final = 1024
 _SERIAL_ELEMENTS: Final = 32_768
 """Elementwise kernels run on one thread below this many elements (torch's grain size)."""
 _FEW_ELEMENTS: Final = 4 * _SERIAL_ELEMENTS
@@ -55,6 +64,21 @@ class RowRules:
         for rows, other in zip(gate.split(tile), up.split(tile), strict=True):
             activate_(activation, rows).mul_(other)
         return gate
+
+
+@torch.inference_mode()
+def likely_rules(shapes: Iterable[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> RowRules:
+    """Return the rules that the self-check will probably find for `[out, in]` matrices, after a product of each."""
+    if device.type != "cpu":
+        return RowRules(GPU_CALL_ROWS, fixed_rows=True)
+    draws = torch.Generator().manual_seed(0)
+    for out, width in set(shapes):
+        weight = torch.randn((min(out, _TRIED_FEATURES), width), dtype=dtype, generator=draws)
+        rows = torch.randn((_TRIED_ROWS[-1], width), dtype=dtype, generator=draws)
+        results = [F.linear(rows[:count], weight) for count in _TRIED_ROWS]
+        if any(not torch.equal(results[0], found[: len(results[0])]) for found in results[1:]):
+            return RowRules(CPU_CALL_ROWS[0], fixed_rows=True)
+    return RowRules(ROW_BLOCKS[0])
 
 
 @contextmanager

@@ -9,12 +9,12 @@ says why. Nothing claims `exact` unchecked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import islice
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,12 +28,9 @@ from subspec_cli.modeling.decoder import Block, BlockStream, Head, TargetDecoder
 from subspec_cli.modeling.exact_attention import AttentionRules, ExactAttention
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.modeling.row_group import RowGroup
-from subspec_cli.modeling.row_rules import RowRules
+from subspec_cli.modeling.row_rules import CPU_CALL_ROWS, GPU_CALL_ROWS, ROW_BLOCKS, RowRules
 from subspec_cli.modeling.target_flow import BatchFlow, SequenceRows
 
-_ROW_BLOCKS: Final = (2, 4, 8, 16, 32, 64)
-_DEVICE_ROW_BLOCK: Final = 64
-"""Fixed rows per linear call off the CPU, where kernels change with the shape."""
 _REVERSED_COUNTS: Final = (2, 3, 5, 8, 17, 33, 64)
 _SAMPLED_ELEMENTS: Final = 1 << 15
 """Results to compare at each row size: kernels that round differently differed in 1 of 4000 results."""
@@ -60,11 +57,14 @@ class SelfCheck:
 def candidate_rules(device: torch.device) -> Iterator[RowRules]:
     """The row rules to try, cheapest first."""
     if device.type != "cpu":
-        yield RowRules(_DEVICE_ROW_BLOCK, fixed_rows=True)
+        yield RowRules(GPU_CALL_ROWS, fixed_rows=True)
         return
-    for row_block in _ROW_BLOCKS:
+    for row_block in ROW_BLOCKS:
         yield RowRules(row_block)
         yield RowRules(row_block, tile_elementwise=True)
+    for row_block in CPU_CALL_ROWS:
+        yield RowRules(row_block, fixed_rows=True)
+        yield RowRules(row_block, fixed_rows=True, tile_elementwise=True)
 
 
 @torch.inference_mode()
@@ -88,11 +88,8 @@ def check_batch_invariance(
     dtype, device = head.weight.dtype, head.weight.device
     states = _random_states(head.weight.shape[1], max(counts), dtype, device)
     threads = torch.get_num_threads()
-    failure = ""
-    for rules in candidate_rules(device):
-        failure = _first_failure(decoder_for(rules), head, stream, states, counts, most_nodes, kv)
-        if not failure:
-            break
+    parts = partial(_parts, cache(decoder_for), head, stream, counts, most_nodes, kv)
+    rules, failure = _find_rules(list(candidate_rules(device)), parts, states)
     attention, attention_failure = find_attention_rules(attention_for, kv, most_nodes=most_nodes)
     failure = failure or attention_failure
     if failure:
@@ -110,35 +107,63 @@ def row_counts(most_nodes: int, prefill_rows: int) -> tuple[int, ...]:
     return tuple(sorted(n for n in counts if 1 <= n <= most))
 
 
-def _first_failure(
-    decoder: TargetDecoder,
+class _Part(NamedTuple):
+    """A part of the target that must be batch-invariant."""
+
+    name: str
+    run: Callable[[RowRules, Tensor], Tensor]
+    """Computes rows under rules."""
+    counts: Sequence[int]
+    """The row counts that it gets."""
+
+
+def _find_rules(
+    candidates: Sequence[RowRules], parts: Callable[[], Generator[_Part, None, None]], states: Tensor
+) -> tuple[RowRules, str]:
+    """Return the first rules under which all parts are batch-invariant; else the last, and the part that is not.
+
+    A part that fails is tried under the next rules at once, while its weights are there. Parts that came before it
+    are then checked once more, under the rules that were found.
+    """
+    rules, *others = candidates
+    while True:
+        is_agreed = True
+        with closing(parts()) as found:
+            for number, part in enumerate(found):
+                while not _rows_keep_bits(partial(part.run, rules), rules, states, part.counts):
+                    if not others:
+                        return rules, part.name
+                    rules, *others = others
+                    is_agreed = is_agreed and number == 0
+        if is_agreed:
+            return rules, ""
+
+
+def _parts(
+    decoder_for: Callable[[RowRules], TargetDecoder],
     head: Head,
     stream: BlockStream,
-    states: Tensor,
     counts: Sequence[int],
     most_nodes: int,
     kv: KVCache,
-) -> str:
-    """The name of the first part that is not batch-invariant; empty if all are."""
-    kinds = decoder.math.geometry.representatives
+) -> Generator[_Part, None, None]:
+    """Yield the blocks of the first layer of each kind as they are streamed, and the head."""
+    any_decoder = decoder_for(next(iter(candidate_rules(head.weight.device))))
+    kinds = any_decoder.math.geometry.representatives
     with closing(stream.blocks()) as blocks:
         for block in islice(blocks, (max(kinds) + 1) * len(LAYER_BLOCKS)):
             # Layers differ in what mixes their tokens; the feed-forward of the first stands for all.
             if block.layer not in kinds or (block.layer and block.kind != "attention"):
                 continue
             if block.kind == "attention" and not block.layer:
-                _check_product(block.matrices[decoder.output_name(block.layer)])
-            if not _rows_keep_bits(partial(_run_block, decoder, block, kv), decoder.rules, states, counts):
-                return (
-                    f"the {block.kind} block of layer {block.layer}"
-                    if block.layer
-                    else f"the {block.kind} block"
-                )
+                _check_product(block.matrices[any_decoder.output_name(block.layer)])
+            name = (
+                f"the {block.kind} block of layer {block.layer}" if block.layer else f"the {block.kind} block"
+            )
+            yield _Part(name, partial(_run_under, decoder_for, block, kv), counts)
     # Prefill needs the logits of the last row only, so the head never gets a whole chunk.
     few = [count for count in counts if count <= most_nodes]
-    if not _rows_keep_bits(lambda rows: head.logits(rows, decoder.rules), decoder.rules, states, few):
-        return "the head"
-    return ""
+    yield _Part("the head", lambda rules, rows: head.logits(rows, rules), few)
 
 
 def _check_product(weight: Tensor) -> None:
@@ -210,6 +235,12 @@ def _windows_keep_bits(run: Callable[[Tensor], Tensor], states: Tensor, referenc
     )
 
 
+def _run_under(
+    decoder_for: Callable[[RowRules], TargetDecoder], block: Block, kv: KVCache, rules: RowRules, rows: Tensor
+) -> Tensor:
+    return _run_block(decoder_for(rules), block, kv, rows)
+
+
 def _run_block(decoder: TargetDecoder, block: Block, kv: KVCache, rows: Tensor) -> Tensor:
     """Run one block on `[P, hidden]` rows, each at position 0; queries stand for what attention returns."""
     group = RowGroup(torch.zeros(len(rows), dtype=torch.long), torch.zeros(len(rows), dtype=torch.long), 0)
@@ -248,7 +279,7 @@ def _run_delta(decoder: TargetDecoder, block: Block, flow: BatchFlow) -> Tensor:
 
 def _random_states(hidden: int, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    padded = -(-rows // max(_ROW_BLOCKS)) * max(_ROW_BLOCKS)
+    padded = -(-rows // max(ROW_BLOCKS)) * max(ROW_BLOCKS)
     return torch.randn((padded, hidden), generator=generator).to(device, dtype)
 
 

@@ -35,7 +35,7 @@ from subspec_cli.modeling.kv_cache import KVCache, cache_for
 from subspec_cli.modeling.layers import LayerMath, OutputMath
 from subspec_cli.modeling.rope import RopeTable, RopeTables, Rotation
 from subspec_cli.modeling.row_group import RowGroup
-from subspec_cli.modeling.row_rules import RowRules
+from subspec_cli.modeling.row_rules import likely_rules
 from subspec_cli.modeling.substitute import (
     LowBitHead,
     SubstituteLayer,
@@ -149,6 +149,12 @@ def _tree_of(rows: int, prefix: int) -> RowGroup:
     return RowGroup(torch.zeros(rows, dtype=torch.long), prefix + depths, prefix, path)
 
 
+def _product_shapes(geometry: ModelGeometry) -> list[tuple[int, ...]]:
+    """Return the shapes of the first layer's matrices."""
+    shapes = geometry.layer_shapes(0)
+    return [shapes[name] for name in matrices_of(shapes)]
+
+
 class _Workbench:
     """Times a few layers of dummy weights in the decoders of a session."""
 
@@ -163,7 +169,7 @@ class _Workbench:
         self._sizes, self._settings, self._device = geometry, settings, device
         self._typical = typical
         self._dtype = torch_dtype(geometry.dtype)
-        self.rules = RowRules(2) if device.type == "cpu" else RowRules(64, fixed_rows=True)
+        self.rules = likely_rules(_product_shapes(geometry), self._dtype, device)
 
     @torch.inference_mode()
     def target_layer(

@@ -136,7 +136,8 @@ def tune(
     settings = replace(base, optimizer=TUNED, overrides=_matching(base.overrides, base.bits))
     source = _Source(model, revision, follow_links=True)  # the user was asked when the first set was made
     with Tuner(model, settings, config, reporter) as tuner:
-        return _prepare(source, _recipe(settings, tuner.quantize), force, progress, reporter)
+        recipe = replace(_recipe(settings, tuner.quantize), get_ready=tuner.get_ready)
+        return _prepare(source, recipe, force, progress, reporter)
 
 
 def _prepare(

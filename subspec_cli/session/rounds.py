@@ -26,11 +26,6 @@ class AnswerInFlight:
         self.text = text
 
     @property
-    def cached_tokens(self) -> int:
-        """Tokens of the prompt that were in the KV cache already."""
-        return self.answer.reused
-
-    @property
     def stats(self) -> GenerationStats:
         """Totals of the answer so far."""
         output = self.answer.output

@@ -88,6 +88,11 @@ class Tuner:
     def __exit__(self, *_: object) -> None:
         self._opened.close()
 
+    def get_ready(self) -> None:
+        """Decode the text, if that was not done; it takes longer than a layer."""
+        if self._measured is None:
+            self._measured = self._begin()
+
     def quantize(
         self, layer: int, tensors: dict[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, MatrixQuality]]:
@@ -98,7 +103,9 @@ class Tuner:
         return made.tensors, made.quality
 
     def _moments_of(self, layer: int) -> Mapping[str, MeasuredInputs]:
-        if self._measured is None or layer < self._next_layer:
+        self.get_ready()
+        assert self._measured is not None
+        if layer < self._next_layer:
             self._measured = self._begin()
         for number, moments in self._measured:
             self._next_layer = number + 1

@@ -80,6 +80,8 @@ class SubstituteRecipe:
     head_quantizer: HeadQuantizer
     library_versions: Mapping[str, str]
     """Versions of the libraries that the quantizers use."""
+    get_ready: Callable[[], None] = lambda: None
+    """Called before a layer is quantized; it may take long the first time, which is no part of the layer's time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,7 +298,12 @@ class _Preparation:
         """Read one layer, quantize it or take what another set made of the same bytes, write it, then record it."""
         started_s = time.monotonic()
         tensors, source_sha256 = read_hashed_tensors(self.sources[layer])
-        file, data = self._twin_of(layer, source_sha256) or made_layer(
+        twin = self._twin_of(layer, source_sha256)
+        if twin is None:
+            ready_s = -time.monotonic()
+            self.recipe.get_ready()
+            started_s += ready_s + time.monotonic()
+        file, data = twin or made_layer(
             layer,
             widened_tensors(tensors, torch_dtype(self.goal.dtype)),
             source_sha256,
