@@ -55,6 +55,18 @@ def test_depth_is_the_one_with_most_tokens_a_second(pass_s, survival):
     assert depth_taken(made(0.01, pass_s), survival) == best_depth(0.01, pass_s, survival)
 
 
+@pytest.mark.parametrize("node_s", [0.0, 0.02, 0.2])
+def test_a_step_is_charged_for_the_nodes_that_it_leaves_to_verify(node_s):
+    """Where computing limits the pass, a tree of several answers' nodes costs more than the steps that make it."""
+    costs = replace(plan_costs(0.01, 0.1), compute=RowTimes((1, 101), (0.2, 0.2 + 100 * node_s)))
+    policy = DraftPolicy(LIMITS, costs, 4)
+    rates = [
+        sum(0.9**level for level in range(depth + 1)) / (policy.costs.pass_s(depth + 1, CACHED) + depth * 0.01)
+        for depth in range(LIMITS.depth + 1)
+    ]
+    assert depth_taken(policy, 0.9) == int(np.argmax(rates))
+
+
 def test_cheap_steps_go_deep_and_expensive_ones_do_not():
     depths = [depth_taken(made(step_s, 1.0), 0.85) for step_s in (0.001, 0.01, 0.1, 0.5, 2.0)]
     assert depths == sorted(depths, reverse=True)
