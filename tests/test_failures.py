@@ -124,6 +124,8 @@ COVERED = [
     ("F60", "test_cli_failures::test_a_source_that_changed_is_never_paired_with_old_substitutes"),
     ("F60", f"{OPENING}::test_weights_written_again_are_not_paired_with_old_substitutes"),
     ("F61", f"{FILES}::test_mode_follows_the_umask"),
+    ("F62", "test_session_residuals::test_a_damaged_residual_file_is_never_streamed"),
+    ("F62", "test_session_residuals::test_residuals_of_other_substitutes_are_found_and_not_used"),
     (
         "F63",
         f"{TRUST}::test_a_target_file_that_changes_while_answering_ends_the_answer_before_its_next_token",

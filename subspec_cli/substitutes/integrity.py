@@ -28,7 +28,7 @@ from subspec_cli.hub.source_model import find_source_directory
 from subspec_cli.substitutes.head_file import head_entry
 from subspec_cli.substitutes.inventory import UNREADABLE, StoredModel
 from subspec_cli.substitutes.manifest import MANIFEST_NAME, Manifest, Part, StoredFile, file_path
-from subspec_cli.substitutes.residual_set import RESIDUALS_NAME, ResidualFile, read_residuals
+from subspec_cli.substitutes.residual_set import RESIDUALS_NAME, ResidualFile, problem_of, read_residuals
 from subspec_cli.substitutes.source_stamp import has_same_times
 
 _PIECE_BYTES: Final = 8 << 20
@@ -100,6 +100,11 @@ class Verifier:
         self._model_id = manifest.model_id
         files: list[StoredFile | ResidualFile] = [*manifest.files, *self._residuals(stored)]
         findings = [self._verify_file(stored.directory, file) for file in files]
+        findings += [
+            Finding(stored.directory / file.name, what)
+            for file in self._residuals(stored)
+            if (what := problem_of(file, manifest))
+        ]
         if problem := _residuals_problem(stored):
             findings.append(problem)
         return [*(item for item in findings if item), *self._verify_target(manifest)]
