@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from fakes_session import prepare_quietly
+from safetensors.torch import load_file, save_file
 from tiny_models import make_tiny_model
 
 from subspec_cli.__main__ import main
@@ -13,7 +14,7 @@ from subspec_cli.errors import UsageError
 from subspec_cli.reporter import Reporter
 from subspec_cli.session import tuning
 from subspec_cli.session.prepare import repair, tune
-from subspec_cli.substitutes.integrity import Finding
+from subspec_cli.substitutes.integrity import Finding, Verifier
 from subspec_cli.substitutes.inventory import list_stored
 from subspec_cli.substitutes.manifest import HEAD_NAME, TUNING_TEXT_NAME, read_manifest
 from subspec_cli.substitutes.settings import SubstituteSettings
@@ -77,6 +78,62 @@ def test_an_interrupted_tuning_goes_on_to_the_same_bytes(model):
     stored = next(item for item in list_stored() if item.directory == Path(report.directory))
     repair(stored, [Finding(damaged, "a", "b")], lambda state: None)
     assert files(report) == whole
+
+
+def stored_of(report):
+    return next(item for item in list_stored() if item.directory == Path(report.directory))
+
+
+def other_tokens(text):
+    """Put another text in place of a kept one."""
+    answers = json.loads(text.read_text())["answers"]
+    text.write_text(json.dumps({"answers": [[token ^ 1 for token in answer] for answer in answers]}))
+
+
+def test_a_changed_layer_changes_the_text_and_every_tuned_layer(model, tmp_path, monkeypatch):
+    report = tuned(model)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] *= -3
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    prepare_quietly(model)
+    made = tuned(model)
+    assert made.directory == report.directory
+    again, text = files(made), (Path(made.directory) / TUNING_TEXT_NAME).read_bytes()
+    monkeypatch.setenv("SUBSPEC_HOME", str(tmp_path / "other home"))
+    prepare_quietly(model)
+    fresh = tuned(model)
+    assert files(fresh) == again
+    assert (Path(fresh.directory) / TUNING_TEXT_NAME).read_bytes() == text
+
+
+def test_a_text_that_is_not_the_recorded_one_is_decoded_again(model):
+    whole = files(report := tuned(model))
+    text = Path(report.directory) / TUNING_TEXT_NAME
+    kept = text.read_bytes()
+    other_tokens(text)
+    found = Verifier([stored_of(report)], lambda state: None).verify(stored_of(report))
+    assert [item.path for item in found] == [text]
+    repair(stored_of(report), found, lambda state: None)
+    assert text.read_bytes() == kept
+    assert files(report) == whole
+    other_tokens(text)
+    (Path(report.directory) / "layer-00001.safetensors").unlink()
+    prepare_quietly(model)
+    assert files(tuned(model)) == whole
+    assert text.read_bytes() == kept
+    other_tokens(text)
+    assert files(tuned(model, force=True)) == whole
+    assert text.read_bytes() == kept
+
+
+def test_a_set_of_an_earlier_version_records_no_text_and_stays_as_it_is(model):
+    report = tuned(model)
+    path = Path(report.directory) / "manifest.json"
+    document = json.loads(path.read_text())
+    del document["tuning_text_sha256"]
+    path.write_text(json.dumps(document))
+    assert Verifier([stored_of(report)], lambda state: None).verify(stored_of(report)) == []
+    assert tuned(model).already_prepared
 
 
 def test_8_bits_are_not_tuned():

@@ -27,9 +27,10 @@ from subspec_cli.substitutes.integrity import Finding
 from subspec_cli.substitutes.inventory import StoredModel
 from subspec_cli.substitutes.layer_file import Quantizer
 from subspec_cli.substitutes.manifest import MANIFEST_NAME, read_manifest
-from subspec_cli.substitutes.preparation import PrepareProgress, SubstituteRecipe, prepare_model
+from subspec_cli.substitutes.preparation import PrepareProgress, prepare_model
 from subspec_cli.substitutes.prepared_model import PreparedModel
 from subspec_cli.substitutes.quality import MatrixQuality, OutputQuality, by_kind, matrix_kind, summed
+from subspec_cli.substitutes.recipe import SubstituteRecipe
 from subspec_cli.substitutes.repair import drop_damaged, is_source_damaged
 from subspec_cli.substitutes.residual_set import RESIDUALS_NAME
 from subspec_cli.substitutes.settings import TUNED, SubstituteSettings
@@ -136,7 +137,7 @@ def tune(
     settings = replace(base, optimizer=TUNED, overrides=_matching(base.overrides, base.bits))
     source = _Source(model, revision, follow_links=True)  # the user was asked when the first set was made
     with Tuner(model, settings, config, reporter) as tuner:
-        recipe = replace(_recipe(settings, tuner.quantize), get_ready=tuner.get_ready)
+        recipe = replace(_recipe(settings, tuner.quantize), find_text=tuner.find_text)
         return _prepare(source, recipe, force, progress, reporter)
 
 

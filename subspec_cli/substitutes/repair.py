@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from subspec_cli.errors import UsageError
-from subspec_cli.files.io_errors import write_error
+from subspec_cli.files.atomic_write import remove_file
 from subspec_cli.files.lock import directory_lock
 from subspec_cli.hub.model_name import name_of_id
 from subspec_cli.substitutes.integrity import Finding, blob_of
@@ -45,20 +44,13 @@ def drop_damaged(stored: StoredModel, findings: Sequence[Finding]) -> Manifest:
     with directory_lock(stored.directory):
         for finding in findings:
             if finding.path.parent == stored.directory:
-                _drop(finding.path)
+                remove_file(finding.path)
             elif (
                 name_of_id(manifest.model_id).directory is None
                 and finding.found
                 and (blob := blob_of(finding.path)) is not None
                 and blob.name == finding.expected
             ):
-                _drop(blob)
-                _drop(finding.path)
+                remove_file(blob)
+                remove_file(finding.path)
     return manifest
-
-
-def _drop(path: Path) -> None:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        raise write_error(error, path) from error
