@@ -1,9 +1,11 @@
 """`prepare --tune` from a prepared tiny model to a tuned set: the same bytes after any interruption."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from fakes_session import prepare_quietly
 from safetensors.torch import load_file, save_file
 from tiny_models import make_tiny_model
@@ -14,9 +16,11 @@ from subspec_cli.errors import UsageError
 from subspec_cli.reporter import Reporter
 from subspec_cli.session import tuning
 from subspec_cli.session.prepare import repair, tune
+from subspec_cli.session.residuals import add_residuals
 from subspec_cli.substitutes.integrity import Finding, Verifier
 from subspec_cli.substitutes.inventory import list_stored
 from subspec_cli.substitutes.manifest import HEAD_NAME, TUNING_TEXT_NAME, read_manifest
+from subspec_cli.substitutes.prepared_model import find_prepared
 from subspec_cli.substitutes.settings import SubstituteSettings
 
 CONFIG = resolve_config({"memory": {"vram_gb": 1.0, "device": "cpu", "resident_layers": 0}})
@@ -27,7 +31,7 @@ def model(tmp_path, monkeypatch):
     monkeypatch.setenv("SUBSPEC_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(tuning, "_TEXT_TOKENS", 32)
     monkeypatch.setattr(tuning, "_ANSWER_TOKENS", 8)
-    directory = make_tiny_model(tmp_path / "model", "qwen2", layers=2)
+    directory = make_tiny_model(tmp_path / "model", "qwen2", layers=2, dtype=torch.bfloat16)
     prepare_quietly(directory)
     return directory
 
@@ -78,6 +82,10 @@ def test_an_interrupted_tuning_goes_on_to_the_same_bytes(model):
     stored = next(item for item in list_stored() if item.directory == Path(report.directory))
     repair(stored, [Finding(damaged, "a", "b")], lambda state: None)
     assert files(report) == whole
+
+
+def ignore(_state):
+    pass
 
 
 def stored_of(report):
@@ -134,6 +142,46 @@ def test_a_set_of_an_earlier_version_records_no_text_and_stays_as_it_is(model):
     path.write_text(json.dumps(document))
     assert Verifier([stored_of(report)], lambda state: None).verify(stored_of(report)) == []
     assert tuned(model).already_prepared
+
+
+def test_a_repaired_first_set_does_not_become_the_latest(model):
+    first = find_prepared(str(model)).directory
+    report = tuned(model)
+    shutil.copy(report.directory / HEAD_NAME, first / "layer-00000.safetensors")
+    stored = next(item for item in list_stored() if item.directory == first)
+    found = Verifier([stored], lambda state: None).verify(stored)
+    repair(stored, found, lambda state: None)
+    assert find_prepared(str(model)).directory == report.directory
+    shutil.rmtree(first)
+    (report.directory / "layer-00001.safetensors").unlink()
+    repair(stored_of(report), [Finding(report.directory / "layer-00001.safetensors", "missing")], ignore)
+    assert first.exists()
+    assert find_prepared(str(model)).directory == report.directory
+
+
+def test_repairing_a_residual_makes_no_first_set(model):
+    first = find_prepared(str(model)).directory
+    report = tuned(model)
+    add_residuals(find_prepared(str(model)), progress=ignore)
+    shutil.rmtree(first)
+    residual = report.directory / "residual-00001.safetensors"
+    whole = residual.read_bytes()
+    residual.write_bytes(whole[:-1])
+    repair(stored_of(report), [Finding(residual, "wrong size")], ignore)
+    assert residual.read_bytes() == whole
+    assert not first.exists()
+
+
+def test_residuals_are_written_beside_the_tuned_set_where_it_is_the_latest(model, capsys):
+    tuned_set = Path(tuned(model).directory)
+    where = ("--device", "cpu", "--memory-gb", "1")
+    assert main(["prepare", str(model), *where, "--residual", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert Path(document["directory"]) == tuned_set
+    assert find_prepared(str(model)).directory == tuned_set
+    assert (tuned_set / "residuals.json").exists()
+    assert main(["prepare", str(model), *where, "--residual", "--no-tune", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["optimizer"] == "minmax"
 
 
 def test_8_bits_are_not_tuned():

@@ -40,6 +40,7 @@ from subspec_cli.substitutes.head_file import (
     head_pieces,
     write_head,
 )
+from subspec_cli.substitutes.in_use import users_of
 from subspec_cli.substitutes.layer_file import made_layer
 from subspec_cli.substitutes.manifest import (
     HEAD_NAME,
@@ -141,6 +142,7 @@ def prepare_model(
     work.find_sources(geometry)
     if directory.is_dir():
         sweep_stale_temps(directory)
+        users_of(directory)  # deletes what killed processes left
     if not force and (finished := work.already_prepared()):
         return finished
     if not directory.exists():  # a refusal leaves nothing behind
