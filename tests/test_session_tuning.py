@@ -92,17 +92,42 @@ def stored_of(report):
     return next(item for item in list_stored() if item.directory == Path(report.directory))
 
 
+def change_layer(model):
+    """Write other weights of the last layer into the model."""
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] *= -3
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+
+
 def other_tokens(text):
     """Put another text in place of a kept one."""
     answers = json.loads(text.read_text())["answers"]
     text.write_text(json.dumps({"answers": [[token ^ 1 for token in answer] for answer in answers]}))
 
 
+@pytest.mark.parametrize("is_changed", [False, True])
+def test_a_text_that_was_cut_short_goes_on_for_the_same_weights_alone(model, monkeypatch, is_changed):
+    decoded, answer = [], tuning._answer
+
+    def stop_at_the_second(session, beginning, most):
+        decoded.append(beginning)
+        if len(decoded) == 2:
+            raise KeyboardInterrupt
+        return answer(session, beginning, most)
+
+    monkeypatch.setattr(tuning, "_answer", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        tuned(model)
+    if is_changed:
+        change_layer(model)
+        prepare_quietly(model)
+    tuned(model)
+    assert decoded[2] == tuning._PROMPTS[0 if is_changed else 1]
+
+
 def test_a_changed_layer_changes_the_text_and_every_tuned_layer(model, tmp_path, monkeypatch):
     report = tuned(model)
-    tensors = load_file(model / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"] *= -3
-    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    change_layer(model)
     prepare_quietly(model)
     made = tuned(model)
     assert made.directory == report.directory
