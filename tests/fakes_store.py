@@ -17,7 +17,8 @@ from subspec_cli.substitutes import preparation
 from subspec_cli.substitutes.manifest import Manifest, write_manifest
 from subspec_cli.substitutes.prepared_model import PreparedModel, prepared_directory
 from subspec_cli.substitutes.quality import MatrixQuality
-from subspec_cli.substitutes.settings import SubstituteSettings, group_size_for
+from subspec_cli.substitutes.recipe import SubstituteRecipe
+from subspec_cli.substitutes.settings import TUNED, SubstituteSettings, group_size_for
 
 LAYERS = 3
 SETTINGS = SubstituteSettings(4, "minmax")
@@ -85,13 +86,17 @@ def run(
     retry_policy=HASTE,
     versions=VERSIONS,
     head_quantizer=quantize_head,
-    get_ready=lambda: None,
+    find_text=None,
     **changes,
 ):
     """`prepare_model` with a fake quantizer; `changes` go to it, or to the geometry (`layers`)."""
     layers = changes.pop("layers", None)
-    recipe = preparation.SubstituteRecipe(
-        SubstituteSettings(bits, "minmax"), quantizer or Quantizer(), head_quantizer, versions, get_ready
+    recipe = SubstituteRecipe(
+        SubstituteSettings(bits, "minmax" if find_text is None else TUNED),
+        quantizer or Quantizer(),
+        head_quantizer,
+        versions,
+        find_text,
     )
     how = {
         "force": False,

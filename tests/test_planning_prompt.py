@@ -16,7 +16,7 @@ from subspec_cli.planning.plan import fastest_plan, make_plan
 from subspec_cli.planning.reason import ContextCost, NoRoomToDraft, ShorterContext
 from subspec_cli.planning.request import PlanRequest, WantedTokens, check_prompt_fits
 from subspec_cli.substitutes.settings import SubstituteSettings, substitute_layer_bytes
-from subspec_cli.units import GIB, MIB
+from subspec_cli.units import GIB, MIB, parse_size_gib
 
 WANTED = st.builds(WantedTokens, st.integers(1, 32_767), st.integers(1, 40_000))
 
@@ -114,6 +114,21 @@ def test_a_prompt_that_the_budget_cannot_hold_is_told_what_would_do() -> None:
     assert nothing is not None
     assert "is too small" in nothing.message
     assert "with a context of 5568" in nothing.hint
+
+
+def test_a_text_that_is_wanted_whole_is_not_cut_by_a_small_budget() -> None:
+    request = make_request(wanted=WantedTokens(1, 2047, is_whole=True))
+    error = refusal(replace(request, budget_bytes=100 * MIB))
+    assert error is not None
+    stated = re.match(r".* too small: (.*) is the least", error.message)
+    assert stated is not None
+    least = round(parse_size_gib(stated[1]) * GIB)
+    assert make_plan(replace(request, budget_bytes=least)).context == 2048
+    error = refusal(replace(request, budget_bytes=least * 98 // 100))
+    assert error is not None
+    assert "would fit" not in error.message
+    longer = replace(request, budget_bytes=4 * least, model_context=1024)
+    assert make_plan(longer).context == 1024
 
 
 def test_a_context_of_the_users_that_does_not_fit_is_told_which_one_would() -> None:

@@ -1,6 +1,8 @@
 """Residuals from `prepare` to a session: exact weights, kills, damage, and when they are streamed."""
 
 import json
+import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,14 +10,15 @@ from checkpoints import geometry_in
 from fakes_session import answer_to, open_tiny, prepare_quietly
 from tiny_models import make_tiny_model
 
-from subspec_cli.errors import IntegrityError
+from subspec_cli.errors import IntegrityError, ResourceError
+from subspec_cli.files.regular_file import sha256_file
 from subspec_cli.planning.assumed_costs import assumed_costs
 from subspec_cli.probe.timed_machine import TimedMachine
 from subspec_cli.reporter import Reporter
 from subspec_cli.session import stream_forms as forms_module
 from subspec_cli.session.prepare import repair
 from subspec_cli.session.residuals import add_residuals
-from subspec_cli.substitutes import residual_preparation
+from subspec_cli.substitutes import residual_preparation, residual_set
 from subspec_cli.substitutes.integrity import Verifier
 from subspec_cli.substitutes.inventory import find_stored, own_files
 from subspec_cli.substitutes.prepared_model import find_prepared
@@ -112,7 +115,8 @@ def test_a_flipped_bit_and_a_short_file_are_found_and_made_again(copied):
     before = {
         path.name: path.read_bytes() for path in own_files(prepared.directory) if path.suffix != ".lock"
     }
-    flipped, short = (prepared.directory / file.name for file in read_residuals(prepared.directory)[:2])
+    listed = read_residuals(prepared.directory)
+    flipped, short = (prepared.directory / file.name for file in listed[:2])
     data = bytearray(flipped.read_bytes())
     data[-3] ^= 16
     flipped.write_bytes(data)
@@ -121,8 +125,82 @@ def test_a_flipped_bit_and_a_short_file_are_found_and_made_again(copied):
     assert {item.path.name for item in found} == {flipped.name, short.name}
     repair(stored, found, lambda state: None)
     assert findings(copied)[1] == []
-    for name in (flipped.name, short.name, RESIDUALS_NAME):
+    for name in (flipped.name, short.name):
         assert (prepared.directory / name).read_bytes() == before[name]
+    again = [replace(file, mtime_ns=0, ctime_ns=0) for file in read_residuals(prepared.directory)]
+    assert again == [replace(file, mtime_ns=0, ctime_ns=0) for file in listed]
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 16
+    path.write_bytes(data)
+
+
+def streams(directory):
+    """Whether a session streams residuals, and its notes."""
+    notes = []
+    with open_tiny(directory, reporter=Reporter(note=notes.append)) as session:
+        return session.loaded.blocks.streamer is not None and session.description.plan.reason.stream, notes
+
+
+def test_a_damaged_residual_file_is_never_streamed(copied):
+    add(copied)
+    prepared = find_prepared(str(copied))
+    path = prepared.directory / read_residuals(prepared.directory)[1].name
+    before = path.stat()
+    flip(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    stream, notes = streams(copied)
+    assert stream is None
+    (note,) = [text for text in notes if "not used" in text]
+    assert f"{path.name} has the SHA-256" in note
+    assert f"subspec models verify {copied} --repair" in note
+
+
+def test_copied_residuals_are_hashed_once_and_used(copied, monkeypatch):
+    add(copied)
+    prepared = find_prepared(str(copied))
+    listed = read_residuals(prepared.directory)
+    for file in listed:
+        os.utime(prepared.directory / file.name, ns=(1, 1))
+    hashed = []
+    monkeypatch.setattr(
+        residual_set, "sha256_file", lambda path: hashed.append(path.name) or sha256_file(path)
+    )
+    stream, notes = streams(copied)
+    assert stream.residuals
+    assert hashed == [file.name for file in listed]
+    assert any("hashing" in text for text in notes)
+    stream, notes = streams(copied)
+    assert stream.residuals
+    assert len(hashed) == len(listed)
+    assert not notes
+
+
+def test_a_list_without_times_is_used_after_its_files_are_hashed(copied):
+    add(copied)
+    prepared = find_prepared(str(copied))
+    path = prepared.directory / RESIDUALS_NAME
+    document = json.loads(path.read_text())
+    for item in document["files"]:
+        del item["mtime_ns"], item["ctime_ns"]
+    path.write_text(json.dumps(document))
+    assert findings(copied)[1] == []
+    assert streams(copied)[0].residuals
+    assert all(file.mtime_ns and file.ctime_ns for file in read_residuals(prepared.directory))
+    flip(prepared.directory / read_residuals(prepared.directory)[0].name)
+    assert streams(copied)[0] is None
+
+
+def test_finished_residuals_need_no_lock(copied, monkeypatch):
+    first = add(copied)
+
+    def refuse(*given, **named):
+        raise ResourceError("the home is read-only")
+
+    monkeypatch.setattr(residual_preparation, "directory_lock", refuse)
+    assert add(copied).size_bytes == first.size_bytes
 
 
 def test_a_residual_file_that_changes_in_use_ends_the_answer(copied, only_residuals):
@@ -164,7 +242,9 @@ def test_a_killed_preparation_goes_on_with_the_layers_that_are_missing(copied, m
 
     with pytest.raises(KeyboardInterrupt):
         add(copied, progress=stop)
-    assert find_residuals(prepared.directory, prepared.manifest) is None
+    with pytest.raises(IntegrityError, match="1 of") as caught:
+        find_residuals(prepared.directory, prepared.manifest)
+    assert caught.value.hint == f"the rest: subspec prepare {copied} --residual"
     made = residual_preparation._Residuals._make
     monkeypatch.setattr(
         residual_preparation._Residuals,
@@ -187,14 +267,22 @@ def test_a_file_that_does_not_give_the_weights_is_an_error_and_is_not_listed(cop
     assert not list(prepared.directory.glob("residual-*"))
 
 
-def test_residuals_of_other_substitutes_are_not_used(copied):
+@pytest.mark.parametrize("digest", ["substitute_sha256", "source_sha256"])
+def test_residuals_of_other_substitutes_are_found_and_not_used(copied, digest):
     add(copied)
     prepared = find_prepared(str(copied))
     path = prepared.directory / RESIDUALS_NAME
     document = json.loads(path.read_text())
-    document["files"][0]["substitute_sha256"] = "0" * 64
+    document["files"][0][digest] = "0" * 64
     path.write_text(json.dumps(document))
-    assert find_residuals(prepared.directory, prepared.manifest) is None
+    stream, notes = streams(copied)
+    assert stream is None
+    assert sum("of other weights or another substitute" in text for text in notes) == 1
+    stored, found = findings(copied)
+    assert [item.path.name for item in found] == ["residual-00000.safetensors"]
+    repair(stored, found, lambda state: None)
+    assert findings(copied)[1] == []
+    assert streams(copied)[0].residuals
 
 
 @pytest.mark.parametrize(("how", "why"), [({"dtype": torch.float16}, "F16"), ({"bits": 8}, "8 bits")])

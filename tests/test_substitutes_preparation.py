@@ -21,11 +21,17 @@ from subspec_cli.substitutes.manifest import (
     HEAD_NAME,
     JOURNAL_NAME,
     MANIFEST_NAME,
+    TUNING_TEXT_NAME,
     layer_file_name,
     write_manifest,
 )
-from subspec_cli.substitutes.prepared_model import check_pairing, find_prepared, load_layer
-from subspec_cli.substitutes.settings import SubstituteSettings
+from subspec_cli.substitutes.prepared_model import (
+    check_pairing,
+    find_prepared,
+    load_layer,
+    prepared_directory,
+)
+from subspec_cli.substitutes.settings import TUNED, SubstituteSettings
 from subspec_cli.substitutes.source_stamp import make_stamp
 
 FINISHED = [".lock", HEAD_NAME, *(layer_file_name(layer) for layer in range(LAYERS)), MANIFEST_NAME]
@@ -178,11 +184,12 @@ def test_what_comes_before_the_first_layer_is_no_part_of_its_time(model, monkeyp
         clock[0] += 2
         return Quantizer()(layer, tensors)
 
-    def get_ready():
-        clock[0] += 1000 if clock[0] == 0 else 0
+    def find_text(_sha256):
+        clock[0] += 1000
+        return "0" * 64
 
     monkeypatch.setattr(preparation, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    run(model, work, get_ready=get_ready, seen=seen)
+    run(model, work, find_text=find_text, seen=seen)
     assert [state.elapsed_s for state in seen][:LAYERS] == [2.0 * (layer + 1) for layer in range(LAYERS)]
 
 
@@ -210,6 +217,32 @@ def test_a_copy_in_another_place_takes_the_layers_that_are_there(model, tmp_path
     assert quantizer.calls == 1 + 2 * LAYERS
     run(model, quantizer := Quantizer(), versions={"torch": "3"}, force=True)
     assert quantizer.calls == LAYERS
+
+
+def test_tuned_layers_are_taken_only_from_a_model_whose_bytes_are_all_the_same(model, tmp_path):
+    """Each was rounded for what the whole model says and for what the layers before it make of that."""
+
+    def tuned(resolved, text="0"):
+        quantizer = Quantizer()
+        run(resolved, quantizer, find_text=lambda _sha256: text * 64)
+        return quantizer.calls
+
+    assert tuned(model) == LAYERS
+    copy = shutil.copytree(model.directory, tmp_path / "copy", copy_function=shutil.copy)
+    assert tuned(resolve_model(str(copy))) == 0
+    other = shutil.copytree(model.directory, tmp_path / "other")
+    tensors = tiny_tensors(layers=LAYERS)
+    name = f"model.layers.{LAYERS - 1}.mlp.up_proj.weight"
+    dtype, shape, data = tensors[name]
+    write_weights(other, tensors | {name: (dtype, shape, data[2:] + data[:2])}, shards=2)
+    assert tuned(resolve_model(str(other))) == LAYERS
+    another = shutil.copytree(model.directory, tmp_path / "another")
+    assert tuned(resolve_model(str(another)), text="1") == LAYERS
+    write_weights(model.directory, tensors | {name: (dtype, shape, data[4:] + data[:4])}, shards=2)
+    place = prepared_directory(model.model_id, model.commit, SubstituteSettings(8, TUNED))
+    (place / TUNING_TEXT_NAME).write_text("of the old weights")
+    assert tuned(model) == LAYERS
+    assert not (place / TUNING_TEXT_NAME).exists()
 
 
 def test_a_layer_of_other_weights_is_not_taken(model, tmp_path):

@@ -263,6 +263,17 @@ def test_lock_that_cannot_be_written(tmp_path):
         pass
 
 
+def test_marks_of_killed_users_are_swept(model):
+    place = run(model).directory
+    old, young = (place / f"in-use-{pid}-{'0' * 8}" for pid in (1, 2))
+    for path in (old, young):
+        path.touch()
+    os.utime(old, (1, 1))
+    run(model)
+    assert not old.exists()
+    assert young.exists()
+
+
 def test_stale_temporary_files_are_swept(model, monkeypatch):
     place = place_of(model)
     place.mkdir(parents=True)

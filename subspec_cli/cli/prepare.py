@@ -97,6 +97,11 @@ def prepare(
         def show(state: PrepareProgress) -> None:
             progress.update(progress_text(state), *progress_share(state))
 
+        tuned = None
+        if chosen.residual:  # they belong beside the set that `run` takes
+            from subspec_cli.session.prepare import tuned_commit
+
+            tuned = tuned_commit(name, base)
         report = prepare_model(
             name,
             base,
@@ -106,7 +111,7 @@ def prepare(
             progress=show,
             reporter=Reporter(note=output.note),
         )
-        if tune or (tune is None and _is_worth_tuning(base, report)):
+        if tune or (tune is None and (_is_worth_tuning(base, report) or tuned == report.commit)):
             from subspec_cli.session.prepare import tune as tune_model
 
             tune_it = partial(

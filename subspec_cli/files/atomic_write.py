@@ -63,6 +63,14 @@ def atomic_write_pieces(path: Path, pieces: Iterable[bytes | memoryview], size_b
     return state
 
 
+def remove_file(path: Path) -> None:
+    """Remove a file if it is there. Raises ResourceError."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise write_error(error, path) from error
+
+
 def sync_directory(directory: Path) -> None:
     """Make renames in `directory` survive a power cut, where the system can."""
     if sys.platform == "win32":

@@ -42,6 +42,8 @@ class WantedTokens:
     prompt: int
     answer: int
     """Longest answer."""
+    is_whole: bool = False
+    """Whether a budget that holds less of the answer is too small."""
 
     @property
     def total(self) -> int:

@@ -107,6 +107,8 @@ class LayoutSearch:
         context = min(wanted.context, self.request.model_context)
         if (found := self._soonest(budget_bytes, context, wanted)) is not None:
             return PlanOption(context, found)
+        if wanted.is_whole:
+            return None
         context = self.largest_context(budget_bytes)
         found = self._soonest(budget_bytes, context, wanted) if context > wanted.prompt else None
         return None if found is None else PlanOption(context, found)

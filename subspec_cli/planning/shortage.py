@@ -17,7 +17,8 @@ def shortage(search: LayoutSearch) -> ResourceError:
     if not search.front:
         return _ram_shortage(request, search.memory)
     contexts = usual_contexts(request.model_context)
-    held = search.largest_context(request.budget_bytes)
+    is_whole = request.wanted is not None and request.wanted.is_whole
+    held = 0 if is_whole else search.largest_context(request.budget_bytes)
     if request.wanted is not None and request.context is None and held:
         return _prompt_shortage(search, request.wanted, held)
     context = request.context or _wanted_context(request) or contexts[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +15,7 @@ from subspec_cli.checkpoint.geometry import ModelGeometry
 from subspec_cli.checkpoint.layer_tensors import LAYER_MATRICES
 from subspec_cli.checkpoint.repository import Repository, check_fields, check_tokenizer_in, read_repository
 from subspec_cli.config import Config
-from subspec_cli.errors import UsageError
+from subspec_cli.errors import SubspecError, UsageError
 from subspec_cli.hub.model_name import name_of_id
 from subspec_cli.hub.source_model import open_model
 from subspec_cli.probe.kept_rates import DOWNLOAD, keep_rate, preparing
@@ -26,11 +27,12 @@ from subspec_cli.substitutes.head_file import HEAD_BITS
 from subspec_cli.substitutes.integrity import Finding
 from subspec_cli.substitutes.inventory import StoredModel
 from subspec_cli.substitutes.layer_file import Quantizer
-from subspec_cli.substitutes.manifest import MANIFEST_NAME, read_manifest
-from subspec_cli.substitutes.preparation import PrepareProgress, SubstituteRecipe, prepare_model
-from subspec_cli.substitutes.prepared_model import PreparedModel
+from subspec_cli.substitutes.manifest import MANIFEST_NAME, Manifest, read_manifest
+from subspec_cli.substitutes.preparation import PrepareProgress, prepare_model
+from subspec_cli.substitutes.prepared_model import PreparedModel, find_prepared, prepared_directory
 from subspec_cli.substitutes.quality import MatrixQuality, OutputQuality, by_kind, matrix_kind, summed
-from subspec_cli.substitutes.repair import drop_damaged, is_source_damaged
+from subspec_cli.substitutes.recipe import SubstituteRecipe
+from subspec_cli.substitutes.repair import drop_damaged, is_of_residuals, is_source_damaged, kept_recency
 from subspec_cli.substitutes.residual_set import RESIDUALS_NAME
 from subspec_cli.substitutes.settings import TUNED, SubstituteSettings
 from subspec_cli.versions import library_versions
@@ -136,8 +138,18 @@ def tune(
     settings = replace(base, optimizer=TUNED, overrides=_matching(base.overrides, base.bits))
     source = _Source(model, revision, follow_links=True)  # the user was asked when the first set was made
     with Tuner(model, settings, config, reporter) as tuner:
-        recipe = replace(_recipe(settings, tuner.quantize), get_ready=tuner.get_ready)
+        recipe = replace(_recipe(settings, tuner.quantize), find_text=tuner.find_text)
         return _prepare(source, recipe, force, progress, reporter)
+
+
+def tuned_commit(model: str, base: SubstituteSettings) -> str | None:
+    """The commit whose tuned set is the latest with this width, if that set was made after `base`; else None."""
+    settings = replace(base, optimizer=TUNED, overrides=_matching(base.overrides, base.bits))
+    with contextlib.suppress(SubspecError):
+        latest = find_prepared(model, base.bits).manifest
+        if latest.settings == settings and base.optimizer == "minmax":
+            return latest.commit
+    return None
 
 
 def _prepare(
@@ -212,10 +224,35 @@ def repair(
         return
     had_residuals = (stored.directory / RESIDUALS_NAME).exists()
     manifest = drop_damaged(stored, findings)
+    first = manifest.settings
+    if first.optimizer == TUNED:
+        first = replace(first, optimizer="minmax")
+    with kept_recency(stored, prepared_directory(manifest.model_id, manifest.commit, first)):
+        if not is_of_residuals(stored, findings):
+            _make_again(manifest, first, progress)
+        if had_residuals:
+            add_residuals(
+                PreparedModel(stored.directory, read_manifest(stored.directory / MANIFEST_NAME)),
+                progress=lambda state: progress(
+                    PrepareProgress(
+                        state.done_layers,
+                        state.total_layers,
+                        0,
+                        0,
+                        state.done_bytes,
+                        state.total_bytes,
+                        state.elapsed_s,
+                    )
+                ),
+            )
+
+
+def _make_again(
+    manifest: Manifest, first: SubstituteSettings, progress: Callable[[PrepareProgress], None]
+) -> None:
+    """Make what is missing of a set, and of the `first` set if it is tuned."""
     is_on_hub = name_of_id(manifest.model_id).directory is None
     revision = manifest.commit if is_on_hub else None
-    is_tuned = manifest.settings.optimizer == TUNED
-    first = replace(manifest.settings, optimizer="minmax") if is_tuned else manifest.settings
     prepare(
         manifest.model_id,
         first,
@@ -223,23 +260,8 @@ def repair(
         follow_links=True,  # the user was asked when the set was made
         progress=progress,
     )
-    if is_tuned:
+    if manifest.settings.optimizer == TUNED:
         tune(manifest.model_id, first, Config(), revision=revision, progress=progress)
-    if had_residuals:
-        add_residuals(
-            PreparedModel(stored.directory, read_manifest(stored.directory / MANIFEST_NAME)),
-            progress=lambda state: progress(
-                PrepareProgress(
-                    state.done_layers,
-                    state.total_layers,
-                    0,
-                    0,
-                    state.done_bytes,
-                    state.total_bytes,
-                    state.elapsed_s,
-                )
-            ),
-        )
 
 
 def _check_tokenizer(directory: Path, repository: Repository) -> None:

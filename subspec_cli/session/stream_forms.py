@@ -9,9 +9,10 @@ from subspec_cli.checkpoint.geometry import ModelGeometry
 from subspec_cli.checkpoint.safetensors_header import TensorEntry
 from subspec_cli.config import Config
 from subspec_cli.errors import SubspecError
+from subspec_cli.hub.command_hints import repair_command
 from subspec_cli.planning.costs import MachineCosts
 from subspec_cli.substitutes.prepared_model import PreparedModel
-from subspec_cli.substitutes.residual_set import ResidualSet, usable_residuals
+from subspec_cli.substitutes.residual_set import ResidualSet, compared_residuals, usable_residuals
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +44,10 @@ def stream_forms(
     residuals, problem = _residuals(prepared, config)
     if residuals is not None:
         try:
+            residuals = compared_residuals(residuals, prepared.manifest, note)
             streamed = residuals.streamed(geometry, tensors)
         except SubspecError as error:
-            problem = str(error)
+            problem = f"{error.message}; {error.hint or repair_command(prepared.manifest.model_id)}"
         else:
             share = sum(streamed.layers) / sum(geometry.layer_bytes)
             rebuilding = replace(costs, widen_bytes_per_s=costs.rebuild_bytes_per_s * share)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Final
 
 from subspec_cli.config import Config, ModelConfig, SamplingConfig
 from subspec_cli.errors import IntegrityError, SubspecError
-from subspec_cli.files.atomic_write import atomic_write
+from subspec_cli.files.atomic_write import atomic_write, remove_file
 from subspec_cli.files.json_object import parse_json_object
-from subspec_cli.files.regular_file import read_small_file
+from subspec_cli.files.regular_file import read_small_file, sha256_file
 from subspec_cli.limits import PREFILL_CHUNK
 from subspec_cli.planning.request import WantedTokens
 from subspec_cli.reporter import Reporter
@@ -80,6 +80,7 @@ class Tuner:
     _opened: ExitStack = field(default_factory=ExitStack)
     _measured: Generator[tuple[int, Mapping[str, MeasuredInputs]], None, None] | None = None
     _session: Session | None = None
+    _text: Sequence[int] = ()
     _next_layer: int = 0
 
     def __enter__(self) -> Tuner:
@@ -88,10 +89,20 @@ class Tuner:
     def __exit__(self, *_: object) -> None:
         self._opened.close()
 
-    def get_ready(self) -> None:
-        """Decode the text, if that was not done; it takes longer than a layer."""
-        if self._measured is None:
-            self._measured = self._begin()
+    def find_text(self, sha256: str | None) -> str:
+        """Open the session, and decode what is missing of the text; returns the SHA-256 of the text's file.
+
+        A kept text that has not the given SHA-256 is decoded again.
+        """
+        self._session = self._opened.enter_context(
+            open_session(self._session_config(), self.reporter, count=_wanted)
+        )
+        self.reporter.note(_announced(self._session))
+        path = self._text_path(self._session)
+        if sha256 is not None and path.exists() and sha256_file(path) != sha256:
+            remove_file(path)
+        self._text = self._decoded(self._session, path)
+        return sha256_file(path)
 
     def quantize(
         self, layer: int, tensors: dict[str, Tensor]
@@ -103,9 +114,7 @@ class Tuner:
         return made.tensors, made.quality
 
     def _moments_of(self, layer: int) -> Mapping[str, MeasuredInputs]:
-        self.get_ready()
-        assert self._measured is not None
-        if layer < self._next_layer:
+        if self._measured is None or layer < self._next_layer:
             self._measured = self._begin()
         for number, moments in self._measured:
             self._next_layer = number + 1
@@ -119,13 +128,8 @@ class Tuner:
         from subspec_cli.modeling.input_moments import MeasuringTarget
         from subspec_cli.modeling.target_flow import SequenceRows
 
-        if self._session is None:
-            self._session = self._opened.enter_context(
-                open_session(self._session_config(), self.reporter, count=_wanted)
-            )
-            self.reporter.note(_announced(self._session))
-        session, loaded = self._session, self._session.loaded
-        text = self._text(session)
+        assert self._session is not None, "the text comes first"
+        session, loaded, text = self._session, self._session.loaded, self._text
         target = MeasuringTarget(
             loaded.math, loaded.attention, loaded.embed, loaded.head, loaded.blocks, loaded.self_check.rules
         )
@@ -150,12 +154,12 @@ class Tuner:
         about = session.description
         return prepared_directory(about.model_id, about.revision, self.settings) / TUNING_TEXT_NAME
 
-    def _text(self, session: Session) -> list[int]:
+    def _decoded(self, session: Session, path: Path) -> list[int]:
         """The tokens of the model's own text: what an earlier run kept, and what is missing of it.
 
         It ends with a whole chunk, the one that nothing is rounded for.
         """
-        path, most = self._text_path(session), _most_tokens(session)
+        most = _most_tokens(session)
         answers = _kept(path, session.loaded.math.geometry.vocab)
         while len(answers) < len(_PROMPTS) and sum(map(len, answers)) < most:
             self.reporter.progress(f"decoding the model's own text, {sum(map(len, answers))}/{most} tokens")
@@ -166,11 +170,12 @@ class Tuner:
 
 
 def _wanted(_tokenizer: object) -> WantedTokens:
-    return WantedTokens(prompt=1, answer=_TEXT_TOKENS - 1)
+    return WantedTokens(prompt=1, answer=_TEXT_TOKENS - 1, is_whole=True)
 
 
 def _most_tokens(session: Session) -> int:
-    return min(_TEXT_TOKENS, session.description.context_tokens)
+    """Tokens of the text: no budget makes them fewer, for they decide the bytes of the substitutes."""
+    return min(_TEXT_TOKENS, session.loaded.math.geometry.max_positions)
 
 
 def _answer(session: Session, beginning: str, most: int) -> list[int]:

@@ -27,8 +27,15 @@ from subspec_cli.hub.command_hints import prepare_command
 from subspec_cli.hub.source_model import find_source_directory
 from subspec_cli.substitutes.head_file import head_entry
 from subspec_cli.substitutes.inventory import UNREADABLE, StoredModel
-from subspec_cli.substitutes.manifest import MANIFEST_NAME, Manifest, Part, StoredFile, file_path
-from subspec_cli.substitutes.residual_set import RESIDUALS_NAME, ResidualFile, read_residuals
+from subspec_cli.substitutes.manifest import (
+    MANIFEST_NAME,
+    TUNING_TEXT_NAME,
+    Manifest,
+    Part,
+    StoredFile,
+    file_path,
+)
+from subspec_cli.substitutes.residual_set import RESIDUALS_NAME, ResidualFile, problem_of, read_residuals
 from subspec_cli.substitutes.source_stamp import has_same_times
 
 _PIECE_BYTES: Final = 8 << 20
@@ -99,7 +106,18 @@ class Verifier:
             return [Finding(stored.directory / MANIFEST_NAME, stored.problem)] if is_bad else []
         self._model_id = manifest.model_id
         files: list[StoredFile | ResidualFile] = [*manifest.files, *self._residuals(stored)]
-        findings = [self._verify_file(stored.directory, file) for file in files]
+        findings = [
+            self._verify_file(stored.directory, file.name, file.sha256, file.size_bytes) for file in files
+        ]
+        if manifest.tuning_text_sha256 is not None:
+            findings.append(
+                self._verify_file(stored.directory, TUNING_TEXT_NAME, manifest.tuning_text_sha256)
+            )
+        findings += [
+            Finding(stored.directory / file.name, what)
+            for file in self._residuals(stored)
+            if (what := problem_of(file, manifest))
+        ]
         if problem := _residuals_problem(stored):
             findings.append(problem)
         return [*(item for item in findings if item), *self._verify_target(manifest)]
@@ -112,23 +130,25 @@ class Verifier:
         except SubspecError:
             return []
 
-    def _verify_file(self, directory: Path, file: StoredFile | ResidualFile) -> Finding | None:
-        path = directory / file.name
+    def _verify_file(
+        self, directory: Path, name: str, sha256: str, recorded_bytes: int | None = None
+    ) -> Finding | None:
+        path = directory / name
         try:
-            size_bytes = file_path(directory, file.name).stat().st_size
+            size_bytes = file_path(directory, name).stat().st_size
         except SubspecError as error:
             return Finding(path, error.message)
         except FileNotFoundError:
             return Finding(path, "missing")
         except OSError as error:
             return Finding(path, read_error(error, path).message)
-        if size_bytes != file.size_bytes:
-            return Finding(path, "wrong size", f"{file.size_bytes} bytes", f"{size_bytes} bytes")
+        if recorded_bytes not in (None, size_bytes):
+            return Finding(path, "wrong size", f"{recorded_bytes} bytes", f"{size_bytes} bytes")
         try:
-            sha256 = self._hash_spans(path, [(0, size_bytes)], {})
+            found = self._hash_spans(path, [(0, size_bytes)], {})
         except SubspecError as error:
             return Finding(path, error.message)
-        return None if sha256 == file.sha256 else Finding(path, "wrong SHA-256", file.sha256, sha256)
+        return None if found == sha256 else Finding(path, "wrong SHA-256", sha256, found)
 
     def _verify_target(self, manifest: Manifest) -> list[Finding]:
         """Verify what was quantized, and whole files where the hub's cache names them by their hash."""

@@ -18,7 +18,7 @@ from subspec_cli.files.regular_file import read_small_file
 from subspec_cli.hub.command_hints import prepare_command
 from subspec_cli.setting_rules import BIT_WIDTHS
 from subspec_cli.substitutes.quality import MATRIX_KINDS, MatrixQuality, OutputQuality, matrix_kind
-from subspec_cli.substitutes.settings import SubstituteSettings
+from subspec_cli.substitutes.settings import OPTIMIZERS, SubstituteSettings
 from subspec_cli.units import printable
 
 FORMAT_VERSION = 3
@@ -123,6 +123,8 @@ class Manifest:
     library_versions: Mapping[str, str]
     head: HeadFile | None = None
     """None in older sets, and where no low-bit kernel takes the table's shape."""
+    tuning_text_sha256: str | None = None
+    """Of the file of the text that layers were tuned with; None in sets of other optimizers, and in older ones."""
     format_version: int = FORMAT_VERSION
 
     @property
@@ -197,14 +199,17 @@ def read_manifest(path: Path) -> Manifest:
         )
     if type(version) is not int or version < 1:
         raise _damaged(shown, f"has the format version {ascii(version)[:40]}, expected {FORMAT_VERSION}")
-    head = found.pop("head", None)
+    head, text_sha256 = found.pop("head", None), found.pop("tuning_text_sha256", None)
     _checked(found, _MANIFEST_FIELDS, shown)
     layers = tuple(_read_layer(item, shown) for item in found["layers"])
     if [item.layer for item in layers] != sorted({item.layer for item in layers}):
         raise _damaged(shown, "lists its layers twice or out of order")
     if not all(isinstance(text, str) for text in found["library_versions"].values()):
         raise _damaged(shown, "has library_versions that are not texts")
+    if text_sha256 is not None and not (isinstance(text_sha256, str) and _SHA256.fullmatch(text_sha256)):
+        raise _damaged(shown, "has a tuning_text_sha256 that cannot be")
     made = {
+        "tuning_text_sha256": text_sha256,
         "settings": _read_settings(found["settings"], shown),
         "layers": layers,
         "head": None if head is None else _read_head(head, shown),
@@ -218,7 +223,7 @@ def _read_settings(found: object, shown: str) -> SubstituteSettings:
     settings = SubstituteSettings(**{**fields, "overrides": overrides})
     if (
         settings.bits not in BIT_WIDTHS
-        or not _WORD.fullmatch(settings.optimizer)
+        or settings.optimizer not in OPTIMIZERS
         or not all(_is_override(pair) for pair in overrides)
         or [name for name, _ in overrides] != sorted({name for name, _ in overrides})
     ):

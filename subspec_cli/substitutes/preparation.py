@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from subspec_cli.checkpoint.checkpoint import (
@@ -26,9 +26,8 @@ from subspec_cli.checkpoint.safetensors_header import TensorEntry
 from subspec_cli.checkpoint.tensor_reader import read_hashed_tensors
 from subspec_cli.checkpoint.widening import widened_tensors
 from subspec_cli.errors import BusyError, IntegrityError, SubspecError
-from subspec_cli.files.atomic_write import atomic_write, sweep_stale_temps
+from subspec_cli.files.atomic_write import atomic_write, remove_file, sweep_stale_temps
 from subspec_cli.files.home import make_home_directory
-from subspec_cli.files.io_errors import write_error
 from subspec_cli.files.lock import directory_lock
 from subspec_cli.files.regular_file import FileState, file_state, sha256_file
 from subspec_cli.hub.source_model import OpenedModel
@@ -36,17 +35,18 @@ from subspec_cli.hub.weight_downloads import DownloadProgress, WeightDownloads
 from subspec_cli.reporter import Reporter
 from subspec_cli.substitutes.disk_space import check_disk_space, estimate_file_bytes
 from subspec_cli.substitutes.head_file import (
-    HeadQuantizer,
     head_entry,
     head_file_bytes,
     head_pieces,
     write_head,
 )
-from subspec_cli.substitutes.layer_file import Quantizer, made_layer
+from subspec_cli.substitutes.in_use import users_of
+from subspec_cli.substitutes.layer_file import made_layer
 from subspec_cli.substitutes.manifest import (
     HEAD_NAME,
     JOURNAL_NAME,
     MANIFEST_NAME,
+    TUNING_TEXT_NAME,
     LayerFile,
     Manifest,
     Part,
@@ -56,32 +56,21 @@ from subspec_cli.substitutes.manifest import (
     write_manifest,
 )
 from subspec_cli.substitutes.prepared_model import PreparedModel, prepared_directory
+from subspec_cli.substitutes.recipe import SubstituteRecipe
 from subspec_cli.substitutes.reuse import (
     Twins,
+    earlier_record,
     find_twins,
     finished_manifest,
+    has_text,
     read_twin,
     reusable_files,
 )
-from subspec_cli.substitutes.settings import SubstituteSettings
 from subspec_cli.substitutes.source_stamp import make_stamp
 from subspec_cli.units import counted, printable
 from subspec_cli.versions import __version__
 
 _MOST_ROUNDS = 3  # of making what another process replaced meanwhile
-
-
-@dataclass(frozen=True, slots=True)
-class SubstituteRecipe:
-    """What decides the bytes of substitutes, besides the 16-bit weights and this program."""
-
-    settings: SubstituteSettings
-    quantizer: Quantizer
-    head_quantizer: HeadQuantizer
-    library_versions: Mapping[str, str]
-    """Versions of the libraries that the quantizers use."""
-    get_ready: Callable[[], None] = lambda: None
-    """Called before a layer is quantized; it may take long the first time, which is no part of the layer's time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +142,7 @@ def prepare_model(
     work.find_sources(geometry)
     if directory.is_dir():
         sweep_stale_temps(directory)
+        users_of(directory)  # deletes what killed processes left
     if not force and (finished := work.already_prepared()):
         return finished
     if not directory.exists():  # a refusal leaves nothing behind
@@ -179,6 +169,8 @@ class _Preparation:
     """The 16-bit tensors of each part, in the order in which the parts are made."""
     head: TensorEntry | None = None
     """The table of the head; None if no kernel takes its shape."""
+    earlier: Manifest | None = None
+    """What an earlier run recorded of files that are still of the same weights."""
     twins: Twins = field(default_factory=dict)
     making_s: float = 0.0
     copied_layers: int = 0
@@ -202,9 +194,8 @@ class _Preparation:
         found = finished_manifest(self.directory, self.goal, list(self.sources))
         if found is None:
             return None
-        with contextlib.suppress(
-            OSError
-        ):  # only the order of sets depends on it; the directory may be read-only
+        # Only the order of sets depends on it; the directory may be read-only.
+        with contextlib.suppress(OSError):
             os.utime(self.directory / MANIFEST_NAME)
         for file in found.files:
             self.reuse(file)
@@ -215,14 +206,15 @@ class _Preparation:
         if self.head is None:
             self.note("no 4-bit kernel takes the shape of the head, so the draft will use the 16-bit head")
         if not force:
-            for file, state in reusable_files(self.directory, self.goal, self.sources):
-                self.states[file.part] = state
-                self.reuse(file)
-            self.twins = find_twins(self.directory, self.goal)
+            self.reuse_earlier()
         self.check_space()
         if force:  # an empty journal: from here on, the earlier set does not count as finished
             write_manifest(self.directory / JOURNAL_NAME, self.goal)
         self.weight_downloads.start()
+        if self.recipe.find_text is not None:
+            self.find_text(self.recipe.find_text)
+        if not force:
+            self.twins = find_twins(self.directory, self.goal, self.sources)
         for _ in range(_MOST_ROUNDS):
             self.make_missing()
             check_unchanged(self.checkpoint)
@@ -235,6 +227,31 @@ class _Preparation:
             "and the disk's locks do not keep it out",
             "let it finish, then run the command again",
         )
+
+    def reuse_earlier(self) -> None:
+        """Count what an earlier run made of the same weights as done."""
+        self.earlier = earlier_record(self.directory, self.goal, self.sources)
+        if self.earlier is not None:
+            self.goal = replace(self.goal, tuning_text_sha256=self.earlier.tuning_text_sha256)
+            for file, state in reusable_files(self.directory, self.earlier):
+                self.states[file.part] = state
+                self.reuse(file)
+
+    def find_text(self, find: Callable[[str | None], str]) -> None:
+        """Find the text that missing layers are tuned with. Layers that were tuned with another are made again."""
+        layers = self.sources.keys() - {"head"}
+        if layers <= self.done.keys() and has_text(self.directory, self.goal.tuning_text_sha256):
+            return
+        if self.earlier is None:  # the text of other weights, or one that is to be decoded again
+            remove_file(self.directory / TUNING_TEXT_NAME)
+        # The journal says which weights the text is of, so that a run after a kill goes on with it.
+        write_manifest(self.directory / JOURNAL_NAME, self._manifest())
+        sha256 = find(self.goal.tuning_text_sha256)
+        if sha256 != self.goal.tuning_text_sha256:
+            for part in layers & self.done.keys():
+                del self.done[part]
+            self.reused &= self.done.keys()
+            self.goal = replace(self.goal, tuning_text_sha256=sha256)
 
     def make_missing(self) -> None:
         """Make all layers that are not done, each as soon as its weights are there, and then the head."""
@@ -298,12 +315,7 @@ class _Preparation:
         """Read one layer, quantize it or take what another set made of the same bytes, write it, then record it."""
         started_s = time.monotonic()
         tensors, source_sha256 = read_hashed_tensors(self.sources[layer])
-        twin = self._twin_of(layer, source_sha256)
-        if twin is None:
-            ready_s = -time.monotonic()
-            self.recipe.get_ready()
-            started_s += ready_s + time.monotonic()
-        file, data = twin or made_layer(
+        file, data = self._twin_of(layer, source_sha256) or made_layer(
             layer,
             widened_tensors(tensors, torch_dtype(self.goal.dtype)),
             source_sha256,
@@ -344,11 +356,7 @@ class _Preparation:
         write_manifest(self.directory / MANIFEST_NAME, manifest)
         if self.drop_replaced():
             return None
-        journal = self.directory / JOURNAL_NAME
-        try:
-            journal.unlink(missing_ok=True)
-        except OSError as error:
-            raise write_error(error, journal) from error
+        remove_file(self.directory / JOURNAL_NAME)
         return PreparedModel(self.directory, manifest)
 
     def _manifest(self) -> Manifest:

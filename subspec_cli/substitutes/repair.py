@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from subspec_cli.errors import UsageError
-from subspec_cli.files.io_errors import write_error
+from subspec_cli.files.atomic_write import remove_file
 from subspec_cli.files.lock import directory_lock
 from subspec_cli.hub.model_name import name_of_id
 from subspec_cli.substitutes.integrity import Finding, blob_of
-from subspec_cli.substitutes.inventory import StoredModel
-from subspec_cli.substitutes.manifest import Manifest
+from subspec_cli.substitutes.inventory import COMPLETE, StoredModel
+from subspec_cli.substitutes.manifest import MANIFEST_NAME, Manifest
+from subspec_cli.substitutes.residual_set import RESIDUAL_NAME, RESIDUALS_NAME
 from subspec_cli.units import printable
 
 
@@ -23,6 +27,31 @@ def is_source_damaged(stored: StoredModel, findings: Sequence[Finding]) -> bool:
         and name_of_id(manifest.model_id).directory is not None
         and any(finding.is_damage and finding.path.parent != stored.directory for finding in findings)
     )
+
+
+def is_of_residuals(stored: StoredModel, findings: Sequence[Finding]) -> bool:
+    """Whether nothing but residuals of a complete set is wrong."""
+    return stored.state == COMPLETE and all(
+        finding.path.parent == stored.directory
+        and (finding.path.name == RESIDUALS_NAME or RESIDUAL_NAME.fullmatch(finding.path.name))
+        for finding in findings
+    )
+
+
+@contextmanager
+def kept_recency(stored: StoredModel, first: Path) -> Iterator[None]:
+    """Keep which set is the latest while files are made again; the set `first` stays behind if it is new."""
+    paths = {stored.directory / MANIFEST_NAME: stored.changed_ns}
+    first_path = first / MANIFEST_NAME
+    if first_path not in paths:
+        is_new = not first_path.exists()
+        paths[first_path] = stored.changed_ns - 10**9 if is_new else first_path.stat().st_mtime_ns
+    try:
+        yield
+    finally:
+        for path, time_ns in paths.items():
+            with contextlib.suppress(OSError):
+                os.utime(path, ns=(time_ns, time_ns))
 
 
 def drop_damaged(stored: StoredModel, findings: Sequence[Finding]) -> Manifest:
@@ -45,20 +74,13 @@ def drop_damaged(stored: StoredModel, findings: Sequence[Finding]) -> Manifest:
     with directory_lock(stored.directory):
         for finding in findings:
             if finding.path.parent == stored.directory:
-                _drop(finding.path)
+                remove_file(finding.path)
             elif (
                 name_of_id(manifest.model_id).directory is None
                 and finding.found
                 and (blob := blob_of(finding.path)) is not None
                 and blob.name == finding.expected
             ):
-                _drop(blob)
-                _drop(finding.path)
+                remove_file(blob)
+                remove_file(finding.path)
     return manifest
-
-
-def _drop(path: Path) -> None:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        raise write_error(error, path) from error

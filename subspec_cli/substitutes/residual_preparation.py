@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 from collections.abc import Callable, Mapping
@@ -24,7 +25,9 @@ from subspec_cli.substitutes.manifest import LayerFile
 from subspec_cli.substitutes.prepared_model import PreparedModel, load_layer
 from subspec_cli.substitutes.residual_set import (
     ResidualFile,
-    is_of_layer,
+    compared_residuals,
+    complete_residuals,
+    problem_of,
     read_residuals,
     write_residuals,
 )
@@ -87,6 +90,9 @@ def prepare_residuals(
         IntegrityError: weights or substitutes that are not those of the manifest, or a file that does not give them.
         ResourceError: the disk is too small or cannot be written.
     """
+    with contextlib.suppress(IntegrityError):  # finished ones need no lock: the directory may be read-only
+        if found := complete_residuals(prepared.directory, prepared.manifest):
+            return list(compared_residuals(found, prepared.manifest, note).files)
     with directory_lock(prepared.directory, on_wait=note):
         sweep_stale_temps(prepared.directory)
         work = _Residuals(prepared, checkpoint, codec, progress)
@@ -136,14 +142,16 @@ class _Residuals:
             listed = read_residuals(self._prepared.directory)
         except IntegrityError:  # its hashes cannot be trusted: all is made again
             return []
-        layers = {file.layer: file for file in self._prepared.manifest.layers}
         found = []
         for file in listed:
-            layer, path = layers.get(file.layer), self._prepared.directory / file.name
-            if layer is None or not is_of_layer(file, layer.source_sha256, layer.sha256):
+            path = self._prepared.directory / file.name
+            if problem_of(file, self._prepared.manifest):
                 continue
-            if not path.is_symlink() and has_size(path, file.size_bytes) and sha256_file(path) == file.sha256:
-                found.append(file)
+            if path.is_symlink() or not has_size(path, file.size_bytes):
+                continue
+            status = path.stat()
+            if sha256_file(path) == file.sha256:
+                found.append(file.with_times(status))
         return found
 
     def _make(self, layer: LayerFile) -> ResidualFile:
@@ -174,6 +182,7 @@ class _Residuals:
         made.clear()
         atomic_write(path, data)
         del data
+        file = file.with_times(path.stat())  # what is read next has these times
         written = read_tensors(read_header(path).entries)
         if (name := self._codec.differing(written, weights, stored)) is not None:
             path.unlink(missing_ok=True)

@@ -19,6 +19,8 @@ _ROW_MULTIPLE: Final = 16
 TUNED: Final = "tuned"
 """The optimizer of the second stage: rounded for the model's own inputs."""
 
+OPTIMIZERS: Final = ("minmax", "hqq", TUNED)
+
 
 def group_size_for(shape: tuple[int, ...]) -> int | None:
     """Group size for a matrix `[out, in]`; None if the low-bit kernels do not support the shape."""
