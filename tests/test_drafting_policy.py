@@ -61,7 +61,8 @@ def test_a_step_is_charged_for_the_nodes_that_it_leaves_to_verify(node_s):
     costs = replace(plan_costs(0.01, 0.1), compute=RowTimes((1, 101), (0.2, 0.2 + 100 * node_s)))
     policy = DraftPolicy(LIMITS, costs, 4)
     rates = [
-        sum(0.9**level for level in range(depth + 1)) / (policy.costs.pass_s(depth + 1, CACHED) + depth * 0.01)
+        sum(0.9**level for level in range(depth + 1))
+        / (policy.costs.pass_s(depth + 1, CACHED) + depth * 0.01)
         for depth in range(LIMITS.depth + 1)
     ]
     assert depth_taken(policy, 0.9) == int(np.argmax(rates))

@@ -251,3 +251,8 @@ def test_a_machine_that_cannot_tune_keeps_the_first_set(model, monkeypatch, caps
     assert "not tuned: a budget of 1.00 MiB is too small" in " ".join(err.split())
     assert "minmax" in out or "prepared" in out
     assert main(["prepare", str(model), *where, "--tune"]) == 7
+
+
+def test_the_pace_of_decoding_says_rate_and_time_left():
+    assert tuning._pace(0, 2048, 3.0) == ""
+    assert tuning._pace(410, 1638, 41.0) == " · 10 tok/s · 2:44 left"

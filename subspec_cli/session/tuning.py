@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -161,12 +162,22 @@ class Tuner:
         """
         most = _most_tokens(session)
         answers = _kept(path, session.loaded.math.geometry.vocab)
-        while len(answers) < len(_PROMPTS) and sum(map(len, answers)) < most:
-            self.reporter.progress(f"decoding the model's own text, {sum(map(len, answers))}/{most} tokens")
+        began_s, known = time.monotonic(), sum(map(len, answers))
+        while len(answers) < len(_PROMPTS) and (done := sum(map(len, answers))) < most:
+            pace = _pace(done - known, most - done, time.monotonic() - began_s)
+            self.reporter.progress(f"decoding the model's own text, {done}/{most} tokens{pace}")
             answers.append(_answer(session, _PROMPTS[len(answers)], most))
             atomic_write(path, json.dumps({"answers": answers}).encode())
         text = [token for answer in answers for token in answer][:most]
         return text[: len(text) // PREFILL_CHUNK * PREFILL_CHUNK] or text
+
+
+def _pace(tokens: int, left: int, elapsed_s: float) -> str:
+    """How fast the text grows, and the time that the rest takes; nothing before the first answer is there."""
+    if not tokens or elapsed_s <= 0:
+        return ""
+    rate = tokens / elapsed_s
+    return f" · {rate:.3g} tok/s · {format_seconds(left / rate)} left"
 
 
 def _wanted(_tokenizer: object) -> WantedTokens:
