@@ -207,6 +207,7 @@ def test_a_damaged_record_in_the_middle_is_refused(tmp_path: Path, data: bytes) 
         ({"temperature": 0.7}, "another temperature: 0.5, now 0.7"),
         ({"seed": 10}, "another seed: 9, now 10"),
         ({"new": 1}, "another new"),
+        ({"context": 512}, "another context: null, now 512"),
     ],
 )
 def test_records_of_another_job_are_refused(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
@@ -222,6 +223,12 @@ def test_a_file_of_something_else_is_refused_and_kept(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is not of a job"):
         results_in(tmp_path)
     assert (tmp_path / "out").read_text() == "a diary\n"
+
+
+def test_what_has_just_become_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "out")
+    with pytest.raises(IntegrityError, match="a named pipe"):
+        results_in(tmp_path)
 
 
 def test_an_empty_file_is_as_good_as_none(tmp_path: Path) -> None:
