@@ -8,16 +8,21 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
-from fakes_serving import Brake, Exchange, FakeSession, Served, text_of, until
+from fakes_serving import Brake, Exchange, FakeSession, FakeTokenizer, Served, text_of, until
 from pydantic import BaseModel, ValidationError
 
+from subspec_cli.decoding.logprobs import TokenLogprobs
+from subspec_cli.decoding.text_offsets import TextOffsets
 from subspec_cli.errors import IntegrityError
+from subspec_cli.metrics import GenerationStats
 from subspec_cli.serving import gate, http_answers, orders
 from subspec_cli.serving.gate import Access, is_loopback, named_hosts
 from subspec_cli.serving.http_answers import HttpAnswers
 from subspec_cli.serving.orders import OrderMaker
 from subspec_cli.serving.request_body import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from subspec_cli.serving.response_body import AnswerSoFar, logprobs_document
 from subspec_cli.serving.service import State
+from subspec_cli.session.answer import TextDelta
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 SAY = [{"role": "user", "content": "hi"}]
@@ -138,6 +143,43 @@ def test_log_probabilities_of_both_kinds() -> None:
         "top_logprobs": [{"a": -0.5}, {"b": -0.5}],
         "text_offset": [0, 1],
     }
+
+
+class PartsTokenizer(FakeTokenizer):
+    """Letters, two halves of a character, and a special token; the space before the first word is dropped."""
+
+    settling = "whole characters"
+    pieces = (b" a", b" b", b"\xc3", b"\xa9", b"<s>")
+
+    def decode(self, token_ids: Any, *, special: bool = False) -> str:
+        return (
+            b"".join(self.pieces[each] for each in token_ids if each != 4)
+            .decode(errors="replace")
+            .lstrip(" ")
+        )
+
+    def drops(self, token_id: int, *, special: bool) -> bool:
+        return token_id == 4
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return self.pieces[token_id]
+
+
+def test_log_probabilities_tell_the_bytes_of_each_token() -> None:
+    tokenizer: Any = PartsTokenizer()
+    answer = AnswerSoFar(1, logprobs=[], offsets=TextOffsets(tokenizer))
+    ids = (0, 2, 3, 1, 4)
+    told = tuple(TokenLogprobs(each, -0.5, ((2, -1.0), (0, -2.0), (0, -3.0))) for each in ids)
+    answer.add(TextDelta("aé b", ids, "stop", GenerationStats(), told))
+    found = logprobs_document("chat", answer, 0, tokenizer)["content"]
+    assert [each["token"] for each in found] == ["a", "bytes:\\xc3", "bytes:\\xa9", " b", "<s>"]
+    assert found[-1]["bytes"] is None
+    assert b"".join(bytes(each["bytes"]) for each in found[:-1]).decode() == answer.text
+    later = logprobs_document("chat", answer, 3, tokenizer)["content"]
+    assert later == found[3:]
+    found = logprobs_document("completion", answer, 1, tokenizer)
+    assert found["top_logprobs"][0] == {"bytes:\\xc3": -1.0, " a": -2.0}, "the likelier of two with one name"
+    assert found["tokens"][2] == " b"
 
 
 def test_token_ids_are_told_where_they_are_asked_for() -> None:
