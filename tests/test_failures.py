@@ -305,6 +305,8 @@ COVERED = [
     ("B04", "test_serving_job::test_a_second_process_is_kept_out"),
     ("B05", "test_serving_job::test_a_damaged_record_in_the_middle_is_refused"),
     ("B06", "test_decoding_grammar::test_a_schema_that_cannot_be_followed_is_refused"),
+    ("B06", "test_decoding_grammar::test_a_schema_that_no_answer_ends_is_refused"),
+    ("B06", "test_decoding_grammar::test_a_pattern_that_is_not_supported_is_refused_with_the_reason"),
     ("B06", "test_decoding_grammar::test_a_tokenizer_or_a_model_that_takes_no_grammar_is_refused"),
     ("B07", "test_serving_batch::test_bad_paths_are_refused_before_anything_is_loaded"),
     (

@@ -12,9 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from subspec_cli.errors import UnsupportedModelError, UsageError
+from subspec_cli.modeling.finite_schema import has_finite_answer
 
 _OPTIONS: Final[Any] = {"whitespace_flexible": True, "whitespace_pattern": r"( |\n {0,24})?"}
 """One space, or a new line that is indented: a small model may write spaces without end."""
+_CANNOT_GO_ON: Final = (
+    "the answer cannot go on by its schema: nothing may come next, or the schema is too complex"
+)
 _KEPT_GRAMMARS: Final = 4
 """Latest schemas whose first states are kept."""
 
@@ -47,7 +51,16 @@ class JsonGrammars:
 
         Raises UsageError for a schema that cannot be followed.
         """
-        return self._compiled(json.dumps({"type": "object"} if schema is True else schema))
+        try:
+            is_finite = has_finite_answer(schema)
+            text = json.dumps({"type": "object"} if schema is True else schema)
+        except RecursionError as error:
+            raise UsageError("the schema cannot be followed: it is nested too deeply") from error
+        if not is_finite:
+            raise UsageError(
+                "the schema cannot be followed: it refers to itself, so no answer to it ever ends"
+            )
+        return self._compiled(text)
 
     def _compile(self, schema: str) -> GrammarState:
         try:
@@ -61,8 +74,11 @@ class JsonGrammars:
 
 
 def _reason(error: str) -> str:
-    """Return an error without the dump of the parser's state, which holds schema and answer."""
-    return error.partition("\n")[0][:300]
+    """Return an error without what it quotes: a pattern, or the parser's state, which holds schema and answer."""
+    first, *rest = error.split("\n")
+    if first.endswith(":") and rest and rest[-1].startswith("error: "):
+        first = f"{first} {rest[-1].removeprefix('error: ')}"
+    return first[:300]
 
 
 class GrammarState:
@@ -75,8 +91,8 @@ class GrammarState:
 
     @cached_property
     def failure(self) -> str | None:
-        """Why the grammar cannot go on, such as a limit of its parser; None if it can."""
-        return _reason(self._matcher.get_error()) or None
+        """Why the grammar cannot go on; None if it can. What its parser says holds the answer."""
+        return _CANNOT_GO_ON if self._matcher.get_error() else None
 
     def after(self, token_id: int) -> GrammarState:
         """Return the state behind one more token, which must be an allowed one."""
