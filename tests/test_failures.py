@@ -326,6 +326,7 @@ COVERED = [
     ("S06", f"{HTTP}::test_a_server_answers_to_its_own_names"),
     ("S06", f"{HTTP}::test_pages_from_elsewhere_may_not_ask"),
     ("S06", f"{HTTP}::test_the_key_is_asked_for_but_where_nothing_is_said"),
+    ("S06", f"{HTTP}::test_a_refusal_can_be_read_by_an_allowed_page"),
     ("S07", f"{HTTP}::test_a_body_that_is_too_large_is_refused"),
     ("S07", f"{HTTP}::test_a_body_full_of_faults_is_given_up_early"),
     ("S07", f"{HTTP}::test_a_body_that_never_ends_is_given_up"),

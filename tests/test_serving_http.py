@@ -719,6 +719,36 @@ def test_a_preflight_needs_no_key_and_only_allowed_pages_pass() -> None:
     assert allowed.headers["access-control-allow-origin"] == "http://pages.example"
 
 
+def test_a_refusal_can_be_read_by_an_allowed_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "MOST_BODY_BYTES", 100)
+    asked = {"origin": "http://pages.example"}
+    key = {"authorization": "Bearer key"}
+    with serving(access=Access(api_key="key", origins=("http://pages.example",))) as served:
+        found = [
+            served.ask("/v1/models", headers=asked),
+            served.ask("/v1/models", headers={**asked, **key, "host": "evil.example"}),
+            served.ask(CHAT, chat(), headers={**asked, **key, "content-length": "101"}),
+            served.ask(CHAT, (b" " * 60, b" " * 60), headers={**asked, **key}),
+        ]
+        preflight = served.ask(
+            CHAT,
+            method="OPTIONS",
+            headers={**asked, "access-control-request-method": "POST", "host": "evil.example"},
+        )
+    assert [each.status for each in found] == [401, 403, 413, 413]
+    assert {each.headers["access-control-allow-origin"] for each in found} == {"http://pages.example"}
+    assert preflight.status == 403
+    assert "access-control-allow-origin" not in preflight.headers
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/health", "/v1/models", "/v1/models/Letters-1B", "/v1/models/x", "/none"]
+)
+def test_head_is_answered_as_get_without_a_body(letters: Served, path: str) -> None:
+    found, full = letters.ask(path, method="HEAD"), letters.ask(path)
+    assert (found.status, found.headers, found.text) == (full.status, full.headers, "")
+
+
 def test_any_page_where_all_are_allowed() -> None:
     with serving(access=Access(origins=("*",))) as served:
         assert served.ask("/v1/models", headers={"origin": "http://any.example"}).status == 200

@@ -12,11 +12,10 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Scope
 
 from subspec_cli.decoding.sampler import derived_seed
-from subspec_cli.serving.gate import Access, Gate
+from subspec_cli.serving.gate import Access, Gate, Heads, with_cors
 from subspec_cli.serving.http_answers import Asked, HttpAnswers, fault_words
 from subspec_cli.serving.metrics_text import Counts, metrics_text
 from subspec_cli.serving.model_names import check_model, model_names
@@ -87,10 +86,9 @@ def make_app(service: AnswerService, access: Access, log: Callable[[str], None])
     _add_facts(app, served)
     _add_errors(app, served)
     if access.origins:
-        app.add_middleware(
-            CORSMiddleware, allow_origins=access.origins, allow_methods=["*"], allow_headers=["*"]
-        )
+        app.add_middleware(with_cors, access)
     app.add_middleware(Gate, access=access, on_refusal=served.refused)
+    app.add_middleware(Heads)
     return app
 
 
