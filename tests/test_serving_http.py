@@ -63,6 +63,23 @@ def test_a_json_format_reaches_the_answer(wanted: dict[str, Any], schema: Any) -
         assert served.session.schemas[-1] == schema
 
 
+def test_a_completion_takes_formats_and_both_limits() -> None:
+    asked = {"prompt": "abcdef", "response_format": {"type": "json_object"}, "max_completion_tokens": 3}
+    with serving() as served:
+        found = served.ask(COMPLETION, asked).json
+        assert served.session.schemas[-1] is True
+    assert found["usage"]["completion_tokens"] == 3
+
+
+def test_what_asks_for_nothing_is_accepted() -> None:
+    nothing = {"tools": [], "functions": None, "parallel_tool_calls": True}
+    with serving() as served:
+        assert served.ask(CHAT, chat(**nothing)).status == 200
+        assert served.ask(COMPLETION, {"prompt": "a", "echo": False, "suffix": ""}).status == 200
+        with_mark = b"\xef\xbb\xbf" + json.dumps(chat()).encode()
+        assert served.ask(CHAT, with_mark).status == 200
+
+
 def test_a_chat_is_answered_whole() -> None:
     with serving() as served:
         found = served.ask(CHAT, chat(max_completion_tokens=4))
@@ -451,7 +468,8 @@ def test_a_full_queue_is_429_and_the_others_are_answered() -> None:
     assert int(refused.headers["retry-after"]) > 0
     assert error_of(refused)["code"] == "queue_full"
     assert error_of(refused)["type"] == "rate_limit_error"
-    assert "1 answers wait already, at most 1" in error_of(refused)["message"]
+    reason = "1 answers wait already, at most 1 may, and the request wants 1"
+    assert reason in error_of(refused)["message"]
     assert f"POST {CHAT} 429" in served.lines[0]
     assert 'subspec_requests_total{status="429"} 1.0' in metrics
 
@@ -535,11 +553,32 @@ def test_models_tokens_metrics_figures_and_the_page() -> None:
 
 
 BAD: list[tuple[str, Any, int, str | None, str]] = [
-    (CHAT, b"{", 400, None, "the body is not JSON at character 1: Expecting property name"),
-    (CHAT, b"\xff", 400, None, "error parsing the body"),
-    (CHAT, b"[" * 100_000, 400, None, "error parsing the body"),
+    (CHAT, b"{", 400, None, "the body is not JSON at byte 1: Expecting property name"),
+    (CHAT, b"\xff", 400, None, "the body is not UTF-8 at byte 0"),
+    (CHAT, b"\x1f\x8b\x08", 400, None, "the body is not UTF-8 at byte 1"),
+    (CHAT, b"[" * 100_000, 400, None, "the body is nested too deeply"),
+    (CHAT, b'{"seed": ' + b"9" * 5000 + b"}", 400, None, "a number that is too long"),
+    (CHAT, b'{"seed": 1, "seed": 2}', 400, None, "the body has the key 'seed' twice"),
+    (CHAT, chat(messages=[{"role": "user", "content": "a\ud800b"}]), 400, None, "holds \\ud800 alone"),
+    (COMPLETION, {"prompt": "\udfff"}, 400, None, "holds \\udfff alone, which is half of a character"),
+    ("/tokenize", {"prompt": "\ud800"}, 400, None, "holds \\ud800 alone"),
+    (CHAT, chat(**{"\ud800": 1}), 400, None, "holds \\ud800 alone"),
+    (CHAT, chat(**{"x" * 5000: 1}), 400, "x" * 100, "this field is not supported"),
+    (CHAT, chat(int=1), 400, "int", "int: this field is not supported"),
+    (CHAT, chat(tools=0), 400, "tools", "tool calls are not supported"),
+    (CHAT, chat(tools=False), 400, "tools", "tool calls are not supported"),
+    (COMPLETION, {"prompt": "a", "echo": 0}, 400, "echo", "echo is not supported"),
+    (CHAT, chat(reasoning_effort=""), 400, "reasoning_effort", "a reasoning effort is not supported"),
+    (
+        CHAT,
+        chat(response_format={"type": "json_schema", "json_schema": {"schema": 5}}),
+        400,
+        "response_format.json_schema.schema",
+        "Input should be",
+    ),
+    ("/chat/completions", chat(), 404, None, "there is no /chat/completions, but /v1/chat/completions"),
     (CHAT, b"", 400, None, "the body must be a JSON object"),
-    (CHAT, [1], 400, None, "the body must be a JSON object"),
+    (CHAT, [1], 400, None, "the body holds a list, expected a JSON object"),
     (CHAT, {}, 400, "messages", "messages: this field is missing"),
     (CHAT, chat(messages=[]), 400, "messages", "at least 1 item"),
     (CHAT, chat(model="gpt-4"), 404, "model", "the model 'gpt-4' is not here, only 'acme/Letters-1B'"),

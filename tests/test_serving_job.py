@@ -38,6 +38,11 @@ def test_three_forms_of_lines() -> None:
     assert isinstance(bare.body, PromptBody)
     assert (bare.custom_id, bare.body.seed) == ("line-3", 4)
     assert line_of({"prompt": "Hello", "custom_id": "x"}).custom_id == "x"
+    shaped = line_of(
+        {"prompt": "Hello", "response_format": {"type": "json_object"}, "max_completion_tokens": 3}
+    )
+    assert shaped.body is not None
+    assert (shaped.body.grammar, shaped.body.token_limit) == (True, 3)
     assert isinstance(line_of({"messages": SAY}).body, ChatBody)
 
 
@@ -53,6 +58,8 @@ BAD: list[tuple[Any, str | None, str]] = [
     ({"prompt": "a", "temperature": True}, "line-3", "temperature: Input should be a valid number"),
     (b'{"prompt": "a", "temperature": NaN}', "line-3", "temperature: Input should be a finite number"),
     ({}, "line-3", "prompt: this field is missing"),
+    ({"prompt": " "}, "line-3", "the prompt is empty"),
+    ({"prompt": "\ud800"}, None, "the line holds \\ud800 alone, which is half of a character"),
     ({"custom_id": "", "prompt": "a"}, None, "custom_id must be a text of 1 to 512 characters"),
     ({"custom_id": 7, "body": {}}, None, "custom_id must be"),
     (enveloped("/v1/embeddings", input="a"), "a", "url must be /v1/chat/completions or /v1/completions"),
