@@ -165,10 +165,13 @@ def test_a_schema_that_refers_to_itself_may_have_an_end(schema: Any) -> None:
 @pytest.mark.parametrize(
     ("pattern", "reason"),
     [
-        ("secret(?!x)", "look-around, including look-ahead and look-behind, is not supported"),
-        (r"(secret)\1", "backreferences are not supported"),
-        ("secret[", "unclosed character class"),
-        (r"secret\p{Foo}", "Unicode property not found"),
+        (
+            "secret(?!x)",
+            "regex parse error: look-around, including look-ahead and look-behind, is not supported",
+        ),
+        (r"(secret)\1", "regex parse error: backreferences are not supported"),
+        ("secret[", "regex parse error: unclosed character class"),
+        (r"secret\p{Foo}", "regex parse error: Unicode property not found"),
     ],
 )
 def test_a_pattern_that_is_not_supported_is_refused_with_the_reason(
@@ -176,7 +179,20 @@ def test_a_pattern_that_is_not_supported_is_refused_with_the_reason(
 ) -> None:
     with open_tiny(model_of(shelf)) as session, pytest.raises(UsageError) as refused:
         session.begin_by([1, 2], SamplingConfig(), seed=0, schema={"type": "string", "pattern": pattern})
-    assert refused.value.message == f"the schema cannot be followed: regex parse error: {reason}"
+    assert refused.value.message == f"the schema cannot be followed: {reason}"
+
+
+def test_a_reason_quotes_no_pattern() -> None:
+    assert grammar._reason("Unable to tell if regex is empty:  (And (Regex /secret/))") == (
+        "Unable to tell if regex is empty"
+    )
+
+
+def test_a_long_chain_of_references_takes_no_time() -> None:
+    chain = {
+        f"d{n}": {"type": "array", "items": {"$ref": f"#/$defs/d{n + 1}"}, "minItems": 1} for n in range(5000)
+    }
+    assert has_finite_answer({"$ref": "#/$defs/d0", "$defs": chain})
 
 
 def test_a_tokenizer_or_a_model_that_takes_no_grammar_is_refused() -> None:

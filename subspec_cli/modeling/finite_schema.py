@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 from urllib.parse import unquote
+
+_MOST_ROUNDS: Final = 8
+"""Looks at a schema. Each finds the references that end by those found before, and most schemas need two."""
 
 
 def has_finite_answer(schema: dict[str, Any] | bool) -> bool:
-    """Whether some answer to a schema ends. What is not understood is taken as if it did."""
+    """Whether some answer to a schema ends. What is not understood, or too deep, is taken as if it did."""
     finite = set[str]()
-    while True:
+    for _ in range(_MOST_ROUNDS):
         before = len(finite)
-        if _Round(schema, finite).ends(schema):
+        try:
+            if _Round(schema, finite).ends(schema):
+                return True
+        except RecursionError:
             return True
         if len(finite) == before:
             return False
+    return True
 
 
 class _Round:

@@ -51,18 +51,13 @@ class JsonGrammars:
 
         Raises UsageError for a schema that cannot be followed.
         """
-        try:
-            is_finite = has_finite_answer(schema)
-            text = json.dumps({"type": "object"} if schema is True else schema)
-        except RecursionError as error:
-            raise UsageError("the schema cannot be followed: it is nested too deeply") from error
-        if not is_finite:
+        return self._compiled(json.dumps({"type": "object"} if schema is True else schema))
+
+    def _compile(self, schema: str) -> GrammarState:
+        if not has_finite_answer(json.loads(schema)):
             raise UsageError(
                 "the schema cannot be followed: it refers to itself, so no answer to it ever ends"
             )
-        return self._compiled(text)
-
-    def _compile(self, schema: str) -> GrammarState:
         try:
             grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=_OPTIONS)
         except ValueError as error:
@@ -78,7 +73,7 @@ def _reason(error: str) -> str:
     first, *rest = error.split("\n")
     if first.endswith(":") and rest and rest[-1].startswith("error: "):
         first = f"{first} {rest[-1].removeprefix('error: ')}"
-    return first[:300]
+    return " ".join(first.split()).partition(": (")[0][:300]
 
 
 class GrammarState:
