@@ -59,7 +59,7 @@ BAD: list[tuple[Any, str | None, str]] = [
     (b'{"prompt": "a", "temperature": NaN}', "line-3", "temperature: Input should be a finite number"),
     ({}, "line-3", "prompt: this field is missing"),
     ({"prompt": " "}, "line-3", "the prompt is empty"),
-    ({"prompt": "\ud800"}, None, "the line holds \\ud800 alone, which is half of a character"),
+    ({"prompt": "\ud800"}, "line-3", "the line holds \\ud800 alone, which is half of a character"),
     ({"custom_id": "", "prompt": "a"}, None, "custom_id must be a text of 1 to 512 characters"),
     ({"custom_id": 7, "body": {}}, None, "custom_id must be"),
     (enveloped("/v1/embeddings", input="a"), "a", "url must be /v1/chat/completions or /v1/completions"),

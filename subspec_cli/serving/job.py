@@ -11,6 +11,7 @@ from typing import Any, Final
 from pydantic import ValidationError, field_validator
 
 from subspec_cli.errors import IntegrityError, UsageError
+from subspec_cli.files.json_object import parse_json_object
 from subspec_cli.files.regular_file import open_regular
 from subspec_cli.limits import MOST_PROMPT_BYTES
 from subspec_cli.serving.request_body import (
@@ -20,7 +21,7 @@ from subspec_cli.serving.request_body import (
     RequestRefusedError,
     refusal_of,
 )
-from subspec_cli.serving.strict_json import parse_request
+from subspec_cli.serving.strict_json import check_characters
 
 _MOST_LINE_BYTES: Final = 2 * MOST_PROMPT_BYTES
 _MOST_ID_CHARACTERS: Final = 512
@@ -118,8 +119,9 @@ def parse_line(number: int, data: bytes) -> JobLine:
     try:
         if len(data) > _MOST_LINE_BYTES:
             raise RequestRefusedError(f"the line has more than {_MOST_LINE_BYTES >> 20} MiB")
-        values = parse_request(data, "the line")
+        values = parse_json_object(data, "the line", UsageError)
         custom_id = _custom_id(values, number)
+        check_characters(values, "the line")
         return JobLine(number, custom_id, _body(values), None)
     except UsageError as error:
         problem = RequestRefusedError(error.message)

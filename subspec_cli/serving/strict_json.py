@@ -15,14 +15,16 @@ def parse_request(data: bytes, what: str) -> dict[str, Any]:
     Raises UsageError, which names it `what`.
     """
     values = parse_json_object(data.removeprefix(b"\xef\xbb\xbf"), what, UsageError)
-    if b"\\ud" in data.lower():
-        try:
-            json.dumps(values, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            half = error.object[error.start]
-            raise UsageError(
-                f"{what} holds \\u{ord(half):04x} alone, which is half of a character"
-            ) from error
-        except RecursionError as error:
-            raise UsageError(f"{what} is nested too deeply") from error
+    check_characters(values, what)
     return values
+
+
+def check_characters(values: dict[str, Any], what: str) -> None:
+    """Refuse halves of characters: JSON can write them, and no tokenizer reads them. Raises UsageError."""
+    try:
+        json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ord(error.object[error.start])
+        raise UsageError(f"{what} holds \\u{half:04x} alone, which is half of a character") from error
+    except RecursionError as error:
+        raise UsageError(f"{what} is nested too deeply") from error
