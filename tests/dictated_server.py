@@ -103,6 +103,7 @@ class DictatedSession:
             config=SimpleNamespace(sampling=SamplingConfig(), run=RunConfig()),
             plan=self.plan,
         )
+        self.loaded = SimpleNamespace(tokenizer=None)
 
     def __enter__(self) -> DictatedSession:
         return self
@@ -132,9 +133,6 @@ class DictatedSession:
 
     def link_counters(self) -> StreamCounters:
         return StreamCounters()
-
-    def token_text(self, token_id: int) -> str:
-        return "?"
 
 
 class DictatedServer:

@@ -119,11 +119,22 @@ class FakeRounds:
 
 
 class FakeTokenizer:
+    settling = "at once"
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return list(map(ord, text))
 
     def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
         return "".join(map(chr, token_ids))
+
+    def drops(self, token_id: int, *, special: bool) -> bool:
+        return False
+
+    def byte_of(self, token_id: int) -> None:
+        return None
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return chr(token_id).encode()
 
 
 class FakeSession:
@@ -199,9 +210,6 @@ class FakeSession:
 
     def encode_messages(self, messages: Sequence[dict[str, str]], *, system: str | None = None) -> list[int]:
         return list(map(ord, messages[-1]["content"]))
-
-    def token_text(self, token_id: int) -> str:
-        return chr(token_id)
 
     def take_request_number(self) -> int:
         self.numbers += 1

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from subspec_cli.decoding.detokenizer import Detokenizer
 from subspec_cli.decoding.text import AnswerText
+from subspec_cli.decoding.text_offsets import TextOffsets
 from subspec_cli.modeling.pretrained import ModelTokenizer
 from subspec_cli.modeling.settling import settling_of
 
@@ -161,6 +162,49 @@ def test_pieces_joined_are_the_text_decoded_whole(
             shown += detokenizer.push(token_id)
             assert whole.startswith(shown)
             assert shown + detokenizer.pending() == kind.tokenizer.decode(token_ids[:count], special=special)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in KINDS if KINDS[name][2] != "at the end" and "cleaned" not in name]
+)
+@given(data=st.data())
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_a_token_stands_in_the_text_where_its_offset_says(
+    kinds: dict[str, Kind], name: str, data: st.DataObject
+) -> None:
+    kind = kinds[name]
+    tokenizer = kind.tokenizer
+    stripped = set(b" A")  # a byte that the beginning of a text loses is not told from one that it keeps
+    token_ids = [
+        each for each in data.draw(some_ids(kind.vocab - 2)) if tokenizer.byte_of(each) not in stripped
+    ]
+    text, offsets = tokenizer.decode(token_ids), TextOffsets(tokenizer)
+    places = [offsets.add(token_id) for token_id in token_ids]
+    assert places == sorted(places)
+    assert not token_ids or (places[0] == 0 and places[-1] <= len(text))
+    visible = [
+        (token_id, at)
+        for token_id, at in zip(token_ids, places, strict=True)
+        if not tokenizer.drops(token_id, special=False)
+    ]
+    for token_id, at in visible[1:]:
+        own = tokenizer.token_bytes(token_id).decode(errors="ignore")
+        if tokenizer.byte_of(token_id) is None and own and own.encode() == tokenizer.token_bytes(token_id):
+            assert text.startswith(own, at) or own.startswith((" ", "A")), "what begins the text may be cut"
+    if KINDS[name][2] == "whole characters":
+        assert b"".join(tokenizer.token_bytes(each) for each, _ in visible).decode(errors="replace") == text
+
+
+@pytest.mark.parametrize("name", ["sentencepiece", "metaspace, first"])
+def test_tokens_keep_their_leading_space(kinds: dict[str, Kind], name: str) -> None:
+    tokenizer = kinds[name].tokenizer
+    first, second = WORDS.index("▁Hello"), WORDS.index("▁wor")
+    assert tokenizer.decode([first]) == "Hello"
+    assert tokenizer.token_bytes(first) == b" Hello"
+    assert tokenizer.token_bytes(second) == b" wor"
+    assert tokenizer.token_bytes(9999) == b""
+    offsets = TextOffsets(tokenizer)
+    assert [offsets.add(each) for each in (first, second, first)] == [0, 5, 9]
 
 
 @pytest.mark.parametrize("name", KINDS)

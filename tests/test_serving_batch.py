@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -223,13 +224,57 @@ def test_the_command_answers_and_says_what_it_did(
     assert "another temperature" in capsys.readouterr().err
 
 
+def test_a_job_goes_on_with_the_context_that_it_began_with(
+    shelf: Shelf, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job_in(tmp_path)
+    where = ("--model", str(model_of(shelf)), "--memory-gb", "1", "--device", "cpu", "--seed", "3")
+    argv = ["batch", str(tmp_path / "in"), str(tmp_path / "out"), *where]
+    assert main([*argv, "--context", "384"]) == 0
+    assert main(argv) == 0, "the context is that of the earlier run"
+    capsys.readouterr()
+    assert main([*argv, "--context", "512"]) == 2
+    err = " ".join(capsys.readouterr().err.split())
+    assert "another context: 384, now 512" in err
+    assert "--context 384 goes on" in err
+
+
 @pytest.mark.parametrize(
     ("requests", "results", "reason"),
-    [("none", "out", "cannot read"), ("in", "in", "would overwrite"), ("in", "no/out", "cannot be written")],
+    [
+        ("none", "out", "cannot read"),
+        ("in", "in", "would overwrite"),
+        ("in", "no/out", "no is no directory that you can write"),
+        ("in", ".", "is a directory"),
+        ("in", "pipe", "is a named pipe"),
+        ("in", "full", "is a character device"),
+        ("in", "link", "is a link to /"),
+        ("in", "a" * 300, "File name too long"),
+    ],
 )
 def test_bad_paths_are_refused_before_anything_is_loaded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], requests: str, results: str, reason: str
 ) -> None:
     job_in(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "full").symlink_to("/dev/full")
+    (tmp_path / "link").symlink_to(tmp_path / "somewhere")
+    before = sorted(tmp_path.iterdir())
     assert main(["batch", str(tmp_path / requests), str(tmp_path / results)]) == 2
     assert reason in " ".join(capsys.readouterr().err.split())
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_results_in_a_place_that_cannot_be_written_are_refused_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job_in(tmp_path)
+    may = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path and may(path, mode))
+    assert main(["batch", str(tmp_path / "in"), str(tmp_path / "out")]) == 2
+    err = " ".join(capsys.readouterr().err.split())
+    assert "is no directory that you can write" in err
+    assert "HOME" not in err
+    monkeypatch.undo()
+    assert main(["batch", str(tmp_path / "in"), "-"]) == 2
+    assert "not to stdout" in capsys.readouterr().err

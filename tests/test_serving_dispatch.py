@@ -99,7 +99,7 @@ class FakePool:
 
 def job_of(folder: Path, lines: int) -> Job:
     path = folder / "in"
-    path.write_text("".join(json.dumps({"prompt": "a" * (number % 9)}) + "\n" for number in range(lines)))
+    path.write_text("".join(json.dumps({"prompt": "a" * (1 + number % 9)}) + "\n" for number in range(lines)))
     return open_job(path)
 
 

@@ -8,16 +8,21 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
-from fakes_serving import Brake, Exchange, FakeSession, Served, text_of, until
+from fakes_serving import Brake, Exchange, FakeSession, FakeTokenizer, Served, text_of, until
 from pydantic import BaseModel, ValidationError
 
+from subspec_cli.decoding.logprobs import TokenLogprobs
+from subspec_cli.decoding.text_offsets import TextOffsets
 from subspec_cli.errors import IntegrityError
+from subspec_cli.metrics import GenerationStats
 from subspec_cli.serving import gate, http_answers, orders
 from subspec_cli.serving.gate import Access, is_loopback, named_hosts
 from subspec_cli.serving.http_answers import HttpAnswers
 from subspec_cli.serving.orders import OrderMaker
 from subspec_cli.serving.request_body import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from subspec_cli.serving.response_body import AnswerSoFar, logprobs_document
 from subspec_cli.serving.service import State
+from subspec_cli.session.answer import TextDelta
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 SAY = [{"role": "user", "content": "hi"}]
@@ -56,6 +61,23 @@ def test_a_json_format_reaches_the_answer(wanted: dict[str, Any], schema: Any) -
     with serving() as served:
         assert served.ask(CHAT, chat(response_format=wanted, max_tokens=2)).status == 200
         assert served.session.schemas[-1] == schema
+
+
+def test_a_completion_takes_formats_and_both_limits() -> None:
+    asked = {"prompt": "abcdef", "response_format": {"type": "json_object"}, "max_completion_tokens": 3}
+    with serving() as served:
+        found = served.ask(COMPLETION, asked).json
+        assert served.session.schemas[-1] is True
+    assert found["usage"]["completion_tokens"] == 3
+
+
+def test_what_asks_for_nothing_is_accepted() -> None:
+    nothing = {"tools": [], "functions": None, "parallel_tool_calls": True}
+    with serving() as served:
+        assert served.ask(CHAT, chat(**nothing)).status == 200
+        assert served.ask(COMPLETION, {"prompt": "a", "echo": False, "suffix": ""}).status == 200
+        with_mark = b"\xef\xbb\xbf" + json.dumps(chat()).encode()
+        assert served.ask(CHAT, with_mark).status == 200
 
 
 def test_a_chat_is_answered_whole() -> None:
@@ -138,6 +160,43 @@ def test_log_probabilities_of_both_kinds() -> None:
         "top_logprobs": [{"a": -0.5}, {"b": -0.5}],
         "text_offset": [0, 1],
     }
+
+
+class PartsTokenizer(FakeTokenizer):
+    """Letters, two halves of a character, and a special token; the space before the first word is dropped."""
+
+    settling = "whole characters"
+    pieces = (b" a", b" b", b"\xc3", b"\xa9", b"<s>")
+
+    def decode(self, token_ids: Any, *, special: bool = False) -> str:
+        return (
+            b"".join(self.pieces[each] for each in token_ids if each != 4)
+            .decode(errors="replace")
+            .lstrip(" ")
+        )
+
+    def drops(self, token_id: int, *, special: bool) -> bool:
+        return token_id == 4
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return self.pieces[token_id]
+
+
+def test_log_probabilities_tell_the_bytes_of_each_token() -> None:
+    tokenizer: Any = PartsTokenizer()
+    answer = AnswerSoFar(1, logprobs=[], offsets=TextOffsets(tokenizer))
+    ids = (0, 2, 3, 1, 4)
+    told = tuple(TokenLogprobs(each, -0.5, ((2, -1.0), (0, -2.0), (0, -3.0))) for each in ids)
+    answer.add(TextDelta("aé b", ids, "stop", GenerationStats(), told))
+    found = logprobs_document("chat", answer, 0, tokenizer)["content"]
+    assert [each["token"] for each in found] == ["a", "bytes:\\xc3", "bytes:\\xa9", " b", "<s>"]
+    assert found[-1]["bytes"] is None
+    assert b"".join(bytes(each["bytes"]) for each in found[:-1]).decode() == answer.text
+    later = logprobs_document("chat", answer, 3, tokenizer)["content"]
+    assert later == found[3:]
+    found = logprobs_document("completion", answer, 1, tokenizer)
+    assert found["top_logprobs"][0] == {"bytes:\\xc3": -1.0, " a": -2.0}, "the likelier of two with one name"
+    assert found["tokens"][2] == " b"
 
 
 def test_token_ids_are_told_where_they_are_asked_for() -> None:
@@ -409,7 +468,8 @@ def test_a_full_queue_is_429_and_the_others_are_answered() -> None:
     assert int(refused.headers["retry-after"]) > 0
     assert error_of(refused)["code"] == "queue_full"
     assert error_of(refused)["type"] == "rate_limit_error"
-    assert "1 answers wait already, at most 1" in error_of(refused)["message"]
+    reason = "1 answers wait already, at most 1 may, and the request wants 1"
+    assert reason in error_of(refused)["message"]
     assert f"POST {CHAT} 429" in served.lines[0]
     assert 'subspec_requests_total{status="429"} 1.0' in metrics
 
@@ -493,11 +553,32 @@ def test_models_tokens_metrics_figures_and_the_page() -> None:
 
 
 BAD: list[tuple[str, Any, int, str | None, str]] = [
-    (CHAT, b"{", 400, None, "the body is not JSON at character 1: Expecting property name"),
-    (CHAT, b"\xff", 400, None, "error parsing the body"),
-    (CHAT, b"[" * 100_000, 400, None, "error parsing the body"),
+    (CHAT, b"{", 400, None, "the body is not JSON at byte 1: Expecting property name"),
+    (CHAT, b"\xff", 400, None, "the body is not UTF-8 at byte 0"),
+    (CHAT, b"\x1f\x8b\x08", 400, None, "the body is not UTF-8 at byte 1"),
+    (CHAT, b"[" * 100_000, 400, None, "the body is nested too deeply"),
+    (CHAT, b'{"seed": ' + b"9" * 5000 + b"}", 400, None, "a number that is too long"),
+    (CHAT, b'{"seed": 1, "seed": 2}', 400, None, "the body has the key 'seed' twice"),
+    (CHAT, chat(messages=[{"role": "user", "content": "a\ud800b"}]), 400, None, "holds \\ud800 alone"),
+    (COMPLETION, {"prompt": "\udfff"}, 400, None, "holds \\udfff alone, which is half of a character"),
+    ("/tokenize", {"prompt": "\ud800"}, 400, None, "holds \\ud800 alone"),
+    (CHAT, chat(**{"\ud800": 1}), 400, None, "holds \\ud800 alone"),
+    (CHAT, chat(**{"x" * 5000: 1}), 400, "x" * 100, "this field is not supported"),
+    (CHAT, chat(int=1), 400, "int", "int: this field is not supported"),
+    (CHAT, chat(tools=0), 400, "tools", "tool calls are not supported"),
+    (CHAT, chat(tools=False), 400, "tools", "tool calls are not supported"),
+    (COMPLETION, {"prompt": "a", "echo": 0}, 400, "echo", "echo is not supported"),
+    (CHAT, chat(reasoning_effort=""), 400, "reasoning_effort", "a reasoning effort is not supported"),
+    (
+        CHAT,
+        chat(response_format={"type": "json_schema", "json_schema": {"schema": 5}}),
+        400,
+        "response_format.json_schema.schema",
+        "Input should be",
+    ),
+    ("/chat/completions", chat(), 404, None, "there is no /chat/completions, but /v1/chat/completions"),
     (CHAT, b"", 400, None, "the body must be a JSON object"),
-    (CHAT, [1], 400, None, "the body must be a JSON object"),
+    (CHAT, [1], 400, None, "the body holds a list, expected a JSON object"),
     (CHAT, {}, 400, "messages", "messages: this field is missing"),
     (CHAT, chat(messages=[]), 400, "messages", "at least 1 item"),
     (CHAT, chat(model="gpt-4"), 404, "model", "the model 'gpt-4' is not here, only 'acme/Letters-1B'"),
@@ -675,6 +756,36 @@ def test_a_preflight_needs_no_key_and_only_allowed_pages_pass() -> None:
         refused = served.ask(CHAT, method="OPTIONS", headers={"origin": "http://evil.example", **asked})
     assert (allowed.status, refused.status) == (200, 403)
     assert allowed.headers["access-control-allow-origin"] == "http://pages.example"
+
+
+def test_a_refusal_can_be_read_by_an_allowed_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "MOST_BODY_BYTES", 100)
+    asked = {"origin": "http://pages.example"}
+    key = {"authorization": "Bearer key"}
+    with serving(access=Access(api_key="key", origins=("http://pages.example",))) as served:
+        found = [
+            served.ask("/v1/models", headers=asked),
+            served.ask("/v1/models", headers={**asked, **key, "host": "evil.example"}),
+            served.ask(CHAT, chat(), headers={**asked, **key, "content-length": "101"}),
+            served.ask(CHAT, (b" " * 60, b" " * 60), headers={**asked, **key}),
+        ]
+        preflight = served.ask(
+            CHAT,
+            method="OPTIONS",
+            headers={**asked, "access-control-request-method": "POST", "host": "evil.example"},
+        )
+    assert [each.status for each in found] == [401, 403, 413, 413]
+    assert {each.headers["access-control-allow-origin"] for each in found} == {"http://pages.example"}
+    assert preflight.status == 403
+    assert "access-control-allow-origin" not in preflight.headers
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/health", "/v1/models", "/v1/models/Letters-1B", "/v1/models/x", "/none"]
+)
+def test_head_is_answered_as_get_without_a_body(letters: Served, path: str) -> None:
+    found, full = letters.ask(path, method="HEAD"), letters.ask(path)
+    assert (found.status, found.headers, found.text) == (full.status, full.headers, "")
 
 
 def test_any_page_where_all_are_allowed() -> None:

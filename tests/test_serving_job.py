@@ -38,6 +38,11 @@ def test_three_forms_of_lines() -> None:
     assert isinstance(bare.body, PromptBody)
     assert (bare.custom_id, bare.body.seed) == ("line-3", 4)
     assert line_of({"prompt": "Hello", "custom_id": "x"}).custom_id == "x"
+    shaped = line_of(
+        {"prompt": "Hello", "response_format": {"type": "json_object"}, "max_completion_tokens": 3}
+    )
+    assert shaped.body is not None
+    assert (shaped.body.grammar, shaped.body.token_limit) == (True, 3)
     assert isinstance(line_of({"messages": SAY}).body, ChatBody)
 
 
@@ -53,6 +58,8 @@ BAD: list[tuple[Any, str | None, str]] = [
     ({"prompt": "a", "temperature": True}, "line-3", "temperature: Input should be a valid number"),
     (b'{"prompt": "a", "temperature": NaN}', "line-3", "temperature: Input should be a finite number"),
     ({}, "line-3", "prompt: this field is missing"),
+    ({"prompt": " "}, "line-3", "the prompt is empty"),
+    ({"prompt": "\ud800"}, "line-3", "the line holds \\ud800 alone, which is half of a character"),
     ({"custom_id": "", "prompt": "a"}, None, "custom_id must be a text of 1 to 512 characters"),
     ({"custom_id": 7, "body": {}}, None, "custom_id must be"),
     (enveloped("/v1/embeddings", input="a"), "a", "url must be /v1/chat/completions or /v1/completions"),
@@ -207,6 +214,7 @@ def test_a_damaged_record_in_the_middle_is_refused(tmp_path: Path, data: bytes) 
         ({"temperature": 0.7}, "another temperature: 0.5, now 0.7"),
         ({"seed": 10}, "another seed: 9, now 10"),
         ({"new": 1}, "another new"),
+        ({"context": 512}, "another context: null, now 512"),
     ],
 )
 def test_records_of_another_job_are_refused(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
@@ -222,6 +230,12 @@ def test_a_file_of_something_else_is_refused_and_kept(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is not of a job"):
         results_in(tmp_path)
     assert (tmp_path / "out").read_text() == "a diary\n"
+
+
+def test_what_has_just_become_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "out")
+    with pytest.raises(IntegrityError, match="a named pipe"):
+        results_in(tmp_path)
 
 
 def test_an_empty_file_is_as_good_as_none(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,8 +22,9 @@ from subspec_cli.config import (
     RunConfig,
     SamplingConfig,
 )
-from subspec_cli.errors import UsageError
-from subspec_cli.units import counted
+from subspec_cli.errors import IntegrityError, UsageError
+from subspec_cli.files.regular_file import refuse_special
+from subspec_cli.units import counted, printable
 
 if TYPE_CHECKING:
     from subspec_cli.cli.output import Output
@@ -66,7 +69,17 @@ def batch(settings: Settings, requests: InputArg, results: ResultsArg, as_json: 
     output = Output()
     job = open_job(requests)
     run = run_job if settings.config.batch.ray is None else run_job_on_ray
-    run(settings.config, settings.file, job, results, output, as_json=as_json)
+    run(_as_begun(settings.config, results), settings.file, job, results, output, as_json=as_json)
+
+
+def _as_begun(config: Config, results: Path) -> Config:
+    """The settings with the context of the earlier run, where none is given: memory may allow another one now."""
+    from subspec_cli.serving.job_results import begun_context
+
+    context = begun_context(results) if config.memory.context is None else None
+    if context is None:
+        return config
+    return dataclasses.replace(config, memory=dataclasses.replace(config.memory, context=context))
 
 
 def run_job(
@@ -116,10 +129,28 @@ def run_job(
 
 def _check_files(requests: Path, results: Path) -> None:
     """Check the paths now: a bad one would otherwise fail after the model is loaded."""
-    if not results.parent.is_dir() or results.is_dir():
-        raise UsageError(f"{results} cannot be written", "name a file in a directory that exists")
-    if results.exists() and requests.exists() and results.samefile(requests):
-        raise UsageError("the results would overwrite the requests", "subspec batch IN.jsonl OUT.jsonl")
+    hint = "name a file in a directory that you can write: subspec batch IN.jsonl OUT.jsonl"
+    name = printable(str(results))
+    if name == "-":
+        raise UsageError("results go to a file, not to stdout", hint)
+    try:
+        if results.exists():
+            refuse_special(results, results.stat().st_mode)
+            if requests.exists() and results.samefile(requests):
+                raise UsageError("the results would overwrite the requests", hint)
+        # What keeps a second process out lies beside the results, so they have one name.
+        if results.is_symlink():
+            real = printable(os.path.realpath(results))
+            raise UsageError(f"{name} is a link to {real}", f"name that: subspec batch IN.jsonl {real}")
+        if not results.parent.is_dir() or not os.access(results.parent, os.W_OK | os.X_OK):
+            reason = f"{printable(str(results.parent))} is no directory that you can write"
+            raise UsageError(f"{name} cannot be written: {reason}", hint)
+        if results.exists() and not os.access(results, os.R_OK | os.W_OK):
+            raise UsageError(f"{name} cannot be read and written", hint)
+    except IntegrityError as error:
+        raise UsageError(error.message, hint) from error
+    except OSError as error:
+        raise UsageError(f"{name} cannot be written: {error.strerror}", hint) from error
 
 
 def _counting(job: Job, config: Config) -> TokenCount | None:

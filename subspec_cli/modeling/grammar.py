@@ -12,9 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from subspec_cli.errors import UnsupportedModelError, UsageError
+from subspec_cli.modeling.finite_schema import has_finite_answer
 
 _OPTIONS: Final[Any] = {"whitespace_flexible": True, "whitespace_pattern": r"( |\n {0,24})?"}
 """One space, or a new line that is indented: a small model may write spaces without end."""
+_CANNOT_GO_ON: Final = (
+    "the answer cannot go on by its schema: nothing may come next, or the schema is too complex"
+)
 _KEPT_GRAMMARS: Final = 4
 """Latest schemas whose first states are kept."""
 
@@ -50,6 +54,10 @@ class JsonGrammars:
         return self._compiled(json.dumps({"type": "object"} if schema is True else schema))
 
     def _compile(self, schema: str) -> GrammarState:
+        if not has_finite_answer(json.loads(schema)):
+            raise UsageError(
+                "the schema cannot be followed: it refers to itself, so no answer to it ever ends"
+            )
         try:
             grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=_OPTIONS)
         except ValueError as error:
@@ -61,8 +69,11 @@ class JsonGrammars:
 
 
 def _reason(error: str) -> str:
-    """Return an error without the dump of the parser's state, which holds schema and answer."""
-    return error.partition("\n")[0][:300]
+    """Return an error without what it quotes: a pattern, or the parser's state, which holds schema and answer."""
+    first, *rest = error.split("\n")
+    if first.endswith(":") and rest and rest[-1].startswith("error: "):
+        first = f"{first} {rest[-1].removeprefix('error: ')}"
+    return " ".join(first.split()).partition(": (")[0][:300]
 
 
 class GrammarState:
@@ -75,8 +86,8 @@ class GrammarState:
 
     @cached_property
     def failure(self) -> str | None:
-        """Why the grammar cannot go on, such as a limit of its parser; None if it can."""
-        return _reason(self._matcher.get_error()) or None
+        """Why the grammar cannot go on; None if it can. What its parser says holds the answer."""
+        return _CANNOT_GO_ON if self._matcher.get_error() else None
 
     def after(self, token_id: int) -> GrammarState:
         """Return the state behind one more token, which must be an allowed one."""

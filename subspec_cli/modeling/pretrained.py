@@ -23,7 +23,7 @@ from subspec_cli.files.silenced_stderr import silenced_stderr
 from subspec_cli.modeling.chat_template import RAW_HINT, ChatTemplate
 from subspec_cli.modeling.delta_kernel import compile_rule
 from subspec_cli.modeling.int4_product import dot_product
-from subspec_cli.modeling.settling import Settling, byte_of_token, settling_of
+from subspec_cli.modeling.settling import Settling, byte_of_token, bytes_of_piece, settling_of
 from subspec_cli.streaming.memory_meter import return_freed_memory_now
 from subspec_cli.units import printable
 
@@ -91,6 +91,7 @@ class ModelTokenizer:
         self.settling: Settling = _settling(self._tokenizer)
         """When the text of a token is settled."""
         self._has_text: dict[int, bool] = {}
+        self._bytes: dict[int, bytes] = {}
         self._last_chat: tuple[list[dict[str, str]], list[int]] | None = None
 
     def _drop_what_it_was_made_from(self) -> None:
@@ -211,6 +212,26 @@ class ModelTokenizer:
         if self.settling != "byte runs":
             return None
         return byte_of_token(self._tokenizer.convert_ids_to_tokens(token_id))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of a token among others; of a special token those of its name; none of an unknown one."""
+        if token_id not in self._bytes:
+            self._bytes[token_id] = self._bytes_of(token_id)
+        return self._bytes[token_id]
+
+    def _bytes_of(self, token_id: int) -> bytes:
+        piece = self._tokenizer.convert_ids_to_tokens(token_id)
+        if piece is None:
+            return b""
+        if self.drops(token_id, special=False):
+            return str(piece).encode()
+        if self.settling == "whole characters":
+            return bytes_of_piece(piece)
+        if (byte := self.byte_of(token_id)) is not None:
+            return bytes([byte])
+        # A decoder may change the first token, such as by dropping its leading space; the second one is as any other.
+        alone = self.decode([token_id])
+        return self.decode([token_id, token_id]).removeprefix(alone).encode()
 
 
 def _failure_of(error: BaseException) -> str | None:

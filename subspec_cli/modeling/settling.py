@@ -15,6 +15,12 @@ Settling = Literal["at once", "whole characters", "byte runs", "at the end"]
 """
 _OF_ONE_TOKEN: Final = ("Replace", "Metaspace", "WordPiece")
 """Steps that change a token by itself, or by being the first."""
+_PRINTED: Final = (*range(33, 127), *range(161, 173), *range(174, 256))
+_BYTES: Final = {
+    **{chr(byte): byte for byte in _PRINTED},
+    **{chr(256 + number): byte for number, byte in enumerate(sorted(set(range(256)) - set(_PRINTED)))},
+}
+"""The bytes by the characters that stand for them where each token is written in bytes."""
 _BYTE_TOKEN: Final = re.compile("<0x([0-9A-Fa-f+][0-9A-Fa-f])>")
 
 
@@ -64,3 +70,11 @@ def byte_of_token(token: str) -> int | None:
     """Return the byte of a byte token, such as `<0xE4>`; None for any other token."""
     found = _BYTE_TOKEN.fullmatch(token)
     return int(found[1], 16) if found else None
+
+
+def bytes_of_piece(piece: str) -> bytes:
+    """Return the bytes that a token stands for where each of its characters is a byte, else those of its text."""
+    try:
+        return bytes(map(_BYTES.__getitem__, piece))
+    except KeyError:
+        return piece.encode()

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from fastapi.routing import APIRoute
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Scope
 
 from subspec_cli.decoding.sampler import derived_seed
-from subspec_cli.serving.gate import Access, Gate
+from subspec_cli.errors import UsageError
+from subspec_cli.serving.gate import Access, Gate, Heads, with_cors
 from subspec_cli.serving.http_answers import Asked, HttpAnswers, fault_words
 from subspec_cli.serving.metrics_text import Counts, metrics_text
 from subspec_cli.serving.model_names import check_model, model_names
@@ -33,6 +34,7 @@ from subspec_cli.serving.request_body import (
 )
 from subspec_cli.serving.response_body import error_document
 from subspec_cli.serving.service import AnswerService, NotReadyError, QueueFullError, State
+from subspec_cli.serving.strict_json import parse_request
 from subspec_cli.session.session import Session
 from subspec_cli.versions import __version__
 
@@ -76,21 +78,43 @@ class Served:
             self.log(f"{words} · {reason}" if reason else words)
 
 
+class _StrictRoute(APIRoute):
+    """A route whose body is read as a line of a job is: what is no sound JSON object is refused with 400."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Return what answers a request."""
+        handle = super().get_route_handler()
+
+        async def strictly(request: Request) -> Response:
+            return await handle(_StrictRequest(request.scope, request.receive))
+
+        return strictly
+
+
+class _StrictRequest(Request):
+    async def json(self) -> dict[str, Any]:
+        """Return the body."""
+        try:
+            return parse_request(await self.body(), "the body")
+        except UsageError as error:
+            raise HTTPException(400, error.message) from error
+
+
 def make_app(service: AnswerService, access: Access, log: Callable[[str], None]) -> FastAPI:
     """Return the application over a service, which may still be loading its model.
 
     `log` takes one line for each request that asked for answers, without anything of what was said.
     """
     app = FastAPI(title="subspec", version=__version__, docs_url=None, redoc_url=None, responses=_ERROR)
+    app.router.route_class = _StrictRoute
     served = Served(service, log)
     _add_answers(app, served)
     _add_facts(app, served)
     _add_errors(app, served)
     if access.origins:
-        app.add_middleware(
-            CORSMiddleware, allow_origins=access.origins, allow_methods=["*"], allow_headers=["*"]
-        )
+        app.add_middleware(with_cors, access)
     app.add_middleware(Gate, access=access, on_refusal=served.refused)
+    app.add_middleware(Heads)
     return app
 
 
@@ -242,7 +266,8 @@ def _add_errors(app: FastAPI, served: Served) -> None:
 
     @app.exception_handler(HTTPException)
     def http_error(request: Request, error: HTTPException) -> JSONResponse:
-        return answer(request, error.status_code, error_document(str(error.detail)), error.headers)
+        document = error_document(_words_of(error, request.url.path))
+        return answer(request, error.status_code, document, error.headers)
 
     @app.exception_handler(Exception)
     def fault(request: Request, error: Exception) -> JSONResponse:
@@ -255,10 +280,13 @@ def _fault_of(error: RequestValidationError) -> RequestRefusedError:
     """Return the first fault of a body, in words."""
     faults = error.errors()
     first = faults[0]
-    if first["type"] == "json_invalid":
-        return RequestRefusedError(
-            f"the body is not JSON at character {first['loc'][1]}: {first['ctx']['error']}"
-        )
     if first["loc"] == ("body",) and first["type"] != "value_error":
         return RequestRefusedError("the body must be a JSON object, sent with Content-Type: application/json")
     return refusal_in([(each["loc"][1:], each["msg"], each["type"]) for each in faults])
+
+
+def _words_of(error: HTTPException, path: str) -> str:
+    """Return what is said of an error; a client may have the API's address without its last part."""
+    if error.status_code == 404 and f"/v1{path}" in (*_ANSWER_PATHS, "/v1/models"):
+        return f"there is no {path}, but /v1{path}: the address of the API ends with /v1"
+    return str(error.detail)

@@ -118,6 +118,7 @@ def job_identity(job: Job, about: SessionDescription) -> dict[str, Any]:
         "model": about.model_id,
         "revision": about.revision,
         "seed": about.config.sampling.seed,
+        "context": about.context_tokens,
         **sampling,
         **run,
     }

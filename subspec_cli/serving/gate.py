@@ -17,6 +17,7 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -63,7 +64,9 @@ class Gate:
         refusal = self._refusal(scope)
         if refusal is not None:
             self._on_refusal(scope, refusal.status_code)
-            await refusal(scope, receive, send)
+            # The page of an allowed origin can read why. A preflight that is refused must not be answered as allowed.
+            answer = refusal if _is_preflight(scope) else with_cors(refusal, self._access)
+            await answer(scope, receive, send)
             return
         await self._app(scope, _Body(receive).receive, send)
 
@@ -77,8 +80,7 @@ class Gate:
         origin = headers.get("origin")
         if origin is not None and not self._is_allowed(origin, host):
             return _refused(403, f"pages of {origin[:100]!r} may not ask: --cors-origin ORIGIN allows them")
-        is_preflight = scope["method"] == "OPTIONS" and "access-control-request-method" in headers
-        if scope["path"] not in _OPEN_PATHS and not is_preflight and not self._has_key(headers):
+        if scope["path"] not in _OPEN_PATHS and not _is_preflight(scope) and not self._has_key(headers):
             return _refused(401, "the API key is missing or wrong", code="invalid_api_key")
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > MOST_BODY_BYTES:
@@ -109,6 +111,29 @@ class Gate:
         return same and scheme.lower() == "bearer"
 
 
+class Heads:
+    """The middleware that answers HEAD as GET, without the body."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on."""
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_without_body(message: Message) -> None:
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+        await self._app({**scope, "method": "GET"}, receive, send_without_body)
+
+
+def with_cors(app: ASGIApp, access: Access) -> ASGIApp:
+    """Return an application whose answers may be read by the pages of allowed origins."""
+    return CORSMiddleware(app, access.origins, allow_methods=["*"], allow_headers=["*"])
+
+
 class _Body:
     """The body of a request, with bounds on its size and on the time that it takes."""
 
@@ -132,6 +157,11 @@ class _Body:
         if self._left < 0:
             raise HTTPException(413, _TOO_LARGE)
         return message
+
+
+def _is_preflight(scope: Scope) -> bool:
+    names = {name for name, _ in scope["headers"]}
+    return bool(scope["method"] == "OPTIONS" and b"access-control-request-method" in names)
 
 
 def _name_in(host: str) -> str | None:

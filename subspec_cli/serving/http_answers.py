@@ -23,12 +23,11 @@ from subspec_cli.serving.request_body import Generation
 from subspec_cli.serving.response_body import (
     AnswerHead,
     Kind,
-    chat_logprobs,
     choice_document,
-    completion_logprobs,
     empty_answers,
     error_document,
     figures_document,
+    logprobs_document,
     usage_document,
 )
 from subspec_cli.serving.service import STOPPED, AnswerService, Failure, Ticket
@@ -106,9 +105,7 @@ class HttpAnswers:
         self._status = CLIENT_LEFT
         self._told = ""
         """What the log says of a failure."""
-        self._offsets = [0] * len(asked.orders)
-        """Characters of the tokens whose log-probabilities were sent, by answer."""
-        self.answers = empty_answers(asked.orders, asked.body)
+        self.answers = empty_answers(asked.orders, asked.body, session.loaded.tokenizer)
         self._tickets = self._ordered()
         prefix = "chatcmpl" if asked.kind == "chat" else "cmpl"
         about = session.description
@@ -163,7 +160,7 @@ class HttpAnswers:
         return {
             **self._head.document(is_chunk=False),
             "choices": [
-                choice_document(asked.kind, index, answer, self._session.token_text)
+                choice_document(asked.kind, index, answer, self._session.loaded.tokenizer)
                 for index, answer in enumerate(self.answers)
             ],
             "usage": self._usage(),
@@ -217,14 +214,11 @@ class HttpAnswers:
         return error_document(words, kind="server_error")
 
     def _piece_event(self, index: int, piece: TextDelta) -> str:
-        answer, token_text = self.answers[index], self._session.token_text
+        answer, kind = self.answers[index], self._asked.kind
         logprobs: dict[str, Any] | None = None
         if answer.logprobs is not None:
-            if self._asked.kind == "chat":
-                logprobs = chat_logprobs(piece.logprobs, token_text)
-            else:
-                logprobs = completion_logprobs(piece.logprobs, self._offsets[index], token_text)
-                self._offsets[index] += sum(map(len, logprobs["tokens"]))
+            first = len(answer.logprobs) - len(piece.logprobs)
+            logprobs = logprobs_document(kind, answer, first, self._session.loaded.tokenizer)
         tells_more = answer.tells_ids or logprobs is not None
         if not piece.text and not tells_more and piece.finish_reason is None:
             return ": held back\n\n"

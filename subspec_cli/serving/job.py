@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from pydantic import ValidationError
+from pydantic import ValidationError, field_validator
 
 from subspec_cli.errors import IntegrityError, UsageError
 from subspec_cli.files.json_object import parse_json_object
@@ -21,6 +21,7 @@ from subspec_cli.serving.request_body import (
     RequestRefusedError,
     refusal_of,
 )
+from subspec_cli.serving.strict_json import check_characters
 
 _MOST_LINE_BYTES: Final = 2 * MOST_PROMPT_BYTES
 _MOST_ID_CHARACTERS: Final = 512
@@ -36,6 +37,13 @@ class PromptBody(Generation):
     """A bare line: a prompt as `subspec run` takes it."""
 
     prompt: str
+
+    @field_validator("prompt")
+    @classmethod
+    def _says_something(cls, prompt: str) -> str:
+        if not prompt.strip():
+            raise ValueError("the prompt is empty")
+        return prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +121,7 @@ def parse_line(number: int, data: bytes) -> JobLine:
             raise RequestRefusedError(f"the line has more than {_MOST_LINE_BYTES >> 20} MiB")
         values = parse_json_object(data, "the line", UsageError)
         custom_id = _custom_id(values, number)
+        check_characters(values, "the line")
         return JobLine(number, custom_id, _body(values), None)
     except UsageError as error:
         problem = RequestRefusedError(error.message)

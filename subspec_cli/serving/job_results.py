@@ -9,16 +9,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
-from subspec_cli.errors import BusyError, IntegrityError, UsageError
+from subspec_cli.errors import BusyError, IntegrityError, ResourceError, UsageError
 from subspec_cli.files.atomic_write import atomic_write, sync_directory
 from subspec_cli.files.io_errors import read_error, write_error
 from subspec_cli.files.json_object import parse_json_object
 from subspec_cli.files.lock import try_lock
-from subspec_cli.files.regular_file import read_small_file
+from subspec_cli.files.regular_file import read_small_file, refuse_special
 from subspec_cli.serving.job import JobLine
 from subspec_cli.units import printable
 
-_FORMAT: Final = 1
+_FORMAT: Final = 2
 _MOST_SIDECAR_BYTES: Final = 1 << 20
 
 
@@ -40,7 +40,6 @@ class JobResults:
             IntegrityError: a record in the middle is damaged.
         """
         self._path = path
-        self._sidecar = path.with_name(path.name + ".job")
         self._lock = self._locked()
         try:
             self.identity = self._agreed(dict(identity), fresh_seed)
@@ -76,7 +75,7 @@ class JobResults:
                 data = data[os.write(self._file, data) :]
             os.fsync(self._file)
         except OSError as error:
-            raise write_error(error, self._path) from error
+            raise _write_error(error, self._path) from error
         self._note(record)
 
     def _note(self, record: Mapping[str, Any]) -> None:
@@ -91,7 +90,7 @@ class JobResults:
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         except OSError as error:
-            raise write_error(error, path) from error
+            raise _write_error(error, path) from error
         try:
             holder = try_lock(handle, path)
         except BaseException:
@@ -107,42 +106,42 @@ class JobResults:
     def _agreed(self, identity: dict[str, Any], fresh_seed: int) -> dict[str, Any]:
         """Return the job's identity after comparing it with the sidecar's, which is written if there is none."""
         name = printable(str(self._path))
-        if not self._sidecar.exists():
+        known = _begun_as(self._path)
+        if known is None:
             if self._path.exists() and self._path.stat().st_size:
                 raise UsageError(f"{name} exists and is not of a job", "name another file for the results")
             if identity["seed"] is None:
                 identity["seed"] = fresh_seed
-            atomic_write(self._sidecar, json.dumps({"format": _FORMAT, **identity}, indent=1).encode())
+            atomic_write(
+                _sidecar_of(self._path), json.dumps({"format": _FORMAT, **identity}, indent=1).encode()
+            )
             return identity
-        hint = f"name another file for the results, or remove {name} and {printable(self._sidecar.name)}"
-        known = parse_json_object(
-            read_small_file(self._sidecar, _MOST_SIDECAR_BYTES),
-            printable(str(self._sidecar)),
-            UsageError,
-            hint,
-        )
-        if known.pop("format", None) != _FORMAT:
-            raise UsageError(f"{name} was begun by another version of subspec", hint)
         if identity["seed"] is None:
             identity["seed"] = known.get("seed")
         # As JSON has it: a tuple is a list there.
         wanted: dict[str, Any] = json.loads(json.dumps(identity))
         for key in sorted(known.keys() | wanted.keys()):
             if known.get(key) != wanted.get(key):
+                shown = _shown(known.get(key))
+                goes_on = f"--context {shown} goes on; or " if key == "context" else ""
                 raise UsageError(
-                    f"{name} was begun with another {key}: {_shown(known.get(key))}, now {_shown(wanted.get(key))}",
-                    hint,
+                    f"{name} was begun with another {key}: {shown}, now {_shown(wanted.get(key))}",
+                    goes_on + _other_file_hint(self._path),
                 )
         return wanted
 
     def _recovered(self) -> int:
         """Open the file behind its last whole record; a torn last line is cut."""
-        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
+        # O_NONBLOCK: do not wait if the path has just become a pipe. Regular files ignore the flag.
+        flags = (
+            os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+        )
         try:
             handle = os.open(self._path, flags, 0o666)
         except OSError as error:
-            raise write_error(error, self._path) from error
+            raise _write_error(error, self._path) from error
         try:
+            refuse_special(self._path, os.fstat(handle).st_mode)
             os.ftruncate(handle, self._read(handle))
             os.fsync(handle)
             sync_directory(self._path.parent)
@@ -171,6 +170,46 @@ class JobResults:
                     raise IntegrityError(f"{what} is no record of a job") from error
                 end += len(data)
         return end
+
+
+def begun_context(path: Path) -> int | None:
+    """Return the context with which the results in a file were begun; None if there are none.
+
+    Raises UsageError as `JobResults` does.
+    """
+    known = _begun_as(path)
+    context = None if known is None else known.get("context")
+    return context if isinstance(context, int) else None
+
+
+def _begun_as(path: Path) -> dict[str, Any] | None:
+    """Return the identity of the job whose results a file holds; None if there is none."""
+    sidecar = _sidecar_of(path)
+    if not sidecar.exists():
+        return None
+    hint = _other_file_hint(path)
+    data = read_small_file(sidecar, _MOST_SIDECAR_BYTES)
+    known = parse_json_object(data, printable(str(sidecar)), UsageError, hint)
+    if known.pop("format", None) != _FORMAT:
+        raise UsageError(f"{printable(str(path))} was begun by another version of subspec", hint)
+    return known
+
+
+def _sidecar_of(path: Path) -> Path:
+    return path.with_name(path.name + ".job")
+
+
+def _other_file_hint(path: Path) -> str:
+    name, sidecar = printable(str(path)), printable(_sidecar_of(path).name)
+    return f"name another file for the results, or remove {name} and {sidecar}"
+
+
+def _write_error(error: OSError, path: Path) -> ResourceError:
+    """The error for results that cannot be written. They lie where the user said, not where models do."""
+    message = write_error(error, path).message
+    return ResourceError(
+        message, "free space there and run the same command again, or name another OUT.jsonl"
+    )
 
 
 def _shown(value: object) -> str:

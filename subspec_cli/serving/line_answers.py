@@ -103,7 +103,7 @@ class LineAnswerer:
         except RequestRefusedError as problem:
             self._done.append(LineResult(line.number, self._refused(line, problem), is_refused=True))
             return
-        opened = _OpenLine(line, orders, empty_answers(orders, line.body))
+        opened = _OpenLine(line, orders, empty_answers(orders, line.body, self._session.loaded.tokenizer))
         self._waiting.extend((opened, index) for index in range(len(orders)))
 
     def let_join(self) -> None:
@@ -171,7 +171,7 @@ class LineAnswerer:
         body = {
             **head.document(is_chunk=False),
             "choices": [
-                choice_document(kind, index, answer, self._session.token_text)
+                choice_document(kind, index, answer, self._session.loaded.tokenizer)
                 for index, answer in enumerate(opened.answers)
             ],
             "usage": usage_document(opened.answers, choices),

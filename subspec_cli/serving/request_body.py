@@ -7,6 +7,7 @@ change it are accepted. null is the same as leaving a field out, as clients send
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -21,6 +22,8 @@ _MOST_FIELDS: Final = 100
 _MOST_BIASES: Final = 10_000
 _MOST_SEED: Final = 2**63 - 1
 _MOST_TOKENS: Final = 2**31
+_MOST_NAME: Final = 100
+"""Characters of a field's name that an error repeats."""
 _TYPE_NAMES: Final = frozenset(("str", "int", "bool", "constrained-str", "function-before"))
 """What pydantic calls the members of a choice of types."""
 
@@ -52,11 +55,11 @@ class _Strict(BaseModel):
         return values
 
 
-def _not_supported(reason: str) -> BeforeValidator:
-    """A field of the API that is only accepted where it asks for nothing."""
+def _not_supported(reason: str, *nothing: object) -> BeforeValidator:
+    """A field of the API that is only accepted where it asks for nothing: null, or a value of `nothing`."""
 
     def check(value: Any) -> None:  # noqa: ANN401 - of any type, from JSON
-        if value not in (None, [], {}, "", False):
+        if value is not None and not any(type(value) is type(each) and value == each for each in nothing):
             raise ValueError(reason)
 
     return BeforeValidator(check)
@@ -68,7 +71,7 @@ def _few_biases(values: Any) -> Any:  # noqa: ANN401 - of any type, from JSON
     return values
 
 
-_NO_TOOLS = _not_supported("tool calls are not supported")
+_NO_TOOLS = _not_supported("tool calls are not supported", [])
 _NO_AUDIO = _not_supported("only text is supported")
 Text = Annotated[str, Field(min_length=1)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
@@ -86,12 +89,12 @@ class Message(_Strict):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
-    name: Annotated[None, _not_supported("names of speakers are not supported")] = None
-    refusal: Annotated[None, _not_supported("refusals are not supported")] = None
+    name: Annotated[None, _not_supported("names of speakers are not supported", "")] = None
+    refusal: Annotated[None, _not_supported("refusals are not supported", "")] = None
     tool_calls: Annotated[None, _NO_TOOLS] = None
     function_call: Annotated[None, _NO_TOOLS] = None
     audio: Annotated[None, _NO_AUDIO] = None
-    annotations: Annotated[None, _not_supported("annotations are not supported")] = None
+    annotations: Annotated[None, _not_supported("annotations are not supported", [])] = None
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:
@@ -112,7 +115,7 @@ class StreamOptions(_Strict):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
     """With `include_usage`: whether every piece says what the answer took so far; vLLM's field."""
-    include_obfuscation: Annotated[None, _not_supported("padding of a stream is not supported")] = None
+    include_obfuscation: Annotated[None, _not_supported("padding of a stream is not supported", False)] = None
 
 
 class JsonSchema(_Strict):
@@ -150,6 +153,10 @@ class Generation(_Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=1, le=_MOST_TOKENS)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=_MOST_TOKENS)] | None = None
+    response_format: Annotated[TextFormat | JsonFormat | SchemaFormat, Field(discriminator="type")] | None = (
+        None
+    )
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     stop: str | Annotated[list[Text], Field(max_length=MOST_STOPS, fail_fast=True)] | None = None
     seed: Annotated[int, Field(ge=0, le=_MOST_SEED)] | None = None
@@ -185,6 +192,12 @@ class Generation(_Strict):
             raise ValueError("stream_options needs stream: true")
         return self
 
+    @model_validator(mode="after")
+    def _one_limit(self) -> Self:
+        if len({self.max_tokens, self.max_completion_tokens} - {None}) > 1:
+            raise ValueError("max_tokens and max_completion_tokens differ: give one of them")
+        return self
+
     @property
     def stops(self) -> tuple[str, ...] | None:
         """The stop strings; None if the request names none."""
@@ -195,7 +208,7 @@ class Generation(_Strict):
     @property
     def token_limit(self) -> int | None:
         """The longest answer, if the request says so."""
-        return self.max_tokens
+        return self.max_tokens or self.max_completion_tokens
 
     @property
     def told_logprobs(self) -> int | None:
@@ -205,6 +218,11 @@ class Generation(_Strict):
     @property
     def grammar(self) -> dict[str, Any] | bool | None:
         """The JSON schema that the answer must follow, `True` is any object; None if it is free."""
+        match self.response_format:
+            case JsonFormat():
+                return True
+            case SchemaFormat(json_schema=found):
+                return {} if found.schema_ is None else found.schema_
         return None
 
 
@@ -212,12 +230,8 @@ class ChatBody(Generation):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=_MOST_MESSAGES, fail_fast=True)]
-    max_completion_tokens: Annotated[int, Field(ge=1, le=_MOST_TOKENS)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
-    response_format: Annotated[TextFormat | JsonFormat | SchemaFormat, Field(discriminator="type")] | None = (
-        None
-    )
     tools: Annotated[None, _NO_TOOLS] = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
@@ -231,33 +245,15 @@ class ChatBody(Generation):
     web_search_options: Annotated[None, _not_supported("web search is not supported")] = None
 
     @model_validator(mode="after")
-    def _one_limit(self) -> Self:
-        limits = {self.max_tokens, self.max_completion_tokens} - {None}
-        if len(limits) > 1:
-            raise ValueError("max_tokens and max_completion_tokens differ: give one of them")
+    def _top_logprobs_need_logprobs(self) -> Self:
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
         return self
 
     @property
-    def token_limit(self) -> int | None:
-        """The longest answer, if the request says so."""
-        return self.max_tokens or self.max_completion_tokens
-
-    @property
     def told_logprobs(self) -> int | None:
         """Likeliest tokens to tell beside each token; None tells no log-probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
-
-    @property
-    def grammar(self) -> dict[str, Any] | bool | None:
-        """The JSON schema that the answer must follow, `True` is any object; None if it is free."""
-        match self.response_format:
-            case JsonFormat():
-                return True
-            case SchemaFormat(json_schema=found):
-                return {} if found.schema_ is None else found.schema_
-        return None
 
     @property
     def turns(self) -> list[dict[str, str]]:
@@ -276,8 +272,8 @@ class CompletionBody(Generation):
     )
     logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
     best_of: Literal[1] | None = None
-    echo: Annotated[None, _not_supported("echo is not supported")] = None
-    suffix: Annotated[None, _not_supported("a suffix is not supported")] = None
+    echo: Annotated[None, _not_supported("echo is not supported", False)] = None
+    suffix: Annotated[None, _not_supported("a suffix is not supported", "")] = None
 
     @property
     def told_logprobs(self) -> int | None:
@@ -333,8 +329,10 @@ def refusal_of(error: ValidationError) -> RequestRefusedError:
 def refusal_in(faults: Sequence[tuple[Sequence[int | str], str, str]]) -> RequestRefusedError:
     """Return the fault of a body, by place, message and kind; of a choice of types the longest place says most."""
     place, message, kind = max(faults, key=lambda fault: len(fault[0]))
-    names = [str(part) for part in place if not _is_type_name(part)]
-    name = ".".join(names)
+    # A field that is not known may be called as a type is.
+    known = place[:-1] if kind == "extra_forbidden" else place
+    parts = [part for before, part in pairwise((None, *known)) if not _is_type_name(before, part)]
+    name = ".".join(str(part)[:_MOST_NAME] for part in (*parts, *place[len(known) :]))
     words = message.removeprefix("Value error, ")
     if kind == "extra_forbidden":
         words = "this field is not supported"
@@ -343,6 +341,6 @@ def refusal_in(faults: Sequence[tuple[Sequence[int | str], str, str]]) -> Reques
     return RequestRefusedError(f"{name}: {words}" if name else words, name or None)
 
 
-def _is_type_name(part: int | str) -> bool:
+def _is_type_name(before: int | str | None, part: int | str | None) -> bool:
     """Whether a part of a place names the type that was tried, not a field."""
-    return isinstance(part, str) and ("[" in part or part in _TYPE_NAMES)
+    return before == "response_format" or (isinstance(part, str) and ("[" in part or part in _TYPE_NAMES))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from subspec_cli.decoding.logprobs import TokenLogprobs
+from subspec_cli.decoding.text_offsets import BytesTokenizer, TextOffsets
 from subspec_cli.metrics import FinishReason, GenerationStats
 from subspec_cli.serving.orders import AnswerOrder
 from subspec_cli.serving.request_body import Generation
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
     from subspec_cli.session.answer import TextDelta
 
 Kind = Literal["chat", "completion"]
-TokenText = Callable[[int], str]
-"""The text of one token alone, special tokens written out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +55,10 @@ class AnswerSoFar:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] | None = None
     """None if they were not asked for."""
+    offsets: TextOffsets | None = None
+    """None where nothing tells where tokens begin."""
+    token_offsets: list[int] = field(default_factory=list)
+    """Where the tokens of `logprobs` begin in the text."""
     tells_ids: bool = False
     """Whether token ids were asked for."""
     finish_reason: FinishReason | None = None
@@ -68,57 +71,84 @@ class AnswerSoFar:
         self.stats, self.finish_reason = piece.stats, piece.finish_reason
         if self.logprobs is not None:
             self.logprobs.extend(piece.logprobs)
+        if self.offsets is not None:
+            self.token_offsets.extend(self.offsets.add(each.token_id) for each in piece.logprobs)
 
 
-def empty_answers(orders: Sequence[AnswerOrder], body: Generation | None) -> list[AnswerSoFar]:
+def empty_answers(
+    orders: Sequence[AnswerOrder], body: Generation | None, tokenizer: BytesTokenizer
+) -> list[AnswerSoFar]:
     """Return the answers to the orders of one request, before their first piece."""
     return [
         AnswerSoFar(
             len(order.prompt_ids),
             logprobs=None if order.logprobs is None else [],
+            offsets=None if order.logprobs is None else TextOffsets(tokenizer),
             tells_ids=bool(body and body.return_token_ids),
         )
         for order in orders
     ]
 
 
-def choice_document(kind: Kind, index: int, answer: AnswerSoFar, token_text: TokenText) -> dict[str, Any]:
+def choice_document(kind: Kind, index: int, answer: AnswerSoFar, tokenizer: BytesTokenizer) -> dict[str, Any]:
     """Return one whole choice."""
     ids = {"token_ids": answer.token_ids} if answer.tells_ids else {}
     shared = {"index": index, "finish_reason": answer.finish_reason, **ids}
+    logprobs = None if answer.logprobs is None else logprobs_document(kind, answer, 0, tokenizer)
     if kind == "chat":
         message = {"role": "assistant", "content": answer.text, "refusal": None}
-        logprobs = None if answer.logprobs is None else chat_logprobs(answer.logprobs, token_text)
         return {**shared, "message": message, "logprobs": logprobs}
-    logprobs = None if answer.logprobs is None else completion_logprobs(answer.logprobs, 0, token_text)
     return {**shared, "text": answer.text, "logprobs": logprobs}
 
 
-def chat_logprobs(found: Sequence[TokenLogprobs], token_text: TokenText) -> dict[str, Any]:
-    """Return log-probabilities as chat completions have them."""
-
-    def entry(token_id: int, logprob: float) -> dict[str, Any]:
-        text = token_text(token_id)
-        data = None if "\ufffd" in text else list(text.encode())
-        return {"token": text, "logprob": logprob, "bytes": data}
-
-    content = [
-        {**entry(each.token_id, each.logprob), "top_logprobs": [entry(*item) for item in each.top]}
-        for each in found
-    ]
-    return {"content": content, "refusal": None}
-
-
-def completion_logprobs(found: Sequence[TokenLogprobs], offset: int, token_text: TokenText) -> dict[str, Any]:
-    """Return log-probabilities as completions have them; `offset` is the length of the text before."""
-    tokens = [token_text(each.token_id) for each in found]
-    offsets = [offset + sum(map(len, tokens[:number])) for number in range(len(tokens))]
+def logprobs_document(
+    kind: Kind, answer: AnswerSoFar, first: int, tokenizer: BytesTokenizer
+) -> dict[str, Any]:
+    """Return the log-probabilities of an answer from its token of number `first` on."""
+    found = (answer.logprobs or [])[first:]
+    if kind == "chat":
+        # The first token may have less text than among others, such as no leading space.
+        shown = (
+            n
+            for n, each in enumerate(answer.logprobs or [])
+            if not tokenizer.drops(each.token_id, special=False)
+        )
+        begins = next(shown, None)
+        content = []
+        for number, each in enumerate(found, start=first):
+            entry, *top = (
+                _entry(*item, tokenizer, begins_text=number == begins)
+                for item in ((each.token_id, each.logprob), *each.top)
+            )
+            content.append({**entry, "top_logprobs": top})
+        return {"content": content, "refusal": None}
+    top = list[dict[str, float]]()
+    for each in found:
+        top.append({})
+        for token_id, logprob in each.top:  # likeliest first, which of two tokens with one name is told
+            top[-1].setdefault(_name(tokenizer.token_bytes(token_id)), logprob)
     return {
-        "tokens": tokens,
+        "tokens": [_name(tokenizer.token_bytes(each.token_id)) for each in found],
         "token_logprobs": [each.logprob for each in found],
-        "top_logprobs": [{token_text(token): value for token, value in each.top} for each in found],
-        "text_offset": offsets,
+        "top_logprobs": top,
+        "text_offset": answer.token_offsets[first:],
     }
+
+
+def _entry(token_id: int, logprob: float, tokenizer: BytesTokenizer, *, begins_text: bool) -> dict[str, Any]:
+    """Return what a chat tells of one token. A token that the text does not show has no bytes."""
+    data, is_shown = tokenizer.token_bytes(token_id), not tokenizer.drops(token_id, special=False)
+    if begins_text and is_shown and "\ufffd" not in (shown := tokenizer.decode([token_id])):
+        data = shown.encode()
+    return {"token": _name(data), "logprob": logprob, "bytes": list(data) if is_shown else None}
+
+
+def _name(data: bytes) -> str:
+    """Return the name of a token: its text, or the bytes of a part of a character as the OpenAI API writes them."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
 def usage_document(answers: Sequence[AnswerSoFar], choices: int) -> dict[str, Any]:

@@ -38,8 +38,11 @@ _NOT_READY: Final = {
 class QueueFullError(Exception):
     """As many answers wait as may."""
 
-    def __init__(self, waiting: int, most: int) -> None:
-        super().__init__(f"{waiting} answers wait already, at most {most} may: ask again later")
+    def __init__(self, waiting: int, most: int, wanted: int) -> None:
+        super().__init__(
+            f"{waiting} answers wait already, at most {most} may, and the request wants {wanted}: "
+            "ask again later"
+        )
 
 
 class NotReadyError(Exception):
@@ -125,7 +128,7 @@ class AnswerService:
             waiting, in_flight = self.waiting, self.in_flight
             left_over = waiting + len(orders) - (session.plan.sequences - in_flight)
             if waiting + in_flight and left_over > self._most_waiting:
-                raise QueueFullError(waiting, self._most_waiting)
+                raise QueueFullError(waiting, self._most_waiting, len(orders))
             self._waiting.extend(tickets)
             self._changed.notify_all()
         return tickets

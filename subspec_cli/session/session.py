@@ -110,10 +110,6 @@ class Session:
         """Return the token ids of one prompt: through the chat template if the model has one, unless `raw`."""
         return self.loaded.tokenizer.encode_prompt(text, system=system, raw=raw)
 
-    def token_text(self, token_id: int) -> str:
-        """Return the text of one token alone, special tokens written out; U+FFFD stands for parts of characters."""
-        return self.loaded.tokenizer.decode([token_id], special=True)
-
     def encode_messages(self, messages: Sequence[dict[str, str]], *, system: str | None = None) -> list[int]:
         """Return the token ids of a conversation, up to where the assistant begins to speak.
 
