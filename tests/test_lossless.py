@@ -72,7 +72,7 @@ def test_speculative_tokens_are_the_plain_ones(shelf, family, dtype, tied):
     for resident, sampling in enumerate(("greedy", "cool")):
         flags = {"sampling": SAMPLINGS[sampling]}
         with open_tiny(model, **flags, memory={"resident_layers": resident}) as session:
-            speculative = [answer_to(session, prompt, 24, request_number=7) for prompt in PROMPTS]
+            speculative = [answer_to(session, prompt, 16, request_number=7) for prompt in PROMPTS]
             check_speculates(session, speculative)
             spoken = conversation(session)
         with open_tiny(
@@ -80,7 +80,7 @@ def test_speculative_tokens_are_the_plain_ones(shelf, family, dtype, tied):
         ) as session:
             assert not session.description.speculation
             for prompt, answer in zip(PROMPTS, speculative, strict=True):
-                assert answer.outcome == answer_to(session, prompt, 24, request_number=7).outcome
+                assert answer.outcome == answer_to(session, prompt, 16, request_number=7).outcome
             assert conversation(session) == spoken
 
 
@@ -177,7 +177,7 @@ def test_where_the_layers_live_changes_no_token(shelf):
     for resident in range(4):
         with open_tiny(model, sampling=SAMPLINGS["warm"], memory={"resident_layers": resident}) as session:
             assert session.description.plan.resident_layers == resident
-            outcomes.append([answer_to(session, prompt, 60, request_number=4).outcome for prompt in PROMPTS])
+            outcomes.append([answer_to(session, prompt, 40, request_number=4).outcome for prompt in PROMPTS])
     assert outcomes == [outcomes[0]] * 4
 
 
@@ -187,7 +187,7 @@ def test_layers_wide_enough_to_need_padding_change_no_token(shelf):
     for sampling in SAMPLINGS.values():
         with open_tiny(model, sampling=sampling) as session:
             speculative, plain = (
-                answer_to(session, PROMPTS[1], 60, plain=p, request_number=2) for p in (False, True)
+                answer_to(session, PROMPTS[1], 30, plain=p, request_number=2) for p in (False, True)
             )
             check_speculates(session, [speculative])
         assert speculative.outcome == plain.outcome

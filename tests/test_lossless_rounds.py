@@ -57,13 +57,13 @@ class Asked(NamedTuple):
 
 
 ASKED = [
-    Asked("Rivers", 40),
-    Asked("All work and no play makes a dull day. " * 8, 25, WARM, 6),
-    Asked("x", 60, SamplingConfig(temperature=0.7, top_k=20, repetition_penalty=1.3), 2),
+    Asked("Rivers", 20),
+    Asked("All work and no play makes a dull day. " * 8, 13, WARM, 6),
+    Asked("x", 30, SamplingConfig(temperature=0.7, top_k=20, repetition_penalty=1.3), 2),
     Asked("Why is the sky blue?", 1, WARM, 6),
-    Asked("One two three one", 33, WARM, 6, 1),
-    Asked("One two three one", 33, SamplingConfig(frequency_penalty=0.5, logit_bias=(("65", 3.0),))),
-    Asked("Rivers", 40, stop=("e",)),
+    Asked("One two three one", 17, WARM, 6, 1),
+    Asked("One two three one", 17, SamplingConfig(frequency_penalty=0.5, logit_bias=(("65", 3.0),))),
+    Asked("Rivers", 20, stop=("e",)),
 ]
 
 

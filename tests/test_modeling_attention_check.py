@@ -147,6 +147,7 @@ def test_blocks_in_the_order_of_slots_are_found(monkeypatch: pytest.MonkeyPatch)
     assert check()[1]
 
 
+@pytest.mark.slow
 def test_a_border_that_moves_with_the_tree_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Large blocks as far as the cache is committed, in place of a border by position."""
     monkeypatch.setattr(exact_attention, "tree_spans", moved_border)

@@ -36,6 +36,7 @@ from subspec_cli.substitutes.settings import (
 from subspec_cli.units import GIB, MIB, parse_size_gib
 
 FAST = settings(max_examples=100, deadline=None)
+FEW = settings(max_examples=40, deadline=None)
 
 
 def make_geometry(
@@ -379,7 +380,7 @@ def test_more_budget_never_means_fewer_resident_layers_for_plain_decoding(
     assert richer.resident_layers >= plan.resident_layers
 
 
-@FAST
+@FEW
 @given(requests(ram_bytes=None))
 def test_a_budget_that_is_too_small_is_told_one_that_works(request: PlanRequest) -> None:
     error = refusal(request)
