@@ -4,8 +4,8 @@ The costs are probed once, snapped to a grid and recorded (`PlanCosts`). No cloc
 trees. One rule serves all decisions: a draft step is worth its time while it adds more expected tokens than the run
 makes in that time. Let E be the expected tokens of the tree so far and A the tokens of recent rounds, s the time of
 this round and B the time of those. Then the run makes r = (E + A) / (s + B) tokens a second. A step of n rows that
-takes t(n) and adds g(n) tokens pays while g(n) > r t(n), and its width is the n that gains most. All times are those
-at the number of committed rows.
+adds g(n) tokens pays while g(n) > r t(n), and its width is the n that gains most; t(n) is its own time, and what the
+pass takes longer for n more nodes. All times are those at the number of committed rows.
 """
 
 from __future__ import annotations
@@ -64,14 +64,6 @@ class Outlook:
     cached_rows: float
     """Committed rows of a sequence, which the pass and every draft step read; the mean of several."""
 
-    def with_step(self, rows: int, policy: DraftPolicy) -> Outlook:
-        """Return the outlook behind one more draft step. Each row that it expands leaves about one node to verify."""
-        return replace(
-            self,
-            nodes=self.nodes + rows,
-            spent_s=self.spent_s + policy.step_s(rows, self.cached_rows),
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class DraftPolicy:
@@ -117,11 +109,17 @@ class DraftPolicy:
         )
         if self.fixed.width is not None and forced:
             return min(self.fixed.width, len(chances))
-        round_s = self.round_s(outlook)
-        rate = history.tokens_per_s(outlook.expected_tokens, round_s)
+        rate = history.tokens_per_s(outlook.expected_tokens, self.round_s(outlook))
+        pass_s = partial(self.costs.pass_s, cached_rows=outlook.cached_rows)
+        now_s = pass_s(outlook.nodes)
+
+        def added_s(rows: int) -> float:
+            # Each row that a step expands leaves about one node to verify.
+            return self.step_s(rows, outlook.cached_rows) + pass_s(outlook.nodes + rows) - now_s
+
         able = [chances[0], *(chance for chance in chances[1:MOST_ROWS] if chance >= LEAST_CHANCE)]
         gains = [
-            history.gain(chance) - rate * (self.round_s(outlook.with_step(rows, self)) - round_s)
+            history.gain(chance) - rate * added_s(rows)
             for rows, chance in enumerate(accumulate(able), start=1)
         ]
         best = max(range(len(gains)), key=lambda index: (gains[index], -index))
