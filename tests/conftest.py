@@ -30,6 +30,7 @@ def nothing_learned(request, monkeypatch):
     """Plans do not depend on which tests ran before; those of `learned` ones go by what their sessions keep."""
     if "learned" not in request.keywords:
         monkeypatch.setattr("subspec_cli.session.learning.keep_acceptance", lambda about, found: None)
+        monkeypatch.setattr("subspec_cli.session.learning.keep_rate", lambda name, done_bytes, seconds: None)
 
 
 @pytest.fixture(autouse=True)

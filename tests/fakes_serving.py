@@ -205,6 +205,8 @@ class FakeSession:
             raise UsageError("the prompt is empty")
         if isinstance(schema, dict) and "$bad" in schema:
             raise UsageError("the schema cannot be followed: $bad")
+        if "999999999" in dict(sampling.logit_bias):
+            raise UsageError("the bias names no token")
         self.schemas.append(schema)
         return FakeBegun(tuple(prompt_ids), seed, choice, logprobs)
 
@@ -376,11 +378,11 @@ class Served:
 
         return asyncio.run(exchanged())
 
-    def ask_for_fault(self, path: str, body: Any = None) -> Exchange:
+    def ask_for_fault(self, path: str, body: Any = None, **how: Any) -> Exchange:
         """Send a request that the application fails at: it answers, and then raises for its server."""
 
         async def exchanged() -> Exchange:
-            found = self.begin(path, body)
+            found = self.begin(path, body, **how)
             with suppress(Exception):
                 await found.ends()
             return found

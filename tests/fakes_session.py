@@ -71,10 +71,10 @@ def open_tiny(directory: Path | None, **flags: Any) -> Session:
     name = None if directory is None else str(directory)
     model = {"model": name} | flags.pop("model", {})
     reporter, count = flags.pop("reporter", Reporter()), flags.pop("count", None)
-    parallel = flags.pop("parallel", None)
+    parallel, sharers = flags.pop("parallel", None), flags.pop("sharers", 1)
     config = resolve_config({"model": model, "memory": memory, **flags})
     with mock.patch("subspec_cli.modeling.self_check.find_attention_rules", attention_rules_found_once):
-        return open_session(config, reporter, count=count, parallel=parallel)
+        return open_session(config, reporter, count=count, parallel=parallel, sharers=sharers)
 
 
 _FOUND: dict[tuple[Any, ...], tuple[AttentionRules, str]] = {}

@@ -358,10 +358,12 @@ def test_an_error_of_our_own_on_any_route_is_logged(monkeypatch: pytest.MonkeyPa
     def fail(*_: Any) -> Any:
         raise KeyError("x")
 
-    with serving() as served:
+    asked = {"origin": "http://pages.example"}
+    with serving(access=Access(origins=("http://pages.example",))) as served:
         monkeypatch.setattr(served.session, "link_counters", fail)
-        found = served.ask_for_fault("/v1/figures")
+        found = served.ask_for_fault("/v1/figures", headers=asked)
     assert (found.status, error_of(found)["type"]) == (500, "server_error")
+    assert found.headers["access-control-allow-origin"] == "http://pages.example", "the page can read it"
     assert "GET /v1/figures 500 · internal error: KeyError" in served.lines[0]
 
 
@@ -609,6 +611,13 @@ BAD: list[tuple[str, Any, int, str | None, str]] = [
         "the schema cannot be followed",
     ),
     (CHAT, chat(response_format={"type": "yaml"}), 400, None, "response_format"),
+    (
+        CHAT,
+        chat(response_format={"type": "json_object"}, logit_bias={"999999999": 1}),
+        400,
+        "logit_bias",
+        "the bias names no token",
+    ),
     (CHAT, chat(messages=[{"role": "user", "content": "a" * 100}]), 400, None, "the prompt has 100 tokens"),
     (COMPLETION, {"prompt": []}, 400, None, "the prompt is empty"),
     (COMPLETION, {"prompt": ["a", ""]}, 400, None, "the prompt is empty"),

@@ -1,18 +1,25 @@
-"""What sessions learn of acceptance: counted where tokens were drafted, kept at the end, used by the next plan."""
+"""What sessions learn: counted where tokens were drafted or read, kept at the end, used by the next plan."""
 
 from __future__ import annotations
 
 import dataclasses
 
 import pytest
+from checkpoints import geometry_in
 from fakes_session import answer_to, open_tiny
 
+from subspec_cli.bench.runner import run_bench
+from subspec_cli.config_file import resolve_config
 from subspec_cli.decoding.drafter import PlainDrafter
+from subspec_cli.planning.assumed_costs import assumed_costs
 from subspec_cli.probe import kept_rates
+from subspec_cli.probe.kept_costs import keep_costs, known_costs
 from subspec_cli.reporter import Reporter
+from subspec_cli.session import learning
 from subspec_cli.session.found_model import find_model
 from subspec_cli.session.learning import learned_acceptance
 from subspec_cli.session.prepare import prepare
+from subspec_cli.streaming.read_ahead import ReadAhead
 from subspec_cli.substitutes.settings import SubstituteSettings
 
 pytestmark = pytest.mark.learned
@@ -30,6 +37,15 @@ def model(shelf, home):
     directory = shelf.model("qwen2")
     prepare(str(directory), SubstituteSettings(4, "minmax"), progress=lambda state: None)
     return directory
+
+
+@pytest.fixture
+def costs(model):
+    """Costs over a disk that reads 1 GB/s."""
+    found = assumed_costs(geometry_in(model), "cpu")
+    return dataclasses.replace(
+        found, link_bytes_per_s=1e9, pageable_bytes_per_s=1e9, disk_bytes_per_s=1e9, origin="measured"
+    )
 
 
 def kept(session, temperature=0.0):
@@ -85,6 +101,85 @@ def test_a_home_that_cannot_be_written_costs_only_the_counts(model, home):
         list(session.generate("one", max_new_tokens=9))
         (home / "acceptance").write_text("in the way")
     assert kept(session) is None
+
+
+@pytest.fixture
+def reads_count(monkeypatch):
+    """Passes of a few kilobytes tell the rate of the disk."""
+    monkeypatch.setattr(learning, "_LEAST_LINK_S", 0.0)
+    monkeypatch.setattr(kept_rates, "_LEAST_BYTES", 1)
+
+
+def kept_stream(model):
+    return kept_rates.kept_rate(kept_rates.streaming(model.stat().st_dev))
+
+
+@pytest.mark.usefixtures("reads_count")
+def test_a_run_keeps_the_rate_of_its_disk_and_the_next_plan_goes_by_it(model):
+    with open_tiny(model) as session:
+        probed = session.plan.prediction.basis.link_bytes_per_s
+        read = answer_to(session, "one", 30).stats
+        assert session.loaded.blocks.streamer.is_direct
+        assert kept_stream(model) is None, "only at the end"
+    rate = read.streamed_bytes / read.link_time_s
+    assert kept_stream(model) == rate > 2 * probed, "the assumed link is slow"
+    with open_tiny(model) as again:
+        assert again.plan.prediction.basis.link_bytes_per_s == pytest.approx(rate, rel=0.03)
+        list(again.generate("one", plain=True, max_new_tokens=9))
+    assert kept_stream(model) != rate, "plain decoding reads too"
+    with open_tiny(model, memory={"reprobe": True}) as timed:
+        assert timed.plan.prediction.basis.link_bytes_per_s == probed
+        assert kept_stream(model) is None
+
+
+@pytest.mark.usefixtures("reads_count")
+@pytest.mark.parametrize("why", ["cached", "shared", "short", "resident"])
+def test_what_says_nothing_of_the_disk_is_not_kept(model, monkeypatch, why):
+    flags = {"memory": {"resident_layers": 3}} if why == "resident" else {}
+    if why == "short":
+        monkeypatch.setattr(learning, "_LEAST_LINK_S", 60.0)
+    if why == "cached":
+        monkeypatch.setattr(ReadAhead, "is_direct", lambda self: False)
+    if why == "shared":
+        flags["sharers"] = 2
+    with open_tiny(model, **flags) as session:
+        list(session.generate("one", max_new_tokens=9))
+    assert kept_stream(model) is None
+
+
+@pytest.mark.usefixtures("reads_count")
+def test_a_bench_compares_under_the_same_costs(model, tmp_path):
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"question_id": 1, "category": "writing", "turns": ["One."]}\n')
+    flags = {
+        "model": {"model": str(model)},
+        "memory": {"memory_gb": 1.0, "device": "cpu", "resident_layers": 0},
+        "bench": {"questions": str(questions), "max_new_tokens": 8},
+    }
+    run_bench(resolve_config(flags), "mt-bench", progress=lambda state: None)
+    assert kept_stream(model) is None
+
+
+@pytest.mark.parametrize(
+    ("device", "seen", "link"),
+    [
+        ("cpu", 2.2e9, 2.2e9),
+        ("cpu", 1.1e9, 1e9),
+        ("cpu", 0.9e9, 1e9),
+        ("cpu", 0.4e9, 0.4e9),
+        ("cuda", 2.2e9, 1e9),
+    ],
+)
+def test_a_disk_takes_the_rate_that_was_seen_unless_it_is_nearly_the_same(home, costs, device, seen, link):
+    about = {"device": device, "disk": 7}
+    keep_costs(about, costs)
+    kept_rates.keep_rate(kept_rates.streaming(7), seen, 1.0)
+    found = known_costs(about)
+    rates = (found.link_bytes_per_s, found.pageable_bytes_per_s, found.disk_bytes_per_s)
+    assert rates == pytest.approx((link, link, link), rel=0.03)
+    assert found.target_layer == costs.target_layer
+    keep_costs(about, costs)
+    assert known_costs(about) == costs, "a new probe is newer"
 
 
 def test_preparing_keeps_its_rate(shelf, home, monkeypatch):

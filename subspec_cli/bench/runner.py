@@ -131,13 +131,14 @@ class _Run:
         config, self._reprobe = _with_memory(config, reprobe=self._reprobe), False
         with open_session(config, Reporter(self._say), count=self._count) as session:
             self._warm_up(session)
+            assert session.learning is not None
             try:
                 yield session
             except BaseException:
                 # The plan of a resumed record must not change by what the record's first part has learned.
-                assert session.learning is not None
                 session.learning.forget()
                 raise
+            session.learning.forget_disk()  # the next session's costs are this one's
 
     def _measure_pairs(self) -> None:
         """Measure both arms over all questions under one plan."""

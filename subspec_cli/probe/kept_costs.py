@@ -1,12 +1,18 @@
-"""Costs that were probed on this machine, kept as small JSON files. Losing them costs a new probe only. No torch."""
+"""Costs that were probed on this machine, kept as small JSON files. Losing them costs a new probe only. No torch.
+
+A disk may have been busy when it was probed, and may be slower or faster on another day. On the CPU it is the link,
+and each run keeps the rate at which its passes read. Where that is not what was probed, it takes its place.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
@@ -17,13 +23,16 @@ from subspec_cli.files.atomic_write import atomic_write
 from subspec_cli.files.home import make_home_directory, subspec_home
 from subspec_cli.files.json_object import parse_json_object
 from subspec_cli.files.regular_file import read_small_file
-from subspec_cli.planning.costs import MachineCosts
+from subspec_cli.planning.costs import MachineCosts, snapped
+from subspec_cli.probe.kept_rates import forget_rate, kept_rate, streaming
 from subspec_cli.streaming.processors import gpu_models, processor_model, usable_processors
 from subspec_cli.substitutes.settings import SubstituteSettings
 from subspec_cli.versions import library_versions
 
 _MOST_BYTES: Final = 1 << 20
 _FORMAT: Final = 6
+_SAME_LINK: Final = math.log(1.15)
+"""Disks swing that much from run to run, and plans are to repeat."""
 _SPEED_VARIABLES: Final = (
     "ATEN_CPU_CAPABILITY",
     "DNNL_MAX_CPU_ISA",
@@ -42,17 +51,29 @@ _SPEED_VARIABLES: Final = (
 
 
 def known_costs(about: dict[str, Any]) -> MachineCosts | None:
-    """Return the kept costs; None if there are none or they cannot be read, as without a home directory."""
+    """Return the kept costs with the link as the last run had it; None if there are none or they cannot be read."""
     try:
         values = read_probe(about)
-        return None if values is None else MachineCosts.from_dict(values)
+        if values is None:
+            return None
+        costs = MachineCosts.from_dict(values)
     except (ResourceError, KeyError, TypeError, ValueError, AssertionError, AttributeError):
         return None
+    return costs if about["device"] != "cpu" else _with_link(costs, kept_rate(streaming(about["disk"])))
 
 
 def keep_costs(about: dict[str, Any], costs: MachineCosts) -> None:
     """Keep costs for the next run; raises ResourceError or IntegrityError if they cannot be written."""
     write_probe(about, costs.as_dict())
+    forget_rate(streaming(about["disk"]))
+
+
+def _with_link(costs: MachineCosts, bytes_per_s: float | None) -> MachineCosts:
+    """Return the costs of a CPU whose passes read at this rate; small differences change nothing."""
+    if bytes_per_s is None or abs(math.log(bytes_per_s / costs.link_bytes_per_s)) < _SAME_LINK:
+        return costs
+    rate = snapped(bytes_per_s)
+    return replace(costs, link_bytes_per_s=rate, pageable_bytes_per_s=rate, disk_bytes_per_s=rate)
 
 
 def probe_subject(

@@ -1,4 +1,4 @@
-"""How fast earlier downloads and preparations were, kept as small files: the latest of each kind. No torch."""
+"""How fast earlier work was, kept as small files: the latest download, preparation and streaming. No torch."""
 
 from __future__ import annotations
 
@@ -26,6 +26,11 @@ def preparing(optimizer: str) -> str:
     return f"prepare-{optimizer}"
 
 
+def streaming(disk: int) -> str:
+    """Return the name of the rate at which passes read weights from a device, past the page cache."""
+    return f"stream-{disk}"
+
+
 def keep_rate(name: str, done_bytes: float, seconds: float) -> None:
     """Keep the rate of some work, in place of the last one; a home that cannot be written is no reason to fail."""
     if done_bytes < _LEAST_BYTES or seconds <= 0:
@@ -44,6 +49,12 @@ def kept_rate(name: str) -> float | None:
     except (SubspecError, OSError):
         return None
     return float(rate) if isinstance(rate, int | float) and 0 < rate < math.inf else None
+
+
+def forget_rate(name: str) -> None:
+    """Keep no rate of this name."""
+    with suppress(SubspecError, OSError):
+        _path(name).unlink(missing_ok=True)
 
 
 def _path(name: str) -> Path:

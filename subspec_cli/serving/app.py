@@ -13,7 +13,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Res
 from fastapi.routing import APIRoute
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.types import Scope
+from starlette.types import ASGIApp, Scope
 
 from subspec_cli.decoding.sampler import derived_seed
 from subspec_cli.errors import UsageError
@@ -110,7 +110,7 @@ def make_app(service: AnswerService, access: Access, log: Callable[[str], None])
     served = Served(service, log)
     _add_answers(app, served)
     _add_facts(app, served)
-    _add_errors(app, served)
+    _add_errors(app, served, access)
     if access.origins:
         app.add_middleware(with_cors, access)
     app.add_middleware(Gate, access=access, on_refusal=served.refused)
@@ -235,7 +235,7 @@ def _add_facts(app: FastAPI, served: Served) -> None:
         return HTMLResponse(page.html, headers=page.headers)
 
 
-def _add_errors(app: FastAPI, served: Served) -> None:
+def _add_errors(app: FastAPI, served: Served, access: Access) -> None:
     """Answer every error in the form of the API."""
 
     def answer(
@@ -270,10 +270,11 @@ def _add_errors(app: FastAPI, served: Served) -> None:
         return answer(request, error.status_code, document, error.headers)
 
     @app.exception_handler(Exception)
-    def fault(request: Request, error: Exception) -> JSONResponse:
+    def fault(request: Request, error: Exception) -> ASGIApp:
         words, reason = fault_words(error)
         served.refused(request.scope, 500, reason)
-        return JSONResponse(error_document(words, kind="server_error"), 500)
+        # This one is sent outside of all middleware.
+        return with_cors(JSONResponse(error_document(words, kind="server_error"), 500), access)
 
 
 def _fault_of(error: RequestValidationError) -> RequestRefusedError:

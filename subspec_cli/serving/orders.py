@@ -183,10 +183,14 @@ class OrderMaker:
                 f"the prompt has {tokens} tokens, the context holds {context}, one of them for an answer",
                 code="context_length_exceeded",
             )
+        self._begin(replace(order, schema=None), "logit_bias")
+        if order.schema is not None:
+            self._begin(order, "response_format")
+
+    def _begin(self, order: AnswerOrder, param: str) -> None:
         try:
             order.begin(self._session)
         except (UsageError, UnsupportedModelError) as error:
-            param = "logit_bias" if order.schema is None else "response_format"
             raise RequestRefusedError(error.message, param) from error
 
 

@@ -71,6 +71,7 @@ def build_session(
     wanted = None if count is None else count(tokenizer)
     if wanted is not None:
         check_prompt_fits(wanted, config.memory.context, geometry.max_positions)
+    is_alone = costs is None and sharers == 1
     costs = costs or ProbedCosts(
         directory,
         device.type,
@@ -89,11 +90,22 @@ def build_session(
     loaded = Loader(opening, tokenizer, meter).load()
     try:
         description = _describe(config, opening, loaded, notes)
-        learning = Learning(opening.found.prepared.manifest)
+        learning = Learning(opening.found.prepared.manifest, _own_disk(opening, loaded) if is_alone else None)
         return Session(loaded, _engines(config.draft, opening, loaded), description, learning)
     except BaseException:
         loaded.close()
         raise
+
+
+def _own_disk(opening: Opening, loaded: LoadedModel) -> int | None:
+    """Return the device number of the disk whose rate was probed, if passes read it past the page cache."""
+    found, streamer = opening.found, loaded.blocks.streamer
+    if opening.device.type != "cpu" or streamer is None or not streamer.is_direct:
+        return None
+    disk = found.checkpoint.directory.stat().st_dev
+    if opening.residuals is not None and found.prepared.directory.stat().st_dev != disk:
+        return None
+    return disk
 
 
 def _recording(reporter: Reporter, notes: list[str]) -> Reporter:
