@@ -127,7 +127,7 @@ def read_costs(path: Path) -> PlanCosts:
         return RowTimes(tuple(values[name]["rows"]), tuple(values[name]["seconds"]))
 
     parts = {name: times(name) for name in ("compute", "step", "pass_attention", "step_attention")}
-    return PlanCosts(link_s=values["link_s"], **parts)
+    return PlanCosts(link_s=values["link_s"], prefetch_s=values.get("prefetch_s", 0.0), **parts)
 
 
 def with_costs(session: Session, costs: PlanCosts, *, shadow: bool) -> Session:
@@ -174,7 +174,8 @@ def pass_price_s(before: GenerationStats, delta: TextDelta, costs: PlanCosts) ->
         return 0.0
     nodes = now.drafted_tokens - before.drafted_tokens + 1
     cached_rows = now.cached_rows - before.cached_rows
-    return costs.pass_s(nodes, cached_rows) + now.draft_cost_s - before.draft_cost_s
+    drafted_s = now.draft_cost_s - before.draft_cost_s
+    return costs.pass_s(nodes, cached_rows, drafted_s) + drafted_s
 
 
 def add(bill: Bill, stats: GenerationStats) -> None:

@@ -280,14 +280,15 @@ def plan_costs(
     compute_s: float = 0.1,
     pass_attention_s: float = 0.0,
     step_attention_s: float = 0.0,
+    prefetch_s: float = 0.0,
 ) -> PlanCosts:
     """A draft step of one row, what each more row adds, a pass, and the part of it that computes.
 
-    The last two are what 1,024 more cached rows add.
+    Then what 1,024 more cached rows add, and the link time of the slots.
     """
     step = RowTimes((1, 9), (step_s, step_s + 8 * row_s))
     attention = (RowTimes((1,), (seconds,)) for seconds in (pass_attention_s, step_attention_s))
-    return PlanCosts(pass_s, RowTimes((1,), (compute_s,)), step, *attention)
+    return PlanCosts(pass_s, RowTimes((1,), (compute_s,)), step, *attention, prefetch_s)
 
 
 def policy(

@@ -8,7 +8,7 @@ from fakes import chain_of, plan_costs
 
 from subspec_cli.decoding.verification import VerifyResult
 from subspec_cli.drafting.history import Calibration, History, Ranking
-from subspec_cli.drafting.policy import DraftPolicy, FixedShape, Outlook, TreeLimits
+from subspec_cli.drafting.policy import DraftPolicy, FixedShape, Outlook, PassUnderWay, TreeLimits
 from subspec_cli.planning.costs import RowTimes
 
 LIMITS = TreeLimits(depth=40, width=8, nodes=64)
@@ -66,6 +66,28 @@ def test_a_step_is_charged_for_the_nodes_that_it_leaves_to_verify(node_s):
         for depth in range(LIMITS.depth + 1)
     ]
     assert depth_taken(policy, 0.9) == int(np.argmax(rates))
+
+
+@pytest.mark.parametrize("survival", [0.03, 0.3, 0.6, 0.9, 0.97])
+@pytest.mark.parametrize("prefetch_s", [0.055, 0.105, 0.205])
+def test_steps_go_on_in_the_time_in_which_the_slots_fill(prefetch_s, survival):
+    rates = [
+        sum(survival**level for level in range(depth + 1))
+        / (0.4 - min(prefetch_s, depth * 0.01) + depth * 0.01)
+        for depth in range(LIMITS.depth + 1)
+    ]
+    depth = depth_taken(made(0.01, 0.4, prefetch_s=prefetch_s), survival)
+    assert rates[depth] == pytest.approx(max(rates), rel=1e-9)
+    assert depth >= int(prefetch_s / 0.01)
+
+
+def test_a_step_that_costs_nothing_else_is_as_wide_as_gives_most_chance_a_second():
+    """Its time is still that of further levels."""
+    wide = [0.03] * 8
+    assert rows_taken(made(0.01, 0.1, row_s=0.0), wide) == 0
+    assert rows_taken(made(0.01, 0.1, row_s=0.0, prefetch_s=0.05), wide) == 8
+    assert rows_taken(made(0.01, 0.1, row_s=0.02, prefetch_s=0.07), wide) == 1
+    assert rows_taken(made(0.01, 0.1, row_s=0.0, prefetch_s=0.04), wide) == 0, "the slots are full"
 
 
 def test_cheap_steps_go_deep_and_expensive_ones_do_not():
@@ -130,14 +152,13 @@ def test_leaves_are_dearer_where_computing_limits_the_pass():
     assert limited.least_leaf_chance(outlook, History()) > 0.1
 
 
-def shadow_steps(policy, chances=(0.5, 0.3), layers=4, nodes=8, cached_rows=CACHED):
+def shadow_steps(policy, chances=(0.5, 0.3), layers=4, drafted_s=0.0, cached_rows=CACHED):
     """Rows of each step, layer by layer, when the same candidates stay."""
-    spent_s, taken = 0.0, []
+    spent_s, taken, under_way = 0.0, [], PassUnderWay(8, drafted_s, cached_rows)
     for layer in range(layers):
         taken.append([])
-        at = {"layer": layer, "nodes": nodes, "spent_s": spent_s, "cached_rows": cached_rows}
-        while rows := policy.shadow_step_rows(chances, **at):
-            at["spent_s"] = spent_s = spent_s + policy.step_s(rows, cached_rows)
+        while rows := policy.shadow_step_rows(chances, under_way, layer=layer, shadow_s=spent_s):
+            spent_s += policy.step_s(rows, cached_rows)
             taken[-1].append(rows)
     return taken, spent_s
 
@@ -154,11 +175,18 @@ def test_there_is_no_shadow_where_computing_takes_all_the_time():
 
 
 def test_a_shadow_step_is_as_wide_as_gives_most_chance_a_second():
-    at = {"layer": 0, "nodes": 4, "spent_s": 0.0, "cached_rows": CACHED}
-    assert made(0.01, row_s=0.001).shadow_step_rows([0.5, 0.4, 0.3], **at) == 3
-    assert made(0.01, row_s=0.02).shadow_step_rows([0.5, 0.4, 0.3], **at) == 1
-    assert made(0.01).shadow_step_rows([0.001], **at) == 0
-    assert made(0.01).shadow_step_rows([], **at) == 0
+    under_way, at = PassUnderWay(4, 0.0, CACHED), {"layer": 0, "shadow_s": 0.0}
+    assert made(0.01, row_s=0.001).shadow_step_rows([0.5, 0.4, 0.3], under_way, **at) == 3
+    assert made(0.01, row_s=0.02).shadow_step_rows([0.5, 0.4, 0.3], under_way, **at) == 1
+    assert made(0.01).shadow_step_rows([0.001], under_way, **at) == 0
+    assert made(0.01).shadow_step_rows([], under_way, **at) == 0
+
+
+@pytest.mark.parametrize(("drafted_s", "idle_s"), [(0.0, 0.55), (0.2, 0.55), (0.5, 0.3), (2.0, 0.2)])
+def test_what_the_link_moved_before_a_pass_leaves_less_shadow(drafted_s, idle_s):
+    policy = made(0.01, 1.0, compute_s=0.2, prefetch_s=0.6)
+    spent_s = shadow_steps(policy, drafted_s=drafted_s)[1]
+    assert idle_s - 0.03 < spent_s <= idle_s
 
 
 def test_trees_are_shallower_where_long_contexts_make_steps_dear_and_passes_not():

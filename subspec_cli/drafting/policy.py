@@ -5,14 +5,14 @@ trees. One rule serves all decisions: a draft step is worth its time while it ad
 makes in that time. Let E be the expected tokens of the tree so far and A the tokens of recent rounds, s the time of
 this round and B the time of those. Then the run makes r = (E + A) / (s + B) tokens a second. A step of n rows that
 adds g(n) tokens pays while g(n) > r t(n), and its width is the n that gains most; t(n) is its own time, and what the
-pass takes longer for n more nodes. All times are those at the number of committed rows.
+pass takes longer for n more nodes. Where no step pays any more, steps go on while the slots fill: the pass would wait for
+the link in that time. All times are those at the number of committed rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import accumulate
 from typing import Final
 
@@ -66,6 +66,17 @@ class Outlook:
 
 
 @dataclass(frozen=True, slots=True)
+class PassUnderWay:
+    """A pass in whose shadow the draft goes on."""
+
+    nodes: int
+    drafted_s: float
+    """Cost of the draft steps before it."""
+    cached_rows: float
+    """As in `Outlook`."""
+
+
+@dataclass(frozen=True, slots=True)
 class DraftPolicy:
     """Decides by costs and history; a fixed depth or width is kept at any cost."""
 
@@ -95,7 +106,8 @@ class DraftPolicy:
 
     def round_s(self, outlook: Outlook) -> float:
         """Return the cost of a round: the draft steps so far, and a pass over the tree."""
-        return outlook.spent_s + self.costs.pass_s(outlook.nodes, outlook.cached_rows)
+        spent_s = outlook.spent_s
+        return spent_s + self.costs.pass_s(outlook.nodes, outlook.cached_rows, spent_s)
 
     def serial_rows(self, chances: Sequence[float], outlook: Outlook, history: History) -> int:
         """Return the rows of the next draft step before the pass; 0 ends the tree.
@@ -110,22 +122,32 @@ class DraftPolicy:
         if self.fixed.width is not None and forced:
             return min(self.fixed.width, len(chances))
         rate = history.tokens_per_s(outlook.expected_tokens, self.round_s(outlook))
-        pass_s = partial(self.costs.pass_s, cached_rows=outlook.cached_rows)
-        now_s = pass_s(outlook.nodes)
-
-        def added_s(rows: int) -> float:
-            # Each row that a step expands leaves about one node to verify.
-            return self.step_s(rows, outlook.cached_rows) + pass_s(outlook.nodes + rows) - now_s
-
         able = [chances[0], *(chance for chance in chances[1:MOST_ROWS] if chance >= LEAST_CHANCE)]
         gains = [
-            history.gain(chance) - rate * added_s(rows)
+            history.gain(chance) - rate * self._added_s(rows, outlook)
             for rows, chance in enumerate(accumulate(able), start=1)
         ]
         best = max(range(len(gains)), key=lambda index: (gains[index], -index))
         if gains[best] <= 0 and not forced:
-            return 0
+            best = self._densest(able, outlook.cached_rows) - 1
+            if history.gain(sum(able[: best + 1])) <= rate * self._added_s(best + 1, outlook, hides=True):
+                return 0
         return best + 1 if self.fixed.width is None else min(self.fixed.width, len(chances))
+
+    def _added_s(self, rows: int, outlook: Outlook, *, hides: bool = False) -> float:
+        """Return what a draft step adds to a round; if it `hides`, without the time in which the slots fill."""
+        spent_s, cached_rows = outlook.spent_s, outlook.cached_rows
+        step_s = self.step_s(rows, cached_rows)
+        # Each row that a step expands leaves about one node to verify.
+        pass_s = self.costs.pass_s(outlook.nodes + rows, cached_rows, spent_s + step_s if hides else spent_s)
+        return step_s + pass_s - self.costs.pass_s(outlook.nodes, cached_rows, spent_s)
+
+    def _densest(self, chances: Sequence[float], cached_rows: float) -> int:
+        """Return the rows of a draft step with most chance per second."""
+        rates = [
+            gain / self.step_s(rows, cached_rows) for rows, gain in enumerate(accumulate(chances), start=1)
+        ]
+        return max(range(len(rates)), key=lambda index: (rates[index], -index)) + 1
 
     def ngram_pays(self, chance: float, rows: int, cached_rows: float) -> bool:
         """Return whether an n-gram guess of this chance, which saves a step if right, is worth one more row."""
@@ -140,19 +162,20 @@ class DraftPolicy:
         return max(LEAST_CHANCE, rate * row_s)
 
     def shadow_step_rows(
-        self, chances: Sequence[float], *, layer: int, nodes: int, spent_s: float, cached_rows: float
+        self, chances: Sequence[float], under_way: PassUnderWay, *, layer: int, shadow_s: float
     ) -> int:
-        """Return the rows of the next draft step in the shadow of a pass over `nodes`; 0 waits.
+        """Return the rows of the next draft step in the shadow of the pass under way; 0 waits.
 
-        The time that the link leaves idle is handed out layer by layer, at the costs' own prices. Every row saves a
-        step of the next tree with its chance, so the width is the one with most chance per second.
+        The time that the link leaves idle is handed out layer by layer, at the costs' own prices; `shadow_s` of it is
+        spent. Every row saves a step of the next tree with its chance, so the width is the one with most chance per
+        second.
         """
-        idle_s = max(0.0, LINK_MARGIN * self.costs.link_s - self.costs.compute_s(nodes, cached_rows))
-        allowed_s = idle_s * (layer + 1) / self.layers - spent_s
-        step_s = partial(self.step_s, cached_rows=cached_rows)
+        costs, cached_rows = self.costs, under_way.cached_rows
+        link_s = min(LINK_MARGIN * costs.link_s, costs.arrival_s(under_way.drafted_s))
+        idle_s = max(0.0, link_s - costs.compute_s(under_way.nodes, cached_rows))
+        allowed_s = idle_s * (layer + 1) / self.layers - shadow_s
         likely = [chance for chance in chances[:MOST_ROWS] if chance >= _LEAST_SHADOW_CHANCE]
-        rates = [gain / step_s(rows) for rows, gain in enumerate(accumulate(likely), start=1)]
-        if not rates:
+        if not likely:
             return 0
-        rows = max(range(len(rates)), key=lambda index: (rates[index], -index)) + 1
-        return rows if step_s(rows) <= allowed_s else 0
+        rows = self._densest(likely, cached_rows)
+        return rows if self.step_s(rows, cached_rows) <= allowed_s else 0

@@ -27,7 +27,7 @@ from subspec_cli.drafting.frontier import Candidate, DraftContext, DraftRules, F
 from subspec_cli.drafting.growing_tree import ROOT, GrowingTree, NodeId, ScratchRow
 from subspec_cli.drafting.history import History
 from subspec_cli.drafting.ngram import NGramLookup
-from subspec_cli.drafting.policy import LEAST_CHANCE, DraftPolicy, Outlook, TreeLimits
+from subspec_cli.drafting.policy import LEAST_CHANCE, DraftPolicy, Outlook, PassUnderWay, TreeLimits
 from subspec_cli.drafting.step_queue import Choice, StepQueue, merged
 from subspec_cli.limits import MOST_ROWS
 from subspec_cli.modeling.kv_cache import KVCache
@@ -52,7 +52,7 @@ class TreeDrafter:
         self._rules = DraftRules(policy, self._history, frozenset(eos_ids), sharpening)
         self._ngrams: dict[KVCache, NGramLookup] = {}
         self._passes: list[_Pass] = []
-        self._shadow_s = 0.0
+        self._drafted_s = self._shadow_s = 0.0
 
     def begin(self, sampler: Sampler, kv: KVCache) -> TreeDraft:
         """Begin an answer: scratch rows and steps in flight of the last one over this cache are dropped."""
@@ -71,7 +71,8 @@ class TreeDrafter:
         # A shape that the user fixed is each tree's own.
         groups = [[growth] for growth in growths] if policy.fixed.is_set else [growths]
         spent_s = sum(self._grow(group) for group in groups)
-        self._passes, self._shadow_s = self._frozen(growths, spent_s), 0.0
+        self._passes = self._frozen(growths, spent_s)
+        self._drafted_s, self._shadow_s = spent_s, 0.0
         return [current.proposal for current in self._passes]
 
     def _grow(self, growths: Sequence[_Growth]) -> float:
@@ -94,21 +95,19 @@ class TreeDrafter:
         policy, passes = self._policy, self._passes
         if not passes or not policy.shadow_rows:
             return
-        nodes = sum(len(current.proposal.tree) for current in passes)
         frontiers = [current.frontier for current in passes]
-        cached_rows = fmean(current.cached_rows for current in passes)
+        under_way = PassUnderWay(
+            sum(len(current.proposal.tree) for current in passes),
+            self._drafted_s,
+            fmean(current.cached_rows for current in passes),
+        )
         while True:
             choices = merged((current.frontier, current.offer(policy.shadow_rows)) for current in passes)
-            count = policy.shadow_step_rows(
-                [choice.worth for choice in choices],
-                layer=layer,
-                nodes=nodes,
-                spent_s=self._shadow_s,
-                cached_rows=cached_rows,
-            )
+            worths = [choice.worth for choice in choices]
+            count = policy.shadow_step_rows(worths, under_way, layer=layer, shadow_s=self._shadow_s)
             if not count:
                 return
-            self._shadow_s += policy.step_s(count, cached_rows)
+            self._shadow_s += policy.step_s(count, under_way.cached_rows)
             for number in {choice.number for choice in choices[:count]}:
                 passes[number].step_rows.append(ScratchRow(frontiers[number].tree.rows))
             self._queue.start(frontiers, choices[:count])
@@ -133,7 +132,7 @@ class TreeDrafter:
         for growth, leaves in zip(growths, self._leaves(growths, spent_s), strict=True):
             growth.freeze(leaves)
         nodes = sum(len(growth.proposal.tree) for growth in growths)
-        share_s = (self._policy.costs.pass_s(nodes, cached_rows) + spent_s) / len(growths)
+        share_s = (self._policy.costs.pass_s(nodes, cached_rows, spent_s) + spent_s) / len(growths)
         return [growth.as_pass(share_s) for growth in growths]
 
     def _leaves(self, growths: Sequence[_Growth], spent_s: float) -> list[list[NodeId]]:

@@ -168,14 +168,20 @@ class PlanCosts:
     """What 1,024 more cached rows add to a pass."""
     step_attention: RowTimes
     """What 1,024 more cached rows add to a draft step."""
+    prefetch_s: float = 0.0
+    """Link time of what all slots hold. It passes while the draft runs before a pass."""
 
     def compute_s(self, rows: int, cached_rows: float) -> float:
         """Return the seconds that a target pass computes."""
         return self.compute.at(rows) + attention_weight(cached_rows) * self.pass_attention.at(rows)
 
-    def pass_s(self, rows: int, cached_rows: float) -> float:
-        """Return the seconds of a target pass."""
-        return overlapped_s(self.link_s, self.compute_s(rows, cached_rows))
+    def arrival_s(self, drafted_s: float) -> float:
+        """Return the seconds until all weights of a pass are there that begins after drafting for so long."""
+        return max(0.0, self.link_s - min(self.prefetch_s, drafted_s))
+
+    def pass_s(self, rows: int, cached_rows: float, drafted_s: float = 0.0) -> float:
+        """Return the seconds of a target pass that begins after drafting for so long."""
+        return overlapped_s(self.arrival_s(drafted_s), self.compute_s(rows, cached_rows))
 
     def step_at(self, cached_rows: float) -> RowTimes:
         """Return the times of a draft step over so many cached rows."""

@@ -129,6 +129,7 @@ class OffloadPlan:
             step=step_times(machine, geometry, len(self.shared), self.draft_head_bits, self.embedding),
             pass_attention=weighted_sum([(geometry.layers, machine.target_attention)]),
             step_attention=weighted_sum([(geometry.layers, machine.draft_attention)]),
+            prefetch_s=self.prediction.basis.timing.prefetch_s,
         )
 
     def as_dict(self, *, reason: str, assumptions: Sequence[str]) -> dict[str, Any]:
