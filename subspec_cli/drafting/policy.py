@@ -5,8 +5,8 @@ trees. One rule serves all decisions: a draft step is worth its time while it ad
 makes in that time. Let E be the expected tokens of the tree so far and A the tokens of recent rounds, s the time of
 this round and B the time of those. Then the run makes r = (E + A) / (s + B) tokens a second. A step of n rows that
 adds g(n) tokens pays while g(n) > r t(n), and its width is the n that gains most; t(n) is its own time, and what the
-pass takes longer for n more nodes. Where no step pays any more, steps go on while the slots fill: the pass would wait for
-the link in that time. All times are those at the number of committed rows.
+pass takes longer for n more nodes. Where no step pays any more, steps go on while the slots fill: the pass would wait
+for the link in that time. All times are those at the number of committed rows.
 """
 
 from __future__ import annotations
