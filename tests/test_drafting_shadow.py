@@ -30,6 +30,7 @@ from subspec_cli.decoding.sampler import GreedySampler
 from subspec_cli.drafting.draft_steps import DirectSteps
 from subspec_cli.drafting.frontier import Frontier
 from subspec_cli.drafting.growing_tree import ROOT, GrowingTree
+from subspec_cli.drafting.history import History
 from subspec_cli.drafting.policy import DraftPolicy
 from subspec_cli.drafting.tree_drafter import TreeDrafter
 from subspec_cli.modeling.kv_cache import KVCache
@@ -109,7 +110,7 @@ def test_a_runner_up_that_was_left_out_of_the_tree_begins_the_next_one(ahead):
     assert 0 < stats.useful_shadow_steps < stats.shadow_steps
 
 
-def grown(table, plan):
+def grown(table, plan, history=None):
     """A drafter whose first tree is grown and under verification."""
     kv = fake_cache(96, scratch=160)
     for place, token in enumerate(PROMPT[:-1]):
@@ -121,8 +122,19 @@ def grown(table, plan):
         )
         kv.commit([0], [token])
     found = FakeDraft(table)
-    drafter = TreeDrafter(DirectSteps(found), plan, eos_ids=())
+    drafter = TreeDrafter(DirectSteps(found), plan, eos_ids=(), history=history)
     return drafter, found, grow_tree(drafter, kv, PROMPT[-1], 40)
+
+
+def test_the_shadow_teaches_nothing_of_steps_before_a_pass():
+    """It expands what is unlikely, below which hardly anything is worth a node."""
+    history, draft = History(), blended(TABLE, random_table(7), 0.5)
+    drafter, found, _ = grown(draft, policy(4, 3, 14, costs=plan_costs(0.01, 2.0), shadow_rows=200), history)
+    taught, before = (history.step_yield, history.child_shares), len(found.calls)
+    assert taught != (History().step_yield, History().child_shares), "steps before the pass teach"
+    drafter.work_in_shadow(3)
+    assert len(found.calls) > before + 10
+    assert (history.step_yield, history.child_shares) == taught
 
 
 def test_the_shadow_works_below_many_pairs_before_it_goes_deep():

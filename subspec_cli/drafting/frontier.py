@@ -185,7 +185,8 @@ class Frontier:
                 continue
             expanded += self.tree.nodes[node].chance
             gained += self._add_children(node, found.token_ids[row], found.scores[row])
-        if expanded > 0:
+        # Steps in the shadow of a pass expand what is unlikely; they say nothing of steps before one.
+        if expanded > 0 and not self.tree.is_frozen:
             self._history.learn_yield(gained / expanded)
         if self._in_flight:
             self._resolve_placeholders(self._in_flight[0], step, found.token_ids)
@@ -346,6 +347,7 @@ class Frontier:
         shares = self._shared.calibration.shares([log_prob for _, log_prob in guesses])
         for (token_id, log_prob), share in zip(guesses, shares, strict=True):
             self.tree.add(node, token_id, above.log_prob + log_prob, above.chance * share)
-        self._history.learn_child_shares(shares)
+        if not self.tree.is_frozen:
+            self._history.learn_child_shares(shares)
         gained = (above.chance * share for share in shares)
         return sum(chance for chance in gained if chance >= LEAST_CHANCE)

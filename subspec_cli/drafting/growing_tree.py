@@ -152,6 +152,11 @@ class GrowingTree:
         return kept
 
     @property
+    def is_frozen(self) -> bool:
+        """Whether the tree is under verification: what it grows now is beyond what is verified."""
+        return bool(self._frozen)
+
+    @property
     def leaves(self) -> frozenset[NodeId]:
         """The nodes under verification that were not expanded for it; none before the tree is frozen."""
         return self._leaves
