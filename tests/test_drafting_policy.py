@@ -164,10 +164,24 @@ def shadow_steps(policy, chances=(0.5, 0.3), layers=4, drafted_s=0.0, cached_row
 
 
 def test_the_shadow_fills_what_the_link_leaves_idle_layer_by_layer():
-    taken, spent_s = shadow_steps(made(0.01, 1.0, compute_s=0.2))
-    assert 0.5 <= spent_s <= 0.75 - 0.2
+    (*taken, last), spent_s = shadow_steps(made(0.01, 1.0, compute_s=0.2))
+    assert 0 <= spent_s - (0.75 - 0.2) * 3 / 4 <= 0.015, "each step is made up for before the next"
     counts = [len(steps) for steps in taken]
     assert max(counts) - min(counts) <= 1
+    assert not last, "no weights are waited for after it"
+
+
+def test_a_shadow_step_begins_where_enough_layers_follow():
+    """It is made up for by their idle time; what went by before is lost."""
+    taken, _ = shadow_steps(made(0.1, 1.0, row_s=0.0, compute_s=0.35), layers=4)
+    assert [len(steps) for steps in taken] == [2, 1, 1, 0]
+    assert shadow_steps(made(0.31, 1.0, row_s=0.0, compute_s=0.35))[0] == [[], [], [], []]
+
+
+def test_no_shadow_step_runs_while_the_slots_are_full():
+    """They hold a third of what the link brings, and the draft before the pass has filled them."""
+    taken, _ = shadow_steps(made(0.01, 1.0, prefetch_s=0.33))
+    assert [bool(steps) for steps in taken] == [False, True, True, False]
 
 
 def test_there_is_no_shadow_where_computing_takes_all_the_time():
@@ -186,7 +200,7 @@ def test_a_shadow_step_is_as_wide_as_gives_most_chance_a_second():
 def test_what_the_link_moved_before_a_pass_leaves_less_shadow(drafted_s, idle_s):
     policy = made(0.01, 1.0, compute_s=0.2, prefetch_s=0.6)
     spent_s = shadow_steps(policy, drafted_s=drafted_s)[1]
-    assert idle_s - 0.03 < spent_s <= idle_s
+    assert 0 <= spent_s - idle_s * 3 / 4 <= 0.015
 
 
 def test_trees_are_shallower_where_long_contexts_make_steps_dear_and_passes_not():

@@ -33,6 +33,7 @@ from subspec_cli.drafting.growing_tree import ROOT, GrowingTree
 from subspec_cli.drafting.history import History
 from subspec_cli.drafting.policy import DraftPolicy
 from subspec_cli.drafting.tree_drafter import TreeDrafter
+from subspec_cli.limits import MOST_ROWS
 from subspec_cli.modeling.kv_cache import KVCache
 from subspec_cli.planning.costs import PlanCosts
 
@@ -132,7 +133,7 @@ def test_the_shadow_teaches_nothing_of_steps_before_a_pass():
     drafter, found, _ = grown(draft, policy(4, 3, 14, costs=plan_costs(0.01, 2.0), shadow_rows=200), history)
     taught, before = (history.step_yield, history.child_shares), len(found.calls)
     assert taught != (History().step_yield, History().child_shares), "steps before the pass teach"
-    drafter.work_in_shadow(3)
+    drafter.work_in_shadow(0)
     assert len(found.calls) > before + 10
     assert (history.step_yield, history.child_shares) == taught
 
@@ -179,9 +180,9 @@ def test_the_shadow_of_a_pass_takes_no_more_than_its_share_of_the_link_time():
             drafter.work_in_shadow(layer)
             spent_s.append(sum(plan.step_s(call.batch.rows, 9) for call in found.calls[before:]))
         idle_s = max(0.0, 0.75 - compute_s)
-        assert spent_s[0] <= idle_s / 2
-        assert spent_s[1] <= idle_s
-        assert (spent_s[1] > 0.5 * idle_s) == (idle_s > 0)
+        assert spent_s[0] <= idle_s / 2 + plan.step_s(MOST_ROWS, 9)
+        assert spent_s[1] == spent_s[0], "no layer follows"
+        assert (spent_s[0] > 0.25 * idle_s) == (idle_s > 0)
 
 
 @pytest.mark.parametrize("ahead", [0, 1])

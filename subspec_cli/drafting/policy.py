@@ -166,16 +166,20 @@ class DraftPolicy:
     ) -> int:
         """Return the rows of the next draft step in the shadow of the pass under way; 0 waits.
 
-        The time that the link leaves idle is handed out layer by layer, at the costs' own prices; `shadow_s` of it is
-        spent. Every row saves a step of the next tree with its chance, so the width is the one with most chance per
-        second.
+        The link leaves the same idle time in every layer, at the costs' own prices; `shadow_s` of it is spent. A step
+        takes it from the layers that follow: it begins once the one before has been made up for, and only if enough
+        layers follow. Every row saves a step of the next tree with its chance, so the width is the one with most
+        chance per second.
         """
         costs, cached_rows = self.costs, under_way.cached_rows
-        link_s = min(LINK_MARGIN * costs.link_s, costs.arrival_s(under_way.drafted_s))
-        idle_s = max(0.0, link_s - costs.compute_s(under_way.nodes, cached_rows))
-        allowed_s = idle_s * (layer + 1) / self.layers - shadow_s
+        arrival_s = costs.arrival_s(under_way.drafted_s)
+        idle_s = min(LINK_MARGIN * costs.link_s, arrival_s) - costs.compute_s(under_way.nodes, cached_rows)
+        passed, left = (layer + 1) / self.layers, (self.layers - layer - 1) / self.layers
+        # The slots are full when the pass begins, and the link stands still behind a step until some are free.
+        if passed * costs.link_s <= costs.prefetch_s or shadow_s > idle_s * passed:
+            return 0
         likely = [chance for chance in chances[:MOST_ROWS] if chance >= _LEAST_SHADOW_CHANCE]
         if not likely:
             return 0
         rows = self._densest(likely, cached_rows)
-        return rows if self.step_s(rows, cached_rows) <= allowed_s else 0
+        return rows if self.step_s(rows, cached_rows) <= idle_s * left else 0
