@@ -187,7 +187,7 @@ def test_layers_wide_enough_to_need_padding_change_no_token(shelf):
     for sampling in SAMPLINGS.values():
         with open_tiny(model, sampling=sampling) as session:
             speculative, plain = (
-                answer_to(session, PROMPTS[1], 30, plain=p, request_number=2) for p in (False, True)
+                answer_to(session, PROMPTS[1], 16, plain=p, request_number=2) for p in (False, True)
             )
             check_speculates(session, [speculative])
         assert speculative.outcome == plain.outcome

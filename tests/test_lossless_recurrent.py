@@ -46,7 +46,7 @@ def test_prompts_of_any_length_have_the_tokens_of_plain_decoding(
         assert session.description.exactness == "exact", session.description
         for length in LENGTHS:
             arms = [
-                answer_to(session, prompt_of(length), 40, raw=True, plain=plain, request_number=length)
+                answer_to(session, prompt_of(length), 24, raw=True, plain=plain, request_number=length)
                 for plain in (False, True)
             ]
             assert arms[0].outcome == arms[1].outcome

@@ -35,8 +35,8 @@ from subspec_cli.substitutes.settings import (
 )
 from subspec_cli.units import GIB, MIB, parse_size_gib
 
-FAST = settings(max_examples=100, deadline=None)
-FEW = settings(max_examples=40, deadline=None)
+FAST = settings(max_examples=60, deadline=None)
+FEW = settings(max_examples=20, deadline=None)
 
 
 def make_geometry(
