@@ -121,26 +121,28 @@ class DraftPolicy:
         )
         if self.fixed.width is not None and forced:
             return min(self.fixed.width, len(chances))
-        rate = history.tokens_per_s(outlook.expected_tokens, self.round_s(outlook))
+        now_s = self.round_s(outlook)
+        rate = history.tokens_per_s(outlook.expected_tokens, now_s)
         able = [chances[0], *(chance for chance in chances[1:MOST_ROWS] if chance >= LEAST_CHANCE)]
         gains = [
-            history.gain(chance) - rate * self._added_s(rows, outlook)
+            history.gain(chance) - rate * (self._round_with_step_s(rows, outlook) - now_s)
             for rows, chance in enumerate(accumulate(able), start=1)
         ]
-        best = max(range(len(gains)), key=lambda index: (gains[index], -index))
-        if gains[best] <= 0 and not forced:
-            best = self._densest(able, outlook.cached_rows) - 1
-            if history.gain(sum(able[: best + 1])) <= rate * self._added_s(best + 1, outlook, hides=True):
+        width = max(range(len(gains)), key=lambda index: (gains[index], -index)) + 1
+        if gains[width - 1] <= 0 and not forced:
+            width = self._densest(able, outlook.cached_rows)
+            added_s = self._round_with_step_s(width, outlook, hides=True) - now_s
+            if history.gain(sum(able[:width])) <= rate * added_s:
                 return 0
-        return best + 1 if self.fixed.width is None else min(self.fixed.width, len(chances))
+        return width if self.fixed.width is None else min(self.fixed.width, len(chances))
 
-    def _added_s(self, rows: int, outlook: Outlook, *, hides: bool = False) -> float:
-        """Return what a draft step adds to a round; if it `hides`, without the time in which the slots fill."""
+    def _round_with_step_s(self, rows: int, outlook: Outlook, *, hides: bool = False) -> float:
+        """Return the cost of a round with one more step; if it `hides`, the slots fill meanwhile."""
         spent_s, cached_rows = outlook.spent_s, outlook.cached_rows
-        step_s = self.step_s(rows, cached_rows)
+        longer_s = spent_s + self.step_s(rows, cached_rows)
         # Each row that a step expands leaves about one node to verify.
-        pass_s = self.costs.pass_s(outlook.nodes + rows, cached_rows, spent_s + step_s if hides else spent_s)
-        return step_s + pass_s - self.costs.pass_s(outlook.nodes, cached_rows, spent_s)
+        nodes = outlook.nodes + rows
+        return longer_s + self.costs.pass_s(nodes, cached_rows, longer_s if hides else spent_s)
 
     def _densest(self, chances: Sequence[float], cached_rows: float) -> int:
         """Return the rows of a draft step with most chance per second."""

@@ -154,6 +154,11 @@ def overlapped_s(link_s: float, computed_s: float) -> float:
     return longer if shorter == 0 else longer * math.cbrt(1 + (shorter / longer) ** 3)
 
 
+def arrival_s(link_s: float, prefetch_s: float, drafted_s: float) -> float:
+    """Return the seconds until all weights of a pass are there, of which the slots took some while the draft ran."""
+    return max(0.0, link_s - min(prefetch_s, drafted_s))
+
+
 @dataclass(frozen=True, slots=True)
 class PlanCosts:
     """Times of one plan's passes and draft steps, by their rows and by the cached rows that they read."""
@@ -177,7 +182,7 @@ class PlanCosts:
 
     def arrival_s(self, drafted_s: float) -> float:
         """Return the seconds until all weights of a pass are there that begins after drafting for so long."""
-        return max(0.0, self.link_s - min(self.prefetch_s, drafted_s))
+        return arrival_s(self.link_s, self.prefetch_s, drafted_s)
 
     def pass_s(self, rows: int, cached_rows: float, drafted_s: float = 0.0) -> float:
         """Return the seconds of a target pass that begins after drafting for so long."""

@@ -18,6 +18,7 @@ from subspec_cli.planning.costs import (
     LINK_MARGIN,
     MachineCosts,
     RowTimes,
+    arrival_s,
     attention_weight,
     overlapped_s,
     weighted_sum,
@@ -156,7 +157,7 @@ def pass_s(timing: RoundTiming, option: DepthOption) -> float:
 
 
 def _arrival_s(timing: RoundTiming, option: DepthOption) -> float:
-    return timing.link_s - min(timing.prefetch_s, option.depth * timing.step_s)
+    return arrival_s(timing.link_s, timing.prefetch_s, option.depth * timing.step_s)
 
 
 def round_s(timing: RoundTiming, option: DepthOption) -> float:

@@ -23,7 +23,7 @@ _LEAST_LINK_S: Final = 1.0
 class Learning:
     """Acceptance by sampling settings, of one model with one set of substitutes; and the rate of a disk."""
 
-    def __init__(self, manifest: Manifest, disk: int | None = None) -> None:
+    def __init__(self, manifest: Manifest, disk: int | None) -> None:
         """`disk` is the device number of the disk that passes read past the page cache; None learns no rate."""
         self._manifest = manifest
         self._disk = disk
@@ -50,6 +50,7 @@ class Learning:
         """Add the counts to those of earlier runs; a home that cannot be written is no reason to fail."""
         if self._disk is not None and self._link_s >= _LEAST_LINK_S:
             keep_rate(streaming(self._disk), self._streamed_bytes, self._link_s)
+        self.forget_disk()
         answers, self._answers = self._answers, []
         while answers:
             sampling = answers[0][0]
